@@ -1,0 +1,42 @@
+"""Erase concepts from text-to-image diffusion models.
+
+    model = expunge.load("emoji")
+    problem = expunge.Problem(erase=(expunge.Concept("airplane", anchor="sky"),))
+    edit = expunge.erase(model, problem, "uce")
+    edit.save("no-airplane.safetensors")
+
+Importing this module is fast: torch is only imported by what needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.probe import Probe
+from expunge.problem import Concept, Problem
+
+if TYPE_CHECKING:
+    from expunge.edit import Edit as Edit
+    from expunge.edit import erase as erase
+    from expunge.model import load as load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Concept",
+    "Edit",
+    "ExpungeError",
+    "ExpungeWarning",
+    "Probe",
+    "Problem",
+    "erase",
+    "load",
+]
+
+_HEAVY = {"Edit": "expunge.edit", "erase": "expunge.edit", "load": "expunge.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        return getattr(importlib.import_module(_HEAVY[name]), name)
+    raise AttributeError(f"module 'expunge' has no attribute {name!r}")

@@ -1,0 +1,24 @@
+"""The contract of an attack: it turns a probe into a harder one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from expunge.edit import Edit
+from expunge.fields import check
+from expunge.model import Model
+from expunge.probe import Probe
+from expunge.run import Run
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """A way to bring an erased concept back. One subclass a file in `attacks/`."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @abstractmethod
+    def run(self, model: Model, edit: Edit, probe: Probe, run: Run) -> Probe:
+        """The probe made harder for the edited model. The model is left as it was."""

@@ -1,0 +1,1 @@
+"""The attacks on an erasure, one a file."""

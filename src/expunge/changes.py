@@ -1,0 +1,305 @@
+"""The kinds of change an edit is made of, and laying them on a pipeline.
+
+A change belongs to named layers and says what their output becomes. A layer's name is the
+pipeline's component and the module inside it: `unet.mid_block.attentions.0.…attn2.to_k`.
+A change that is a weight takes the fast path, a parameter swap; one that depends on the token a
+layer meets runs as a forward hook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import ExpungeError
+
+
+@dataclass(frozen=True, eq=False)
+class Change(ABC):
+    """What the output of some layers becomes. Its tensors are its tensor fields."""
+
+    kind: ClassVar[str]
+    layers: tuple[str, ...]
+    """The layers it belongs to."""
+    parameter: str = field(default="weight", kw_only=True)
+    """Which of the layers' parameters it takes the place of."""
+
+    @abstractmethod
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether it can lie on a layer whose parameter has this shape."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it consists of."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Everything else, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        return {"kind": self.kind, **plain}
+
+
+class WeightChange(Change):
+    """A change that is a weight."""
+
+    @abstractmethod
+    def weight(self, original: Tensor) -> Tensor:
+        """The weight that takes the place of `original`: same shape, dtype and device."""
+
+
+class OutputChange(Change):
+    """A change that looks at what a layer is given."""
+
+    @abstractmethod
+    def output(self, given: Tensor, output: Tensor) -> Tensor:
+        """What takes the place of `output`, the layer's answer to the input `given`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Right(WeightChange):
+    """W · M: the layer sees its input through one matrix, shared by all its layers."""
+
+    kind: ClassVar[str] = "right"
+    matrix: Tensor
+    """M, (d, d), where d is the width of the layers' input."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        return len(shape) == 2 and self.matrix.shape == (shape[1], shape[1])
+
+    def weight(self, original: Tensor) -> Tensor:
+        matrix = self.matrix.to(original.device)
+        wide = torch.promote_types(original.dtype, matrix.dtype)
+        return (original.to(wide) @ matrix.to(wide)).to(original.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(WeightChange):
+    """W + up · down, for linear layers and, flattened, for convolutions."""
+
+    kind: ClassVar[str] = "low-rank"
+    up: Tensor
+    """(out, rank)"""
+    down: Tensor
+    """(rank, in), or (rank, in · kernel height · kernel width)"""
+
+    def fits(self, shape: torch.Size) -> bool:
+        rows, columns = shape[0], shape[1:].numel()
+        return (self.up.shape[0], self.down.shape[1]) == (rows, columns)
+
+    def weight(self, original: Tensor) -> Tensor:
+        product = (self.up @ self.down).to(original.device).reshape(original.shape)
+        return (original + product).to(original.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(WeightChange):
+    """W + a difference at some of its entries."""
+
+    kind: ClassVar[str] = "sparse"
+    index: Tensor
+    """(n,), the entries' places in the flattened parameter, as int64 or int32"""
+    difference: Tensor
+    """(n,)"""
+
+    def fits(self, shape: torch.Size) -> bool:
+        inside = (self.index >= 0) & (self.index < shape.numel())
+        return self.index.shape == self.difference.shape and bool(inside.all())
+
+    def weight(self, original: Tensor) -> Tensor:
+        index = self.index.to(original.device, torch.int64)
+        difference = self.difference.to(original.device, original.dtype)
+        return original.flatten().index_add(0, index, difference).reshape(original.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(WeightChange):
+    """Another parameter in the place of W."""
+
+    kind: ClassVar[str] = "dense"
+    value: Tensor
+    """The parameter's new value."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        return self.value.shape == shape
+
+    def weight(self, original: Tensor) -> Tensor:
+        return self.value.to(original.device, original.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated(OutputChange):
+    """y + s(x) · up (down x + shift), switched by the token x it meets.
+
+    The gate s(x) = σ(slope · (direction · x − centre)) lies between 0 and 1; where it is closed
+    the layer's output stays as it was. Gates that are stacked all see the same x.
+    """
+
+    kind: ClassVar[str] = "gated"
+    up: Tensor
+    """(out, rank)"""
+    down: Tensor
+    """(rank, in)"""
+    shift: Tensor
+    """(rank,)"""
+    direction: Tensor
+    """(in,)"""
+    centre: float = 0.0
+    """Where the gate is half open."""
+    slope: float = 1.0
+    """How steep the gate is there."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        rank = self.shift.shape[0]
+        return (
+            len(shape) == 2
+            and self.up.shape == (shape[0], rank)
+            and self.down.shape == (rank, shape[1])
+            and self.direction.shape == (shape[1],)
+        )
+
+    def output(self, given: Tensor, output: Tensor) -> Tensor:
+        up, down, shift, direction = (
+            t.to(given.device, given.dtype) for t in (self.up, self.down, self.shift, self.direction)
+        )
+        gate = torch.sigmoid(self.slope * (given @ direction - self.centre))
+        return output + gate[..., None] * ((given @ down.T + shift) @ up.T)
+
+
+Changes = Sequence[Change]
+"""What a method returns: changes, laid on in order."""
+
+KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated)}
+
+
+def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+    """The change that `spec` and `tensors` were taken from."""
+    plain = {name: value for name, value in spec.items() if name != "kind"}
+    return KINDS[spec["kind"]](**{**plain, "layers": tuple(plain["layers"]), **tensors})
+
+
+def find(root: Any, layer: str) -> nn.Module:
+    """The module of a pipeline that a layer's name stands for.
+
+    Raises:
+        ExpungeError: there is none.
+    """
+    component, _, inside = layer.partition(".")
+    module = getattr(root, component, None)
+    try:
+        return module.get_submodule(inside)  # type: ignore[union-attr]
+    except AttributeError:
+        raise ExpungeError(f"the edit does not fit: this model has no layer {layer}") from None
+
+
+def check_fit(root: Any, changes: Changes) -> None:
+    """Check the names and shapes of everything that changes.
+
+    Raises:
+        ExpungeError: a layer is missing or has another shape.
+    """
+    for change in changes:
+        for layer in change.layers:
+            found = getattr(find(root, layer), change.parameter, None)
+            if not isinstance(found, Tensor):
+                raise ExpungeError(f"the edit does not fit: {layer} has no {change.parameter}")
+            if not change.fits(found.shape):
+                shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in change.tensors.items())
+                raise ExpungeError(
+                    f"the edit does not fit: {layer} is {tuple(found.shape)},"
+                    f" and its {change.kind} change has {shapes}"
+                )
+
+
+class Applied:
+    """Changes that lie on a pipeline until `remove()`, or to the end of a `with` block.
+
+    Nothing is touched if one of them does not fit. With tensors that require gradients, keep
+    `backward()` inside the block: gradients then equal those of a real copy.
+
+    Raises:
+        ExpungeError: a layer is missing or has another shape.
+    """
+
+    def __init__(self, root: Any, changes: Changes) -> None:
+        check_fit(root, changes)
+        self._swapped: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            for (module, name), weights in _by_parameter(root, changes).items():
+                self._swap(module, name, weights)
+            for change in changes:
+                for layer in change.layers if isinstance(change, OutputChange) else ():
+                    self._hooks.append(_hook(find(root, layer), change))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _swap(self, module: nn.Module, name: str, changes: Sequence[WeightChange]) -> None:
+        original = module._parameters[name]
+        assert original is not None  # check_fit saw it
+        value = original.detach()
+        for change in changes:
+            value = change.weight(value)
+        if not value.requires_grad:
+            value = nn.Parameter(value, original.requires_grad)
+        # A tensor that requires gradients takes the parameter's place as it is.
+        module._parameters[name] = value  # type: ignore[assignment]
+        self._swapped[module, name] = (original, value)
+
+    def remove(self) -> None:
+        """Put back what was there: the very same parameters. A second call does nothing.
+
+        Raises:
+            ExpungeError: another edit was applied on top and has to be taken off first.
+        """
+        if any(
+            module._parameters[name] is not ours for (module, name), (_, ours) in self._swapped.items()
+        ):
+            raise ExpungeError("another edit lies on top of this one; take it off first")
+        for (module, name), (original, ours) in self._swapped.items():
+            if (original.device, original.dtype) != (ours.device, ours.dtype):
+                original.data = original.data.to(ours.device, ours.dtype)
+            module._parameters[name] = original  # type: ignore[assignment]
+        for hook in self._hooks:
+            hook.remove()
+        self._swapped, self._hooks = {}, []
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _by_parameter(root: Any, changes: Changes) -> dict[tuple[nn.Module, str], list[WeightChange]]:
+    """The weight changes of every parameter, in order."""
+    grouped: dict[tuple[nn.Module, str], list[WeightChange]] = {}
+    for change in changes:
+        for layer in change.layers if isinstance(change, WeightChange) else ():
+            grouped.setdefault((find(root, layer), change.parameter), []).append(change)
+    return grouped
+
+
+def _hook(module: nn.Module, change: OutputChange) -> torch.utils.hooks.RemovableHandle:
+    def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return change.output(given[0], output)
+
+    return module.register_forward_hook(hook)
+
+
+def summary(changes: Changes) -> str:
+    """In words: "right on 22 layers, low-rank on 4 layers"."""
+    counts: Counter[str] = Counter()
+    for change in changes:
+        counts[change.kind] += len(change.layers)
+    return ", ".join(f"{kind} on {n} layer{'s' * (n > 1)}" for kind, n in counts.items())

@@ -1,0 +1,355 @@
+"""The command line: draw, erase, info, list.
+
+Nothing here imports torch before there is work for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+
+from expunge import __version__, files, registry
+from expunge.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.probe import Probe
+from expunge.problem import KINDS, Concept, Problem
+
+if TYPE_CHECKING:
+    from expunge.edit import Edit
+    from expunge.run import Progress
+
+T = TypeVar("T")
+
+USAGE = """\
+Erase concepts from text-to-image diffusion models.
+
+usage: expunge COMMAND …
+
+  draw PROMPT       draw pictures, with or without edits
+  erase METHOD      erase concepts; writes an edit
+  info EDIT         what an edit erases, how it was made, whether it fits
+  list KIND         methods, models, families, attacks, metrics, suites
+
+  expunge COMMAND --help    shows its options
+  expunge --version         shows the version
+"""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw pictures."""
+
+    prompt: Positional[str]
+    """What to draw."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER/")]
+    """One grid as FILE.png, or one PNG a picture in FOLDER/."""
+    number: Annotated[int, arg(aliases=["-n"])] = 1
+    """How many pictures; picture i has the seed SEED + i."""
+    seed: int = 0
+    """The first picture's seed."""
+    edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT")] = ()
+    """An edit to draw with."""
+    model: str = "emoji"
+    """A shipped model, a diffusers folder, or a hub id."""
+    steps: int | None = None
+    """Denoising steps; by default the model's own."""
+    guidance: float | None = None
+    """Guidance scale; by default the model's own."""
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Erase concepts from a model."""
+
+    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")]
+    """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
+    """The file to write, ending in .safetensors."""
+    kind: str = "object"
+    """What the concepts are: object, identity, style or explicit."""
+    retain: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT")] = ()
+    """What must stay as it is."""
+    model: str = "emoji"
+    """A shipped model, a diffusers folder, or a hub id."""
+    seed: int = 0
+    """The number all random choices follow from."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what an edit erases, how it was made, from what, and whether it fits a model."""
+
+    edit: Positional[str]
+    """The edit."""
+    model: str | None = None
+    """The model at hand; by default the shipped one it was made from."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List what there is."""
+
+    kind: Positional[str] = "methods"
+    """methods, models, families, attacks, metrics or suites."""
+
+
+COMMANDS = {"draw": Draw, "erase": Erase, "info": Info, "list": List}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        with _notes(errors):
+            _run(arguments)
+    except ExpungeError as error:
+        errors.print(f"expunge: {error}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("expunge: interrupted; no unfinished file was left")
+        return 130
+    except SystemExit as done:  # from --help
+        return int(done.code or 0)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+    elif arguments[0] == "--version":
+        print(f"expunge {__version__}")
+    elif arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS)
+    elif arguments[0] == "erase":
+        _parse_erase(arguments[1:])
+    else:
+        command = arguments[0]
+        {"draw": draw, "info": info, "list": list_}[command](
+            _parse(COMMANDS[command], command, arguments[1:])  # type: ignore[arg-type]
+        )
+
+
+def draw(options: Draw) -> None:
+    """`expunge draw`."""
+    from expunge import pictures
+
+    probe = Probe.of(options.prompt, options.number, options.seed, options.steps, options.guidance)
+    output = Path(options.output)
+    to_folder = options.output.endswith("/") or output.is_dir()
+    if not to_folder:
+        pictures.check_ending(output)
+    files.check_writable(output / "0.png" if to_folder else output)
+    from expunge.edit import Edit
+    from expunge.model import load
+
+    edits = [Edit.load(path) for path in options.edit]
+    model = load(options.model)
+    for edit in edits:
+        if not edit.fits(model):
+            warnings.warn("the edit was made from other weights", ExpungeWarning, stacklevel=1)
+    with _progress() as progress, model.using(*edits):
+        drawn = model.draw(probe, progress=progress)
+    if to_folder:
+        for picture, seed in zip(drawn, probe.seeds, strict=True):
+            pictures.save(pictures.image(picture), output / f"{_slug(options.prompt)}-{seed}.png")
+    else:
+        pictures.save(pictures.grid(drawn), output)
+    print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
+
+
+def erase(options: Erase, method: Any) -> None:
+    """`expunge erase METHOD`."""
+    if options.kind not in KINDS:
+        raise unknown("kind of concept", options.kind, KINDS)
+    concepts = tuple(Concept.parse(text, options.kind) for text in options.concept)  # type: ignore[arg-type]
+    problem = Problem(concepts, options.retain)
+    if not options.output.endswith(".safetensors"):
+        raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
+    files.check_writable(options.output)
+    from expunge.edit import erase
+    from expunge.model import load
+
+    model = load(options.model)
+    for concept, chosen in zip(concepts, problem.with_anchors(model.anchors).erase, strict=True):
+        if concept.anchor is None:
+            print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
+    with _progress() as progress:
+        edit = erase(model, problem, method, seed=options.seed, progress=progress)
+    edit.save(options.output)
+    names = ", ".join(c.name for c in problem.erase)
+    size = Path(options.output).stat().st_size / 1e6
+    print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
+
+
+def info(options: Info) -> None:
+    """`expunge info`."""
+    from expunge.changes import summary
+    from expunge.edit import Edit
+
+    edit = Edit.load(options.edit)
+    record = edit.record
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for concept in record.problem.erase:
+        also = f" and {', '.join(concept.synonyms)}" if concept.synonyms else ""
+        table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {concept.anchor!r}")
+    table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
+    fields = ", ".join(f"{name} {_plain(value)}" for name, value in record.fields.items())
+    table.add_row("method", f"{record.method}: {fields}")
+    table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
+    table.add_row("took", f"{record.seconds:.1f} s")
+    table.add_row("changes", summary(edit.changes))
+    table.add_row(
+        "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    )
+    table.add_row("hash", edit.hash[:16])
+    table.add_row("fits", _fit(edit, options.model))
+    _out().print(table)
+
+
+def list_(options: List) -> None:
+    """`expunge list`."""
+    names = registry.names(options.kind)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name in names:
+        table.add_row(name, registry.describe(options.kind, name))
+    _out().print(table if names else f"no {options.kind} yet")
+
+
+def _parse_erase(arguments: list[str]) -> None:
+    """Read the method's name first, so that only its fields and no others become options."""
+    name = arguments[0] if arguments else ""
+    if not name or name.startswith("-"):
+        methods = (f"  {n:<8} {registry.describe('methods', n)}" for n in registry.names("methods"))
+        if name not in ("-h", "--help"):
+            known = ", ".join(registry.names("methods"))
+            raise ExpungeError(f"name a method after erase, one of: {known}")
+        print("usage: expunge erase METHOD --concept NAME[=ANCHOR] -o EDIT …\n")
+        print("\n".join(methods))
+        print("\n  expunge erase METHOD --help    shows its options")
+        return
+    method = registry.get("methods", name)
+    fields: list[Any] = [("method", OmitArgPrefixes[method], dataclasses.field(default=method()))]
+    options = dataclasses.make_dataclass("EraseWith", fields, bases=(Erase,), frozen=True)
+    options.__doc__ = (method.__doc__ or "").splitlines()[0]
+    parsed = _parse(options, f"erase {name}", arguments[1:])
+    erase(parsed, parsed.method)  # type: ignore[attr-defined]
+
+
+def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
+    """Read options with tyro; what it has against them becomes one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, rest = tyro.cli(
+                options, prog=f"expunge {command}", args=arguments, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ExpungeError(_sentence(said.getvalue(), command)) from None
+    if rest:
+        known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
+        if rest[0].startswith("-"):
+            raise unknown(f"option of {command}", rest[0].partition("=")[0], known)
+        raise ExpungeError(f"{command} does not know what to do with {rest[0]!r}")
+    return parsed
+
+
+def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
+    for field in dataclasses.fields(options):
+        if field.name == "method":
+            yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+        else:
+            yield field
+
+
+def _sentence(said: str, command: str) -> str:
+    """The gist of tyro's boxed message."""
+    lines = [line.strip("│ ").strip() for line in said.splitlines()]
+    gist = []
+    for line in lines:
+        if line.startswith(("─", "╰")):
+            break
+        if line and not line.startswith("╭"):
+            gist.append(line)
+    if gist and gist[0].startswith("Missing"):
+        return f"{command} needs {gist[1]}"
+    text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
+    return f"{command}: {text[:1].lower()}{text[1:]}" if text else f"{command}: bad options"
+
+
+def _fit(edit: Edit, model: str | None) -> str:
+    """Whether an edit fits a model, in words."""
+    from expunge.model import load
+
+    name = model or edit.record.model
+    if model is None and name not in registry.names("models"):
+        return "name the model at hand with --model to see"
+    try:
+        same = edit.fits(load(name))
+    except ExpungeError as error:
+        if model is None or "does not fit" not in str(error):
+            raise
+        return f"no: {str(error).partition(': ')[2]}"
+    return f"{name}, made from it" if same else f"{name}, though made from other weights"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on the terminal, gone when the work is done."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield tell
+
+
+@contextlib.contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Show our warnings as one line each, and nobody else's."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, ExpungeWarning):
+            console.print(f"note: {message}", markup=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ExpungeWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> str:
+    return (", ".join(map(str, value)) or "default") if isinstance(value, (list, tuple)) else str(value)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"

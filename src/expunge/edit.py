@@ -1,0 +1,216 @@
+"""An edit: the changes that erase something, and where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from expunge import registry
+from expunge.changes import KINDS, Applied, Change, Changes, check_fit, find, from_spec
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.files import read_header, replacing
+from expunge.method import Method
+from expunge.model import Model
+from expunge.problem import Problem
+from expunge.run import Progress, Run, quiet
+
+FORMAT = 1
+"""The version of the file's record."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where an edit comes from."""
+
+    method: str
+    fields: Mapping[str, Any]
+    problem: Problem
+    model: str
+    """The name of the base model."""
+    base: str
+    """The hash of the base model's parameters that change."""
+    seed: int
+    seconds: float
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Changes to a model, with their record. One `.safetensors` file.
+
+    >>> edit = Edit.load("no-airplane.safetensors")  # doctest: +SKIP
+    >>> edit.record.problem.erase[0].name            # doctest: +SKIP
+    'airplane'
+    """
+
+    changes: Changes
+    record: Record
+
+    @property
+    def hash(self) -> str:
+        """The hash of what the edit does; its record plays no part in it."""
+        digest = hashlib.sha256()
+        for change in self.changes:
+            digest.update(json.dumps(change.spec, sort_keys=True).encode())
+            for name, tensor in sorted(change.tensors.items()):
+                digest.update(name.encode() + _bytes(tensor))
+        return digest.hexdigest()
+
+    def fits(self, model: Model | Any) -> bool:
+        """Whether the edit was made from just these weights; a half-precision copy counts as them.
+
+        Raises:
+            ExpungeError: a layer is missing or has another shape: the edit cannot be applied.
+        """
+        root = model.pipe if isinstance(model, Model) else model
+        check_fit(root, self.changes)
+        return base_hash(root, self.changes) == self.record.base
+
+    def apply(self, pipe: Model | Any) -> Applied:
+        """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
+
+        Edits stack; take them off in reverse. Changes that are weights are then saved with
+        the pipeline by `save_pretrained`.
+
+        >>> applied = edit.apply(pipe)  # doctest: +SKIP
+        >>> applied.remove()            # doctest: +SKIP
+
+        Raises:
+            ExpungeError: a layer is missing or has another shape.
+        """
+        root = pipe.pipe if isinstance(pipe, Model) else pipe
+        if not self.fits(root):
+            warnings.warn(
+                f"the edit was made from other weights ({self.record.model or 'unnamed'});"
+                " it fits, but it may erase less or harm more",
+                ExpungeWarning,
+                stacklevel=2,
+            )
+        return Applied(root, self.changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit to one `.safetensors` file; an older file stays until it is complete.
+
+        Raises:
+            ExpungeError: the file cannot be written.
+        """
+        record = dataclasses.asdict(self.record)
+        changes = [change.spec for change in self.changes]
+        metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
+        tensors = {
+            f"{i}.{name}": tensor.detach().cpu().contiguous()
+            for i, change in enumerate(self.changes)
+            for name, tensor in change.tensors.items()
+        }
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"expunge": metadata})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read an edit.
+
+        Raises:
+            ExpungeError: the file is missing, cut short, or is not an edit.
+        """
+        header = read_header(path)
+        text = header.get("__metadata__", {}).get("expunge")
+        if text is None:
+            raise ExpungeError(f"{path} is a safetensors file, but not an edit")
+        try:
+            data = json.loads(text)
+            if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
+                raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
+            tensors = safetensors.torch.load_file(path)
+            changes = tuple(
+                from_spec(
+                    spec, {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+                )
+                for i, spec in enumerate(data["changes"])
+            )
+            record = Record(
+                **{**data["record"], "problem": Problem.from_dict(data["record"]["problem"])}
+            )
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            if isinstance(error, ExpungeError):
+                raise
+            raise ExpungeError(f"{path} is not a whole edit: {error}") from error
+        return cls(changes, record)
+
+
+def erase(
+    model: Model,
+    problem: Problem,
+    method: Method | str = "uce",
+    *,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Edit:
+    """Find the edit that erases a problem's concepts from a model. The model stays as it is.
+
+    >>> edit = erase(model, Problem(erase=(Concept("airplane"),)), "uce")  # doctest: +SKIP
+
+    Args:
+        model: the model to erase from.
+        problem: what to erase and what to retain; anchors left open are the model's choice.
+        method: a method with its fields set, or the name of one.
+        seed: the number all random choices follow from.
+        progress: told what is done.
+
+    Raises:
+        ExpungeError: no such method, or a name longer than the model reads.
+    """
+    if isinstance(method, str):
+        method = registry.get("methods", method)()
+    assert isinstance(method, Method)
+    problem = problem.with_anchors(model.anchors)
+    for concept in problem.erase:
+        model.require_window((*concept.names, concept.anchor or ""))
+    model.require_window(problem.retain)
+    start = time.monotonic()
+    changes: tuple[Change, ...] = tuple(method.fit(model, problem, Run(seed, progress)))
+    record = Record(
+        method=type(method).__module__.rpartition(".")[2],
+        fields=dataclasses.asdict(method),
+        problem=problem,
+        model=model.name,
+        base=base_hash(model.pipe, changes),
+        seed=seed,
+        seconds=round(time.monotonic() - start, 3),
+        versions=_versions(),
+    )
+    return Edit(changes, record)
+
+
+def base_hash(root: Any, changes: Changes) -> str:
+    """The hash of the parameters that changes take the place of, as rounded to float16.
+
+    The rounding lets the half-precision variant of a model count as the model itself.
+    """
+    digest = hashlib.sha256()
+    for layer, parameter in sorted({(layer, c.parameter) for c in changes for layer in c.layers}):
+        tensor = getattr(find(root, layer), parameter)
+        digest.update(f"{layer}.{parameter}".encode() + _bytes(tensor.to(torch.float16)))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    tensor = tensor.detach().cpu().contiguous()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.view(torch.uint8).numpy().tobytes()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("expunge", "torch", "diffusers", "transformers")
+    }

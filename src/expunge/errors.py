@@ -1,0 +1,27 @@
+"""What goes wrong by the caller's hand: one sentence that says what, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ExpungeError(ValueError):
+    """Something the caller can put right; its message is one clear sentence."""
+
+
+class ExpungeWarning(UserWarning):
+    """Something that works, but perhaps not as the caller expects."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ExpungeError:
+    """The error for a name that is not there, with the nearest one that is.
+
+    >>> str(unknown("method", "ucee", ["uce", "mace"]))
+    "there is no method 'ucee'; did you mean 'uce'?"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    if near:
+        return ExpungeError(f"there is no {kind} {name!r}; did you mean {near[0]!r}?")
+    return ExpungeError(f"there is no {kind} {name!r}; known: {', '.join(known) or 'none'}")

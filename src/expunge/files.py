@@ -1,0 +1,107 @@
+"""Files that are whole: written beside and moved into place, checked before they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expunge.errors import ExpungeError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when the block ends well, and vanishes otherwise.
+
+    A file that was at `path` stays as it was until then. Missing parent folders are made.
+
+    Raises:
+        ExpungeError: the folder cannot be made or written, or `path` is a folder.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
+        temporary.replace(path)
+    except OSError as error:
+        raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before the work, not after it, whether `path` can be written.
+
+    Raises:
+        ExpungeError: it cannot.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.NamedTemporaryFile(prefix=".", dir=folder):
+            pass
+    except OSError as error:
+        raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_header(path: str | Path) -> dict:
+    """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
+
+    Raises:
+        ExpungeError: the file is missing, is no safetensors file, or is shorter than it says.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 0 < length <= size - 8 else b""
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        header = json.loads(text)
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ExpungeError(f"{path} is not a whole safetensors file") from None
+    if size != 8 + length + end:
+        raise ExpungeError(
+            f"{path} is not a whole safetensors file: {size:,} bytes where it should have"
+            f" {8 + length + end:,}"
+        )
+    return header
+
+
+def check_weights(folder: str | Path) -> None:
+    """Check that every weight file of a diffusers folder is there and whole.
+
+    Only headers and lengths are read.
+
+    Raises:
+        ExpungeError: a shard named by an index is missing, or a file is cut short.
+    """
+    folder = Path(folder)
+    for index in sorted(folder.rglob("*.safetensors.index.json")):
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ExpungeError(f"{index} is not an index of weight files") from None
+        for shard in shards:
+            if not (index.parent / shard).is_file():
+                raise ExpungeError(f"the weight file {index.parent / shard} is missing")
+    for file in sorted(folder.rglob("*.safetensors")):
+        read_header(file)

@@ -1,0 +1,1 @@
+"""The methods of erasing, one a file, named as the paper names them."""

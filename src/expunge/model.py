@@ -1,0 +1,316 @@
+"""A text-to-image model: what every family of them answers, and `load`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from expunge import registry
+from expunge.changes import Applied, Change, Changes
+from expunge.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.files import check_weights
+from expunge.probe import Probe
+from expunge.run import Progress, quiet
+
+ANCHORS = {
+    "object": "sky",
+    "identity": "a person",
+    "style": "art",
+    "explicit": "a person wearing clothes",
+}
+"""What a concept of each kind becomes where neither the user nor the model says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Encoded prompts: n rows of `tokens` embeddings, as the denoiser sees them."""
+
+    prompts: tuple[str, ...]
+    """The prompts, one a row."""
+    embeddings: Tensor
+    """(n, tokens, width): the denoiser's `encoder_hidden_states`."""
+    own: Tensor
+    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
+    ids: Tensor
+    """(n, tokens), int64: the tokenizer's numbers."""
+    pooled: Tensor | None = None
+    """(n, pooled width), for families that read it."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: Sequence[int]) -> Text:
+        """The text of some rows, in the order given."""
+        index = torch.as_tensor(rows, device=self.embeddings.device)
+        return Text(
+            tuple(self.prompts[i] for i in rows),
+            self.embeddings[index],
+            self.own[index],
+            self.ids[index],
+            None if self.pooled is None else self.pooled[index],
+        )
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    """A linear layer through which text enters the denoiser."""
+
+    layer: str
+    """Its name, as changes name it."""
+    role: Literal["key", "value"]
+    """What attention uses its output for."""
+
+
+class HasChanges(Protocol):
+    """Anything made of changes: an edit."""
+
+    @property
+    def changes(self) -> Changes: ...
+
+
+class Model(ABC):
+    """A diffusers pipeline, asked the few questions that erasing needs. One subclass a family.
+
+    The pipeline is neither copied nor changed.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """The diffusers classes of this family."""
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        settings = settings or {}
+        self.pipe = pipe
+        self.name = name
+        self.num_inference_steps = int(settings.get("num_inference_steps", 50))
+        self.guidance_scale = float(settings.get("guidance_scale", 7.5))
+        self.anchors = {**ANCHORS, **settings.get("anchors", {})}
+
+    # What a family answers.
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """How many tokens of its own a prompt may have."""
+
+    @abstractmethod
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens of its own a prompt has, uncut."""
+
+    @abstractmethod
+    def vocabulary(self) -> tuple[str, ...]:
+        """The whole words that the tokenizer knows, in the order of their numbers."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """The prompts as the denoiser sees them, each distinct one encoded once.
+
+        A prompt longer than the window is cut, as diffusers does, with an `ExpungeWarning`.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        """The denoiser's raw prediction for latents (n, c, h, w) at time t and n rows of text."""
+
+    @abstractmethod
+    def trajectory(
+        self,
+        text: Text,
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Denoise n pictures from noise; yields (t, latents) before every step and, with t = 0,
+        the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """The pictures of clean latents: (n, 3, height, width), float32 in [0, 1]."""
+
+    @abstractmethod
+    def text_entries(self) -> tuple[TextEntry, ...]:
+        """The linear layers through which text enters."""
+
+    # What follows from the answers.
+
+    def require_window(self, prompts: Sequence[str]) -> None:
+        """Check that no prompt would be cut.
+
+        Raises:
+            ExpungeError: one would.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if (n := self.count_tokens(prompt)) > self.window:
+                shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
+                raise ExpungeError(
+                    f"{shown!r} has {n} tokens, and this model reads no more than {self.window}"
+                )
+
+    @contextlib.contextmanager
+    def using(self, *edits: HasChanges | Changes) -> Iterator[None]:
+        """Lay edits (or bare changes) on the model for a block; always takes them off again.
+
+        Raises:
+            ExpungeError: a layer is missing or has another shape.
+        """
+        changes: list[Change] = []
+        for edit in edits:
+            changes.extend(edit if isinstance(edit, Sequence) else edit.changes)
+        with Applied(self.pipe, changes):
+            yield
+
+    def denoise(
+        self,
+        text: Text,
+        seeds: Sequence[int],
+        *,
+        until: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[int, Tensor]:
+        """The time and latents after `until` steps from noise: (t, (n, c, h, w))."""
+        steps = self.trajectory(
+            text, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        )
+        for done, (t, latents) in enumerate(steps):
+            if done == until:
+                return t, latents
+        raise ExpungeError(f"until must be 0 to {done}, not {until}")
+
+    @torch.inference_mode()
+    def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:
+        """The pictures of a probe: (n, 3, height, width), float32 on the CPU, in [0, 1].
+
+        Args:
+            probe: what to draw.
+            batch_size: pictures denoised together; larger is faster and takes more memory.
+            progress: told of every denoising step.
+        """
+        distinct = list(dict.fromkeys(probe.prompts))
+        text = probe.text or self.encode(distinct)[[distinct.index(p) for p in probe.prompts]]
+        steps = probe.num_inference_steps or self.num_inference_steps
+        pictures = []
+        for start in range(0, len(probe), batch_size):
+            rows = range(start, min(start + batch_size, len(probe)))
+            trajectory = self.trajectory(
+                text[rows],
+                [probe.seeds[i] for i in rows],
+                num_inference_steps=steps,
+                guidance_scale=probe.guidance_scale,
+            )
+            for step, (_, latents) in enumerate(trajectory):
+                done = start * steps + min(step, steps) * len(rows)
+                progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
+            pictures.append(self.decode(latents))
+        progress("drawing", len(probe) * steps, len(probe) * steps)
+        return torch.cat(pictures)
+
+
+def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Model:
+    """Load a model.
+
+    >>> model = load("emoji")  # doctest: +SKIP
+
+    Args:
+        model: the name of a shipped model ("emoji"), a diffusers folder, a hub id
+            ("owner/name"), or a diffusers pipeline in memory.
+        dtype: the number format of the weights.
+        device: where to put it; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ExpungeError: no such model, a family that is not known, or weights missing or broken.
+    """
+    if not isinstance(model, (str, Path)):
+        name = Path(getattr(model, "name_or_path", None) or "").name
+        return _family(type(model).__name__)(model, name=name)
+    folder, name = _folder(model)
+    pipe = _read_pipeline(folder or str(model), dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.to(device)
+    return _family(type(pipe).__name__)(pipe, name=name, settings=_settings(folder))
+
+
+def _folder(model: str | Path) -> tuple[Path | None, str]:
+    """The folder of a model, or None for a hub id; and what to call it."""
+    shipped = registry.names("models")
+    path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
+    if not path.is_dir():
+        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            return None, model
+        if path.exists():
+            raise ExpungeError(f"{model} is a file, not a diffusers folder")
+        raise unknown("model", str(model), shipped)
+    if not (path / "model_index.json").is_file():
+        raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
+    check_weights(path)
+    return path, str(model) if str(model) in shipped else path.resolve().name
+
+
+def _family(pipeline: str) -> type[Model]:
+    """The family that a diffusers class belongs to."""
+    known = {name: registry.get("families", name) for name in registry.names("families")}
+    for family in known.values():
+        if pipeline in family.pipelines:
+            return family
+    raise ExpungeError(f"no family knows the pipeline {pipeline}; known: {', '.join(known)}")
+
+
+def _settings(folder: Path | None) -> dict[str, Any]:
+    """What `expunge.json` says beside the model: how to draw with it, and its anchors."""
+    file = folder / "expunge.json" if folder else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+        assert isinstance(settings, dict)
+        return settings
+    except (ValueError, AssertionError):
+        raise ExpungeError(f"{file} is not a JSON table") from None
+
+
+def _read_pipeline(source: str | Path, dtype: torch.dtype) -> Any:
+    """Read a pipeline with diffusers, quietly, weights from safetensors only."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                source,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=isinstance(source, Path),
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExpungeError(f"cannot load {source}: {lines[0]}") from error
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+    return pipe
+
+
+def warn_cut(prompt: str, tokens: int, window: int) -> None:
+    """Say that a prompt is longer than the window and will be cut."""
+    warnings.warn(
+        f"{prompt[:40]!r}… has {tokens} tokens; the model reads the first {window}",
+        ExpungeWarning,
+        stacklevel=3,
+    )

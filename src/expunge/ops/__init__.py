@@ -1,0 +1,1 @@
+"""Numbers only: pure torch, no diffusers."""

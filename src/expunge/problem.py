@@ -1,0 +1,127 @@
+"""What to erase, what it should become, and what must stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from expunge.errors import ExpungeError
+from expunge.fields import check
+
+Kind = Literal["object", "identity", "style", "explicit"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something a model can draw, and what it should draw in its place.
+
+    >>> Concept("airplane", anchor="sky").kind
+    'object'
+
+    Raises:
+        ExpungeError: an empty name, or a kind that is not one of `KINDS`.
+    """
+
+    name: str
+    """The words that call for it: "airplane", "Van Gogh"."""
+    anchor: str | None = None
+    """What it becomes. "" is the empty prompt; None lets the model choose by kind."""
+    kind: Kind = "object"
+    """What sort of thing it is."""
+    synonyms: tuple[str, ...] = ()
+    """Further names to erase with it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        object.__setattr__(self, "name", self.name.strip())
+        object.__setattr__(self, "synonyms", tuple(name.strip() for name in self.synonyms))
+        if self.anchor is not None:
+            object.__setattr__(self, "anchor", self.anchor.strip())
+        if not all(self.names):
+            raise ExpungeError("a concept needs a name; this one is empty")
+        if self.anchor is not None and _key(self.anchor) in map(_key, self.names):
+            raise ExpungeError(f"the anchor of {self.name!r} is the concept itself")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and its synonyms."""
+        return (self.name, *self.synonyms)
+
+    @classmethod
+    def parse(cls, text: str, kind: Kind = "object") -> Concept:
+        """Read NAME, NAME=ANCHOR or NAME|SYNONYM|…=ANCHOR.
+
+        >>> Concept.parse("airplane|aircraft=sky")
+        Concept(name='airplane', anchor='sky', kind='object', synonyms=('aircraft',))
+        >>> Concept.parse("airplane=").anchor
+        ''
+        """
+        names, equals, anchor = text.partition("=")
+        name, *synonyms = names.split("|")
+        return cls(name, anchor if equals else None, kind, tuple(synonyms))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The concepts to erase and the prompts to retain.
+
+    >>> Problem(erase=(Concept("airplane", "sky"),), retain=("bird", "ship")).retain
+    ('bird', 'ship')
+
+    Raises:
+        ExpungeError: nothing to erase, a concept named twice, or erased and retained at once.
+    """
+
+    erase: tuple[Concept, ...]
+    """The concepts to erase."""
+    retain: tuple[str, ...] = ()
+    """Prompts or names whose pictures must stay as they are."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.erase, Concept):
+            object.__setattr__(self, "erase", (self.erase,))
+        object.__setattr__(self, "erase", tuple(self.erase))
+        if isinstance(self.retain, str):
+            raise ExpungeError(f"retain is a list of prompts, not the text {self.retain!r}")
+        object.__setattr__(self, "retain", tuple(text.strip() for text in self.retain))
+        if not self.erase:
+            raise ExpungeError("there is no concept to erase")
+        if not all(self.retain):
+            raise ExpungeError("a prompt to retain is empty")
+        seen: set[str] = set()
+        for name in (name for concept in self.erase for name in concept.names):
+            if _key(name) in seen:
+                raise ExpungeError(f"{name!r} is to be erased twice")
+            seen.add(_key(name))
+        for text in self.retain:
+            if _key(text) in seen:
+                raise ExpungeError(f"{text!r} cannot be both erased and retained")
+
+    def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
+        """The same problem with every anchor that was left open chosen by kind."""
+        chosen = (
+            c if c.anchor is not None else dataclasses.replace(c, anchor=_other(c, anchors))
+            for c in self.erase
+        )
+        return dataclasses.replace(self, erase=tuple(chosen))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Problem:
+        """The inverse of `dataclasses.asdict`."""
+        concepts = (Concept(**{**c, "synonyms": tuple(c["synonyms"])}) for c in data["erase"])
+        return cls(tuple(concepts), tuple(data["retain"]))
+
+
+def _key(name: str) -> str:
+    """Two names are one where only case and spacing differ."""
+    return " ".join(name.casefold().split())
+
+
+def _other(concept: Concept, anchors: Mapping[str, str]) -> str:
+    """The kind's anchor, or the empty prompt where that is the concept itself."""
+    anchor = anchors[concept.kind]
+    return "" if _key(anchor) in map(_key, concept.names) else anchor
