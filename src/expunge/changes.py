@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -201,6 +201,14 @@ def find(root: Any, layer: str) -> nn.Module:
         raise ExpungeError(f"the edit does not fit: this model has no layer {layer}") from None
 
 
+def base_parameter(root: Any, layer: str, parameter: str) -> Tensor:
+    """A layer's parameter as it is beneath everything that is applied."""
+    tensor = getattr(find(root, layer), parameter)
+    while hasattr(tensor, "beneath"):
+        tensor = tensor.beneath
+    return tensor
+
+
 def check_fit(root: Any, changes: Changes) -> None:
     """Check the names and shapes of everything that changes.
 
@@ -237,9 +245,9 @@ class Applied:
         try:
             for (module, name), weights in _by_parameter(root, changes).items():
                 self._swap(module, name, weights)
-            for change in changes:
-                for layer in change.layers if isinstance(change, OutputChange) else ():
-                    self._hooks.append(_hook(find(root, layer), change))
+            for module, change in _placed(root, changes):
+                if isinstance(change, OutputChange):
+                    self._hooks.append(_hook(module, change))
         except BaseException:
             self.remove()
             raise
@@ -253,6 +261,7 @@ class Applied:
         if not value.requires_grad:
             value = nn.Parameter(value, original.requires_grad)
         # A tensor that requires gradients takes the parameter's place as it is.
+        value.beneath = original  # type: ignore[attr-defined]
         module._parameters[name] = value  # type: ignore[assignment]
         self._swapped[module, name] = (original, value)
 
@@ -281,12 +290,19 @@ class Applied:
         self.remove()
 
 
+def _placed(root: Any, changes: Changes) -> Iterator[tuple[nn.Module, Change]]:
+    """Every change with each module it belongs to, in order."""
+    for change in changes:
+        for layer in change.layers:
+            yield find(root, layer), change
+
+
 def _by_parameter(root: Any, changes: Changes) -> dict[tuple[nn.Module, str], list[WeightChange]]:
     """The weight changes of every parameter, in order."""
     grouped: dict[tuple[nn.Module, str], list[WeightChange]] = {}
-    for change in changes:
-        for layer in change.layers if isinstance(change, WeightChange) else ():
-            grouped.setdefault((find(root, layer), change.parameter), []).append(change)
+    for module, change in _placed(root, changes):
+        if isinstance(change, WeightChange):
+            grouped.setdefault((module, change.parameter), []).append(change)
     return grouped
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -105,44 +108,28 @@ class List:
     """methods, models, families, attacks, metrics or suites."""
 
 
-COMMANDS = {"draw": Draw, "erase": Erase, "info": Info, "list": List}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        with _notes(errors):
+    with _interrupts() as heard, _notes(errors):
+        try:
             _run(arguments)
-    except ExpungeError as error:
-        errors.print(f"expunge: {error}", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("expunge: interrupted; no unfinished file was left")
-        return 130
-    except SystemExit as done:  # from --help
-        return int(done.code or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            # An interrupt in the middle of an import comes out as some other error.
+            if heard or isinstance(error, KeyboardInterrupt):
+                errors.print("expunge: interrupted; no unfinished file was left")
+                return 130
+            if isinstance(error, ExpungeError):
+                errors.print(f"expunge: {error}", markup=False)
+                return 2
+            raise
+        except SystemExit as done:  # from --help
+            return int(done.code or 0)
     return 0
 
 
-def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-    elif arguments[0] == "--version":
-        print(f"expunge {__version__}")
-    elif arguments[0] not in COMMANDS:
-        raise unknown("command", arguments[0], COMMANDS)
-    elif arguments[0] == "erase":
-        _parse_erase(arguments[1:])
-    else:
-        command = arguments[0]
-        {"draw": draw, "info": info, "list": list_}[command](
-            _parse(COMMANDS[command], command, arguments[1:])  # type: ignore[arg-type]
-        )
-
-
-def draw(options: Draw) -> None:
+def draw_command(options: Draw) -> None:
     """`expunge draw`."""
     from expunge import pictures
 
@@ -157,11 +144,10 @@ def draw(options: Draw) -> None:
 
     edits = [Edit.load(path) for path in options.edit]
     model = load(options.model)
-    for edit in edits:
-        if not edit.fits(model):
-            warnings.warn("the edit was made from other weights", ExpungeWarning, stacklevel=1)
-    with _progress() as progress, model.using(*edits):
-        drawn = model.draw(probe, progress=progress)
+    with contextlib.ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit.apply(model))
+        drawn = model.draw(probe, progress=stack.enter_context(_progress()))
     if to_folder:
         for picture, seed in zip(drawn, probe.seeds, strict=True):
             pictures.save(pictures.image(picture), output / f"{_slug(options.prompt)}-{seed}.png")
@@ -170,11 +156,11 @@ def draw(options: Draw) -> None:
     print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
 
 
-def erase(options: Erase, method: Any) -> None:
+def erase_command(options: Erase, method: Any) -> None:
     """`expunge erase METHOD`."""
     if options.kind not in KINDS:
         raise unknown("kind of concept", options.kind, KINDS)
-    concepts = tuple(Concept.parse(text, options.kind) for text in options.concept)  # type: ignore[arg-type]
+    concepts = tuple(Concept.parse(text, options.kind) for text in options.concept)
     problem = Problem(concepts, options.retain)
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
@@ -194,7 +180,7 @@ def erase(options: Erase, method: Any) -> None:
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
 
 
-def info(options: Info) -> None:
+def info_command(options: Info) -> None:
     """`expunge info`."""
     from expunge.changes import summary
     from expunge.edit import Edit
@@ -221,7 +207,7 @@ def info(options: Info) -> None:
     _out().print(table)
 
 
-def list_(options: List) -> None:
+def list_command(options: List) -> None:
     """`expunge list`."""
     names = registry.names(options.kind)
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -232,24 +218,46 @@ def list_(options: List) -> None:
     _out().print(table if names else f"no {options.kind} yet")
 
 
-def _parse_erase(arguments: list[str]) -> None:
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "draw": (Draw, draw_command),
+    "info": (Info, info_command),
+    "list": (List, list_command),
+}
+"""The commands but for `erase`, whose options depend on the method."""
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(f"expunge {__version__}")
+    elif command == "erase":
+        _run_erase(arguments[1:])
+    elif command in COMMANDS:
+        options, function = COMMANDS[command]
+        function(_parse(options, command, arguments[1:]))
+    else:
+        raise unknown("command", command, [*COMMANDS, "erase"])
+
+
+def _run_erase(arguments: list[str]) -> None:
     """Read the method's name first, so that only its fields and no others become options."""
-    name = arguments[0] if arguments else ""
-    if not name or name.startswith("-"):
-        methods = (f"  {n:<8} {registry.describe('methods', n)}" for n in registry.names("methods"))
-        if name not in ("-h", "--help"):
-            known = ", ".join(registry.names("methods"))
-            raise ExpungeError(f"name a method after erase, one of: {known}")
+    name = arguments[0] if arguments else "--help"
+    known = registry.names("methods")
+    if name in ("-h", "--help"):
         print("usage: expunge erase METHOD --concept NAME[=ANCHOR] -o EDIT …\n")
-        print("\n".join(methods))
+        print("\n".join(f"  {n:<8} {registry.describe('methods', n)}" for n in known))
         print("\n  expunge erase METHOD --help    shows its options")
         return
+    if name.startswith("-"):
+        raise ExpungeError(f"name a method after erase, one of: {', '.join(known)}")
     method = registry.get("methods", name)
-    fields: list[Any] = [("method", OmitArgPrefixes[method], dataclasses.field(default=method()))]
-    options = dataclasses.make_dataclass("EraseWith", fields, bases=(Erase,), frozen=True)
-    options.__doc__ = (method.__doc__ or "").splitlines()[0]
-    parsed = _parse(options, f"erase {name}", arguments[1:])
-    erase(parsed, parsed.method)  # type: ignore[attr-defined]
+    field: Any = ("method", method, dataclasses.field(default=method()))
+    options = dataclasses.make_dataclass("EraseWith", [field], bases=(Erase,), frozen=True)
+    options.__doc__ = Erase.__doc__
+    parsed: Any = _parse(options, f"erase {name}", arguments[1:])
+    erase_command(parsed, parsed.method)
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
@@ -258,7 +266,11 @@ def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
     try:
         with contextlib.redirect_stderr(said):
             parsed, rest = tyro.cli(
-                options, prog=f"expunge {command}", args=arguments, return_unknown_args=True
+                options,
+                prog=f"expunge {command}",
+                args=arguments,
+                return_unknown_args=True,
+                config=(OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if not stop.code:
@@ -282,13 +294,11 @@ def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
 
 def _sentence(said: str, command: str) -> str:
     """The gist of tyro's boxed message."""
-    lines = [line.strip("│ ").strip() for line in said.splitlines()]
-    gist = []
-    for line in lines:
-        if line.startswith(("─", "╰")):
-            break
-        if line and not line.startswith("╭"):
-            gist.append(line)
+    lines = [line.strip("│| ") for line in said.splitlines()[1:]]  # the first is a title
+    rule = re.compile(r"[─-]{3}|╰")
+    while lines and rule.match(lines[0]):
+        del lines[0]
+    gist = list(itertools.takewhile(lambda line: not rule.match(line), filter(None, lines)))
     if gist and gist[0].startswith("Missing"):
         return f"{command} needs {gist[1]}"
     text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
@@ -317,7 +327,8 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(label: str, done: int, total: int) -> None:
@@ -326,6 +337,25 @@ def _progress() -> Iterator[Progress]:
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts heard so far; each is raised as a KeyboardInterrupt, as ever."""
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from expunge import registry
-from expunge.changes import KINDS, Applied, Change, Changes, check_fit, find, from_spec
+from expunge.changes import KINDS, Applied, Change, Changes, base_parameter, check_fit, from_spec
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.files import read_header, replacing
 from expunge.method import Method
@@ -114,7 +114,7 @@ class Edit:
             for name, tensor in change.tensors.items()
         }
         with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"expunge": metadata})
+            temporary.write_bytes(safetensors.torch.save(tensors, {"expunge": metadata}))
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -199,7 +199,7 @@ def base_hash(root: Any, changes: Changes) -> str:
     """
     digest = hashlib.sha256()
     for layer, parameter in sorted({(layer, c.parameter) for c in changes for layer in c.layers}):
-        tensor = getattr(find(root, layer), parameter)
+        tensor = base_parameter(root, layer, parameter)
         digest.update(f"{layer}.{parameter}".encode() + _bytes(tensor.to(torch.float16)))
     return digest.hexdigest()
 

@@ -27,7 +27,8 @@ def image(picture: Tensor, width: int | None = None) -> Image.Image:
 def grid(pictures: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
     """Pictures (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
     images = [image(picture, width) for picture in pictures]
-    columns = columns or math.ceil(math.sqrt(2 * len(images))) if len(images) > 3 else len(images)
+    if columns is None:
+        columns = math.ceil(math.sqrt(2 * len(images))) if len(images) > 3 else len(images)
     rows = math.ceil(len(images) / columns)
     w, h = images[0].width + gap, images[0].height + gap
     sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")

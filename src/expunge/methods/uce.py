@@ -55,7 +55,7 @@ class UCE(Method):
     """λ, pull to the original weights in every direction; larger erases less and harms less."""
     retain_scale: float = bounded(1.0, at_least=0)
     """ρ, weight of each retained prompt, of each anchor, and of the empty prompt."""
-    general: int = bounded(500, at_least=0)  # type: ignore[assignment]
+    general: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are kept; more keeps more and takes longer to encode."""
     general_scale: float = bounded(1.0, at_least=0)
     """κ, weight of those words, all together."""

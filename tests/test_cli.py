@@ -1,0 +1,225 @@
+"""The command line: what it does, and how it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from expunge import Edit
+from expunge.cli import main
+
+
+@pytest.fixture
+def run(capsys, folder, monkeypatch, tmp_path):
+    """Runs a command in an empty folder on the tiny model; returns (code, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments, model=True):
+        if model and arguments[0] in ("draw", "erase"):
+            arguments = (*arguments, "--model", str(folder))
+        code = main(arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def edit(run):
+    assert run("erase", "uce", "--concept", "airplane=sky", "-o", "e.safetensors")[0] == 0
+    return "e.safetensors"
+
+
+def test_draw_one_grid(run):
+    code, out, err = run("draw", "a ship", "-n", "3", "-o", "new/grid.png", "--steps", "2")
+    assert (code, err) == (0, "")
+    assert "3 pictures of 'a ship'" in out
+    assert Image.open("new/grid.png").size == (3 * 196 + 4, 200)
+
+
+def test_draw_a_folder_with_an_edit(run, edit, tmp_path):
+    plain = run("draw", "The airplane!", "-n", "2", "--seed", "5", "-o", "plain/", "--steps", "2")
+    edited = run(
+        "draw",
+        "The airplane!",
+        "-n",
+        "2",
+        "--seed",
+        "5",
+        "-o",
+        "edited/",
+        "--steps",
+        "2",
+        "--edit",
+        edit,
+    )
+    assert plain[0] == edited[0] == 0
+    names = ["the-airplane-5.png", "the-airplane-6.png"]
+    for name in names:
+        before, after = (Image.open(f"{folder}/{name}") for folder in ("plain", "edited"))
+        assert before.size == (16, 16)
+        assert before.tobytes() != after.tobytes()
+    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == names
+
+
+def test_erase_prints_the_anchor_it_chose(run):
+    code, out, _ = run(
+        "erase", "uce", "--concept", "airplane", "--concept", "horse=the ground", "--retain", "ship",
+        "--retain", "bird", "--ridge", "2", "--seed", "7", "-o", "e.safetensors",
+    )  # fmt: skip
+    assert code == 0
+    assert "'airplane' becomes 'sky'" in out
+    assert "'horse'" not in out
+    record = Edit.load("e.safetensors").record
+    assert [c.anchor for c in record.problem.erase] == ["sky", "the ground"]
+    assert record.problem.retain == ("ship", "bird")
+    assert (record.fields["ridge"], record.seed, record.model) == (2.0, 7, "tiny")
+
+
+def test_info(run, edit, folder):
+    code, out, _ = run("info", edit, "--model", str(folder))
+    assert code == 0
+    for text in (
+        "airplane (object); becomes 'sky'",
+        "uce: ridge 0.5",
+        "right on 14 layers",
+        "made from it",
+    ):
+        assert text in out
+    assert "name the model at hand" in run("info", edit)[1]
+
+
+def test_info_says_when_it_does_not_fit(run, edit, tmp_path):
+    from conftest import tiny_pipeline
+
+    tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
+    code, out, _ = run("info", edit, "--model", "wide")
+    assert code == 0
+    assert "no: " in out
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    assert "other weights" in run("info", edit, "--model", "other")[1]
+    code, _, err = run("draw", "ship", "-o", "x.png", "--edit", edit, "--model", "wide", model=False)
+    assert code == 2
+    assert "does not fit" in err
+    code, _, err = run(
+        "draw", "ship", "-o", "x.png", "--steps", "1", "--edit", edit, "--model", "other", model=False
+    )
+    assert code == 0
+    assert err.startswith("note: the edit was made from other weights")
+
+
+def test_lists_and_help(run):
+    assert "uce" in run("list", "methods")[1]
+    assert "stable_diffusion" in run("list", "families")[1]
+    assert "uce" in run("erase", "--help")[1]
+    for command in ("draw", "info", "list", "erase uce"):
+        code, out, _ = run(*command.split(), "--help", model=False)
+        assert code == 0
+        assert f"usage: expunge {command}" in out
+    assert "--ridge" in run("erase", "uce", "--help", model=False)[1]
+    assert "draw PROMPT" in run("--help")[1]
+    assert run("--version")[1].startswith("expunge 0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("drow x", "no command 'drow'; did you mean 'draw'"),
+        ("list methds", "did you mean 'methods'"),
+        ("erase ucee --concept a -o e.safetensors", "no method 'ucee'; did you mean 'uce'"),
+        ("erase --concept a", "name a method after erase, one of: uce"),
+        ("erase uce --concept a -o e.safetensors --rigde 1", "'--rigde'; did you mean '--ridge'"),
+        ("erase uce --concept a -o e.safetensors --kind objct", "'objct'; did you mean 'object'"),
+        ("erase uce --concept a -o e.safetensors --ridge -1", "ridge must be above 0, not -1"),
+        ("erase uce --concept a -o e.safetensors --ridge x", "--ridge: could not convert"),
+        ("erase uce --concept a -o e.safetensors --positions lst", "'lst'"),
+        ("erase uce --concept a -o e.safetensors extra", "does not know what to do with 'extra'"),
+        ("erase uce --concept = -o e.safetensors", "needs a name"),
+        ("erase uce -o e.safetensors", "no concept to erase"),
+        ("erase uce --concept a", "erase uce needs -o"),
+        ("erase uce --concept a -o e.pt", "should end so"),
+        ("erase uce --concept a -o file/e.safetensors", "cannot write"),
+        ("erase uce --concept cat --retain Cat -o e.safetensors", "both erased and retained"),
+        ("erase uce --concept a --model emojy -o e.safetensors", "no model 'emojy'"),
+        ("draw x", "draw needs -o"),
+        ("draw x -o x.txt", "should end in"),
+        ("draw x -o x.png -n 0", "at least 1"),
+        ("draw x -o x.png -n two", "-n"),
+        ("draw x -o x.png --steps 0", "num_inference_steps must be 1 to 1000"),
+        ("draw x -o file/x.png", "cannot write"),
+        ("draw x -o x.png --edit absent.safetensors", "cannot read absent.safetensors"),
+        ("draw x -o x.png --edit file", "not a whole safetensors file"),
+        ("draw x -o x.png --stpes 3", "did you mean '--steps'"),
+        ("info file", "not a whole safetensors file"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = run(*arguments.split(), model="--model" not in arguments)
+    assert code == 2
+    assert message in err
+    assert err.startswith("expunge: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_name_longer_than_the_window(run, tmp_path):
+    code, _, err = run("erase", "uce", "--concept", "ship " * 80 + "=sky", "-o", "e.safetensors")
+    assert code == 2
+    assert "80 tokens" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["expunge.model.Model.draw", "expunge.methods.uce.UCE.fit"])
+def test_an_interrupt_leaves_earlier_files(run, edit, monkeypatch, tmp_path, where):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "x.png").write_text("earlier")
+    earlier = (tmp_path / edit).read_bytes()
+    monkeypatch.setattr(where, interrupt)
+    command = ("draw", "ship", "-o", "x.png") if "draw" in where else (
+        "erase", "uce", "--concept", "horse", "-o", edit
+    )  # fmt: skip
+    code, _, err = run(*command)
+    assert code == 130
+    assert err.count("\n") == 1
+    assert (tmp_path / "x.png").read_text() == "earlier"
+    assert (tmp_path / edit).read_bytes() == earlier
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.safetensors", "x.png"]
+
+
+@pytest.mark.parametrize("seconds", [0.9, 2, 8])
+def test_a_real_interrupt(folder, tmp_path, seconds):
+    """While modules are read, while the model is, and while it draws; on a slower machine, earlier."""
+    command = [sys.executable, "-m", "expunge", "draw", "ship", "-n", "64", "--steps", "1000"]
+    process = subprocess.Popen(
+        [*command, "-o", "x.png", "--model", str(folder)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [None, ["--help"], ["erase", "--help"], ["list", "methods"]])
+def test_quick_commands_import_no_torch(command):
+    code = f"from expunge.cli import main; main({command})" if command else "import expunge"
+    program = f"import sys, time; t = time.time()\n{code}\n"
+    program += "print('torch' in sys.modules, time.time() - t)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    torch_there, seconds = result.stdout.split()[-2:]
+    assert torch_there == "False"
+    assert float(seconds) < 1 * (5 if os.environ.get("CI") else 3)  # a busy machine is slower

@@ -1,0 +1,189 @@
+"""The family's answers, against diffusers' own pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+import expunge
+from conftest import tiny_pipeline, weights
+from expunge import ExpungeError, ExpungeWarning, Probe
+from expunge.changes import LowRank
+
+
+def drawn_by_diffusers(pipe, prompt, seeds, steps, guidance):
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(
+        [prompt] * len(seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+    ).images
+
+
+V = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+}
+
+
+@pytest.mark.parametrize("scheduler", [{}, V])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_draws_what_the_pipeline_draws(scheduler, guidance):
+    pipe = tiny_pipeline(**scheduler)
+    probe = Probe.of("a photo of the ship", 2, 3, num_inference_steps=4, guidance_scale=guidance)
+    pictures = expunge.load(pipe).draw(probe)
+    assert pictures.shape == (2, 3, 16, 16)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    theirs = drawn_by_diffusers(pipe, probe.prompts[0], probe.seeds, 4, guidance)
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_sampler_with_noise_of_its_own(pipe):
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    probe = Probe.of("ship", 2, num_inference_steps=3)
+    pictures = expunge.load(pipe).draw(probe)
+    theirs = drawn_by_diffusers(pipe, "ship", probe.seeds, 3, 7.5)
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_picture_depends_on_its_own_row_alone(model):
+    probe = Probe(("ship", "bird", "ship"), (4, 5, 6), num_inference_steps=3)
+    together, alone = model.draw(probe), model.draw(probe, batch_size=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    only = model.draw(Probe(("ship",), (6,), num_inference_steps=3))
+    torch.testing.assert_close(only[0], together[2], rtol=0, atol=1e-5)
+
+
+def test_a_probe_may_bring_its_own_text(model):
+    probe = Probe.of("ship", 2, num_inference_steps=2)
+    attacked = Probe(("?", "?"), probe.seeds, 2, text=model.encode(["ship", "ship"]))
+    assert torch.equal(model.draw(attacked), model.draw(probe))
+
+
+def test_drawing_tells_progress(model):
+    told = []
+    model.draw(
+        Probe.of("ship", 3, num_inference_steps=2), batch_size=2, progress=lambda *a: told.append(a)
+    )
+    done = [n for _, n, _ in told]
+    assert done == sorted(done)
+    assert told[-1] == ("drawing", 6, 6)
+
+
+def test_encode_marks_own_tokens(model):
+    text = model.encode(["airplane", "a photo of the ship", "", "airplane"])
+    assert text.embeddings.shape == (4, 77, 32)
+    assert text.own.sum(1).tolist() == [model.count_tokens(prompt) for prompt in text.prompts]
+    assert text.own.sum(1)[[0, 2]].tolist() == [1, 0]
+    assert torch.equal(text.embeddings[0], text.embeddings[3])
+    assert not text.own[:, 0].any()
+    assert text[[1]].prompts == ("a photo of the ship",)
+
+
+def test_a_long_prompt_is_cut_and_said(model):
+    long = "ship " * 76
+    with pytest.warns(ExpungeWarning, match="76 tokens; the model reads the first 75"):
+        text = model.encode([long])
+    assert text.own.sum() == 75
+    with pytest.raises(ExpungeError, match="76 tokens, and this model reads no more than 75"):
+        model.require_window([long])
+    model.require_window(["ship " * 75])
+
+
+def test_text_entries_are_the_cross_attention(model, pipe):
+    entries = model.text_entries()
+    assert len(entries) == 14
+    assert sum(entry.role == "key" for entry in entries) == 7
+    for entry in entries:
+        layer = pipe.unet.get_submodule(entry.layer.removeprefix("unet."))
+        assert layer.in_features == 32
+
+
+def test_denoise_stops_on_the_way(model):
+    text = model.encode(["ship"])
+    whole = list(model.trajectory(text, [0], num_inference_steps=4))
+    assert len(whole) == 5
+    for until in (0, 2, 4):
+        t, latents = model.denoise(text, [0], until=until, num_inference_steps=4)
+        assert t == whole[until][0]
+        torch.testing.assert_close(latents, whole[until][1])
+    with pytest.raises(ExpungeError, match="until must be 0 to 4"):
+        model.denoise(text, [0], until=5, num_inference_steps=4)
+
+
+def test_predict_has_gradients_through_changes(model):
+    key = next(entry.layer for entry in model.text_entries())
+    up = torch.zeros(8, 1, requires_grad=True)
+    latents, text = torch.randn(2, 4, 8, 8), model.encode(["ship", "bird"])
+    with model.using([LowRank((key,), up, torch.ones(1, 32))]):
+        model.predict(latents, 500, text).square().sum().backward()
+    assert up.grad.abs().max() > 0
+
+
+def test_vocabulary_is_whole_words(model):
+    words = model.vocabulary()
+    assert {"airplane", "ship", "horse"} <= set(words)
+    assert all(word.isalpha() for word in words)
+
+
+def test_load_reads_a_folder_and_its_settings(folder, tmp_path):
+    import shutil
+
+    path = shutil.copytree(folder, tmp_path / "mine")
+    settings = {"num_inference_steps": 3, "guidance_scale": 2, "anchors": {"object": "ship"}}
+    (path / "expunge.json").write_text(json.dumps(settings))
+    model = expunge.load(path)
+    assert model.name == "mine"
+    assert (model.num_inference_steps, model.guidance_scale) == (3, 2.0)
+    assert model.anchors["object"] == "ship"
+    assert model.anchors["style"] == "art"
+    before, original = weights(model.pipe), weights(tiny_pipeline())
+    assert all(torch.equal(before[k], v) for k, v in original.items())
+    (path / "expunge.json").write_text("[]")
+    with pytest.raises(ExpungeError, match="not a JSON table"):
+        expunge.load(path)
+
+
+def test_load_refuses(folder, tmp_path):
+    import shutil
+
+    with pytest.raises(ExpungeError, match="no model 'emojy'"):
+        expunge.load("emojy")
+    with pytest.raises(ExpungeError, match=r"no model_index\.json"):
+        expunge.load(tmp_path)
+    file = tmp_path / "x.safetensors"
+    file.write_text("")
+    with pytest.raises(ExpungeError, match="is a file, not a diffusers folder"):
+        expunge.load(file)
+    path = shutil.copytree(folder, tmp_path / "cut")
+    shard = path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(ExpungeError, match="not a whole safetensors file"):
+        expunge.load(path)
+    shard.unlink()
+    with pytest.raises(ExpungeError, match="cannot load"):
+        expunge.load(path)
+    shard.write_bytes(whole)
+    (path / "unet" / "config.json").write_text("{")
+    with pytest.raises(ExpungeError, match="cannot load"):
+        expunge.load(path)
+    other = DDPMPipeline(
+        UNet2DModel(
+            sample_size=8,
+            block_out_channels=(4,),
+            norm_num_groups=2,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+        ),
+        DDPMScheduler(),
+    )
+    with pytest.raises(ExpungeError, match="no family knows the pipeline DDPMPipeline"):
+        expunge.load(other)

@@ -1,0 +1,154 @@
+"""What every method keeps, over the registry; then what each one computes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import expunge
+from conftest import weights
+from expunge import Concept, Edit, ExpungeError, Probe, Problem, registry
+from expunge.methods.uce import TEMPLATES, UCE
+
+METHODS = registry.names("methods")
+
+
+def test_the_folder_is_the_list():
+    assert "uce" in METHODS
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return registry.get("methods", request.param)()
+
+
+class TestContract:
+    def test_says_what_it_is(self, method):
+        assert method.citation
+        assert "Source:" in type(method).__doc__
+        assert registry.describe("methods", type(method).__module__.rpartition(".")[2])
+
+    def test_is_frozen(self, method):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            method.ridge = 1
+
+    def test_leaves_the_model_as_it_was(self, model, problem, method):
+        before, parameters = weights(model.pipe), list(model.pipe.unet.parameters())
+        expunge.erase(model, problem, method)
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        assert all(a is b for a, b in zip(parameters, model.pipe.unet.parameters(), strict=True))
+
+    def test_same_seed_same_edit(self, model, problem, method):
+        first, second = (expunge.erase(model, problem, method, seed=3) for _ in range(2))
+        assert first.hash == second.hash
+        assert first.record.base == second.record.base
+
+    def test_survives_saving(self, model, problem, method, tmp_path):
+        edit = expunge.erase(model, problem, method, seed=3)
+        edit.save(tmp_path / "edit.safetensors")
+        again = Edit.load(tmp_path / "edit.safetensors")
+        assert again.hash == edit.hash
+        assert again.record.problem == edit.record.problem
+        assert again.record.seed == 3
+        assert again.record.method == type(method).__module__.rpartition(".")[2]
+        assert again.fits(model)
+        probe = Probe.of("airplane", num_inference_steps=2)
+        drawn = []
+        for one in (edit, again):
+            with model.using(one):
+                drawn.append(model.draw(probe))
+        assert torch.equal(*drawn)
+
+    def test_the_erased_moves_more_than_the_retained(self, model, problem, method):
+        edit = expunge.erase(model, problem, method)
+        probe = Probe.of(["airplane", "ship", "bird"], n=2, num_inference_steps=3)
+        before = model.draw(probe)
+        with model.using(edit):
+            after = model.draw(probe)
+        erased, *retained = (after - before).abs().flatten(1).mean(1).reshape(3, 2).mean(1)
+        assert erased > 2 * max(retained)
+        assert torch.equal(model.draw(probe), before)
+
+
+def plain_uce(model, erased, anchored, retained, words, method):
+    """The paper's equation, layer by layer, summed prompt by prompt, with an explicit inverse."""
+    solved = {}
+    for entry in model.text_entries():
+        layer = model.pipe.unet.get_submodule(entry.layer.removeprefix("unet."))
+        w = layer.weight.detach().double()
+        left, right = method.ridge * w, method.ridge * torch.eye(w.shape[1], dtype=torch.float64)
+
+        def add(old, new, scale, w=w):
+            nonlocal left, right
+            left = left + scale * w @ new.double().T @ old.double()
+            right = right + scale * old.double().T @ old.double()
+
+        for old, new in zip(erased, anchored, strict=True):
+            old, new = model.encode([old]), model.encode([new])
+            i, j = int(old.own.sum()), int(new.own.sum())
+            n = 1 if method.positions == "last" else 77 - max(i, j)
+            add(old.embeddings[0, i : i + n], new.embeddings[0, j : j + n], 1 / len(erased))
+        for prompts in retained:
+            for prompt in prompts:
+                rows = model.encode([prompt]).embeddings[0]
+                add(rows, rows, method.retain_scale / len(prompts))
+        for word in words:
+            rows = model.encode([word]).embeddings[0]
+            add(rows, rows, method.general_scale / len(words))
+        solved[entry.layer] = left @ torch.linalg.inv(right)
+    return solved
+
+
+@pytest.mark.parametrize("positions", ["last-and-after", "last"])
+def test_uce_against_a_slow_reading_of_its_equation(model, positions):
+    method = UCE(0.7, retain_scale=2.0, general=10**6, general_scale=0.5, positions=positions)
+    problem = Problem((Concept("airplane", "the blue sky", synonyms=("jet",)),), ("ship",))
+    (change,) = expunge.erase(model, problem, method).changes
+    erased = [t.format(name) for name in ("airplane", "jet") for t in TEMPLATES["object"]]
+    anchored = [t.format("the blue sky") for _ in range(2) for t in TEMPLATES["object"]]
+    kept = [[t.format(name) for t in TEMPLATES["object"]] for name in ("ship", "the blue sky")]
+    words = [word for word in model.vocabulary() if word not in ("airplane", "jet")]
+    assert len(words) > 20
+    solved = plain_uce(model, erased, anchored, [[""], *kept], words, method)
+    assert set(change.layers) == set(solved)
+    for layer, plain in solved.items():
+        w = model.pipe.unet.get_submodule(layer.removeprefix("unet.")).weight.detach()
+        ours = change.weight(w).double()
+        assert (ours - plain).norm() / plain.norm() < 1e-5
+
+
+def test_uce_stores_one_matrix_for_all_layers(model, problem):
+    (change,) = expunge.erase(model, problem, "uce").changes
+    assert change.kind == "right"
+    assert change.matrix.shape == (32, 32)
+    assert len(change.layers) == 14
+
+
+def test_a_large_ridge_erases_nothing(model, problem):
+    (change,) = expunge.erase(model, problem, UCE(ridge=1e9)).changes
+    torch.testing.assert_close(change.matrix, torch.eye(32), rtol=0, atol=1e-5)
+
+
+def test_a_tiny_ridge_and_nothing_retained_is_singular(model):
+    method = UCE(ridge=1e-30, retain_scale=0, general=0)
+    with pytest.raises(ExpungeError, match="raise the ridge"):
+        expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+
+
+def test_several_concepts_and_the_empty_anchor(model):
+    problem = Problem((Concept("airplane", ""), Concept("horse"), Concept("art", kind="style")))
+    edit = expunge.erase(model, problem)
+    assert [c.anchor for c in edit.record.problem.erase] == ["", "sky", ""]
+
+
+@pytest.mark.parametrize("where", ["name", "anchor", "synonym", "retain", "template"])
+def test_names_longer_than_the_window(model, where):
+    long = "ship " * 76
+    concept = Concept(
+        long if where == "name" else "airplane",
+        long if where == "anchor" else "sky",
+        synonyms=(long,) if where == "synonym" else (),
+    )
+    method = UCE(templates=("ship " * 75 + "{}",)) if where == "template" else "uce"
+    with pytest.raises(ExpungeError, match="7[67] tokens, and this model reads no more than 75"):
+        expunge.erase(model, Problem((concept,), (long,) if where == "retain" else ()), method)
