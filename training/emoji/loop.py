@@ -1,0 +1,115 @@
+"""The training loop every stage shares: a schedule by wall time, EMA, checkpoints, resume, a progress bar."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rate_at(progress: float, *, warm_up: float = 0.02, decay_from: float = 0.6) -> float:
+    """The share of the top learning rate at `progress` in [0, 1]: warm-up, constant, linear to zero."""
+    if progress < warm_up:
+        return max(progress / warm_up, 0.01)
+    return 1.0 if progress < decay_from else max((1 - progress) / (1 - decay_from), 0.0)
+
+
+class Average:
+    """Exponential moving average of a module's parameters, short at first: decay = min(top, (1 + n) / (10 + n))."""
+
+    def __init__(self, module: nn.Module, top: float = 0.999):
+        self.top, self.steps = top, 0
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.top, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[int, float], tuple[torch.Tensor, dict[str, float]]],
+    folder: Path,
+    *,
+    minutes: float,
+    rate: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    every: float = 60.0,
+    average: float = 0.999,
+    initial: Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Trains `module` for `minutes` of wall time, over any number of sessions, and returns its averaged weights.
+
+    `loss_of(step, progress)` returns the loss and what to log. A checkpoint is written every `every` seconds to
+    `folder/name.pt` (weights-only); an interrupted run continues from it.
+    """
+    checkpoint = folder / f"{name}.pt"
+    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
+    step, spent = 0, 0.0
+    if initial and not checkpoint.exists():
+        module.load_state_dict(torch.load(initial, weights_only=True, map_location=device())["average"])
+    ema = Average(module, average)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device())
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        ema.values, ema.steps = state["average"], state["step"]
+        step, spent = state["step"], state["spent"]
+
+    def save() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "average": ema.values}
+        torch.save({**state, "step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    total, last, saved, logged = minutes * 60, time.monotonic(), spent, 0.0
+    running: dict[str, float] = {}
+    log = (folder / f"{name}.log").open("a") if folder.exists() else None
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}")) as bar:
+        task = bar.add_task(name, total=total, completed=spent, note="")
+        while spent < total:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * rate_at(spent / total)
+            loss, notes = loss_of(step, spent / total)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.update(module)
+            step += 1
+            now = time.monotonic()
+            spent, last = spent + now - last, now
+            for key, value in notes.items():
+                running[key] = 0.98 * running.get(key, value) + 0.02 * value
+            note = f"step {step} " + " ".join(f"{key} {value:.4f}" for key, value in running.items())
+            bar.update(task, completed=spent, note=note)
+            if log and spent - logged > 15:
+                log.write(f"{spent:.0f}s {note}\n")
+                log.flush()
+                logged = spent
+            if spent - saved > every:
+                save()
+                saved = spent
+    save()
+    return ema.values
