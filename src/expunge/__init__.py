@@ -18,6 +18,7 @@ from expunge.problem import Concept, Problem
 if TYPE_CHECKING:
     from expunge.edit import Edit as Edit
     from expunge.edit import erase as erase
+    from expunge.model import Model as Model
     from expunge.model import load as load
 
 __version__ = "0.1.0"
@@ -27,13 +28,19 @@ __all__ = [
     "Edit",
     "ExpungeError",
     "ExpungeWarning",
+    "Model",
     "Probe",
     "Problem",
     "erase",
     "load",
 ]
 
-_HEAVY = {"Edit": "expunge.edit", "erase": "expunge.edit", "load": "expunge.model"}
+_HEAVY = {
+    "Edit": "expunge.edit",
+    "erase": "expunge.edit",
+    "load": "expunge.model",
+    "Model": "expunge.model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge import registry
-from expunge.changes import Applied, Change, Changes
+from expunge.changes import Applied, Change, Changes, find
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import check_weights
 from expunge.probe import Probe
@@ -141,6 +141,10 @@ class Model(ABC):
         """The linear layers through which text enters."""
 
     # What follows from the answers.
+
+    def weight(self, layer: str) -> Tensor:
+        """The weight of a layer as it stands, without its gradient."""
+        return find(self.pipe, layer).weight.detach()  # type: ignore[operator]
 
     def require_window(self, prompts: Sequence[str]) -> None:
         """Check that no prompt would be cut.

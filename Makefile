@@ -1,0 +1,31 @@
+# One command each; the first one run also sets up .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/ready      ## erase the airplane, look and measure
+	$(BIN)/python examples/forget_airplane.py
+
+test: $(VENV)/ready      ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready     ## lint, format, types and tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/ready    ## put the code into its format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+help:                    ## say this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: demo test check format help

@@ -1,0 +1,65 @@
+"""Every command and code block of the README and the docs runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import expunge
+from expunge.cli import main
+from expunge.method import Method
+
+HERE = Path(__file__).parents[1]
+EMOJI = Path(expunge.__file__).parent / "emoji" / "pipeline"
+
+needs_weights = pytest.mark.skipif(not EMOJI.exists(), reason="the emoji weights are not there yet")
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (HERE / file).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@needs_weights
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = "".join(blocks("README.md", "bash")).splitlines()
+    assert len(commands) >= 5
+    for command in commands:
+        program, *arguments = shlex.split(command, comments=True)
+        assert program == "expunge"
+        assert main(arguments) == 0, command
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "airplane" in out
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"cats.png", "no-airplane.safetensors", "after.png"}
+
+
+@needs_weights
+def test_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    found = blocks("README.md", "python")
+    assert len(found) >= 2
+    for block in found:
+        exec(block, names)
+    assert names["pictures"].shape == (4, 3, 64, 64)
+
+
+def test_extending(model, problem):
+    (block,) = blocks("docs/extending.md", "python")
+    names: dict = {"__name__": "dim"}
+    exec(block, names)
+    method = names["Dim"]()
+    assert isinstance(method, Method)
+    edit = expunge.erase(model, problem, method)
+    edit.apply(model).remove()
+    assert len(edit.changes) == 14
+
+
+def test_make_targets_are_there():
+    named = set(re.findall(r"make ([a-z]+)", (HERE / "README.md").read_text()))
+    assert {"demo", "test", "check"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", (HERE / "Makefile").read_text(), re.MULTILINE)
