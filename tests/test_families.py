@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 import expunge
 from conftest import tiny_pipeline, weights
 from expunge import ExpungeError, ExpungeWarning, Probe
-from expunge.changes import LowRank
+from expunge.changes import Gated, LowRank
 
 
 def drawn_by_diffusers(pipe, prompt, seeds, steps, guidance):
@@ -43,6 +43,33 @@ def test_draws_what_the_pipeline_draws(scheduler, guidance):
     assert pictures.max() <= 1
     theirs = drawn_by_diffusers(pipe, probe.prompts[0], probe.seeds, 4, guidance)
     torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_sampler_with_memory():
+    pipe = tiny_pipeline(**V)
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    probe = Probe.of("ship", 3, num_inference_steps=5, guidance_scale=3.0)
+    pictures = expunge.load(pipe).draw(probe, batch_size=2)
+    theirs = drawn_by_diffusers(pipe, "ship", probe.seeds, 5, 3.0)
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+
+
+def test_text_layers_answer_once_a_batch_even_with_gates(model, pipe):
+    key, *_ = (entry.layer for entry in model.text_entries())
+    layer, asked = pipe.unet.get_submodule(key.removeprefix("unet.")), []
+    hook = layer.register_forward_hook(lambda *_: asked.append(1))
+    model.draw(Probe.of("ship", 4, num_inference_steps=5), batch_size=2)
+    assert len(asked) == 2
+    hook.remove()
+    gate = Gated((key,), torch.ones(8, 1), torch.ones(1, 32), torch.ones(1), torch.ones(32))
+    with model.using([gate]):
+        gated = model.draw(Probe.of("ship", 1, num_inference_steps=2))
+        theirs = drawn_by_diffusers(pipe, "ship", [0], 2, 7.5)
+    torch.testing.assert_close(gated, theirs, rtol=0, atol=1e-5)
+    assert not torch.allclose(gated, model.draw(Probe.of("ship", 1, num_inference_steps=2)))
+    assert pipe.unet.get_submodule(key.removeprefix("unet.")) is layer
 
 
 def test_a_sampler_with_noise_of_its_own(pipe):

@@ -18,6 +18,7 @@ from expunge import registry
 from expunge.changes import Applied, Change, Changes, find
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import check_weights
+from expunge.ops.once import answering_once
 from expunge.probe import Probe
 from expunge.run import Progress, quiet
 
@@ -202,6 +203,7 @@ class Model(ABC):
         distinct = list(dict.fromkeys(probe.prompts))
         text = probe.text or self.encode(distinct)[[distinct.index(p) for p in probe.prompts]]
         steps = probe.num_inference_steps or self.num_inference_steps
+        layers = [entry.layer.rpartition(".") for entry in self.text_entries()]
         pictures = []
         for start in range(0, len(probe), batch_size):
             rows = range(start, min(start + batch_size, len(probe)))
@@ -211,9 +213,11 @@ class Model(ABC):
                 num_inference_steps=steps,
                 guidance_scale=probe.guidance_scale,
             )
-            for step, (_, latents) in enumerate(trajectory):
-                done = start * steps + min(step, steps) * len(rows)
-                progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
+            # The text is the same at every step, and so is what these layers make of it.
+            with answering_once([(find(self.pipe, parent), name) for parent, _, name in layers]):
+                for step, (_, latents) in enumerate(trajectory):
+                    done = start * steps + min(step, steps) * len(rows)
+                    progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
             pictures.append(self.decode(latents))
         progress("drawing", len(probe) * steps, len(probe) * steps)
         return torch.cat(pictures)
