@@ -118,10 +118,8 @@ def main() -> None:
         scenes = maker.make(options.batch)
         return clip.loss(tokens_of(tokenizer, scenes.captions).to(device()), scenes)
 
-    weights = train(
-        "clip", clip, loss_of, options.work,
-        minutes=options.minutes, rate=options.rate, betas=(0.9, 0.98), weight_decay=0.05, average=0.995,
-    )  # fmt: skip
+    optimiser = torch.optim.AdamW(clip.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    weights = train("clip", clip, loss_of, options.work, optimiser, minutes=options.minutes, average=0.995)
     clip.load_state_dict(weights)
     clip.text.save_pretrained(options.work / "text_encoder")
     assert clip.picture is not None

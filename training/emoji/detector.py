@@ -275,7 +275,8 @@ def main() -> None:
         loss = losses(network, to_device(batch))
         return sum(loss.values()), {name: value.item() for name, value in loss.items()}
 
-    weights = train("detector", network, loss_of, options.work, minutes=options.minutes, rate=options.rate)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    weights = train("detector", network, loss_of, options.work, optimiser, minutes=options.minutes)
 
     names = tuple(label.name for label in world.labels)
     settings = Settings(names, world.styles, WIDTHS, thresholds=(0.5,) * len(names), nothing=0.2, unrecognisable=0.5)

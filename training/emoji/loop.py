@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
@@ -21,6 +22,26 @@ def rate_at(progress: float, *, warm_up: float = 0.02, decay_from: float = 0.6) 
     if progress < warm_up:
         return max(progress / warm_up, 0.01)
     return 1.0 if progress < decay_from else max((1 - progress) / (1 - decay_from), 0.0)
+
+
+def join() -> int:
+    """This process's rank. Under `torchrun --nproc-per-node N` the N processes share every step."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def share(module: nn.Module, spent: float) -> float:
+    """Averages the gradients, and the time spent, over all processes."""
+    if not dist.is_initialized():
+        return spent
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([spent])]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    for gradient, piece in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+    return flat[-1].item()
 
 
 class Average:
@@ -46,11 +67,9 @@ def train(
     module: nn.Module,
     loss_of: Callable[[int, float], tuple[torch.Tensor, dict[str, float]]],
     folder: Path,
+    optimiser: torch.optim.Optimizer,
     *,
     minutes: float,
-    rate: float,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.01,
     clip: float = 1.0,
     every: float = 60.0,
     average: float = 0.999,
@@ -62,7 +81,7 @@ def train(
     `folder/name.pt` (weights-only); an interrupted run continues from it.
     """
     checkpoint = folder / f"{name}.pt"
-    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
+    rank, rate = join(), optimiser.param_groups[0]["lr"]
     step, spent = 0, 0.0
     if initial and not checkpoint.exists():
         module.load_state_dict(torch.load(initial, weights_only=True, map_location=device())["average"])
@@ -74,17 +93,23 @@ def train(
         ema.values, ema.steps = state["average"], state["step"]
         step, spent = state["step"], state["spent"]
 
+    if dist.is_initialized():
+        for value in module.state_dict().values():
+            dist.broadcast(value, 0)
+
     def save() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if rank:
+            return
         state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "average": ema.values}
         torch.save({**state, "step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
     total, last, saved, logged = minutes * 60, time.monotonic(), spent, 0.0
     running: dict[str, float] = {}
-    log = (folder / f"{name}.log").open("a") if folder.exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    log = None if rank else (folder / f"{name}.log").open("a")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}")) as bar:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar:
         task = bar.add_task(name, total=total, completed=spent, note="")
         while spent < total:
             for group in optimiser.param_groups:
@@ -93,6 +118,7 @@ def train(
             if not torch.isfinite(loss):
                 raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
             loss.backward()
+            spent = share(module, spent)
             nn.utils.clip_grad_norm_(module.parameters(), clip)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
