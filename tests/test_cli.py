@@ -217,9 +217,9 @@ def test_a_real_interrupt(folder, tmp_path, seconds):
 @pytest.mark.parametrize("command", [None, ["--help"], ["erase", "--help"], ["list", "methods"]])
 def test_quick_commands_import_no_torch(command):
     code = f"from expunge.cli import main; main({command})" if command else "import expunge"
-    program = f"import sys, time; t = time.time()\n{code}\n"
-    program += "print('torch' in sys.modules, time.time() - t)"
+    program = f"import sys, time\n{code}\n"
+    program += "print('torch' in sys.modules, time.process_time())"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     torch_there, seconds = result.stdout.split()[-2:]
     assert torch_there == "False"
-    assert float(seconds) < 1 * (5 if os.environ.get("CI") else 3)  # a busy machine is slower
+    assert float(seconds) < 1  # of the processor's time, interpreter and all
