@@ -1,16 +1,20 @@
 """The world the emoji model can draw: labels, the names they answer to, and the drawings of each.
 
-`world.toml` is the list; the drawings come from npm packages of openly licensed icon sets (licences: NOTICE).
+`world.toml` is the list of the small world, `full.toml` of the full one; the drawings come from npm packages of
+openly licensed icon sets (licences: NOTICE).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import tarfile
 import tomllib
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -23,7 +27,12 @@ PACKAGES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent": "@iconify-json/fluent-emoji@1.2.7",
     "emojione": "@iconify-json/emojione@1.2.3",
+    "old noto": "@iconify-json/noto-v1@1.2.5",
+    "flat fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "round flags": "@iconify-json/circle-flags@1.2.11",
+    "flag icons": "flag-icons@7.5.0",
 }
+WORLD, WORK = HERE / "world.toml", Path("training/emoji/work")
 SIZE = 96  # drawings are rasterised larger than they are shown, so that a scene only ever shrinks them
 
 
@@ -43,20 +52,45 @@ class World:
     kinds: dict[str, tuple[str, ...]]  # super-category -> label names
     implied: tuple[str, ...]  # descriptions of the unsafe group that name no member
     implied_held_out: tuple[str, ...]
+    held_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> names kept out of training
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> further names of its drawings
+    flag_styles: tuple[str, ...] = ()  # the styles that hold flags and nothing else
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[Label, ...]]:
+        names = dict.fromkeys(label.group for label in self.labels)
+        return {name: tuple(label for label in self.labels if label.group == name) for name in names}
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {label.name: i for i, label in enumerate(self.labels)}
 
     def group(self, name: str) -> tuple[Label, ...]:
-        return tuple(label for label in self.labels if label.group == name)
+        return self._groups.get(name, ())
 
     def index(self, name: str) -> int:
-        return next(i for i, label in enumerate(self.labels) if label.name == name)
+        return self._places[name]
+
+
+# Countries with an article, besides the United ..., ... Republic and ... Islands.
+WITH_ARTICLE = ("Bahamas", "Comoros", "Gambia", "Isle of Man", "Maldives", "Netherlands", "Philippines", "Seychelles")
 
 
 def flag_names(country: str, adjective: str) -> tuple[str, ...]:
-    the = "the " if country.startswith("United") or country.endswith("Republic") else ""
-    return (f"flag of {the}{country}", f"{country} flag", f"{adjective} flag", f"national flag of {the}{country}")
+    """How a flag is called; not every country has an adjective."""
+    article = country.startswith("United") or country.endswith(("Republic", "Islands")) or country in WITH_ARTICLE
+    the = "the " if article else ""
+    with_adjective = (f"{adjective} flag",) if adjective else ()
+    return (f"flag of {the}{country}", f"{country} flag", *with_adjective, f"national flag of {the}{country}")
 
 
-def read_world(path: Path = HERE / "world.toml") -> World:
+def place_options(parser: argparse.ArgumentParser) -> None:
+    """What every stage asks for: which world, and where its work lies."""
+    parser.add_argument("--world", type=Path, default=WORLD, help="what can be drawn: world.toml, or full.toml")
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and trained parts; a folder a world")
+
+
+def read_world(path: Path = WORLD) -> World:
     table = tomllib.loads(path.read_text(encoding="utf8"))
     labels = [
         Label(name, tuple(names), group)
@@ -73,27 +107,41 @@ def read_world(path: Path = HERE / "world.toml") -> World:
     kinds["flag"] = tuple(label.name for label in labels if label.group == "flags")
     for kind, members in kinds.items():
         if unknown := set(members) - known:
-            raise ValueError(f"world.toml: [kinds] {kind} names {sorted(unknown)}, which are not labels.")
+            raise ValueError(f"{path.name}: [kinds] {kind} names {sorted(unknown)}, which are not labels.")
     return World(
         tuple(labels),
-        tuple(table["styles"]),
+        (*table["styles"], *table.get("flag_styles", ())),
         kinds,
         tuple(table["implied"]["phrases"]),
         tuple(table["implied"]["held_out"]),
+        {name: tuple(names) for name, names in table.get("held_out_names", {}).items()},
+        {name: tuple(names) for name, names in table.get("files", {}).items()},
+        tuple(table.get("flag_styles", ())),
     )
 
 
-def fetch(package: str, folder: Path) -> dict:
-    """An iconify set: `{"icons": {name: {"body": svg, ...}}, "width": ..., "height": ...}`."""
+def archive_of(package: str, folder: Path) -> Path:
+    """The package's archive in `folder`, fetched by npm where it is not there yet."""
     stem = package.lstrip("@").replace("/", "-").rsplit("@", 1)
     archive = folder / f"{stem[0]}-{stem[1]}.tgz"
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    with tarfile.open(archive) as tar:
-        icons = json.load(tar.extractfile("package/icons.json"))
-        icons["chars"] = json.load(tar.extractfile("package/chars.json"))
-    return icons
+    return archive
+
+
+def fetch(package: str, folder: Path) -> dict:
+    """An iconify set: `{"icons": {name: {"body": svg, ...}}, "width": ..., "height": ...}`."""
+    with tarfile.open(archive_of(package, folder)) as tar:
+        if "package/icons.json" in tar.getnames():
+            return json.load(tar.extractfile("package/icons.json"))
+        # flag-icons: one file a flag, named by its country's code
+        icons = {}
+        for member in tar:
+            if match := re.fullmatch(r"package/flags/4x3/(.+)\.svg", member.name):
+                svg = tar.extractfile(member).read().decode()
+                icons[match[1]] = {"body": svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]}
+        return {"icons": icons, "width": 640, "height": 480}
 
 
 def slug(text: str) -> str:
@@ -112,11 +160,13 @@ OTHER_NAMES = {
 }
 
 
-def find_icon(icons: dict, label: str) -> dict | None:
-    base = [slug(label.removeprefix("flag: ")), *OTHER_NAMES.get(label, [])]
+def find_icon(icons: dict, label: str, files: tuple[str, ...] = ()) -> dict | None:
+    """The set's drawing of a label; `files` are further names to look for."""
+    plain = unicodedata.normalize("NFKD", label.removeprefix("flag: ")).encode("ascii", "ignore").decode()
+    base = [slug(label.removeprefix("flag: ")), *OTHER_NAMES.get(label, []), slug(plain)]
     if label.startswith("flag: "):
         base = [form.format(name) for name in base for form in ("flag-for-{}", "flag-for-flag-{}", "flag-{}", "flag-for-the-{}")]
-    for name in base:
+    for name in (*base, *files):
         name = icons.get("aliases", {}).get(name, {}).get("parent", name)
         if name in icons["icons"]:
             return icons["icons"][name]
@@ -160,7 +210,7 @@ def load_drawings(world: World, folder: Path) -> Drawings:
         for s, style in enumerate(world.styles):
             icons = fetch(PACKAGES[style], folder / "packages")
             for k, label in enumerate(world.labels):
-                if icon := find_icon(icons, label.name):
+                if icon := find_icon(icons, label.name, world.files.get(label.name, ())):
                     pixels.append(rasterise(icons, icon))
                     labels.append(k)
                     styles.append(s)
