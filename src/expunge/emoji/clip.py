@@ -1,0 +1,84 @@
+"""The emoji model's own CLIP: how well a picture and a text go together.
+
+Its text tower is the pipeline's text encoder; its picture tower and the two projections lie beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from expunge.errors import ExpungeError
+from expunge.files import check_weights
+
+HERE = Path(__file__).parent
+
+
+class Clip:
+    """Scores pictures against texts by the cosine of their projections.
+
+    >>> clip = Clip.load()                                  # doctest: +SKIP
+    >>> clip.score(pictures, ["a cat", "a rocket"]).shape   # doctest: +SKIP
+    torch.Size([8, 2])
+    """
+
+    def __init__(
+        self, tokenizer: Any, text: nn.Module, picture: nn.Module, projections: dict[str, Tensor]
+    ) -> None:
+        self.tokenizer, self.text, self.picture, self.projections = tokenizer, text, picture, projections
+
+    @classmethod
+    def load(cls, folder: str | Path = HERE) -> Clip:
+        """Read the CLIP from `folder`, which holds `clip/` and `pipeline/`.
+
+        Raises:
+            ExpungeError: a file is missing or broken.
+        """
+        from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+
+        folder = Path(folder)
+        check_weights(folder / "clip")
+        check_weights(folder / "pipeline")
+        pipeline, towers = folder / "pipeline", {"dtype": torch.float32, "local_files_only": True}
+        try:
+            return cls(
+                CLIPTokenizer.from_pretrained(pipeline / "tokenizer"),
+                CLIPTextModel.from_pretrained(pipeline / "text_encoder", **towers).eval(),
+                CLIPVisionModel.from_pretrained(folder / "clip", **towers).eval(),
+                {
+                    k: v.float()
+                    for k, v in load_file(folder / "clip" / "projections.safetensors").items()
+                },
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ExpungeError(
+                f"cannot load the CLIP in {folder}: {str(error).splitlines()[0]}"
+            ) from error
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, 256), each of length one."""
+        window = self.tokenizer.model_max_length
+        ids = self.tokenizer(
+            list(texts), padding="longest", truncation=True, max_length=window, return_tensors="pt"
+        ).input_ids
+        pooled = self.text(input_ids=ids).pooler_output
+        return nn.functional.normalize(pooled @ self.projections["text_projection"].T, dim=1)
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        """(n, 256), each of length one, of pictures (n, 3, 64, 64) in [0, 1]."""
+        pooled = torch.cat(
+            [self.picture(pixel_values=part * 2 - 1).pooler_output for part in pictures.split(64)]
+        )
+        return nn.functional.normalize(pooled @ self.projections["picture_projection"].T, dim=1)
+
+    def score(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
+        """(pictures, texts): cosines in [-1, 1]."""
+        return self.embed_pictures(pictures) @ self.embed_texts(texts).T
