@@ -1,12 +1,19 @@
-"""Scenes composed on the fly from the drawings, and captions that name what is in them."""
+"""Scenes composed on the fly from the drawings, and captions that name what is in them.
+
+A scene is thought up in plain Python (`SceneMaker.plan`), which other processes can do ahead, and painted where the
+drawings lie, on a CPU or a GPU (`SceneMaker.paint`).
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.emoji.world import SIZE, Drawings, Label, World
 
@@ -45,7 +52,7 @@ GENERIC = (
     "", "", "", "a picture", "an image", "a photo", "a drawing", "an object", "something", "a thing", "a photo of an object",
     "a picture of something", "a photo of a thing", "an emoji", "an icon", "art", "an artwork", "a painting",
 )  # fmt: skip
-PLURAL = ("grapes", "scissors", "crossed swords", "swords")
+NOT_PLURAL = ("ss", "us", "is")  # how a singular may end in s
 
 
 def article(name: str, rng: random.Random) -> str:
@@ -53,7 +60,8 @@ def article(name: str, rng: random.Random) -> str:
     pick = rng.random()
     if pick < 0.4:
         return f"the {name}"
-    if pick < 0.75 and name not in PLURAL and name != "food":
+    plural = name.endswith("s") and not name.endswith(NOT_PLURAL)
+    if pick < 0.75 and not plural and name != "food":
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     return name
 
@@ -67,13 +75,31 @@ class Scenes:
     labels: torch.Tensor  # (n, labels) 1 where the label is in the scene
     styles: torch.Tensor  # (n, styles)
     background: torch.Tensor  # (n,) index into BACKGROUNDS
+    ids: torch.Tensor | None = None  # (n, tokens) the captions' tokens, where asked for
+
+
+@dataclass
+class Plan:
+    """A batch of scenes before it is painted, in plain Python: cheap to send from one process to another."""
+
+    captions: list[str]
+    backgrounds: list[int]  # index into BACKGROUNDS
+    horizons: list[float]  # height of the horizon, from the top; 2 where there is none
+    things: list[list[tuple[int, int]]]  # of each scene the (label, style) of its objects
+    spots: list[list[tuple[float, float, float]]]  # of each scene the (size, x, y) of its objects
+    ids: np.ndarray | None = None  # (n, tokens)
+
+
+def colour(code: str) -> list[float]:
+    return [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
 
 
 class SceneMaker:
-    """Draws scenes without end. Same seed, same scenes."""
+    """Draws scenes without end, on the device where the drawings are. Same seed, same scenes."""
 
-    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.04, 0.66, 0.30), share_style=0.7):
-        self.world, self.rng, self.objects, self.share_style = world, random.Random(seed), objects, share_style
+    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.04, 0.72, 0.24), share_style=0.7):
+        self.world, self.seed, self.objects, self.share_style = world, seed, objects, share_style
+        self.rng = random.Random(seed)
         large = drawings.pixels.float() / 255
         self.large, self.small = large, F.interpolate(large, size=(SIZE // 2, SIZE // 2), mode="area")
         self.by_label: list[dict[int, int]] = [{} for _ in world.labels]  # label -> {style: drawing}
@@ -172,54 +198,100 @@ class SceneMaker:
 
     # -- pixels ------------------------------------------------------------------------------------------------------
 
-    def paint_background(self, background: str) -> torch.Tensor:
-        def rgb(code: str) -> torch.Tensor:
-            return torch.tensor([int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]).view(3, 1, 1)
-
-        if background in COLOURS:
-            return rgb(COLOURS[background]).expand(3, PICTURE, PICTURE)
-        _, above, below = PLACES[background]
-        height = torch.linspace(0, 1, PICTURE).view(1, -1, 1)
-        if background == "sky":
-            mix = height
-        else:
-            mix = (height > self.rng.uniform(0.55, 0.75)).float()
-        return (rgb(above) * (1 - mix) + rgb(below) * mix).expand(3, PICTURE, PICTURE)
+    def paint_backgrounds(self, plan: Plan) -> torch.Tensor:
+        """(n, 3, 64, 64): one colour, or one above and one below the horizon; the sky runs from one to the other."""
+        device = self.large.device
+        pairs = [PLACES[name][1:] if name in PLACES else (COLOURS[name],) * 2 for name in BACKGROUNDS]
+        colours = torch.tensor([[colour(code) for code in pair] for pair in pairs], device=device)
+        which = torch.tensor(plan.backgrounds, device=device)
+        above, below = colours[which].view(-1, 2, 3, 1, 1).unbind(1)
+        height = torch.linspace(0, 1, PICTURE, device=device).view(1, 1, -1, 1)
+        beyond = (height > torch.tensor(plan.horizons, device=device).view(-1, 1, 1, 1)).float()
+        is_sky = (which == BACKGROUNDS.index("sky")).view(-1, 1, 1, 1)
+        mix = torch.where(is_sky, height, beyond)
+        return (above * (1 - mix) + below * mix).expand(-1, 3, PICTURE, PICTURE).clone()
 
     def places(self, count: int) -> list[tuple[float, float, float]]:
         """(size, x, y) of each object in units of the picture: the first named stands on the left."""
         rng = self.rng
         if count == 1:
-            size = rng.uniform(0.68, 0.94)
-            slack = (1 - size) / 2
+            size = rng.uniform(0.82, 0.94)
+            slack = (1 - size) / 4
             return [(size, 0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack))]
         return [
-            (size := rng.uniform(0.42, 0.5), x + rng.uniform(-1, 1) * (0.5 - size) / 2, 0.5 + rng.uniform(-0.18, 0.18))
+            (size := rng.uniform(0.46, 0.5), x + rng.uniform(-1, 1) * (0.5 - size) / 2, 0.5 + rng.uniform(-0.08, 0.08))
             for x in (0.25, 0.75)
         ]
 
-    def make(self, n: int) -> Scenes:
-        specs = [self.one() for _ in range(n)]
-        pictures = torch.stack([self.paint_background(background) for _, background, _ in specs]).clone()
-        labels = torch.zeros(n, len(self.world.labels))
-        styles = torch.zeros(n, len(self.world.styles))
+    def plan(self, n: int) -> Plan:
+        scenes = [self.one() for _ in range(n)]
+        grounds = [background for _, background, _ in scenes]
+        with_horizon = [background in PLACES and background != "sky" for background in grounds]
+        horizons = [self.rng.uniform(0.55, 0.75) if there else 2.0 for there in with_horizon]
+        spots: list[list[tuple[float, float, float]]] = [[] for _ in scenes]
+        for count in (1, 2):
+            for i, (things, _, _) in enumerate(scenes):
+                if len(things) == count:
+                    spots[i] = self.places(count)
+        return Plan(
+            [caption for _, _, caption in scenes],
+            [BACKGROUNDS.index(background) for background in grounds],
+            horizons,
+            [[(label, style) for label, style, _ in things] for things, _, _ in scenes],
+            spots,
+        )
+
+    def paint(self, plan: Plan) -> Scenes:
+        n, device = len(plan.captions), self.large.device
+        pictures = self.paint_backgrounds(plan)
         for count, mips in ((1, self.large), (2, self.small)):
-            rows = [i for i, (things, _, _) in enumerate(specs) if len(things) == count]
-            spots = {i: self.places(count) for i in rows}
+            rows = [i for i, things in enumerate(plan.things) if len(things) == count]
             for slot in range(count) if rows else ():
-                drawn = [self.by_label[specs[i][0][slot][0]][specs[i][0][slot][1]] for i in rows]
-                size, x, y = torch.tensor([spots[i][slot] for i in rows]).T
-                theta = torch.zeros(len(rows), 2, 3)
+                drawn = [self.by_label[label][style] for label, style in (plan.things[i][slot] for i in rows)]
+                size, x, y = torch.tensor([plan.spots[i][slot] for i in rows], device=device).T
+                theta = torch.zeros(len(rows), 2, 3, device=device)
                 theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
                 theta[:, 0, 2], theta[:, 1, 2] = (1 - 2 * x) / size, (1 - 2 * y) / size
                 grid = F.affine_grid(theta, [len(rows), 4, PICTURE, PICTURE], align_corners=False)
                 rgba = F.grid_sample(mips[drawn], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
                 pictures[rows] = rgba[:, :3] + (1 - rgba[:, 3:]) * pictures[rows]
-        for i, (things, _, _) in enumerate(specs):
-            for label, style, _ in things:
-                labels[i, label] = styles[i, style] = 1
-        background = torch.tensor([BACKGROUNDS.index(background) for _, background, _ in specs])
-        return Scenes(pictures.clamp(0, 1), [caption for _, _, caption in specs], labels, styles, background)
+        labels, styles = torch.zeros(n, len(self.world.labels)), torch.zeros(n, len(self.world.styles))
+        there = [(i, label, style) for i, things in enumerate(plan.things) for label, style in things]
+        if there:
+            scene, label, style = torch.tensor(there).T
+            labels[scene, label] = styles[scene, style] = 1
+        background = torch.tensor(plan.backgrounds, device=device)
+        ids = None if plan.ids is None else torch.as_tensor(plan.ids, device=device)
+        return Scenes(pictures.clamp(0, 1), plan.captions, labels.to(device), styles.to(device), background, ids)
+
+    def make(self, n: int) -> Scenes:
+        return self.paint(self.plan(n))
+
+
+class Plans(IterableDataset):
+    """The plans of a maker, `n` scenes each, without end; each of several processes has a seed of its own."""
+
+    def __init__(self, maker: SceneMaker, n: int, tokens: Callable[[list[str]], torch.Tensor]):
+        self.maker, self.n, self.tokens = maker, n, tokens
+
+    def __iter__(self) -> Iterator[Plan]:
+        if worker := get_worker_info():
+            self.maker.rng = random.Random(f"{self.maker.seed} {worker.id}")
+        while True:
+            plan = self.maker.plan(self.n)
+            plan.ids = self.tokens(plan.captions).numpy()
+            yield plan
+
+
+def stream(maker: SceneMaker, n: int, tokens: Callable[[list[str]], torch.Tensor], workers: int = 0) -> Iterator[Scenes]:
+    """Batches of `n` scenes with their captions' tokens. With `workers`, so many other processes think them up and the
+    scenes of a seed are others than without; this process only paints."""
+    if not workers:
+        yield from map(maker.paint, Plans(maker, n, tokens))
+    plans = DataLoader(
+        Plans(maker, n, tokens), batch_size=None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4
+    )
+    yield from map(maker.paint, plans)
 
 
 def named(label: Label) -> str:
