@@ -51,9 +51,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.pictures, self.labels, self.styles, self.broken
+
+    def __getitem__(self, rows: Tensor | slice) -> Examples:
+        return Examples(*(tensor[rows] for tensor in self.tensors))
+
     @classmethod
     def join(cls, parts: Sequence[Examples]) -> Examples:
-        return cls(*(torch.cat(tensors) for tensors in zip(*map(dataclasses.astuple, parts), strict=True)))
+        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
 
 
 # -- drawings and scenes ---------------------------------------------------------------------------------------------
@@ -114,6 +121,7 @@ class RoundTrips:
     def __init__(self, vae: AutoencoderKL, maker: SceneMaker, size: int) -> None:
         self.vae, self.maker = vae.eval(), maker
         self.pool = Examples.join([self.fresh(32) for _ in range(size // 32)])
+        self.oldest = 0
 
     @torch.no_grad()
     def fresh(self, n: int, muddled: float = BROKEN) -> Examples:
@@ -127,14 +135,13 @@ class RoundTrips:
         return Examples(pictures, examples.labels * good, examples.styles * good, bad)
 
     def take(self, n: int, renew: int) -> Examples:
-        """n of the pool at random, after the first `renew` have made room for new ones."""
-        tensors = dataclasses.astuple(self.pool)
+        """n of the pool at random, after `renew` new ones have taken the place of the oldest."""
         if renew:
-            new = dataclasses.astuple(self.fresh(renew))
-            tensors = [torch.cat([old[renew:], more]) for old, more in zip(tensors, new, strict=True)]
-            self.pool = Examples(*tensors)
-        rows = torch.randint(len(self.pool), (n,))
-        return Examples(*(tensor[rows] for tensor in tensors))
+            places = (self.oldest + torch.arange(renew)) % len(self.pool)
+            for old, new in zip(self.pool.tensors, self.fresh(renew).tensors, strict=True):
+                old[places] = new
+            self.oldest = (self.oldest + renew) % len(self.pool)
+        return self.pool[torch.randint(len(self.pool), (n,))]
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ def losses(network: Network, examples: Examples) -> dict[str, Tensor]:
 
 
 def to_device(examples: Examples) -> Examples:
-    return Examples(*(tensor.to(device()) for tensor in dataclasses.astuple(examples)))
+    return Examples(*(tensor.to(device()) for tensor in examples.tensors))
 
 
 def save(folder: Path, weights: dict[str, Tensor], settings: Settings) -> None:
@@ -266,8 +273,7 @@ def main() -> None:
         from_pool = round(options.batch * ROUND_TRIP) if pool else 0
         bad = round((options.batch - from_pool) * BROKEN)
         fresh = real(maker, options.batch - from_pool)
-        halves = [Examples(*(t[rows] for t in dataclasses.astuple(fresh))) for rows in (slice(bad), slice(bad, None))]
-        parts = [spoil(halves[0], flags), halves[1]]
+        parts = [spoil(fresh[:bad], flags), fresh[bad:]]
         if pool:
             parts.append(pool.take(from_pool, renew=6))
         batch = Examples.join(parts)
@@ -275,7 +281,9 @@ def main() -> None:
         loss = losses(network, to_device(batch))
         return sum(loss.values()), {name: value.item() for name, value in loss.items()}
 
-    optimiser = torch.optim.AdamW(network.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     weights = train("detector", network, loss_of, options.work, optimiser, minutes=options.minutes)
 
     names = tuple(label.name for label in world.labels)
@@ -294,8 +302,8 @@ def main() -> None:
         }
         if vae:
             trips = RoundTrips(vae, Alone(world, seen, seed + 4, seen_pairs), size=32)
-            sets["round trips"] = Examples.join([trips.fresh(32, muddled=0) for _ in range(n // 128)])
-            sets["muddled"] = Examples.join([trips.fresh(32, muddled=1) for _ in range(n // 256)])
+            sets["round trips"] = Examples.join([trips.fresh(32, muddled=0) for _ in range(max(n // 128, 1))])
+            sets["muddled"] = Examples.join([trips.fresh(32, muddled=1) for _ in range(max(n // 256, 1))])
         return sets
 
     sets = sets_of(seed=1000)
