@@ -27,7 +27,7 @@ def path(edit, tmp_path):
 def test_record(edit):
     record = edit.record
     assert record.method == "uce"
-    assert record.fields["ridge"] == 0.5
+    assert record.fields["ridge"] == 50
     assert record.problem.erase[0].anchor == "sky"
     assert set(record.versions) == {"expunge", "torch", "diffusers", "transformers"}
     assert len(record.base) == len(edit.hash) == 64

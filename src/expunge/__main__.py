@@ -21,6 +21,7 @@ def run() -> NoReturn:
 
 
 def _leave(_: int, __: FrameType | None) -> None:
+    os.write(2, b"expunge: interrupted\n")
     os._exit(130)
 
 

@@ -51,8 +51,9 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
-    ridge: float = bounded(0.5, above=0)
-    """λ, pull to the original weights in every direction; larger erases less and harms less."""
+    ridge: float = bounded(50.0, above=0)
+    """λ, pull to the original weights in every direction, in units of a squared embedding (about 600
+    for one token of a CLIP); larger erases less and harms less."""
     retain_scale: float = bounded(1.0, at_least=0)
     """ρ, weight of each retained prompt, of each anchor, and of the empty prompt."""
     general: int = bounded(500, at_least=0)
