@@ -17,7 +17,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def rate_at(progress: float, *, warm_up: float = 0.02, decay_from: float = 0.6) -> float:
+def rate_at(progress: float, *, warm_up: float = 0.02, decay_from: float = 0.3) -> float:
     """The share of the top learning rate at `progress` in [0, 1]: warm-up, constant, linear to zero."""
     if progress < warm_up:
         return max(progress / warm_up, 0.01)
@@ -73,7 +73,6 @@ def train(
     clip: float = 1.0,
     every: float = 60.0,
     average: float = 0.999,
-    initial: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains `module` for `minutes` of wall time, over any number of sessions, and returns its averaged weights.
 
@@ -83,8 +82,6 @@ def train(
     checkpoint = folder / f"{name}.pt"
     rank, rate = join(), optimiser.param_groups[0]["lr"]
     step, spent = 0, 0.0
-    if initial and not checkpoint.exists():
-        module.load_state_dict(torch.load(initial, weights_only=True, map_location=device())["average"])
     ema = Average(module, average)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device())

@@ -112,10 +112,10 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
     parser.add_argument("--fresh", type=int, default=6, help="new scenes a step and process")
     parser.add_argument("--buffer", type=int, default=4096)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--channels", type=int, nargs="+", default=[96, 128, 192])
-    parser.add_argument("--initial", type=Path, help="start from this checkpoint's weights")
+    parser.add_argument("--initial", type=Path, help="a diffusers U-Net folder to start from")
     parser.add_argument("--name", default="unet")
     options = parser.parse_args()
     torch.manual_seed(join())  # the processes start from rank 0's weights, and see their own scenes
@@ -127,6 +127,8 @@ def main() -> None:
     text_encoder = CLIPTextModel.from_pretrained(options.work / "text_encoder").to(device()).eval()
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
     unet = build(text_encoder.config.hidden_size, latent_shape(vae)[:2], tuple(options.channels))
+    if options.initial:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.initial).state_dict())
     unet.to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(SharedTextAttention())
     buffer = Buffer(options.buffer, maker, vae, text_encoder, tokenizer)
@@ -153,10 +155,7 @@ def main() -> None:
         return errors.mean(), notes
 
     optimiser = Muon(unet, options.rate, adamw=("conv_in", "conv_out", "time_"))
-    train(
-        options.name, unet, loss_of, options.work, optimiser,
-        minutes=options.minutes, average=0.998, initial=options.initial,
-    )  # fmt: skip
+    train(options.name, unet, loss_of, options.work, optimiser, minutes=options.minutes, average=0.998)
 
 
 if __name__ == "__main__":
