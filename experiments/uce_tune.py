@@ -27,7 +27,7 @@ WORDS = tuple(Word(name) for name in ("elephant", "rocket", "guitar", "pizza", "
 BYSTANDERS = tuple(Word(name) for name in ("butterfly", "bicycle", "strawberry", "camera"))
 
 TRIED: dict[str, tuple[Any, ...]] = {
-    "ridge": (0.02, 0.1, 0.5, 2.0, 8.0),
+    "ridge": (2.0, 10.0, 50.0, 200.0, 1000.0),
     "retain_scale": (0.2, 1.0, 5.0),
     "general_scale": (0.0, 0.2, 1.0, 5.0),
     "general": (200, 500, 2000),
