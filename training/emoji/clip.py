@@ -8,7 +8,7 @@ text tower is frozen afterwards and conditions the denoiser; the picture tower g
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-from training.emoji.loop import device, train
-from training.emoji.scenes import BACKGROUNDS, SceneMaker, Scenes
-from training.emoji.world import World, load_drawings, read_world
+from training.emoji.loop import device, fast_arithmetic, parse, train
+from training.emoji.scenes import BACKGROUNDS, SceneMaker, Scenes, stream
+from training.emoji.world import World, load_drawings, place_options, read_world
 
 SHARED = 256  # width of the space in which pictures and captions meet
+ON_GPU = {"batch": 1024, "rate": 1e-3, "workers": 6, "watch": 10}
 
 
 def build_text(width: int, layers: int, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -72,13 +73,13 @@ class SmallCLIP(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.3))
         self.bias = nn.Parameter(torch.tensor(-8.0))
 
-    def loss(self, ids: torch.Tensor, scenes: Scenes) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, ids: torch.Tensor, scenes: Scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         labels = scenes.labels.to(ids.device)
         background = F.one_hot(scenes.background, len(BACKGROUNDS)).float().to(ids.device)
         facts = torch.cat([labels, scenes.styles.to(ids.device), background], 1)
         text = self.text(input_ids=ids).pooler_output
         loss = telling = self.telling(self.text_facts(text), facts)
-        notes = {"telling": telling.item()}
+        notes = {"telling": telling.detach()}
         if self.picture is None:
             return loss, notes
         picture = self.picture(pixel_values=scenes.pictures.to(ids.device) * 2 - 1).pooler_output
@@ -90,7 +91,7 @@ class SmallCLIP(nn.Module):
         same = (labels @ labels.T > 0).float() * (1 - own)
         pairs = F.binary_cross_entropy_with_logits(logits, own, weight=1 - same, reduction="sum") / len(a)
         correct = (logits - 1e4 * same).argmax(1) == torch.arange(len(a), device=ids.device)
-        notes |= {"seen": seen.item(), "pairs": pairs.item(), "top1": correct.float().mean().item()}
+        notes |= {"seen": seen.detach(), "pairs": pairs.detach(), "top1": correct.float().mean()}
         return telling + seen + pairs, notes
 
     @staticmethod
@@ -101,25 +102,34 @@ class SmallCLIP(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     parser.add_argument("--minutes", type=float, default=11)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=7e-4)
-    options = parser.parse_args()
+    parser.add_argument("--workers", type=int, default=0, help="processes that think up scenes and tokenise captions")
+    parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
+    options = parse(parser, ON_GPU)
     torch.manual_seed(0)
-    world = read_world()
-    maker = SceneMaker(world, load_drawings(world, options.work), seed=2)
+    fast_arithmetic()
+    world = read_world(options.world)
+    maker = SceneMaker(world, load_drawings(world, options.work).to(device()), seed=2)
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
     clip = SmallCLIP(build_text(options.width, options.layers, tokenizer), build_picture(), world).to(device())
 
-    def loss_of(step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        scenes = maker.make(options.batch)
-        return clip.loss(tokens_of(tokenizer, scenes.captions).to(device()), scenes)
+    batches = stream(maker, options.batch, partial(tokens_of, tokenizer), options.workers)
+
+    def loss_of(step: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scenes = next(batches)
+        assert scenes.ids is not None
+        return clip.loss(scenes.ids, scenes)
 
     optimiser = torch.optim.AdamW(clip.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    weights = train("clip", clip, loss_of, options.work, optimiser, minutes=options.minutes, average=0.995)
+    weights = train(
+        "clip", clip, loss_of, options.work, optimiser,
+        minutes=options.minutes, average=0.995, watch=options.watch,
+    )  # fmt: skip
     clip.load_state_dict(weights)
     clip.text.save_pretrained(options.work / "text_encoder")
     assert clip.picture is not None

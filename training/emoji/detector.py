@@ -30,7 +30,7 @@ from expunge.files import replacing
 from training.emoji import broken
 from training.emoji.loop import device, train
 from training.emoji.scenes import SceneMaker
-from training.emoji.world import Drawings, World, load_drawings, read_world
+from training.emoji.world import Drawings, World, load_drawings, place_options, read_world
 
 WIDTHS = (24, 40, 80, 160)
 HELD_OUT_PAIRS = 12
@@ -246,7 +246,7 @@ def measure(detector: Detector, world: World, sets: dict[str, Examples]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--batch", type=int, default=96)
@@ -255,7 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    world = read_world()
+    world = read_world(options.world)
     drawings = load_drawings(world, options.work)
     seen, seen_pairs, held_out = split(world, drawings)
     flags = torch.tensor([float(label.group == "flags") for label in world.labels])

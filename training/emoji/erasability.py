@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.emoji.clip import SmallCLIP, build_text, tokens_of
 from training.emoji.scenes import HELD_OUT_TEMPLATES, TEMPLATES, SceneMaker
-from training.emoji.world import World, load_drawings, read_world
+from training.emoji.world import World, load_drawings, place_options, read_world
 
 
 def train_text(width: int, layers: int, steps: int, work: Path, world: World, tokenizer) -> CLIPTextModel:
@@ -91,14 +91,14 @@ def curve(text: CLIPTextModel, tokenizer, world: World, captions: list[str]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 768])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--shipped", type=Path, help="also measure this trained text encoder")
     parser.add_argument("--to", type=Path, default=Path("training/emoji/erasability.json"))
     options = parser.parse_args()
-    world = read_world()
+    world = read_world(options.world)
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
     maker = SceneMaker(world, load_drawings(world, options.work), seed=6)
     captions = [c for c in (maker.one()[2] for _ in range(2000)) if "flag" not in c][:1000]

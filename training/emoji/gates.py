@@ -30,7 +30,7 @@ from expunge.emoji.detector import NOTHING, UNRECOGNISABLE, Detector, Recognitio
 from expunge.files import replacing
 from expunge.pictures import grid, save
 from training.emoji.scenes import BACKGROUNDS, HELD_OUT_TEMPLATES, PLACES, TEMPLATES, article
-from training.emoji.world import World, read_world
+from training.emoji.world import WORLD, World, read_world
 
 NEAR = (("cat", "cat face"), ("ship", "sailboat"))
 SYNONYMS = {  # those every suite judges by; "vehicle" is a super-category, not a synonym of automobile
@@ -160,7 +160,7 @@ class Prompts:
     def styles(self, share: float) -> list[Case]:
         things = [label for label in self.world.labels if label.group != "flags"]  # not every set has every flag
         cases = []
-        for style in self.world.styles:
+        for style in [style for style in self.world.styles if style not in self.world.flag_styles]:
             for turn in range(self.count(share)):
                 prompt, template = self.dressed(article(self.rng.choice(things).names[0], self.rng), turn)
                 form = self.rng.choice(("in {} style", "in the style of {}"))
@@ -331,6 +331,7 @@ def percent(share: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=Path, default=WORLD, help="what it can draw: world.toml, or full.toml")
     parser.add_argument("--pipeline", type=Path, default=Path("src/expunge/emoji/pipeline"))
     parser.add_argument("--detector", type=Path, default=DETECTOR)
     parser.add_argument("--pictures", type=int, default=20, help="pictures for each of the ten words; the rest follows")
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="save twelve pictures of every gate in one image")
     options = parser.parse_args()
     detector, model = Detector.load(options.detector), expunge.load(options.pipeline)
-    world = read_world()
+    world = read_world(options.world)
     chosen = [gate for gate in gates(world, options.pictures) if options.only in gate.name]
     prompts = [case.prompt for gate in chosen for case in gate.cases]
     pictures = draw(model, prompts, options.guidance, options.steps, options.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,23 @@ from torch import nn
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_arithmetic() -> None:
+    """TF32, and kernels chosen by trial, on a GPU; on a CPU no time for numbers next to zero."""
+    torch.set_flush_denormal(True)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+
+
+def parse(parser: argparse.ArgumentParser, on_gpu: dict[str, object]) -> argparse.Namespace:
+    """The command line; with `--preset gpu` the defaults are `on_gpu`, and what is given beside it still counts."""
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help=f"gpu: {on_gpu}")
+    known, _ = parser.parse_known_args()
+    if known.preset == "gpu":
+        parser.set_defaults(**on_gpu)
+    return parser.parse_args()
 
 
 def rate_at(progress: float, *, warm_up: float = 0.02, decay_from: float = 0.3) -> float:
@@ -55,7 +73,12 @@ class Average:
     def update(self, module: nn.Module) -> None:
         self.steps += 1
         decay = min(self.top, (1 + self.steps) / (10 + self.steps))
-        for name, value in module.state_dict().items():
+        now = module.state_dict()
+        if next(iter(now.values())).is_cuda:  # all at once: hundreds of small kernels take longer than the step
+            floating = [name for name, value in now.items() if value.is_floating_point()]
+            torch._foreach_lerp_([self.values[k] for k in floating], [now[k] for k in floating], 1 - decay)
+            now = {name: value for name, value in now.items() if not value.is_floating_point()}
+        for name, value in now.items():
             if value.is_floating_point():
                 self.values[name].lerp_(value, 1 - decay)
             else:
@@ -65,7 +88,7 @@ class Average:
 def train(
     name: str,
     module: nn.Module,
-    loss_of: Callable[[int, float], tuple[torch.Tensor, dict[str, float]]],
+    loss_of: Callable[[int, float], tuple[torch.Tensor, dict[str, float | torch.Tensor]]],
     folder: Path,
     optimiser: torch.optim.Optimizer,
     *,
@@ -73,11 +96,14 @@ def train(
     clip: float = 1.0,
     every: float = 60.0,
     average: float = 0.999,
+    session: float | None = None,
+    watch: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Trains `module` for `minutes` of wall time, over any number of sessions, and returns its averaged weights.
 
     `loss_of(step, progress)` returns the loss and what to log. A checkpoint is written every `every` seconds to
-    `folder/name.pt` (weights-only); an interrupted run continues from it.
+    `folder/name.pt` (weights-only); an interrupted run continues from it. `session` ends this session after so many
+    minutes, wherever the schedule is. The loss is looked at every `watch` steps: on a GPU each look waits for it.
     """
     checkpoint = folder / f"{name}.pt"
     rank, rate = join(), optimiser.param_groups[0]["lr"]
@@ -86,7 +112,8 @@ def train(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device())
         module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
+        if state["optimiser"]:  # what was carried from elsewhere comes without
+            optimiser.load_state_dict(state["optimiser"])
         ema.values, ema.steps = state["average"], state["step"]
         step, spent = state["step"], state["spent"]
 
@@ -102,17 +129,19 @@ def train(
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
     total, last, saved, logged = minutes * 60, time.monotonic(), spent, 0.0
+    until = total if session is None else min(total, spent + session * 60)
     running: dict[str, float] = {}
     folder.mkdir(parents=True, exist_ok=True)
     log = None if rank else (folder / f"{name}.log").open("a")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar:
         task = bar.add_task(name, total=total, completed=spent, note="")
-        while spent < total:
+        while spent < until:
             for group in optimiser.param_groups:
                 group["lr"] = rate * rate_at(spent / total)
             loss, notes = loss_of(step, spent / total)
-            if not torch.isfinite(loss):
+            look = step % watch == 0
+            if look and not torch.isfinite(loss):
                 raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
             loss.backward()
             spent = share(module, spent)
@@ -123,8 +152,10 @@ def train(
             step += 1
             now = time.monotonic()
             spent, last = spent + now - last, now
+            if not look:
+                continue
             for key, value in notes.items():
-                running[key] = 0.98 * running.get(key, value) + 0.02 * value
+                running[key] = 0.98 * running.get(key, float(value)) + 0.02 * float(value)
             note = f"step {step} " + " ".join(f"{key} {value:.4f}" for key, value in running.items())
             bar.update(task, completed=spent, note=note)
             if log and spent - logged > 15:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training.emoji.world import SIZE, Drawings, Label, World
 
 PICTURE = 64
+Tokens = Callable[[list[str]], torch.Tensor]  # captions -> (n, tokens) ids
 
 COLOURS = {
     "white": "ffffff", "black": "181818", "grey": "9a9a9a", "red": "e03c31", "orange": "f5932f", "yellow": "f7d94c",
@@ -271,7 +272,7 @@ class SceneMaker:
 class Plans(IterableDataset):
     """The plans of a maker, `n` scenes each, without end; each of several processes has a seed of its own."""
 
-    def __init__(self, maker: SceneMaker, n: int, tokens: Callable[[list[str]], torch.Tensor]):
+    def __init__(self, maker: SceneMaker, n: int, tokens: Tokens | None):
         self.maker, self.n, self.tokens = maker, n, tokens
 
     def __iter__(self) -> Iterator[Plan]:
@@ -279,19 +280,19 @@ class Plans(IterableDataset):
             self.maker.rng = random.Random(f"{self.maker.seed} {worker.id}")
         while True:
             plan = self.maker.plan(self.n)
-            plan.ids = self.tokens(plan.captions).numpy()
+            plan.ids = self.tokens(plan.captions).numpy() if self.tokens else None
             yield plan
 
 
-def stream(maker: SceneMaker, n: int, tokens: Callable[[list[str]], torch.Tensor], workers: int = 0) -> Iterator[Scenes]:
-    """Batches of `n` scenes with their captions' tokens. With `workers`, so many other processes think them up and the
-    scenes of a seed are others than without; this process only paints."""
-    if not workers:
-        yield from map(maker.paint, Plans(maker, n, tokens))
-    plans = DataLoader(
-        Plans(maker, n, tokens), batch_size=None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4
-    )
-    yield from map(maker.paint, plans)
+def stream(maker: SceneMaker, n: int, tokens: Tokens | None = None, workers: int = 0) -> Iterator[Scenes]:
+    """Batches of `n` scenes without end, with their captions' tokens where asked for.
+
+    With `workers` so many other processes think the scenes up and this one only paints; a seed then means other scenes.
+    """
+    plans = Plans(maker, n, tokens)
+    if workers:
+        plans = DataLoader(plans, None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4)
+    return map(maker.paint, plans)
 
 
 def named(label: Label) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 from training.emoji.scenes import SceneMaker
-from training.emoji.world import load_drawings, read_world
+from training.emoji.world import archive_of, load_drawings, place_options, read_world
 
 VOCABULARY = 4096
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -25,16 +24,11 @@ SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 
 def broad_words(folder: Path) -> list[str]:
     """Labels, tags and keywords of every emoji, from emojibase-data and emojilib."""
-    packages = folder / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    for package, version in (("emojibase-data", "17.0.0"), ("emojilib", "4.0.3")):
-        if not (packages / f"{package}-{version}.tgz").exists():
-            subprocess.run(["npm", "pack", f"{package}@{version}", "--silent"], cwd=packages, check=True)
     words: list[str] = []
-    with tarfile.open(packages / "emojibase-data-17.0.0.tgz") as tar:
+    with tarfile.open(archive_of("emojibase-data@17.0.0", folder / "packages")) as tar:
         for entry in json.load(tar.extractfile("package/en/data.json")):
             words += [entry["label"], *entry.get("tags", [])]
-    with tarfile.open(packages / "emojilib-4.0.3.tgz") as tar:
+    with tarfile.open(archive_of("emojilib@4.0.3", folder / "packages")) as tar:
         member = next(name for name in tar.getnames() if name.endswith("emoji-en-US.json"))
         for keywords in json.load(tar.extractfile(member)).values():
             words += [keyword.replace("_", " ") for keyword in keywords]
@@ -74,9 +68,9 @@ def train_tokenizer(texts: list[str]) -> CLIPTokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     options = parser.parse_args()
-    world = read_world()
+    world = read_world(options.world)
     maker = SceneMaker(world, load_drawings(world, options.work), seed=0)
     captions = [maker.one()[2] for _ in range(20_000)]
     names = [name for label in world.labels for name in label.names] * 50

@@ -8,6 +8,9 @@ of a caption are computed once for all of its noise levels.
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +18,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training.emoji.loop import device, join, train
+from training.emoji.loop import device, fast_arithmetic, join, parse, train
 from training.emoji.muon import Muon
-from training.emoji.scenes import SceneMaker
-from training.emoji.world import load_drawings, read_world
+from training.emoji.scenes import SceneMaker, Scenes, stream
+from training.emoji.world import load_drawings, place_options, read_world
 
 SCHEDULE = {
     "beta_schedule": "squaredcos_cap_v2",
@@ -27,6 +30,9 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "num_train_timesteps": 1000,
 }
+ON_GPU = {
+    "scenes": 256, "levels": 4, "fresh": 512, "every": 8, "buffer": 32768, "workers": 6, "watch": 25, "average": 0.9995,
+}  # fmt: skip
 
 
 def build(width: int, latent: tuple[int, int], channels: tuple[int, ...]) -> UNet2DConditionModel:
@@ -71,11 +77,22 @@ class SharedTextAttention:
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).reshape(n, tokens, -1)))
 
 
-class Buffer:
-    """A ring of scenes as the denoiser sees them: latents (n, c, h, w) and text states (n, 77, width)."""
+def padded_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(n, 77) ids."""
+    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
-    def __init__(self, size: int, maker: SceneMaker, vae, text_encoder, tokenizer):
+
+class Buffer:
+    """A ring of scenes as the denoiser sees them: latents (n, c, h, w) and text states (n, 77, width).
+
+    The scenes are made here, or taken from `source`.
+    """
+
+    def __init__(
+        self, size: int, maker: SceneMaker, vae, text_encoder, tokenizer, source: Iterator[Scenes] | None = None
+    ):
         self.maker, self.vae, self.text_encoder, self.tokenizer = maker, vae, text_encoder, tokenizer
+        self.source = source
         self.latents = torch.zeros(size, *latent_shape(vae), device=device())
         self.text = torch.zeros(size, 77, text_encoder.config.hidden_size, device=device())
         self.filled, self.next = 0, 0
@@ -83,16 +100,20 @@ class Buffer:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
-        ids = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return self.text_encoder(input_ids=ids.input_ids.to(device())).last_hidden_state
+        return self.states(padded_tokens(self.tokenizer, captions))
+
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(input_ids=ids.to(device())).last_hidden_state
 
     @torch.no_grad()
     def refill(self, n: int) -> None:
-        scenes = self.maker.make(n)
+        """`n` new scenes in the place of the oldest; of a source as many as it gives at once."""
+        scenes = next(self.source) if self.source else self.maker.make(n)
+        n = len(scenes.captions)
         pictures = scenes.pictures.to(device()).contiguous(memory_format=torch.channels_last)
         places = (torch.arange(n) + self.next) % len(self.latents)
         self.latents[places] = self.vae.encode(pictures * 2 - 1).latent_dist.sample()
-        self.text[places] = self.encode(scenes.captions)
+        self.text[places] = self.encode(scenes.captions) if scenes.ids is None else self.states(scenes.ids)
         self.next = (self.next + n) % len(self.latents)
         self.filled = min(self.filled + n, len(self.latents))
 
@@ -104,25 +125,37 @@ class Buffer:
         return self.latents[rows], text
 
 
+def compiled(unet: UNet2DConditionModel):
+    """The U-Net compiled, or as it is where the compiler fails: its weights are the same."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(unet)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--session", type=float, help="stop after so many minutes, to go on another time")
     parser.add_argument("--scenes", type=int, default=12, help="scenes a step and process")
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
     parser.add_argument("--fresh", type=int, default=6, help="new scenes a step and process")
+    parser.add_argument("--every", type=int, default=1, help="new scenes only every so many steps")
     parser.add_argument("--buffer", type=int, default=4096)
+    parser.add_argument("--workers", type=int, default=0, help="processes that think up scenes and tokenise captions")
+    parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
+    parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights")
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net (on a GPU)")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--channels", type=int, nargs="+", default=[96, 128, 192])
     parser.add_argument("--initial", type=Path, help="a diffusers U-Net folder to start from")
     parser.add_argument("--name", default="unet")
-    options = parser.parse_args()
+    options = parse(parser, ON_GPU)
     torch.manual_seed(join())  # the processes start from rank 0's weights, and see their own scenes
-    torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    world = read_world()
-    maker = SceneMaker(world, load_drawings(world, options.work), seed=torch.initial_seed() + 3)
+    fast_arithmetic()
+    world = read_world(options.world)
+    seed = torch.initial_seed() + 3 + (time.time_ns() if options.session else 0)  # another session, other scenes
+    maker = SceneMaker(world, load_drawings(world, options.work).to(device()), seed)
     vae = AutoencoderKL.from_pretrained(options.work / "vae").to(device(), memory_format=torch.channels_last).eval()
     text_encoder = CLIPTextModel.from_pretrained(options.work / "text_encoder").to(device()).eval()
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
@@ -131,13 +164,18 @@ def main() -> None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.initial).state_dict())
     unet.to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(SharedTextAttention())
-    buffer = Buffer(options.buffer, maker, vae, text_encoder, tokenizer)
+    source = stream(maker, options.fresh, partial(padded_tokens, tokenizer), options.workers) if options.workers else None
+    buffer = Buffer(options.buffer, maker, vae, text_encoder, tokenizer, source)
     buffer.refill(256)
+    while options.workers and buffer.filled < options.buffer // 2:
+        buffer.refill(options.fresh)
+    forward = compiled(unet) if options.compile and device().type == "cuda" else unet
     alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device())
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device().type == "cuda")
 
     def loss_of(step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        buffer.refill(options.fresh)
+        if step % options.every == 0:
+            buffer.refill(options.fresh)
         latents, text = buffer.sample(options.scenes, options.drop)
         latents = latents.repeat_interleave(options.levels, 0)
         # Stratified times: one in each of `levels` equal parts of the schedule, for each scene.
@@ -149,13 +187,16 @@ def main() -> None:
         s = (1 - alpha_bar[times]).sqrt().view(-1, 1, 1, 1)
         noisy, velocity = a * latents + s * noise, a * noise - s * latents
         with autocast:
-            out = unet(noisy.contiguous(memory_format=torch.channels_last), times, text).sample
+            out = forward(noisy.contiguous(memory_format=torch.channels_last), times, text).sample
         errors = (out.float() - velocity).square().mean((1, 2, 3)).view(options.scenes, options.levels)
-        notes = {f"v{k}": value for k, value in enumerate(errors.detach().mean(0).tolist())}
+        notes = {f"v{k}": value for k, value in enumerate(errors.detach().mean(0))}
         return errors.mean(), notes
 
     optimiser = Muon(unet, options.rate, adamw=("conv_in", "conv_out", "time_"))
-    train(options.name, unet, loss_of, options.work, optimiser, minutes=options.minutes, average=0.998)
+    train(
+        options.name, unet, loss_of, options.work, optimiser,
+        minutes=options.minutes, average=options.average, session=options.session, watch=options.watch,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ throughout a little KL, so that the decoder forgives noise.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,14 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
-from training.emoji.loop import device, train
+from training.emoji.loop import device, fast_arithmetic, parse, train
 from training.emoji.muon import Muon
-from training.emoji.scenes import SceneMaker
-from training.emoji.world import load_drawings, read_world
+from training.emoji.scenes import SceneMaker, stream
+from training.emoji.world import load_drawings, place_options, read_world
 
 # How far the picture shrinks: (channels of each level, channels of the latent).
 SIZES = {4: ((16, 32, 64), 4), 8: ((8, 16, 48, 96), 8)}
+ON_GPU = {"batch": 128, "workers": 3, "watch": 25}
 
 
 def build(shrink: int = 8) -> AutoencoderKL:
@@ -78,24 +78,27 @@ def to_unit_variance(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    place_options(parser)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--shrink", type=int, default=8, choices=SIZES)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=0, help="processes that think up scenes")
+    parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--name", default="vae")
     parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements")
-    options = parser.parse_args()
+    options = parse(parser, ON_GPU)
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    world = read_world()
-    maker = SceneMaker(world, load_drawings(world, options.work), seed=1)
+    fast_arithmetic()
+    world = read_world(options.world)
+    drawings = load_drawings(world, options.work).to(device())
+    scenes = stream(SceneMaker(world, drawings, seed=1), options.batch, workers=options.workers)
     vae = build(options.shrink).to(device(), memory_format=torch.channels_last)
     # KL weight with mean-reduced terms: latent numbers over picture numbers.
     kl_weight = options.kl * vae.config.latent_channels / (3 * options.shrink**2)
 
     def loss_of(step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        x = maker.make(options.batch).pictures.to(device()).contiguous(memory_format=torch.channels_last) * 2 - 1
+        x = next(scenes).pictures.contiguous(memory_format=torch.channels_last) * 2 - 1
         posterior = vae.encode(x).latent_dist
         out = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
@@ -103,13 +106,15 @@ def main() -> None:
         sharpen = min(max((progress - 0.15) / 0.3, 0.0), 1.0)
         loss = (1 - sharpen) * squared + sharpen * reconstruction(out, x)
         psnr = -10 * (squared.detach() / 4).log10()
-        return loss + kl_weight * kl, {"loss": loss.item(), "kl": kl.item(), "psnr": psnr.item()}
+        return loss + kl_weight * kl, {"loss": loss.detach(), "kl": kl.detach(), "psnr": psnr}
 
     optimiser = Muon(vae, options.rate, adamw=("conv_in", "conv_out"))
-    weights = train(options.name, vae, loss_of, options.work, optimiser, minutes=options.minutes)
+    weights = train(
+        options.name, vae, loss_of, options.work, optimiser, minutes=options.minutes, watch=options.watch
+    )
     vae.load_state_dict(weights)
     vae.eval()
-    pictures = SceneMaker(world, load_drawings(world, options.work), seed=99).make(256).pictures.to(device())
+    pictures = SceneMaker(world, drawings, seed=99).make(256).pictures
     to_unit_variance(vae, pictures)
     vae.save_pretrained(options.work / options.name)
 

@@ -87,7 +87,7 @@ def flag_names(country: str, adjective: str) -> tuple[str, ...]:
 def place_options(parser: argparse.ArgumentParser) -> None:
     """What every stage asks for: which world, and where its work lies."""
     parser.add_argument("--world", type=Path, default=WORLD, help="what can be drawn: world.toml, or full.toml")
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and trained parts; a folder a world")
+    parser.add_argument("--work", type=Path, default=WORK, help="its drawings, checkpoints and trained parts")
 
 
 def read_world(path: Path = WORLD) -> World:
@@ -165,7 +165,8 @@ def find_icon(icons: dict, label: str, files: tuple[str, ...] = ()) -> dict | No
     plain = unicodedata.normalize("NFKD", label.removeprefix("flag: ")).encode("ascii", "ignore").decode()
     base = [slug(label.removeprefix("flag: ")), *OTHER_NAMES.get(label, []), slug(plain)]
     if label.startswith("flag: "):
-        base = [form.format(name) for name in base for form in ("flag-for-{}", "flag-for-flag-{}", "flag-{}", "flag-for-the-{}")]
+        forms = ("flag-for-{}", "flag-for-flag-{}", "flag-{}", "flag-for-the-{}")
+        base = [form.format(name) for name in base for form in forms]
     for name in (*base, *files):
         name = icons.get("aliases", {}).get(name, {}).get("parent", name)
         if name in icons["icons"]:
@@ -198,6 +199,9 @@ class Drawings:
     pixels: torch.Tensor  # (n, 4, SIZE, SIZE) uint8, premultiplied
     label: torch.Tensor  # (n,) index into world.labels
     style: torch.Tensor  # (n,) index into world.styles
+
+    def to(self, device: torch.device) -> Drawings:
+        return Drawings(self.pixels.to(device), self.label, self.style)
 
 
 def load_drawings(world: World, folder: Path) -> Drawings:
