@@ -1,4 +1,7 @@
-"""Puts the trained parts together as an ordinary diffusers folder: float16 safetensors, shards under 16 MB."""
+"""Puts the trained parts together: an ordinary diffusers folder, and beside it the picture tower of the CLIP.
+
+Float16 safetensors, shards under 16 MB.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from training.emoji.unet import SCHEDULE, build, latent_shape
 
@@ -34,27 +38,40 @@ def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
+def write_pipeline(work: Path, name: str, folder: Path) -> None:
+    pipeline(work, name).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(work / "tokenizer" / file, folder / "tokenizer" / file)
+    (folder / "expunge.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
+
+
+def write_clip(work: Path, folder: Path) -> None:
+    CLIPVisionModel.from_pretrained(work / "clip").to(torch.float16).save_pretrained(folder)
+    projections = load_file(work / "clip" / "projections.safetensors")
+    save_file({name: value.half() for name, value in projections.items()}, folder / "projections.safetensors")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
     parser.add_argument("--name", default="unet")
-    parser.add_argument("--to", type=Path, default=Path("src/expunge/emoji/pipeline"))
+    parser.add_argument("--to", type=Path, default=Path("src/expunge/emoji"))
     options = parser.parse_args()
-    beside = options.to.with_name(options.to.name + ".new")
+    beside = options.to / ".new"
     shutil.rmtree(beside, ignore_errors=True)
-    pipeline(options.work, options.name).to(torch.float16).save_pretrained(beside, max_shard_size="15MB")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(options.work / "tokenizer" / name, beside / "tokenizer" / name)
-    (beside / "expunge.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
-    shutil.rmtree(options.to, ignore_errors=True)
-    beside.rename(options.to)
+    write_pipeline(options.work, options.name, beside / "pipeline")
+    write_clip(options.work, beside / "clip")
+    for part in ("pipeline", "clip"):
+        shutil.rmtree(options.to / part, ignore_errors=True)
+        (beside / part).rename(options.to / part)
+    beside.rmdir()
 
 
 if __name__ == "__main__":
