@@ -15,13 +15,13 @@ HOME_WORK=${HOME_WORK:-training/emoji/work/full}
 WORK=${WORK:-build/emoji-work}    # on the GPU machine; kept between commands
 SITE=build/site
 LIMIT=${LIMIT:-585}               # seconds this command may take
-VAE=${VAE:-3.5} CLIP=${CLIP:-4} DETECTOR=${DETECTOR:-7} UNET=${UNET:-16}   # minutes
+VAE=${VAE:-3.5} CLIP=${CLIP:-4} DETECTOR=${DETECTOR:-7} UNET=${UNET:-14}   # minutes
 PRESET=${PRESET:-gpu} COMPILE=${COMPILE---compile}
 MORE_UNET=${MORE_UNET:-} MORE=${MORE:-} TESTS=${TESTS:-2000} PICTURES=${PICTURES:-20}  # for trials at toy scale
 PYTHON=${PYTHON:-python3}
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
-stage() { "$PYTHON" -m "training.emoji.$@"; }
+stage() { local name=$1; shift; "$PYTHON" -m "training.emoji.$name" "$@"; }
 left() { echo $((LIMIT - SECONDS)); }
 trained() { stage carry minutes --work "$WORK"; }
 less() { "$PYTHON" -c "import sys; sys.exit(not $1 < $2)"; }
@@ -75,7 +75,7 @@ train() {
     fi
     [ $vae = 0 ] || wait $vae || { tail -n 30 "$WORK/vae.out"; exit 1; }
     if [ ! -f "$WORK/detector/held_out.json" ]; then
-        background detector --out "$WORK/detector" --minutes "$DETECTOR" --tests "$TESTS"
+        OMP_NUM_THREADS=8 background detector --out "$WORK/detector" --minutes "$DETECTOR" --tests "$TESTS"
         detector=$!
     fi
     [ $clip = 0 ] || wait $clip || { tail -n 30 "$WORK/clip.out"; exit 1; }
