@@ -30,7 +30,7 @@ from expunge.files import replacing
 from expunge.pictures import image, save
 
 ERASED = "airplane"
-SYNONYMS = ("aircraft", "plane", "jet")  # never given to the method
+SYNONYMS = ("aircraft", "plane", "jet")  # the method is not told of them
 RETAINED = ("automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 LABELS = {"truck": ("delivery truck",)}
@@ -138,7 +138,7 @@ def sheet(rows: list[Row], cell: int = 128) -> Image.Image:
     bands = [
         (f"erased: {ERASED}", [(row, i) for row in erased for i in range(9)], erased),
         (
-            "its synonyms, which the method never saw",
+            "its synonyms, which the method was not told of",
             [(r, i) for r in synonyms for i in range(3)],
             synonyms,
         ),
@@ -185,7 +185,7 @@ def page(rows: list[Row], edit: expunge.Edit) -> str:
     """The page, in one file."""
     titles = {
         "erased": f"Erased: {ERASED}",
-        "synonym": "Its synonyms, which the method never saw",
+        "synonym": "Its synonyms, which the method was not told of",
         "retained": "Everything else",
     }
     sections = []
