@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,6 +61,16 @@ def share(module: nn.Module, spent: float) -> float:
     for gradient, piece in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
     return flat[-1].item()
+
+
+@contextmanager
+def resumable(name: str) -> Iterator[None]:
+    """Ctrl-C ends a stage with one sentence and exit code 130; the last checkpoint stays as it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the last checkpoint is kept, and the same command continues from it")
+        raise SystemExit(130) from None
 
 
 class Average:
@@ -134,7 +145,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     log = None if rank else (folder / f"{name}.log").open("a")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar:
+    with resumable(name), Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar:
         task = bar.add_task(name, total=total, completed=spent, note="")
         while spent < until:
             for group in optimiser.param_groups:
