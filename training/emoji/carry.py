@@ -55,10 +55,8 @@ def pack(what: str, work: Path, folder: Path) -> None:
     packed = BytesIO()
     mode, options = ("w:xz", {"preset": 0}) if what == "start" else ("w", {})
     with tarfile.open(fileobj=packed, mode=mode, **options) as tar:
-        found = [path for pattern in CONTENTS[what] for path in sorted(work.glob(pattern))]
-        for path in (inner for path in found for inner in ([path] if path.is_file() else sorted(path.rglob("*")))):
-            if path.is_dir():
-                continue
+        found = [part for pattern in CONTENTS[what] for part in sorted(work.glob(pattern))]
+        for path in [file for part in found for file in (part, *sorted(part.rglob("*"))) if file.is_file()]:
             name, data = path.relative_to(work), path.read_bytes()
             if name.suffix == ".pt":
                 name, data = name.with_suffix(".safetensors"), averaged(path)

@@ -164,7 +164,8 @@ def main() -> None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.initial).state_dict())
     unet.to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(SharedTextAttention())
-    source = stream(maker, options.fresh, partial(padded_tokens, tokenizer), options.workers) if options.workers else None
+    tokens = partial(padded_tokens, tokenizer)
+    source = stream(maker, options.fresh, tokens, options.workers) if options.workers else None
     buffer = Buffer(options.buffer, maker, vae, text_encoder, tokenizer, source)
     buffer.refill(256)
     while options.workers and buffer.filled < options.buffer // 2:

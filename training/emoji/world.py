@@ -131,21 +131,32 @@ def archive_of(package: str, folder: Path) -> Path:
 
 
 def fetch(package: str, folder: Path) -> dict:
-    """An iconify set: `{"icons": {name: {"body": svg, ...}}, "width": ..., "height": ...}`."""
+    """An iconify set: `{"icons": {name: {"body": svg, ...}}, "width": ..., "height": ...}`.
+
+    A set of flags alone names them by their countries' codes: "flag-fr".
+    """
     with tarfile.open(archive_of(package, folder)) as tar:
         if "package/icons.json" in tar.getnames():
-            return json.load(tar.extractfile("package/icons.json"))
+            found = json.load(tar.extractfile("package/icons.json"))
+            if "circle-flags" in package:
+                found = found | {"icons": {f"flag-{code}": icon for code, icon in found["icons"].items()}}
+            return found
         # flag-icons: one file a flag, named by its country's code
         icons = {}
         for member in tar:
             if match := re.fullmatch(r"package/flags/4x3/(.+)\.svg", member.name):
                 svg = tar.extractfile(member).read().decode()
-                icons[match[1]] = {"body": svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]}
+                icons[f"flag-{match[1]}"] = {"body": svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]}
         return {"icons": icons, "width": 640, "height": 480}
 
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("ü", "u").replace("&", "and")).strip("-")
+
+
+def plain_slug(text: str) -> str:
+    """The slug without accents and apostrophes."""
+    return slug(unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode())
 
 
 # Where a set's file name is not the slug of the label.
@@ -162,8 +173,8 @@ OTHER_NAMES = {
 
 def find_icon(icons: dict, label: str, files: tuple[str, ...] = ()) -> dict | None:
     """The set's drawing of a label; `files` are further names to look for."""
-    plain = unicodedata.normalize("NFKD", label.removeprefix("flag: ")).encode("ascii", "ignore").decode()
-    base = [slug(label.removeprefix("flag: ")), *OTHER_NAMES.get(label, []), slug(plain)]
+    thing = label.removeprefix("flag: ")
+    base = [slug(thing), *OTHER_NAMES.get(label, []), plain_slug(thing)]
     if label.startswith("flag: "):
         forms = ("flag-for-{}", "flag-for-flag-{}", "flag-{}", "flag-for-the-{}")
         base = [form.format(name) for name in base for form in forms]
