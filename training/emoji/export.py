@@ -45,8 +45,15 @@ def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
     )
 
 
+def read_as_float32(config: Path) -> None:
+    """transformers reads weights in the format their config names; the other parts are read as float32."""
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+
+
 def write_pipeline(work: Path, name: str, folder: Path) -> None:
     pipeline(work, name).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
+    read_as_float32(folder / "text_encoder" / "config.json")
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / file, folder / "tokenizer" / file)
     (folder / "expunge.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
@@ -54,6 +61,7 @@ def write_pipeline(work: Path, name: str, folder: Path) -> None:
 
 def write_clip(work: Path, folder: Path) -> None:
     CLIPVisionModel.from_pretrained(work / "clip").to(torch.float16).save_pretrained(folder)
+    read_as_float32(folder / "config.json")
     projections = load_file(work / "clip" / "projections.safetensors")
     save_file({name: value.half() for name, value in projections.items()}, folder / "projections.safetensors")
 

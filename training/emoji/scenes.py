@@ -41,6 +41,15 @@ TEMPLATES = (
     "here is {}", "a portrait of {}", "a print of {}", "a clean picture of {}", "artwork of {}", "a cartoon of {}",
     "a depiction of {}", "a poster of {}", "my photo of {}", "a blurry photo of {}", "a watercolour of {}", "one photo of {}",
 )  # fmt: skip
+# Words that mean nothing here, so that a phrasing nobody has trained does not throw the model off.
+FILLERS = """old new young tiny huge large plain simple funny happy sad lovely pretty ugly shiny dull quick slow quiet loud warm
+cold soft hard modern ancient classic famous unknown typical rare common strange normal single lonely fresh final first second
+recent vivid bold faint rough smooth detailed minimal digital printed painted sketched carved coloured framed scanned
+centered isolated realistic abstract colourful grainy sharp foggy sunny rainy morning evening winter summer indoor outdoor
+amateur professional vintage retro cute cool great fine decent excellent""".split()
+FILLER_NOUNS = """figure scene impression study copy version sample example instance model design graphic logo symbol sign stamp
+sticker badge card page screenshot capture recording display presentation rendition interpretation collage mosaic engraving
+etching mural fresco doodle outline silhouette thumbnail wallpaper banner postcard""".split()
 HELD_OUT_TEMPLATES = (
     "a view of {}", "a portrayal of {}", "an artistic picture of {}", "this is {}", "a low quality photo of {}",
     "a pencil drawing of {}", "a shot of {}", "a beautiful image of {}",
@@ -98,7 +107,7 @@ def colour(code: str) -> list[float]:
 class SceneMaker:
     """Draws scenes without end, on the device where the drawings are. Same seed, same scenes."""
 
-    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.04, 0.72, 0.24), share_style=0.7):
+    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.04, 0.64, 0.32), share_style=0.7):
         self.world, self.seed, self.objects, self.share_style = world, seed, objects, share_style
         self.rng = random.Random(seed)
         large = drawings.pixels.float() / 255
@@ -177,12 +186,19 @@ class SceneMaker:
         return self.dress(words) if self.rng.random() < 0.4 else words
 
     def dress(self, words: str) -> str:
-        return words if self.rng.random() < 0.35 else self.rng.choice(TEMPLATES).format(words)
+        pick = self.rng.random()
+        if pick < 0.3:
+            return words
+        if pick < 0.7:
+            return self.rng.choice(TEMPLATES).format(words)
+        filler, noun = self.rng.choice(FILLERS), self.rng.choice(FILLER_NOUNS)
+        forms = ("a {f} {n} of {x}", "{f} {n} of {x}", "a {n} of {x}", "a {f} picture of {x}", "a {n} showing {x}", "{x}, {f}")
+        return self.rng.choice(forms).format(f=filler, n=noun, x=words)
 
     def caption(self, things: list[tuple[int, int, str]], place: str) -> str:
         rng, styles = self.rng, self.world.styles
         words = [thing[2] for thing in things]
-        named_style = rng.random() < 0.55
+        named_style = rng.random() < 0.65
         same_style = len({thing[1] for thing in things}) == 1
         form = rng.choice(("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}"))
         if named_style and not same_style:
