@@ -4,23 +4,17 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 import expunge
 from expunge.cli import main
 from expunge.method import Method
 
 HERE = Path(__file__).parents[1]
-EMOJI = Path(expunge.__file__).parent / "emoji" / "pipeline"
-
-needs_weights = pytest.mark.skipif(not EMOJI.exists(), reason="the emoji weights are not there yet")
 
 
 def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (HERE / file).read_text(), re.DOTALL | re.MULTILINE)
 
 
-@needs_weights
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = "".join(blocks("README.md", "bash")).splitlines()
@@ -36,7 +30,6 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert made == {"cats.png", "no-airplane.safetensors", "after.png"}
 
 
-@needs_weights
 def test_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

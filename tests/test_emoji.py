@@ -17,8 +17,6 @@ from expunge.cli import main
 HERE = Path(__file__).parents[1]
 FOLDER = Path(expunge.__file__).parent / "emoji" / "pipeline"
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the emoji weights are not there yet")
-
 
 @pytest.fixture(scope="module")
 def emoji():

@@ -56,4 +56,5 @@ def test_orthogonalise_is_the_polar_factor(shape):
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     error = (orthogonalise(matrix) - u @ v).norm() / (u @ v).norm()
-    assert error < (1e-3 if max(shape) >= 4 * min(shape) else 0.35)  # the square case is a short iteration
+    # The square case is a short iteration.
+    assert error < (1e-3 if max(shape) >= 4 * min(shape) else 0.35)
