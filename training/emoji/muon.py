@@ -12,6 +12,7 @@ from torch import nn
 
 # Coefficients of the quintic iteration that drives all singular values towards one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+ADAMW_SHARE = 0.3  # of the learning rate: vectors and first and last layers stand less than matrices
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.grad is not None]
         for other in self.adamw.param_groups:
-            other["lr"] = group["lr"]
+            other["lr"] = ADAMW_SHARE * group["lr"]
         self.adamw.step()
         if parameters and parameters[0].is_cuda:
             self.step_together(parameters)
