@@ -101,6 +101,8 @@ def test_the_main_job(tmp_path, capsys):
     assert sum(row.seen_after for row in rows[4:]) / 9 > 0.8
     assert Image.open(tmp_path / "before-after.png").width > 1000
     text = (tmp_path / "index.html").read_text()
-    assert not re.search(r'(src|href)="http', text)  # letters in a row prove nothing: pictures are in base64
+    assert not re.search(
+        r'(src|href)="http', text
+    )  # letters in a row prove nothing: pictures are in base64
     assert text.count("<img") == text.count("data:image/png") > 50
     assert "a photo of the airplane" in capsys.readouterr().out
