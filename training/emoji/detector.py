@@ -4,7 +4,7 @@ A few (label, style) drawings never enter training: how well it does on them say
 label beyond the drawings it has seen. They are all of everyday objects, because the ten words, the
 unsafe group and the flags are what every suite judges: of those the detector should know each drawing.
 
-    python -m training.emoji.detector --work training/emoji/work --minutes 6
+    python -m training.emoji.detector --work training/emoji/made --minutes 6
 """
 
 from __future__ import annotations

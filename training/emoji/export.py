@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from training.emoji.unet import SCHEDULE, build, latent_shape
+from training.emoji.world import WORK
 
 DRAWING = {
     "num_inference_steps": 20,
@@ -38,22 +39,25 @@ def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def read_as_float32(config: Path) -> None:
-    """transformers reads weights in the format their config names; the other parts are read as float32."""
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+def set_in(config: Path, **values: object) -> None:
+    """Sets entries of a config file; None takes one out."""
+    settings = {**json.loads(config.read_text()), **values}
+    kept = {name: value for name, value in settings.items() if name not in values or value is not None}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def write_pipeline(work: Path, name: str, folder: Path) -> None:
     pipeline(work, name).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
-    read_as_float32(folder / "text_encoder" / "config.json")
+    # transformers reads weights in the format their config names; the other parts are read as float32.
+    set_in(folder / "text_encoder" / "config.json", dtype="float32")
+    set_in(folder / "vae" / "config.json", _name_or_path=None)  # a folder of the training, of no use to anybody
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / file, folder / "tokenizer" / file)
     (folder / "expunge.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
@@ -61,14 +65,14 @@ def write_pipeline(work: Path, name: str, folder: Path) -> None:
 
 def write_clip(work: Path, folder: Path) -> None:
     CLIPVisionModel.from_pretrained(work / "clip").to(torch.float16).save_pretrained(folder)
-    read_as_float32(folder / "config.json")
+    set_in(folder / "config.json", dtype="float32")
     projections = load_file(work / "clip" / "projections.safetensors")
     save_file({name: value.half() for name, value in projections.items()}, folder / "projections.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("training/emoji/work"))
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--name", default="unet")
     parser.add_argument("--to", type=Path, default=Path("src/expunge/emoji"))
     options = parser.parse_args()

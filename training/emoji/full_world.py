@@ -4,7 +4,7 @@ Labels: every animal, plant, food, place, vehicle, toy and tool that most sets h
 alike (measured on the drawings), and every country's flag that is drawn like no other's. Further names of a label are
 the tags on which both lists of keywords agree and which no other emoji has; a tenth of them is kept out of training.
 
-    python -m training.emoji.full_world --work training/emoji/work/full
+    python -m training.emoji.full_world --work training/emoji/made/full
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 
 WORLD=training/emoji/full.toml
 CARRIED=build/emoji               # travels with the working tree: start.*, made.*, wheels
-HOME_WORK=${HOME_WORK:-training/emoji/work/full}
+HOME_WORK=${HOME_WORK:-training/emoji/made/full}
 WORK=${WORK:-build/emoji-work}    # on the GPU machine; kept between commands
 SITE=build/site
 LIMIT=${LIMIT:-585}               # seconds this command may take

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.emoji.world import SIZE, Drawings, Label, World
+from training.emoji.world import SIZE, Drawings, World
 
 PICTURE = 64
 Tokens = Callable[[list[str]], torch.Tensor]  # captions -> (n, tokens) ids
@@ -309,8 +309,3 @@ def stream(maker: SceneMaker, n: int, tokens: Tokens | None = None, workers: int
     if workers:
         plans = DataLoader(plans, None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4)
     return map(maker.paint, plans)
-
-
-def named(label: Label) -> str:
-    """The label's usual name with "the", as the erasure papers' prompts have it."""
-    return f"the {label.names[0]}"

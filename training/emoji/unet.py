@@ -28,6 +28,7 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
+    "steps_offset": 1,
     "num_train_timesteps": 1000,
 }
 ON_GPU = {

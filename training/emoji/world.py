@@ -32,7 +32,7 @@ PACKAGES = {
     "round flags": "@iconify-json/circle-flags@1.2.11",
     "flag icons": "flag-icons@7.5.0",
 }
-WORLD, WORK = HERE / "world.toml", Path("training/emoji/work")
+WORLD, WORK = HERE / "world.toml", Path("training/emoji/made")
 SIZE = 96  # drawings are rasterised larger than they are shown, so that a scene only ever shrinks them
 
 
