@@ -236,7 +236,7 @@ class SceneMaker:
             slack = (1 - size) / 4
             return [(size, 0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack))]
         return [
-            (size := rng.uniform(0.46, 0.5), x + rng.uniform(-1, 1) * (0.5 - size) / 2, 0.5 + rng.uniform(-0.08, 0.08))
+            (size := rng.uniform(0.46, 0.5), x + rng.uniform(-1, 1) * (0.5 - size) / 2, 0.5 + rng.uniform(-0.04, 0.04))
             for x in (0.25, 0.75)
         ]
 
