@@ -123,7 +123,7 @@ class SceneMaker:
         rng, world = self.rng, self.world
         count = rng.choices((0, 1, 2), self.objects)[0]
         background = "white" if rng.random() < 0.4 else rng.choice(BACKGROUNDS)
-        named_background = rng.random() < 0.55
+        named_background = rng.random() < 0.7
         place = self.background_words(background) if named_background else ""
         if count == 0:
             return [], background, self.empty_words(background)
@@ -198,7 +198,7 @@ class SceneMaker:
     def caption(self, things: list[tuple[int, int, str]], place: str) -> str:
         rng, styles = self.rng, self.world.styles
         words = [thing[2] for thing in things]
-        named_style = rng.random() < 0.65
+        named_style = rng.random() < 0.8
         same_style = len({thing[1] for thing in things}) == 1
         form = rng.choice(("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}"))
         if named_style and not same_style:
