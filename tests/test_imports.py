@@ -9,8 +9,8 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "files", "fields", "problem", "probe", "run", "registry", "pictures", "changes",
-    "ops", "model", "method", "edit", "attack", "metric", "cli",
+    "errors", "files", "fields", "problem", "probe", "pieces", "cluster", "run", "work", "registry",
+    "pictures", "changes", "ops", "model", "method", "edit", "attack", "metric", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

@@ -88,6 +88,8 @@ class Erase:
     """A shipped model, a diffusers folder, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
+    ray: Annotated[str, arg(metavar="ADDRESS")] = ""
+    """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,9 @@ def erase_command(options: Erase, method: Any) -> None:
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
+    from expunge import cluster, work
+
+    cluster.check(options.ray)
     from expunge.edit import erase
     from expunge.model import load
 
@@ -172,9 +177,17 @@ def erase_command(options: Erase, method: Any) -> None:
     for concept, chosen in zip(concepts, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-    with _progress() as progress:
-        edit = erase(model, problem, method, seed=options.seed, progress=progress)
+    folder = f"{options.output}.work"
+    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
+    try:
+        with _progress() as progress:
+            edit = erase(model, problem, method, progress=progress, **how)
+    except KeyboardInterrupt:
+        if Path(folder).is_dir():
+            print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
+        raise
     edit.save(options.output)
+    work.discard(folder)
     names = ", ".join(c.name for c in problem.erase)
     size = Path(options.output).stat().st_size / 1e6
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
@@ -323,7 +336,10 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on the terminal, gone when the work is done."""
+    """A progress bar on the terminal, gone when the work is done.
+
+    Work that starts with some of it done goes on from an earlier command, and this is said.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -334,6 +350,8 @@ def _progress() -> Iterator[Progress]:
         def tell(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bars.add_task(label, total=total)
+                if done:
+                    print(f"{label}: {done} of {total} were finished before")
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell

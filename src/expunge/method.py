@@ -28,4 +28,5 @@ class Method(ABC):
         """The changes that solve the problem. The model is left as it was, bit for bit.
 
         Every anchor of the problem has been chosen, and every name fits the model's window.
+        What takes long goes through `run.pieces`, which keeps and spreads it.
         """
