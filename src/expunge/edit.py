@@ -193,9 +193,11 @@ def erase(
         method = registry.get("methods", method)()
     assert isinstance(method, Method)
     problem = problem.with_anchors(model.anchors)
-    for concept in problem.erase:
-        model.require_window((*concept.names, concept.anchor or ""))
-    model.require_window(problem.retain)
+    anchors = (concept.anchor for concept in problem.erase if concept.anchor)
+    prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
+    model.require_window(prompts)
+    model.require_words(prompts)
+    _warn_of_overlaps(problem)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
@@ -218,6 +220,20 @@ def erase(
         versions=_versions(),
     )
     return Edit(changes, record)
+
+
+def _warn_of_overlaps(problem: Problem) -> None:
+    """Say, in one sentence, which names may change with an erased one because they have its words."""
+    pairs = problem.overlaps()
+    if pairs:
+        of = dict.fromkeys(problem.retain, "retained")
+        shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs[:3]]
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        warnings.warn(
+            f"names that share words with an erased one may change with it: {', '.join(shown)}{more}",
+            ExpungeWarning,
+            stacklevel=3,
+        )
 
 
 def base_hash(root: Any, places: Iterable[tuple[str, str]]) -> str:
