@@ -2,6 +2,7 @@
 
 import pickle
 import socket
+import threading
 
 import pytest
 import torch
@@ -193,6 +194,23 @@ def test_an_address_where_nobody_answers(pattern):
         run = Run(ray=address)
         with pytest.raises(ExpungeError, match="nobody answers"):
             run.pieces(Maker(run), ["a"])
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_of_something_else(monkeypatch, says):
+    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.sendall(says)
+            connection.recv(1000)
+            connection.recv(1000)  # until the other side has gone
+
+        threading.Thread(target=answer, daemon=True).start()
+        message = "is not a Ray cluster" if says else "nobody answers .*: timed out"
+        with pytest.raises(ExpungeError, match=message):
+            cluster.check(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_without_ray(monkeypatch):

@@ -24,6 +24,9 @@ RETRIES = 3
 PATIENCE = 5.0
 """Seconds that the machine at an address has to answer."""
 
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""HTTP/2's empty settings, with which both sides begin; the fourth byte says what it is."""
+
 
 def check(address: str) -> None:
     """Find out before the work whether it could be spread; "" is no cluster, and always well.
@@ -41,14 +44,23 @@ def check(address: str) -> None:
                 f" not {address!r}"
             )
         try:
-            socket.create_connection((parts[1] or parts[2], int(parts[3])), PATIENCE).close()
+            greeting = _greet(parts[1] or parts[2], int(parts[3]))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ExpungeError(f"nobody answers at the Ray address {address}: {reason}") from error
+        if greeting[3:4] != SETTINGS[3:4] and not os.environ.get("RAY_USE_TLS"):
+            raise ExpungeError(f"what answers at {address} is not a Ray cluster")
     if importlib.util.find_spec("ray") is None:
         raise ExpungeError(
             "spreading work needs Ray, which is not installed: pip install 'expunge[ray]'"
         )
+
+
+def _greet(host: str, port: int) -> bytes:
+    """The first bytes that a server says to HTTP/2's greeting; Ray itself would wait for minutes."""
+    with socket.create_connection((host, port), PATIENCE) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+        return connection.recv(len(SETTINGS))
 
 
 def spread(
@@ -91,8 +103,12 @@ def _result(ray: Any, reference: Any, batch: Sequence[str]) -> dict[str, Tensors
         raise
     except ray.exceptions.RayError as error:
         raise ExpungeError(
-            f"{RETRIES + 1} Ray workers died over {', '.join(batch)}; pieces that were finished are kept"
+            f"Ray gave up on {', '.join(batch)} after {RETRIES + 1} tries: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -108,8 +124,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExpungeError(f"no Ray cluster answers at {address}: {reason}") from error
+        raise ExpungeError(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
     try:
         yield ray
     finally:
