@@ -9,8 +9,9 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "files", "fields", "problem", "probe", "run", "registry", "pictures", "changes",
-    "ops", "model", "method", "edit", "attack", "metric", "cli",
+    "errors", "files", "fields", "problem", "concepts", "probe", "pieces", "cluster", "run", "work",
+    "registry", "pictures", "changes", "ops", "model", "prior", "method", "edit", "attack", "metric",
+    "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 
@@ -40,7 +41,7 @@ def parts(name: str) -> list[Path]:
 
 def test_every_file_has_its_place():
     there = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir() if p.is_dir()}
-    there -= {"__init__", "__main__", "__pycache__", "suites"}
+    there -= {"__init__", "__main__", "__pycache__", "captions", "suites"}
     assert there - {"emoji"} == set(ORDER) | set(PLUGINS) - {"emoji"}
 
 

@@ -209,6 +209,12 @@ def base_parameter(root: Any, layer: str, parameter: str) -> Tensor:
     return tensor
 
 
+def content(tensor: Tensor) -> bytes:
+    """What a hash of a tensor is taken of: its dtype, its shape and its values."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
 def check_fit(root: Any, changes: Changes) -> None:
     """Check the names and shapes of everything that changes.
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from expunge import __version__, files, registry
+from expunge import __version__, concepts, files, registry
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -76,18 +76,24 @@ class Draw:
 class Erase:
     """Erase concepts from a model."""
 
-    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")]
-    """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
     output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
     """The file to write, ending in .safetensors."""
+    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")] = ()
+    """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
+    concepts: Annotated[str | None, arg(metavar="FILE")] = None
+    """A .txt, .csv or .toml file with more: in .txt one a line, as in --concept or NAME=ANCHOR, KIND."""
     kind: str = "object"
-    """What the concepts are: object, identity, style or explicit."""
+    """What concepts are that do not say it: object, identity, style or explicit."""
     retain: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT")] = ()
     """What must stay as it is."""
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """Values for the method's fields; those given beside count. `--preset list` shows them all."""
     model: str = "emoji"
     """A shipped model, a diffusers folder, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
+    ray: Annotated[str, arg(metavar="ADDRESS")] = ""
+    """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
 
 
 @dataclass(frozen=True)
@@ -160,22 +166,35 @@ def erase_command(options: Erase, method: Any) -> None:
     """`expunge erase METHOD`."""
     if options.kind not in KINDS:
         raise unknown("kind of concept", options.kind, KINDS)
-    concepts = tuple(Concept.parse(text, options.kind) for text in options.concept)
-    problem = Problem(concepts, options.retain)
+    named = tuple(Concept.parse(text, options.kind) for text in options.concept)
+    listed, retain = concepts.read(options.concepts, options.kind) if options.concepts else ((), ())
+    problem = Problem(named + listed, options.retain + retain)
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
+    from expunge import cluster, work
+
+    cluster.check(options.ray)
     from expunge.edit import erase
     from expunge.model import load
 
     model = load(options.model)
-    for concept, chosen in zip(concepts, problem.with_anchors(model.anchors).erase, strict=True):
+    for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-    with _progress() as progress:
-        edit = erase(model, problem, method, seed=options.seed, progress=progress)
+    folder = f"{options.output}.work"
+    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
+    try:
+        with _progress() as progress:
+            edit = erase(model, problem, method, progress=progress, **how)
+    except KeyboardInterrupt:
+        if Path(folder).is_dir():
+            print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
+        raise
     edit.save(options.output)
-    names = ", ".join(c.name for c in problem.erase)
+    work.discard(folder)
+    names = ", ".join(c.name for c in problem.erase[:10])
+    names += f" and {len(problem.erase) - 10} more" if len(problem.erase) > 10 else ""
     size = Path(options.output).stat().st_size / 1e6
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
 
@@ -253,11 +272,36 @@ def _run_erase(arguments: list[str]) -> None:
     if name.startswith("-"):
         raise ExpungeError(f"name a method after erase, one of: {', '.join(known)}")
     method = registry.get("methods", name)
-    field: Any = ("method", method, dataclasses.field(default=method()))
+    preset = _value(arguments, "--preset")
+    if preset == "list":
+        _show_presets(name, method.presets)
+        return
+    default = method.preset(preset) if preset is not None else method()
+    field: Any = ("method", method, dataclasses.field(default=default))
     options = dataclasses.make_dataclass("EraseWith", [field], bases=(Erase,), frozen=True)
     options.__doc__ = Erase.__doc__
     parsed: Any = _parse(options, f"erase {name}", arguments[1:])
     erase_command(parsed, parsed.method)
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of one option, read before the others can be."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            following = next(iter(arguments[place + 1 :]), "-")
+            return value if equals else None if following.startswith("-") else following
+    return None
+
+
+def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, preset in presets.items():
+        values = {field: value for field, value in preset.items() if field != "about"}
+        text = ", ".join(f"{field} {_plain(value)}" for field, value in values.items())
+        table.add_row(name, preset.get("about", ""), text)
+    _out().print(table if presets else f"{method} has no presets")
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
@@ -299,7 +343,7 @@ def _sentence(said: str, command: str) -> str:
     while lines and rule.match(lines[0]):
         del lines[0]
     gist = list(itertools.takewhile(lambda line: not rule.match(line), filter(None, lines)))
-    if gist and gist[0].startswith("Missing"):
+    if gist and gist[0].startswith("Missing from"):
         return f"{command} needs {gist[1]}"
     text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
     return f"{command}: {text[:1].lower()}{text[1:]}" if text else f"{command}: bad options"
@@ -323,7 +367,10 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on the terminal, gone when the work is done."""
+    """A progress bar on the terminal, gone when the work is done.
+
+    Work that starts with some of it done goes on from an earlier command, and this is said.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -334,6 +381,8 @@ def _progress() -> Iterator[Progress]:
         def tell(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bars.add_task(label, total=total)
+                if done:
+                    print(f"{label}: {done} of {total} were finished before")
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell

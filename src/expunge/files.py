@@ -12,6 +12,16 @@ from pathlib import Path
 from expunge.errors import ExpungeError
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: $EXPUNGE_CACHE, or the user's cache folder."""
+    own = os.environ.get("EXPUNGE_CACHE")
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "expunge").expanduser()
+    )
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to that becomes `path` when the block ends well, and vanishes otherwise.

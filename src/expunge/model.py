@@ -107,6 +107,10 @@ class Model(ABC):
         """How many tokens of its own a prompt has, uncut."""
 
     @abstractmethod
+    def knows(self, prompt: str) -> bool:
+        """Whether the tokenizer makes anything of a prompt: a token that stands for some of it."""
+
+    @abstractmethod
     def vocabulary(self) -> tuple[str, ...]:
         """The whole words that the tokenizer knows, in the order of their numbers."""
 
@@ -158,6 +162,18 @@ class Model(ABC):
                 shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
                 raise ExpungeError(
                     f"{shown!r} has {n} tokens, and this model reads no more than {self.window}"
+                )
+
+    def require_words(self, prompts: Sequence[str]) -> None:
+        """Check that something of every prompt survives the tokenizer.
+
+        Raises:
+            ExpungeError: nothing of one does: to the model it is the empty prompt.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if not self.knows(prompt):
+                raise ExpungeError(
+                    f"this model's tokenizer knows no character of {prompt!r}; say it in other words"
                 )
 
     @contextlib.contextmanager

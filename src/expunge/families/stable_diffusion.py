@@ -28,6 +28,11 @@ class StableDiffusion(Model):
     def count_tokens(self, prompt: str) -> int:
         return len(self.pipe.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
 
+    def knows(self, prompt: str) -> bool:
+        tokenizer = self.pipe.tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return not set(ids) <= set(tokenizer.all_special_ids)  # the unknown token is one of them
+
     def vocabulary(self) -> tuple[str, ...]:
         tokens = sorted(self.pipe.tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = (token.removesuffix("</w>") for token, _ in tokens if token.endswith("</w>"))
