@@ -10,7 +10,7 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "fields", "problem", "probe", "run", "registry", "pictures", "changes",
-    "ops", "model", "method", "edit", "attack", "metric", "cli",
+    "ops", "model", "prior", "method", "edit", "attack", "metric", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from expunge.changes import Changes
 from expunge.fields import check
@@ -19,6 +20,8 @@ class Method(ABC):
 
     citation: ClassVar[str]
     """The paper: authors, title, year, where to find it."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Sets of field values, by name."""
 
     def __post_init__(self) -> None:
         check(self)

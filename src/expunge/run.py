@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Tensors = dict[str, "torch.Tensor"]
+"""What a finished piece of work consists of."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -48,4 +51,20 @@ class Run:
             self.progress(label, done, len(items))
             results.append(function(item))
         self.progress(label, len(items), len(items))
+        return results
+
+    def pieces(
+        self,
+        function: Callable[[Sequence[str]], Mapping[str, Tensors]],
+        names: Sequence[str],
+        *,
+        batch: int = 1,
+        label: str = "",
+    ) -> dict[str, Tensors]:
+        """For every name its tensors, made by `function`, `batch` names at a time."""
+        results: dict[str, Tensors] = {}
+        for start in range(0, len(names), batch):
+            self.progress(label, start, len(names))
+            results |= function(names[start : start + batch])
+        self.progress(label, len(names), len(names))
         return results
