@@ -216,7 +216,7 @@ class TestContexts:
     def test_a_phrase_lies_between_its_words(self):
         own = torch.zeros(2, 8, dtype=torch.bool)
         own[0, 1:6] = own[1, 1:5] = True
-        found = phrase_positions(2, 1, own)
+        found = phrase_positions([2, 2], [1, 1], own)
         assert [row.nonzero().flatten().tolist() for row in found] == [[3, 4], [3]]
 
 

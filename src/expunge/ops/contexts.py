@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +46,17 @@ def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     words = [ids[head:end].flip(0) for ids, end in zip((first, second), ends, strict=True)]
     n = min(map(len, words))
     behind = int((words[0][:n] == words[1][:n]).long().cumprod(0).sum())
-    starts = [end - behind for end in ends]
-    return Match(head, *starts, len(first) - max(starts))
+    starts = (ends[0] - behind, ends[1] - behind)
+    return Match(head, starts[0], starts[1], len(first) - max(starts))
 
 
-def phrase_positions(before: int, after: int, own: Tensor) -> Tensor:
-    """The positions of a phrase with so many tokens before and after it: (n, tokens), bool.
+def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -> Tensor:
+    """The positions of the phrase in each of n prompts: (n, tokens), bool.
 
     Args:
-        before, after: tokens of the prompt's words before the phrase and after it.
+        before, after: how many tokens the words before the phrase have, and those after it.
         own: (n, tokens), bool, the prompts' own tokens.
     """
     place = torch.arange(own.shape[1], device=own.device)
-    return (place > before) & (place <= own.sum(1, keepdim=True) - after)
+    first, last = (torch.tensor(x, device=own.device)[:, None] for x in (before, after))
+    return (place > first) & (place <= own.sum(1, keepdim=True) - last)
