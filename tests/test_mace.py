@@ -499,7 +499,7 @@ class TestMasks:
 
 def test_what_is_retained_must_weigh_something(model):
     method = MACE(stages=("refine",), templates=SHORT)
-    with pytest.warns(ExpungeWarning, match="weighs nothing"):
+    with pytest.warns(ExpungeWarning, match="the retained weigh nothing"):
         fit(model, PROBLEM, method)
 
 

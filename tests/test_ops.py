@@ -8,7 +8,7 @@ from expunge import ExpungeError
 from expunge.ops.attention import CrossAttention, energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import fused, moved_by, outer, right_factor
+from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
 from expunge.ops.low_rank import balanced, each_its_own
 from expunge.ops.otsu import otsu
 
@@ -79,6 +79,13 @@ def test_sums_are_additive(rows):
     erased, anchors, _ = rows
     halves = outer(anchors[:2], erased[:2]) + outer(anchors[2:], erased[2:])
     torch.testing.assert_close(halves, outer(anchors, erased))
+
+
+def test_a_gram_is_the_outer_sum_of_rows_with_themselves(rows):
+    for width in (1, 4, D):
+        some = rows[0][:, :width]
+        torch.testing.assert_close(gram(some), outer(some, some), rtol=1e-12, atol=1e-12)
+        assert torch.equal(gram(some), gram(some).T)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])

@@ -21,7 +21,7 @@ from expunge.model import Model, Text
 from expunge.ops.attention import energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import fused, moved_by, outer, right_factor
+from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
 from expunge.ops.low_rank import balanced, each_its_own
 from expunge.prior import captions, prior
 from expunge.problem import Concept, Problem
@@ -84,6 +84,8 @@ class Sample:
 class Lesson:
     """What one concept's change is trained on, and its own random numbers."""
 
+    concept: str
+    """Its name."""
     text: Text
     """The concept's prompts."""
     tokens: Tensor
@@ -159,8 +161,8 @@ class MACE(Method):
         "emoji-identity": {"ridge": 100.0, "rate": 1e-3, "batch": 16},
         "emoji-style": {"ridge": 100.0, "rate": 1e-3, "batch": 16},
         "emoji-explicit": {"ridge": 100.0, "rate": 1e-3, "batch": 16},
-        "fast": {"steps": 10, "pictures": 2, "picture_steps": 5, "captions": "", "fuse_prior": 10.0,
-                 "refine_prior": 10.0, "domain_weight": 1.0},
+        "fast": {"ridge": 1.0, "refine_prior": 10.0, "fuse_prior": 10.0, "domain_weight": 50.0,
+                 "captions": "", "rate": 0.03, "steps": 5, "pictures": 2, "picture_steps": 3},
     }  # fmt: skip
 
     stages: tuple[Stage, ...] = STAGES
@@ -230,7 +232,7 @@ class MACE(Method):
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         groups = self._read(model, problem)
         kept = self._kept(model, problem, run)
-        whole = sum((outer(e, e) for e in _rows(groups).values()), torch.zeros_like(kept))
+        whole = sum((gram(e) for e in _rows(groups).values()), torch.zeros_like(kept))
         matrix, factors = torch.eye(len(kept), dtype=torch.float64), {}
         if "refine" in self.stages:
             matrix = self.refine(groups, whole, kept)
@@ -254,8 +256,7 @@ class MACE(Method):
             # What goes to the same rows is added up first: one product for all concepts of an anchor.
             moved = torch.zeros(goals.shape, dtype=torch.float64)
             for text in group.erased.values():
-                alone = _align(text, group.anchored, moved)
-                contexts -= outer(alone, alone)
+                contexts -= gram(_align(text, group.anchored, moved))
             cross += outer(goals.flatten(0, 1), moved.flatten(0, 1))
         return right_factor(cross, contexts, self.refine_prior * kept, self.ridge)
 
@@ -328,14 +329,14 @@ class MACE(Method):
         weighs = self.refine_prior > 0 or self.fuse_prior > 0
         if problem.retain and not (weighs and self.domain_weight):
             warnings.warn(
-                "what is to be retained weighs nothing: raise domain_weight, refine_prior and fuse_prior",
+                "the retained weigh nothing: raise domain_weight, and refine_prior or fuse_prior",
                 ExpungeWarning,
                 stacklevel=4,
             )
         elif problem.retain:
             e = model.encode([template.format(text) for text in problem.retain for template in RETAINED])
             rows = e.embeddings.flatten(0, 1).cpu()
-            kept += self.domain_weight * outer(rows, rows) / len(e)
+            kept += self.domain_weight * gram(rows) / len(e)
         if weighs and self.captions:
             kept += prior(model, captions(self.captions), run).mean
         return kept
@@ -343,13 +344,18 @@ class MACE(Method):
     def _train(
         self, model: Model, problem: Problem, matrix: Tensor, seed: int, names: Sequence[str]
     ) -> dict[str, Tensors]:
-        """The factors of some concepts, trained in one batch."""
+        """`suppress` for the concepts of these names."""
         run = Run(seed)
         concepts = [concept for concept in problem.erase if concept.name in names]
-        lessons = [self._lesson(model, concept, run) for concept in concepts]
+        return self.train(model, [self._lesson(model, c, run) for c in concepts], matrix, run)
+
+    def train(
+        self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: Run
+    ) -> dict[str, Tensors]:
+        """`suppress` for some concepts in one batch, once what they are trained on is there."""
         layers = tuple(entry.layer for entry in model.text_entries())
         modules = [find(model.pipe, layer) for layer in layers]
-        ups, downs = self._first_factors(modules, concepts, run)
+        ups, downs = self._first_factors(modules, [lesson.concept for lesson in lessons], run)
         refined = [Right(layers, matrix)] if "refine" in self.stages else []
         chances = self._chances(model.log_snr())
 
@@ -366,12 +372,12 @@ class MACE(Method):
                 clip=self.clip,
             )
         return {
-            concept.name: {
+            lesson.concept: {
                 f"{layer}.{part}": tensor[b].cpu()
                 for part, tensors in (("up", ups), ("down", downs))
                 for layer, tensor in zip(layers, tensors, strict=True)
             }
-            for b, concept in enumerate(concepts)
+            for b, lesson in enumerate(lessons)
         }
 
     def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
@@ -394,6 +400,7 @@ class MACE(Method):
         source = "none" if concept.kind == "style" else self.masks
         mask = masks.find(source, model, shown, phrase[:1], run)
         return Lesson(
+            concept.name,
             text,
             phrase | ending if self.end_tokens else phrase,
             shown.latents,
@@ -402,10 +409,10 @@ class MACE(Method):
         )
 
     def _first_factors(
-        self, modules: Sequence[nn.Module], concepts: Sequence[Concept], run: Run
+        self, modules: Sequence[nn.Module], concepts: Sequence[str], run: Run
     ) -> tuple[list[Tensor], list[Tensor]]:
         """B = 0, (concepts, out, rank), and D normal with deviation 1/rank, (concepts, rank, d)."""
-        generators = [run.generator("factors", concept.name) for concept in concepts]
+        generators = [run.generator("factors", concept) for concept in concepts]
         ups, downs = [], []
         for module in modules:
             weight: Any = module.weight

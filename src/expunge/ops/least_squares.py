@@ -28,6 +28,20 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return left.double().T @ right.double()
 
 
+def gram(rows: Tensor, blocks: int = 6) -> Tensor:
+    """Σ e eᵀ over the rows of (n, d), as (d, d) in float64: `outer(rows, rows)` in half the work.
+
+    It is symmetric, so only the blocks on and below its diagonal are computed.
+    """
+    rows = rows.double()
+    below = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    places = torch.arange(rows.shape[1]).tensor_split(blocks)
+    for place in filter(len, places):
+        start, end = int(place[0]), int(place[-1]) + 1
+        below[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
+    return below.tril() + below.tril(-1).T
+
+
 def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """M = (C + P + λI) (G + P + λI)⁻¹.
 
