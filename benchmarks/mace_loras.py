@@ -81,9 +81,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = expunge.load("emoji", device="cpu")
-    method = MACE(
-        **{**MACE.presets["emoji-object"], "steps": options.steps, "pictures": options.pictures}
-    )
+    method = MACE(rate=1e-4, steps=options.steps, pictures=options.pictures)
     concepts = [Concept(word, "ground") for word in WORDS[: options.concepts]]
     lessons = [method._lesson(model, concept, RUN) for concept in concepts]
     ways = {"batched": learn, "one by one": one_by_one}

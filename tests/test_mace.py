@@ -521,7 +521,8 @@ def test_fields_out_of_range(settings, message):
 def test_presets_are_methods_and_templates_are_thirty():
     assert {"object", "identity-1", "identity-100", "style", "explicit", "fast"} <= set(MACE.presets)
     for values in MACE.presets.values():
-        MACE(**values)
+        assert values["about"]
+        MACE(**{name: value for name, value in values.items() if name != "about"})
     assert MACE.presets["explicit"]["fuse_prior"] == pytest.approx(0.4317, rel=1e-3)
     assert MACE.presets["identity-100"]["refine_prior"] == pytest.approx(6.168e-3, rel=1e-3)
     assert set(TEMPLATES) == {"object", "identity", "style", "explicit"}

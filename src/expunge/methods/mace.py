@@ -52,6 +52,16 @@ def published(scale: float, domain: float = 0.0) -> dict[str, float]:
     }
 
 
+def identities(domain: float) -> dict[str, float]:
+    """The paper's values for identities and styles: they differ in what the retained weigh."""
+    return {"ridge": 0.0, "rate": 1e-4, **published(1e-4, domain)}
+
+
+EMOJI = {"ridge": 100.0, "rate": 1e-4, "refine_prior": 30.0, "fuse_prior": 30.0, "domain_weight": 10.0,
+         "batch": 16}  # fmt: skip
+"""Where the emoji model's presets start from."""
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """The concepts that have one kind and one anchor, in words."""
@@ -150,23 +160,22 @@ class MACE(Method):
     )
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "object": {"ridge": 100.0, "rate": 1e-5, "steps": 50, **published(0)},
-        "identity-1": {"ridge": 0.0, "rate": 1e-4, "steps": 50, **published(1e-4, 8e3)},
-        "identity-5": {"ridge": 0.0, "rate": 1e-4, "steps": 50, **published(1e-4, 5e4)},
-        "identity-10": {"ridge": 0.0, "rate": 1e-4, "steps": 50, **published(1e-4, 8e4)},
-        "identity-100": {"ridge": 0.0, "rate": 1e-4, "steps": 50, **published(1e-4, 2e5)},
-        "style": {"ridge": 0.0, "rate": 1e-4, "steps": 50, **published(1e-4, 8e4)},
-        "explicit": {"ridge": 0.0, "rate": 1e-5, "steps": 120, "focal": False, **published(7e-7)},
-        "emoji-object": {"ridge": 100.0, "rate": 1e-4, "batch": 16, "refine_prior": 30.0,
-            "fuse_prior": 30.0, "domain_weight": 10.0},
-        "emoji-identity": {"ridge": 100.0, "rate": 1e-4, "batch": 16, "refine_prior": 30.0,
-            "fuse_prior": 30.0, "domain_weight": 10.0},
-        "emoji-style": {"ridge": 100.0, "rate": 1e-4, "batch": 16, "refine_prior": 30.0,
-            "fuse_prior": 30.0, "domain_weight": 10.0},
-        "emoji-explicit": {"ridge": 100.0, "rate": 1e-4, "batch": 16, "refine_prior": 30.0,
-            "fuse_prior": 30.0, "domain_weight": 10.0},
-        "fast": {"ridge": 1.0, "refine_prior": 10.0, "fuse_prior": 10.0, "domain_weight": 50.0,
-                 "captions": "", "rate": 0.03, "steps": 5, "pictures": 2, "picture_steps": 3},
+        "object": {"about": "the paper's, on SD 1.x; ridge 10 to 1000 by object", "ridge": 100.0,
+                   "rate": 1e-5, **published(0)},
+        "identity-1": {"about": "the paper's, on SD 1.x, for one", **identities(8e3)},
+        "identity-5": {"about": "the paper's, on SD 1.x, for about 5", **identities(5e4)},
+        "identity-10": {"about": "the paper's, on SD 1.x, for about 10", **identities(8e4)},
+        "identity-100": {"about": "the paper's, on SD 1.x, for about 100", **identities(2e5)},
+        "style": {"about": "the paper's, on SD 1.x", **identities(8e4)},
+        "explicit": {"about": "the paper's, on SD 1.x", "ridge": 0.0, "rate": 1e-5, "steps": 120,
+                     "focal": False, **published(7e-7)},
+        "emoji-object": {"about": "objects of the emoji model", **EMOJI},
+        "emoji-identity": {"about": "flags of the emoji model", **EMOJI},
+        "emoji-style": {"about": "styles of the emoji model", **EMOJI},
+        "emoji-explicit": {"about": "weapons of the emoji model", **EMOJI},
+        "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
+                 "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
+                 "pictures": 2, "picture_steps": 3},
     }  # fmt: skip
 
     stages: tuple[Stage, ...] = STAGES
