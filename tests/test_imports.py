@@ -9,9 +9,9 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "files", "fields", "problem", "concepts", "probe", "pieces", "cluster", "run", "work",
-    "registry", "pictures", "changes", "ops", "model", "prior", "method", "edit", "attack", "metric",
-    "cli",
+    "errors", "files", "fields", "problem", "concepts", "templates", "probe", "pieces", "cluster", "run",
+    "work", "registry", "pictures", "changes", "ops", "model", "prior", "examples", "grounded_sam", "masks",
+    "method", "edit", "attack", "metric", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

@@ -97,8 +97,9 @@ class LowRank(WeightChange):
         return (self.up.shape[0], self.down.shape[1]) == (rows, columns)
 
     def weight(self, original: Tensor) -> Tensor:
-        product = (self.up @ self.down).to(original.device).reshape(original.shape)
-        return (original + product).to(original.dtype)
+        wide = torch.promote_types(torch.promote_types(original.dtype, self.up.dtype), torch.float32)
+        up, down = (t.to(original.device, wide) for t in (self.up, self.down))
+        return (original.to(wide) + (up @ down).reshape(original.shape)).to(original.dtype)
 
 
 @dataclass(frozen=True, eq=False)
