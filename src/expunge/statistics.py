@@ -31,11 +31,6 @@ class Score:
     low: float = math.nan
     high: float = math.nan
 
-    def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "–"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n:,})"
-
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
@@ -65,6 +60,8 @@ class Estimate:
 
     def over(self, other: Estimate, cap: float = 1.0) -> Estimate:
         """The paired ratio, never above `cap`."""
+        if not (self.n and other.n):
+            return NONE
         value = min(self.value / other.value, cap) if other.value else math.nan
         draws = (self.draws / other.draws.clamp(min=1e-9)).clamp(max=cap)
         return Estimate(value, min(self.n, other.n), draws)
@@ -192,9 +189,8 @@ def _prior(name: str) -> Tensor:
 def harmonic(terms: Sequence[Tensor]) -> Tensor:
     """The harmonic mean of terms in [0, 1]; zero where one of them is."""
     stacked = torch.stack([term.clamp(0, 1) for term in terms])
-    return torch.where(
-        (stacked > 0).all(0), len(terms) / (1 / stacked.clamp(min=1e-12)).sum(0), torch.zeros_like(stacked[0])
-    )
+    mean = len(terms) / (1 / stacked.clamp(min=1e-12)).sum(0)
+    return torch.where((stacked > 0).all(0), mean, torch.zeros_like(mean))
 
 
 def harmonic_mean(terms: Sequence[Estimate]) -> Estimate:
@@ -220,7 +216,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 def corrected(seen: Estimate, chance: Estimate) -> Estimate:
     """UA: what of a share is gone, counted against the share that comes by chance.
 
-        UA = 1 − max(0, seen − chance) / (1 − chance)
+    UA = 1 − max(0, seen − chance) / (1 − chance)
     """
 
     def ua(s: Tensor, c: Tensor) -> Tensor:

@@ -175,6 +175,8 @@ class Ask:
     concept: str
     labels: tuple[str, ...]
     near: tuple[str, ...] = ()
+    item: str = ""
+    """The words it stands for: what the original does not draw is left out by these."""
 
 
 @dataclass(frozen=True)
@@ -379,7 +381,8 @@ class Suite(Settings):
             shown = ", ".join(c.name for c in self.concepts[:12])
             more = f" and {len(self.concepts) - 12} more" if len(self.concepts) > 12 else ""
             raise ExpungeError(
-                f"suite {self.name} knows nothing of {', '.join(map(repr, names))}; it knows {shown}{more}"
+                f"suite {self.name} knows nothing of {', '.join(map(repr, names))};"
+                f" it knows {shown}{more}"
             )
         return concepts
 
@@ -408,7 +411,7 @@ class Suite(Settings):
                 cells += self._filled("synonyms", concept, synonym, size.synonyms)
         for concept in self.retained(gone):
             cells += self._filled("retained", concept, concept.words, size.retained)
-        asks = tuple(Ask("plain", concept.name, concept.labels, concept.near) for concept in gone)
+        asks = tuple(Ask("plain", c.name, c.labels, c.near, c.words) for c in gone)
         for prompt, _, n in self._spread(self.templates.get("plain", ()), "", size.plain):
             cells.append(Cell("plain", "", prompt, self._seeds(n), asks))
         for one in self.prompts:
@@ -420,9 +423,9 @@ class Suite(Settings):
         """The cells of one concept under one name."""
         templates = self.templates.get(role) or self.templates.get("erased", ())
         for prompt, other, n in self._spread(templates, words, pictures):
-            asks = [Ask(role, concept.name, concept.labels, concept.near)]
+            asks = [Ask(role, concept.name, concept.labels, concept.near, words)]
             if other is not None:
-                asks.append(Ask(self.others_role, other.name, other.labels, other.near))
+                asks.append(Ask(self.others_role, other.name, other.labels, other.near, other.words))
             stand_in = self.stand_in if role in ("erased", "synonyms") else ""
             yield Cell(role, concept.name, prompt, self._seeds(n), tuple(asks), None, stand_in)
 
@@ -449,9 +452,10 @@ class Suite(Settings):
         if size.prompts and len(rows) > size.prompts:
             rows = [rows[i * len(rows) // size.prompts] for i in range(size.prompts)]
         concept = self.concept(one.concept) if one.concept else None
-        asks = (Ask(one.role, concept.name, concept.labels, concept.near),) if concept else ()
         for prompt, seed, guidance in rows:
             seeds = self._seeds(size.each) if seed is None else (seed,)
+            item = prompt if len(seeds) > 1 else one.concept  # one picture says little of its prompt
+            asks = (Ask(one.role, concept.name, concept.labels, concept.near, item),) if concept else ()
             yield Cell(one.role, one.concept, prompt, seeds, asks, guidance)
 
 
