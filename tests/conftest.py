@@ -85,6 +85,19 @@ def tiny_pipeline(seed: int = 0, width: int = 32, **scheduler) -> StableDiffusio
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Tests keep their pictures to themselves."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("EXPUNGE_CACHE")
+    os.environ["EXPUNGE_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["EXPUNGE_CACHE"]
+    else:
+        os.environ["EXPUNGE_CACHE"] = before
+
+
 @pytest.fixture
 def pipe():
     return tiny_pipeline()

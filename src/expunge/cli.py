@@ -117,6 +117,18 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Erase, judge and report: methods × concepts × seeds, as a TOML file says. Goes on where it was."""
+
+    experiment: Positional[str]
+    """The TOML file."""
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
+    """The folder for the edits and the report; by default the file's name without .toml."""
+    cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
+    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what an edit erases, how it was made, from what, and whether it fits a model."""
 
@@ -223,9 +235,10 @@ def evaluate_command(options: Evaluate) -> None:
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
     from expunge.cache import Cache
+    from expunge.case import Candidate
     from expunge.edit import Edit
     from expunge.model import load
-    from expunge.report import Candidate, check_folder, evaluate
+    from expunge.report import check_folder, evaluate
 
     check_folder(options.output, [suite.name for suite in suites])
     files.check_writable(Path(options.output) / "results.json")
@@ -253,6 +266,26 @@ def evaluate_command(options: Evaluate) -> None:
     cache.prune(limit)
     _show(report)
     print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
+
+
+def run_command(options: RunOptions) -> None:
+    """`expunge run`."""
+    limit = _bytes(options.cache_limit)
+    from expunge.cache import Cache
+    from expunge.experiment import Experiment
+    from expunge.model import load
+    from expunge.report import check_folder
+
+    experiment = Experiment.read(options.experiment)
+    folder = Path(options.output or Path(options.experiment).with_suffix(""))
+    check_folder(folder, [suite.name for suite in experiment.suites])
+    files.check_writable(folder / "results.json")
+    cache = Cache()
+    with _progress() as progress:
+        report = experiment.run(load(experiment.model), folder, cache=cache, progress=progress)
+    cache.prune(limit)
+    _show(report)
+    print(f"{cache.drawn} pictures drawn; look at {folder / 'index.html'}")
 
 
 def _show(report: Report) -> None:
@@ -326,6 +359,7 @@ def list_command(options: List) -> None:
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (Draw, draw_command),
     "evaluate": (Evaluate, evaluate_command),
+    "run": (RunOptions, run_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }

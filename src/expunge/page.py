@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from expunge.case import Case, Row, comparisons
+from expunge.looks import make
 from expunge.metric import Judge
 from expunge.pictures import image
 from expunge.statistics import Estimate
 
 if TYPE_CHECKING:
-    from expunge.report import Case, Report, Row
+    from expunge.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 8  # pictures of a strip
@@ -65,7 +68,7 @@ def number(estimate: Estimate | None, percent: bool = True) -> Number:
     if estimate is None or math.isnan(estimate.value):
         return Number("–")
     score, scale = estimate.score, 100 if percent else 1
-    digits = 1 if percent or abs(score.value) >= 10 else 3
+    digits = 1 if percent or max(abs(score.value), abs(score.high)) >= 5 else 3
 
     def show(x: float) -> str:
         return f"{scale * x:.{digits}f}"
@@ -110,6 +113,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
     methods = report.methods()[name]
     return {
         "suite": suite,
+        "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
         "terms": terms,
         "extra": extra,
         "rows": [
@@ -180,8 +184,6 @@ def _y(share: float) -> float:
 
 def _case(report: Report, case: Case) -> dict[str, Any]:
     """Its strips, and what is uncertain in it."""
-    from expunge.report import comparisons
-
     edits = [row for row in case.rows if row.candidate]
     return {
         "erased": ", ".join(case.erased[:6])
@@ -245,8 +247,6 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
 
 
 def _judge_of(report: Report, case: Case) -> Judge | None:
-    from expunge.looks import make
-
     metric = make(case.suite.judge, case.suite.options.get(case.suite.judge, {}))
     return metric if isinstance(metric, Judge) else None
 
