@@ -10,8 +10,8 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "fields", "problem", "probe", "run", "registry", "pictures", "changes",
-    "ops", "model", "method", "edit", "attack", "metric", "suite", "cache", "statistics", "looks", "case",
-    "page", "report", "experiment", "cli",
+    "ops", "model", "method", "edit", "attack", "metric", "suite", "cache", "statistics", "looks",
+    "case", "page", "report", "experiment", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 
