@@ -112,6 +112,20 @@ def test_differences_are_paired():
     assert not one.minus(one).above_chance
 
 
+def test_models_that_do_not_differ_are_seldom_said_to():
+    """200 pairs of models, equally good; some fail on the same pictures more often than others."""
+    generator = torch.Generator().manual_seed(3)
+    said = 0
+    for trial in range(200):
+        chance = (0.02, 0.1, 0.5, 0.9)[trial % 4]
+        common, one, other = (torch.rand(20, generator=generator) < chance for _ in range(3))
+        alike = torch.rand(20, generator=generator) < 0.5
+        pair = [torch.where(alike, common, own).float() for own in (one, other)]
+        a, b = (mean({"p": answers}, name=str(k)) for k, answers in enumerate(pair))
+        said += a.minus(b).above_chance
+    assert said / 200 < 0.06
+
+
 def test_relative_to_the_original_is_capped():
     better, worse = mean({"a": torch.ones(10)}), mean({"a": torch.tensor([1.0, 0.0] * 5)})
     assert better.over(worse).value == 1

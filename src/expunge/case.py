@@ -195,7 +195,7 @@ def judged(
     rows, wrong = [], {}
     for name, one in looks.items():
         if seen:
-            roles, terms, each = _terms(suite, cells, seen[name], seen["original"], dropped)
+            roles, terms, each = _terms(suite, cells, name, seen, dropped)
             wrong[name] = _wrong(cells, seen[name])
         else:
             roles, terms, each = _terms_by_score(suite, one)
@@ -219,11 +219,12 @@ def judged(
 def _terms(
     suite: Suite,
     cells: Sequence[Cell],
-    seen: _Seen,
-    before: _Seen,
+    name: str,
+    all_seen: Mapping[str, _Seen],
     dropped: Sequence[tuple[str, str]],
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, Estimate], dict[str, dict[str, float]]]:
     """The shares of every role, the terms of the H, and the share of every word."""
+    seen, before = all_seen[name], all_seen["original"]
     broken = {
         (c, a): seen.broken[c].float() for c, cell in enumerate(cells) for a in range(len(cell.asks))
     }
@@ -240,7 +241,7 @@ def _terms(
             continue
 
         def mean(values: Mapping[tuple[int, int], Tensor], role: str = role) -> Estimate:
-            return statistics.mean(_gather(cells, values, role, dropped), name=role)
+            return statistics.mean(_gather(cells, values, role, dropped), name=f"{role} of {name}")
 
         roles[role] = {
             "seen": mean(seen.answers),
@@ -248,10 +249,11 @@ def _terms(
             "unrecognisable": mean(broken),
             "counted": mean(counted),
         }
-        # Its own half success and failure: 4 of 4 before and after do not prove that nothing changed.
-        original = statistics.mean(_gather(cells, before.answers, role, dropped), name=f"{role} before")
+        # Another half success and failure: 4 of 4 before and after do not prove that nothing changed.
+        answers = _gather(cells, before.answers, role, dropped)
+        original = statistics.mean(answers, name=f"{role} of original")
         roles[role]["original"] = original
-        same = seen is before and role not in GONE
+        same = name == "original" and role not in GONE
         relative[role] = roles[role]["counted"].over(roles[role]["counted"] if same else original)
     erased = roles.get("erased", {}).get("counted", NONE)
     if suite.score == "H_style" and "plain" in roles:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def mean(answers: Answers, *, share: bool = True, name: str = "") -> Estimate:
     Args:
         answers: the numbers of each prompt's pictures.
         share: whether they lie in [0, 1]; the interval then knows that 20 of 20 is not certainty.
-        name: means of one name are resampled alike, pictures and prior.
+        name: means of different names share the weights of their pictures, not the prior: so one
+            picture that two models draw differently is no proof of a difference.
     """
     rows = [(prompt, values.double()) for prompt, values in answers.items() if len(values)]
     n = sum(int((~values.isnan()).sum()) for _, values in rows)
@@ -172,6 +174,7 @@ def _generator(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+@lru_cache(maxsize=8)
 def _weights(prompt: str, pictures: int) -> tuple[Tensor, Tensor]:
     """The prompt's (draws, pictures) and (draws,): the first pictures' weights hang not on how many."""
     generator = _generator(f"prompt\0{prompt}")
