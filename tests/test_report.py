@@ -20,20 +20,16 @@ from expunge.suite import Suite
 
 TABLE = {
     "version": 1,
-    "score": "H_o",
+    "score": "H_c",
     "num_inference_steps": 2,
     "judge": "clip_zeroshot",
     "question": "probability",
     "metrics": ["clip_score", "pixel_distance", "frechet"],
     "templates": {"erased": ["a photo of the {}"]},
     "sizes": {"quick": {"erased": 3, "synonyms": 2, "retained": 2}, "full": {"erased": 4}},
-    # On noise every class has a third; with two labels each the original "draws" its concepts.
-    "concepts": {
-        "airplane": {"labels": ["airplane", "dog"], "synonyms": ["aircraft"]},
-        "ship": {"labels": ["ship", "dog"]},
-        "bird": {},
-    },
-    "options": {"clip_zeroshot": {"classes": ["airplane", "ship", "dog"], "scale": 1.0}},
+    "concepts": {"airplane": {"synonyms": ["aircraft"]}, "ship": {}, "bird": {}},
+    # A judge that says one half of everything: so noise is "drawn right" often enough to be counted.
+    "options": {"clip_zeroshot": {"classes": ["airplane", "ship"], "scale": 1e-9}},
 }
 SUITE_TEXT = """# Tiny.
 version = 1
@@ -47,10 +43,10 @@ erased = ["a photo of the {}"]
 [sizes]
 quick = { erased = 2, synonyms = 1, retained = 1 }
 [concepts]
-"airplane" = { labels = ["airplane", "dog"], synonyms = ["aircraft"] }
-"ship" = { labels = ["ship", "dog"] }
+"airplane" = { synonyms = ["aircraft"] }
+"ship" = {}
 [options]
-clip_zeroshot = { classes = ["airplane", "ship", "dog"], scale = 1.0 }
+clip_zeroshot = { classes = ["airplane", "ship"], scale = 1e-9 }
 """
 
 
@@ -94,7 +90,7 @@ def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path
     assert facts["num_inference_steps"] == 2
     assert len(facts["model sha256"]) == 64
     assert facts["sampler"]["class"] == "DDIMScheduler"
-    assert facts["metrics"]["clip_zeroshot"]["classes"] == ["airplane", "ship", "dog"]
+    assert facts["metrics"]["clip_zeroshot"]["classes"] == ["airplane", "ship"]
     assert facts["versions"]["torch"]
     (case,) = table["cases"]
     assert case["rows"][1]["from"]["hash"] == edits[0].hash
@@ -198,8 +194,9 @@ def test_the_page_in_a_browser(report, tmp_path):
     probe = """<script>
     const images = [...document.images];
     images.forEach(i => i.loading = "eager");
-    const button = document.querySelectorAll("thead button")[2];
-    const column = () => [...document.querySelectorAll("table.sortable")[0].tBodies[0].rows]
+    const table = document.querySelectorAll("table.sortable")[1];  // further metrics: all differ
+    const button = table.querySelectorAll("thead button")[2];
+    const column = () => [...table.tBodies[0].rows]
       .map(r => Number(r.cells[2].dataset.sort));
     button.click(); const down = column(); button.click(); const up = column();
     Promise.all(images.map(i => i.decode().then(() => 1, () => 0))).then(loaded => {
@@ -216,6 +213,7 @@ def test_the_page_in_a_browser(report, tmp_path):
         result = browse(watched, f"--window-size={width},900", "--dump-dom")
         found = json.loads(re.search(r'data-found="([^"]*)"', result.stdout)[1].replace("&quot;", '"'))
         assert found["images"] == found["loaded"] > 10
+        assert len(set(found["up"])) == 3
         assert found["down"] == sorted(found["down"], reverse=True)
         assert found["up"] == sorted(found["up"])
         assert (found["wide"], found["asked"]) == (False, 0)
