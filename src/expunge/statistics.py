@@ -174,7 +174,7 @@ def _generator(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _weights(prompt: str, pictures: int) -> tuple[Tensor, Tensor]:
     """The prompt's (draws, pictures) and (draws,): the first pictures' weights hang not on how many."""
     generator = _generator(f"prompt\0{prompt}")
