@@ -210,6 +210,14 @@ def test_lists_and_help(run):
         ("draw x -o x.png --edit file", "not a whole safetensors file"),
         ("draw x -o x.png --stpes 3", "did you mean '--steps'"),
         ("info file", "not a whole safetensors file"),
+        ("evaluate e.safetensors --suite object", "evaluate needs -o"),
+        ("evaluate e.safetensors -o r", "name a suite with --suite, one of: identity"),
+        ("evaluate e.safetensors --suite objects -o r", "did you mean 'object'"),
+        ("evaluate e.safetensors --suite object --suite mace-style -o r", "for different models"),
+        ("evaluate absent.safetensors --suite object -o r", "cannot read absent.safetensors"),
+        ("evaluate e.safetensors --suite object -o r --cache-limit much", "not 'much'"),
+        ("run absent.toml", "cannot read absent.toml"),
+        ("run file", "is not a TOML file"),
     ],
 )
 def test_bad_input_is_one_sentence(run, tmp_path, arguments, message):
@@ -282,3 +290,37 @@ def test_quick_commands_import_no_torch(command):
     torch_there, seconds = result.stdout.split()[-2:]
     assert torch_there == "False"
     assert float(seconds) < 1  # of the processor's time, interpreter and all
+
+
+def test_evaluate_writes_a_report_and_draws_nothing_twice(run, edit, tmp_path, folder):
+    (tmp_path / "own.toml").write_text(
+        """# One line.
+version = 1
+score = "H_c"
+num_inference_steps = 2
+judge = "clip_zeroshot"
+templates = { erased = ["a photo of the {}"] }
+sizes = { quick = { erased = 2, retained = 1 } }
+[concepts]
+"airplane" = {}
+"ship" = {}
+"""
+    )
+    command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "6 pictures drawn; look at report/index.html" in out
+    assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
+    code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
+    assert "0 pictures drawn" in out
+    assert "pixel_distance retained" in Path("report/results.csv").read_text()
+    code, out, _ = run(*command)
+    assert "6 pictures drawn" in out  # the cache had been emptied
+
+
+def test_draw_takes_what_has_been_drawn(run, monkeypatch):
+    command = ("draw", "a ship", "-n", "2", "--seed", "77", "--steps", "2", "-o")
+    assert run(*command, "one.png")[0] == 0
+    monkeypatch.setattr("expunge.model.Model.draw", None)
+    assert run(*command, "two.png")[0] == 0
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()

@@ -1,4 +1,4 @@
-"""The command line: draw, erase, info, list.
+"""The command line: draw, erase, evaluate, run, info, list.
 
 Nothing here imports torch before there is work for it.
 """
@@ -31,7 +31,9 @@ from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
     from expunge.edit import Edit
+    from expunge.report import Report
     from expunge.run import Progress
+    from expunge.statistics import Estimate
 
 T = TypeVar("T")
 
@@ -42,6 +44,8 @@ usage: expunge COMMAND …
 
   draw PROMPT       draw pictures, with or without edits
   erase METHOD      erase concepts; writes an edit
+  evaluate EDIT…    judge edits by suites; writes a report
+  run EXPERIMENT    erase, judge and report a whole table of methods and concepts
   info EDIT         what an edit erases, how it was made, whether it fits
   list KIND         methods, models, families, attacks, metrics, suites
 
@@ -97,6 +101,40 @@ class Erase:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Judge edits: is it gone, are its synonyms gone, is the rest unharmed?"""
+
+    edits: Positional[tuple[str, ...]]
+    """Edits, or diffusers folders of erased models."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
+    """The folder for index.html, results.json and results.csv."""
+    suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE")] = ()
+    """What to judge by: a suite's name, or a TOML file."""
+    full: bool = False
+    """The papers' number of pictures instead of the quick one."""
+    metric: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="METRIC")] = ()
+    """What to measure besides what the suites say."""
+    erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    """What the diffusers folders have erased; edits say so themselves."""
+    model: str | None = None
+    """The original; by default the suite's own."""
+    cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
+    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Erase, judge and report: methods × concepts × seeds, as a TOML file says. Goes on where it was."""
+
+    experiment: Positional[str]
+    """The TOML file."""
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
+    """The folder for the edits and the report; by default the file's name without .toml."""
+    cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
+    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what an edit erases, how it was made, from what, and whether it fits a model."""
 
@@ -145,15 +183,20 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
+    from expunge.cache import Cache, Request, Source
     from expunge.edit import Edit
     from expunge.model import load
 
-    edits = [Edit.load(path) for path in options.edit]
+    edits = tuple(Edit.load(path) for path in options.edit)
     model = load(options.model)
-    with contextlib.ExitStack() as stack:
-        for edit in edits:
-            stack.enter_context(edit.apply(model))
-        drawn = model.draw(probe, progress=stack.enter_context(_progress()))
+    steps = probe.num_inference_steps or model.num_inference_steps
+    guidance = model.guidance_scale if probe.guidance_scale is None else probe.guidance_scale
+    asked = [
+        Request(prompt, seed, steps, guidance)
+        for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
+    ]
+    with _progress() as progress:
+        drawn = Cache().draw(Source(model, edits), asked, progress)
     if to_folder:
         for picture, seed in zip(drawn, probe.seeds, strict=True):
             pictures.save(pictures.image(picture), output / f"{_slug(options.prompt)}-{seed}.png")
@@ -199,6 +242,101 @@ def erase_command(options: Erase, method: Any) -> None:
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
 
 
+def evaluate_command(options: Evaluate) -> None:
+    """`expunge evaluate`."""
+    if not options.suite:
+        raise ExpungeError(f"name a suite with --suite, one of: {', '.join(registry.names('suites'))}")
+    limit = _bytes(options.cache_limit)
+    from expunge.suite import Suite
+
+    suites = [Suite.read(name) for name in options.suite]
+    models = {options.model or suite.model for suite in suites}
+    if len(models) > 1:
+        raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
+    from expunge.cache import Cache
+    from expunge.case import Candidate
+    from expunge.edit import Edit
+    from expunge.model import load
+    from expunge.report import check_folder, evaluate
+
+    check_folder(options.output, [suite.name for suite in suites])
+    files.check_writable(Path(options.output) / "results.json")
+    candidates = []
+    for name in options.edits:
+        path = Path(name)
+        if not path.is_dir():
+            candidates.append(Candidate.of(Edit.load(path), path.stem))
+        elif not options.erases:
+            raise ExpungeError(f"{name} is a folder; say with --erases NAME what it has erased")
+        else:
+            candidates.append(Candidate(path.resolve().name, options.erases, model=load(path)))
+    cache = Cache()
+    with _progress() as progress:
+        report = evaluate(
+            load(models.pop()),
+            candidates,
+            suites,
+            full=options.full,
+            metrics=options.metric,
+            cache=cache,
+            progress=progress,
+        )
+    report.save(options.output)
+    cache.prune(limit)
+    _show(report)
+    print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
+
+
+def run_command(options: RunOptions) -> None:
+    """`expunge run`."""
+    limit = _bytes(options.cache_limit)
+    from expunge.cache import Cache
+    from expunge.experiment import Experiment
+    from expunge.model import load
+    from expunge.report import check_folder
+
+    experiment = Experiment.read(options.experiment)
+    folder = Path(options.output or Path(options.experiment).with_suffix(""))
+    check_folder(folder, [suite.name for suite in experiment.suites])
+    files.check_writable(folder / "results.json")
+    cache = Cache()
+    with _progress() as progress:
+        report = experiment.run(load(experiment.model), folder, cache=cache, progress=progress)
+    cache.prune(limit)
+    _show(report)
+    print(f"{cache.drawn} pictures drawn; look at {folder / 'index.html'}")
+
+
+def _show(report: Report) -> None:
+    """The H of every row and its terms, as a table."""
+    for name in dict.fromkeys(case.suite.name for case in report.cases):
+        cases = [case for case in report.cases if case.suite.name == name]
+        terms = list(dict.fromkeys(term for case in cases for row in case.rows for term in row.terms))
+        table = Table(name, "erased", cases[0].suite.score, *terms, box=None, pad_edge=False)
+        for case in cases:
+            erased = ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "")
+            for row in case.rows:
+                numbers = (row.h, *(row.terms.get(term) for term in terms))
+                table.add_row(row.name, erased, *map(_score, numbers))
+        _out().print(table)
+
+
+def _score(estimate: Estimate | None) -> str:
+    """A number with its interval: in per cent where it is a share."""
+    if estimate is None or estimate.value != estimate.value:
+        return "–"
+    score, scale = estimate.score, 100 if abs(estimate.value) <= 1 else 1
+    return f"{scale * score.value:.1f} ({scale * score.low:.0f}–{scale * score.high:.0f})"
+
+
+def _bytes(text: str) -> int:
+    """A size such as 500MB in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ExpungeError(f"a size is a number with kB, MB, GB or TB, not {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
 def info_command(options: Info) -> None:
     """`expunge info`."""
     from expunge.changes import summary
@@ -239,6 +377,8 @@ def list_command(options: List) -> None:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (Draw, draw_command),
+    "evaluate": (Evaluate, evaluate_command),
+    "run": (RunOptions, run_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }

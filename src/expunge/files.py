@@ -12,16 +12,6 @@ from pathlib import Path
 from expunge.errors import ExpungeError
 
 
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: $EXPUNGE_CACHE, or the user's cache folder."""
-    own = os.environ.get("EXPUNGE_CACHE")
-    return (
-        Path(own)
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "expunge").expanduser()
-    )
-
-
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to that becomes `path` when the block ends well, and vanishes otherwise.
@@ -115,3 +105,10 @@ def check_weights(folder: str | Path) -> None:
                 raise ExpungeError(f"the weight file {index.parent / shard} is missing")
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches."""
+    if chosen := os.environ.get("EXPUNGE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expunge"
