@@ -43,20 +43,20 @@ def test_kept_by_content(model, cache, monkeypatch):
     assert told == []
     assert torch.equal(first.mean, again.mean)
     assert first.count == again.count
-    (file,) = cache.rglob("*.safetensors")
+    (file,) = cache.rglob("[!.]*.safetensors")
     assert file.stat().st_size < 32 * 32 * 8 + 500
 
     prior(model, SOME[::-1], run)
     prior(expunge.load(tiny_pipeline(seed=1)), SOME, run)
     next(model.pipe.text_encoder.parameters()).data[0, 0] += 1
     prior(model, SOME, run)
-    assert len(list(cache.rglob("*.safetensors"))) == 4
+    assert len(list(cache.rglob("[!.]*.safetensors"))) == 4
     assert len([what for what in told if what[1] == what[2]]) == 3
 
 
 def test_a_broken_file_is_made_again(model, cache):
     first = prior(model, SOME)
-    (file,) = cache.rglob("*.safetensors")
+    (file,) = cache.rglob("[!.]*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     assert torch.equal(prior(model, SOME).mean, first.mean)
     file.write_bytes(b"")

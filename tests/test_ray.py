@@ -80,11 +80,11 @@ def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monk
 
     def always_dies(name):
         if name == "frog":
-            while len(list((tmp_path / "work").rglob("*.safetensors"))) < 4:
+            while len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) < 4:
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
 
     run = Run(folder=tmp_path / "work", ray="local")
     with pytest.raises(ExpungeError, match="Ray gave up on frog after 2 tries: .*died"):
         run.pieces(maker(run, always_dies), NAMES)
-    assert len(list((tmp_path / "work").rglob("*.safetensors"))) == 4
+    assert len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) == 4

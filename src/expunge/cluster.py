@@ -91,7 +91,7 @@ def spread(
                 yield batch, _result(ray, done, batch)
         finally:
             for reference in waiting:
-                ray.cancel(reference, force=True)
+                ray.cancel(reference)
 
 
 def _result(ray: Any, reference: Any, batch: Sequence[str]) -> dict[str, Tensors]:
