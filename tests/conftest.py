@@ -85,6 +85,14 @@ def tiny_pipeline(seed: int = 0, width: int = 32, **scheduler) -> StableDiffusio
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """The cache folder of the tests."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["EXPUNGE_CACHE"] = str(path)
+    return path
+
+
 @pytest.fixture
 def pipe():
     return tiny_pipeline()

@@ -81,6 +81,47 @@ def test_erase_prints_the_anchor_it_chose(run):
     assert (record.fields["ridge"], record.seed, record.model) == (2.0, 7, "tiny")
 
 
+def test_erase_many_from_a_file(run, tmp_path):
+    (tmp_path / "many.toml").write_text(
+        'retain = ["bird"]\n[[concept]]\nname = "art"\nanchor = ""\nkind = "style"\n'
+        '[[concept]]\nname = "cat"\nanchor = "the ground"\n'
+    )
+    code, _, err = run(
+        "erase", "uce", "--concepts", "many.toml", "--concept", "airplane=sky", "--kind", "identity",
+        "--retain", "ship", "-o", "e.safetensors",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    problem = Edit.load("e.safetensors").record.problem
+    assert [(c.name, c.anchor, c.kind) for c in problem.erase] == [
+        ("airplane", "sky", "identity"),
+        ("art", "", "style"),
+        ("cat", "the ground", "identity"),
+    ]
+    assert problem.retain == ("ship", "bird")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.safetensors", "many.toml"]
+
+
+def test_presets(run, monkeypatch):
+    from expunge.methods.uce import UCE
+
+    assert "uce has no presets" in run("erase", "uce", "--preset", "list", model=False)[1]
+    presets = {
+        "soft": {"about": "for little things", "ridge": 500.0, "general": 3, "templates": ("a {}",)}
+    }
+    monkeypatch.setattr(UCE, "presets", presets)
+    code, out, _ = run("erase", "uce", "--preset", "list", model=False)
+    assert code == 0
+    assert "soft" in out
+    assert "for little things" in out
+    assert "ridge 500.0, general 3, templates a {}" in out
+    erase = ("erase", "uce", "--concept", "airplane=sky", "-o", "e.safetensors")
+    assert run(*erase, "--preset=soft", "--general", "5")[0] == 0
+    fields = Edit.load("e.safetensors").record.fields
+    assert (fields["ridge"], fields["general"], fields["templates"]) == (500.0, 5, ["a {}"])
+    code, _, err = run(*erase, "--preset", "sotf")
+    assert (code, err) == (2, "expunge: there is no preset 'sotf'; did you mean 'soft'?\n")
+
+
 def test_info(run, edit, folder):
     code, out, _ = run("info", edit, "--model", str(folder))
     assert code == 0
@@ -141,12 +182,25 @@ def test_lists_and_help(run):
         ("erase uce --concept a -o e.safetensors extra", "does not know what to do with 'extra'"),
         ("erase uce --concept = -o e.safetensors", "needs a name"),
         ("erase uce -o e.safetensors", "no concept to erase"),
+        ("erase uce -o e.safetensors --concepts file", ".txt, .csv or .toml file, not from file"),
+        ("erase uce -o e.safetensors --concepts absent.txt", "cannot read absent.txt"),
+        (
+            "erase uce --concept a -o e.safetensors --preset --seed 1",
+            "missing value for argument '--preset",
+        ),
+        ("erase uce --concept a -o e.safetensors --preset soft", "no preset 'soft'"),
+        ("erase uce --concept a -o e.safetensors --ray nowhere", "HOST:PORT, ray://HOST:PORT"),
+        (
+            "erase uce --concept a -o e.safetensors --ray 127.0.0.1:1",
+            "nobody answers at the Ray address",
+        ),
         ("erase uce --concept a", "erase uce needs -o"),
         ("erase uce --concept a -o e.pt", "should end so"),
         ("erase uce --concept a -o file/e.safetensors", "cannot write"),
         ("erase uce --concept cat --retain Cat -o e.safetensors", "both erased and retained"),
         ("erase uce --concept a --model emojy -o e.safetensors", "no model 'emojy'"),
         ("draw x", "draw needs -o"),
+        ("draw x -o", "missing value for argument '-o"),
         ("draw x -o x.txt", "should end in"),
         ("draw x -o x.png -n 0", "at least 1"),
         ("draw x -o x.png -n two", "-n"),
@@ -156,6 +210,14 @@ def test_lists_and_help(run):
         ("draw x -o x.png --edit file", "not a whole safetensors file"),
         ("draw x -o x.png --stpes 3", "did you mean '--steps'"),
         ("info file", "not a whole safetensors file"),
+        ("evaluate e.safetensors --suite object", "evaluate needs -o"),
+        ("evaluate e.safetensors -o r", "name a suite with --suite, one of: identity"),
+        ("evaluate e.safetensors --suite objects -o r", "did you mean 'object'"),
+        ("evaluate e.safetensors --suite object --suite mace-style -o r", "for different models"),
+        ("evaluate absent.safetensors --suite object -o r", "cannot read absent.safetensors"),
+        ("evaluate e.safetensors --suite object -o r --cache-limit much", "not 'much'"),
+        ("run absent.toml", "cannot read absent.toml"),
+        ("run file", "is not a TOML file"),
     ],
 )
 def test_bad_input_is_one_sentence(run, tmp_path, arguments, message):
@@ -228,3 +290,37 @@ def test_quick_commands_import_no_torch(command):
     torch_there, seconds = result.stdout.split()[-2:]
     assert torch_there == "False"
     assert float(seconds) < 1  # of the processor's time, interpreter and all
+
+
+def test_evaluate_writes_a_report_and_draws_nothing_twice(run, edit, tmp_path, folder):
+    (tmp_path / "own.toml").write_text(
+        """# One line.
+version = 1
+score = "H_c"
+num_inference_steps = 2
+judge = "clip_zeroshot"
+templates = { erased = ["a photo of the {}"] }
+sizes = { quick = { erased = 2, retained = 1 } }
+[concepts]
+"airplane" = {}
+"ship" = {}
+"""
+    )
+    command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "6 pictures drawn; look at report/index.html" in out
+    assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
+    code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
+    assert "0 pictures drawn" in out
+    assert "pixel_distance retained" in Path("report/results.csv").read_text()
+    code, out, _ = run(*command)
+    assert "6 pictures drawn" in out  # the cache had been emptied
+
+
+def test_draw_takes_what_has_been_drawn(run, monkeypatch):
+    command = ("draw", "a ship", "-n", "2", "--seed", "77", "--steps", "2", "-o")
+    assert run(*command, "one.png")[0] == 0
+    monkeypatch.setattr("expunge.model.Model.draw", None)
+    assert run(*command, "two.png")[0] == 0
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()

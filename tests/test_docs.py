@@ -40,6 +40,27 @@ def test_python(tmp_path, monkeypatch):
     assert names["pictures"].shape == (4, 3, 64, 64)
 
 
+def test_judging(tmp_path):
+    (block,) = blocks("docs/judging.md", "python")
+    names: dict = {}
+    exec(block, names)
+    assert {"erased", "synonyms", "retained"} <= set(names["prompts"])
+    suite, table = blocks("docs/judging.md", "toml")
+    (tmp_path / "own.toml").write_text(suite)
+    assert [c.name for c in names["Suite"].read(tmp_path / "own.toml").concepts] == [
+        "cat",
+        "dog",
+        "horse",
+    ]
+    (tmp_path / "table.toml").write_text(table)
+    from expunge.experiment import Experiment
+
+    assert len(Experiment.read(tmp_path / "table.toml").jobs()) == 6
+    schema = (HERE / "docs" / "judging.md").read_text().partition("## results.json")[2]
+    for key in ("provenance", "cases", "methods", "left out", "differences", "larger than chance"):
+        assert f"`{key}`" in schema or f".{key}" in schema or f"[].{key}" in schema
+
+
 def test_extending(model, problem):
     (block,) = blocks("docs/extending.md", "python")
     names: dict = {"__name__": "dim"}

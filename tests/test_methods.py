@@ -1,25 +1,28 @@
 """What every method keeps, over the registry; then what each one computes."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
 
 import expunge
 from conftest import weights
-from expunge import Concept, Edit, ExpungeError, Probe, Problem, registry
+from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem, registry
 from expunge.methods.uce import TEMPLATES, UCE
 
 METHODS = registry.names("methods")
 
 
 def test_the_folder_is_the_list():
-    assert "uce" in METHODS
+    assert {"mace", "uce"} <= set(METHODS)
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    return registry.get("methods", request.param)()
+    method = registry.get("methods", request.param)
+    fast = method.presets.get("fast", {})
+    return method(**{name: value for name, value in fast.items() if name != "about"})
 
 
 class TestContract:
@@ -31,6 +34,12 @@ class TestContract:
     def test_is_frozen(self, method):
         with pytest.raises(dataclasses.FrozenInstanceError):
             method.ridge = 1
+
+    def test_presets_fit(self, method):
+        for name, values in method.presets.items():
+            preset = type(method).preset(name)
+            assert all(getattr(preset, k) == v for k, v in values.items() if k != "about")
+            assert isinstance(values.get("about", ""), str)
 
     def test_leaves_the_model_as_it_was(self, model, problem, method):
         before, parameters = weights(model.pipe), list(model.pipe.unet.parameters())
@@ -152,3 +161,50 @@ def test_names_longer_than_the_window(model, where):
     method = UCE(templates=("ship " * 75 + "{}",)) if where == "template" else "uce"
     with pytest.raises(ExpungeError, match="7[67] tokens, and this model reads no more than 75"):
         expunge.erase(model, Problem((concept,), (long,) if where == "retain" else ()), method)
+
+
+class Preset(UCE):
+    """A method with presets."""
+
+    presets: ClassVar = {
+        "soft": {"about": "little", "ridge": 500.0, "general": 3},
+        "wrong": {"rigde": 1.0},
+    }
+
+
+def test_presets():
+    assert Preset.preset("soft") == Preset(ridge=500.0, general=3)
+    assert Preset.preset("soft", ridge=2.0, positions="last") == Preset(2.0, general=3, positions="last")
+    with pytest.raises(ExpungeError, match="no preset 'sotf'; did you mean 'soft'"):
+        Preset.preset("sotf")
+    with pytest.raises(ExpungeError, match="did you mean 'ridge'"):
+        Preset.preset("wrong")
+    with pytest.raises(ExpungeError, match="ridge must be above 0"):
+        Preset.preset("soft", ridge=-1)
+    with pytest.raises(ExpungeError, match="no preset 'soft'; known: none"):
+        UCE.preset("soft")
+
+
+@pytest.mark.parametrize("where", ["name", "anchor", "synonym", "retain"])
+def test_names_that_the_tokenizer_drops(model, where):
+    lost = "🐈🐈"  # the tiny tokenizer knows ASCII alone
+    concept = Concept(
+        lost if where == "name" else "airplane",
+        lost if where == "anchor" else "sky",
+        synonyms=(lost,) if where == "synonym" else (),
+    )
+    with pytest.raises(ExpungeError, match="tokenizer knows no character of '🐈🐈'"):
+        expunge.erase(model, Problem((concept,), (lost,) if where == "retain" else ()))
+    assert model.knows("🐈 cat")
+    assert not model.knows("<|endoftext|>")
+
+
+def test_a_warning_of_shared_words(model):
+    method = UCE(general=1)
+    problem = Problem((Concept("cat", "sky"),), ("a cat and a dog",))
+    with pytest.warns(ExpungeWarning, match=r"change with it: 'cat' in 'a cat and a dog' \(retained\)$"):
+        expunge.erase(model, problem, method)
+    problem = Problem((Concept("cat", ""), *(Concept(f"cat {w}", "") for w in "abcde")))
+    with pytest.warns(ExpungeWarning, match=r"'cat c' \(erased too\) and 2 more$") as warned:
+        expunge.erase(model, problem, method)
+    assert len(warned) == 1

@@ -12,6 +12,25 @@ from expunge.model import ANCHORS
 from expunge.problem import KINDS
 
 
+def test_overlaps_are_of_whole_words():
+    problem = Problem(
+        (
+            Concept("cat", synonyms=("kitty cat",)),
+            Concept("Cat face"),
+            Concept("Guinea", kind="identity"),
+            Concept("♥"),
+        ),
+        ("flag of equatorial guinea", "caterpillar", "face", "a face, of a cat", "♥ and ♠"),
+    )
+    assert problem.overlaps() == [
+        ("cat", "Cat face"),
+        ("cat", "a face, of a cat"),
+        ("Cat face", "a face, of a cat"),
+        ("Guinea", "flag of equatorial guinea"),
+    ]
+    assert Problem((Concept("cat"),), ("dog",)).overlaps() == []
+
+
 def test_parse():
     assert Concept.parse("airplane") == Concept("airplane")
     assert Concept.parse("airplane=") == Concept("airplane", "")

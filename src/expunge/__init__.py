@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from expunge.edit import erase as erase
     from expunge.model import Model as Model
     from expunge.model import load as load
+    from expunge.report import evaluate as evaluate
 
 __version__ = "0.1.0"
 
@@ -32,12 +33,14 @@ __all__ = [
     "Probe",
     "Problem",
     "erase",
+    "evaluate",
     "load",
 ]
 
 _HEAVY = {
     "Edit": "expunge.edit",
     "erase": "expunge.edit",
+    "evaluate": "expunge.report",
     "load": "expunge.model",
     "Model": "expunge.model",
 }

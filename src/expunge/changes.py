@@ -97,8 +97,9 @@ class LowRank(WeightChange):
         return (self.up.shape[0], self.down.shape[1]) == (rows, columns)
 
     def weight(self, original: Tensor) -> Tensor:
-        product = (self.up @ self.down).to(original.device).reshape(original.shape)
-        return (original + product).to(original.dtype)
+        wide = torch.promote_types(torch.promote_types(original.dtype, self.up.dtype), torch.float32)
+        up, down = (t.to(original.device, wide) for t in (self.up, self.down))
+        return (original.to(wide) + (up @ down).reshape(original.shape)).to(original.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +208,12 @@ def base_parameter(root: Any, layer: str, parameter: str) -> Tensor:
     while hasattr(tensor, "beneath"):
         tensor = tensor.beneath
     return tensor
+
+
+def content(tensor: Tensor) -> bytes:
+    """What a hash of a tensor is taken of: its dtype, its shape and its values."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
 def check_fit(root: Any, changes: Changes) -> None:

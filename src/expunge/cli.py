@@ -1,4 +1,4 @@
-"""The command line: draw, erase, info, list.
+"""The command line: draw, erase, evaluate, run, info, list.
 
 Nothing here imports torch before there is work for it.
 """
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,14 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from expunge import __version__, files, registry
+from expunge import __version__, concepts, files, registry
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
     from expunge.edit import Edit
+    from expunge.report import Report
     from expunge.run import Progress
+    from expunge.statistics import Estimate
 
 T = TypeVar("T")
 
@@ -42,6 +44,8 @@ usage: expunge COMMAND …
 
   draw PROMPT       draw pictures, with or without edits
   erase METHOD      erase concepts; writes an edit
+  evaluate EDIT…    judge edits by suites; writes a report
+  run EXPERIMENT    erase, judge and report a whole table of methods and concepts
   info EDIT         what an edit erases, how it was made, whether it fits
   list KIND         methods, models, families, attacks, metrics, suites
 
@@ -76,18 +80,58 @@ class Draw:
 class Erase:
     """Erase concepts from a model."""
 
-    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")]
-    """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
     output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
     """The file to write, ending in .safetensors."""
+    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")] = ()
+    """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
+    concepts: Annotated[str | None, arg(metavar="FILE")] = None
+    """A .txt, .csv or .toml file with more: in .txt one a line, as in --concept or NAME=ANCHOR, KIND."""
     kind: str = "object"
-    """What the concepts are: object, identity, style or explicit."""
+    """What concepts are that do not say it: object, identity, style or explicit."""
     retain: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT")] = ()
     """What must stay as it is."""
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """Values for the method's fields; those given beside count. `--preset list` shows them all."""
     model: str = "emoji"
     """A shipped model, a diffusers folder, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
+    ray: Annotated[str, arg(metavar="ADDRESS")] = ""
+    """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge edits: is it gone, are its synonyms gone, is the rest unharmed?"""
+
+    edits: Positional[tuple[str, ...]]
+    """Edits, or diffusers folders of erased models."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
+    """The folder for index.html, results.json and results.csv."""
+    suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE")] = ()
+    """What to judge by: a suite's name, or a TOML file."""
+    full: bool = False
+    """The papers' number of pictures instead of the quick one."""
+    metric: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="METRIC")] = ()
+    """What to measure besides what the suites say."""
+    erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    """What the diffusers folders have erased; edits say so themselves."""
+    model: str | None = None
+    """The original; by default the suite's own."""
+    cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
+    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Erase, judge and report: methods × concepts × seeds, as a TOML file says. Goes on where it was."""
+
+    experiment: Positional[str]
+    """The TOML file."""
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
+    """The folder for the edits and the report; by default the file's name without .toml."""
+    cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
+    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
 
 
 @dataclass(frozen=True)
@@ -139,15 +183,20 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
+    from expunge.cache import Cache, Request, Source
     from expunge.edit import Edit
     from expunge.model import load
 
-    edits = [Edit.load(path) for path in options.edit]
+    edits = tuple(Edit.load(path) for path in options.edit)
     model = load(options.model)
-    with contextlib.ExitStack() as stack:
-        for edit in edits:
-            stack.enter_context(edit.apply(model))
-        drawn = model.draw(probe, progress=stack.enter_context(_progress()))
+    steps = probe.num_inference_steps or model.num_inference_steps
+    guidance = model.guidance_scale if probe.guidance_scale is None else probe.guidance_scale
+    asked = [
+        Request(prompt, seed, steps, guidance)
+        for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
+    ]
+    with _progress() as progress:
+        drawn = Cache().draw(Source(model, edits), asked, progress)
     if to_folder:
         for picture, seed in zip(drawn, probe.seeds, strict=True):
             pictures.save(pictures.image(picture), output / f"{_slug(options.prompt)}-{seed}.png")
@@ -160,24 +209,132 @@ def erase_command(options: Erase, method: Any) -> None:
     """`expunge erase METHOD`."""
     if options.kind not in KINDS:
         raise unknown("kind of concept", options.kind, KINDS)
-    concepts = tuple(Concept.parse(text, options.kind) for text in options.concept)
-    problem = Problem(concepts, options.retain)
+    named = tuple(Concept.parse(text, options.kind) for text in options.concept)
+    listed, retain = concepts.read(options.concepts, options.kind) if options.concepts else ((), ())
+    problem = Problem(named + listed, options.retain + retain)
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
+    from expunge import cluster, work
+
+    cluster.check(options.ray)
     from expunge.edit import erase
     from expunge.model import load
 
     model = load(options.model)
-    for concept, chosen in zip(concepts, problem.with_anchors(model.anchors).erase, strict=True):
+    for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-    with _progress() as progress:
-        edit = erase(model, problem, method, seed=options.seed, progress=progress)
+    folder = f"{options.output}.work"
+    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
+    try:
+        with _progress() as progress:
+            edit = erase(model, problem, method, progress=progress, **how)
+    except KeyboardInterrupt:
+        if Path(folder).is_dir():
+            print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
+        raise
     edit.save(options.output)
-    names = ", ".join(c.name for c in problem.erase)
+    work.discard(folder)
+    names = ", ".join(c.name for c in problem.erase[:10])
+    names += f" and {len(problem.erase) - 10} more" if len(problem.erase) > 10 else ""
     size = Path(options.output).stat().st_size / 1e6
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
+
+
+def evaluate_command(options: Evaluate) -> None:
+    """`expunge evaluate`."""
+    if not options.suite:
+        raise ExpungeError(f"name a suite with --suite, one of: {', '.join(registry.names('suites'))}")
+    limit = _bytes(options.cache_limit)
+    from expunge.suite import Suite
+
+    suites = [Suite.read(name) for name in options.suite]
+    models = {options.model or suite.model for suite in suites}
+    if len(models) > 1:
+        raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
+    from expunge.cache import Cache
+    from expunge.case import Candidate
+    from expunge.edit import Edit
+    from expunge.model import load
+    from expunge.report import check_folder, evaluate
+
+    check_folder(options.output, [suite.name for suite in suites])
+    files.check_writable(Path(options.output) / "results.json")
+    candidates = []
+    for name in options.edits:
+        path = Path(name)
+        if not path.is_dir():
+            candidates.append(Candidate.of(Edit.load(path), path.stem))
+        elif not options.erases:
+            raise ExpungeError(f"{name} is a folder; say with --erases NAME what it has erased")
+        else:
+            candidates.append(Candidate(path.resolve().name, options.erases, model=load(path)))
+    cache = Cache()
+    with _progress() as progress:
+        report = evaluate(
+            load(models.pop()),
+            candidates,
+            suites,
+            full=options.full,
+            metrics=options.metric,
+            cache=cache,
+            progress=progress,
+        )
+    report.save(options.output)
+    cache.prune(limit)
+    _show(report)
+    print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
+
+
+def run_command(options: RunOptions) -> None:
+    """`expunge run`."""
+    limit = _bytes(options.cache_limit)
+    from expunge.cache import Cache
+    from expunge.experiment import Experiment
+    from expunge.model import load
+    from expunge.report import check_folder
+
+    experiment = Experiment.read(options.experiment)
+    folder = Path(options.output or Path(options.experiment).with_suffix(""))
+    check_folder(folder, [suite.name for suite in experiment.suites])
+    files.check_writable(folder / "results.json")
+    cache = Cache()
+    with _progress() as progress:
+        report = experiment.run(load(experiment.model), folder, cache=cache, progress=progress)
+    cache.prune(limit)
+    _show(report)
+    print(f"{cache.drawn} pictures drawn; look at {folder / 'index.html'}")
+
+
+def _show(report: Report) -> None:
+    """The H of every row and its terms, as a table."""
+    for name in dict.fromkeys(case.suite.name for case in report.cases):
+        cases = [case for case in report.cases if case.suite.name == name]
+        terms = list(dict.fromkeys(term for case in cases for row in case.rows for term in row.terms))
+        table = Table(name, "erased", cases[0].suite.score, *terms, box=None, pad_edge=False)
+        for case in cases:
+            erased = ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "")
+            for row in case.rows:
+                numbers = (row.h, *(row.terms.get(term) for term in terms))
+                table.add_row(row.name, erased, *map(_score, numbers))
+        _out().print(table)
+
+
+def _score(estimate: Estimate | None) -> str:
+    """A number with its interval: in per cent where it is a share."""
+    if estimate is None or estimate.value != estimate.value:
+        return "–"
+    score, scale = estimate.score, 100 if abs(estimate.value) <= 1 else 1
+    return f"{scale * score.value:.1f} ({scale * score.low:.0f}–{scale * score.high:.0f})"
+
+
+def _bytes(text: str) -> int:
+    """A size such as 500MB in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ExpungeError(f"a size is a number with kB, MB, GB or TB, not {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def info_command(options: Info) -> None:
@@ -220,6 +377,8 @@ def list_command(options: List) -> None:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (Draw, draw_command),
+    "evaluate": (Evaluate, evaluate_command),
+    "run": (RunOptions, run_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }
@@ -253,11 +412,36 @@ def _run_erase(arguments: list[str]) -> None:
     if name.startswith("-"):
         raise ExpungeError(f"name a method after erase, one of: {', '.join(known)}")
     method = registry.get("methods", name)
-    field: Any = ("method", method, dataclasses.field(default=method()))
+    preset = _value(arguments, "--preset")
+    if preset == "list":
+        _show_presets(name, method.presets)
+        return
+    default = method.preset(preset) if preset is not None else method()
+    field: Any = ("method", method, dataclasses.field(default=default))
     options = dataclasses.make_dataclass("EraseWith", [field], bases=(Erase,), frozen=True)
     options.__doc__ = Erase.__doc__
     parsed: Any = _parse(options, f"erase {name}", arguments[1:])
     erase_command(parsed, parsed.method)
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of one option, read before the others can be."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            following = next(iter(arguments[place + 1 :]), "-")
+            return value if equals else None if following.startswith("-") else following
+    return None
+
+
+def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, preset in presets.items():
+        values = {field: value for field, value in preset.items() if field != "about"}
+        text = ", ".join(f"{field} {_plain(value)}" for field, value in values.items())
+        table.add_row(name, preset.get("about", ""), text)
+    _out().print(table if presets else f"{method} has no presets")
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
@@ -299,7 +483,7 @@ def _sentence(said: str, command: str) -> str:
     while lines and rule.match(lines[0]):
         del lines[0]
     gist = list(itertools.takewhile(lambda line: not rule.match(line), filter(None, lines)))
-    if gist and gist[0].startswith("Missing"):
+    if gist and gist[0].startswith("Missing from"):
         return f"{command} needs {gist[1]}"
     text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
     return f"{command}: {text[:1].lower()}{text[1:]}" if text else f"{command}: bad options"
@@ -323,7 +507,10 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on the terminal, gone when the work is done."""
+    """A progress bar on the terminal, gone when the work is done.
+
+    Work that starts with some of it done goes on from an earlier command, and this is said.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -334,6 +521,8 @@ def _progress() -> Iterator[Progress]:
         def tell(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bars.add_task(label, total=total)
+                if done:
+                    print(f"{label}: {done} of {total} were finished before")
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell

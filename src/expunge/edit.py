@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,24 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from expunge import registry
-from expunge.changes import KINDS, Applied, Change, Changes, base_parameter, check_fit, from_spec
+from expunge import cluster, registry
+from expunge.changes import (
+    KINDS,
+    Applied,
+    Change,
+    Changes,
+    base_parameter,
+    check_fit,
+    content,
+    from_spec,
+)
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.files import read_header, replacing
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
 from expunge.run import Progress, Run, quiet
+from expunge.work import opened
 
 FORMAT = 1
 """The version of the file's record."""
@@ -64,7 +74,7 @@ class Edit:
         for change in self.changes:
             digest.update(json.dumps(change.spec, sort_keys=True).encode())
             for name, tensor in sorted(change.tensors.items()):
-                digest.update(name.encode() + _bytes(tensor))
+                digest.update(name.encode() + content(tensor))
         return digest.hexdigest()
 
     def fits(self, model: Model | Any) -> bool:
@@ -75,7 +85,7 @@ class Edit:
         """
         root = model.pipe if isinstance(model, Model) else model
         check_fit(root, self.changes)
-        return base_hash(root, self.changes) == self.record.base
+        return base_hash(root, _places(self.changes)) == self.record.base
 
     def apply(self, pipe: Model | Any) -> Applied:
         """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
@@ -155,6 +165,8 @@ def erase(
     *,
     seed: int = 0,
     progress: Progress = quiet,
+    work: str | Path | None = None,
+    ray: str = "",
 ) -> Edit:
     """Find the edit that erases a problem's concepts from a model. The model stays as it is.
 
@@ -166,25 +178,43 @@ def erase(
         method: a method with its fields set, or the name of one.
         seed: the number all random choices follow from.
         progress: told what is done.
+        work: a folder in which finished concepts are kept. The same call goes on from there if it
+            was cut short, killed or not, and ends with the same edit. `work.discard` takes it away
+            once the edit is saved.
+        ray: the address of a Ray cluster to spread concepts over: HOST:PORT, ray://HOST:PORT,
+            "auto", or "local" for one started on this machine; "" works here.
 
     Raises:
-        ExpungeError: no such method, or a name longer than the model reads.
+        ExpungeError: no such method, a name that the model cannot read, a work folder of another
+            command, or a cluster that does not answer.
     """
+    cluster.check(ray)
     if isinstance(method, str):
         method = registry.get("methods", method)()
     assert isinstance(method, Method)
     problem = problem.with_anchors(model.anchors)
-    for concept in problem.erase:
-        model.require_window((*concept.names, concept.anchor or ""))
-    model.require_window(problem.retain)
+    anchors = (concept.anchor for concept in problem.erase if concept.anchor)
+    prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
+    model.require_window(prompts)
+    model.require_words(prompts)
+    _warn_of_overlaps(problem)
+    command: dict[str, Any] = {
+        "method": type(method).__module__.rpartition(".")[2],
+        "fields": dataclasses.asdict(method),
+        "problem": dataclasses.asdict(problem),
+        "model": base_hash(model.pipe, ((entry.layer, "weight") for entry in model.text_entries())),
+        "seed": seed,
+    }
     start = time.monotonic()
-    changes: tuple[Change, ...] = tuple(method.fit(model, problem, Run(seed, progress)))
+    with opened(work, command) as folder:
+        run = Run(seed, progress, folder, ray)
+        changes: tuple[Change, ...] = tuple(method.fit(model, problem, run))
     record = Record(
-        method=type(method).__module__.rpartition(".")[2],
-        fields=dataclasses.asdict(method),
+        method=command["method"],
+        fields=command["fields"],
         problem=problem,
         model=model.name,
-        base=base_hash(model.pipe, changes),
+        base=base_hash(model.pipe, _places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
         versions=_versions(),
@@ -192,21 +222,35 @@ def erase(
     return Edit(changes, record)
 
 
-def base_hash(root: Any, changes: Changes) -> str:
-    """The hash of the parameters that changes take the place of, as rounded to float16.
+def _warn_of_overlaps(problem: Problem) -> None:
+    """Say, in one sentence, which names may change with an erased one because they have its words."""
+    pairs = problem.overlaps()
+    if pairs:
+        of = dict.fromkeys(problem.retain, "retained")
+        shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs[:3]]
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        warnings.warn(
+            f"names that share words with an erased one may change with it: {', '.join(shown)}{more}",
+            ExpungeWarning,
+            stacklevel=3,
+        )
+
+
+def base_hash(root: Any, places: Iterable[tuple[str, str]]) -> str:
+    """The hash of some parameters, named by layer and parameter, as rounded to float16.
 
     The rounding lets the half-precision variant of a model count as the model itself.
     """
     digest = hashlib.sha256()
-    for layer, parameter in sorted({(layer, c.parameter) for c in changes for layer in c.layers}):
+    for layer, parameter in sorted(places):
         tensor = base_parameter(root, layer, parameter)
-        digest.update(f"{layer}.{parameter}".encode() + _bytes(tensor.to(torch.float16)))
+        digest.update(f"{layer}.{parameter}".encode() + content(tensor.to(torch.float16)))
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.detach().cpu().contiguous()
-    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.view(torch.uint8).numpy().tobytes()
+def _places(changes: Changes) -> set[tuple[str, str]]:
+    """The parameters that changes take the place of."""
+    return {(layer, change.parameter) for change in changes for layer in change.layers}
 
 
 def _versions() -> dict[str, str]:

@@ -105,3 +105,10 @@ def check_weights(folder: str | Path) -> None:
                 raise ExpungeError(f"the weight file {index.parent / shard} is missing")
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches."""
+    if chosen := os.environ.get("EXPUNGE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expunge"

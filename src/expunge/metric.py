@@ -1,36 +1,132 @@
-"""The contract of a metric: it turns pictures into a score."""
+"""The contract of a metric: it looks at pictures one by one and says a row of numbers of each.
+
+The rows are kept beside the pictures and never taken twice (`expunge.cache`). What becomes of them:
+
+    Metric      the first number of the row, averaged over the pictures of a role
+    Judge       answers a suite's questions: is this concept in the picture?
+    Distance    one number for all pictures of a role against the original's, or real ones
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from expunge.probe import Probe
+from expunge.errors import ExpungeError
+from expunge.fields import check
 
 
 @dataclass(frozen=True)
-class Score:
-    """A mean and the number of pictures behind it."""
-
-    value: float
-    n: int
-
-
 class Metric(ABC):
-    """Something to measure on pictures. One subclass a file in `metrics/`."""
+    """Something to measure on pictures. One subclass a file in `metrics/`; fields are options."""
 
     higher_is_better: ClassVar[bool]
+    paired: ClassVar[bool] = False
+    """Whether it compares a picture with the original's of the same prompt and seed."""
+    share: ClassVar[bool] = False
+    """Whether its numbers lie in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    @abstractmethod
+    def provenance(self) -> Mapping[str, Any]:
+        """What its numbers hang on, besides the pictures: weights, versions, thresholds."""
 
     @abstractmethod
-    def update(self, pictures: Tensor, probe: Probe, reference: Tensor | None = None) -> None:
-        """Take in pictures (n, 3, height, width) in [0, 1], drawn for `probe`.
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        """(n, width): a row of numbers for each picture.
 
-        `reference` holds what the original model drew for the same probe.
+        Args:
+            pictures: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers.
+            prompts: what each was drawn for.
+            references: what the original drew for the same prompts and seeds, where `paired`.
+        """
+
+
+class Judge(Metric):
+    """A metric that says what a picture shows."""
+
+    higher_is_better = True
+
+    @abstractmethod
+    def knows(self, label: str) -> bool:
+        """Whether it can tell this label at all."""
+
+    @abstractmethod
+    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """(n,) in [0, 1]: whether one of the labels is what pictures show; nan where that cannot be
+        said, as with labels that are too near.
+
+        Args:
+            rows: (n, width), what `measure` gave.
+            labels: those that count as the concept.
+            near: those that count neither for nor against.
+            question: "best", the best label is one of them; "there", one of them is in the picture,
+                beside whatever else; "probability", how likely one of them is.
         """
 
     @abstractmethod
-    def compute(self) -> Score:
-        """The score of everything taken in so far."""
+    def broken(self, rows: Tensor) -> Tensor:
+        """(n,) bool: which pictures are unrecognisable. They count neither as erased nor as kept."""
+
+    def shown(self, rows: Tensor) -> list[str]:
+        """What each picture shows, in a word, for captions; by default nothing is said."""
+        return [""] * len(rows)
+
+
+class Distance(Metric):
+    """A metric that compares sets of pictures by the rows taken of them."""
+
+    higher_is_better = False
+
+    @abstractmethod
+    def distance(self, rows: Tensor, reference: Tensor) -> float:
+        """The distance of two sets of rows, (n, width) and (m, width)."""
+
+    def real(self) -> Tensor | None:
+        """The rows of real pictures to compare with; None for what the original drew."""
+        return None
+
+
+def blank(pictures: Tensor) -> Tensor:
+    """(n,) bool: pictures that are one colour all over, or no numbers at all."""
+    flat = pictures.flatten(2)
+    return ~((flat.amax(2) - flat.amin(2)).amax(1) > 1.5 / 255)
+
+
+def read_pictures(folder: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The pictures of a folder, (n, 3, height, width) in [0, 1].
+
+    Raises:
+        ExpungeError: there are none, or they differ in size and `size` does not say which is meant.
+    """
+    import numpy as np
+    from PIL import Image
+
+    endings = (".png", ".jpg", ".jpeg", ".webp")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    if not paths:
+        raise ExpungeError(f"{folder} holds no pictures")
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                one = file.convert("RGB")
+                if size is not None and one.size != (size[1], size[0]):
+                    one = one.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+                pictures.append(torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255)
+        except OSError as error:
+            raise ExpungeError(f"cannot read the picture {path}: {error}") from error
+    if len({picture.shape for picture in pictures}) > 1:
+        raise ExpungeError(f"the pictures in {folder} differ in size")
+    return torch.stack(pictures)

@@ -18,6 +18,7 @@ from expunge import registry
 from expunge.changes import Applied, Change, Changes, find
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import check_weights
+from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
 from expunge.run import Progress, quiet
@@ -58,6 +59,18 @@ class Text:
             self.own[index],
             self.ids[index],
             None if self.pooled is None else self.pooled[index],
+        )
+
+    @classmethod
+    def joined(cls, texts: Sequence[Text]) -> Text:
+        """The rows of several texts, one after the other."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return cls(
+            tuple(prompt for text in texts for prompt in text.prompts),
+            torch.cat([text.embeddings for text in texts]),
+            torch.cat([text.own for text in texts]),
+            torch.cat([text.ids for text in texts]),
+            torch.cat(pooled) if pooled else None,
         )
 
 
@@ -107,6 +120,10 @@ class Model(ABC):
         """How many tokens of its own a prompt has, uncut."""
 
     @abstractmethod
+    def knows(self, prompt: str) -> bool:
+        """Whether the tokenizer makes anything of a prompt: a token that stands for some of it."""
+
+    @abstractmethod
     def vocabulary(self) -> tuple[str, ...]:
         """The whole words that the tokenizer knows, in the order of their numbers."""
 
@@ -138,6 +155,32 @@ class Model(ABC):
         """The pictures of clean latents: (n, 3, height, width), float32 in [0, 1]."""
 
     @abstractmethod
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """The clean latents of pictures (n, 3, height, width) in [0, 1], those the model draws in size.
+
+        The inverse of `decode`, as near as the autoencoder comes to it.
+
+        Raises:
+            ExpungeError: the pictures are of another size than the model draws.
+        """
+
+    @abstractmethod
+    def log_snr(self) -> Tensor:
+        """log(signal variance / noise variance) at each of the denoiser's times 0, 1, …: (T,), float64.
+
+        It falls with time; the last may be -inf. Times that mean the same to two models have the
+        same log-SNR.
+        """
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Clean latents (n, c, h, w) as they are at the times t (n,), as `predict` takes them."""
+
+    @abstractmethod
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Where pictures attend to text tokens, for `read_attention`."""
+
+    @abstractmethod
     def text_entries(self) -> tuple[TextEntry, ...]:
         """The linear layers through which text enters."""
 
@@ -158,6 +201,18 @@ class Model(ABC):
                 shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
                 raise ExpungeError(
                     f"{shown!r} has {n} tokens, and this model reads no more than {self.window}"
+                )
+
+    def require_words(self, prompts: Sequence[str]) -> None:
+        """Check that something of every prompt survives the tokenizer.
+
+        Raises:
+            ExpungeError: nothing of one does: to the model it is the empty prompt.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if not self.knows(prompt):
+                raise ExpungeError(
+                    f"this model's tokenizer knows no character of {prompt!r}; say it in other words"
                 )
 
     @contextlib.contextmanager
@@ -186,9 +241,10 @@ class Model(ABC):
         steps = self.trajectory(
             text, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
-        for done, (t, latents) in enumerate(steps):
-            if done == until:
-                return t, latents
+        with self._text_read_once():
+            for done, (t, latents) in enumerate(steps):
+                if done == until:
+                    return t, latents
         raise ExpungeError(f"until must be 0 to {done}, not {until}")
 
     @torch.inference_mode()
@@ -203,7 +259,6 @@ class Model(ABC):
         distinct = list(dict.fromkeys(probe.prompts))
         text = probe.text or self.encode(distinct)[[distinct.index(p) for p in probe.prompts]]
         steps = probe.num_inference_steps or self.num_inference_steps
-        layers = [entry.layer.rpartition(".") for entry in self.text_entries()]
         pictures = []
         for start in range(0, len(probe), batch_size):
             rows = range(start, min(start + batch_size, len(probe)))
@@ -213,14 +268,18 @@ class Model(ABC):
                 num_inference_steps=steps,
                 guidance_scale=probe.guidance_scale,
             )
-            # The text is the same at every step, and so is what these layers make of it.
-            with answering_once([(find(self.pipe, parent), name) for parent, _, name in layers]):
+            with self._text_read_once():
                 for step, (_, latents) in enumerate(trajectory):
                     done = start * steps + min(step, steps) * len(rows)
                     progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
             pictures.append(self.decode(latents))
         progress("drawing", len(probe) * steps, len(probe) * steps)
         return torch.cat(pictures)
+
+    def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
+        """For a block in which the text is the same at every step, and so is what layers make of it."""
+        layers = [entry.layer.rpartition(".") for entry in self.text_entries()]
+        return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 
 
 def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Model:

@@ -37,6 +37,26 @@ def grid(pictures: Tensor, columns: int | None = None, width: int = 192, gap: in
     return sheet
 
 
+def read(path: str | Path) -> Tensor:
+    """A picture file as a tensor (3, height, width), float32 in [0, 1].
+
+    Raises:
+        ExpungeError: the file is missing or is no picture.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        with Image.open(path) as opened:
+            array = np.array(opened.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        what = (
+            error.strerror if isinstance(error, OSError) and error.strerror else "it is no whole picture"
+        )
+        raise ExpungeError(f"cannot read {path}: {what}") from None
+    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+
+
 def save(picture: Image.Image, path: str | Path) -> None:
     """Write an image; the ending of the name decides the format.
 

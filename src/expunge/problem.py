@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Concept:
             object.__setattr__(self, "anchor", self.anchor.strip())
         if not all(self.names):
             raise ExpungeError("a concept needs a name; this one is empty")
-        if self.anchor is not None and _key(self.anchor) in map(_key, self.names):
+        if self.anchor is not None and key(self.anchor) in map(key, self.names):
             raise ExpungeError(f"the anchor of {self.name!r} is the concept itself")
 
     @property
@@ -94,11 +95,11 @@ class Problem:
             raise ExpungeError("a prompt to retain is empty")
         seen: set[str] = set()
         for name in (name for concept in self.erase for name in concept.names):
-            if _key(name) in seen:
+            if key(name) in seen:
                 raise ExpungeError(f"{name!r} is to be erased twice")
-            seen.add(_key(name))
+            seen.add(key(name))
         for text in self.retain:
-            if _key(text) in seen:
+            if key(text) in seen:
                 raise ExpungeError(f"{text!r} cannot be both erased and retained")
 
     def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
@@ -109,6 +110,22 @@ class Problem:
         )
         return dataclasses.replace(self, erase=tuple(chosen))
 
+    def overlaps(self) -> list[tuple[str, str]]:
+        """Pairs of an erased name and a prompt to retain, or another concept's name, with its words.
+
+        >>> Problem((Concept("cat"),), ("a cat's face", "caterpillar")).overlaps()
+        [('cat', "a cat's face")]
+        """
+        owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
+        others = [*owned, *((text, None) for text in self.retain)]
+        words = {name: set(re.findall(r"\w+", name.casefold())) for name, _ in others}
+        return [
+            (name, other)
+            for name, place in owned
+            for other, home in others
+            if home != place and words[name] and words[name] <= words[other]
+        ]
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Problem:
         """The inverse of `dataclasses.asdict`."""
@@ -116,7 +133,7 @@ class Problem:
         return cls(tuple(concepts), tuple(data["retain"]))
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
     """Two names are one where only case and spacing differ."""
     return " ".join(name.casefold().split())
 
@@ -124,4 +141,4 @@ def _key(name: str) -> str:
 def _other(concept: Concept, anchors: Mapping[str, str]) -> str:
     """The kind's anchor, or the empty prompt where that is the concept itself."""
     anchor = anchors[concept.kind]
-    return "" if _key(anchor) in map(_key, concept.names) else anchor
+    return "" if key(anchor) in map(key, concept.names) else anchor

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.errors import ExpungeError
 from expunge.model import Model, Text, TextEntry, warn_cut
+from expunge.ops.attention import CrossAttention
 
 
 class StableDiffusion(Model):
@@ -27,6 +29,11 @@ class StableDiffusion(Model):
 
     def count_tokens(self, prompt: str) -> int:
         return len(self.pipe.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+
+    def knows(self, prompt: str) -> bool:
+        tokenizer = self.pipe.tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return not set(ids) <= set(tokenizer.all_special_ids)  # the unknown token is one of them
 
     def vocabulary(self) -> tuple[str, ...]:
         tokens = sorted(self.pipe.tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -78,12 +85,10 @@ class StableDiffusion(Model):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = guidance > 1
         if guided:
-            text = _stack(self.encode([""] * n), text)
+            text = Text.joined([self.encode([""] * n), text])
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=unet.device)
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (1, unet.config.in_channels, height, width)
+        shape = (1, unet.config.in_channels, *self._latent_size)
         # One generator a picture, on the CPU: its noise depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
@@ -106,6 +111,32 @@ class StableDiffusion(Model):
         pictures = vae.decode(latents, return_dict=False)[0]
         return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
 
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        vae, unet = self.pipe.vae, self.pipe.unet
+        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_size)
+        if pictures.shape[-2:] != (height, width):
+            found = " × ".join(map(str, pictures.shape[:-3:-1]))
+            raise ExpungeError(f"a picture is {found} pixels; this model draws {width} × {height}")
+        given = pictures.to(vae.device, vae.dtype) * 2 - 1
+        latents = vae.encode(given, return_dict=False)[0].mode() * vae.config.scaling_factor
+        return latents.to(unet.device, unet.dtype)
+
+    def log_snr(self) -> Tensor:
+        signal = self._signal()
+        return torch.log(signal) - torch.log1p(-signal)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal = self._signal()[t.cpu()].reshape(-1, 1, 1, 1).to(latents.device)
+        return signal.sqrt().to(latents.dtype) * latents + (1 - signal).sqrt().to(latents.dtype) * noise
+
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        return tuple(
+            CrossAttention(module.to_q, module.to_k, module.heads, module.scale)
+            for name, module in self.pipe.unet.named_modules()
+            if name.endswith("attn2")
+        )
+
     def text_entries(self) -> tuple[TextEntry, ...]:
         return tuple(
             TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
@@ -113,11 +144,11 @@ class StableDiffusion(Model):
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         )
 
+    def _signal(self) -> Tensor:
+        """ᾱ, the variance of the signal at each time; (T,), float64."""
+        return self.pipe.scheduler.alphas_cumprod.detach().cpu().double()
 
-def _stack(first: Text, second: Text) -> Text:
-    return Text(
-        first.prompts + second.prompts,
-        torch.cat([first.embeddings, second.embeddings]),
-        torch.cat([first.own, second.own]),
-        torch.cat([first.ids, second.ids]),
-    )
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        size = self.pipe.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)

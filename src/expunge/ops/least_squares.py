@@ -28,6 +28,20 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return left.double().T @ right.double()
 
 
+def gram(rows: Tensor, blocks: int = 6) -> Tensor:
+    """Σ e eᵀ over the rows of (n, d), as (d, d) in float64: `outer(rows, rows)` in half the work.
+
+    It is symmetric, so only the blocks on and below its diagonal are computed.
+    """
+    rows = rows.double()
+    below = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    places = torch.arange(rows.shape[1]).tensor_split(blocks)
+    for place in filter(len, places):
+        start, end = int(place[0]), int(place[-1]) + 1
+        below[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
+    return below.tril() + below.tril(-1).T
+
+
 def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """M = (C + P + λI) (G + P + λI)⁻¹.
 
@@ -51,7 +65,59 @@ def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Te
     """
     eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     kept = prior.double() + ridge * eye
-    left, right = cross.double() + kept, gram.double() + kept
+    return _divided(cross.double() + kept, gram.double() + kept, ridge)
+
+
+def fused(
+    matrix: Tensor, gram: Tensor, prior: Tensor, ridge: float, moved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One weight that answers for many low-rank changes, each on the rows it was made for.
+
+        min_W*  Σᵢ Σ_e ‖W* e − (W M + BᵢDᵢ) e‖² + Σ ‖W* eᵖ − W eᵖ‖² + λ ‖W* − W M‖²
+
+    is solved, with Gᵢ = Σ e eᵀ over the rows of change i and K = (Σᵢ Gᵢ + P + λI)⁻¹, by
+
+        W* = W M₂ + Σᵢ Bᵢ (Dᵢ Gᵢ K),     M₂ = (M (Σᵢ Gᵢ + λI) + P) K:
+
+    one factorisation for the layers and changes all together.
+
+    Args:
+        matrix: M, (d, d); the identity where the weight was not refined.
+        gram: Σᵢ Gᵢ, (d, d).
+        prior: P, (d, d).
+        ridge: λ, at least 0, in units of a squared embedding.
+        moved: Dᵢ Gᵢ of any number of changes and layers, stacked, (n, d); see `moved_by`.
+
+    Returns:
+        M₂, (d, d), and Dᵢ Gᵢ K, (n, d), both float64.
+
+    Raises:
+        ExpungeError: the system is singular or nearly so; a larger ridge helps.
+
+    Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7, in another order of summation.
+    """
+    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    gram, prior = gram.double(), prior.double()
+    first = matrix.double() @ (gram + ridge * eye) + prior
+    solved = _divided(torch.cat([first, moved.double()]), gram + prior + ridge * eye, ridge)
+    return solved[: len(first)], solved[len(first) :]
+
+
+def moved_by(down: Tensor, rows: Tensor) -> Tensor:
+    """D G for G = Σ e eᵀ over `rows` (n, d), as (k, d) in float64.
+
+    As (D Eᵀ) E it needs no G, and while k is below d/2 it is the cheaper way.
+    """
+    rows = rows.double()
+    return (down.double() @ rows.T) @ rows
+
+
+def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """left · right⁻¹ for a symmetric positive right (d, d), by Cholesky.
+
+    Raises:
+        ExpungeError: right is singular or nearly so.
+    """
     lower, failed = torch.linalg.cholesky_ex((right + right.T) / 2)
     if not failed:
         norm = torch.linalg.matrix_norm(right, 1)
@@ -61,5 +127,5 @@ def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Te
         raise ExpungeError(
             f"the erasure's equations are {how}: raise the ridge from {ridge:g}, or retain more prompts"
         )
-    # M R = L with R symmetric, so Mᵀ solves R Mᵀ = Lᵀ.
+    # X R = L with R symmetric, so Xᵀ solves R Xᵀ = Lᵀ.
     return torch.cholesky_solve(left.T, lower).T

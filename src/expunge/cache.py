@@ -1,0 +1,306 @@
+"""The picture cache: every picture is drawn once, and each metric looks at it once.
+
+A picture's address is the hash of everything it hangs on: the model's weights and configuration, the
+edits, the prompt, the seed and the sampler. Beside it lie the numbers that metrics took of it:
+
+    pictures/ab/cdef….png             the picture, 8 bits a channel, with the digest of its pixels
+    pictures/ab/cdef….safetensors     one tensor a metric
+
+Every file is written beside and moved into place, so that a run killed anywhere goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from torch import Tensor
+
+from expunge.edit import Edit
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.files import cache_folder, replacing
+from expunge.model import Model, Text
+from expunge.probe import Probe
+from expunge.run import Progress, quiet
+
+FORMAT = 1
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    stand_in: str = ""
+    """The prompt whose own tokens take the place of this prompt's (`residual`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model with the edits that lie on it while it draws.
+
+    Raises:
+        ExpungeError: an edit lies on the model already: the cache would not know of it.
+    """
+
+    model: Model
+    edits: tuple[Edit, ...] = ()
+    identity: str = field(init=False, default="")
+    """Everything its pictures hang on, besides the request."""
+
+    def __post_init__(self) -> None:
+        identity = {
+            "format": FORMAT,
+            "model": model_hash(self.model),
+            "edits": [edit.hash for edit in self.edits],
+            "sampler": sampler(self.model),
+        }
+        object.__setattr__(self, "identity", json.dumps(identity, sort_keys=True))
+
+    def address(self, request: Request) -> str:
+        """The address of one of its pictures."""
+        return hashlib.sha256((self.identity + json.dumps(asdict(request))).encode()).hexdigest()
+
+    def draw(self, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
+        """Draw pictures of one sampler setting afresh: (n, 3, height, width)."""
+        first = requests[0]
+        prompts = tuple(request.prompt for request in requests)
+        text = residual(self.model, prompts, first.stand_in) if first.stand_in else None
+        seeds = tuple(request.seed for request in requests)
+        probe = Probe(prompts, seeds, first.num_inference_steps, first.guidance_scale, text)
+        with contextlib.ExitStack() as stack:
+            for edit in self.edits:
+                stack.enter_context(edit.apply(self.model))
+            return self.model.draw(probe, batch_size=BATCH, progress=progress)
+
+
+class Cache:
+    """Pictures and their numbers on the disk.
+
+    >>> cache = Cache()                                 # doctest: +SKIP
+    >>> pictures = cache.draw(Source(model), requests)  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
+        self.drawn = 0
+        """How many pictures had to be drawn so far."""
+
+    def path(self, address: str, ending: str = ".png") -> Path:
+        return self.folder / address[:2] / f"{address[2:]}{ending}"
+
+    def draw(self, source: Source, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
+        """Pictures (n, 3, height, width) in [0, 1], in steps of 1/255: read where they are there,
+        drawn where not. A picture that holds a number that is none comes back as nan.
+
+        Raises:
+            ExpungeError: the cache cannot be written.
+        """
+        addresses = [source.address(request) for request in requests]
+        pictures: dict[str, Tensor] = {}
+        missing: dict[tuple[int, float, str], dict[str, Request]] = {}
+        for address, request in zip(addresses, requests, strict=True):
+            picture = self._read(address, request)
+            if picture is not None:
+                pictures[address] = picture
+            else:
+                key = (request.num_inference_steps, request.guidance_scale, request.stand_in)
+                missing.setdefault(key, {})[address] = request
+        total = sum(map(len, missing.values()))
+        done = 0
+        for group in missing.values():
+            items = list(group.items())
+            for start in range(0, len(items), BATCH):
+                part = items[start : start + BATCH]
+
+                def tell(label: str, step: int, of: int, at: int = done, n: int = len(part)) -> None:
+                    progress(label, round(100 * (at + n * step / of)), 100 * total)
+
+                drawn = quantised(source.draw([request for _, request in part], tell))
+                for (address, _), picture in zip(part, drawn, strict=True):
+                    self._write(address, picture)
+                    pictures[address] = picture
+                done += len(part)
+                self.drawn += len(part)
+        return torch.stack([_float(pictures[address]) for address in addresses])
+
+    def scores(self, address: str) -> dict[str, Tensor]:
+        """The numbers that lie beside a picture, by the identity of their metric."""
+        path = self.path(address, ".safetensors")
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, SafetensorError, ValueError):
+            path.unlink(missing_ok=True)
+            return {}
+
+    def keep_scores(self, address: str, scores: Mapping[str, Tensor]) -> None:
+        """Put numbers beside a picture, with those that are there."""
+        merged = {**self.scores(address), **scores}
+        tensors = {key: value.detach().float().cpu().clone() for key, value in merged.items()}
+        with replacing(self.path(address, ".safetensors")) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors))
+
+    def prune(self, limit: int) -> int:
+        """Remove what was used longest ago until the cache holds at most `limit` bytes.
+
+        Returns:
+            how many pictures went.
+        """
+        found: dict[Path, tuple[float, int]] = {}
+        for path in self.folder.glob("*/*"):
+            with contextlib.suppress(OSError):
+                state, stem = path.stat(), path.with_suffix("")
+                used, size = found.get(stem, (0.0, 0))
+                found[stem] = (max(used, state.st_mtime), size + state.st_size)
+        total = sum(size for _, size in found.values())
+        gone = 0
+        for stem, (_, size) in sorted(found.items(), key=lambda item: item[1][0]):
+            if total <= limit:
+                break
+            for ending in (".png", ".safetensors"):
+                stem.with_suffix(ending).unlink(missing_ok=True)
+            total, gone = total - size, gone + 1
+        return gone
+
+    def _read(self, address: str, request: Request) -> Tensor | None:
+        """A whole picture (3, height, width), uint8, or nan-marked; None if it is to be drawn."""
+        path = self.path(address)
+        if not path.is_file():
+            return None
+        try:
+            with Image.open(path) as file:
+                file.load()
+                array = np.asarray(file.convert("RGB"))
+                if file.info.get("pixels") != _digest(array):
+                    raise ValueError("its pixels are not those that were drawn")
+                broken = file.info.get("broken") == "yes"
+            os.utime(path)
+        except (OSError, ValueError, SyntaxError) as error:
+            warnings.warn(
+                f"a cached picture of {request.prompt!r}, seed {request.seed}, is damaged; drawn again",
+                ExpungeWarning,
+                stacklevel=3,
+            )
+            del error
+            for ending in (".png", ".safetensors"):
+                self.path(address, ending).unlink(missing_ok=True)
+            return None
+        picture = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        return torch.full(picture.shape, -1, dtype=torch.int16) if broken else picture
+
+    def _write(self, address: str, picture: Tensor) -> None:
+        broken = picture.dtype == torch.int16
+        array = picture.clamp(min=0).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("pixels", _digest(array))
+        if broken:
+            notes.add_text("broken", "yes")
+        with replacing(self.path(address)) as temporary:
+            Image.fromarray(array).save(temporary, "PNG", pnginfo=notes)
+
+
+def quantised(pictures: Tensor) -> list[Tensor]:
+    """Pictures in 8 bits, as files hold them; one with a nan in it becomes an int16 one of -1."""
+    rounded = (pictures.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    whole = pictures.isfinite().flatten(1).all(1)
+    return [
+        picture if good else torch.full(picture.shape, -1, dtype=torch.int16)
+        for picture, good in zip(rounded, whole.tolist(), strict=True)
+    ]
+
+
+def _float(picture: Tensor) -> Tensor:
+    """Back to [0, 1]; -1 stands for what was no number."""
+    values = picture.float() / 255
+    return values.masked_fill(values < 0, float("nan"))
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
+    """The prompts' end and padding tokens alone, behind the start and own tokens of the stand-in.
+
+    A text encoder tells the end token what the whole prompt says. Where the two differ in length,
+    the padding is cut, or its last token repeated.
+    """
+    text = model.encode(list(prompts))
+    other = model.encode([stand_in])
+    own = int(other.own[0].sum())
+    rows: list[Tensor] = []
+    marks: list[Tensor] = []
+    ids: list[Tensor] = []
+    for row in range(len(text)):
+        end = 1 + int(text.own[row].sum())
+        last = text.embeddings.shape[1] - 1
+        place = torch.arange(end, end + last - own).clamp(max=last)
+        place = place.to(text.embeddings.device)
+        for parts, mine, theirs in (
+            (rows, text.embeddings[row], other.embeddings[0]),
+            (marks, text.own[row], other.own[0]),
+            (ids, text.ids[row], other.ids[0]),
+        ):
+            parts.append(torch.cat([theirs[: 1 + own], mine[place]]))
+    return Text(tuple(prompts), torch.stack(rows), torch.stack(marks), torch.stack(ids), text.pooled)
+
+
+def model_hash(model: Model) -> str:
+    """The hash of a pipeline's weights and configurations; computed once a model, under a second a GB.
+
+    Raises:
+        ExpungeError: an edit lies on it.
+    """
+    parts = sorted(
+        (name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)
+    )
+    tensors = [(f"{name}.{key}", t) for name, part in parts for key, t in _tensors(part)]
+    if any(hasattr(tensor, "beneath") for _, tensor in tensors):
+        raise ExpungeError("an edit lies on this model; take it off and give it along instead")
+    known = model.__dict__.get("_hash")
+    if known is None:
+        digest = hashlib.sha256()
+        for name, part in parts:
+            digest.update(json.dumps([name, _plain(getattr(part, "config", {}))]).encode())
+        for key, tensor in tensors:
+            flat = tensor.detach().cpu().contiguous()
+            digest.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        known = model.__dict__["_hash"] = digest.hexdigest()
+    return known
+
+
+def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from part.named_parameters()
+    yield from part.named_buffers()
+
+
+def sampler(model: Model) -> dict[str, Any]:
+    """The scheduler's class and settings."""
+    scheduler = model.pipe.scheduler
+    return {"class": type(scheduler).__name__, **_plain(scheduler.config)}
+
+
+def _plain(config: object) -> dict[str, str]:
+    """A configuration without the names of files and versions."""
+    items = config.items() if isinstance(config, Mapping) else vars(config).items()
+    dropped = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    return {k: str(v) for k, v in sorted(items) if not k.startswith("_") and k not in dropped}

@@ -1,0 +1,82 @@
+"""Pictures of a concept, drawn by the model or read from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expunge import pictures
+from expunge.errors import ExpungeError
+from expunge.model import Model
+from expunge.run import Run
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Pictures of one concept, as the denoiser knows them."""
+
+    concept: str
+    """Its name."""
+    prompt: str
+    """What the pictures show, in words."""
+    latents: Tensor
+    """(n, c, h, w), clean."""
+    files: tuple[str, ...] = ()
+    """The names of the files they were read from, if they were."""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def describe(self, i: int) -> str:
+        """Picture i in words, for messages."""
+        return self.files[i] if self.files else f"picture {i + 1} of {self.concept!r}"
+
+
+@torch.no_grad()
+def drawn(
+    model: Model, concept: str, prompt: str, n: int, run: Run, num_inference_steps: int | None = None
+) -> Examples:
+    """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
+    generator = run.generator("examples", concept)
+    seeds = torch.randint(2**31, (n,), generator=generator).tolist()
+    steps = num_inference_steps or model.num_inference_steps
+    _, latents = model.denoise(model.encode([prompt] * n), seeds, until=steps, num_inference_steps=steps)
+    return Examples(concept, prompt, latents)
+
+
+def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
+    """Read all pictures of a concept from `folder/concept`, or from `folder` if that is not there.
+
+    Raises:
+        ExpungeError: no pictures there, one is unreadable, or of another size than the model draws.
+    """
+    place = folder_of(concept, folder)
+    files = sorted(path for path in place.glob("*") if path.suffix.lower() in ENDINGS)
+    if not files:
+        raise ExpungeError(f"{place} has no pictures of {concept!r} (.png, .jpg or .webp)")
+    latents = []
+    for path in files:
+        try:
+            latents.append(model.encode_pictures(pictures.read(path)[None]))
+        except ExpungeError as error:
+            message = str(error)
+            raise ExpungeError(message if str(path) in message else f"{path}: {message}") from None
+    return Examples(concept, prompt, torch.cat(latents), tuple(map(str, files)))
+
+
+def folder_of(concept: str, folder: str | Path) -> Path:
+    """Where the files of a concept lie: a folder of its own within `folder`, or `folder` itself.
+
+    Raises:
+        ExpungeError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExpungeError(f"there is no folder {folder}")
+    own = folder / concept
+    return own if own.is_dir() else folder

@@ -1,0 +1,208 @@
+"""An experiment: methods × concepts × seeds, erased, judged and reported. One TOML file.
+
+    model = "emoji"
+    suites = ["object"]
+    concepts = ["airplane", "bird=sky", ["cat", "dog"]]    # erased one after the other; a list together
+    retain = "others"                                      # the other concepts, or a list of prompts
+    seeds = [0, 1]
+
+    [[methods]]
+    name = "uce"
+    ridge = 50.0
+
+What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
+picture in the cache. So a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge import fields, registry
+from expunge.cache import Cache, model_hash
+from expunge.case import Candidate
+from expunge.edit import Edit, erase
+from expunge.errors import ExpungeError
+from expunge.method import Method
+from expunge.model import Model
+from expunge.problem import KINDS, Concept, Kind, Problem
+from expunge.report import Report, evaluate
+from expunge.run import Progress, quiet
+from expunge.suite import Suite
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit to make."""
+
+    method: Method
+    method_name: str
+    problem: Problem
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What the report calls it: the method with the fields that are not its own defaults."""
+        default = type(self.method)()
+        changed = [
+            f"{f.name} {getattr(self.method, f.name)}"
+            for f in dataclasses.fields(self.method)
+            if getattr(self.method, f.name) != getattr(default, f.name)
+        ]
+        concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
+        more = " …" if len(self.problem.erase) > 3 else ""
+        seed = [f"seed {self.seed}"] if self.seed else []
+        return ", ".join([self.method_name, *changed, *seed]) + f": {concepts}{more}"
+
+    def file(self, model: Model) -> str:
+        """The edit's file name: it changes with everything that the edit hangs on."""
+        record = [
+            self.method_name,
+            dataclasses.asdict(self.method),
+            dataclasses.asdict(self.problem),
+            self.seed,
+            model_hash(model),
+        ]
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+        words = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:60]
+        return f"{words}-{digest}.safetensors"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to erase with what, and what to judge it by.
+
+    >>> experiment = Experiment.read("experiment.toml")  # doctest: +SKIP
+    """
+
+    methods: tuple[Mapping[str, Any], ...]
+    """For each method a table: its `name` and its fields."""
+    problems: tuple[Problem, ...]
+    suites: tuple[Suite, ...]
+    model: str = "emoji"
+    seeds: tuple[int, ...] = (0,)
+    full: bool = False
+
+    @classmethod
+    def read(cls, path: str | Path) -> Experiment:
+        """Read an experiment.
+
+        Raises:
+            ExpungeError: there is none, or something in it is wrong.
+        """
+        path = Path(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf8"))
+        except OSError as error:
+            raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ExpungeError(f"{path} is not a TOML file: {error}") from None
+        head = fields.build(_Head, {k: v for k, v in table.items() if k in _Head.known()} | _rest(table))
+        suites = tuple(
+            Suite.read(path.parent / name if name.endswith(".toml") else name) for name in head.suites
+        )
+        methods = table.get("methods", [])
+        if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):
+            raise ExpungeError(f'{path} names no method: write [[methods]] and name = "uce"')
+        problems = _problems(table.get("concepts", []), table.get("retain", "others"), head.kind)
+        experiment = cls(tuple(methods), problems, suites, head.model, head.seeds, head.full)
+        experiment.jobs()  # says now what is wrong with a method
+        for suite in suites:
+            for problem in problems:
+                suite.erased([concept.name for concept in problem.erase])
+        return experiment
+
+    def jobs(self) -> list[Job]:
+        """The edits to make: every method on every problem with every seed."""
+        found = []
+        for table in self.methods:
+            cls = registry.get("methods", table["name"])
+            method = fields.build(cls, {k: v for k, v in table.items() if k != "name"})
+            found += [
+                Job(method, table["name"], problem, seed)
+                for problem in self.problems
+                for seed in self.seeds
+            ]
+        return found
+
+    def run(
+        self, model: Model, folder: str | Path, *, cache: Cache | None = None, progress: Progress = quiet
+    ) -> Report:
+        """Make the edits that are not there yet, judge them all, and write the report to `folder`.
+
+        Raises:
+            ExpungeError: the folder cannot be written.
+        """
+        folder, jobs = Path(folder), self.jobs()
+        candidates = []
+        for done, job in enumerate(jobs):
+            progress("erasing", done, len(jobs))
+            file = folder / "edits" / job.file(model)
+            if not file.is_file():
+                erase(model, job.problem, job.method, seed=job.seed).save(file)
+            candidates.append(Candidate.of(Edit.load(file), job.name))
+        progress("erasing", len(jobs), len(jobs))
+        report = evaluate(model, candidates, self.suites, full=self.full, cache=cache, progress=progress)
+        report.save(folder)
+        return report
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The single values of the file."""
+
+    model: str = "emoji"
+    suites: tuple[str, ...] = ()
+    kind: Kind = "object"
+    seeds: tuple[int, ...] = (0,)
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        fields.check(self)
+        if not self.suites:
+            raise ExpungeError('the experiment names no suite: write suites = ["object"]')
+        if not self.seeds:
+            raise ExpungeError("the experiment has no seeds")
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        return tuple(cls.__dataclass_fields__)
+
+
+def _rest(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that nobody knows: `fields.build` says so."""
+    known = (*_Head.known(), "concepts", "retain", "methods")
+    return {key: value for key, value in table.items() if key not in known}
+
+
+def _problems(concepts: Any, retain: Any, kind: Kind) -> tuple[Problem, ...]:
+    if not isinstance(concepts, list) or not concepts:
+        raise ExpungeError('the experiment has no concepts: write concepts = ["airplane"]')
+    if kind not in KINDS:
+        raise ExpungeError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    groups = []
+    for one in concepts:
+        texts = one if isinstance(one, list) else [one]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ExpungeError(f"a concept is NAME or NAME=ANCHOR, or a list of them, not {one!r}")
+        groups.append(tuple(Concept.parse(text, kind) for text in texts))
+    names = list(dict.fromkeys(concept.name for group in groups for concept in group))
+    problems = []
+    for group in groups:
+        gone = {name for concept in group for name in concept.names}
+        if retain == "others":
+            kept = [name for name in names if name not in gone]
+        elif isinstance(retain, list) and all(isinstance(text, str) for text in retain):
+            kept = [text for text in retain if text not in gone]
+        else:
+            raise ExpungeError(f'retain is "others" or a list of prompts, not {retain!r}')
+        problems.append(Problem(group, tuple(kept)))
+    return tuple(problems)

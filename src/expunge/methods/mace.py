@@ -1,0 +1,531 @@
+"""MACE: refit the words around a concept, lower the attention to it, fuse it all in closed form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from expunge import examples, masks
+from expunge.changes import Change, Changes, LowRank, Right, find
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.fields import bounded
+from expunge.method import Method
+from expunge.model import Model, Text
+from expunge.ops.attention import energy, grid, read_attention
+from expunge.ops.contexts import match, phrase_positions
+from expunge.ops.finetune import frozen, minimise
+from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
+from expunge.ops.low_rank import balanced, each_its_own
+from expunge.prior import captions, prior
+from expunge.problem import Concept, Problem
+from expunge.run import Run, Tensors
+from expunge.templates import TEMPLATES
+
+Stage = Literal["refine", "suppress", "fuse"]
+STAGES: tuple[Stage, ...] = ("refine", "suppress", "fuse")
+
+RETAINED = ("{}", "a photo of the {}", "a picture of a {}", "a drawing of {}")
+"""The prompts in which what a problem retains is kept."""
+
+COCO = 616_767
+"""The captions of COCO, which the paper's prior is the sum over."""
+
+
+def published(scale: float, domain: float = 0.0) -> dict[str, float]:
+    """The paper's scales of a prior that is a sum, for one that is a mean.
+
+    Its second prior, scale · Σ_captions, is scale · 616,767 times the mean per caption. Its code
+    multiplies the first by the scale twice. Within both stands domain · Σ_names, over 100 names
+    and one prompt each as far as is known: 100 times the mean, to 616,767.
+    """
+    return {
+        "refine_prior": scale**2 * COCO,
+        "fuse_prior": scale * COCO,
+        "domain_weight": domain * 100 / COCO,
+    }
+
+
+def identities(domain: float) -> dict[str, float]:
+    """The paper's values for identities and styles: they differ in what the retained weigh."""
+    return {"ridge": 0.0, "rate": 1e-4, **published(1e-4, domain)}
+
+
+EMOJI = {"ridge": 100.0, "rate": 1e-4, "refine_prior": 30.0, "fuse_prior": 30.0, "domain_weight": 10.0,
+         "batch": 16}  # fmt: skip
+"""Where the emoji model's presets start from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The concepts that have one kind and one anchor, in words."""
+
+    anchored: Text
+    """The anchor in the templates, one row each."""
+    erased: Mapping[str, Text]
+    """For each concept its names in the templates, name after name, each row by row as `anchored`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What one training step shows of one concept."""
+
+    text: Text
+    """One prompt."""
+    tokens: Tensor
+    """(tokens,), bool: those that should get no attention."""
+    latents: Tensor
+    """(c, h, w), clean."""
+    mask: Tensor
+    """(h, w), 1 where the concept is."""
+    t: int
+    """The time."""
+    noise: Tensor
+    """(c, h, w)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What one concept's change is trained on, and its own random numbers."""
+
+    concept: str
+    """Its name."""
+    text: Text
+    """The concept's prompts."""
+    tokens: Tensor
+    """(prompts, tokens), bool."""
+    latents: Tensor
+    """(pictures, c, h, w), clean."""
+    masks: Tensor
+    """(pictures, h, w)"""
+    generator: torch.Generator
+
+    def sample(self, chances: Tensor) -> Sample:
+        """A prompt, a picture, a time by its chance, and noise."""
+        row, picture = (
+            int(torch.randint(n, (), generator=self.generator))
+            for n in (len(self.text), len(self.latents))
+        )
+        t = int(torch.multinomial(chances, 1, generator=self.generator))
+        noise = torch.randn(self.latents.shape[1:], generator=self.generator)
+        latents = self.latents[picture]
+        return Sample(
+            self.text[[row]], self.tokens[row], latents, self.masks[picture], t, noise.to(latents)
+        )
+
+
+@dataclass(frozen=True)
+class MACE(Method):
+    """Mass concept erasure: a hundred concepts at once, each with a low-rank change of its own.
+
+    *refine*: the words around a concept's phrase carry it too, so keys and values W are refitted to
+    send them (eᶠ) where they go (eᵍ) when the anchor stands in the phrase's place:
+
+        min_W'  Σ ‖W' eᶠ − W eᵍ‖² + λ₁ (E_captions ‖(W' − W) e‖² + ω E_retained ‖…‖²) + λ ‖W' − W‖²
+
+    W' = W M, one matrix M for every layer, since no embedding depends on the layer.
+
+    *suppress*: for each concept a change B D of W' is trained to lower the attention A that its
+    tokens S get inside the object's mask in pictures of it:
+
+        min_{B,D}  Σ_layers (Σ_{i∈S} ‖Aⁱ ⊙ mask‖²)^½
+
+    at times drawn where a concept's detail takes shape (`focal`). Many concepts train in one batch,
+    each with its own factors, random numbers and clipping: the result is that of one by one.
+
+    *fuse*: one W* that does to each concept's words what its own change does:
+
+        min_W*  Σᵢ Σ ‖W* eᶠ − (W' + BᵢDᵢ) eᶠ‖² + λ₂ (as above) + λ ‖W* − W'‖²
+
+    with W* = W M₂ + Σᵢ Bᵢ (DᵢGᵢK): one matrix and one low-rank change a layer, however many concepts.
+    Without *fuse*, the changes are added up as they are.
+
+    The paper's "target", "destination" and "preservation" are our erase, anchor and retain. λ and the
+    sums are as published: a sum over templates and names, each of 77 tokens.
+
+    Cost: closed forms take seconds on a CPU; drawing 8 pictures and 50 short training steps a concept.
+
+    Source: Lu et al., CVPR 2024, arXiv 2403.06135, eq. 1–7.
+    """
+
+    citation: ClassVar[str] = (
+        "Lu, Wang, Li, Liu, Kong: MACE: Mass Concept Erasure in Diffusion Models."
+        " CVPR 2024, arXiv 2403.06135."
+    )
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "object": {"about": "the paper's, on SD 1.x; ridge 10 to 1000 by object", "ridge": 100.0,
+                   "rate": 1e-5, **published(0)},
+        "identity-1": {"about": "the paper's, on SD 1.x, for one", **identities(8e3)},
+        "identity-5": {"about": "the paper's, on SD 1.x, for about 5", **identities(5e4)},
+        "identity-10": {"about": "the paper's, on SD 1.x, for about 10", **identities(8e4)},
+        "identity-100": {"about": "the paper's, on SD 1.x, for about 100", **identities(2e5)},
+        "style": {"about": "the paper's, on SD 1.x", **identities(8e4)},
+        "explicit": {"about": "the paper's, on SD 1.x", "ridge": 0.0, "rate": 1e-5, "steps": 120,
+                     "focal": False, **published(7e-7)},
+        "emoji-object": {"about": "objects of the emoji model", **EMOJI},
+        "emoji-identity": {"about": "flags of the emoji model", **EMOJI},
+        "emoji-style": {"about": "styles of the emoji model", **EMOJI},
+        "emoji-explicit": {"about": "weapons of the emoji model", **EMOJI},
+        "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
+                 "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
+                 "pictures": 2, "picture_steps": 3},
+    }  # fmt: skip
+
+    stages: tuple[Stage, ...] = STAGES
+    """Which of the three to run; "fuse" has nothing to do without another."""
+    ridge: float = bounded(100.0, at_least=0)
+    """λ, pull to the weight before, in units of a squared embedding (about 600 for one token of a
+    CLIP); the sums it stands against run over all tokens of 30 prompts. Larger erases less."""
+    refine_prior: float = bounded(0.0, at_least=0)
+    """λ₁, weight of the prior in *refine*, for a mean per caption."""
+    fuse_prior: float = bounded(0.0, at_least=0)
+    """λ₂, weight of the prior in *fuse*, for a mean per caption."""
+    domain_weight: float = bounded(0.0, at_least=0)
+    """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
+    captions: str = "general"
+    """The prior's captions: "general", a text file with one a line; "" for none, the retained alone."""
+    rank: int = bounded(1, at_least=1)
+    """The rank of each concept's change."""
+    steps: int = bounded(50, at_least=0)
+    """Training steps a concept."""
+    rate: float = bounded(1e-5, above=0)
+    """AdamW's learning rate; larger erases more, and more of what is near."""
+    weight_decay: float = bounded(0.01, at_least=0)
+    """AdamW's weight decay."""
+    clip: float = bounded(1.0, above=0)
+    """The largest norm of one concept's gradient."""
+    norm: Literal["joint", "squared"] = "joint"
+    """One norm over heads, pixels and tokens of a layer, as released, or its square, as printed."""
+    end_tokens: bool = True
+    """Lower the attention of the end and padding tokens too, which carry the concept as well."""
+    focal: bool = True
+    """Draw times where a concept's detail takes shape; otherwise, all alike."""
+    focal_high: float = 1.12
+    """Where that begins, as a log-SNR: t₁ = 200 of Stable Diffusion's 1000."""
+    focal_low: float = -0.30
+    """Where that ends, as a log-SNR: t₂ = 400."""
+    focal_slope: float = bounded(7.0, above=0)
+    """How sharply, per unit of log-SNR: γ = 0.05 a time."""
+    pictures: int = bounded(8, at_least=1)
+    """Pictures drawn of a concept."""
+    picture_steps: int = bounded(0, at_least=0, at_most=1000)
+    """Denoising steps for each of them; 0 for the model's own."""
+    pictures_from: str = ""
+    """A folder of pictures to use instead, one folder in it for each concept, named as it is."""
+    masks: str = "attention"
+    """Where the concept is in them: "attention", the model's own; "none", everywhere; "grounded-sam";
+    or a folder of PNGs named as the pictures. Styles are everywhere."""
+    batch: int = bounded(4, at_least=1)
+    """Concepts trained together; more is faster and takes more memory."""
+    templates: tuple[str, ...] = ()
+    """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
+        if not {"refine", "suppress"} & set(self.stages):
+            raise ExpungeError(
+                "stages must have 'refine' or 'suppress': there is nothing to do otherwise"
+            )
+        if self.focal and not self.focal_high > self.focal_low:
+            raise ExpungeError(
+                f"focal_high must be above focal_low, not {self.focal_high:g} to {self.focal_low:g}"
+            )
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+        groups = self._read(model, problem)
+        kept = self._kept(model, problem, run)
+        whole = sum((gram(e) for e in _rows(groups).values()), torch.zeros_like(kept))
+        matrix, factors = torch.eye(len(kept), dtype=torch.float64), {}
+        if "refine" in self.stages:
+            matrix = self.refine(groups, whole, kept)
+        if "suppress" in self.stages:
+            factors = self.suppress(model, problem, matrix, run)
+        if "fuse" in self.stages:
+            matrix, factors = self.fuse(groups, whole, kept, matrix, factors)
+        return self._changes(model, matrix, factors)
+
+    def refine(self, groups: Sequence[Group], whole: Tensor, kept: Tensor) -> Tensor:
+        """M, (d, d), float64: sends the words around a concept where its anchor's go.
+
+        Args:
+            groups: the concepts' prompts.
+            whole: Σ e eᵀ over all their tokens.
+            kept: the prior's sum, (d, d).
+        """
+        contexts, cross = whole.clone(), torch.zeros_like(whole)
+        for group in groups:
+            goals = group.anchored.embeddings.cpu()
+            # What goes to the same rows is added up first: one product for all concepts of an anchor.
+            moved = torch.zeros(goals.shape, dtype=torch.float64)
+            for text in group.erased.values():
+                contexts -= gram(_align(text, group.anchored, moved))
+            cross += outer(goals.flatten(0, 1), moved.flatten(0, 1))
+        return right_factor(cross, contexts, self.refine_prior * kept, self.ridge)
+
+    def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: Run) -> dict[str, Tensors]:
+        """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
+
+        Args:
+            model: the model as it was.
+            problem: the concepts.
+            matrix: M, on which the changes are laid.
+            run: its seed, and where pieces of work are kept.
+        """
+        # Bound to plain data, so that it can run elsewhere, too.
+        train = partial(self._train, model, problem, matrix, run.seed)
+        return run.pieces(train, [c.name for c in problem.erase], batch=self.batch, label="training")
+
+    def fuse(
+        self,
+        groups: Sequence[Group],
+        whole: Tensor,
+        kept: Tensor,
+        matrix: Tensor,
+        factors: Mapping[str, Tensors],
+    ) -> tuple[Tensor, dict[str, Tensors]]:
+        """M₂, and the factors with D replaced by D G K: together they act on each concept alone.
+
+        Args:
+            groups, whole, kept: as in `refine`.
+            matrix: M.
+            factors: what `suppress` found.
+        """
+        rows, moved = _rows(groups), [torch.zeros(0, len(kept), dtype=torch.float64)]
+        for name, tensors in factors.items():
+            downs = [tensor for key, tensor in tensors.items() if key.endswith(".down")]
+            moved.append(moved_by(torch.cat(downs), rows[name]))
+        matrix, solved = fused(matrix, whole, self.fuse_prior * kept, self.ridge, torch.cat(moved))
+        answers = iter(solved.split(self.rank))
+        fused_factors = {
+            name: {key: next(answers) if key.endswith(".down") else t for key, t in tensors.items()}
+            for name, tensors in factors.items()
+        }
+        return matrix, fused_factors
+
+    # What the stages stand on.
+
+    def _prompts(self, concept: Concept) -> list[str]:
+        """A concept's names in its templates, name after name."""
+        templates = self.templates or TEMPLATES[concept.kind]
+        return [template.format(name) for name in concept.names for template in templates]
+
+    def _read(self, model: Model, problem: Problem) -> list[Group]:
+        """The concepts and their anchors, in words, as the model reads them."""
+        sorts: dict[tuple[str, str], list[Concept]] = {}
+        for concept in problem.erase:
+            sorts.setdefault((concept.kind, concept.anchor or ""), []).append(concept)
+        groups = []
+        for (kind, anchor), concepts in sorts.items():
+            templates = self.templates or TEMPLATES[kind]
+            goals = [template.format(anchor) if anchor else "" for template in templates]
+            prompts = {concept.name: self._prompts(concept) for concept in concepts}
+            model.require_window([*goals, *(p for some in prompts.values() for p in some)])
+            erased = {name: model.encode(some) for name, some in prompts.items()}
+            groups.append(Group(model.encode(goals), erased))
+        return groups
+
+    def _kept(self, model: Model, problem: Problem, run: Run) -> Tensor:
+        """P + ω P_retained, (d, d): means of Σ_positions e eᵀ over captions and retained prompts."""
+        width = model.encode([""]).embeddings.shape[-1]
+        kept = torch.zeros(width, width, dtype=torch.float64)
+        weighs = self.refine_prior > 0 or self.fuse_prior > 0
+        if problem.retain and not (weighs and self.domain_weight):
+            warnings.warn(
+                "the retained weigh nothing: raise domain_weight, and refine_prior or fuse_prior",
+                ExpungeWarning,
+                stacklevel=4,
+            )
+        elif problem.retain:
+            e = model.encode([template.format(text) for text in problem.retain for template in RETAINED])
+            rows = e.embeddings.flatten(0, 1).cpu()
+            kept += self.domain_weight * gram(rows) / len(e)
+        if weighs and self.captions:
+            kept += prior(model, captions(self.captions), run).mean
+        return kept
+
+    def _train(
+        self, model: Model, problem: Problem, matrix: Tensor, seed: int, names: Sequence[str]
+    ) -> dict[str, Tensors]:
+        """`suppress` for the concepts of these names."""
+        run = Run(seed)
+        concepts = [concept for concept in problem.erase if concept.name in names]
+        return self.train(model, [self._lesson(model, c, run) for c in concepts], matrix, run)
+
+    def train(
+        self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: Run
+    ) -> dict[str, Tensors]:
+        """`suppress` for some concepts in one batch, once what they are trained on is there."""
+        layers = tuple(entry.layer for entry in model.text_entries())
+        modules = [find(model.pipe, layer) for layer in layers]
+        ups, downs = self._first_factors(modules, [lesson.concept for lesson in lessons], run)
+        refined = [Right(layers, matrix)] if "refine" in self.stages else []
+        chances = self._chances(model.log_snr())
+
+        def losses(_: int) -> Tensor:
+            return self._attention(model, [lesson.sample(chances) for lesson in lessons])
+
+        with frozen(_parameters(model)), model.using(refined), each_its_own(modules, ups, downs):
+            minimise(
+                [*ups, *downs],
+                losses,
+                steps=self.steps,
+                rate=self.rate,
+                weight_decay=self.weight_decay,
+                clip=self.clip,
+            )
+        return {
+            lesson.concept: {
+                f"{layer}.{part}": tensor[b].cpu()
+                for part, tensors in (("up", ups), ("down", downs))
+                for layer, tensor in zip(layers, tensors, strict=True)
+            }
+            for b, lesson in enumerate(lessons)
+        }
+
+    def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
+        """A concept's prompts, pictures and masks: found once, used at every step."""
+        prompts, templates = self._prompts(concept), self.templates or TEMPLATES[concept.kind]
+        text = model.encode(prompts)
+        sides = [template.split("{}") for template in templates] * len(concept.names)
+        before, after = (
+            [model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True)
+        )
+        phrase = phrase_positions(before, after, text.own)
+        place = torch.arange(phrase.shape[1], device=phrase.device)
+        ending = place > text.own.sum(1, keepdim=True)
+
+        if self.pictures_from:
+            shown = examples.read(model, concept.name, prompts[0], self.pictures_from)
+        else:
+            steps = self.picture_steps or None
+            shown = examples.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
+        source = "none" if concept.kind == "style" else self.masks
+        mask = masks.find(source, model, shown, phrase[:1], run)
+        return Lesson(
+            concept.name,
+            text,
+            phrase | ending if self.end_tokens else phrase,
+            shown.latents,
+            _resized(mask.to(shown.latents), shown.latents.shape[-2:]),
+            run.generator("training", concept.name),
+        )
+
+    def _first_factors(
+        self, modules: Sequence[nn.Module], concepts: Sequence[str], run: Run
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """B = 0, (concepts, out, rank), and D normal with deviation 1/rank, (concepts, rank, d)."""
+        generators = [run.generator("factors", concept) for concept in concepts]
+        ups, downs = [], []
+        for module in modules:
+            weight: Any = module.weight
+            like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            out, width = weight.shape
+            drawn = [torch.randn(self.rank, width, generator=g) / self.rank for g in generators]
+            ups.append(torch.zeros(len(concepts), out, self.rank, **like))
+            downs.append(torch.stack(drawn).to(**like))
+        return ups, downs
+
+    def _attention(self, model: Model, samples: Sequence[Sample]) -> Tensor:
+        """The loss of each sample, (n,): how much attention its tokens get inside its mask."""
+        latents, noise, mask, tokens = (
+            torch.stack([getattr(sample, name) for sample in samples])
+            for name in ("latents", "noise", "mask", "tokens")
+        )
+        t = torch.tensor([sample.t for sample in samples], device=latents.device)
+        noisy = model.add_noise(latents, noise, t)
+        text = Text.joined([sample.text for sample in samples])
+
+        def inside(attention: Tensor) -> Tensor:
+            size = grid(attention.shape[2], *latents.shape[-2:])
+            return energy(attention, tokens, _resized(mask, size).flatten(1))
+
+        parts = torch.stack(
+            read_attention(model.cross_attentions(), inside, lambda: model.predict(noisy, t, text))
+        )
+        # A root has no slope at 0, where a small mask misses a whole layer.
+        return (parts.clamp_min(1e-30).sqrt() if self.norm == "joint" else parts).sum(0)
+
+    def _chances(self, log_snr: Tensor) -> Tensor:
+        """How likely each time is: (T,), summing to 1."""
+        if not self.focal:
+            return torch.full_like(log_snr, 1 / len(log_snr))
+        return focal(log_snr, self.focal_high, self.focal_low, self.focal_slope)
+
+    def _changes(self, model: Model, matrix: Tensor, factors: Mapping[str, Tensors]) -> Changes:
+        """One right factor of all layers, and one low-rank change a layer; column i is concept i's."""
+        layers = tuple(entry.layer for entry in model.text_entries())
+        changes: list[Change] = []
+        if self.stages != ("suppress",):
+            changes.append(Right(layers, matrix.float()))
+        for layer in layers if factors else ():
+            up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
+            down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
+            changes.append(LowRank((layer,), *(x.half() for x in balanced(up.double(), down.double()))))
+        return tuple(changes)
+
+
+def focal(log_snr: Tensor, high: float, low: float, slope: float) -> Tensor:
+    """The chance of each time, ξ(λ) · |dλ/dt| for its log-SNR λ: (T,), summing to 1.
+
+        ξ(λ) ∝ σ(slope (λ − low)) − σ(slope (λ − high))
+
+    The paper's ξ(t) ∝ σ(γ(t − t₁)) − σ(γ(t − t₂)), said in noise instead of in time: in its window, the
+    log-SNR of Stable Diffusion falls almost evenly, by 0.0072 a time. The width |dλ/dt| makes it the
+    same distribution of noise on every schedule.
+
+    Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 5.
+    """
+    level = log_snr.clamp(-50, 50)
+    (width,) = torch.gradient(level)
+    chances = (slope * (level - low)).sigmoid() - (slope * (level - high)).sigmoid()
+    chances = chances * width.abs()
+    return chances / chances.sum()
+
+
+def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
+    """Add each token of a concept's prompts to `moved`, where it should go among the rows of `goal`.
+
+    Returns:
+        The tokens that have no place to go: the phrases and surplus padding, (n, width).
+    """
+    ends, goal_ends = ((x.own.sum(1) + 1).tolist() for x in (text, goal))
+    ids, goal_ids, alone = text.ids.cpu(), goal.ids.cpu(), []
+    for row, e in enumerate(text.embeddings.cpu()):
+        there = row % len(goal)
+        m = match(ids[row], goal_ids[there], (ends[row], goal_ends[there]))
+        moved[there, : m.head] += e[: m.head]
+        moved[there, m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
+        alone += [e[positions] for positions in m.alone]
+    return torch.cat(alone)
+
+
+def _rows(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """For each concept all its tokens, (n, width)."""
+    return {
+        name: text.embeddings.flatten(0, 1).cpu()
+        for group in groups
+        for name, text in group.erased.items()
+    }
+
+
+def _resized(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks (n, h, w) in another size, each pixel the nearest one's."""
+    return interpolate(mask[:, None], tuple(size), mode="nearest-exact")[:, 0]
+
+
+def _parameters(model: Model) -> Iterator[Tensor]:
+    """Every parameter of a model."""
+    for part in model.pipe.components.values():
+        if isinstance(part, nn.Module):
+            yield from part.parameters()

@@ -1,0 +1,122 @@
+"""A CLIP for the metrics that need one: the emoji model's own, or one of transformers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from expunge.emoji.clip import HERE, Clip
+from expunge.errors import ExpungeError
+
+
+@dataclass(frozen=True, eq=False)
+class Towers:
+    """Both towers of a CLIP."""
+
+    embed_pictures: Callable[[Tensor], Tensor]
+    """(n, 3, height, width) in [0, 1] to (n, shared), each of length one."""
+    embed_texts: Callable[[Sequence[str]], Tensor]
+    """(n, shared), each of length one."""
+    features: Callable[[Tensor], Tensor]
+    """(n, width): the picture tower's pooled output."""
+    size: int
+    """The side of the square pictures that it reads."""
+    digest: str
+    """The hash of its weights."""
+
+
+@cache
+def towers(model: str) -> Towers:
+    """The CLIP called "emoji", or one of transformers by folder or hub id.
+
+    Raises:
+        ExpungeError: its weights are missing.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return _emoji() if model == "emoji" else _transformers(model)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _emoji() -> Towers:
+    clip = Clip.load()
+    digest = hashlib.sha256()
+    for file in sorted((HERE / "clip").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    size: int = clip.picture.config.image_size  # type: ignore[union-attr, assignment]
+
+    def fitted(pictures: Tensor) -> Tensor:
+        return resized(pictures.nan_to_num(), size)
+
+    @torch.inference_mode()
+    def features(pictures: Tensor) -> Tensor:
+        parts = fitted(pictures).split(64)
+        return torch.cat([clip.picture(pixel_values=part * 2 - 1).pooler_output for part in parts])
+
+    return Towers(
+        lambda pictures: clip.embed_pictures(fitted(pictures)),
+        clip.embed_texts,
+        features,
+        size,
+        digest.hexdigest(),
+    )
+
+
+def _transformers(model: str) -> Towers:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    try:
+        clip: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or ["?"])[0]
+        raise ExpungeError(
+            f"cannot load the CLIP {model}: {said}; name a folder that holds it"
+        ) from error
+    size = clip.config.vision_config.image_size
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+
+    @torch.inference_mode()
+    def features(pictures: Tensor) -> Tensor:
+        parts = ((resized(pictures.nan_to_num(), size) - mean) / std).split(32)
+        return torch.cat([clip.vision_model(pixel_values=part).pooler_output for part in parts])
+
+    @torch.inference_mode()
+    def embed_pictures(pictures: Tensor) -> Tensor:
+        return functional.normalize(clip.visual_projection(features(pictures)), dim=1)
+
+    @torch.inference_mode()
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        window = clip.config.text_config.max_position_embeddings
+        ids = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=window, return_tensors="pt"
+        )
+        return functional.normalize(clip.text_projection(clip.text_model(**ids).pooler_output), dim=1)
+
+    return Towers(embed_pictures, embed_texts, features, size, digest.hexdigest())
+
+
+def resized(pictures: Tensor, size: int) -> Tensor:
+    """Pictures scaled to a square, the bicubic way with smoothing, in [0, 1]."""
+    if pictures.shape[2:] == (size, size):
+        return pictures
+    return functional.interpolate(
+        pictures, (size, size), mode="bicubic", align_corners=False, antialias=True
+    ).clamp(0, 1)

@@ -1,0 +1,37 @@
+"""CLIP score: how well a picture goes with its prompt, 100 times the cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from expunge.metric import Metric
+from expunge.metrics._clip import towers
+
+
+@dataclass(frozen=True)
+class ClipScore(Metric):
+    """100 · max(0, cos(picture, prompt)).
+
+    Source: Hessel et al., CLIPScore, EMNLP 2021, eq. 1, scaled as in the erasure papers.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+
+    model: str = "emoji"
+    """The shipped CLIP, or one of transformers by folder or hub id."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {"model": self.model, "sha256": towers(self.model).digest}
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        clip = towers(self.model)
+        distinct = list(dict.fromkeys(prompts))
+        texts = clip.embed_texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
+        return 100 * (clip.embed_pictures(pictures) * texts).sum(1, keepdim=True).clamp(min=0)

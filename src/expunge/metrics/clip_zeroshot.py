@@ -1,0 +1,77 @@
+"""CLIP zero-shot: which of some classes a picture goes with best, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+from expunge.fields import bounded
+from expunge.metric import Judge, blank
+from expunge.metrics._clip import towers
+
+TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""The classes of CIFAR-10."""
+
+
+@dataclass(frozen=True)
+class ClipZeroshot(Judge):
+    """softmax(scale · cos(picture, "a photo of the CLASS")) over the classes.
+
+    Its row ends with 1 where the picture is blank. The first number, for the table, is the highest
+    probability. MACE's accuracies are the mean probability of the class.
+
+    Source: Radford et al., CLIP, ICML 2021, section 3.1.2.
+    """
+
+    classes: tuple[str, ...] = TEN
+    """What a picture can be."""
+    template: str = "a photo of the {}"
+    scale: float = bounded(100.0, above=0)
+    """Of the cosines before the softmax."""
+    model: str = "emoji"
+    """The shipped CLIP, or one of transformers by folder or hub id."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.classes) < 2:
+            raise ExpungeError("clip_zeroshot needs at least two classes to choose from")
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {
+            "model": self.model,
+            "sha256": towers(self.model).digest,
+            "classes": list(self.classes),
+            "template": self.template,
+            "scale": self.scale,
+        }
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        clip = towers(self.model)
+        texts = clip.embed_texts([self.template.format(name) for name in self.classes])
+        chances = (self.scale * clip.embed_pictures(pictures) @ texts.T).softmax(1)
+        return torch.cat([chances, blank(pictures)[:, None].float()], 1)
+
+    def knows(self, label: str) -> bool:
+        return label in self.classes
+
+    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        places = [self.classes.index(label) for label in labels if self.knows(label)]
+        chances = rows[:, : len(self.classes)]
+        if question == "best":
+            return torch.isin(chances.argmax(1), torch.tensor(places)).float()
+        sure = chances[:, places].sum(1)
+        return (sure >= 0.5).float() if question == "there" else sure
+
+    def broken(self, rows: Tensor) -> Tensor:
+        return rows[:, -1] > 0.5
+
+    def shown(self, rows: Tensor) -> list[str]:
+        return [self.classes[place] for place in rows[:, : len(self.classes)].argmax(1).tolist()]

@@ -1,0 +1,99 @@
+"""The emoji model's detector: which of its things a picture shows, in which style, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.emoji.detector import FOLDER, SIZE, Detector, Recognition
+from expunge.metric import Judge, blank
+from expunge.metrics._clip import resized
+
+
+@dataclass(frozen=True)
+class EmojiDetector(Judge):
+    """The probabilities of all labels, of all styles, and of *unrecognisable*.
+
+    Labels and styles are both asked for by name. Blank pictures, and those that are no numbers, are
+    unrecognisable whatever the network says.
+    """
+
+    folder: str = ""
+    """Another detector's folder; by default the one that ships."""
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.folder) if self.folder else FOLDER
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        held_out = self._path / "held_out.json"
+        settings = _load(self._path).settings
+        return {
+            "sha256": _digest(self._path),
+            "labels": len(settings.label_names),
+            "styles": list(settings.style_names),
+            "nothing below": settings.nothing,
+            "unrecognisable from": settings.unrecognisable,
+            "held out": json.loads(held_out.read_text("utf8")) if held_out.is_file() else None,
+        }
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        seen = _load(self._path)(resized(pictures.nan_to_num(), SIZE))
+        broken = seen.unrecognisable.masked_fill(blank(pictures), 1.0)
+        return torch.cat([seen.labels, seen.styles, broken[:, None]], 1)
+
+    def recognition(self, rows: Tensor) -> Recognition:
+        """What was measured, in the detector's own words."""
+        settings = _load(self._path).settings
+        sizes = [len(settings.label_names), len(settings.style_names), 1]
+        labels, styles, broken = rows.split(sizes, 1)
+        return Recognition(labels, styles, broken[:, 0], settings)
+
+    def knows(self, label: str) -> bool:
+        settings = _load(self._path).settings
+        return label in settings.label_names or label in settings.style_names
+
+    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        seen = self.recognition(rows)
+        names = seen.settings.label_names
+        styles = [style for style in labels if style in seen.settings.style_names]
+        wanted = [label for label in labels if label in names]
+        if styles:
+            places = [seen.settings.style_names.index(style) for style in styles]
+            if question == "probability":
+                return seen.styles[:, places].amax(1)
+            return torch.isin(seen.styles.argmax(1), torch.tensor(places)).float()
+        if question == "probability":
+            return seen.labels[:, [names.index(label) for label in wanted]].amax(1)
+        if question == "there":
+            return torch.stack([seen.has(label) for label in wanted]).any(0).float()
+        tops = seen.top()
+        return torch.tensor([float("nan") if top in near else float(top in wanted) for top in tops])
+
+    def broken(self, rows: Tensor) -> Tensor:
+        return self.recognition(rows).broken()
+
+    def shown(self, rows: Tensor) -> list[str]:
+        return self.recognition(rows).top()
+
+
+@cache
+def _load(folder: Path) -> Detector:
+    return Detector.load(folder)
+
+
+@cache
+def _digest(folder: Path) -> str:
+    _load(folder)  # says clearly what is missing
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,70 @@
+"""FID: the Fréchet distance on Inception features, against the original's pictures or real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+from expunge.metric import Distance, read_pictures
+from expunge.metrics._frechet import frechet
+
+
+@dataclass(frozen=True)
+class Fid(Distance):
+    """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of 2048 Inception features, as torch-fidelity computes them.
+
+    Needs the package torch-fidelity and its weights: in torch's cache, or at `weights`.
+
+    Source: Heusel et al., NeurIPS 2017.
+    """
+
+    weights: str = ""
+    """The file of the weights; by default torch's cache, filled from the net where it can be."""
+    against: str = ""
+    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        from importlib.metadata import version
+
+        _extractor(self.weights)
+        return {
+            "features": "inception-v3-compat, 2048, resized as TensorFlow 1 does",
+            "torch-fidelity": version("torch-fidelity"),
+            "weights": self.weights or "pt_inception-2015-12-05",
+            "against": self.against or "the original's pictures",
+        }
+
+    @torch.inference_mode()
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        whole = (pictures.nan_to_num() * 255).round().to(torch.uint8)
+        return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
+
+    def distance(self, rows: Tensor, reference: Tensor) -> float:
+        return frechet(rows, reference)
+
+    def real(self) -> Tensor | None:
+        return self.measure(read_pictures(self.against, (299, 299)), ()) if self.against else None
+
+
+@cache
+def _extractor(weights: str) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise ExpungeError("fid needs torch-fidelity: pip install 'expunge[metrics]'") from None
+    try:
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
+    except Exception as error:  # a download may fail in many ways
+        raise ExpungeError(
+            f"fid cannot read Inception's weights ({str(error).splitlines()[0]}); name their file"
+            " with the option weights"
+        ) from error

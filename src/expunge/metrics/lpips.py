@@ -1,0 +1,59 @@
+"""LPIPS: how far a picture looks from the original's of the same prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+from expunge.metric import Metric
+
+
+@dataclass(frozen=True)
+class Lpips(Metric):
+    """The learned perceptual distance: 0 for the same picture, as torchmetrics computes it.
+
+    Needs the package torchmetrics with torchvision, and the network's weights in torch's cache.
+
+    Source: Zhang et al., CVPR 2018.
+    """
+
+    higher_is_better: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
+
+    network: Literal["alex", "vgg", "squeeze"] = "alex"
+    """Whose features are compared."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        from importlib.metadata import version
+
+        _distance(self.network)
+        return {"network": self.network, "torchmetrics": version("torchmetrics")}
+
+    @torch.inference_mode()
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        assert references is not None
+        distance, rows = _distance(self.network), []
+        for one, other in zip(pictures.nan_to_num(), references.nan_to_num(), strict=True):
+            rows.append(distance(one[None], other[None]).reshape(1))
+        return torch.stack(rows)
+
+
+@cache
+def _distance(network: str) -> Any:
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    except ImportError:
+        raise ExpungeError("lpips needs torchmetrics: pip install 'expunge[metrics]'") from None
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).eval()
+    except Exception as error:  # torchvision may be missing, a download may fail
+        raise ExpungeError(f"lpips cannot be set up: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,30 @@
+"""Pixel distance: how far a picture is from the original's of the same prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from expunge.metric import Metric
+
+
+@dataclass(frozen=True)
+class PixelDistance(Metric):
+    """The root of the mean square difference of all channels, in [0, 1]; 0 for the same picture."""
+
+    higher_is_better: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {"version": 1}
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        assert references is not None
+        difference = pictures.nan_to_num() - references.nan_to_num()
+        return difference.flatten(1).square().mean(1, keepdim=True).sqrt()

@@ -1,0 +1,42 @@
+"""Structure: how much of the original's layout is kept, with the same prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from expunge.fields import bounded
+from expunge.metric import Metric
+
+
+@dataclass(frozen=True)
+class Structure(Metric):
+    """The correlation of both pictures at low resolution: 1 is the same layout, 0 none of it.
+
+    Colours are kept: the channels are compared as they are, less the mean of all.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    paired: ClassVar[bool] = True
+
+    size: int = bounded(8, at_least=2)
+    """The side of the reduced picture, in pixels."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {"version": 1, "size": self.size}
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        assert references is not None
+        a, b = (
+            functional.adaptive_avg_pool2d(p.nan_to_num(), self.size).flatten(1)
+            for p in (pictures, references)
+        )
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        return functional.cosine_similarity(a, b, dim=1)[:, None]

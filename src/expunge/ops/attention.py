@@ -1,0 +1,112 @@
+"""Cross-attention maps, read while a denoiser runs, and how much of them falls where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import ExpungeError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class CrossAttention:
+    """One cross-attention: the layers that make its queries and keys, and how the two meet."""
+
+    query: nn.Module
+    """Gives (n, pixels, heads · width)."""
+    key: nn.Module
+    """Gives (n, tokens, heads · width)."""
+    heads: int
+    scale: float
+    """What scores are multiplied by before the softmax."""
+
+
+class _Enough(Exception):  # noqa: N818
+    """Every attention has been read; what remains of the forward pass is not needed."""
+
+
+def read_attention(
+    attentions: Sequence[CrossAttention], read: Callable[[Tensor], T], forward: Callable[[], object]
+) -> list[T]:
+    """What `read` makes of every attention's map while `forward` runs, in the order given.
+
+    The maps are computed beside the layers, from their queries and keys, so nothing that the
+    denoiser computes changes. One map at a time is held, but for what gradients need; once the last
+    has been read, `forward` is left.
+
+    Args:
+        attentions: the attentions to read.
+        read: gets a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
+        forward: runs the denoiser.
+    """
+    found: dict[int, T] = {}
+    waiting: dict[int, Tensor] = {}
+    hooks = []
+
+    def listen(i: int, layer: nn.Module, is_query: bool) -> None:
+        def hear(_: nn.Module, given: object, output: Tensor) -> None:
+            if i not in waiting:
+                waiting[i] = output
+                return
+            other = waiting.pop(i)
+            query, key = (output, other) if is_query else (other, output)
+            found[i] = read(attention_map(query, key, attentions[i]))
+            if len(found) == len(attentions):
+                raise _Enough
+
+        hooks.append(layer.register_forward_hook(hear))
+
+    try:
+        for i, attention in enumerate(attentions):
+            listen(i, attention.query, True)
+            listen(i, attention.key, False)
+        forward()
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[i] for i in range(len(attentions))]
+
+
+def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tensor:
+    """A = softmax(scale · Q Kᵀ) for every head: (n, heads, pixels, tokens), float32 or finer."""
+    q = query.unflatten(-1, (attention.heads, -1)).transpose(1, 2) * attention.scale
+    k = key.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    scores = q @ k.mT
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+
+
+def energy(attention: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Σ_{i ∈ tokens} ‖Aⁱ ⊙ M‖² over heads and pixels, for each row: (n,).
+
+    Args:
+        attention: A, (n, heads, pixels, tokens).
+        tokens: (n, tokens), 1 where a token counts and 0 elsewhere.
+        mask: M, (n, pixels), 1 where a pixel counts and 0 elsewhere.
+    """
+    per_pixel = (attention.square() @ tokens.to(attention.dtype)[:, None, :, None]).squeeze(-1)
+    return (per_pixel * mask.to(attention.dtype)[:, None]).sum((1, 2))
+
+
+def grid(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """The height and width of a layer with so many pixels, in a network that halves its latents.
+
+    >>> grid(16, 8, 8), grid(12, 8, 5)
+    ((4, 4), (4, 3))
+
+    Raises:
+        ExpungeError: no halving of (height, width) has so many.
+    """
+    h, w = height, width
+    while h * w > pixels:
+        h, w = (h + 1) // 2, (w + 1) // 2
+    if h * w != pixels:
+        raise ExpungeError(f"{pixels} pixels are no halving of latents of {height} × {width}")
+    return h, w

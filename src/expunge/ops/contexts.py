@@ -1,0 +1,62 @@
+"""Which tokens of two prompts correspond, when they differ in one phrase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Match:
+    """Token positions of a prompt and of the same with another phrase in it.
+
+    The first `head` positions of both correspond; so do `tail` positions from `first` and from
+    `second` on: the words after the phrase, the end, and the padding. The phrase has no
+    counterpart, nor has the padding that the shorter prompt has more.
+    """
+
+    head: int
+    first: int
+    second: int
+    tail: int
+
+    @property
+    def alone(self) -> tuple[slice, slice]:
+        """The first prompt's positions without a counterpart: its phrase, and surplus padding."""
+        return slice(self.head, self.first), slice(self.first + self.tail, None)
+
+
+def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
+    """Match two prompts by the common beginning and the common end of their words.
+
+    >>> photo_of_cat, photo_of_big_dog = torch.tensor([0, 5, 6, 1, 1]), torch.tensor([0, 5, 8, 7, 1])
+    >>> match(photo_of_cat, photo_of_big_dog, (3, 4))
+    Match(head=2, first=3, second=4, tail=1)
+
+    Args:
+        first, second: (tokens,), the tokenizer's numbers: start, words, end, padding.
+        ends: where the end token of each stands.
+    """
+    shorter = min(ends)
+    same = first[:shorter] == second[:shorter]
+    head = int(same.long().cumprod(0).sum())
+    words = [ids[head:end].flip(0) for ids, end in zip((first, second), ends, strict=True)]
+    n = min(map(len, words))
+    behind = int((words[0][:n] == words[1][:n]).long().cumprod(0).sum())
+    starts = (ends[0] - behind, ends[1] - behind)
+    return Match(head, starts[0], starts[1], len(first) - max(starts))
+
+
+def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -> Tensor:
+    """The positions of the phrase in each of n prompts: (n, tokens), bool.
+
+    Args:
+        before, after: how many tokens the words before the phrase have, and those after it.
+        own: (n, tokens), bool, the prompts' own tokens.
+    """
+    place = torch.arange(own.shape[1], device=own.device)
+    first, last = (torch.tensor(x, device=own.device)[:, None] for x in (before, after))
+    return (place > first) & (place <= own.sum(1, keepdim=True) - last)

@@ -1,0 +1,80 @@
+"""The training loop: AdamW on a few tensors, for many independent problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+
+
+def minimise(
+    parameters: Sequence[Tensor],
+    losses: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+) -> None:
+    """Train `parameters` in place.
+
+    Row b of every parameter belongs to problem b and to no other: its loss is `losses(step)[b]`, its
+    gradient is clipped by its own norm, and AdamW treats every number by itself. So n problems in
+    one batch end where each would end alone.
+
+    Args:
+        parameters: tensors (n, …).
+        losses: the losses (n,) of a step, counted from 0.
+        steps: how many steps.
+        rate: AdamW's learning rate.
+        weight_decay: AdamW's, decoupled.
+        clip: the largest norm of one problem's gradient.
+
+    Raises:
+        ExpungeError: a loss is not finite.
+    """
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+    for parameter in parameters:
+        parameter.requires_grad_()
+    with torch.enable_grad():
+        for step in range(steps):
+            loss = losses(step)
+            if not bool(loss.isfinite().all()):
+                raise ExpungeError(
+                    f"training broke off at step {step}: the loss is not finite; lower the rate"
+                )
+            # Asking for these gradients alone leaves no trace on the network's own parameters.
+            gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, clipped(gradients, clip), strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def clipped(gradients: Sequence[Tensor | None], clip: float) -> list[Tensor | None]:
+    """Gradients (n, …) with the norm of each row, over all tensors, at most `clip`."""
+    squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
+    factor = (clip / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
+    return [
+        None if g is None else g * factor.reshape(-1, *(1,) * (g.ndim - 1)).to(g.dtype)
+        for g in gradients
+    ]
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let no parameter ask for gradients for the length of a block: activations need less memory."""
+    asking = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()

@@ -1,0 +1,291 @@
+"""The report as one page that needs nothing else: no file beside it, no request to the net."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from expunge.case import Case, Row, comparisons
+from expunge.looks import make
+from expunge.metric import Judge
+from expunge.pictures import image
+from expunge.statistics import Estimate
+
+if TYPE_CHECKING:
+    from expunge.report import Report
+
+TEMPLATE = Path(__file__).with_name("page.html")
+SHOWN = 8  # pictures of a strip
+WIDEST = 128  # pixels of a picture on the page
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
+"""Told apart by those who see few colours, too (Okabe and Ito)."""
+ROLES = {
+    "erased": "Erased",
+    "synonyms": "Synonyms, which the method was not told of",
+    "retained": "Retained",
+}
+TITLES = {
+    "efficacy": "Efficacy",
+    "generality": "Generality",
+    "specificity": "Specificity",
+    "content": "Content",
+    "erased": "CLIP erased",
+    "retained": "CLIP retained",
+}
+MEANINGS = {
+    "efficacy": "the erased concept is gone, and something recognisable is drawn instead",
+    "generality": "so are its synonyms, against what the original makes of them",
+    "specificity": "what should stay is recognised as often as in the original",
+    "content": "what else the prompt names is recognised as often as in the original",
+    "erased": "how well pictures go with prompts for what is erased; lower is better",
+    "retained": "how well pictures go with prompts for what is retained",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as the page shows it: text, interval and what to sort by."""
+
+    text: str
+    interval: str = ""
+    sort: float = -math.inf
+    part: float = 0.0
+    """Of a full bar, 0 to 1."""
+
+
+def number(estimate: Estimate | None, percent: bool = True) -> Number:
+    """An estimate in words."""
+    if estimate is None or math.isnan(estimate.value):
+        return Number("–")
+    score, scale = estimate.score, 100 if percent else 1
+    digits = 1 if percent or max(abs(score.value), abs(score.high)) >= 5 else 3
+
+    def show(x: float) -> str:
+        return f"{scale * x:.{digits}f}"
+
+    interval = "" if math.isnan(score.low) else f"{show(score.low)}–{show(score.high)}"
+    return Number(show(score.value), interval, score.value, min(max(score.value, 0.0), 1.0))
+
+
+def page(report: Report) -> str:
+    """The page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
+    names = list(dict.fromkeys(row.name for case in report.cases for row in case.rows))
+    colours = {
+        name: COLOURS[i % len(COLOURS)] for i, name in enumerate(n for n in names if n != "original")
+    }
+    colours["original"] = "var(--quiet)"
+    suites = list(dict.fromkeys(case.suite.name for case in report.cases))
+    return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
+        report=report,
+        suites=[_suite(report, name, colours) for name in suites],
+        provenance=report.provenance,
+        judges=_judges(report),
+        meanings=MEANINGS,
+        titles=TITLES,
+    )
+
+
+def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]:
+    """What the page shows of one suite."""
+    cases = [case for case in report.cases if case.suite.name == name]
+    suite = cases[0].suite
+    rows = [row for case in cases for row in case.rows]
+    terms = list(dict.fromkeys(term for row in rows for term in row.terms))
+    is_share = suite.score != "H_a"
+    extra = [
+        (metric, role)
+        for metric in dict.fromkeys(m for row in rows for m in row.metrics)
+        for role in ("erased", "retained")
+        if any(role in row.metrics.get(metric, {}) for row in rows)
+    ]
+    methods = report.methods()[name]
+    return {
+        "suite": suite,
+        "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
+        "terms": terms,
+        "extra": extra,
+        "rows": [
+            {
+                "name": row.name,
+                "erased": ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else ""),
+                "original": row.candidate is None,
+                "colour": colours[row.name],
+                "h": number(row.h, is_share),
+                "terms": [number(row.terms.get(term), is_share) for term in terms],
+                "broken": number(row.roles.get("erased", {}).get("unrecognisable")),
+                "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
+            }
+            for case in cases
+            for row in case.rows
+        ],
+        "methods": [
+            {"name": recipe, "h": number(h, is_share)}
+            for recipe, h in sorted(methods.items(), key=lambda item: -_sortable(item[1]))
+        ]
+        if len(cases) > 1
+        else [],
+        "plot": _plot(cases, colours) if is_share else None,
+        "cases": [_case(report, case) for case in cases],
+    }
+
+
+def _sortable(estimate: Estimate) -> float:
+    return -math.inf if math.isnan(estimate.value) else estimate.value
+
+
+def _plot(cases: Sequence[Case], colours: dict[str, str]) -> dict[str, Any]:
+    """The points of efficacy against specificity, in units of the drawing."""
+    points = []
+    for case in cases:
+        for row in case.rows:
+            x, y = row.terms["efficacy"], row.terms["specificity"]
+            if math.isnan(x.value) or math.isnan(y.value):
+                continue
+            a, b = x.score, y.score
+            points.append(
+                {
+                    "name": row.name,
+                    "erased": ", ".join(case.erased[:3]),
+                    "colour": colours[row.name],
+                    "original": row.candidate is None,
+                    "x": _x(a.value),
+                    "x1": _x(a.low),
+                    "x2": _x(a.high),
+                    "y": _y(b.value),
+                    "y1": _y(b.low),
+                    "y2": _y(b.high),
+                    "text": f"efficacy {100 * a.value:.0f} %, specificity {100 * b.value:.0f} %",
+                }
+            )
+    legend = {point["name"]: point["colour"] for point in points}
+    ticks = [(f"{share}", _x(share / 100), _y(share / 100)) for share in (0, 25, 50, 75, 100)]
+    return {"points": points, "legend": legend, "ticks": ticks}
+
+
+def _x(share: float) -> float:
+    return round(52 + 340 * share, 1)
+
+
+def _y(share: float) -> float:
+    return round(300 - 280 * share, 1)
+
+
+def _case(report: Report, case: Case) -> dict[str, Any]:
+    """Its strips, and what is uncertain in it."""
+    edits = [row for row in case.rows if row.candidate]
+    return {
+        "erased": ", ".join(case.erased[:6])
+        + (f" and {len(case.erased) - 6} more" if len(case.erased) > 6 else ""),
+        "strips": [_strips(report, case, row) for row in edits],
+        "left_out": case.left_out,
+        "differences": [
+            {"of": of, "one": one, "other": other, "number": number(d), "sure": d.above_chance}
+            for of, one, other, d in comparisons(case)
+            if of == case.suite.score
+        ],
+        "few": [
+            f"{row.name}: {term}"
+            for row in edits
+            for term, estimate in row.terms.items()
+            if estimate.n and estimate.score.high - estimate.score.low > 0.25
+        ],
+    }
+
+
+def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
+    """Before and after on the same seeds, worst first, for each role."""
+    judge = _judge_of(report, case)
+    strips = []
+    for role, title in ROLES.items():
+        places = [
+            (float(case.wrong[row.name][c][i]), float(case.wrong["original"][c][i]), c, i)
+            for c, cell in enumerate(row.looks.cells)
+            if cell.role == role
+            for i in range(len(cell.seeds))
+        ]
+        if not places:
+            continue
+        failing = sum(bad >= 0.5 for bad, *_ in places)
+        # Worst first; of those, the ones that the original did right; then one of each prompt in turn.
+        turn = role == "retained"
+        places.sort(key=lambda p: (-p[0], p[1] if turn else -p[1], p[3], p[2]))
+        chosen = places[:SHOWN]
+        asked = [row.looks.requests[c][i] for _, _, c, i in chosen]
+        before = report.cache.draw(case.sources["original"], asked)
+        after = report.cache.draw(case.sources[row.name], asked)
+        strips.append(
+            {
+                "title": title,
+                "failing": failing,
+                "of": len(places),
+                "pairs": [
+                    {
+                        "before": data_uri(before[k]),
+                        "after": data_uri(after[k]),
+                        "prompt": request.prompt,
+                        "seed": request.seed,
+                        "seen": _seen(judge, case, row, c, i),
+                        "wrong": bad >= 0.5,
+                    }
+                    for k, ((bad, _, c, i), request) in enumerate(zip(chosen, asked, strict=True))
+                ],
+            }
+        )
+    return {"name": row.name, "roles": strips}
+
+
+def _judge_of(report: Report, case: Case) -> Judge | None:
+    metric = make(case.suite.judge, case.suite.options.get(case.suite.judge, {}))
+    return metric if isinstance(metric, Judge) else None
+
+
+def _seen(judge: Judge | None, case: Case, row: Row, cell: int, picture: int) -> tuple[str, str]:
+    """What the judge calls the picture before and after."""
+    if judge is None:
+        return "", ""
+    before, after = (
+        judge.shown(one.looks.rows[case.suite.judge][cell][picture : picture + 1])[0]
+        for one in (case.rows[0], row)
+    )
+    return before, after
+
+
+def _judges(report: Report) -> list[str]:
+    """What is known of how far each judge can be trusted."""
+    said = []
+    for name, facts in report.provenance["metrics"].items():
+        held_out = facts.get("held out")
+        if isinstance(held_out, dict):
+            parts = []
+            for what, share in held_out.items():
+                one = share.get("all", share) if isinstance(share, dict) else {}
+                if isinstance(one, dict) and "share" in one and "top-1" in what:
+                    parts.append(f"{what} {100 * one['share']:.1f} % (n = {one['n']:,})")
+            said.append(f"{name}, on drawings that it was not trained on: {'; '.join(parts)}")
+    return said
+
+
+def data_uri(picture: Tensor) -> str:
+    """A picture (3, height, width) inside the page, at most 128 pixels wide."""
+    one = image(picture.nan_to_num())
+    data = io.BytesIO()
+    if one.width > WIDEST:
+        one = one.resize((WIDEST, one.height * WIDEST // one.width), Image.Resampling.LANCZOS)
+        one.save(data, "WEBP", quality=85)
+        kind = "webp"
+    else:
+        one.save(data, "PNG")
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

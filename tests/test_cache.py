@@ -1,0 +1,160 @@
+"""The picture cache: drawn once, the same from the cache, whole whatever happens."""
+
+import pytest
+import torch
+
+import expunge
+from expunge import ExpungeError, ExpungeWarning
+from expunge.cache import Cache, Request, Source, model_hash, quantised, residual
+
+ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path)
+
+
+@pytest.fixture
+def edit(model, problem):
+    return expunge.erase(model, problem, "uce")
+
+
+def test_a_picture_is_the_same_drawn_and_from_the_cache(model, cache):
+    fresh = cache.draw(Source(model), ASKED)
+    again = cache.draw(Source(model), ASKED)
+    assert cache.drawn == 4
+    assert torch.equal(fresh, again)
+    assert torch.equal(fresh, (fresh * 255).round() / 255)
+    probe = expunge.Probe.of(["a ship", "a cat"], 2, 0, 2, 3.0)
+    torch.testing.assert_close(fresh, model.draw(probe), atol=0.5 / 255 + 1e-6, rtol=0)
+    assert len(list(cache.folder.glob("*/*.png"))) == 4
+
+
+def test_an_address_hangs_on_everything(model, edit, pipe):
+    from conftest import tiny_pipeline
+
+    plain = Source(model)
+    sources = [plain, Source(model, (edit,)), Source(expunge.load(tiny_pipeline(seed=1)))]
+    requests = [
+        ASKED[0],
+        Request("a boat", 0, 2, 3.0),
+        Request("a ship", 1, 2, 3.0),
+        Request("a ship", 0, 3, 3.0),
+        Request("a ship", 0, 2, 4.0),
+        Request("a ship", 0, 2, 3.0, "the sky"),
+    ]
+    found = [plain.address(request) for request in requests]
+    found += [source.address(ASKED[0]) for source in sources[1:]]
+    pipe.scheduler.register_to_config(steps_offset=0)
+    found.append(Source(model).address(ASKED[0]))
+    assert len(set(found)) == len(found)
+    pipe.scheduler.register_to_config(steps_offset=1)
+    assert Source(expunge.load(tiny_pipeline())).address(ASKED[0]) == found[0]
+
+
+def test_edits_lie_on_the_model_only_while_it_draws(model, edit, cache):
+    before = model_hash(model)
+    plain, edited = cache.draw(Source(model), ASKED), cache.draw(Source(model, (edit,)), ASKED)
+    assert not torch.equal(plain, edited)
+    with edit.apply(model), pytest.raises(ExpungeError, match="take it off"):
+        Source(model)
+    del model.__dict__["_hash"]
+    assert model_hash(model) == before
+
+
+def test_a_run_that_was_stopped_goes_on(model, cache, monkeypatch):
+    monkeypatch.setattr("expunge.cache.BATCH", 1)
+    drawn = []
+
+    def stop(self, requests, progress):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(requests)
+        return original(self, requests, progress)
+
+    original = Source.draw
+    monkeypatch.setattr(Source, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.draw(Source(model), ASKED)
+    monkeypatch.setattr(Source, "draw", original)
+    again = Cache(cache.folder.parent)
+    assert again.draw(Source(model), ASKED).shape[0] == 4
+    assert again.drawn == 2
+    assert not list(cache.folder.glob("*/.*"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "other pixels"])
+def test_a_damaged_picture_is_drawn_again_and_said(model, cache, harm):
+    fresh = cache.draw(Source(model), ASKED)
+    address = Source(model).address(ASKED[1])
+    cache.keep_scores(address, {"x": torch.ones(1)})
+    path = cache.path(address)
+    if harm == "other pixels":
+        path.write_bytes(cache.path(Source(model).address(ASKED[0])).read_bytes()[:-40] + bytes(40))
+    else:
+        path.write_bytes(path.read_bytes()[: 60 if harm == "cut" else 0])
+    with pytest.warns(ExpungeWarning, match="'a ship', seed 1, is damaged; drawn again"):
+        again = cache.draw(Source(model), ASKED)
+    assert torch.equal(fresh, again)
+    assert cache.drawn == 5
+    assert cache.scores(address) == {}
+
+
+def test_numbers_lie_beside_the_picture(cache):
+    address = "ab" * 32
+    assert cache.scores(address) == {}
+    cache.keep_scores(address, {"one": torch.tensor([1.0, 2.0])})
+    cache.keep_scores(address, {"two": torch.tensor([0.1])})
+    found = cache.scores(address)
+    assert found["one"].tolist() == [1, 2]
+    assert torch.equal(found["two"], torch.tensor([0.1]))
+    cache.path(address, ".safetensors").write_bytes(b"nonsense")
+    assert cache.scores(address) == {}
+
+
+def test_the_oldest_go_first(model, cache):
+    import os
+
+    cache.draw(Source(model), ASKED)
+    paths = [cache.path(Source(model).address(request)) for request in ASKED]
+    for age, path in enumerate(paths):
+        os.utime(path, (1e9 + age, 1e9 + age))
+    cache.draw(Source(model), ASKED[:1])  # used: now the newest
+    limit = sum(path.stat().st_size for path in (paths[0], paths[3]))
+    assert cache.prune(limit) == 2
+    assert [path.is_file() for path in paths] == [True, False, False, True]
+    assert cache.prune(10**9) == 0
+
+
+def test_what_is_no_number_stays_none(model, cache, monkeypatch):
+    bad = torch.full((1, 3, 16, 16), torch.nan)
+    monkeypatch.setattr(type(model), "draw", lambda *_, **__: bad)
+    fresh, again = (cache.draw(Source(model), ASKED[:1]) for _ in range(2))
+    assert fresh.isnan().all()
+    assert again.isnan().all()
+    assert cache.drawn == 1
+    assert [picture.dtype for picture in quantised(torch.cat([bad, bad * 0 + 1]))] == [torch.int16] * 2
+
+
+def test_the_residual_keeps_the_end_and_the_padding(model):
+    prompt, stand_in = "a photo of the airplane", "the sky"
+    text, concept, other = (
+        residual(model, [prompt], stand_in),
+        model.encode([prompt]),
+        model.encode([stand_in]),
+    )
+    own, end = int(other.own[0].sum()), 1 + int(concept.own[0].sum())
+    assert text.embeddings.shape == concept.embeddings.shape
+    assert torch.equal(text.embeddings[0, : 1 + own], other.embeddings[0, : 1 + own])
+    kept = concept.embeddings.shape[1] - end
+    assert torch.equal(text.embeddings[0, 1 + own : 1 + own + kept], concept.embeddings[0, end:])
+    longer = residual(model, [stand_in], prompt)
+    assert longer.embeddings.shape == concept.embeddings.shape
+    assert torch.equal(longer.embeddings[0, end:], other.embeddings[0, 1 + own :][: 77 - end])
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path):
+    (tmp_path / "pictures").write_text("in the way")
+    with pytest.raises(ExpungeError, match="cannot write"):
+        Cache(tmp_path).draw(Source(model), ASKED[:1])

@@ -1,0 +1,531 @@
+"""MACE: each stage against an independent slow reading, and what goes into and out of them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+import expunge
+from conftest import tiny_pipeline, weights
+from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples, masks, pictures
+from expunge.methods.mace import MACE, RETAINED, focal
+from expunge.ops.attention import read_attention
+from expunge.ops.low_rank import each_its_own
+from expunge.run import Run
+from expunge.templates import TEMPLATES
+
+SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
+FAST = {"pictures": 2, "picture_steps": 2, "steps": 3, "templates": SHORT, "captions": "", "rate": 0.01}
+
+PROBLEM = Problem(
+    (
+        Concept("airplane", "the blue sky", synonyms=("jet plane",)),
+        Concept("art person", "art", kind="style"),
+        Concept("horse", ""),
+        Concept("white bird", "sky"),
+    ),
+    ("ship", "dog"),
+)
+
+
+@pytest.fixture
+def double():
+    """The tiny model in float64, predicting v up to pure noise."""
+    pipe = tiny_pipeline(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return expunge.load(pipe.to(torch.float64))
+
+
+@pytest.fixture
+def captions(tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("a cat with the truck\na frog of art\n\nground\n")
+    return str(file)
+
+
+def weight(model, layer):
+    return model.weight(layer).double()
+
+
+def fit(model, problem, method, seed=0):
+    return expunge.erase(model, problem, method, seed=seed).changes
+
+
+def plain_prior(model, problem, method, captions):
+    """Prompt by prompt: E_captions + ω E_retained of Σ e eᵀ."""
+    total = 0
+    retained = [t.format(name) for name in problem.retain for t in RETAINED]
+    for prompts, scale in ((captions, 1.0), (retained, method.domain_weight)):
+        for prompt in prompts:
+            for e in model.encode([prompt]).embeddings[0].double():
+                total = total + scale / len(prompts) * torch.outer(e, e)
+    return total
+
+
+def plain_pairs(model, erased, anchored):
+    """Common words before and behind are taken off by hand; what is left is the phrase."""
+    e, a = model.encode([erased]), model.encode([anchored])
+    words = [x.ids[0, 1 : 1 + int(x.own.sum())].tolist() for x in (e, a)]
+    before = 0
+    while all(before < len(w) for w in words) and words[0][before] == words[1][before]:
+        before += 1
+    behind = 0
+    while (
+        all(before + behind < len(w) for w in words) and words[0][-1 - behind] == words[1][-1 - behind]
+    ):
+        behind += 1
+    places = [[*range(before + 1), *range(len(w) + 1 - behind, 77)] for w in words]
+    return [
+        (e.embeddings[0, i].double(), a.embeddings[0, j].double())
+        for i, j in zip(*places, strict=False)  # the longer padding is cut
+    ]
+
+
+def all_pairs(model, problem):
+    for concept in problem.erase:
+        for name in concept.names:
+            for template in SHORT:
+                anchored = template.format(concept.anchor) if concept.anchor else ""
+                yield from plain_pairs(model, template.format(name), anchored)
+
+
+def test_refine_against_a_slow_reading_of_its_equation(model, captions):
+    method = MACE(stages=("refine",), ridge=0.7, refine_prior=2.0, domain_weight=3.0,
+                  captions=captions, templates=SHORT)  # fmt: skip
+    (change,) = fit(model, PROBLEM, method)
+    kept = plain_prior(model, PROBLEM, method, ["a cat with the truck", "a frog of art", "ground"])
+    left = right = method.refine_prior * kept + method.ridge * torch.eye(32)
+    for e, a in all_pairs(model, PROBLEM):
+        left, right = left + torch.outer(a, e), right + torch.outer(e, e)
+    solution = left @ torch.linalg.inv(right)
+    assert (solution - torch.eye(32)).norm() > 0.1
+    assert len(change.layers) == 14
+    for layer in change.layers:
+        plain = weight(model, layer) @ solution
+        ours = change.weight(model.weight(layer)).double()
+        assert (ours - plain).norm() / plain.norm() < 1e-5
+
+
+def test_refine_alone_with_no_difference_changes_nothing(model):
+    # A synonym of three words for an anchor of one: only phrases and padding are left out.
+    same = Problem((Concept("sky", "ship"),))
+    method = MACE(stages=("refine",), ridge=1e12, templates=SHORT)
+    (change,) = fit(model, same, method)
+    torch.testing.assert_close(change.matrix, torch.eye(32), rtol=0, atol=1e-5)
+
+
+def plain_training(model, problem, concept, method, matrix, seed):
+    """One concept by itself, on a copy whose weights are replaced, maps from diffusers' own scores."""
+    run = Run(seed)
+    templates = method.templates
+    prompts = [t.format(name) for name in concept.names for t in templates]
+    text = model.encode(prompts)
+    shown = examples.drawn(model, concept.name, prompts[0], method.pictures, run, method.picture_steps)
+    first = 1 + model.count_tokens("a photo of the")
+    phrase = torch.zeros(1, 77, dtype=torch.bool)
+    phrase[0, first : first + model.count_tokens(concept.name)] = True
+    source = "none" if concept.kind == "style" else method.masks
+    mask = masks.find(source, model, shown, phrase, run)[:, None].double()
+    mask = interpolate(mask, (8, 8), mode="nearest-exact")
+
+    unet = copy.deepcopy(model.pipe.unet)
+    layers = [entry.layer.removeprefix("unet.") for entry in model.text_entries()]
+    generator = run.generator("factors", concept.name)
+    base, factors = {}, []
+    for layer in layers:
+        w = unet.get_submodule(layer).weight.detach() @ matrix
+        down = torch.randn(method.rank, w.shape[1], generator=generator).double() / method.rank
+        factors.append([torch.zeros(len(w), method.rank, dtype=torch.float64), down])
+        base[layer] = w
+    trained = [x.requires_grad_() for pair in factors for x in pair]
+    adam = torch.optim.AdamW(trained, lr=method.rate, weight_decay=method.weight_decay)
+    chances = torch.full((1000,), 1 / 1000, dtype=torch.float64)
+    if method.focal:
+        chances = focal(model.log_snr(), method.focal_high, method.focal_low, method.focal_slope)
+    g = run.generator("training", concept.name)
+    signal = model.pipe.scheduler.alphas_cumprod.double()
+
+    for _ in range(method.steps):
+        row = int(torch.randint(len(prompts), (), generator=g))
+        i = int(torch.randint(method.pictures, (), generator=g))
+        t = int(torch.multinomial(chances, 1, generator=g))
+        noise = torch.randn(4, 8, 8, generator=g).double()
+        noisy = signal[t].sqrt() * shown.latents[i] + (1 - signal[t]).sqrt() * noise
+        template, name = templates[row % 3], concept.names[row // 3]
+        before = 1 + model.count_tokens(template.partition("{}")[0])
+        wanted = list(range(before, before + model.count_tokens(name)))
+        if method.end_tokens:
+            wanted += range(1 + model.count_tokens(prompts[row]), 77)
+
+        for layer, (up, down) in zip(layers, factors, strict=True):
+            module = unet.get_submodule(layer)
+            module._parameters.pop("weight", None)
+            module.weight = base[layer] + up @ down
+        norms, small_mask = [], mask[i : i + 1]
+
+        def score(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+            given = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            q, k, v = (
+                attn.head_to_batch_dim(f(x))
+                for f, x in ((attn.to_q, hidden_states), (attn.to_k, given), (attn.to_v, given))
+            )
+            maps = attn.get_attention_scores(q, k)
+            if encoder_hidden_states is not None:
+                side = math.isqrt(maps.shape[1])
+                small = interpolate(small_mask, (side, side), mode="nearest-exact").flatten()  # noqa: B023
+                total = sum((maps[:, :, j] * small).square().sum() for j in wanted)  # noqa: B023
+                norms.append(total.sqrt() if method.norm == "joint" else total)  # noqa: B023
+            return attn.to_out[0](attn.batch_to_head_dim(maps @ v))
+
+        unet.set_attn_processor(score)
+        unet(noisy[None], t, encoder_hidden_states=text.embeddings[row : row + 1])
+        adam.zero_grad()
+        sum(norms).backward()
+        torch.nn.utils.clip_grad_norm_(trained, method.clip)
+        adam.step()
+    return {
+        f"unet.{layer}": (up @ down).detach() for layer, (up, down) in zip(layers, factors, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm": "squared", "end_tokens": False, "focal": False, "rank": 2, "masks": "none"},
+        {"stages": ("suppress",), "clip": 0.01},
+    ],
+)
+def test_suppress_in_one_batch_against_one_by_one_read_slowly(double, settings):
+    method = MACE(**{**FAST, "batch": 4, **settings})
+    torch.manual_seed(8)
+    matrix = torch.eye(32, dtype=torch.float64)
+    if "refine" in method.stages:
+        matrix = matrix + 0.1 * torch.randn(32, 32, dtype=torch.float64)
+    before = weights(double.pipe)
+    together = method.suppress(double, PROBLEM, matrix, Run(5))
+    assert all(torch.equal(before[k], v) for k, v in weights(double.pipe).items())
+    assert all(p.requires_grad and p.grad is None for p in double.pipe.unet.parameters())
+    moved = 0.0
+    for concept in PROBLEM.erase:
+        plain = plain_training(double, PROBLEM, concept, method, matrix, 5)
+        tensors = together[concept.name]
+        ours = {layer: tensors[f"{layer}.up"] @ tensors[f"{layer}.down"] for layer in plain}
+        difference = sum((ours[k] - plain[k]).square().sum() for k in plain).sqrt()
+        size = sum(plain[k].square().sum() for k in plain).sqrt()
+        assert difference / size < 1e-8
+        moved += float(size)
+    assert moved > 0.01
+
+
+def test_a_concept_trains_the_same_whoever_is_beside_it(double):
+    method = MACE(**FAST)
+    eye = torch.eye(32, dtype=torch.float64)
+    found = [MACE(**FAST, batch=b).suppress(double, PROBLEM, eye, Run(5)) for b in (1, 3)]
+    alone = method.suppress(double, Problem(PROBLEM.erase[2:3]), eye, Run(5))
+    for tensors in (found[1]["horse"], alone["horse"]):
+        for key, tensor in found[0]["horse"].items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-10)
+
+
+def test_suppress_lowers_the_attention(double):
+    method = MACE(**{**FAST, "steps": 40, "rate": 0.05, "focal": False, "masks": "none"})
+    concept = PROBLEM.erase[3]
+    factors = method.suppress(double, Problem((concept,)), torch.eye(32), Run(0))[concept.name]
+    text = double.encode(["a photo of the white bird"])
+    layers = [entry.layer for entry in double.text_entries()]
+    modules = [double.pipe.unet.get_submodule(x.removeprefix("unet.")) for x in layers]
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+
+    def attention():
+        with torch.no_grad():
+            maps = read_attention(
+                double.cross_attentions(),
+                lambda a: a[..., int(text.own.sum()) - 1 :].square().sum(),
+                lambda: double.predict(noisy, 500, text),
+            )
+        return sum(m.sqrt() for m in maps)
+
+    before = attention()
+    ups, downs = ([factors[f"{x}.{part}"][None] for x in layers] for part in ("up", "down"))
+    with each_its_own(modules, ups, downs):
+        after = attention()
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("settings", [{"fuse_prior": 2.0, "domain_weight": 3.0}, {"ridge": 5.0}])
+def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings):
+    method = MACE(**{**FAST, "captions": captions, "batch": 4, "ridge": 0.5, **settings})
+    problem = PROBLEM if "fuse_prior" in settings else Problem(PROBLEM.erase)
+    groups, kept = method._read(double, problem), method._kept(double, problem, Run(0))
+    rows = {
+        c.name: torch.cat([double.encode([t.format(n)]).embeddings[0] for n in c.names for t in SHORT])
+        for c in problem.erase
+    }
+    whole = sum(e.T @ e for e in rows.values())
+    torch.manual_seed(9)
+    matrix = torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
+    factors = method.suppress(double, problem, matrix, Run(0))
+    right, fused = method.fuse(groups, whole, kept, matrix, factors)
+    prior = torch.zeros(32, 32, dtype=torch.float64)
+    if "fuse_prior" in settings:
+        listed = ["a cat with the truck", "a frog of art", "ground"]
+        prior = method.fuse_prior * plain_prior(double, problem, method, listed)
+    eye = torch.eye(32, dtype=torch.float64)
+    for entry in double.text_entries():
+        w = weight(double, entry.layer)
+        refined = w @ matrix
+        left, bottom = w @ prior + method.ridge * refined, prior + method.ridge * eye
+        for concept in problem.erase:
+            own = factors[concept.name]
+            target = refined + own[f"{entry.layer}.up"] @ own[f"{entry.layer}.down"]
+            for e in rows[concept.name]:
+                left = left + torch.outer(target @ e, e)
+                bottom = bottom + torch.outer(e, e)
+        plain = left @ torch.linalg.inv(bottom)
+        ours = w @ right + sum(t[f"{entry.layer}.up"] @ t[f"{entry.layer}.down"] for t in fused.values())
+        assert (ours - plain).norm() / plain.norm() < 1e-9
+
+
+def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
+    method = MACE(**{**FAST, "rank": 2, "batch": 3})
+    right, *low = fit(model, Problem(PROBLEM.erase), method)
+    assert right.kind == "right"
+    assert len(right.layers) == len(low) == 14
+    for change in low:
+        assert change.kind == "low-rank"
+        assert change.down.shape == (2 * 4, 32)
+        assert change.up.dtype == change.down.dtype == torch.float16
+
+
+def test_half_precision_keeps_the_edit(double):
+    method, problem = MACE(**FAST), Problem(PROBLEM.erase)
+    _, *low = fit(double, problem, method)
+    groups, kept = method._read(double, problem), method._kept(double, problem, Run(0))
+    whole = sum(e.T @ e for t in groups for x in t.erased.values() for e in x.embeddings)
+    matrix = method.refine(groups, whole, kept)
+    factors = method.suppress(double, problem, matrix, Run(0))
+    _, fused = method.fuse(groups, whole, kept, matrix, factors)
+    untrained = 0
+    for change in low:
+        w, layer = double.weight(change.layers[0]), change.layers[0]
+        exact = sum(t[f"{layer}.up"] @ t[f"{layer}.down"] for t in fused.values())
+        assert (change.weight(w) - w - exact).norm() <= 2e-3 * exact.norm()
+        untrained += not exact.any()
+    assert untrained == 1  # the last value, which comes after the last map
+
+
+def test_without_fuse_the_changes_are_added_up(model):
+    problem = Problem(PROBLEM.erase[:2])
+    changes = fit(model, problem, MACE(**FAST, stages=("suppress",)))
+    assert {change.kind for change in changes} == {"low-rank"}
+    refined = fit(model, problem, MACE(**FAST, stages=("suppress", "refine")))
+    assert [change.kind for change in refined] == ["right"] + 14 * ["low-rank"]
+    one, two = (fit(model, Problem((c,)), MACE(**FAST, stages=("suppress",))) for c in problem.erase)
+    for both, first, second in zip(changes, one, two, strict=True):
+        w = model.weight(both.layers[0])
+        added = first.weight(w) + second.weight(w) - w
+        torch.testing.assert_close(both.weight(w), added, rtol=1e-3, atol=1e-4)
+
+
+def test_fuse_without_suppress_is_one_matrix(model):
+    (change,) = fit(model, Problem(PROBLEM.erase), MACE(**FAST, stages=("refine", "fuse")))
+    assert change.kind == "right"
+
+
+@pytest.mark.parametrize("stages", [(), ("fuse",)])
+def test_stages_that_do_nothing(stages):
+    with pytest.raises(ExpungeError, match="'refine' or 'suppress'"):
+        MACE(stages=stages)
+
+
+def test_focal_is_the_papers_on_its_schedule():
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = (1 - beta).cumprod(0)
+    t = torch.arange(1000, dtype=torch.float64)
+    paper = (0.05 * (t - 200)).sigmoid() - (0.05 * (t - 400)).sigmoid()
+    paper = paper / paper.sum()
+    ours = focal((signal / (1 - signal)).log(), MACE.focal_high, MACE.focal_low, MACE.focal_slope)
+    assert float((ours - paper).abs().sum() / 2) < 0.05
+    assert float(ours.sum()) == pytest.approx(1)
+
+
+def test_focal_is_the_same_noise_on_another_schedule():
+    levels = []
+    for power in (1.0, 2.0):
+        t = torch.linspace(0, 1, 4000, dtype=torch.float64) ** power
+        log_snr = 8 - 16 * t
+        log_snr[-1] = -torch.inf
+        chances = focal(log_snr, 1.0, -0.5, 7.0)
+        below = chances.cumsum(0)
+        levels.append([float(log_snr[(below < q).sum()]) for q in (0.1, 0.5, 0.9)])
+    assert levels[0] == pytest.approx(levels[1], abs=0.02)
+
+
+def test_reading_attention_changes_nothing_and_is_diffusers_own(model, pipe):
+    text = model.encode(["a photo of the ship", "bird"])
+    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    before, seen = model.predict(noisy, 300, text), []
+    found = read_attention(
+        model.cross_attentions(), lambda a: a, lambda: seen.append(model.predict(noisy, 300, text))
+    )
+    assert not seen  # left after the last map
+    assert torch.equal(model.predict(noisy, 300, text), before)
+    assert not any(m._forward_hooks for m in pipe.unet.modules())
+    theirs = []
+
+    def score(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        given = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            attn.head_to_batch_dim(f(x))
+            for f, x in ((attn.to_q, hidden_states), (attn.to_k, given), (attn.to_v, given))
+        )
+        maps = attn.get_attention_scores(q, k)
+        if encoder_hidden_states is not None:
+            theirs.append((attn, maps.unflatten(0, (2, -1))))
+        return attn.to_out[0](attn.batch_to_head_dim(maps @ v))
+
+    pipe.unet.set_attn_processor(score)
+    torch.testing.assert_close(model.predict(noisy, 300, text), before, rtol=1e-4, atol=1e-5)
+    places = {a.query: m for a, m in zip(model.cross_attentions(), found, strict=True)}
+    assert len(theirs) == len(places) == 7
+    for attn, maps in theirs:
+        torch.testing.assert_close(places[attn.to_q], maps, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_model_says_about_noise_and_pictures(model, pipe):
+    torch.manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([0, 500, 999])
+    theirs = pipe.scheduler.add_noise(latents, noise, t)
+    torch.testing.assert_close(model.add_noise(latents, noise, t), theirs)
+    signal = pipe.scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(model.log_snr().sigmoid(), signal)
+    drawn = torch.rand(2, 3, 16, 16)
+    mean = pipe.vae.encode(drawn * 2 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(model.encode_pictures(drawn), mean)
+    with pytest.raises(ExpungeError, match="12 × 16 pixels; this model draws 16 × 16"):
+        model.encode_pictures(drawn[..., :12])
+
+
+class TestMasks:
+    """Where masks and pictures come from, and what can be wrong with them."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        """Two pictures of an airplane, and their masks."""
+        torch.manual_seed(0)
+        for kind in ("pictures", "masks"):
+            (tmp_path / kind / "airplane").mkdir(parents=True)
+        mask = torch.zeros(3, 16, 16)
+        mask[:, 4:10, 2:8] = 1
+        for name in ("one", "two"):
+            drawn = pictures.image(torch.rand(3, 16, 16))
+            pictures.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
+            pictures.save(pictures.image(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+        return tmp_path
+
+    @staticmethod
+    def erase(model, files, **settings):
+        problem = Problem((Concept("airplane", "sky"),))
+        there = {"pictures_from": str(files / "pictures"), "masks": str(files / "masks")}
+        return fit(model, problem, MACE(**{**FAST, **there, **settings}))
+
+    def test_own_pictures_and_masks(self, model, files):
+        shown = examples.read(model, "airplane", "a photo of the airplane", files / "pictures")
+        assert len(shown) == 2
+        found = masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), Run(0))
+        assert found.shape == (2, 16, 16)
+        assert found.sum() == 2 * 36
+        with_masks, without = (self.erase(model, files, masks=m) for m in (str(files / "masks"), "none"))
+        assert not torch.equal(with_masks[1].up, without[1].up)
+
+    def test_a_folder_of_one_concept_needs_no_folder_within(self, model, files):
+        inner = {k: str(files / k / "airplane") for k in ("pictures", "masks")}
+        changes = self.erase(model, files, pictures_from=inner["pictures"], masks=inner["masks"])
+        assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
+
+    def test_attention_masks_find_the_brighter_part(self, model):
+        shown = examples.drawn(model, "ship", "ship", 3, Run(0), 2)
+        phrase = torch.zeros(1, 77, dtype=torch.bool)
+        phrase[0, 1] = True
+        found = masks.find("attention", model, shown, phrase, Run(0))
+        assert found.shape == (3, 8, 8)
+        assert set(found.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(found, masks.find("attention", model, shown, phrase, Run(0)))
+
+    @pytest.mark.parametrize(
+        ("harm", "message"),
+        [
+            ("no pictures", "has no pictures of 'airplane'"),
+            ("no folder", "there is no folder .*elsewhere"),
+            ("broken picture", "cannot read .*one.png: it is no whole picture"),
+            ("small picture", "one.png: a picture is 8 × 12 pixels; this model draws 16 × 16"),
+            ("no mask", "the mask of .*two.png is missing: there is no .*two.png"),
+            ("small mask", "the mask .*one.png is 8 × 8 pixels, its picture 16 × 16"),
+            ("empty mask", "the mask of .*one.png is empty"),
+            ("full mask", "the mask of .*one.png is full.*masks 'none'"),
+            ("drawn pictures", "set pictures_from too"),
+            ("unknown masks", "there is no folder atention"),
+        ],
+    )
+    def test_what_can_be_wrong(self, model, files, harm, message):
+        shown, masked = files / "pictures" / "airplane", files / "masks" / "airplane"
+        settings = {}
+        if harm == "no pictures":
+            [path.unlink() for path in shown.iterdir()]
+        elif harm == "no folder":
+            settings = {"pictures_from": str(files / "elsewhere")}
+        elif harm == "broken picture":
+            whole = (shown / "one.png").read_bytes()
+            (shown / "one.png").write_bytes(whole[: len(whole) // 2])
+        elif harm == "small picture":
+            Image.new("RGB", (8, 12)).save(shown / "one.png")
+        elif harm == "no mask":
+            (masked / "two.png").unlink()
+        elif harm == "small mask":
+            Image.new("L", (8, 8), 255).save(masked / "one.png")
+        elif harm in ("empty mask", "full mask"):
+            Image.new("L", (16, 16), 255 * harm.startswith("full")).save(masked / "one.png")
+        elif harm == "drawn pictures":
+            settings = {"pictures_from": ""}
+        elif harm == "unknown masks":
+            settings = {"masks": "atention"}
+        with pytest.raises(ExpungeError, match=message):
+            self.erase(model, files, **settings)
+
+
+def test_what_is_retained_must_weigh_something(model):
+    method = MACE(stages=("refine",), templates=SHORT)
+    with pytest.warns(ExpungeWarning, match="the retained weigh nothing"):
+        fit(model, PROBLEM, method)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"templates": ("no place",)}, "one {} for the concept"),
+        ({"focal_high": -1.0, "focal_low": 1.0}, "focal_high must be above focal_low"),
+        ({"norm": "jiont"}, "did you mean 'joint'"),
+        ({"stages": ("refin",)}, "did you mean 'refine'"),
+        ({"rate": 0.0}, "rate must be above 0"),
+    ],
+)
+def test_fields_out_of_range(settings, message):
+    with pytest.raises(ExpungeError, match=message):
+        MACE(**settings)
+
+
+def test_presets_are_methods_and_templates_are_thirty():
+    assert {"object", "identity-1", "identity-100", "style", "explicit", "fast"} <= set(MACE.presets)
+    for values in MACE.presets.values():
+        assert values["about"]
+        MACE(**{name: value for name, value in values.items() if name != "about"})
+    assert MACE.presets["explicit"]["fuse_prior"] == pytest.approx(0.4317, rel=1e-3)
+    assert MACE.presets["identity-100"]["refine_prior"] == pytest.approx(6.168e-3, rel=1e-3)
+    assert set(TEMPLATES) == {"object", "identity", "style", "explicit"}
+    for templates in TEMPLATES.values():
+        assert len(set(templates)) == 30
+        assert all(t.count("{}") == 1 for t in templates)

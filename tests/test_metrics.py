@@ -1,0 +1,183 @@
+"""Every metric against an independent implementation, and pictures that are none."""
+
+import numpy as np
+import pytest
+import torch
+
+from expunge import ExpungeError, registry
+from expunge.looks import key, make
+from expunge.metric import Judge, blank, read_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Pictures that show something: smooth shapes and colours."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(24, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, 64, mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    from expunge.emoji.clip import Clip
+
+    return Clip.load()
+
+
+PROMPTS = ["a photo of the cat", "a photo of the ship"] * 12
+
+
+def test_clip_score(pictures, clip):
+    score = make("clip_score", {}).measure(pictures, PROMPTS)[:, 0]
+    slow = []
+    for picture, prompt in zip(pictures, PROMPTS, strict=True):
+        a = clip.picture(pixel_values=picture[None] * 2 - 1).pooler_output[0].detach().double().numpy()
+        ids = clip.tokenizer(prompt, return_tensors="pt").input_ids
+        b = clip.text(input_ids=ids).pooler_output[0].detach().double().numpy()
+        a = clip.projections["picture_projection"].double().numpy() @ a
+        b = clip.projections["text_projection"].double().numpy() @ b
+        slow.append(100 * max(0.0, a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+    assert score.numpy() == pytest.approx(np.array(slow), abs=1e-3)
+    assert 0 < score.max() <= 100
+
+
+def test_clip_zeroshot(pictures, clip):
+    metric = make("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0})
+    rows = metric.measure(pictures, PROMPTS)
+    texts = clip.embed_texts([f"a photo of the {name}" for name in ("cat", "ship", "dog")])
+    cosines = (clip.embed_pictures(pictures) @ texts.T).double().numpy()
+    exp = np.exp(20 * cosines)
+    chances = exp / exp.sum(1, keepdims=True)
+    assert rows[:, :3].numpy() == pytest.approx(chances, abs=1e-4)
+    assert metric.answer(rows, ["ship"], [], "probability").numpy() == pytest.approx(
+        chances[:, 1], abs=1e-4
+    )
+    assert metric.answer(rows, ["ship"], [], "best").tolist() == (chances.argmax(1) == 1).tolist()
+    with pytest.raises(ExpungeError, match="at least two classes"):
+        make("clip_zeroshot", {"classes": ["cat"]})
+
+
+def test_distances(pictures, clip):
+    other = pictures.flip(0) * 0.8 + 0.1
+    a, b = (
+        clip.picture(pixel_values=p * 2 - 1).pooler_output.detach().double().numpy()
+        for p in (pictures, other)
+    )
+    for name in ("frechet", "kid"):
+        metric = make(name, {})
+        rows, reference = metric.measure(pictures, PROMPTS), metric.measure(other, PROMPTS)
+        if name == "frechet":
+            first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+            roots = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
+            slow = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * roots
+        else:
+
+            def kernel(x, y):
+                return (x @ y / len(x) + 1) ** 3
+
+            n = len(a)
+            within = [
+                np.mean([kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j])
+                for x in (a, b)
+            ]
+            slow = sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b])
+        assert metric.distance(rows, reference) == pytest.approx(slow, rel=1e-4, abs=1e-4)
+        with pytest.raises(ExpungeError, match="at least two"):
+            metric.distance(rows[:1], reference)
+    assert make("frechet", {}).distance(rows, rows) == pytest.approx(0, abs=1e-6)
+
+
+def test_distance_from_real_pictures(pictures, tmp_path):
+    from expunge.pictures import image
+
+    for i, picture in enumerate(pictures[:4]):
+        image(picture).save(tmp_path / f"{i}.png")
+    metric = make("frechet", {"against": str(tmp_path)})
+    assert metric.real().shape[0] == 4
+    assert metric.provenance["against"] == str(tmp_path)
+    assert metric.distance(metric.measure(pictures[:4], PROMPTS[:4]), metric.real()) < 1e-2
+    with pytest.raises(ExpungeError, match="holds no pictures"):
+        read_pictures(tmp_path / "absent")
+
+
+def test_pixel_distance_and_structure(pictures):
+    other = pictures.roll(1, 0)
+    distance = make("pixel_distance", {}).measure(pictures, PROMPTS, other)[:, 0]
+    slow = [np.sqrt(((a - b) ** 2).mean()) for a, b in zip(pictures.numpy(), other.numpy(), strict=True)]
+    assert distance.numpy() == pytest.approx(np.array(slow), abs=1e-5)
+    structure = make("structure", {}).measure(pictures, PROMPTS, other)[:, 0]
+    small = [
+        p.reshape(24, 3, 8, 8, 8, 8).mean((3, 5)).reshape(24, -1)
+        for p in (pictures.numpy(), other.numpy())
+    ]
+    slow = [np.corrcoef(a, b)[0, 1] for a, b in zip(*small, strict=True)]
+    assert structure.numpy() == pytest.approx(np.array(slow), abs=1e-4)
+    assert make("structure", {}).measure(pictures, PROMPTS, pictures)[:, 0].min() > 0.9999
+    assert make("pixel_distance", {}).measure(pictures, PROMPTS, pictures).max() == 0
+
+
+def test_detector_answers():
+    metric = make("detector", {})
+    settings = metric.recognition(torch.zeros(1, 113)).settings
+    names, styles = settings.label_names, settings.style_names
+    rows = torch.full((4, len(names) + len(styles) + 1), 0.001)
+    for row, label in enumerate(("cat", "cat face", "dog")):
+        rows[row, names.index(label)] = 0.9
+    rows[0, names.index("dog")] = 0.5
+    rows[:, len(names) + styles.index("twemoji")] = 0.8
+    rows[3, -1] = 0.9
+    best = metric.answer(rows, ["cat"], ["cat face"], "best")
+    assert best[[0, 2, 3]].tolist() == [1, 0, 0]
+    assert best[1].isnan()
+    assert metric.answer(rows, ["dog"], [], "there").tolist() == [1, 0, 1, 0]
+    assert metric.answer(rows, ["dog"], [], "probability").tolist() == pytest.approx(
+        [0.5, 0.001, 0.9, 0.001]
+    )
+    assert metric.answer(rows, ["twemoji"], [], "best").tolist() == [1] * 4
+    assert metric.answer(rows, ["noto"], [], "best").tolist() == [0] * 4
+    assert metric.broken(rows).tolist() == [False, False, False, True]
+    assert metric.shown(rows) == ["cat", "cat face", "dog", "unrecognisable"]
+    assert metric.knows("cat")
+    assert metric.knows("noto")
+    assert not metric.knows("ferry")
+
+
+def test_blank_and_broken_pictures_are_unrecognisable(pictures):
+    nan, white, black = torch.full((3, 64, 64), torch.nan), torch.ones(3, 64, 64), torch.zeros(3, 64, 64)
+    batch = torch.stack([nan, white, black, pictures[0]])
+    assert blank(batch).tolist() == [True, True, True, False]
+    for name in ("detector", "clip_zeroshot"):
+        metric = make(name, {})
+        assert isinstance(metric, Judge)
+        rows = metric.measure(batch, PROMPTS[:4])
+        assert metric.broken(rows)[:3].tolist() == [True] * 3
+        assert rows.isfinite().all()
+
+
+@pytest.mark.parametrize("name", registry.names("metrics"))
+def test_every_metric_keeps_to_the_contract(name):
+    metric = registry.get("metrics", name)()
+    facts, said = None, ""
+    try:
+        facts = metric.provenance
+    except ExpungeError as error:  # what it needs is not here
+        said = str(error)
+    if facts is None:
+        assert said.count("\n") == 0 < len(said)
+        return
+    assert facts
+    assert key(name, metric) == key(name, metric)
+    batch = torch.rand(3, 3, 64, 64)
+    rows = metric.measure(batch, PROMPTS[:3], batch.flip(0) if metric.paired else None)
+    alone = metric.measure(batch[:1], PROMPTS[:1], batch[2:] if metric.paired else None)
+    assert rows.shape[0] == 3
+    torch.testing.assert_close(rows[:1], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_change_with_options_and_names_are_near():
+    one, other = make("clip_zeroshot", {}), make("clip_zeroshot", {"scale": 50.0})
+    assert key("clip_zeroshot", one) != key("clip_zeroshot", other)
+    with pytest.raises(ExpungeError, match="did you mean 'clip_score'"):
+        make("clip_scor", {})
+    with pytest.raises(ExpungeError, match="no field 'modle'; did you mean 'model'"):
+        make("clip_score", {"modle": "x"})

@@ -1,0 +1,90 @@
+"""Pieces on a real Ray, started on this machine: the local result, whatever happens to workers."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from expunge import ExpungeError, cluster
+from expunge.run import Run
+
+ray = pytest.importorskip("ray", reason="spreads work only with expunge[ray]")
+
+NAMES = ["airplane", "Côte d'Ivoire", "cat", "dog", "frog"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    """A small Ray; a process that is connected to one uses it."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    small = {"num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": False}
+    ray.init("local", log_to_driver=False, logging_level="ERROR", **small)
+    yield
+    ray.shutdown()
+
+
+def maker(run, before=lambda name: None):
+    """What makes pieces of a large matrix and random numbers, in batches that are one product."""
+    weight = torch.randn(300, 300, generator=run.generator("weight"))
+
+    def make(names):
+        for name in names:
+            before(name)
+        x = torch.stack([torch.randn(300, 4, generator=run.generator(name)) for name in names])
+        return {name: {"y": y, "gram": y.T @ y} for name, y in zip(names, weight @ x, strict=True)}
+
+    return make
+
+
+def equal(first, second):
+    return list(first) == list(second) and all(
+        torch.equal(first[name][key], second[name][key]) for name in first for key in ("y", "gram")
+    )
+
+
+def test_its_address_is_one():
+    cluster.check(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_local_result_though_a_worker_dies(tmp_path, batch):
+    def dies_once(name):
+        if name == "cat" and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    here = Run(seed=3)
+    expected = here.pieces(maker(here), NAMES, batch=batch)
+    seen = []
+    run = Run(3, lambda *told: seen.append(told), tmp_path / "work", "local")
+    assert equal(run.pieces(maker(run, dies_once), NAMES, batch=batch, label="x"), expected)
+    assert (tmp_path / "died").exists()
+    assert (seen[0], seen[-1]) == (("x", 0, 5), ("x", 5, 5))
+    # All were kept: nothing is left to be made, here or there.
+    assert equal(run.pieces(None, NAMES, batch=batch, label="x"), expected)
+
+
+def test_an_error_comes_back_as_it_was():
+    def refuses(name):
+        if name == "dog":
+            raise ExpungeError("the mask of 'dog' is empty")
+
+    run = Run(ray="local")
+    with pytest.raises(ExpungeError, match="^the mask of 'dog' is empty$"):
+        run.pieces(maker(run, refuses), NAMES)
+
+
+def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "RETRIES", 1)
+
+    def always_dies(name):
+        if name == "frog":
+            while len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) < 4:
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = Run(folder=tmp_path / "work", ray="local")
+    with pytest.raises(ExpungeError, match="Ray gave up on frog after 2 tries: .*died"):
+        run.pieces(maker(run, always_dies), NAMES)
+    assert len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) == 4

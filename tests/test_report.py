@@ -1,0 +1,285 @@
+"""From edits to a report: drawn once, written whole, and a page that works in a browser."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import expunge
+from expunge import Concept, ExpungeError, ExpungeWarning, Problem
+from expunge.cache import Cache
+from expunge.case import Candidate
+from expunge.experiment import Experiment
+from expunge.methods.uce import UCE
+from expunge.report import evaluate
+from expunge.suite import Suite
+
+TABLE = {
+    "version": 1,
+    "score": "H_c",
+    "num_inference_steps": 2,
+    "judge": "clip_zeroshot",
+    "question": "probability",
+    "metrics": ["clip_score", "pixel_distance", "frechet"],
+    "templates": {"erased": ["a photo of the {}"]},
+    "sizes": {"quick": {"erased": 3, "synonyms": 2, "retained": 2}, "full": {"erased": 4}},
+    "concepts": {"airplane": {"synonyms": ["aircraft"]}, "ship": {}, "bird": {}},
+    # A judge that says one half of everything: so noise is "drawn right" often enough to be counted.
+    "options": {"clip_zeroshot": {"classes": ["airplane", "ship"], "scale": 1e-9}},
+}
+SUITE_TEXT = """# Tiny.
+version = 1
+score = "H_o"
+num_inference_steps = 2
+judge = "clip_zeroshot"
+question = "probability"
+metrics = ["clip_score"]
+[templates]
+erased = ["a photo of the {}"]
+[sizes]
+quick = { erased = 2, synonyms = 1, retained = 1 }
+[concepts]
+"airplane" = { synonyms = ["aircraft"] }
+"ship" = {}
+[options]
+clip_zeroshot = { classes = ["airplane", "ship"], scale = 1e-9 }
+"""
+
+
+@pytest.fixture
+def suite():
+    return Suite.from_table(TABLE, "tiny")
+
+
+@pytest.fixture
+def edits(model, problem):
+    other = Problem((Concept("airplane", "street"),), ("ship",))
+    return [expunge.erase(model, one, UCE(general=20)) for one in (problem, other)]
+
+
+@pytest.fixture
+def report(model, edits, suite, tmp_path):
+    return evaluate(model, edits, [suite], cache=Cache(tmp_path / "cache"))
+
+
+def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
+    # 3 erased, 2 of the synonym, 2 retained ("bird" is unknown to the judge); for three models.
+    assert report.cache.drawn == 3 * 7
+    again = evaluate(
+        model, edits, [suite], metrics=["structure", "kid"], cache=Cache(tmp_path / "cache")
+    )
+    assert again.cache.drawn == 0
+    assert again.cases[0].rows[1].h.value == report.cases[0].rows[1].h.value > 0
+    assert report.cases[0].left_out == ()
+    assert "structure" in again.cases[0].rows[1].metrics
+    assert "structure" not in report.cases[0].rows[1].metrics
+    (case,) = report.cases
+    assert (case.erased, case.retained) == (("airplane",), ("ship",))
+    assert [row.name for row in case.rows] == ["original", "uce: airplane", "uce: airplane (2)"]
+
+
+def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
+    report.save(tmp_path / "report")
+    table = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert table["format"] == 1
+    facts = table["provenance"]
+    assert facts["num_inference_steps"] == 2
+    assert len(facts["model sha256"]) == 64
+    assert facts["sampler"]["class"] == "DDIMScheduler"
+    assert facts["metrics"]["clip_zeroshot"]["classes"] == ["airplane", "ship"]
+    assert facts["versions"]["torch"]
+    (case,) = table["cases"]
+    assert case["rows"][1]["from"]["hash"] == edits[0].hash
+    assert case["rows"][1]["from"]["problem"]["erase"][0]["name"] == "airplane"
+    assert set(case["rows"][1]["terms"]) >= {"efficacy", "specificity"}
+    assert case["rows"][1]["metrics"]["clip_score"]["retained"]["n"] == 2
+    assert "pixel_distance" not in case["rows"][0]["metrics"]
+    with (tmp_path / "report" / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["edit"] for line in lines] == [row["name"] for row in case["rows"]]
+    assert float(lines[1]["efficacy"]) == pytest.approx(
+        case["rows"][1]["terms"]["efficacy"]["value"], abs=1e-5
+    )
+    assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
+
+
+def test_the_folder_of_another_suite_is_left_alone(report, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"cases": [{"suite": {"name": "style"}}]}))
+    with pytest.raises(ExpungeError, match="holds results of the suite style"):
+        report.save(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ExpungeError, match="not ours to replace"):
+        report.save(tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_erased_folders_are_judged_like_edits(model, edits, suite, tmp_path):
+    with edits[0].apply(model):
+        model.pipe.save_pretrained(tmp_path / "erased")
+    folder = Candidate("folder", ("airplane",), model=expunge.load(tmp_path / "erased"))
+    report = evaluate(model, [edits[0], folder], [suite], cache=Cache(tmp_path / "cache"))
+    edit, copy = report.cases[0].rows[1:]
+    assert copy.metrics["clip_score"]["erased"].value == pytest.approx(
+        edit.metrics["clip_score"]["erased"].value, abs=0.05
+    )
+
+
+def test_what_cannot_be_judged_is_said(model, edits, suite, tmp_path):
+    cache = Cache(tmp_path)
+    guitar = expunge.erase(model, Problem((Concept("guitar", "sky"),)), "uce")
+    for arguments, says in (
+        (([guitar], [suite]), "suite tiny knows nothing of 'guitar'; it knows airplane, ship"),
+        (([], [suite]), "no edit to judge"),
+        ((edits, []), "no suite to judge by"),
+        ((edits, [suite, suite]), "named twice"),
+    ):
+        with pytest.raises(ExpungeError, match=says):
+            evaluate(model, *arguments, cache=cache)
+    with pytest.raises(ExpungeError, match="did you mean 'structure'"):
+        evaluate(model, edits, [suite], metrics=["strukture"], cache=cache)
+    odd = dataclasses.replace(suite, judge="clip_score")
+    with pytest.raises(ExpungeError, match="does not say what a picture shows"):
+        evaluate(model, edits, [odd], cache=cache)
+    assert cache.drawn == 0
+
+
+def test_a_prompt_that_is_cut_is_said_with_the_place(model, suite, tmp_path):
+    from expunge.looks import warn_of_cuts
+
+    long = dataclasses.replace(suite, templates={"erased": ("a photo of " + "ship " * 80 + "{}",)})
+    with pytest.warns(ExpungeWarning, match="it will be cut after … 'ship ship ship'"):
+        warn_of_cuts(model, long.cells(["airplane"]))
+
+
+def test_scores_alone_give_h_a(model, edits, tmp_path):
+    table = {k: v for k, v in TABLE.items() if k not in ("judge", "question", "options", "metrics")}
+    style = Suite.from_table({**table, "score": "H_a", "judge": "clip_score"}, "artists")
+    report = evaluate(model, edits[:1], [style], cache=Cache(tmp_path))
+    row = report.cases[0].rows[1]
+    assert row.h.value == pytest.approx(row.terms["retained"].value - row.terms["erased"].value)
+    report.save(tmp_path / "report")
+
+
+def browse(page, *arguments):
+    """The page as headless Chromium sees it; skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here to look at the page with")
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={page.parent / 'profile'}",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+        "--v=0",
+        *arguments,
+        page.as_uri(),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_the_page_in_a_browser(report, tmp_path):
+    report.save(tmp_path)
+    page = tmp_path / "index.html"
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    probe = """<script>
+    const images = [...document.images];
+    images.forEach(i => i.loading = "eager");
+    const table = document.querySelectorAll("table.sortable")[1];  // further metrics: all differ
+    const button = table.querySelectorAll("thead button")[2];
+    const column = () => [...table.tBodies[0].rows]
+      .map(r => Number(r.cells[2].dataset.sort));
+    button.click(); const down = column(); button.click(); const up = column();
+    Promise.all(images.map(i => i.decode().then(() => 1, () => 0))).then(loaded => {
+      document.body.dataset.found = JSON.stringify({
+        images: images.length, loaded: loaded.reduce((a, b) => a + b, 0), down, up,
+        wide: document.documentElement.scrollWidth > innerWidth,
+        asked: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
+      });
+    });
+    </script>"""
+    watched = tmp_path / "watched.html"
+    watched.write_text(text.replace("</body>", probe + "</body>"))
+    for width in (390, 1200):
+        for _ in range(3):  # pictures are decoded in real time, and the browser's time is not
+            result = browse(watched, f"--window-size={width},900", "--dump-dom")
+            if said := re.search(r'data-found="([^"]*)"', result.stdout):
+                break
+        found = json.loads(said[1].replace("&quot;", '"'))
+        assert found["images"] == found["loaded"] > 10
+        assert len(set(found["up"])) == 3
+        assert found["down"] == sorted(found["down"], reverse=True)
+        assert found["up"] == sorted(found["up"])
+        assert (found["wide"], found["asked"]) == (False, 0)
+        assert "CONSOLE" not in result.stderr
+
+
+EXPERIMENT = """model = "tiny"
+suites = ["own.toml"]
+concepts = ["airplane=sky", "ship=street"]
+seeds = [0]
+[[methods]]
+name = "uce"
+general = 20
+[[methods]]
+name = "uce"
+general = 20
+ridge = 5.0
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    (tmp_path / "own.toml").write_text(SUITE_TEXT)
+    (tmp_path / "table.toml").write_text(EXPERIMENT)
+    return tmp_path / "table.toml"
+
+
+def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
+    read = Experiment.read(experiment)
+    assert len(read.jobs()) == 2 * 2
+    assert read.problems[0].retain == ("ship",)
+    cache = Cache(tmp_path / "cache")
+    report = read.run(model, tmp_path / "out", cache=cache)
+    assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
+    assert [len(case.rows) for case in report.cases] == [3, 3]
+    assert len(report.methods()["own"]) == 3  # the original and two recipes
+    monkeypatch.setattr("expunge.experiment.erase", None)  # nothing is left to erase
+    drawn = cache.drawn
+    again = read.run(model, tmp_path / "out", cache=cache)
+    assert cache.drawn == drawn
+    assert again.to_dict() == report.to_dict()
+    assert "averaged over what was erased" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"uce"\ngeneral', '"uec"\ngeneral', "did you mean 'uce'"),
+        ("ridge", "rigde", "did you mean 'ridge'"),
+        ("ridge = 5.0", "ridge = -5.0", "ridge must be above 0"),
+        ("suites", "suits", "did you mean 'suites'"),
+        ('["own.toml"]', '["absent.toml"]', "cannot read"),
+        ('["own.toml"]', "[]", "names no suite"),
+        ('"ship=street"', '"guitar"', "knows nothing of 'guitar'"),
+        ('["airplane=sky", "ship=street"]', "[]", "has no concepts"),
+        ("seeds = [0]", "seeds = []", "has no seeds"),
+        ("seeds", 'kind = "thing"\nseeds', "kind must be"),
+        ("seeds", "retain = 3\nseeds", 'retain is "others"'),
+    ],
+)
+def test_what_is_wrong_with_an_experiment(experiment, old, new, says):
+    experiment.write_text(EXPERIMENT.replace(old, new))
+    with pytest.raises(ExpungeError) as caught:
+        Experiment.read(experiment)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)

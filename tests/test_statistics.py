@@ -1,0 +1,158 @@
+"""Intervals that cover, pairs that are paired, and the harmonic means as published."""
+
+import math
+
+import pytest
+import torch
+
+from expunge import statistics
+from expunge.statistics import NONE, average, corrected, harmonic, harmonic_mean, mean, resample
+
+# Acc_e, Acc_s and perhaps Acc_g as printed, and the H beside them.
+PUBLISHED = [
+    ("MACE, airplane", (9.06, 95.39, 10.03), 92.03),
+    ("MACE, 100 celebrities", (4.31, 84.56), 89.78),
+    ("UCE, 100 celebrities", (0.12, 37.90), 54.95),
+    ("ESD-x, 100 celebrities", (27.84, 27.93), 40.27),
+    ("ANT, 100 celebrities", (4.30, 88.07), 91.73),
+    ("SPEED, 100 celebrities", (5.87, 85.54), 89.63),
+    ("OCE, 100 celebrities", (3.44, 94.42), 95.48),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "printed"), PUBLISHED)
+def test_published_rows(name, row, printed):
+    erased, retained, *synonyms = (torch.tensor(x / 100, dtype=torch.float64) for x in row)
+    terms = [1 - erased, retained, *(1 - x for x in synonyms)]
+    assert 100 * float(harmonic(terms)) == pytest.approx(printed, abs=0.02)
+
+
+def test_nothing_erased_or_nothing_kept_is_worth_nothing():
+    one, none = torch.ones(3), torch.zeros(3)
+    assert harmonic([one, none]).tolist() == [0, 0, 0]
+    assert harmonic([one, one, one]).tolist() == [1, 1, 1]
+
+
+def simulate(prompts, pictures, accuracy, varying=None, trials=1000, draws=800):
+    """(covered, width) of the intervals for detectors of a known accuracy."""
+    generator = torch.Generator().manual_seed(prompts * 1000 + pictures)
+    shape = (trials, prompts, pictures)
+    truth = torch.as_tensor(accuracy, dtype=torch.float64).expand(trials)
+    each = truth[:, None].expand(trials, prompts)
+    if varying:  # prompts differ: a Beta distribution with this many counts
+        torch.manual_seed(7)
+        each = torch.distributions.Beta(each * varying, (1 - each) * varying).sample()
+    answers = (torch.rand(shape, generator=generator, dtype=torch.float64) < each[..., None]).double()
+    uniform = torch.rand(draws, prompts, pictures, generator=generator, dtype=torch.float64)
+    normals = torch.randn(draws, prompts, generator=generator, dtype=torch.float64)
+    prior = torch.randn(draws, 2, generator=generator, dtype=torch.float64) ** 2 / 2
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    parts = [
+        resample(part, -torch.log1p(-uniform), normals, prior).quantile(bounds, 1)
+        for part in answers.split(200)
+    ]
+    (low, high), found = torch.cat(parts, 1), answers.mean((1, 2))
+    low, high = torch.minimum(low, found), torch.maximum(high, found)
+    inside = (low <= truth) & (truth <= high)
+    return float(inside.double().mean()), float((high - low).mean())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pictures", "accuracy", "varying"),
+    [
+        (1, 20, "any", None),
+        (1, 200, 0.02, None),
+        (9, 12, 0.9, None),
+        (10, 5, 0.5, 8),
+        (20, 5, 0.9, 8),
+    ],
+)
+def test_intervals_cover_the_truth(prompts, pictures, accuracy, varying):
+    if accuracy == "any":  # one prompt's few pictures give few different intervals: take many truths
+        accuracy = torch.linspace(0.01, 0.99, 1000, dtype=torch.float64)
+    covered, width = simulate(prompts, pictures, accuracy, varying)
+    assert 0.93 <= covered <= 0.97
+    assert width < 0.5
+
+
+def test_twenty_of_twenty_is_not_certain():
+    score = mean({"a": torch.ones(20)}).score
+    assert (score.value, score.n) == (1.0, 20)
+    assert 0.85 < score.low < 0.95
+    assert score.high == 1
+    assert mean({"a": torch.zeros(20)}).score.high == pytest.approx(1 - score.low, abs=0.02)
+
+
+def test_pictures_that_cannot_be_judged_count_neither_way():
+    nan = math.nan
+    estimate = mean({"a": torch.tensor([1.0, nan, 0.0]), "b": torch.tensor([1.0, nan])})
+    assert (estimate.n, estimate.value) == (3, pytest.approx(2 / 3))
+    assert mean({"a": torch.tensor([nan])}).n == 0
+    assert math.isnan(mean({}).value)
+
+
+def test_prompts_of_their_own_make_the_interval_wider():
+    same = {str(p): (torch.arange(20) < 10).float() for p in range(8)}
+    apart = {str(p): torch.full((20,), float(p < 4)) for p in range(8)}
+    narrow, wide = mean(same).score, mean(apart).score
+    assert narrow.value == wide.value == 0.5
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+def test_differences_are_paired():
+    torch.manual_seed(0)
+    hard = (torch.rand(10, 20) < 0.5).float()
+    worse = hard * (torch.rand(10, 20) < 0.85)
+    one, other = (mean({str(p): row for p, row in enumerate(rows)}) for rows in (hard, worse))
+    difference = one.minus(other)
+    apart = math.hypot(*(e.score.high - e.score.low for e in (one, other)))
+    assert difference.above_chance
+    assert difference.score.high - difference.score.low < 0.8 * apart
+    assert one.minus(one).score.low == one.minus(one).score.high == 0
+    assert not one.minus(one).above_chance
+
+
+def test_models_that_do_not_differ_are_seldom_said_to():
+    """200 pairs of models, equally good; some fail on the same pictures more often than others."""
+    generator = torch.Generator().manual_seed(3)
+    said = 0
+    for trial in range(200):
+        chance = (0.02, 0.1, 0.5, 0.9)[trial % 4]
+        common, one, other = (torch.rand(20, generator=generator) < chance for _ in range(3))
+        alike = torch.rand(20, generator=generator) < 0.5
+        pair = [torch.where(alike, common, own).float() for own in (one, other)]
+        a, b = (mean({"p": answers}, name=str(k)) for k, answers in enumerate(pair))
+        said += a.minus(b).above_chance
+    assert said / 200 < 0.06
+
+
+def test_relative_to_the_original_is_capped():
+    better, worse = mean({"a": torch.ones(10)}), mean({"a": torch.tensor([1.0, 0.0] * 5)})
+    assert better.over(worse).value == 1
+    assert better.over(worse).score.high == 1
+    assert worse.over(better).value == 0.5
+    assert math.isnan(worse.over(mean({"a": torch.zeros(4)})).value)
+
+
+def test_means_over_concepts_average_the_h():
+    a, b = mean({"a": torch.ones(10)}), mean({"b": torch.zeros(10)})
+    assert average([a, b]).value == 0.5
+    assert average([a, NONE]).value == 1
+    assert harmonic_mean([a, b]).value == 0
+    assert math.isnan(harmonic_mean([a, NONE]).value)
+
+
+def test_a_style_is_counted_against_chance():
+    def share(x):
+        return mean({"a": (torch.arange(100) < 100 * x).float()})
+
+    assert corrected(share(0.25), share(0.25)).value == pytest.approx(1)
+    assert corrected(share(1.0), share(0.25)).value == pytest.approx(0)
+    assert corrected(share(0.1), share(0.25)).value == pytest.approx(1)
+    assert corrected(share(0.5), share(0.2)).value == pytest.approx(1 - 0.3 / 0.8)
+
+
+def test_the_same_numbers_every_time():
+    answers = {"a": torch.tensor([1.0, 0.0, 1.0]), "b": torch.tensor([0.0, 1.0])}
+    assert mean(answers).score == mean(answers).score
+    assert len(mean(answers).draws) == statistics.DRAWS

@@ -1,0 +1,158 @@
+"""Suites: what ships reads, what is wrong is said, and cells follow from what is erased."""
+
+import pytest
+
+from expunge import ExpungeError, registry
+from expunge.suite import Suite
+
+BASE = """# One line.
+version = 1
+score = "H_o"
+[templates]
+erased = ["a photo of the {}", "a drawing of the {}"]
+[concepts]
+"cat" = { near = ["cat face"], synonyms = ["feline"] }
+"dog" = { also = ["hound"] }
+"ship" = {}
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text=BASE):
+        (tmp_path / "own.toml").write_text(text)
+        return Suite.read(tmp_path / "own.toml")
+
+    return read
+
+
+@pytest.mark.parametrize("name", registry.names("suites"))
+def test_shipped_suites_are_whole(name):
+    suite = Suite.read(name)
+    assert registry.describe("suites", name).endswith((".", "retained."))
+    assert suite.version >= 1
+    for concept in suite.concepts:
+        assert set(concept.synonyms).isdisjoint(concept.names)
+    if any(one.csv or one.dataset for one in suite.prompts):
+        return
+    quick = suite.cells([suite.concepts[0].name])
+    full = suite.cells([suite.concepts[0].name], full=True)
+    assert {"erased", "retained"} <= {cell.role for cell in quick}
+    pictures = sum(len(cell.seeds) for cell in quick)
+    assert 20 <= pictures <= 600
+    assert sum(len(cell.seeds) for cell in full) > 3 * pictures
+    assert not any("{" in cell.prompt for cell in full)
+
+
+def test_there_are_suites():
+    assert {"object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs"} <= set(
+        registry.names("suites")
+    )
+    assert len([name for name in registry.names("suites") if name.startswith("mace-")]) == 4
+
+
+def test_cells_follow_from_what_is_erased(read):
+    suite = read(BASE + "[sizes]\nquick = { erased = 5, synonyms = 2, retained = 3 }\n")
+    cells = suite.cells(["Cat"])
+    shown = [(cell.role, cell.prompt, len(cell.seeds)) for cell in cells]
+    assert shown == [
+        ("erased", "a photo of the cat", 3),
+        ("erased", "a drawing of the cat", 2),
+        ("synonyms", "a photo of the feline", 1),
+        ("synonyms", "a drawing of the feline", 1),
+        ("retained", "a photo of the dog", 2),
+        ("retained", "a drawing of the dog", 1),
+        ("retained", "a photo of the ship", 2),
+        ("retained", "a drawing of the ship", 1),
+    ]
+    assert cells[0].asks[0].near == ("cat face",)
+    both = suite.cells(["hound", "cat"])
+    assert {cell.concept for cell in both if cell.role == "erased"} == {"cat", "dog"}
+    assert {cell.concept for cell in both if cell.role == "retained"} == {"ship"}
+
+
+def test_an_edit_that_names_nothing_in_it(read):
+    with pytest.raises(ExpungeError, match="knows nothing of 'guitar'; it knows cat, dog, ship"):
+        read().cells(["guitar"])
+
+
+def test_fewer_concepts_get_more_pictures(read):
+    suite = read(BASE + "[sizes]\nquick = { erased = 4, erased_in_all = 30 }\n")
+
+    def each(names):
+        cells = [cell for cell in suite.cells(names) if cell.role == "erased"]
+        return {name: sum(len(c.seeds) for c in cells if c.concept == name) for name in names}
+
+    assert each(["cat"]) == {"cat": 30}
+    assert each(["cat", "dog", "ship"]) == {"cat": 10, "dog": 10, "ship": 10}
+
+
+def test_others_fill_templates_and_are_asked_for(read):
+    text = BASE.replace('"a drawing of the {}"', '"the {} and the {other}"')
+    suite = read(text + '[others]\nrole = "retained"\n"bell" = {}\n"pizza" = {}\n')
+    cells = [cell for cell in suite.cells(["cat"]) if "and" in cell.prompt and cell.role == "erased"]
+    assert [cell.prompt for cell in cells] == ["the cat and the bell", "the cat and the pizza"]
+    assert [ask.role for ask in cells[0].asks] == ["erased", "retained"]
+    assert cells[0].asks[1].labels == ("bell",)
+
+
+def test_prompts_of_a_csv_file(read, tmp_path):
+    (tmp_path / "list.csv").write_text(
+        'prompt,evaluation_seed,evaluation_guidance\n"a cat, sitting",7,5.5\nno cat,8,\n'
+    )
+    suite = read(BASE + '[[prompts]]\nrole = "erased"\nconcept = "cat"\ncsv = "list.csv"\n')
+    cells = suite.cells(["cat"])[-2:]
+    assert [(c.prompt, c.seeds, c.guidance) for c in cells] == [
+        ("a cat, sitting", (7,), 5.5),
+        ("no cat", (8,), None),
+    ]
+    (tmp_path / "list.csv").write_text("text\nx\n")
+    with pytest.raises(ExpungeError, match="no column 'prompt'; it has text"):
+        suite.cells(["cat"])
+    (tmp_path / "list.csv").write_text("prompt\n")
+    with pytest.raises(ExpungeError, match="holds no prompts"):
+        suite.cells(["cat"])
+    (tmp_path / "list.csv").unlink()
+    with pytest.raises(ExpungeError, match="cannot read the prompts"):
+        suite.cells(["cat"])
+
+
+def edit(old, new):
+    return BASE.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (edit("version = 1\n", ""), "needs a version"),
+        (edit('"H_o"', '"H_x"'), "score must be"),
+        (edit("version = 1", 'version = 1\nmetrics = ["clip_scroe"]'), "did you mean 'clip_score'"),
+        (edit("version = 1", 'version = 1\njugde = "detector"'), "did you mean 'judge'"),
+        (edit("synonyms", "synonym"), "no field 'synonym'; did you mean 'synonyms'"),
+        (BASE.partition("[concepts]")[0], "has no concepts"),
+        (edit("erased = [", "retained = ["), "no prompts that call for what is erased"),
+        (edit('"a photo of the {}", ', '"a photo", '), "'a photo' has not"),
+        (edit("erased = [", "erasd = ["), "did you mean 'erased'"),
+        (edit('the {}"]', 'the {other} {}"]'), "asks for others, and the suite has none"),
+        (edit('"ship" = {}', '"ship" = { retain = ["dgo"] }'), "no concept 'dgo'; did you mean 'dog'"),
+        (BASE + "[sizes]\nfulll = {}\n", "did you mean 'full'"),
+        (BASE + "[sizes]\nquick = { erased = 0 }\n", "erased must be at least 1"),
+        (BASE + '[[prompts]]\ntexts = ["x"]\n', "must say which concept"),
+        (BASE + "[[prompts]]\n", "just one of them"),
+        (edit("version = 1", "format = 9\nversion = 1"), "reads up to 1"),
+        ("version", "not a TOML file"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(read, text, says):
+    with pytest.raises(ExpungeError) as caught:
+        read(text)
+    assert says in str(caught.value)
+    assert "own" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_suite(tmp_path):
+    with pytest.raises(ExpungeError, match="no suite 'objetc'; did you mean 'object'"):
+        Suite.read("objetc")
+    with pytest.raises(ExpungeError, match="cannot read"):
+        Suite.read(tmp_path / "absent.toml")
