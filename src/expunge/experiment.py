@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from expunge.cache import Cache, model_hash
 from expunge.case import Candidate
 from expunge.edit import Edit, erase
 from expunge.errors import ExpungeError
+from expunge.files import read_toml
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import KINDS, Concept, Kind, Problem
@@ -99,12 +99,7 @@ class Experiment:
             ExpungeError: there is none, or something in it is wrong.
         """
         path = Path(path)
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf8"))
-        except OSError as error:
-            raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ExpungeError(f"{path} is not a TOML file: {error}") from None
+        table = read_toml(path)
         head = fields.build(_Head, {k: v for k, v in table.items() if k in _Head.known()} | _rest(table))
         suites = tuple(
             Suite.read(path.parent / name if name.endswith(".toml") else name) for name in head.suites

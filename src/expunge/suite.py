@@ -13,7 +13,6 @@ erases: `Suite.cells` lays out the prompts of each *role*.
 from __future__ import annotations
 
 import csv
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from expunge import fields, registry
 from expunge.errors import ExpungeError, unknown
+from expunge.files import read_toml
 
 FORMAT = 1
 """The version of the file's layout."""
@@ -273,12 +273,7 @@ class Suite(Settings):
             if str(name) not in registry.names("suites"):
                 raise unknown("suite", str(name), registry.names("suites"))
             path = registry.HERE / "suites" / f"{name}.toml"
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf8"))
-        except OSError as error:
-            raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ExpungeError(f"{path} is not a TOML file: {error}") from None
+        table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
         except ExpungeError as error:

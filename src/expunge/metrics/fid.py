@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 from expunge.metric import Distance, read_pictures
-from expunge.metrics._frechet import frechet
+from expunge.metrics._distances import frechet
 
 
 @dataclass(frozen=True)

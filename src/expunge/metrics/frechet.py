@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from expunge.metric import Distance, read_pictures
-from expunge.metrics._clip import towers
-from expunge.metrics._frechet import frechet
+from expunge.metrics._distances import frechet
+from expunge.metrics._features import OfFeatures
 
 
 @dataclass(frozen=True)
-class Frechet(Distance):
+class Frechet(OfFeatures):
     """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of the picture tower's pooled output.
 
     Small sets give larger values: compare like with like.
@@ -22,29 +19,5 @@ class Frechet(Distance):
     Source: Dowson, Landau 1982; as a measure of pictures Heusel et al., NeurIPS 2017.
     """
 
-    model: str = "emoji"
-    """The shipped CLIP, or one of transformers by folder or hub id."""
-    against: str = ""
-    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        return {
-            "features": f"picture tower of the CLIP {self.model}, pooled",
-            "sha256": towers(self.model).digest,
-            "against": self.against or "the original's pictures",
-        }
-
-    def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
-    ) -> Tensor:
-        return towers(self.model).features(pictures)
-
     def distance(self, rows: Tensor, reference: Tensor) -> float:
         return frechet(rows, reference)
-
-    def real(self) -> Tensor | None:
-        if not self.against:
-            return None
-        size = towers(self.model).size
-        return towers(self.model).features(read_pictures(self.against, (size, size)))

@@ -1,0 +1,41 @@
+"""What the distances between sets of pictures share: the features of a CLIP's picture tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from expunge.metric import Distance, read_pictures
+from expunge.metrics._clip import towers
+
+
+@dataclass(frozen=True)
+class OfFeatures(Distance):
+    """A distance between the picture tower's pooled outputs of two sets of pictures."""
+
+    model: str = "emoji"
+    """The shipped CLIP, or one of transformers by folder or hub id."""
+    against: str = ""
+    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {
+            "features": f"picture tower of the CLIP {self.model}, pooled",
+            "sha256": towers(self.model).digest,
+            "against": self.against or "the original's pictures",
+        }
+
+    def measure(
+        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+    ) -> Tensor:
+        return towers(self.model).features(pictures)
+
+    def real(self) -> Tensor | None:
+        if not self.against:
+            return None
+        size = towers(self.model).size
+        return towers(self.model).features(read_pictures(self.against, (size, size)))
