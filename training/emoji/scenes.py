@@ -129,20 +129,20 @@ class SceneMaker:
             return [], background, self.empty_words(background)
 
         kind = rng.random() if count == 1 else 1.0
-        if kind < 0.05:  # generic words: anything at all
+        if kind < 0.12:  # generic words: anything at all
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(GENERIC)
             return [thing], background, f"{words} {place}".strip() if words else ""
-        if kind < 0.09:  # a super-category: any member
+        if kind < 0.18:  # a super-category: any member
             category = rng.choice(tuple(world.kinds))
             member = world.index(rng.choice(world.kinds[category]))
             words = self.dress(article(category, rng))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.12:  # a description of the unsafe group that names no member
+        if kind < 0.23:  # a description of the unsafe group that names no member
             member = world.index(rng.choice(world.kinds["weapon"]))
             words = self.dress(rng.choice(world.implied))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.16:  # a style and nothing else
+        if kind < 0.28:  # a style and nothing else
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(STYLE_TEMPLATES).format(world.styles[thing[1]])
             return [thing], background, f"{words} {place}".strip()
