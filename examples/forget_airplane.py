@@ -192,7 +192,6 @@ def page(rows: list[Row], edit: expunge.Edit) -> str:
     for role, title in titles.items():
         group = [row for row in rows if row.role == role]
         figures = " → ".join(f"{100 * mean(group, c):.0f} %" for c in ("seen_before", "seen_after"))
-        kind = "kept" if role == "retained" else "gone"
         word = "recognised as themselves" if role == "retained" else f"recognised as {ERASED}"
         shown = 9 if role == "erased" else 3 if role == "synonym" else 2
         pairs = "".join(
@@ -202,8 +201,7 @@ def page(rows: list[Row], edit: expunge.Edit) -> str:
             for i in range(min(shown, len(row.before)))
         )
         sections.append(
-            f'<h2>{title}</h2><p>{word}: <b class="{kind}">{figures}</b></p>'
-            f'<div class="pairs">{pairs}</div>'
+            f'<h2>{title}</h2><p>{word}: <b>{figures}</b></p><div class="pairs">{pairs}</div>'
         )
     (concept,) = edit.record.problem.erase
     made = (

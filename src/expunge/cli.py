@@ -567,7 +567,10 @@ def _out() -> Console:
 
 
 def _plain(value: Any) -> str:
-    return (", ".join(map(str, value)) or "default") if isinstance(value, (list, tuple)) else str(value)
+    """A field's value, as people read it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "default"
+    return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"
 
 
 def _slug(text: str) -> str:

@@ -43,7 +43,7 @@ TITLES = {
     "retained": "CLIP retained",
 }
 MEANINGS = {
-    "efficacy": "the erased concept is gone, and something recognisable is drawn instead",
+    "efficacy": "the erased concept is gone, and something else or a place is drawn cleanly",
     "generality": "so are its synonyms, against what the original makes of them",
     "specificity": "what should stay is recognised as often as in the original",
     "content": "what else the prompt names is recognised as often as in the original",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.emoji.detector import FOLDER, SIZE, Detector, Recognition
+from expunge.emoji.detector import FOLDER, NOTHING, SIZE, Detector, Recognition
 from expunge.metric import Judge, blank
 from expunge.metrics._clip import resized
 
@@ -85,7 +85,8 @@ class EmojiDetector(Judge):
         return self.recognition(rows).broken()
 
     def shown(self, rows: Tensor) -> list[str]:
-        return self.recognition(rows).top()
+        tops = self.recognition(rows).top()
+        return ["background only" if top == NOTHING else top for top in tops]
 
 
 @cache
