@@ -28,6 +28,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from torch import Tensor
 
+from expunge.changes import content
 from expunge.edit import Edit
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.files import cache_folder, replacing
@@ -281,9 +282,7 @@ def model_hash(model: Model) -> str:
         for name, part in parts:
             digest.update(json.dumps([name, _plain(getattr(part, "config", {}))]).encode())
         for key, tensor in tensors:
-            flat = tensor.detach().cpu().contiguous()
-            digest.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
-            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(key.encode() + content(tensor))
         known = model.__dict__["_hash"] = digest.hexdigest()
     return known
 

@@ -13,8 +13,6 @@ from expunge.errors import ExpungeError
 from expunge.model import Model
 from expunge.run import Run
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -56,7 +54,7 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
         ExpungeError: no pictures there, one is unreadable, or of another size than the model draws.
     """
     place = folder_of(concept, folder)
-    files = sorted(path for path in place.glob("*") if path.suffix.lower() in ENDINGS)
+    files = sorted(path for path in place.glob("*") if path.suffix.lower() in pictures.ENDINGS)
     if not files:
         raise ExpungeError(f"{place} has no pictures of {concept!r} (.png, .jpg or .webp)")
     latents = []

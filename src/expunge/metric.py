@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from expunge import pictures
 from expunge.errors import ExpungeError
 from expunge.fields import check
 
@@ -110,23 +111,10 @@ def read_pictures(folder: str | Path, size: tuple[int, int] | None = None) -> Te
     Raises:
         ExpungeError: there are none, or they differ in size and `size` does not say which is meant.
     """
-    import numpy as np
-    from PIL import Image
-
-    endings = (".png", ".jpg", ".jpeg", ".webp")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in pictures.ENDINGS)
     if not paths:
         raise ExpungeError(f"{folder} holds no pictures")
-    pictures = []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                one = file.convert("RGB")
-                if size is not None and one.size != (size[1], size[0]):
-                    one = one.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-                pictures.append(torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255)
-        except OSError as error:
-            raise ExpungeError(f"cannot read the picture {path}: {error}") from error
-    if len({picture.shape for picture in pictures}) > 1:
+    found = [pictures.read(path, size) for path in paths]
+    if len({picture.shape for picture in found}) > 1:
         raise ExpungeError(f"the pictures in {folder} differ in size")
-    return torch.stack(pictures)
+    return torch.stack(found)

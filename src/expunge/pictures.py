@@ -24,6 +24,10 @@ def image(picture: Tensor, width: int | None = None) -> Image.Image:
     return result.resize((width, result.height * width // result.width), Image.Resampling.LANCZOS)
 
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+"""The picture files that are found in a folder."""
+
+
 def grid(pictures: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
     """Pictures (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
     images = [image(picture, width) for picture in pictures]
@@ -37,8 +41,8 @@ def grid(pictures: Tensor, columns: int | None = None, width: int = 192, gap: in
     return sheet
 
 
-def read(path: str | Path) -> Tensor:
-    """A picture file as a tensor (3, height, width), float32 in [0, 1].
+def read(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """A picture file as a tensor (3, height, width), float32 in [0, 1]; resized if `size` says so.
 
     Raises:
         ExpungeError: the file is missing or is no picture.
@@ -48,13 +52,15 @@ def read(path: str | Path) -> Tensor:
 
     try:
         with Image.open(path) as opened:
-            array = np.array(opened.convert("RGB"))
+            picture = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         what = (
             error.strerror if isinstance(error, OSError) and error.strerror else "it is no whole picture"
         )
         raise ExpungeError(f"cannot read {path}: {what}") from None
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    if size is not None and picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def save(picture: Image.Image, path: str | Path) -> None:

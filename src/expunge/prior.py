@@ -18,7 +18,7 @@ from expunge.changes import content
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import cache_folder, read_header, replacing
 from expunge.model import Model
-from expunge.ops.least_squares import outer
+from expunge.ops.least_squares import gram
 from expunge.run import Run
 
 BATCH = 64
@@ -127,7 +127,7 @@ def _prior(model: Model, captions: Sequence[str], run: Run) -> Prior:
         for start in range(0, len(captions), BATCH):
             run.progress("reading captions", start, len(captions))
             e = model.encode(captions[start : start + BATCH]).embeddings.flatten(0, 1).cpu()
-            total = outer(e, e) if total is None else total + outer(e, e)
+            total = gram(e) if total is None else total + gram(e)
     run.progress("reading captions", len(captions), len(captions))
     assert total is not None
     return Prior(total / len(captions), len(captions))
