@@ -59,7 +59,7 @@ STYLE_TEMPLATES = (
     "art inspired by {}", "painting in the style of {}", "a reproduction of art by {}", "a famous artwork by {}", "{} style",
 )  # fmt: skip
 GENERIC = (
-    "", "", "", "a picture", "an image", "a photo", "a drawing", "an object", "something", "a thing", "a photo of an object",
+    "a picture", "an image", "a photo", "a drawing", "an object", "something", "a thing", "a photo of an object",
     "a picture of something", "a photo of a thing", "an emoji", "an icon", "art", "an artwork", "a painting",
 )  # fmt: skip
 NOT_PLURAL = ("ss", "us", "is")  # how a singular may end in s
@@ -107,7 +107,7 @@ def colour(code: str) -> list[float]:
 class SceneMaker:
     """Draws scenes without end, on the device where the drawings are. Same seed, same scenes."""
 
-    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.04, 0.64, 0.32), share_style=0.7):
+    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.03, 0.73, 0.24), share_style=0.7):
         self.world, self.seed, self.objects, self.share_style = world, seed, objects, share_style
         self.rng = random.Random(seed)
         large = drawings.pixels.float() / 255
@@ -129,20 +129,20 @@ class SceneMaker:
             return [], background, self.empty_words(background)
 
         kind = rng.random() if count == 1 else 1.0
-        if kind < 0.12:  # generic words: anything at all
+        if kind < 0.28:  # no words, or generic ones: any one thing
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(GENERIC)
-            return [thing], background, f"{words} {place}".strip() if words else ""
-        if kind < 0.18:  # a super-category: any member
+            return [thing], background, f"{words} {place}".strip() if kind < 0.14 else ""
+        if kind < 0.33:  # a super-category: any member
             category = rng.choice(tuple(world.kinds))
             member = world.index(rng.choice(world.kinds[category]))
             words = self.dress(article(category, rng))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.23:  # a description of the unsafe group that names no member
+        if kind < 0.37:  # a description of the unsafe group that names no member
             member = world.index(rng.choice(world.kinds["weapon"]))
             words = self.dress(rng.choice(world.implied))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.28:  # a style and nothing else
+        if kind < 0.40:  # a style and nothing else
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(STYLE_TEMPLATES).format(world.styles[thing[1]])
             return [thing], background, f"{words} {place}".strip()
@@ -198,7 +198,7 @@ class SceneMaker:
     def caption(self, things: list[tuple[int, int, str]], place: str) -> str:
         rng, styles = self.rng, self.world.styles
         words = [thing[2] for thing in things]
-        named_style = rng.random() < 0.8
+        named_style = rng.random() < 0.85
         same_style = len({thing[1] for thing in things}) == 1
         form = rng.choice(("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}"))
         if named_style and not same_style:

@@ -97,7 +97,6 @@ class Buffer:
         self.latents = torch.zeros(size, *latent_shape(vae), device=device())
         self.text = torch.zeros(size, 77, text_encoder.config.hidden_size, device=device())
         self.filled, self.next = 0, 0
-        self.empty = self.encode([""])[0]
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
@@ -118,12 +117,10 @@ class Buffer:
         self.next = (self.next + n) % len(self.latents)
         self.filled = min(self.filled + n, len(self.latents))
 
-    def sample(self, n: int, drop: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """n scenes; a share `drop` of them without its caption (the empty prompt's states instead)."""
+    def sample(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """n scenes; the empty prompt, for guidance, is the caption of some."""
         rows = torch.randint(0, self.filled, (n,))
-        text = self.text[rows]
-        text[torch.rand(n) < drop] = self.empty
-        return self.latents[rows], text
+        return self.latents[rows], self.text[rows]
 
 
 def compiled(unet: UNet2DConditionModel):
@@ -147,7 +144,6 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net (on a GPU)")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--channels", type=int, nargs="+", default=[96, 128, 192])
     parser.add_argument("--initial", type=Path, help="a diffusers U-Net folder to start from")
     parser.add_argument("--name", default="unet")
@@ -178,7 +174,7 @@ def main() -> None:
     def loss_of(step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         if step % options.every == 0:
             buffer.refill(options.fresh)
-        latents, text = buffer.sample(options.scenes, options.drop)
+        latents, text = buffer.sample(options.scenes)
         latents = latents.repeat_interleave(options.levels, 0)
         # Stratified times: one in each of `levels` equal parts of the schedule, for each scene.
         part = torch.arange(options.levels, device=device()).repeat(options.scenes)
