@@ -171,6 +171,12 @@ def test_style_by_hand():
     assert terms["efficacy"] == pytest.approx(1 - (0.4 - 0.2) / 0.8)  # UA, against chance
     assert terms["specificity"] == pytest.approx(18 / 20)  # IRA
     assert terms["content"] == pytest.approx(36 / 40)  # CRA
+    published = {name: share.value for name, share in case.rows[1].published.items()}
+    assert published == {
+        "UA": pytest.approx(1 - 0.4),
+        "IRA": pytest.approx(18 / 20),
+        "CRA": pytest.approx(36 / 40),
+    }
     expected = 3 / sum(1 / terms[name] for name in ("efficacy", "specificity", "content"))
     assert case.rows[1].h.value == pytest.approx(expected)
 

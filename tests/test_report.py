@@ -82,6 +82,48 @@ def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
     assert [row.name for row in case.rows] == ["original", "uce: airplane", "uce: airplane (2)"]
 
 
+def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
+    """Against the kernel distance of pictures drawn and compared by hand."""
+    from expunge.cache import Request, Source
+    from expunge.looks import make
+
+    cache = Cache(tmp_path / "cache")
+    report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
+    assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three pictures
+    (case,) = report.cases
+    metric = make("alignment", {})
+
+    def rows(source, prompt, seeds):
+        asked = [Request(prompt, seed, 2, model.guidance_scale) for seed in seeds]
+        return metric.measure(cache.draw(source, asked), [prompt] * len(asked))
+
+    original = Source(model)
+    for row, edit, anchor in zip(case.rows[1:], edits, ("sky", "street"), strict=True):
+        further = rows(original, f"a photo of the {anchor}", (3, 4, 5))
+        expected = {
+            "erased": rows(Source(model, (edit,)), "a photo of the airplane", (0, 1, 2)),
+            "floor": rows(original, f"a photo of the {anchor}", (0, 1, 2)),
+            "ceiling": rows(original, "a photo of the airplane", (0, 1, 2)),
+        }
+        found = row.metrics["alignment"]
+        assert found.keys() == expected.keys()
+        for name, pictures in expected.items():
+            value = metric.distance(pictures, further).value
+            assert found[name].value == pytest.approx(value, rel=1e-6)
+            assert found[name].score.low <= value <= found[name].score.high
+    assert "alignment" not in case.rows[0].metrics
+
+
+def test_anchors_are_drawn_once_and_the_suite_may_say_which(suite):
+    both = suite.anchor_cells(["airplane", "ship"], {"airplane": "sky", "ship": "sky"})
+    assert [(c.role, c.prompt, len(c.seeds)) for c in both] == [("anchor", "a photo of the sky", 12)]
+    (empty,) = suite.anchor_cells(["airplane"], {"airplane": ""})
+    assert (empty.prompt, len(empty.seeds)) == ("", 6)
+    assert suite.anchor_cells(["airplane"], {}) == ()  # a model of its own: nobody knows its anchor
+    fixed = dataclasses.replace(suite, anchor="art")
+    assert fixed.anchor_cells(["airplane"], {"airplane": "sky"})[0].prompt == "a photo of the art"
+
+
 def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
     report.save(tmp_path / "report")
     table = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -97,6 +139,9 @@ def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path
     assert case["rows"][1]["from"]["problem"]["erase"][0]["name"] == "airplane"
     assert set(case["rows"][1]["terms"]) >= {"efficacy", "specificity"}
     assert case["rows"][1]["metrics"]["clip_score"]["retained"]["n"] == 2
+    assert case["rows"][1]["published"].keys() == {"Acc_e", "Acc_s"}
+    frechet = case["rows"][1]["metrics"]["frechet"]["erased"]
+    assert frechet["low"] <= frechet["value"] <= frechet["high"]
     assert "pixel_distance" not in case["rows"][0]["metrics"]
     with (tmp_path / "report" / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

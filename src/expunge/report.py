@@ -22,8 +22,8 @@ from expunge.case import Candidate, Case, comparisons, judged
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
 from expunge.files import replacing
-from expunge.looks import look, make, requests, require_known, warn_of_cuts
-from expunge.metric import Judge, Metric
+from expunge.looks import Looks, look, make, requests, require_known, warn_of_cuts
+from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
 from expunge.run import Progress, quiet
 from expunge.statistics import Estimate
@@ -78,7 +78,7 @@ class Report:
                     "erased": "; ".join(case.erased),
                     "edit": row.name,
                 }
-                numbers = {case.suite.score: row.h, **row.terms}
+                numbers = {case.suite.score: row.h, **row.terms, **row.published}
                 for group in (row.roles, row.metrics):
                     for one, parts in group.items():
                         numbers |= {f"{one} {other}": estimate for other, estimate in parts.items()}
@@ -208,9 +208,31 @@ def evaluate(
                 progress,
                 f"{known.name}, {candidate.name}",
             )
+        anchored = _anchored(cache, original, known, used, group, full, progress)
         here = {"original": original, **{c.name: sources[c.name] for c in group}}
-        cases.append(judged(known, used, group, looks, here))
+        cases.append(judged(known, used, group, looks, here, anchored))
     return Report(tuple(cases), full, _provenance(model, plans), cache)
+
+
+def _anchored(
+    cache: Cache,
+    original: Source,
+    suite: Suite,
+    metrics: Mapping[str, Metric],
+    group: Sequence[Candidate],
+    full: bool,
+    progress: Progress,
+) -> dict[str, Looks]:
+    """What the original draws of each candidate's anchors, where a metric asks for it."""
+    used = {n: m for n, m in metrics.items() if isinstance(m, Distance) and m.from_anchor}
+    found = {}
+    for candidate in group if used else ():
+        cells = suite.anchor_cells(candidate.erases, candidate.anchors, full=full)
+        asked = requests(original.model, cells, suite.num_inference_steps, suite.guidance_scale)
+        if cells:
+            label = f"{suite.name}, anchors"
+            found[candidate.name] = look(cache, original, None, cells, asked, used, progress, label)
+    return found
 
 
 def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -285,6 +307,7 @@ def _case_dict(case: Case) -> dict[str, Any]:
                 "from": row.candidate.record if row.candidate else {"kind": "original"},
                 suite.score: _number(row.h),
                 "terms": {name: _number(e) for name, e in row.terms.items()},
+                "published": {name: _number(e) for name, e in row.published.items()},
                 "roles": _numbers(row.roles),
                 "metrics": _numbers(row.metrics),
                 "each": {

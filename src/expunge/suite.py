@@ -13,6 +13,7 @@ erases: `Suite.cells` lays out the prompts of each *role*.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -412,6 +413,36 @@ class Suite(Settings):
         for one in self.prompts:
             if one.role in ("retained", "plain") or one.concept in {c.name for c in gone}:
                 cells += self._listed(one, size)
+        return tuple(cells)
+
+    def anchor_cells(
+        self, erased: Sequence[str], anchors: Mapping[str, str], *, full: bool = False
+    ) -> tuple[Cell, ...]:
+        """What to draw of the anchors: the erased concepts' prompts with their anchors named instead.
+
+        Each cell has the seeds of the erased prompts and then as many further ones.
+
+        Args:
+            erased: the names that an edit erases.
+            anchors: for each name its anchor; the suite's own counts before.
+            full: the size.
+
+        Returns:
+            nothing where an anchor is not known, or prompts are no templates.
+        """
+        gone = self.erased(erased)
+        size = self.sizes["full" if full else "quick"]
+        each = max(size.erased, -(-size.erased_in_all // len(gone)))
+        known = {c.name: anchor for name, anchor in anchors.items() if (c := self.concept(name))}
+        chosen = [self.anchor if self.anchor is not None else known.get(c.name) for c in gone]
+        templates = self.templates.get("erased", ())
+        if None in chosen or not templates:
+            return ()
+        cells = []
+        for anchor, concepts in Counter(chosen).items():
+            n = each * concepts
+            filled = self._spread(templates, anchor, n) if anchor else [("", None, n)]
+            cells += [Cell("anchor", "", prompt, self._seeds(2 * n), ()) for prompt, _, n in filled]
         return tuple(cells)
 
     def _filled(self, role: str, concept: SuiteConcept, words: str, pictures: int) -> Iterator[Cell]:
