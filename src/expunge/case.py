@@ -125,7 +125,8 @@ class Case:
     """The original first."""
     sources: Mapping[str, Source] = field(repr=False)
     wrong: Mapping[str, Sequence[Tensor]] = field(repr=False)
-    """For each row, for each cell: (pictures,) how badly each picture fails, from 0 to 1."""
+    """For each row, for each cell: (pictures,) how badly each picture fails, from 0 to 1; nan where
+    it is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,7 @@ def judged(
     for name, one in looks.items():
         if seen:
             roles, terms, each = _terms(suite, cells, name, seen, dropped)
-            wrong[name] = _wrong(cells, seen[name])
+            wrong[name] = _wrong(cells, seen[name], dropped)
         else:
             roles, terms, each = _terms_by_score(suite, one)
             wrong[name] = [torch.zeros(len(cell.seeds)) for cell in cells]
@@ -383,16 +384,20 @@ def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> E
     )
 
 
-def _wrong(cells: Sequence[Cell], seen: _Seen) -> list[Tensor]:
-    """For each cell how badly each picture fails: seen though erased, unseen though retained, broken."""
+def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]]) -> list[Tensor]:
+    """For each cell how badly each picture fails: seen though erased, unseen though retained, broken.
+
+    A half where that cannot be said, nan where all that is asked of it is left out.
+    """
     found = []
     for c, cell in enumerate(cells):
+        asks = [(a, ask) for a, ask in enumerate(cell.asks) if (ask.role, ask.item) not in dropped]
         worst = seen.broken[c].float()
-        for a, ask in enumerate(cell.asks):
+        for a, ask in asks:
             answer = seen.answers[c, a].nan_to_num(0.5)
             if ask.role != "plain":
                 worst = torch.maximum(worst, answer if ask.role in GONE else 1 - answer)
-        found.append(worst)
+        found.append(worst if asks or not cell.asks else worst.fill_(math.nan))
     return found
 
 

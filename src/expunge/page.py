@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from expunge.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = 8  # pictures of a strip
+SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # pictures of a strip
 WIDEST = 128  # pixels of a picture on the page
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Told apart by those who see few colours, too (Okabe and Ito)."""
@@ -209,26 +209,17 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
     judge = _judge_of(report, case)
     strips = []
     for role, title in ROLES.items():
-        places = [
-            (float(case.wrong[row.name][c][i]), float(case.wrong["original"][c][i]), c, i)
-            for c, cell in enumerate(row.looks.cells)
-            if cell.role == role
-            for i in range(len(cell.seeds))
-        ]
+        places = _worst_first(case, row, role)
         if not places:
             continue
-        failing = sum(bad >= 0.5 for bad, *_ in places)
-        # Worst first; of those, the ones that the original did right; then one of each prompt in turn.
-        turn = role == "retained"
-        places.sort(key=lambda p: (-p[0], p[1] if turn else -p[1], p[3], p[2]))
-        chosen = places[:SHOWN]
-        asked = [row.looks.requests[c][i] for _, _, c, i in chosen]
+        chosen = places[: SHOWN[role]]
+        asked = [row.looks.requests[c][i] for _, c, i in chosen]
         before = report.cache.draw(case.sources["original"], asked)
         after = report.cache.draw(case.sources[row.name], asked)
         strips.append(
             {
                 "title": title,
-                "failing": failing,
+                "failing": sum(bad > 0.5 for bad, _, _ in places),
                 "of": len(places),
                 "pairs": [
                     {
@@ -237,13 +228,32 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
                         "prompt": request.prompt,
                         "seed": request.seed,
                         "seen": _seen(judge, case, row, c, i),
-                        "wrong": bad >= 0.5,
+                        "wrong": bad > 0.5,
                     }
-                    for k, ((bad, _, c, i), request) in enumerate(zip(chosen, asked, strict=True))
+                    for k, ((bad, c, i), request) in enumerate(zip(chosen, asked, strict=True))
                 ],
             }
         )
     return {"name": row.name, "roles": strips}
+
+
+def _worst_first(case: Case, row: Row, role: str) -> list[tuple[float, int, int]]:
+    """The pictures of a role, (how badly it fails, cell, place): the worst of every prompt first, then
+    the next of every prompt, so that a strip shows many words. Of like ones, those come first that the
+    original did right, or where something is erased, wrong: that drew what should go."""
+    ranked = []
+    for c, cell in enumerate(row.looks.cells):
+        if cell.role != role:
+            continue
+        after, before = (case.wrong[name][c].tolist() for name in (row.name, "original"))
+        turn = 1 if role == "retained" else -1
+        order = sorted(
+            (-bad, turn * was, i)
+            for i, (bad, was) in enumerate(zip(after, before, strict=True))
+            if not math.isnan(bad)
+        )
+        ranked += [(rank, bad, c, i) for rank, (bad, _, i) in enumerate(order)]
+    return [(-bad, c, i) for _, bad, c, i in sorted(ranked)]
 
 
 def _judge_of(report: Report, case: Case) -> Judge | None:

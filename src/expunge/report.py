@@ -11,7 +11,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from expunge.cache import Cache, Request, Source, model_hash, sampler
 from expunge.case import Candidate, Case, comparisons, judged
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
-from expunge.files import replacing
+from expunge.files import check_results, replacing
 from expunge.looks import Looks, look, make, requests, require_known, warn_of_cuts
 from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
@@ -103,7 +103,7 @@ class Report:
         from expunge.page import page
 
         folder = Path(folder)
-        check_folder(folder, [case.suite.name for case in self.cases])
+        check_results(folder, [case.suite.name for case in self.cases])
         html = page(self)
         for name, text in (
             ("results.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"),
@@ -112,25 +112,6 @@ class Report:
         ):
             with replacing(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf8")
-
-
-def check_folder(folder: str | Path, suites: Iterable[str]) -> None:
-    """Check that a folder can take the results of these suites.
-
-    Raises:
-        ExpungeError: it holds those of others, or something that is no report.
-    """
-    file = Path(folder) / "results.json"
-    if not file.is_file():
-        return
-    try:
-        there = {case["suite"]["name"] for case in json.loads(file.read_text("utf8"))["cases"]}
-    except (ValueError, KeyError, TypeError):
-        raise ExpungeError(f"{file} is not ours to replace; name another folder") from None
-    if there != set(suites):
-        raise ExpungeError(
-            f"{folder} holds results of the suite {', '.join(sorted(there))}; name another folder"
-        )
 
 
 def evaluate(

@@ -13,6 +13,7 @@ erases: `Suite.cells` lays out the prompts of each *role*.
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,9 @@ class Settings:
     """Concepts that have a name and nothing else to say."""
     retain: tuple[str, ...] = ()
     """The concepts drawn as retained; by default all that are not erased."""
+    known_as: str = ""
+    """Another suite that says how concepts of the same names are known: their labels, and those too
+    near."""
     stand_in: str = ""
     """Erased prompts keep their end and padding tokens alone; their own tokens are this prompt's."""
     notes: str = ""
@@ -303,6 +307,13 @@ class Suite(Settings):
         if role not in ("content", "retained"):
             raise ExpungeError(f"the role of others must be content or retained, not {role!r}")
         concepts = _concepts(table.get("concepts", {}), "concepts")
+        more = _concepts(others, "others")
+        if settings.known_as:
+            told = {concept.name: concept for concept in cls.read(settings.known_as).concepts}
+            concepts, more = (
+                tuple(_known_as(concept, told.get(concept.name)) for concept in group)
+                for group in (concepts, more)
+            )
         bare = dict.fromkeys((*settings.erase, *settings.retain))
         named = {concept.name for concept in concepts}
         concepts += tuple(SuiteConcept(text) for text in bare if text not in named)
@@ -321,7 +332,7 @@ class Suite(Settings):
             **{key: getattr(settings, key) for key in Settings.__dataclass_fields__},
             name=name,
             concepts=concepts,
-            others=_concepts(others, "others"),
+            others=more,
             others_role=role,
             templates=_templates(table.get("templates", {})),
             prompts=tuple(fields.build(Prompts, _is_table(one, "prompts")) for one in lists),
@@ -501,6 +512,13 @@ def _concepts(table: Any, name: str) -> tuple[SuiteConcept, ...]:
         fields.build(SuiteConcept, {"name": key, **_is_table(value, f"{name}.{key}")})
         for key, value in _is_table(table, name).items()
     )
+
+
+def _known_as(concept: SuiteConcept, told: SuiteConcept | None) -> SuiteConcept:
+    """A concept with another's labels, unless it has its own."""
+    if told is None or concept.near or concept.labels != (concept.name,):
+        return concept
+    return dataclasses.replace(concept, labels=told.labels, near=told.near)
 
 
 def _templates(table: Any) -> dict[str, tuple[str, ...]]:
