@@ -217,6 +217,40 @@ def test_blank_and_broken_pictures_are_unrecognisable(pictures):
         assert rows.isfinite().all()
 
 
+def test_recognisers_of_two_kinds(pictures, tmp_path):
+    """Two classifiers with labels of their own, as UnlearnCanvas has for styles and objects."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    kinds = {"styles": ("Van_Gogh", "Crayon", "Rust"), "objects": ("Cats", "no face")}
+    networks = {}
+    for seed, (kind, labels) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            image_size=32, patch_size=16, id2label=dict(enumerate(labels)), initializer_range=0.5,
+        )  # fmt: skip
+        networks[kind] = ViTForImageClassification(config).eval()
+        networks[kind].save_pretrained(tmp_path / kind)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / kind)
+    folders = [str(tmp_path / kind) for kind in kinds]
+    metric = make("recogniser", {"folders": folders, "nothing": "no face"})
+    rows = metric.measure(pictures, PROMPTS)
+    small = torch.nn.functional.interpolate(pictures, 32, mode="bilinear", antialias=True)
+    for kind, columns in (("styles", slice(0, 3)), ("objects", slice(3, 5))):
+        with torch.no_grad():
+            slow = networks[kind](small * 2 - 1).logits.softmax(1)
+        assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=0.02)
+    assert [metric.knows(label) for label in ("van gogh", "Cats", "Dogs")] == [True, True, False]
+    styles, objects = rows[:, :3].argmax(1), rows[:, 3:5].argmax(1)
+    assert metric.answer(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()
+    cats = metric.answer(rows, ["Cats"], [], "best")
+    assert cats.isnan().tolist() == (objects == 1).tolist()
+    assert metric.shown(rows)[0].partition(",")[0] in ("van gogh", "crayon", "rust")
+    assert len(metric.provenance["classifiers"]) == 2
+    with pytest.raises(ExpungeError, match=r"needs folders .* \[options.recogniser\]"):
+        _ = make("recogniser", {}).provenance
+
+
 @pytest.mark.parametrize("name", registry.names("metrics"))
 def test_every_metric_keeps_to_the_contract(name):
     metric = registry.get("metrics", name)()

@@ -200,6 +200,69 @@ def test_a_prompt_that_is_cut_is_said_with_the_place(model, suite, tmp_path):
         warn_of_cuts(model, long.cells(["airplane"]))
 
 
+def test_broken_models_erase_nothing(model, suite, tmp_path):
+    """Pictures that are no numbers, and blank ones: unrecognisable, never erased."""
+    import torch
+
+    from conftest import tiny_pipeline
+
+    def broken(value):
+        pipe = tiny_pipeline()
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.weight.fill_(0)
+            pipe.vae.decoder.conv_out.bias.fill_(value)
+        return expunge.load(pipe)
+
+    candidates = [
+        Candidate(name, ("airplane",), model=broken(value))
+        for name, value in (("nan", float("nan")), ("blank", 0.0))
+    ]
+    report = evaluate(model, candidates, [suite], cache=Cache(tmp_path / "cache"))
+    for row in report.cases[0].rows[1:]:
+        assert row.terms["efficacy"].value == row.terms["specificity"].value == row.h.value == 0
+        assert row.roles["erased"]["unrecognisable"].value == 1
+    report.save(tmp_path / "report")
+    assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
+
+
+def test_a_judge_without_weights_is_said_before_anything_is_drawn(model, edits, tmp_path):
+    table = {k: v for k, v in TABLE.items() if k not in ("judge", "question", "options", "metrics")}
+    table |= {"options": {"detector": {"folder": str(tmp_path / "absent")}}}
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(ExpungeError, match=r"cannot read .*absent/model\.safetensors: No such file"):
+        evaluate(model, edits, [Suite.from_table(table, "own")], cache=cache)
+    assert cache.drawn == 0
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_report_as_it_was(report, tmp_path):
+    """The system refuses to make any file longer than a few bytes."""
+    import resource
+
+    report.save(tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ExpungeError, match="cannot write .*: File too large"):
+            report.save(tmp_path / "report")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_left_out_words_are_in_no_strip_and_all_retained_words_are(model, edits, suite, tmp_path):
+    from expunge.page import SHOWN, _worst_first
+
+    report = evaluate(model, edits[:1], [suite], cache=Cache(tmp_path / "cache"))
+    (case,) = report.cases
+    row = case.rows[1]
+    cells = [c for c, cell in enumerate(row.looks.cells) if cell.role == "retained"]
+    found = _worst_first(case, row, "retained")
+    assert {c for _, c, _ in found[: SHOWN["retained"]]} == set(cells)
+    case.wrong[row.name][cells[0]].fill_(float("nan"))
+    assert cells[0] not in {c for _, c, _ in _worst_first(case, row, "retained")}
+
+
 def test_scores_alone_give_h_a(model, edits, tmp_path):
     table = {k: v for k, v in TABLE.items() if k not in ("judge", "question", "options", "metrics")}
     style = Suite.from_table({**table, "score": "H_a", "judge": "clip_score"}, "artists")

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from expunge.case import Case, Row, comparisons
+from expunge.case import PUBLISHED, Case, Row, comparisons
 from expunge.looks import make
 from expunge.metric import Judge
 from expunge.pictures import image
@@ -41,6 +41,12 @@ TITLES = {
     "content": "Content",
     "erased": "CLIP erased",
     "retained": "CLIP retained",
+}
+QUESTIONS = {
+    "erased": ("Is it gone?", "of its pictures still show it"),
+    "synonyms": ("And its synonyms?", "of their pictures still show it"),
+    "retained": ("Is the rest as it was?", "of its pictures show what they should"),
+    "content": ("Is what else is named still there?", "of the pictures show it"),
 }
 MEANINGS = {
     "efficacy": "the erased concept is gone, and something else or a place is drawn cleanly",
@@ -107,7 +113,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
     extra = [
         (metric, role)
         for metric in dict.fromkeys(m for row in rows for m in row.metrics)
-        for role in ("erased", "retained")
+        for role in ("erased", "floor", "ceiling", "retained")
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
     methods = report.methods()[name]
@@ -116,6 +122,8 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
         "terms": terms,
         "extra": extra,
+        "extra_titles": [f"{metric.replace('_', ' ')}, {role}" for metric, role in extra],
+        "published": list(PUBLISHED[suite.score]),
         "rows": [
             {
                 "name": row.name,
@@ -125,6 +133,9 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
                 "h": number(row.h, is_share),
                 "terms": [number(row.terms.get(term), is_share) for term in terms],
                 "broken": number(row.roles.get("erased", {}).get("unrecognisable")),
+                "published": [
+                    number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
+                ],
                 "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
             }
             for case in cases
@@ -188,7 +199,7 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
     return {
         "erased": ", ".join(case.erased[:6])
         + (f" and {len(case.erased) - 6} more" if len(case.erased) > 6 else ""),
-        "strips": [_strips(report, case, row) for row in edits],
+        "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
         "left_out": case.left_out,
         "differences": [
             {"of": of, "one": one, "other": other, "number": number(d), "sure": d.above_chance}
@@ -202,6 +213,38 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
             if estimate.n and estimate.score.high - estimate.score.low > 0.25
         ],
     }
+
+
+def _asked(row: Row) -> dict[str, Any]:
+    """What was asked of an edit, and the answers in plain numbers."""
+    assert row.candidate is not None
+    asked, made = "erase " + ", ".join(row.candidate.erases[:6]), "a model of its own"
+    if row.candidate.edit is not None:
+        record = row.candidate.edit.record
+        wanted = [
+            f"{c.name} → {c.anchor or 'what the empty prompt draws'}" for c in record.problem.erase[:6]
+        ]
+        more = len(record.problem.erase) - len(wanted)
+        asked = "erase " + ", ".join(wanted) + (f" and {more} more" if more else "")
+        kept = record.problem.retain
+        if kept:
+            asked += f"; retain {', '.join(kept[:9])}" + (" …" if len(kept) > 9 else "")
+        made = f"{record.method}, {record.seconds:.1f} s"
+    answers = []
+    for role, (question, what) in QUESTIONS.items():
+        seen = row.roles.get(role, {})
+        if "seen" in seen and seen["seen"].n:
+            answers.append(
+                {
+                    "question": question,
+                    "number": number(seen["seen"]),
+                    "what": what.replace("pictures", f"{seen['seen'].n:,} pictures"),
+                    "before": number(seen["original"]).text,
+                    "gone": role in ("erased", "synonyms"),
+                    "broken": number(seen["unrecognisable"]).text,
+                }
+            )
+    return {"asked": asked, "made": made, "answers": answers}
 
 
 def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:

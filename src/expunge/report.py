@@ -165,7 +165,7 @@ def evaluate(
     plans = []
     for suite in read:
         used = _metrics(suite, metrics, options or {})
-        known = _known(suite, used[suite.judge])
+        known = known_to(suite, used[suite.judge])
         groups: dict[tuple[str, ...], list[Candidate]] = {}
         for candidate in candidates:
             erased = tuple(concept.name for concept in known.erased(candidate.erases))
@@ -237,8 +237,12 @@ def _metrics(
     }
 
 
-def _known(suite: Suite, judge: Metric) -> Suite:
-    """The suite without what its judge cannot tell: a small world has fewer concepts."""
+def known_to(suite: Suite, judge: Metric) -> Suite:
+    """The suite without what its judge cannot tell: a small world has fewer concepts.
+
+    Raises:
+        ExpungeError: the judge answers no questions, or knows none of the labels.
+    """
     if not isinstance(judge, Judge):
         if suite.score != "H_a":
             raise ExpungeError(

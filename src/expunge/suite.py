@@ -309,7 +309,9 @@ class Suite(Settings):
         concepts = _concepts(table.get("concepts", {}), "concepts")
         more = _concepts(others, "others")
         if settings.known_as:
-            told = {concept.name: concept for concept in cls.read(settings.known_as).concepts}
+            other = settings.known_as
+            said = cls.read(folder / other if other.endswith(".toml") else other).concepts
+            told = {concept.name: concept for concept in said}
             concepts, more = (
                 tuple(_known_as(concept, told.get(concept.name)) for concept in group)
                 for group in (concepts, more)
