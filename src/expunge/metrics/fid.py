@@ -65,7 +65,7 @@ def _extractor(weights: str) -> Any:
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
     except Exception as error:  # a download may fail in many ways
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExpungeError(
-            f"fid cannot read Inception's weights ({str(error).splitlines()[0]}); name their file"
-            " with the option weights"
+            f"fid cannot read Inception's weights ({said}); name their file with the option weights"
         ) from error
