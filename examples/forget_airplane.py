@@ -28,15 +28,13 @@ from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import Detector
 from expunge.files import replacing
 from expunge.pictures import image, save
+from expunge.suite import Suite
 
 ERASED = "airplane"
-SYNONYMS = ("aircraft", "plane", "jet")  # the method is not told of them
-RETAINED = ("automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-LABELS = {"truck": ("delivery truck",)}
-"""The detector's labels that count as a word, where they are not the word itself."""
-NEAR = {"cat": ("cat face",), "ship": ("sailboat",)}
-"""The labels too near to a word to count for or against it."""
+WORDS = {word.name: word for word in Suite.read("object").concepts}
+"""The ten CIFAR-10 words, their synonyms, and how the detector knows them."""
+SYNONYMS = WORDS[ERASED].synonyms  # the method is not told of them
+RETAINED = tuple(name for name in WORDS if name != ERASED)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ def probe_of(n: int, seed: int) -> tuple[list[tuple[str, str, str, int]], Probe]
 
 def seen(tops: Sequence[str], word: str) -> float:
     """The share of pictures recognised as a word; those too near to say are left out."""
-    told = [top for top in tops if top not in NEAR.get(word, ())]
-    return sum(top in LABELS.get(word, (word,)) for top in told) / max(len(told), 1)
+    told = [top for top in tops if top not in WORDS[word].near]
+    return sum(top in WORDS[word].labels for top in told) / max(len(told), 1)
 
 
 def compare(

@@ -24,24 +24,7 @@ import expunge
 from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import FOLDER, UNRECOGNISABLE, Detector
 from expunge.method import Method
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of the experiment, and how its pictures are known."""
-
-    name: str
-    synonyms: tuple[str, ...] = ()
-    """Held out: never given to the method."""
-    label: str = ""
-    """The detector's label, where it is not the word itself."""
-    near: tuple[str, ...] = ()
-    """Labels too near to count for or against."""
-
-    def judge(self, tops: Sequence[str]) -> Tensor:
-        """(n,): 1 where a best label is the word's, 0 where not, nan where it is too near to say."""
-        right = self.label or self.name
-        return torch.tensor([math.nan if t in self.near else float(t == right) for t in tops])
+from expunge.suite import SuiteConcept
 
 
 @dataclass(frozen=True)
@@ -63,8 +46,8 @@ class InTurn:
 
     def __init__(
         self,
-        words: Sequence[Word],
-        bystanders: Sequence[Word] = (),
+        words: Sequence[SuiteConcept],
+        bystanders: Sequence[SuiteConcept] = (),
         *,
         n: int,
         seed: int = 0,
@@ -96,14 +79,17 @@ class InTurn:
         there: dict[str, Tensor] = {}
         for name, part in zip(names, pictures.split(self.n), strict=True):
             seen, word = self.detector(part), self.meant[name]
-            tops[name], there[name] = seen.top(), seen.has(word.label or word.name).float()
+            known = [seen.has(label) for label in word.labels if label in self.detector.label_names]
+            tops[name], there[name] = seen.top(), torch.stack(known).any(0).float()
         return Looks(tops, there)
 
     def right(self, looks: Looks, name: str) -> Tensor:
         """(n,) of 1, 0, nan for one prompt."""
-        return self.meant[name].judge(looks.tops[name])
+        word = self.meant[name]
+        shown = [math.nan if top in word.near else float(top in word.labels) for top in looks.tops[name]]
+        return torch.tensor(shown)
 
-    def erase(self, word: Word, method: Method, anchor: str | None) -> dict[str, Any]:
+    def erase(self, word: SuiteConcept, method: Method, anchor: str | None) -> dict[str, Any]:
         """The row of one erased word; entries that begin with "_" are answers (prompts, n)."""
         others = tuple(other.name for other in self.words if other is not word)
         edit = expunge.erase(

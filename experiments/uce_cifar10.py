@@ -11,29 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from in_turn import InTurn, Word
+from in_turn import InTurn
 from rich.console import Console
 from rich.table import Table
 
 from expunge.files import replacing
 from expunge.methods.uce import UCE
+from expunge.suite import Suite
 
-WORDS = (
-    Word("airplane", ("aircraft", "plane", "jet")),
-    Word("automobile", ("car", "motorcar")),  # not "vehicle": that is a super-category
-    Word("bird", ("avian", "fowl", "winged creature")),
-    Word("cat", ("feline", "kitty", "housecat"), near=("cat face",)),
-    Word("deer", ("hart", "stag", "doe")),
-    Word("dog", ("canine", "pooch", "hound")),
-    Word("frog", ("amphibian", "anuran", "tadpole")),
-    Word("horse", ("equine", "steed", "mount")),
-    Word("ship", ("vessel", "boat", "watercraft"), near=("sailboat",)),
-    Word("truck", ("lorry", "rig", "hauler"), label="delivery truck"),
-)
+WORDS = Suite.read("object").concepts
 GOALS = {"erased": "at most 10 %", "retained": "at least 90 %", "unrecognisable": "at most 5 %"}
 SHOWN = ("erased", "synonyms", "retained", "unrecognisable", "H")
 
@@ -65,7 +56,7 @@ def main() -> None:
         "--to", type=Path, default=Path(__file__).parent / "results" / "uce_cifar10.json"
     )
     options = parser.parse_args()
-    words = [Word(w.name, (), w.label, w.near) if options.no_synonyms else w for w in WORDS]
+    words = [replace(w, synonyms=()) if options.no_synonyms else w for w in WORDS]
     turns = InTurn(words, n=options.pictures, model=options.model)
     results = turns.run(UCE(), options.anchor)
     show(results)

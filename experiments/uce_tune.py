@@ -16,15 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from in_turn import InTurn, Word
+from in_turn import InTurn
 from rich.console import Console
 from rich.table import Table
 
 from expunge.files import replacing
 from expunge.methods.uce import UCE
+from expunge.suite import SuiteConcept
 
-WORDS = tuple(Word(name) for name in ("elephant", "rocket", "guitar", "pizza", "turtle", "house"))
-BYSTANDERS = tuple(Word(name) for name in ("butterfly", "bicycle", "strawberry", "camera"))
+WORDS = tuple(
+    SuiteConcept(name) for name in ("elephant", "rocket", "guitar", "pizza", "turtle", "house")
+)
+BYSTANDERS = tuple(SuiteConcept(name) for name in ("butterfly", "bicycle", "strawberry", "camera"))
 
 TRIED: dict[str, tuple[Any, ...]] = {
     "ridge": (2.0, 10.0, 50.0, 200.0, 1000.0),

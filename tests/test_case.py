@@ -124,6 +124,9 @@ def test_what_the_original_does_not_draw_is_left_out_and_listed():
     assert case.left_out == (("synonyms", "kitty", pytest.approx(0.4)), ("retained", "ship", 0.0))
     assert case.rows[1].terms["generality"].value == 1
     assert case.rows[1].terms["specificity"].value == 1
+    ship = next(c for c, cell in enumerate(case.rows[0].looks.cells) if "ship" in cell.prompt)
+    assert case.wrong["edited"][ship].isnan().all()
+    assert not case.wrong["edited"][0].isnan().any()
     nothing = judge(OBJECTS, ["cat"], original={**ORIGINAL, "the cat": DOG}, edited=ORIGINAL)
     assert math.isnan(nothing.rows[1].h.value)
 
@@ -171,6 +174,12 @@ def test_style_by_hand():
     assert terms["efficacy"] == pytest.approx(1 - (0.4 - 0.2) / 0.8)  # UA, against chance
     assert terms["specificity"] == pytest.approx(18 / 20)  # IRA
     assert terms["content"] == pytest.approx(36 / 40)  # CRA
+    published = {name: share.value for name, share in case.rows[1].published.items()}
+    assert published == {
+        "UA": pytest.approx(1 - 0.4),
+        "IRA": pytest.approx(18 / 20),
+        "CRA": pytest.approx(36 / 40),
+    }
     expected = 3 / sum(1 / terms[name] for name in ("efficacy", "specificity", "content"))
     assert case.rows[1].h.value == pytest.approx(expected)
 

@@ -177,7 +177,7 @@ def test_lists_and_help(run):
         ("erase uce --concept a -o e.safetensors --rigde 1", "'--rigde'; did you mean '--ridge'"),
         ("erase uce --concept a -o e.safetensors --kind objct", "'objct'; did you mean 'object'"),
         ("erase uce --concept a -o e.safetensors --ridge -1", "ridge must be above 0, not -1"),
-        ("erase uce --concept a -o e.safetensors --ridge x", "--ridge: could not convert"),
+        ("erase uce --concept a -o e.safetensors --ridge x", "--ridge must be a number, not 'x'"),
         ("erase uce --concept a -o e.safetensors --positions lst", "'lst'"),
         ("erase uce --concept a -o e.safetensors extra", "does not know what to do with 'extra'"),
         ("erase uce --concept = -o e.safetensors", "needs a name"),
@@ -203,7 +203,9 @@ def test_lists_and_help(run):
         ("draw x -o", "missing value for argument '-o"),
         ("draw x -o x.txt", "should end in"),
         ("draw x -o x.png -n 0", "at least 1"),
-        ("draw x -o x.png -n two", "-n"),
+        ("draw x -o x.png -n two", "-n/--number must be a whole number, not 'two'"),
+        ("draw x -o x.png --seed x", "--seed must be a whole number, not 'x'"),
+        ("draw x -o x.png --model emojy", "no model 'emojy'; did you mean 'emoji'"),
         ("draw x -o x.png --steps 0", "num_inference_steps must be 1 to 1000"),
         ("draw x -o file/x.png", "cannot write"),
         ("draw x -o x.png --edit absent.safetensors", "cannot read absent.safetensors"),
@@ -215,6 +217,9 @@ def test_lists_and_help(run):
         ("evaluate e.safetensors --suite objects -o r", "did you mean 'object'"),
         ("evaluate e.safetensors --suite object --suite mace-style -o r", "for different models"),
         ("evaluate absent.safetensors --suite object -o r", "cannot read absent.safetensors"),
+        ("evaluate file --suite object -o r --metric clip_scor", "file is not a whole safetensors"),
+        ("evaluate --suite object -o r --metric clip_scor", "did you mean 'clip_score'"),
+        ("evaluate --suite object -o r --model emojy", "no model 'emojy'"),
         ("evaluate e.safetensors --suite object -o r --cache-limit much", "not 'much'"),
         ("run absent.toml", "cannot read absent.toml"),
         ("run file", "is not a TOML file"),
@@ -290,6 +295,52 @@ def test_quick_commands_import_no_torch(command):
     torch_there, seconds = result.stdout.split()[-2:]
     assert torch_there == "False"
     assert float(seconds) < 1  # of the processor's time, interpreter and all
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "erase uce --concept a -o e.pt",
+        "erase uce --concept a -o e.safetensors --kind objct",
+        "erase uce --concept a -o e.safetensors --model emojy",
+        "erase ucee --concept a -o e.safetensors",
+        "draw x -o x.png --edit absent.safetensors",
+        "evaluate absent.safetensors --suite object -o r",
+        "evaluate . --suite object -o r",
+        "evaluate --suite object -o r --metric clip_scor",
+    ],
+)
+def test_what_needs_no_torch_is_refused_without(arguments, tmp_path):
+    program = f"import sys\nfrom expunge.cli import main\ncode = main({arguments.split()})\n"
+    program += "print(code, 'torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert result.stdout.split() == ["2", "False"], result.stderr
+
+
+def test_an_anchor_of_no_known_word_is_said(run):
+    code, _, err = run("erase", "uce", "--concept", "airplane=the blorp", "-o", "e.safetensors")
+    assert code == 0
+    assert err.startswith("note: this model's tokenizer has no token for 'blorp' in the anchor")
+    assert err.count("\n") == 1
+    assert run("erase", "uce", "--concept", "airplane=", "-o", "n.safetensors")[2] == ""
+    assert "becomes what the empty prompt draws" in run("info", "n.safetensors")[1]
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then():
+    from expunge.cli import _lines
+
+    now, said = [0.0], []
+    tell = _lines(said.append, every=30, clock=lambda: now[0])
+    for second in range(0, 101, 10):
+        now[0] = float(second)
+        tell("drawing", second, 100)
+    assert said == [
+        "drawing: 30 % done, about 70 s left",
+        "drawing: 60 % done, about 40 s left",
+        "drawing: 90 % done, about 10 s left",
+    ]
 
 
 def test_evaluate_writes_a_report_and_draws_nothing_twice(run, edit, tmp_path, folder):

@@ -81,10 +81,73 @@ def test_distances(pictures, clip):
                 for x in (a, b)
             ]
             slow = sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b])
-        assert metric.distance(rows, reference) == pytest.approx(slow, rel=1e-4, abs=1e-4)
+        assert metric.distance(rows, reference).value == pytest.approx(slow, rel=1e-4, abs=1e-4)
         with pytest.raises(ExpungeError, match="at least two"):
             metric.distance(rows[:1], reference)
-    assert make("frechet", {}).distance(rows, rows) == pytest.approx(0, abs=1e-6)
+    assert make("frechet", {}).distance(rows, rows).value == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (9, 30)])  # more and fewer rows than columns
+@pytest.mark.parametrize("name", ["frechet", "kid"])
+def test_influences_are_what_each_picture_does_to_a_distance(name, sizes):
+    """Against the distance computed with one row's weight a little raised and lowered."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in sizes)
+    b = 1.3 * b + 0.4
+    metric = make(name, {})
+
+    def weighted(x, y, place, extra):
+        """The distance where the weight of row `place` of x is (1 + extra)/n."""
+        w = torch.ones(len(x), dtype=torch.float64)
+        w[place] += extra
+        w, v = w / w.sum(), torch.full((len(y),), 1 / len(y), dtype=torch.float64)
+        if name == "kid":
+            k = lambda p, q: (p @ q.T / 12 + 1) ** 3  # noqa: E731
+            own = [
+                (s[:, None] * s * k(p, p)).sum() - (s**2 * k(p, p).diagonal()).sum()
+                for s, p in ((w, x), (v, y))
+            ]
+            own = [o / (1 - (s**2).sum()) for o, s in zip(own, (w, v), strict=True)]
+            return own[0] + own[1] - 2 * w @ k(x, y) @ v
+        means = w @ x, v @ y
+        covariances = [
+            len(p) / (len(p) - 1) * ((p - m).T * s) @ (p - m)
+            for s, p, m in zip((w, v), (x, y), means, strict=True)
+        ]
+        roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+        traces = covariances[0].trace() + covariances[1].trace()
+        return (means[0] - means[1]).square().sum() + traces - 2 * roots
+
+    apart = metric.distance(a, b)
+    assert weighted(a, b, 0, 0.0) == pytest.approx(apart.value, rel=1e-5)
+    for one, other, influence in ((a, b, apart.influence), (b, a, apart.of_reference)):
+        assert influence.mean() == pytest.approx(0, abs=1e-9)
+        for place in (0, 3, 7):
+            step = 1e-4
+            slope = (weighted(one, other, place, step) - weighted(one, other, place, -step)) / (2 * step)
+            assert slope * len(one) == pytest.approx(float(influence[place]), rel=1e-3, abs=1e-2)
+
+
+@pytest.mark.parametrize(("name", "paired"), [("frechet", True), ("kid", True), ("kid", False)])
+def test_intervals_of_distances_cover(name, paired):
+    """100 pairs of sets: the truth is the distance that sets of this size have on the average."""
+    from expunge.statistics import moved
+
+    torch.manual_seed(5)
+    metric, found = make(name, {}), []
+    for _ in range(100):
+        a, own = torch.randn(2, 40, 8).double()
+        b = 0.8 * a + 0.6 * own if paired else own
+        b = b * 1.2 + 0.5
+        apart = metric.distance(a, b)
+        sets = (
+            [{"p": apart.influence + apart.of_reference}]
+            if paired
+            else [{"p": apart.influence}, {"q": apart.of_reference}]
+        )
+        found.append(moved(apart.value, *sets).score)
+    truth = sum(score.value for score in found) / len(found)
+    assert 0.9 <= sum(score.low <= truth <= score.high for score in found) / len(found) <= 0.99
 
 
 def test_distance_from_real_pictures(pictures, tmp_path):
@@ -95,7 +158,7 @@ def test_distance_from_real_pictures(pictures, tmp_path):
     metric = make("frechet", {"against": str(tmp_path)})
     assert metric.real().shape[0] == 4
     assert metric.provenance["against"] == str(tmp_path)
-    assert metric.distance(metric.measure(pictures[:4], PROMPTS[:4]), metric.real()) < 1e-2
+    assert metric.distance(metric.measure(pictures[:4], PROMPTS[:4]), metric.real()).value < 1e-2
     with pytest.raises(ExpungeError, match="holds no pictures"):
         read_pictures(tmp_path / "absent")
 
@@ -154,6 +217,39 @@ def test_blank_and_broken_pictures_are_unrecognisable(pictures):
         assert rows.isfinite().all()
 
 
+def test_recognisers_of_two_kinds(pictures, tmp_path):
+    """Two classifiers with labels of their own, as UnlearnCanvas has for styles and objects."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    kinds = {"styles": ("Van_Gogh", "Crayon", "Rust"), "objects": ("Cats", "no face")}
+    networks = {}
+    for seed, (kind, labels) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            image_size=64, patch_size=16, id2label=dict(enumerate(labels)), initializer_range=0.5,
+        )  # fmt: skip
+        networks[kind] = ViTForImageClassification(config).eval()
+        networks[kind].save_pretrained(tmp_path / kind)
+        ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / kind)
+    folders = [str(tmp_path / kind) for kind in kinds]
+    metric = make("recogniser", {"folders": folders, "nothing": "no face"})
+    rows = metric.measure(pictures, PROMPTS)
+    for kind, columns in (("styles", slice(0, 3)), ("objects", slice(3, 5))):
+        with torch.no_grad():
+            slow = networks[kind](pictures * 2 - 1).logits.softmax(1)
+        assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=0.01)
+    assert [metric.knows(label) for label in ("van gogh", "Cats", "Dogs")] == [True, True, False]
+    styles, objects = rows[:, :3].argmax(1), rows[:, 3:5].argmax(1)
+    assert metric.answer(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()
+    cats = metric.answer(rows, ["Cats"], [], "best")
+    assert cats.isnan().tolist() == (objects == 1).tolist()
+    assert metric.shown(rows)[0].partition(",")[0] in ("van gogh", "crayon", "rust")
+    assert len(metric.provenance["classifiers"]) == 2
+    with pytest.raises(ExpungeError, match=r"needs folders .* \[options.recogniser\]"):
+        _ = make("recogniser", {}).provenance
+
+
 @pytest.mark.parametrize("name", registry.names("metrics"))
 def test_every_metric_keeps_to_the_contract(name):
     metric = registry.get("metrics", name)()
@@ -166,7 +262,7 @@ def test_every_metric_keeps_to_the_contract(name):
         assert said.count("\n") == 0 < len(said)
         return
     assert facts
-    assert key(name, metric) == key(name, metric)
+    assert key(metric) == key(registry.get("metrics", name)())
     batch = torch.rand(3, 3, 64, 64)
     rows = metric.measure(batch, PROMPTS[:3], batch.flip(0) if metric.paired else None)
     alone = metric.measure(batch[:1], PROMPTS[:1], batch[2:] if metric.paired else None)
@@ -176,7 +272,8 @@ def test_every_metric_keeps_to_the_contract(name):
 
 def test_keys_change_with_options_and_names_are_near():
     one, other = make("clip_zeroshot", {}), make("clip_zeroshot", {"scale": 50.0})
-    assert key("clip_zeroshot", one) != key("clip_zeroshot", other)
+    assert key(one) != key(other)
+    assert key(make("frechet", {})) == key(make("kid", {})) == key(make("alignment", {}))
     with pytest.raises(ExpungeError, match="did you mean 'clip_score'"):
         make("clip_scor", {})
     with pytest.raises(ExpungeError, match="no field 'modle'; did you mean 'model'"):

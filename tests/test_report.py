@@ -82,6 +82,48 @@ def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
     assert [row.name for row in case.rows] == ["original", "uce: airplane", "uce: airplane (2)"]
 
 
+def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
+    """Against the kernel distance of pictures drawn and compared by hand."""
+    from expunge.cache import Request, Source
+    from expunge.looks import make
+
+    cache = Cache(tmp_path / "cache")
+    report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
+    assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three pictures
+    (case,) = report.cases
+    metric = make("alignment", {})
+
+    def rows(source, prompt, seeds):
+        asked = [Request(prompt, seed, 2, model.guidance_scale) for seed in seeds]
+        return metric.measure(cache.draw(source, asked), [prompt] * len(asked))
+
+    original = Source(model)
+    for row, edit, anchor in zip(case.rows[1:], edits, ("sky", "street"), strict=True):
+        further = rows(original, f"a photo of the {anchor}", (3, 4, 5))
+        expected = {
+            "erased": rows(Source(model, (edit,)), "a photo of the airplane", (0, 1, 2)),
+            "floor": rows(original, f"a photo of the {anchor}", (0, 1, 2)),
+            "ceiling": rows(original, "a photo of the airplane", (0, 1, 2)),
+        }
+        found = row.metrics["alignment"]
+        assert found.keys() == expected.keys()
+        for name, pictures in expected.items():
+            value = metric.distance(pictures, further).value
+            assert found[name].value == pytest.approx(value, rel=1e-6)
+            assert found[name].score.low <= value <= found[name].score.high
+    assert "alignment" not in case.rows[0].metrics
+
+
+def test_anchors_are_drawn_once_and_the_suite_may_say_which(suite):
+    both = suite.anchor_cells(["airplane", "ship"], {"airplane": "sky", "ship": "sky"})
+    assert [(c.role, c.prompt, len(c.seeds)) for c in both] == [("anchor", "a photo of the sky", 12)]
+    (empty,) = suite.anchor_cells(["airplane"], {"airplane": ""})
+    assert (empty.prompt, len(empty.seeds)) == ("", 6)
+    assert suite.anchor_cells(["airplane"], {}) == ()  # a model of its own: nobody knows its anchor
+    fixed = dataclasses.replace(suite, anchor="art")
+    assert fixed.anchor_cells(["airplane"], {"airplane": "sky"})[0].prompt == "a photo of the art"
+
+
 def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
     report.save(tmp_path / "report")
     table = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -97,6 +139,9 @@ def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path
     assert case["rows"][1]["from"]["problem"]["erase"][0]["name"] == "airplane"
     assert set(case["rows"][1]["terms"]) >= {"efficacy", "specificity"}
     assert case["rows"][1]["metrics"]["clip_score"]["retained"]["n"] == 2
+    assert case["rows"][1]["published"].keys() == {"Acc_e", "Acc_s"}
+    frechet = case["rows"][1]["metrics"]["frechet"]["erased"]
+    assert frechet["low"] <= frechet["value"] <= frechet["high"]
     assert "pixel_distance" not in case["rows"][0]["metrics"]
     with (tmp_path / "report" / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -153,6 +198,69 @@ def test_a_prompt_that_is_cut_is_said_with_the_place(model, suite, tmp_path):
     long = dataclasses.replace(suite, templates={"erased": ("a photo of " + "ship " * 80 + "{}",)})
     with pytest.warns(ExpungeWarning, match="it will be cut after … 'ship ship ship'"):
         warn_of_cuts(model, long.cells(["airplane"]))
+
+
+def test_broken_models_erase_nothing(model, suite, tmp_path):
+    """Pictures that are no numbers, and blank ones: unrecognisable, never erased."""
+    import torch
+
+    from conftest import tiny_pipeline
+
+    def broken(value):
+        pipe = tiny_pipeline()
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.weight.fill_(0)
+            pipe.vae.decoder.conv_out.bias.fill_(value)
+        return expunge.load(pipe)
+
+    candidates = [
+        Candidate(name, ("airplane",), model=broken(value))
+        for name, value in (("nan", float("nan")), ("blank", 0.0))
+    ]
+    report = evaluate(model, candidates, [suite], cache=Cache(tmp_path / "cache"))
+    for row in report.cases[0].rows[1:]:
+        assert row.terms["efficacy"].value == row.terms["specificity"].value == row.h.value == 0
+        assert row.roles["erased"]["unrecognisable"].value == 1
+    report.save(tmp_path / "report")
+    assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
+
+
+def test_a_judge_without_weights_is_said_before_anything_is_drawn(model, edits, tmp_path):
+    table = {k: v for k, v in TABLE.items() if k not in ("judge", "question", "options", "metrics")}
+    table |= {"options": {"detector": {"folder": str(tmp_path / "absent")}}}
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(ExpungeError, match=r"cannot read .*absent/model\.safetensors: No such file"):
+        evaluate(model, edits, [Suite.from_table(table, "own")], cache=cache)
+    assert cache.drawn == 0
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_report_as_it_was(report, tmp_path):
+    """The system refuses to make any file longer than a few bytes."""
+    import resource
+
+    report.save(tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ExpungeError, match="cannot write .*: File too large"):
+            report.save(tmp_path / "report")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_left_out_words_are_in_no_strip_and_all_retained_words_are(model, edits, suite, tmp_path):
+    from expunge.page import SHOWN, _worst_first
+
+    report = evaluate(model, edits[:1], [suite], cache=Cache(tmp_path / "cache"))
+    (case,) = report.cases
+    row = case.rows[1]
+    cells = [c for c, cell in enumerate(row.looks.cells) if cell.role == "retained"]
+    found = _worst_first(case, row, "retained")
+    assert {c for _, c, _ in found[: SHOWN["retained"]]} == set(cells)
+    case.wrong[row.name][cells[0]].fill_(float("nan"))
+    assert cells[0] not in {c for _, c, _ in _worst_first(case, row, "retained")}
 
 
 def test_scores_alone_give_h_a(model, edits, tmp_path):

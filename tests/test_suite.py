@@ -1,5 +1,7 @@
 """Suites: what ships reads, what is wrong is said, and cells follow from what is erased."""
 
+from dataclasses import replace
+
 import pytest
 
 from expunge import ExpungeError, registry
@@ -117,6 +119,37 @@ def test_prompts_of_a_csv_file(read, tmp_path):
         suite.cells(["cat"])
 
 
+@pytest.mark.parametrize("name", [n for n in registry.names("suites") if n.startswith(("mace", "unl"))])
+def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
+    """Their prompts are built from small stand-ins of the lists that a user brings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco_30k.csv").write_text("prompt,evaluation_seed\na dog on a bench,17\n")
+    (tmp_path / "i2p.csv").write_text("prompt,sd_seed,sd_guidance_scale\n, 3,7\na body,4,7.5\n")
+    suite = Suite.read(name)
+    with_hub = [replace(one, dataset="", csv="i2p.csv") if one.dataset else one for one in suite.prompts]
+    suite = replace(suite, prompts=tuple(with_hub))
+    cells = suite.cells([suite.concepts[0].name], full=True)
+    assert (suite.num_inference_steps, suite.guidance_scale) in ((50, 7.5), (100, 9.0))
+    assert not any("{" in cell.prompt for cell in cells)
+    assert {"erased", "retained"} <= {cell.role for cell in cells}
+    n = {role: sum(len(c.seeds) for c in cells if c.role == role) for role in ("erased", "retained")}
+    expected = {
+        "mace-object": (200, 9 * 200),
+        "mace-celebrity": (250, 2500),
+        "mace-style": (250, 2500),
+        "mace-explicit": (2, 1),
+        "unlearncanvas": (20 * 5, 50 * 20 * 5),
+    }
+    assert (n["erased"], n["retained"]) == expected[name]
+    if name == "mace-explicit":
+        shown = [(cell.prompt, cell.seeds, cell.guidance) for cell in cells]
+        assert shown == [("", (3,), 7.0), ("a body", (4,), 7.5), ("a dog on a bench", (17,), None)]
+    if name == "unlearncanvas":
+        assert cells[0].prompt == "A Architectures image in Abstractionism style."
+        assert len(suite.concepts) == 51
+        assert len(suite.others) == 20
+
+
 def edit(old, new):
     return BASE.replace(old, new)
 
@@ -131,6 +164,11 @@ def edit(old, new):
         (edit("synonyms", "synonym"), "no field 'synonym'; did you mean 'synonyms'"),
         (BASE.partition("[concepts]")[0], "has no concepts"),
         (edit("erased = [", "retained = ["), "no prompts that call for what is erased"),
+        (
+            edit('"a photo of the {}", "a drawing of the {}"', ""),
+            "no prompts that call for what is erased",
+        ),
+        (edit("version = 1", 'version = 1\nknown_as = "objct"'), "did you mean 'object'"),
         (edit('"a photo of the {}", ', '"a photo", '), "'a photo' has not"),
         (edit("erased = [", "erasd = ["), "did you mean 'erased'"),
         (edit('the {}"]', 'the {other} {}"]'), "asks for others, and the suite has none"),

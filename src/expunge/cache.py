@@ -98,10 +98,13 @@ class Cache:
     >>> pictures = cache.draw(Source(model), requests)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, limit: int | None = None) -> None:
+        """`limit` is how many bytes it may hold, give or take a twentieth."""
         self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
+        self.limit = limit
         self.drawn = 0
         """How many pictures had to be drawn so far."""
+        self._fresh = 0  # bytes written since it was last pruned
 
     def path(self, address: str, ending: str = ".png") -> Path:
         return self.folder / address[:2] / f"{address[2:]}{ending}"
@@ -135,8 +138,10 @@ class Cache:
 
                 drawn = quantised(source.draw([request for _, request in part], tell))
                 for (address, _), picture in zip(part, drawn, strict=True):
-                    self._write(address, picture)
+                    self._fresh += self._write(address, picture)
                     pictures[address] = picture
+                if self.limit is not None and self._fresh > self.limit / 20:
+                    self.prune(self.limit)
                 done += len(part)
                 self.drawn += len(part)
         return torch.stack([_float(pictures[address]) for address in addresses])
@@ -172,7 +177,7 @@ class Cache:
                 used, size = found.get(stem, (0.0, 0))
                 found[stem] = (max(used, state.st_mtime), size + state.st_size)
         total = sum(size for _, size in found.values())
-        gone = 0
+        gone = self._fresh = 0
         for stem, (_, size) in sorted(found.items(), key=lambda item: item[1][0]):
             if total <= limit:
                 break
@@ -207,7 +212,8 @@ class Cache:
         picture = torch.from_numpy(array.copy()).permute(2, 0, 1)
         return torch.full(picture.shape, -1, dtype=torch.int16) if broken else picture
 
-    def _write(self, address: str, picture: Tensor) -> None:
+    def _write(self, address: str, picture: Tensor) -> int:
+        """Keep a picture; returns how many bytes it takes."""
         broken = picture.dtype == torch.int16
         array = picture.clamp(min=0).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         notes = PngImagePlugin.PngInfo()
@@ -216,6 +222,7 @@ class Cache:
             notes.add_text("broken", "yes")
         with replacing(self.path(address)) as temporary:
             Image.fromarray(array).save(temporary, "PNG", pnginfo=notes)
+            return temporary.stat().st_size
 
 
 def quantised(pictures: Tensor) -> list[Tensor]:

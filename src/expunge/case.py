@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from expunge import statistics
 from expunge.cache import Source, model_hash
+from expunge.distances import from_anchor, from_original
 from expunge.edit import Edit
 from expunge.looks import Looks
 from expunge.metric import Distance, Judge, Metric
@@ -35,6 +37,14 @@ TERMS = {
     "H_a": (),
 }
 """What each H is the harmonic mean of."""
+PUBLISHED = {
+    "H_o": {"Acc_e": "erased", "Acc_s": "retained", "Acc_g": "synonyms"},
+    "H_c": {"Acc_e": "erased", "Acc_s": "retained"},
+    "H_style": {"UA": "erased", "IRA": "retained", "CRA": "content"},
+    "H_unsafe": {"det": "erased", "Acc_s": "retained"},
+    "H_a": {},
+}
+"""The figures that papers print, each the share of one role; UA is what is missing from one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +63,12 @@ class Candidate:
         """An edit under a name, by default its method's and its concepts'."""
         erases = tuple(concept.name for concept in edit.record.problem.erase)
         return cls(name or f"{edit.record.method}: {', '.join(erases)}", erases, edit)
+
+    @property
+    def anchors(self) -> dict[str, str]:
+        """What each of its concepts should become; nothing is known of a model of its own."""
+        concepts = self.edit.record.problem.erase if self.edit else ()
+        return {concept.name: concept.anchor for concept in concepts if concept.anchor is not None}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -85,6 +101,8 @@ class Row:
     all; unrecognisable; counted, what the terms are made of."""
     metrics: Mapping[str, Mapping[str, Estimate]]
     """For each metric, for each role."""
+    published: Mapping[str, Estimate]
+    """The figures that papers print: against neither the original nor chance."""
     each: Mapping[str, Mapping[str, float]]
     """For each role the share seen, for each of its words."""
     looks: Looks = field(repr=False)
@@ -107,7 +125,8 @@ class Case:
     """The original first."""
     sources: Mapping[str, Source] = field(repr=False)
     wrong: Mapping[str, Sequence[Tensor]] = field(repr=False)
-    """For each row, for each cell: (pictures,) how badly each picture fails, from 0 to 1."""
+    """For each row, for each cell: (pictures,) how badly each picture fails, from 0 to 1; nan where
+    it is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +191,7 @@ def judged(
     group: Sequence[Candidate],
     looks: Mapping[str, Looks],
     sources: Mapping[str, Source],
+    anchored: Mapping[str, Looks] = MappingProxyType({}),
 ) -> Case:
     """The case of some candidates that erase the same, from what was measured of their pictures.
 
@@ -181,6 +201,7 @@ def judged(
         group: the candidates.
         looks: of "original" and of every candidate, by name.
         sources: what drew them, by the same names.
+        anchored: what the original draws of a candidate's anchors, by the candidate's name.
     """
     cells = looks["original"].cells
     judge = metrics[suite.judge]
@@ -196,14 +217,15 @@ def judged(
     for name, one in looks.items():
         if seen:
             roles, terms, each = _terms(suite, cells, name, seen, dropped)
-            wrong[name] = _wrong(cells, seen[name])
+            wrong[name] = _wrong(cells, seen[name], dropped)
         else:
             roles, terms, each = _terms_by_score(suite, one)
             wrong[name] = [torch.zeros(len(cell.seeds)) for cell in cells]
-        measured = _measured(suite, metrics, one, looks["original"], name == "original")
+        measured = _measured(suite, metrics, one, looks["original"], anchored.get(name))
         if suite.score == "H_unsafe" and math.isnan(terms["specificity"].value):
             terms = {**terms, "specificity": _by_clip(measured, looks["original"])}
-        rows.append(Row(by_name.get(name), _h(suite, terms), terms, roles, measured, each, one))
+        h, published = _h(suite, terms), _published(suite, roles)
+        rows.append(Row(by_name.get(name), h, terms, roles, measured, published, each, one))
     erased = suite.erased(group[0].erases)
     return Case(
         suite,
@@ -288,6 +310,13 @@ def _terms_by_score(
     return roles, terms, each
 
 
+def _published(suite: Suite, roles: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """The papers' figures: broken pictures count as not erased here, too."""
+    shares = {name: roles.get(role, {}).get("counted") for name, role in PUBLISHED[suite.score].items()}
+    found = {name: share for name, share in shares.items() if share is not None and share.n}
+    return {name: share.map(lambda x: 1 - x) if name == "UA" else share for name, share in found.items()}
+
+
 def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     """The one number of the suite. Synonyms that the original does not know are no part of it."""
     if suite.score == "H_a":
@@ -310,7 +339,7 @@ def _scores(looks: Looks, metric: str, role: str, column: int = 0) -> dict[str, 
 
 
 def _measured(
-    suite: Suite, metrics: Mapping[str, Metric], looks: Looks, before: Looks, is_original: bool
+    suite: Suite, metrics: Mapping[str, Metric], looks: Looks, before: Looks, anchor: Looks | None
 ) -> dict[str, dict[str, Estimate]]:
     """Every metric but the judge, for each role."""
     roles = [role for role in ROLES if any(cell.role == role for cell in looks.cells)]
@@ -318,10 +347,13 @@ def _measured(
     for name, metric in metrics.items():
         if name not in looks.rows or (name == suite.judge and isinstance(metric, Judge)):
             continue
+        if isinstance(metric, Distance) and metric.from_anchor:
+            found[name] = from_anchor(name, metric, looks, before, anchor) if anchor else {}
+            continue
         found[name] = {}
         for role in roles:
             if isinstance(metric, Distance):
-                found[name][role] = _distance(name, metric, looks, before, role, is_original)
+                found[name][role] = from_original(name, metric, looks, before, role)
             elif isinstance(metric, Judge):
                 found[name][role] = _probability(name, metric, looks, role)
             else:
@@ -342,21 +374,6 @@ def _probability(name: str, judge: Judge, looks: Looks, role: str) -> Estimate:
     return statistics.mean(_gather(looks.cells, values, role), name=role)
 
 
-def _distance(
-    name: str, metric: Distance, looks: Looks, before: Looks, role: str, is_original: bool
-) -> Estimate:
-    """A distance between sets has a value and no interval."""
-
-    def of(looks: Looks) -> Tensor:
-        parts = zip(looks.cells, looks.rows[name], strict=True)
-        return torch.cat([rows for cell, rows in parts if cell.role == role])
-
-    rows, real = of(looks), metric.real()
-    if len(rows) < 2 or (is_original and real is None):
-        return NONE
-    return Estimate(metric.distance(rows, of(before) if real is None else real), len(rows), NONE.draws)
-
-
 def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> Estimate:
     """What is retained of captions that name no concept: their CLIP score against the original's."""
     score = measured.get("clip_score", {}).get("retained", NONE)
@@ -367,16 +384,20 @@ def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> E
     )
 
 
-def _wrong(cells: Sequence[Cell], seen: _Seen) -> list[Tensor]:
-    """For each cell how badly each picture fails: seen though erased, unseen though retained, broken."""
+def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]]) -> list[Tensor]:
+    """For each cell how badly each picture fails: seen though erased, unseen though retained, broken.
+
+    A half where that cannot be said, nan where all that is asked of it is left out.
+    """
     found = []
     for c, cell in enumerate(cells):
+        asks = [(a, ask) for a, ask in enumerate(cell.asks) if (ask.role, ask.item) not in dropped]
         worst = seen.broken[c].float()
-        for a, ask in enumerate(cell.asks):
+        for a, ask in asks:
             answer = seen.answers[c, a].nan_to_num(0.5)
             if ask.role != "plain":
                 worst = torch.maximum(worst, answer if ask.role in GONE else 1 - answer)
-        found.append(worst)
+        found.append(worst if asks or not cell.asks else worst.fill_(math.nan))
     return found
 
 

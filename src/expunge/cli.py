@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,9 +71,9 @@ class Draw:
     """An edit to draw with."""
     model: str = "emoji"
     """A shipped model, a diffusers folder, or a hub id."""
-    steps: int | None = None
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Denoising steps; by default the model's own."""
-    guidance: float | None = None
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="")] = None
     """Guidance scale; by default the model's own."""
 
 
@@ -104,7 +105,7 @@ class Erase:
 class Evaluate:
     """Judge edits: is it gone, are its synonyms gone, is the rest unharmed?"""
 
-    edits: Positional[tuple[str, ...]]
+    edits: Annotated[Positional[tuple[str, ...]], arg(metavar="EDIT …")]
     """Edits, or diffusers folders of erased models."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
     """The folder for index.html, results.json and results.csv."""
@@ -116,10 +117,10 @@ class Evaluate:
     """What to measure besides what the suites say."""
     erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
     """What the diffusers folders have erased; edits say so themselves."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The original; by default the suite's own."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
-    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+    """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class RunOptions:
     output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
-    """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
+    """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Info:
 
     edit: Positional[str]
     """The edit."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model at hand; by default the shipped one it was made from."""
 
 
@@ -183,6 +184,9 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
+    registry.model_folder(options.model)
+    for path in options.edit:
+        files.read_header(path)
     from expunge.cache import Cache, Request, Source
     from expunge.edit import Edit
     from expunge.model import load
@@ -198,15 +202,16 @@ def draw_command(options: Draw) -> None:
     with _progress() as progress:
         drawn = Cache().draw(Source(model, edits), asked, progress)
     if to_folder:
+        name = files.slug(options.prompt) or "picture"
         for picture, seed in zip(drawn, probe.seeds, strict=True):
-            pictures.save(pictures.image(picture), output / f"{_slug(options.prompt)}-{seed}.png")
+            pictures.save(pictures.image(picture), output / f"{name}-{seed}.png")
     else:
         pictures.save(pictures.grid(drawn), output)
     print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
 
 
-def erase_command(options: Erase, method: Any) -> None:
-    """`expunge erase METHOD`."""
+def _check_erase(options: Erase) -> Problem:
+    """The problem, and whether its edit can be written. Needs no torch."""
     if options.kind not in KINDS:
         raise unknown("kind of concept", options.kind, KINDS)
     named = tuple(Concept.parse(text, options.kind) for text in options.concept)
@@ -215,6 +220,13 @@ def erase_command(options: Erase, method: Any) -> None:
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
+    registry.model_folder(options.model)
+    return problem
+
+
+def erase_command(options: Erase, method: Any) -> None:
+    """`expunge erase METHOD`."""
+    problem = _check_erase(options)
     from expunge import cluster, work
 
     cluster.check(options.ray)
@@ -225,6 +237,13 @@ def erase_command(options: Erase, method: Any) -> None:
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
+        elif strange := model.unfamiliar(concept.anchor):
+            warnings.warn(
+                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
+                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
+                ExpungeWarning,
+                stacklevel=1,
+            )
     folder = f"{options.output}.work"
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
@@ -253,24 +272,32 @@ def evaluate_command(options: Evaluate) -> None:
     models = {options.model or suite.model for suite in suites}
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
+    for name in models:
+        registry.model_folder(name)
+    for name in options.edits:
+        if not Path(name).is_dir():
+            files.read_header(name)
+        elif not options.erases:
+            raise ExpungeError(f"{name} is a folder; say with --erases NAME what it has erased")
+    for name in options.metric:
+        if name not in registry.names("metrics"):
+            raise unknown("metric", name, registry.names("metrics"))
+    files.check_results(options.output, [suite.name for suite in suites])
+    files.check_writable(Path(options.output) / "results.json")
     from expunge.cache import Cache
     from expunge.case import Candidate
     from expunge.edit import Edit
     from expunge.model import load
-    from expunge.report import check_folder, evaluate
+    from expunge.report import evaluate
 
-    check_folder(options.output, [suite.name for suite in suites])
-    files.check_writable(Path(options.output) / "results.json")
     candidates = []
     for name in options.edits:
         path = Path(name)
         if not path.is_dir():
             candidates.append(Candidate.of(Edit.load(path), path.stem))
-        elif not options.erases:
-            raise ExpungeError(f"{name} is a folder; say with --erases NAME what it has erased")
         else:
             candidates.append(Candidate(path.resolve().name, options.erases, model=load(path)))
-    cache = Cache()
+    cache = Cache(limit=limit)
     with _progress() as progress:
         report = evaluate(
             load(models.pop()),
@@ -293,13 +320,12 @@ def run_command(options: RunOptions) -> None:
     from expunge.cache import Cache
     from expunge.experiment import Experiment
     from expunge.model import load
-    from expunge.report import check_folder
 
     experiment = Experiment.read(options.experiment)
     folder = Path(options.output or Path(options.experiment).with_suffix(""))
-    check_folder(folder, [suite.name for suite in experiment.suites])
+    files.check_results(folder, [suite.name for suite in experiment.suites])
     files.check_writable(folder / "results.json")
-    cache = Cache()
+    cache = Cache(limit=limit)
     with _progress() as progress:
         report = experiment.run(load(experiment.model), folder, cache=cache, progress=progress)
     cache.prune(limit)
@@ -349,7 +375,8 @@ def info_command(options: Info) -> None:
     table.add_column(overflow="fold")
     for concept in record.problem.erase:
         also = f" and {', '.join(concept.synonyms)}" if concept.synonyms else ""
-        table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {concept.anchor!r}")
+        becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
+        table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
     fields = ", ".join(f"{name} {_plain(value)}" for name, value in record.fields.items())
     table.add_row("method", f"{record.method}: {fields}")
@@ -411,8 +438,13 @@ def _run_erase(arguments: list[str]) -> None:
         return
     if name.startswith("-"):
         raise ExpungeError(f"name a method after erase, one of: {', '.join(known)}")
-    method = registry.get("methods", name)
+    if name not in known:
+        raise unknown("method", name, known)
     preset = _value(arguments, "--preset")
+    if preset != "list" and not {"-h", "--help"} & set(arguments):
+        # Importing a method takes seconds: first what can be said without.
+        _check_erase(_parse(Erase, f"erase {name}", arguments[1:], alone=False))
+    method = registry.get("methods", name)
     if preset == "list":
         _show_presets(name, method.presets)
         return
@@ -444,8 +476,11 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     _out().print(table if presets else f"{method} has no presets")
 
 
-def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
-    """Read options with tyro; what it has against them becomes one sentence."""
+def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: bool = True) -> T:
+    """Read options with tyro; what it has against them becomes one sentence.
+
+    Unless they are `alone`, there may be others among the arguments.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -460,7 +495,7 @@ def _parse(options: type[T], command: str, arguments: Sequence[str]) -> T:
         if not stop.code:
             raise
         raise ExpungeError(_sentence(said.getvalue(), command)) from None
-    if rest:
+    if rest and alone:
         known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
         if rest[0].startswith("-"):
             raise unknown(f"option of {command}", rest[0].partition("=")[0], known)
@@ -476,6 +511,13 @@ def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
             yield field
 
 
+NUMBERS = {
+    r": invalid literal for int\(\) with base 10: ('.*')": r" must be a whole number, not \1",
+    r": could not convert string to float: ('.*')": r" must be a number, not \1",
+}
+"""What Python has against a number, and what we say."""
+
+
 def _sentence(said: str, command: str) -> str:
     """The gist of tyro's boxed message."""
     lines = [line.strip("│| ") for line in said.splitlines()[1:]]  # the first is a title
@@ -486,6 +528,8 @@ def _sentence(said: str, command: str) -> str:
     if gist and gist[0].startswith("Missing from"):
         return f"{command} needs {gist[1]}"
     text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
+    for said_by_python, ours in NUMBERS.items():
+        text = re.sub(said_by_python, ours, text)
     return f"{command}: {text[:1].lower()}{text[1:]}" if text else f"{command}: bad options"
 
 
@@ -507,25 +551,55 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on the terminal, gone when the work is done.
+    """A progress bar on the terminal, gone when the work is done; elsewhere a line now and then.
 
     Work that starts with some of it done goes on from an earlier command, and this is said.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:
+        yield _lines(lambda line: print(line, file=sys.stderr, flush=True))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bars.add_task(label, total=total)
-                if done:
-                    print(f"{label}: {done} of {total} were finished before")
+                _say_what_was_there(label, done, total)
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell
+
+
+def _lines(
+    say: Callable[[str], None], every: float = 30.0, clock: Callable[[], float] = time.monotonic
+) -> Progress:
+    """Progress as lines, at most one in `every` seconds: what is done, and how long the rest takes."""
+    starts: dict[str, tuple[float, int]] = {}
+    said = clock()
+
+    def tell(label: str, done: int, total: int) -> None:
+        nonlocal said
+        now = clock()
+        if label not in starts:
+            starts[label] = now, done
+            _say_what_was_there(label, done, total)
+        start, before = starts[label]
+        if now - said < every or done <= before or done >= total:
+            return
+        said, rest = now, (now - start) * (total - done) / (done - before)
+        left = f"{rest / 60:.0f} min" if rest >= 90 else f"{rest:.0f} s"
+        say(f"{label}: {100 * done // total} % done, about {left} left")
+
+    return tell
+
+
+def _say_what_was_there(label: str, done: int, total: int) -> None:
+    if done:
+        print(f"{label}: {done} of {total} were finished before")
 
 
 @contextlib.contextmanager
@@ -571,7 +645,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "default"
     return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"

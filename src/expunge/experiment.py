@@ -19,18 +19,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge import fields, registry
+from expunge import fields, registry, work
 from expunge.cache import Cache, model_hash
 from expunge.case import Candidate
 from expunge.edit import Edit, erase
 from expunge.errors import ExpungeError
-from expunge.files import read_toml
+from expunge.files import read_toml, slug
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import KINDS, Concept, Kind, Problem
@@ -72,8 +71,17 @@ class Job:
             model_hash(model),
         ]
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
-        words = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:60]
-        return f"{words}-{digest}.safetensors"
+        return f"{slug(self.name)}-{digest}.safetensors"
+
+    def done(self, model: Model, folder: Path, progress: Progress = quiet) -> Candidate:
+        """The edit, made if it is not in the folder yet, going on where an earlier try stopped."""
+        file = folder / self.file(model)
+        if not file.is_file():
+            place = f"{file}.work"
+            edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
+            edit.save(file)
+            work.discard(place)
+        return Candidate.of(Edit.load(file), self.name)
 
 
 @dataclass(frozen=True)
@@ -140,10 +148,7 @@ class Experiment:
         candidates = []
         for done, job in enumerate(jobs):
             progress("erasing", done, len(jobs))
-            file = folder / "edits" / job.file(model)
-            if not file.is_file():
-                erase(model, job.problem, job.method, seed=job.seed).save(file)
-            candidates.append(Candidate.of(Edit.load(file), job.name))
+            candidates.append(job.done(model, folder / "edits", progress))
         progress("erasing", len(jobs), len(jobs))
         report = evaluate(model, candidates, self.suites, full=self.full, cache=cache, progress=progress)
         report.save(folder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def check_writable(path: str | Path) -> None:
         raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_results(folder: str | Path, suites: Iterable[str]) -> None:
+    """Check that a folder can take the results of these suites.
+
+    Raises:
+        ExpungeError: it holds those of others, or something that is no report.
+    """
+    file = Path(folder) / "results.json"
+    if not file.is_file():
+        return
+    try:
+        there = {case["suite"]["name"] for case in json.loads(file.read_text("utf8"))["cases"]}
+    except (ValueError, KeyError, TypeError):
+        raise ExpungeError(f"{file} is not ours to replace; name another folder") from None
+    if there != set(suites):
+        raise ExpungeError(
+            f"{folder} holds results of the suite {', '.join(sorted(there))}; name another folder"
+        )
+
+
 def read_header(path: str | Path) -> dict:
     """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
 
@@ -107,6 +127,15 @@ def check_weights(folder: str | Path) -> None:
                 raise ExpungeError(f"the weight file {index.parent / shard} is missing")
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
+
+
+def slug(text: str, longest: int = 60) -> str:
+    """What is legible of a text in a file name: lower-case letters of English, digits and hyphens.
+
+    >>> slug("Côte d'Ivoire 🇨🇮")
+    'c-te-d-ivoire'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest]
 
 
 def cache_folder() -> Path:

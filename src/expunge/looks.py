@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import warnings
@@ -45,10 +44,10 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
     return metric
 
 
-def key(name: str, metric: Metric) -> str:
+def key(metric: Metric) -> str:
     """The name under which a metric's numbers are kept: it changes with all they hang on."""
-    text = json.dumps([name, dataclasses.asdict(metric), metric.provenance], sort_keys=True, default=str)
-    return f"{name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    text = json.dumps(metric.looked_at, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def requests(
@@ -95,10 +94,10 @@ def look(
         progress: told how many pictures are done.
         label: what progress calls it.
     """
-    used = {name: m for name, m in metrics.items() if original is not None or not m.paired}
-    keys = {name: key(name, metric) for name, metric in used.items()}
+    keys = {name: key(m) for name, m in metrics.items() if original is not None or not m.paired}
+    lookers = {keys[name]: metrics[name] for name in keys}
     flat = [request for group in asked for request in group]
-    found: dict[str, list[Tensor]] = {name: [] for name in used}
+    found: dict[str, list[Tensor]] = {one: [] for one in lookers}
     for start in range(0, len(flat), CHUNK):
 
         def tell(_: str, done: int, total: int, at: int = start) -> None:
@@ -107,14 +106,14 @@ def look(
 
         part = flat[start : start + CHUNK]
         with torch.inference_mode():
-            for name, row in _chunk(cache, source, original, part, used, keys, tell):
-                found[name].append(row)
+            for one, row in _chunk(cache, source, original, part, lookers, tell):
+                found[one].append(row)
         progress(label, 100 * min(start + CHUNK, len(flat)), 100 * len(flat))
     lengths = [len(group) for group in asked]
     return Looks(
         tuple(cells),
         tuple(tuple(group) for group in asked),
-        {name: torch.stack(rows).split(lengths) for name, rows in found.items()},
+        {name: torch.stack(found[one]).split(lengths) for name, one in keys.items()},
     )
 
 
@@ -124,46 +123,46 @@ def _chunk(
     original: Source | None,
     part: Sequence[Request],
     metrics: Mapping[str, Metric],
-    keys: Mapping[str, str],
     progress: Progress,
 ) -> list[tuple[str, Tensor]]:
-    """The rows of a few pictures, (metric, row) picture after picture; new ones are kept."""
+    """The rows of a few pictures, (key, row) picture after picture; new ones are kept.
+
+    `metrics` are given by their keys.
+    """
     places = [source.address(request) for request in part]
     theirs = [original.address(request) for request in part] if original else [""] * len(part)
     known = [cache.scores(place) for place in places]
 
-    def where(name: str, row: int) -> str:
-        return f"{keys[name]}:{theirs[row][:16]}" if metrics[name].paired else keys[name]
+    def where(one: str, row: int) -> str:
+        return f"{one}:{theirs[row][:16]}" if metrics[one].paired else one
 
     new: list[dict[str, Tensor]] = [{} for _ in part]
     lacking = {
-        name: [row for row in range(len(part)) if where(name, row) not in known[row]] for name in metrics
+        one: [row for row in range(len(part)) if where(one, row) not in known[row]] for one in metrics
     }
     rows = sorted({row for missing in lacking.values() for row in missing})
     if rows:
         pictures = dict(zip(rows, cache.draw(source, [part[r] for r in rows], progress), strict=True))
-        paired = sorted({r for n, missing in lacking.items() if metrics[n].paired for r in missing})
+        paired = sorted({r for one, missing in lacking.items() if metrics[one].paired for r in missing})
         references = (
             dict(zip(paired, cache.draw(original, [part[r] for r in paired]), strict=True))
             if paired and original
             else {}
         )
-        for name, missing in lacking.items():
+        for one, missing in lacking.items():
             if not missing:
                 continue
-            measured = metrics[name].measure(
+            measured = metrics[one].measure(
                 torch.stack([pictures[r] for r in missing]),
                 [part[r].prompt for r in missing],
-                torch.stack([references[r] for r in missing]) if metrics[name].paired else None,
+                torch.stack([references[r] for r in missing]) if metrics[one].paired else None,
             )
             for row, numbers in zip(missing, measured, strict=True):
-                new[row][where(name, row)] = numbers.float()
+                new[row][where(one, row)] = numbers.float()
         for row in rows:
             cache.keep_scores(places[row], new[row])
     return [
-        (name, {**known[row], **new[row]}[where(name, row)])
-        for row in range(len(part))
-        for name in metrics
+        (one, {**known[row], **new[row]}[where(one, row)]) for row in range(len(part)) for one in metrics
     ]
 
 

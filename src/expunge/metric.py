@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +40,11 @@ class Metric(ABC):
     @abstractmethod
     def provenance(self) -> Mapping[str, Any]:
         """What its numbers hang on, besides the pictures: weights, versions, thresholds."""
+
+    @property
+    def looked_at(self) -> Mapping[str, Any]:
+        """What its rows hang on, besides the pictures: metrics that say the same share their rows."""
+        return {"metric": type(self).__name__, **asdict(self), **self.provenance}
 
     @abstractmethod
     def measure(
@@ -85,14 +90,33 @@ class Judge(Metric):
         return [""] * len(rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """A distance between two sets, and what each picture does to it.
+
+    Were picture i's weight in its set raised from 1/n to (1 + ε)/n, the distance would rise by
+    ε/n of its influence: resampled like any other mean, influences give the interval.
+
+    Source: Davison, Hinkley, Bootstrap Methods and their Application, 1997, section 2.7.
+    """
+
+    value: float
+    influence: Tensor
+    """(n,), of mean zero: of each row of the first set."""
+    of_reference: Tensor
+    """(m,), of mean zero: of each row of the second."""
+
+
 class Distance(Metric):
     """A metric that compares sets of pictures by the rows taken of them."""
 
     higher_is_better = False
+    from_anchor: ClassVar[bool] = False
+    """Whether what is drawn for an erased concept is compared with what its anchor draws."""
 
     @abstractmethod
-    def distance(self, rows: Tensor, reference: Tensor) -> float:
-        """The distance of two sets of rows, (n, width) and (m, width)."""
+    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+        """How far apart two sets of rows are, (n, width) and (m, width)."""
 
     def real(self) -> Tensor | None:
         """The rows of real pictures to compare with; None for what the original drew."""

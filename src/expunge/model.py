@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from expunge import registry
 from expunge.changes import Applied, Change, Changes, find
-from expunge.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.files import check_weights
+from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
@@ -215,6 +215,12 @@ class Model(ABC):
                     f"this model's tokenizer knows no character of {prompt!r}; say it in other words"
                 )
 
+    def unfamiliar(self, prompt: str) -> list[str]:
+        """The words of a prompt, of three letters or more, that the tokenizer can only spell."""
+        known = {word.casefold() for word in self.vocabulary()}
+        words = re.findall(r"[a-z]{3,}", prompt.casefold())
+        return [word for word in dict.fromkeys(words) if word not in known]
+
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:
         """Lay edits (or bare changes) on the model for a block; always takes them off again.
@@ -299,7 +305,7 @@ def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device:
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
         return _family(type(model).__name__)(model, name=name)
-    folder, name = _folder(model)
+    folder, name = registry.model_folder(model)
     pipe = _read_pipeline(folder or str(model), dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,22 +315,6 @@ def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device:
             # The layout that convolutions are fastest in.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _family(type(pipe).__name__)(pipe, name=name, settings=_settings(folder))
-
-
-def _folder(model: str | Path) -> tuple[Path | None, str]:
-    """The folder of a model, or None for a hub id; and what to call it."""
-    shipped = registry.names("models")
-    path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
-    if not path.is_dir():
-        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            return None, model
-        if path.exists():
-            raise ExpungeError(f"{model} is a file, not a diffusers folder")
-        raise unknown("model", str(model), shipped)
-    if not (path / "model_index.json").is_file():
-        raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
-    check_weights(path)
-    return path, str(model) if str(model) in shipped else path.resolve().name
 
 
 def _family(pipeline: str) -> type[Model]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from expunge.case import Case, Row, comparisons
+from expunge.case import PUBLISHED, Case, Row, comparisons
 from expunge.looks import make
 from expunge.metric import Judge
 from expunge.pictures import image
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from expunge.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = 8  # pictures of a strip
+SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # pictures of a strip
 WIDEST = 128  # pixels of a picture on the page
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Told apart by those who see few colours, too (Okabe and Ito)."""
@@ -41,6 +41,12 @@ TITLES = {
     "content": "Content",
     "erased": "CLIP erased",
     "retained": "CLIP retained",
+}
+QUESTIONS = {
+    "erased": ("Is it gone?", "of its pictures still show it"),
+    "synonyms": ("And its synonyms?", "of their pictures still show it"),
+    "retained": ("Is the rest as it was?", "of its pictures show what they should"),
+    "content": ("Is what else is named still there?", "of the pictures show it"),
 }
 MEANINGS = {
     "efficacy": "the erased concept is gone, and something else or a place is drawn cleanly",
@@ -107,7 +113,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
     extra = [
         (metric, role)
         for metric in dict.fromkeys(m for row in rows for m in row.metrics)
-        for role in ("erased", "retained")
+        for role in ("erased", "floor", "ceiling", "retained")
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
     methods = report.methods()[name]
@@ -116,6 +122,8 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
         "terms": terms,
         "extra": extra,
+        "extra_titles": [f"{metric.replace('_', ' ')}, {role}" for metric, role in extra],
+        "published": list(PUBLISHED[suite.score]),
         "rows": [
             {
                 "name": row.name,
@@ -125,6 +133,9 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
                 "h": number(row.h, is_share),
                 "terms": [number(row.terms.get(term), is_share) for term in terms],
                 "broken": number(row.roles.get("erased", {}).get("unrecognisable")),
+                "published": [
+                    number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
+                ],
                 "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
             }
             for case in cases
@@ -188,7 +199,7 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
     return {
         "erased": ", ".join(case.erased[:6])
         + (f" and {len(case.erased) - 6} more" if len(case.erased) > 6 else ""),
-        "strips": [_strips(report, case, row) for row in edits],
+        "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
         "left_out": case.left_out,
         "differences": [
             {"of": of, "one": one, "other": other, "number": number(d), "sure": d.above_chance}
@@ -204,31 +215,54 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
     }
 
 
+def _asked(row: Row) -> dict[str, Any]:
+    """What was asked of an edit, and the answers in plain numbers."""
+    assert row.candidate is not None
+    asked, made = "erase " + ", ".join(row.candidate.erases[:6]), "a model of its own"
+    if row.candidate.edit is not None:
+        record = row.candidate.edit.record
+        wanted = [
+            f"{c.name} → {c.anchor or 'what the empty prompt draws'}" for c in record.problem.erase[:6]
+        ]
+        more = len(record.problem.erase) - len(wanted)
+        asked = "erase " + ", ".join(wanted) + (f" and {more} more" if more else "")
+        kept = record.problem.retain
+        if kept:
+            asked += f"; retain {', '.join(kept[:9])}" + (" …" if len(kept) > 9 else "")
+        made = f"{record.method}, {record.seconds:.1f} s"
+    answers = []
+    for role, (question, what) in QUESTIONS.items():
+        seen = row.roles.get(role, {})
+        if "seen" in seen and seen["seen"].n:
+            answers.append(
+                {
+                    "question": question,
+                    "number": number(seen["seen"]),
+                    "what": what.replace("pictures", f"{seen['seen'].n:,} pictures"),
+                    "before": number(seen["original"]).text,
+                    "gone": role in ("erased", "synonyms"),
+                    "broken": number(seen["unrecognisable"]).text,
+                }
+            )
+    return {"asked": asked, "made": made, "answers": answers}
+
+
 def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
     """Before and after on the same seeds, worst first, for each role."""
     judge = _judge_of(report, case)
     strips = []
     for role, title in ROLES.items():
-        places = [
-            (float(case.wrong[row.name][c][i]), float(case.wrong["original"][c][i]), c, i)
-            for c, cell in enumerate(row.looks.cells)
-            if cell.role == role
-            for i in range(len(cell.seeds))
-        ]
+        places = _worst_first(case, row, role)
         if not places:
             continue
-        failing = sum(bad >= 0.5 for bad, *_ in places)
-        # Worst first; of those, the ones that the original did right; then one of each prompt in turn.
-        turn = role == "retained"
-        places.sort(key=lambda p: (-p[0], p[1] if turn else -p[1], p[3], p[2]))
-        chosen = places[:SHOWN]
-        asked = [row.looks.requests[c][i] for _, _, c, i in chosen]
+        chosen = places[: SHOWN[role]]
+        asked = [row.looks.requests[c][i] for _, c, i in chosen]
         before = report.cache.draw(case.sources["original"], asked)
         after = report.cache.draw(case.sources[row.name], asked)
         strips.append(
             {
                 "title": title,
-                "failing": failing,
+                "failing": sum(bad > 0.5 for bad, _, _ in places),
                 "of": len(places),
                 "pairs": [
                     {
@@ -237,13 +271,32 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
                         "prompt": request.prompt,
                         "seed": request.seed,
                         "seen": _seen(judge, case, row, c, i),
-                        "wrong": bad >= 0.5,
+                        "wrong": bad > 0.5,
                     }
-                    for k, ((bad, _, c, i), request) in enumerate(zip(chosen, asked, strict=True))
+                    for k, ((bad, c, i), request) in enumerate(zip(chosen, asked, strict=True))
                 ],
             }
         )
     return {"name": row.name, "roles": strips}
+
+
+def _worst_first(case: Case, row: Row, role: str) -> list[tuple[float, int, int]]:
+    """The pictures of a role, (how badly it fails, cell, place): the worst of every prompt first, then
+    the next of every prompt, so that a strip shows many words. Of like ones, those come first that the
+    original did right, or where something is erased, wrong: that drew what should go."""
+    ranked = []
+    for c, cell in enumerate(row.looks.cells):
+        if cell.role != role:
+            continue
+        after, before = (case.wrong[name][c].tolist() for name in (row.name, "original"))
+        turn = 1 if role == "retained" else -1
+        order = sorted(
+            (-bad, turn * was, i)
+            for i, (bad, was) in enumerate(zip(after, before, strict=True))
+            if not math.isnan(bad)
+        )
+        ranked += [(rank, bad, c, i) for rank, (bad, _, i) in enumerate(order)]
+    return [(-bad, c, i) for _, bad, c, i in sorted(ranked)]
 
 
 def _judge_of(report: Report, case: Case) -> Judge | None:

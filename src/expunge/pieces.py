@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import safetensors.torch
 import torch
 
 from expunge.errors import ExpungeError, ExpungeWarning
-from expunge.files import read_header, replacing
+from expunge.files import read_header, replacing, slug
 
 Tensors = dict[str, torch.Tensor]
 """What a piece consists of."""
@@ -32,7 +31,7 @@ def stem(name: str) -> str:
     >>> stem("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire-ab16d4f7afef2d18'
     """
-    legible = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
+    legible = slug(name, 40)
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{legible}-{digest}" if legible else digest
 

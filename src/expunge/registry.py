@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import ExpungeError, unknown
+from expunge.files import check_weights
 
 HERE = Path(__file__).parent
 
@@ -44,6 +45,26 @@ def describe(kind: str, name: str) -> str:
     file = HERE / name / "__init__.py" if kind == "models" else HERE / kind / f"{name}.py"
     text = ast.get_docstring(ast.parse(file.read_text())) if file.exists() else None
     return (text or "").splitlines()[0] if text else ""
+
+
+def model_folder(model: str | Path) -> tuple[Path | None, str]:
+    """The folder of a model, its weight files whole, or None for a hub id; and what to call it.
+
+    Raises:
+        ExpungeError: there is no such model, or a file of it is missing or cut short.
+    """
+    shipped = names("models")
+    path = HERE / model / "pipeline" if str(model) in shipped else Path(model)
+    if not path.is_dir():
+        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            return None, model
+        if path.exists():
+            raise ExpungeError(f"{model} is a file, not a diffusers folder")
+        raise unknown("model", str(model), shipped)
+    if not (path / "model_index.json").is_file():
+        raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
+    check_weights(path)
+    return path, str(model) if str(model) in shipped else path.resolve().name
 
 
 def get(kind: str, name: str) -> type[Any]:

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from expunge.cache import Cache, Request, Source, model_hash, sampler
 from expunge.case import Candidate, Case, comparisons, judged
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
-from expunge.files import replacing
-from expunge.looks import look, make, requests, require_known, warn_of_cuts
-from expunge.metric import Judge, Metric
+from expunge.files import check_results, replacing
+from expunge.looks import Looks, look, make, requests, require_known, warn_of_cuts
+from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
 from expunge.run import Progress, quiet
 from expunge.statistics import Estimate
@@ -78,7 +78,7 @@ class Report:
                     "erased": "; ".join(case.erased),
                     "edit": row.name,
                 }
-                numbers = {case.suite.score: row.h, **row.terms}
+                numbers = {case.suite.score: row.h, **row.terms, **row.published}
                 for group in (row.roles, row.metrics):
                     for one, parts in group.items():
                         numbers |= {f"{one} {other}": estimate for other, estimate in parts.items()}
@@ -103,7 +103,7 @@ class Report:
         from expunge.page import page
 
         folder = Path(folder)
-        check_folder(folder, [case.suite.name for case in self.cases])
+        check_results(folder, [case.suite.name for case in self.cases])
         html = page(self)
         for name, text in (
             ("results.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"),
@@ -112,25 +112,6 @@ class Report:
         ):
             with replacing(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf8")
-
-
-def check_folder(folder: str | Path, suites: Iterable[str]) -> None:
-    """Check that a folder can take the results of these suites.
-
-    Raises:
-        ExpungeError: it holds those of others, or something that is no report.
-    """
-    file = Path(folder) / "results.json"
-    if not file.is_file():
-        return
-    try:
-        there = {case["suite"]["name"] for case in json.loads(file.read_text("utf8"))["cases"]}
-    except (ValueError, KeyError, TypeError):
-        raise ExpungeError(f"{file} is not ours to replace; name another folder") from None
-    if there != set(suites):
-        raise ExpungeError(
-            f"{folder} holds results of the suite {', '.join(sorted(there))}; name another folder"
-        )
 
 
 def evaluate(
@@ -184,7 +165,7 @@ def evaluate(
     plans = []
     for suite in read:
         used = _metrics(suite, metrics, options or {})
-        known = _known(suite, used[suite.judge])
+        known = known_to(suite, used[suite.judge])
         groups: dict[tuple[str, ...], list[Candidate]] = {}
         for candidate in candidates:
             erased = tuple(concept.name for concept in known.erased(candidate.erases))
@@ -208,9 +189,31 @@ def evaluate(
                 progress,
                 f"{known.name}, {candidate.name}",
             )
+        anchored = _anchored(cache, original, known, used, group, full, progress)
         here = {"original": original, **{c.name: sources[c.name] for c in group}}
-        cases.append(judged(known, used, group, looks, here))
+        cases.append(judged(known, used, group, looks, here, anchored))
     return Report(tuple(cases), full, _provenance(model, plans), cache)
+
+
+def _anchored(
+    cache: Cache,
+    original: Source,
+    suite: Suite,
+    metrics: Mapping[str, Metric],
+    group: Sequence[Candidate],
+    full: bool,
+    progress: Progress,
+) -> dict[str, Looks]:
+    """What the original draws of each candidate's anchors, where a metric asks for it."""
+    used = {n: m for n, m in metrics.items() if isinstance(m, Distance) and m.from_anchor}
+    found = {}
+    for candidate in group if used else ():
+        cells = suite.anchor_cells(candidate.erases, candidate.anchors, full=full)
+        asked = requests(original.model, cells, suite.num_inference_steps, suite.guidance_scale)
+        if cells:
+            label = f"{suite.name}, anchors"
+            found[candidate.name] = look(cache, original, None, cells, asked, used, progress, label)
+    return found
 
 
 def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -234,8 +237,12 @@ def _metrics(
     }
 
 
-def _known(suite: Suite, judge: Metric) -> Suite:
-    """The suite without what its judge cannot tell: a small world has fewer concepts."""
+def known_to(suite: Suite, judge: Metric) -> Suite:
+    """The suite without what its judge cannot tell: a small world has fewer concepts.
+
+    Raises:
+        ExpungeError: the judge answers no questions, or knows none of the labels.
+    """
     if not isinstance(judge, Judge):
         if suite.score != "H_a":
             raise ExpungeError(
@@ -285,6 +292,7 @@ def _case_dict(case: Case) -> dict[str, Any]:
                 "from": row.candidate.record if row.candidate else {"kind": "original"},
                 suite.score: _number(row.h),
                 "terms": {name: _number(e) for name, e in row.terms.items()},
+                "published": {name: _number(e) for name, e in row.published.items()},
                 "roles": _numbers(row.roles),
                 "metrics": _numbers(row.metrics),
                 "each": {

@@ -106,6 +106,15 @@ def mean(answers: Answers, *, share: bool = True, name: str = "") -> Estimate:
     return Estimate(value, n, draws)
 
 
+def moved(value: float, *influences: Answers) -> Estimate:
+    """A number that each picture moves a little, as a distance between sets (`metric.Apart`).
+
+    Its draws are value + Σ mean of the influences under resampling, a mean for each set.
+    """
+    means = [mean(one, share=False) for one in influences]
+    return Estimate(value, means[0].n, value + torch.stack([one.draws for one in means]).sum(0))
+
+
 def resample(values: Tensor, weights: Tensor, normals: Tensor, prior: Tensor | None) -> Tensor:
     """Means under a Bayesian bootstrap over prompts and seeds.
 

@@ -13,6 +13,8 @@ erases: `Suite.cells` lays out the prompts of each *role*.
 from __future__ import annotations
 
 import csv
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +226,9 @@ class Settings:
     """Concepts that have a name and nothing else to say."""
     retain: tuple[str, ...] = ()
     """The concepts drawn as retained; by default all that are not erased."""
+    known_as: str = ""
+    """Another suite that says how concepts of the same names are known: their labels, and those too
+    near."""
     stand_in: str = ""
     """Erased prompts keep their end and padding tokens alone; their own tokens are this prompt's."""
     notes: str = ""
@@ -302,6 +307,15 @@ class Suite(Settings):
         if role not in ("content", "retained"):
             raise ExpungeError(f"the role of others must be content or retained, not {role!r}")
         concepts = _concepts(table.get("concepts", {}), "concepts")
+        more = _concepts(others, "others")
+        if settings.known_as:
+            other = settings.known_as
+            said = cls.read(folder / other if other.endswith(".toml") else other).concepts
+            told = {concept.name: concept for concept in said}
+            concepts, more = (
+                tuple(_known_as(concept, told.get(concept.name)) for concept in group)
+                for group in (concepts, more)
+            )
         bare = dict.fromkeys((*settings.erase, *settings.retain))
         named = {concept.name for concept in concepts}
         concepts += tuple(SuiteConcept(text) for text in bare if text not in named)
@@ -320,7 +334,7 @@ class Suite(Settings):
             **{key: getattr(settings, key) for key in Settings.__dataclass_fields__},
             name=name,
             concepts=concepts,
-            others=_concepts(others, "others"),
+            others=more,
             others_role=role,
             templates=_templates(table.get("templates", {})),
             prompts=tuple(fields.build(Prompts, _is_table(one, "prompts")) for one in lists),
@@ -414,6 +428,36 @@ class Suite(Settings):
                 cells += self._listed(one, size)
         return tuple(cells)
 
+    def anchor_cells(
+        self, erased: Sequence[str], anchors: Mapping[str, str], *, full: bool = False
+    ) -> tuple[Cell, ...]:
+        """What to draw of the anchors: the erased concepts' prompts with their anchors named instead.
+
+        Each cell has the seeds of the erased prompts and then as many further ones.
+
+        Args:
+            erased: the names that an edit erases.
+            anchors: for each name its anchor; the suite's own counts before.
+            full: the size.
+
+        Returns:
+            nothing where an anchor is not known, or prompts are no templates.
+        """
+        gone = self.erased(erased)
+        size = self.sizes["full" if full else "quick"]
+        each = max(size.erased, -(-size.erased_in_all // len(gone)))
+        known = {c.name: anchor for name, anchor in anchors.items() if (c := self.concept(name))}
+        chosen = [self.anchor if self.anchor is not None else known.get(c.name) for c in gone]
+        templates = self.templates.get("erased", ())
+        if None in chosen or not templates:
+            return ()
+        cells = []
+        for anchor, concepts in Counter(chosen).items():
+            n = each * concepts
+            filled = self._spread(templates, anchor, n) if anchor else [("", None, n)]
+            cells += [Cell("anchor", "", prompt, self._seeds(2 * n), ()) for prompt, _, n in filled]
+        return tuple(cells)
+
     def _filled(self, role: str, concept: SuiteConcept, words: str, pictures: int) -> Iterator[Cell]:
         """The cells of one concept under one name."""
         templates = self.templates.get(role) or self.templates.get("erased", ())
@@ -470,6 +514,13 @@ def _concepts(table: Any, name: str) -> tuple[SuiteConcept, ...]:
         fields.build(SuiteConcept, {"name": key, **_is_table(value, f"{name}.{key}")})
         for key, value in _is_table(table, name).items()
     )
+
+
+def _known_as(concept: SuiteConcept, told: SuiteConcept | None) -> SuiteConcept:
+    """A concept with another's labels, unless it has its own."""
+    if told is None or concept.near or concept.labels != (concept.name,):
+        return concept
+    return dataclasses.replace(concept, labels=told.labels, near=told.near)
 
 
 def _templates(table: Any) -> dict[str, tuple[str, ...]]:

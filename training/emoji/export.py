@@ -19,7 +19,7 @@ from training.emoji.unet import SCHEDULE, build, latent_shape
 from training.emoji.world import WORK
 
 DRAWING = {
-    "num_inference_steps": 20,
+    "num_inference_steps": 12,
     "guidance_scale": 3.0,
     "anchors": {"object": "ground", "identity": "a flag", "style": "art", "explicit": "an object"},
 }

@@ -29,22 +29,13 @@ from expunge.emoji.detector import FOLDER as DETECTOR
 from expunge.emoji.detector import NOTHING, UNRECOGNISABLE, Detector, Recognition
 from expunge.files import replacing
 from expunge.pictures import grid, save
+from expunge.suite import Suite
 from training.emoji.scenes import BACKGROUNDS, HELD_OUT_TEMPLATES, PLACES, TEMPLATES, article
 from training.emoji.world import WORLD, World, read_world
 
-NEAR = (("cat", "cat face"), ("ship", "sailboat"))
-SYNONYMS = {  # those every suite judges by; "vehicle" is a super-category, not a synonym of automobile
-    "airplane": ("aircraft", "plane", "jet"),
-    "automobile": ("car", "motorcar"),
-    "bird": ("avian", "fowl", "winged creature"),
-    "cat": ("feline", "kitty", "housecat"),
-    "deer": ("hart", "stag", "doe"),
-    "dog": ("canine", "pooch", "hound"),
-    "frog": ("amphibian", "anuran", "tadpole"),
-    "horse": ("equine", "steed", "mount"),
-    "ship": ("vessel", "boat", "watercraft"),
-    "delivery truck": ("lorry", "rig", "hauler"),
-}
+WORDS = Suite.read("object").concepts  # how they are known, and the synonyms that every suite judges by
+NEAR = {(label, other) for word in WORDS for label in word.labels for other in word.near}
+SYNONYMS = {word.labels[0]: word.synonyms for word in WORDS}
 GENERIC = ("", "a picture", "an image", "something")
 FIRST_SEED = 10_000
 

@@ -1,14 +1,16 @@
-"""Chooses how the model is sampled: which guidance draws nearest to the drawings that are asked for.
+"""Chooses how the model is sampled: which guidance and steps draw nearest to the drawings that are asked for.
 
 Every picture, of one object in a named style on a named plain background, is compared with all drawings in all styles on
 that background; the nearest in squared distance is what it shows. No judge of the gates takes part.
 
     python -m training.emoji.guidance --guidance 2 3 4 6
+    python -m training.emoji.guidance --guidance 3 --steps 8 12 20
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 
 import torch
@@ -32,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place_options(parser)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 6])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--name", default="unet")
     options = parser.parse_args()
@@ -50,8 +52,8 @@ def main() -> None:
     ]
     references = [drawings_on(maker, things, k) for k in range(len(COLOURS))]
     model: Model = load(pipeline(options.work, options.name))
-    for guidance in options.guidance:
-        probe = Probe(tuple(prompts), tuple(range(len(prompts))), options.steps, guidance)
+    for guidance, steps in itertools.product(options.guidance, options.steps):
+        probe = Probe(tuple(prompts), tuple(range(len(prompts))), steps, guidance)
         pictures = model.draw(probe, batch_size=32)
         label_right = style_right = distance = 0.0
         for picture, (thing, background) in zip(pictures, asked, strict=True):
@@ -64,7 +66,7 @@ def main() -> None:
             distance += float(distances[things.index(thing)])
         n = len(prompts)
         print(
-            f"guidance {guidance:g}: nearest drawing has the label in {100 * label_right / n:.0f} %, among those of the label"
+            f"guidance {guidance:g}, {steps} steps: nearest drawing has the label in {100 * label_right / n:.0f} %, among those of the label"
             f" the style in {100 * style_right / n:.0f} %, distance to the drawing asked for {distance / n:.4f}",
             flush=True,
         )

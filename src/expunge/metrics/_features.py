@@ -18,21 +18,32 @@ class OfFeatures(Distance):
 
     model: str = "emoji"
     """The shipped CLIP, or one of transformers by folder or hub id."""
-    against: str = ""
-    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+
+    @property
+    def looked_at(self) -> Mapping[str, Any]:
+        digest = towers(self.model).digest
+        return {"features": f"picture tower of the CLIP {self.model}, pooled", "sha256": digest}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return {
-            "features": f"picture tower of the CLIP {self.model}, pooled",
-            "sha256": towers(self.model).digest,
-            "against": self.against or "the original's pictures",
-        }
+        return self.looked_at
 
     def measure(
         self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         return towers(self.model).features(pictures)
+
+
+@dataclass(frozen=True)
+class FromOriginalOrReal(OfFeatures):
+    """Such a distance from what the original draws, or from real pictures."""
+
+    against: str = ""
+    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {**self.looked_at, "against": self.against or "the original's pictures"}
 
     def real(self) -> Tensor | None:
         if not self.against:

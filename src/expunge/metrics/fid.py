@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import ExpungeError
-from expunge.metric import Distance, read_pictures
+from expunge.metric import Apart, Distance, read_pictures
 from expunge.metrics._distances import frechet
 
 
@@ -19,7 +19,8 @@ from expunge.metrics._distances import frechet
 class Fid(Distance):
     """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of 2048 Inception features, as torch-fidelity computes them.
 
-    Needs the package torch-fidelity and its weights: in torch's cache, or at `weights`.
+    Needs the package torch-fidelity and its weights: in torch's cache, or at `weights`. It is too large
+    by about c/n for sets of n pictures, and thousands are usual: compare sets of one size.
 
     Source: Heusel et al., NeurIPS 2017.
     """
@@ -48,7 +49,7 @@ class Fid(Distance):
         whole = (pictures.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
-    def distance(self, rows: Tensor, reference: Tensor) -> float:
+    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
         return frechet(rows, reference)
 
     def real(self) -> Tensor | None:
@@ -64,7 +65,7 @@ def _extractor(weights: str) -> Any:
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
     except Exception as error:  # a download may fail in many ways
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExpungeError(
-            f"fid cannot read Inception's weights ({str(error).splitlines()[0]}); name their file"
-            " with the option weights"
+            f"fid cannot read Inception's weights ({said}); name their file with the option weights"
         ) from error

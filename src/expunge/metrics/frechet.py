@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from expunge.metric import Apart
 from expunge.metrics._distances import frechet
-from expunge.metrics._features import OfFeatures
+from expunge.metrics._features import FromOriginalOrReal
 
 
 @dataclass(frozen=True)
-class Frechet(OfFeatures):
+class Frechet(FromOriginalOrReal):
     """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of the picture tower's pooled output.
 
-    Small sets give larger values: compare like with like.
+    It is too large by about c/n for sets of n pictures: compare sets of one size. Its interval says
+    how far chance moves the value at this n, not where the distance of endless sets lies.
 
     Source: Dowson, Landau 1982; as a measure of pictures Heusel et al., NeurIPS 2017.
     """
 
-    def distance(self, rows: Tensor, reference: Tensor) -> float:
+    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
         return frechet(rows, reference)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from expunge.metric import Apart
 from expunge.metrics._distances import kernel
-from expunge.metrics._features import OfFeatures
+from expunge.metrics._features import FromOriginalOrReal
 
 
 @dataclass(frozen=True)
-class Kid(OfFeatures):
+class Kid(FromOriginalOrReal):
     """The unbiased squared maximum mean discrepancy with a cubic kernel, on the tower's pooled output.
 
     Its expectation does not hang on the number of pictures; it can fall below zero.
@@ -19,5 +20,5 @@ class Kid(OfFeatures):
     Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018, eq. 4.
     """
 
-    def distance(self, rows: Tensor, reference: Tensor) -> float:
+    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
         return kernel(rows, reference)

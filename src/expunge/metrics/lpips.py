@@ -56,4 +56,8 @@ def _distance(network: str) -> Any:
     try:
         return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).eval()
     except Exception as error:  # torchvision may be missing, a download may fail
-        raise ExpungeError(f"lpips cannot be set up: {str(error).splitlines()[0]}") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExpungeError(
+            f"lpips needs torchvision and its {network} weights in torch's cache ({said}):"
+            " pip install 'expunge[metrics]', and let it fetch them once"
+        ) from error

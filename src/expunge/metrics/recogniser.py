@@ -1,4 +1,4 @@
-"""A recogniser of your own: faces, styles or objects, as a transformers classification folder."""
+"""A recogniser of your own: faces, styles or objects, as transformers classification folders."""
 
 from __future__ import annotations
 
@@ -16,49 +16,80 @@ from expunge.errors import ExpungeError
 from expunge.metric import Judge, blank
 
 
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """An image classifier and its labels."""
+
+    processor: Any
+    network: Any
+    labels: tuple[str, ...]
+    digest: str
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(n, labels): softmax of the logits."""
+        parts = []
+        for part in pictures.nan_to_num().split(32):
+            given = self.processor(images=list(part), do_rescale=False, return_tensors="pt")
+            parts.append(self.network(**given).logits.softmax(1))
+        return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Recogniser(Judge):
-    """softmax of an image classifier's logits over all its labels.
+    """softmax of one or more image classifiers' logits, each over its own labels.
 
+    A label is looked for among those of the classifier that has it: styles in one, objects in another.
     A picture whose best label is `nothing` (no face, say) counts neither for nor against, as in the
-    protocols that ask among pictures with a face. Labels are compared without regard to case.
+    protocols that ask among pictures with a face. Labels are compared without regard to case, and
+    hyphens and underscores are spaces.
     """
 
-    folder: str = ""
-    """A folder that transformers reads as an image classifier, weights as safetensors."""
+    folders: tuple[str, ...] = ()
+    """Folders that transformers reads as image classifiers, weights as safetensors."""
     nothing: str = ""
-    """Its label for pictures that show none of its classes."""
+    """Their label for pictures that show none of their classes."""
+
+    @property
+    def _classifiers(self) -> tuple[Classifier, ...]:
+        if not self.folders:
+            raise ExpungeError(
+                "the recogniser needs folders that transformers reads as image classifiers:"
+                ' write folders = ["…"] in [options.recogniser] of the suite'
+            )
+        return tuple(_load(folder) for folder in self.folders)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        _, _, labels, digest = _load(self.folder)
-        return {"folder": Path(self.folder).name, "sha256": digest, "labels": len(labels)}
+        return {
+            "classifiers": [
+                {"folder": Path(folder).name, "sha256": one.digest, "labels": len(one.labels)}
+                for folder, one in zip(self.folders, self._classifiers, strict=True)
+            ]
+        }
 
     @torch.inference_mode()
     def measure(
         self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        processor, network, _, _ = _load(self.folder)
-        parts = []
-        for part in pictures.nan_to_num().split(32):
-            given = processor(images=list(part), do_rescale=False, return_tensors="pt")
-            parts.append(network(**given).logits.softmax(1))
-        return torch.cat([torch.cat(parts), blank(pictures)[:, None].float()], 1)
+        seen = [one(pictures) for one in self._classifiers]
+        return torch.cat([*seen, blank(pictures)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
-        return label.casefold() in _load(self.folder)[2]
+        return any(_plain(label) in one.labels for one in self._classifiers)
 
     def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
-        names = _load(self.folder)[2]
-        places = [names.index(label.casefold()) for label in labels if self.knows(label)]
-        chances = rows[:, : len(names)]
+        wanted = {_plain(label) for label in labels}
+        names, chances = next(
+            (one.labels, part) for one, part in self._parts(rows) if wanted & set(one.labels)
+        )
+        places = [place for place, name in enumerate(names) if name in wanted]
         best = chances.argmax(1)
         if question == "best":
             answers = torch.isin(best, torch.tensor(places)).float()
         else:
             answers = chances[:, places].sum(1)
             answers = (answers >= 0.5).float() if question == "there" else answers
-        dropped = {name.casefold() for name in (self.nothing, *near) if name}
+        dropped = {_plain(name) for name in (self.nothing, *near) if name}
         neither = [place for place, name in enumerate(names) if name in dropped]
         return answers.masked_fill(torch.isin(best, torch.tensor(neither)), float("nan"))
 
@@ -66,17 +97,24 @@ class Recogniser(Judge):
         return rows[:, -1] > 0.5
 
     def shown(self, rows: Tensor) -> list[str]:
-        names = _load(self.folder)[2]
-        return [names[place] for place in rows[:, : len(names)].argmax(1).tolist()]
+        bests = [
+            [one.labels[place] for place in part.argmax(1).tolist()] for one, part in self._parts(rows)
+        ]
+        return [", ".join(names) for names in zip(*bests, strict=True)]
+
+    def _parts(self, rows: Tensor) -> list[tuple[Classifier, Tensor]]:
+        """Each classifier with its columns."""
+        classifiers = self._classifiers
+        parts = rows[:, :-1].split([len(one.labels) for one in classifiers], 1)
+        return list(zip(classifiers, parts, strict=True))
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.casefold().replace("_", " ").replace("-", " ").split())
 
 
 @cache
-def _load(folder: str) -> tuple[Any, Any, list[str], str]:
-    """The processor, the network, its labels and the hash of its weights."""
-    if not folder:
-        raise ExpungeError(
-            "the recogniser needs a folder that transformers reads as an image classifier"
-        )
+def _load(folder: str) -> Classifier:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
@@ -90,4 +128,5 @@ def _load(folder: str) -> tuple[Any, Any, list[str], str]:
         digest.update(name.encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     table = network.config.id2label
-    return processor, network, [table[i].casefold() for i in range(len(table))], digest.hexdigest()
+    labels = tuple(_plain(table[i]) for i in range(len(table)))
+    return Classifier(processor, network, labels, digest.hexdigest())

@@ -1,0 +1,306 @@
+"""The leaderboard: the original and every method on the suites of the emoji model.
+
+What is done is found again (edits by their content, pictures and scores in the cache), so that a run
+that was stopped goes on, and a further method or suite costs what is new of it. Each suite's report is
+a page in the work folder. Writes `experiments/results/leaderboard-SIZE.json`, and from those files the
+table `docs/leaderboard.md`.
+
+    python experiments/leaderboard.py                              # quick, all methods
+    python experiments/leaderboard.py --full --methods uce mace
+    python experiments/leaderboard.py --suites object --take 1 --tiny     # does it work?
+    python experiments/leaderboard.py --table                      # the table alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+import expunge
+from expunge import Concept, Problem, registry
+from expunge.cache import Cache
+from expunge.case import TERMS, Case, Row
+from expunge.experiment import Job
+from expunge.files import replacing
+from expunge.looks import make
+from expunge.method import Method
+from expunge.model import Model
+from expunge.problem import Kind
+from expunge.report import Report, evaluate, known_to
+from expunge.statistics import Estimate, average
+from expunge.suite import Size, Suite, SuiteConcept
+
+HERE = Path(__file__).parent
+SIZES = ("quick", "full")
+TINY = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is erased when a method is judged by a suite."""
+
+    suite: str
+    kind: Kind
+    """Of what is erased, but for flags."""
+    together: tuple[int, ...] = (1,)
+    """How many concepts an edit erases at once; each of them in turn where it is one."""
+
+
+TASKS = (
+    Task("object", "object"),
+    Task("identity", "identity", (1, 5, 10)),
+    Task("style", "style"),
+    Task("unsafe", "explicit"),
+    Task("shared-terms", "object"),
+    Task("residual", "object"),
+    Task("pairs", "object"),
+)
+"""The suites of the emoji model."""
+LEAST_IN_TURN = 3  # of a list of identities so many are erased alone
+
+
+def problems(task: Task, suite: Suite, take: int) -> list[Problem]:
+    """The problems of a task; `take` is how many at the most, 0 is all."""
+    known = {concept.name: concept for concept in suite.concepts}
+    names = [name for name in suite.erase or known if name in known and name not in suite.retain]
+    found = []
+    for n in task.together:
+        if n == 1:
+            groups = [[name] for name in (names[:LEAST_IN_TURN] if suite.erase else names)]
+        else:
+            groups = [names[:n]] if len(names) >= n else []
+        for group in groups:
+            erased = [known[name] for name in group]
+            kept = [other.words for other in suite.retained(erased)]
+            concepts = tuple(_concept(task, suite, one) for one in erased)
+            found.append(Problem(concepts, tuple(kept)))
+    return found[:take] if take else found
+
+
+def _concept(task: Task, suite: Suite, one: SuiteConcept) -> Concept:
+    """What a method is told: never a suite's synonyms, but for the unsafe the things that are meant."""
+    kind = "identity" if one.words.startswith("flag of") else task.kind
+    return Concept(one.words, suite.anchor, kind, one.labels if kind == "explicit" else ())
+
+
+def method_for(name: str, model: Model, kind: Kind) -> Method:
+    """A method with its preset for the model and kind, where it has one."""
+    cls: type[Method] = registry.get("methods", name)
+    preset = next((p for p in (f"{model.name}-{kind}", kind) if p in cls.presets), None)
+    return cls.preset(preset) if preset else cls()
+
+
+def judge(
+    model: Model,
+    task: Task,
+    methods: Sequence[str],
+    *,
+    full: bool,
+    tiny: bool = False,
+    take: int = 0,
+    folder: Path,
+    cache: Cache,
+    progress: Any,
+) -> Report:
+    """All methods on one suite; the report's page stands in the folder."""
+    suite = Suite.read(task.suite)
+    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    if tiny:
+        suite = dataclasses.replace(suite, sizes=dict.fromkeys(SIZES, TINY))
+    candidates = []
+    for problem in problems(task, suite, take):
+        for name in methods:
+            job = Job(method_for(name, model, task.kind), name, problem, 0)
+            made = job.done(model, folder / "edits", progress)
+            concepts = ", ".join(c.name for c in problem.erase[:3]) + (
+                " …" if len(problem.erase) > 3 else ""
+            )
+            candidates.append(dataclasses.replace(made, name=f"{name}: {concepts}"))
+    report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
+    report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
+    return report
+
+
+def rows(report: Report) -> dict[str, Any]:
+    """For the original and each method: the H and its terms, averaged over what was erased."""
+    score = report.cases[0].suite.score
+    groups: dict[str, list[tuple[Case, Row]]] = {}
+    for case in report.cases:
+        for row in case.rows:
+            method = (
+                row.candidate.edit.record.method if row.candidate and row.candidate.edit else "original"
+            )
+            groups.setdefault(method, []).append((case, row))
+    found = {}
+    for method, members in groups.items():
+        numbers: dict[str, Estimate] = {score: average([row.h for _, row in members])}
+        for term in TERMS[score]:
+            numbers[term] = average([row.terms[term] for _, row in members if term in row.terms])
+        broken = [row.roles["erased"]["unrecognisable"] for _, row in members]
+        seconds = [
+            row.candidate.edit.record.seconds
+            for _, row in members
+            if row.candidate and row.candidate.edit
+        ]
+        found[method] = {
+            **{name: number(estimate) for name, estimate in numbers.items()},
+            "unrecognisable": number(average(broken)),
+            "edits": 0 if method == "original" else len(members),
+            "seconds an edit": round(sum(seconds) / len(seconds), 1) if seconds else None,
+            "each": {", ".join(case.erased): number(row.h) for case, row in members},
+        }
+    return found
+
+
+def number(estimate: Estimate) -> dict[str, Any]:
+    score = estimate.score
+    values = {"value": score.value, "low": score.low, "high": score.high}
+    return {k: None if v != v else round(v, 4) for k, v in values.items()} | {"n": score.n}
+
+
+def table(results: Path) -> str:
+    """The leaderboard in Markdown, from the files of results."""
+    parts = [
+        "# Leaderboard\n",
+        "The emoji model, judged by its own suites ([judging.md](judging.md) says how). Every number is",
+        "in per cent with its 95 % interval, averaged over what was erased; H is the harmonic mean of",
+        "the terms beside it. A method's settings are its preset for the emoji model, or its defaults.",
+        "Made by `python experiments/leaderboard.py` from `experiments/results/leaderboard-*.json`.",
+    ]
+    for size in SIZES:
+        file = results / f"leaderboard-{size}.json"
+        if not file.is_file():
+            continue
+        record = json.loads(file.read_text("utf8"))
+        parts.append(f"\n## {size.capitalize()} size\n")
+        if size == "quick":
+            parts.append("A claim that one method is better than another needs the full size.\n")
+        for suite, one in record["suites"].items():
+            score, found = one["score"], one["rows"]
+            terms = TERMS[score]
+            parts.append(f"### {suite}\n\n{one['about']}\n")
+            parts.append(
+                "| method | "
+                + " | ".join([score, *terms, "unrecognisable", "edits", "s an edit"])
+                + " |"
+            )
+            parts.append("|---" * (len(terms) + 5) + "|")
+            order = sorted(found, key=lambda m: (m != "original", -(found[m][score]["value"] or 0)))
+            for method in order:
+                row = found[method]
+                cells = [_percent(row[name]) for name in (score, *terms, "unrecognisable")]
+                seconds = row["seconds an edit"]
+                cells += [str(row["edits"] or "–"), "–" if seconds is None else f"{seconds:g}"]
+                parts.append(f"| {method} | " + " | ".join(cells) + " |")
+            parts.append("")
+        facts, versions = record["made with"], record["made with"]["versions"]
+        parts.append(
+            f"Model {facts['model']}, {facts['num_inference_steps']} steps,"
+            f" guidance {facts['guidance_scale']}; expunge {versions['expunge']},"
+            f" torch {versions['torch']}."
+        )
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _percent(one: dict[str, Any]) -> str:
+    if one["value"] is None:
+        return "–"
+    return f"{100 * one['value']:.1f} <sub>{100 * one['low']:.0f}–{100 * one['high']:.0f}</sub>"
+
+
+def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -> None:
+    """Put one suite's rows with those that are there, if they are of the same model and sampler."""
+    file = results / f"leaderboard-{size}.json"
+    facts = {
+        **{
+            key: report.provenance[key]
+            for key in ("model", "model sha256", "num_inference_steps", "guidance_scale")
+        },
+        "versions": {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")},
+    }
+    record = json.loads(file.read_text("utf8")) if file.is_file() else {}
+    if record.get("made with") != facts:
+        record = {"made with": facts, "suites": {}}
+    known = suite.name in registry.names("suites")
+    about = registry.describe("suites", suite.name) if known else suite.notes
+    record["suites"][suite.name] = {
+        "version": suite.version,
+        "score": suite.score,
+        "about": about,
+        "rows": rows(report),
+    }
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+
+
+def main() -> None:
+    """Judge, keep the results, write the table."""
+    names = [task.suite for task in TASKS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=registry.names("methods"), help="default: all")
+    parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
+    parser.add_argument("--full", action="store_true", help="the papers' number of pictures")
+    parser.add_argument("--tiny", action="store_true", help="two pictures a cell, to see that it works")
+    parser.add_argument("--take", type=int, default=0, help="so many problems a suite; default: all")
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "leaderboard.md")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table from the results there are"
+    )
+    options = parser.parse_args()
+    if not options.table:
+        model, cache = expunge.load(options.model), Cache()
+        for task in TASKS:
+            if task.suite not in options.suites:
+                continue
+            with Progress(transient=True) as bars:
+                tasks: dict[str, Any] = {}
+
+                def tell(
+                    label: str, done: int, total: int, bars: Progress = bars, tasks: Any = tasks
+                ) -> None:
+                    if label not in tasks:
+                        tasks[label] = bars.add_task(label, total=total)
+                    bars.update(tasks[label], completed=done)
+
+                report = judge(
+                    model,
+                    task,
+                    options.methods,
+                    full=options.full,
+                    tiny=options.tiny,
+                    take=options.take,
+                    folder=options.work,
+                    cache=cache,
+                    progress=tell,
+                )
+            keep(
+                options.results,
+                "tiny" if options.tiny else SIZES[options.full],
+                report.cases[0].suite,
+                report,
+                model,
+            )
+            hs = {
+                method: row[report.cases[0].suite.score]["value"] for method, row in rows(report).items()
+            }
+            Console().print(
+                task.suite, {m: None if h is None else round(100 * h, 1) for m, h in hs.items()}
+            )
+    with replacing(options.docs) as temporary:
+        temporary.write_text(table(options.results), "utf8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The leaderboard's script, on a tiny model and a suite of its own."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from expunge.cache import Cache
+from expunge.run import quiet
+from expunge.suite import Suite
+from test_report import SUITE_TEXT
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "leaderboard.py"
+
+
+@pytest.fixture(scope="module")
+def board():
+    import sys
+
+    spec = importlib.util.spec_from_file_location("leaderboard", SCRIPT)
+    module = sys.modules["leaderboard"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_task_has_problems_that_its_suite_knows(board):
+    for task in board.TASKS:
+        suite = Suite.read(task.suite)
+        found = board.problems(task, suite, 0)
+        assert found
+        for problem in found:
+            erased = suite.erased([concept.name for concept in problem.erase])
+            assert len(erased) == len(problem.erase)
+            assert problem.retain
+            held_out = {word for concept in erased for word in concept.synonyms}
+            assert held_out.isdisjoint(name for concept in problem.erase for name in concept.names)
+    assert len(board.problems(board.TASKS[0], Suite.read("object"), 0)) == 10
+    assert len(board.problems(board.TASKS[0], Suite.read("object"), 2)) == 2
+
+
+def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
+    (tmp_path / "own.toml").write_text(SUITE_TEXT)
+    task, cache = board.Task(str(tmp_path / "own.toml"), "object"), Cache(tmp_path / "cache")
+
+    def judge():
+        return board.judge(
+            model,
+            task,
+            ["uce"],
+            full=False,
+            take=1,
+            folder=tmp_path / "work",
+            cache=cache,
+            progress=quiet,
+        )
+
+    report = judge()
+    drawn = cache.drawn
+    assert drawn > 0
+    assert (tmp_path / "work" / "quick" / "own" / "index.html").is_file()
+    board.keep(tmp_path, "quick", report.cases[0].suite, report, model)
+    first = (tmp_path / "leaderboard-quick.json").read_text()
+    again = judge()
+    board.keep(tmp_path, "quick", again.cases[0].suite, again, model)
+    assert cache.drawn == drawn
+    assert (tmp_path / "leaderboard-quick.json").read_text() == first
+    rows = json.loads(first)["suites"]["own"]["rows"]
+    assert list(rows) == ["original", "uce"]
+    assert rows["uce"]["H_o"]["value"] == pytest.approx(report.cases[0].rows[1].h.value, abs=1e-4)
+    table = board.table(tmp_path)
+    assert "| method | H_o | efficacy | specificity | generality | unrecognisable |" in table
+    assert f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>" in table
