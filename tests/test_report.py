@@ -235,6 +235,16 @@ name = "uce"
 general = 20
 ridge = 5.0
 """
+MACE_ROWS = """
+[[methods]]
+name = "mace"
+preset = "fast"
+stages = ["refine"]
+title = "refinement only"
+[[methods]]
+name = "mace"
+preset = "fast"
+"""
 
 
 @pytest.fixture
@@ -261,10 +271,20 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     assert "averaged over what was erased" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_presets_and_titles(experiment):
+    experiment.write_text(EXPERIMENT + MACE_ROWS)
+    *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
+    assert (refined.method.stages, refined.method.steps) == (("refine",), 5)
+    assert refined.name == "refinement only: ship"
+    assert whole.name.startswith("mace, ridge 1.0, ")
+    assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ('"uce"\ngeneral', '"uec"\ngeneral', "did you mean 'uce'"),
+        ("ridge = 5.0", 'preset = "fats"', "there is no preset 'fats'"),
         ("ridge", "rigde", "did you mean 'ridge'"),
         ("ridge = 5.0", "ridge = -5.0", "ridge must be above 0"),
         ("suites", "suits", "did you mean 'suites'"),

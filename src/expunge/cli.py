@@ -130,6 +130,8 @@ class RunOptions:
     """The TOML file."""
     output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
+    full: bool = False
+    """The papers' number of pictures, whatever the file says."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """How large the picture cache may be when done, as 500MB or 10GB; the oldest go first."""
 
@@ -296,6 +298,8 @@ def run_command(options: RunOptions) -> None:
     from expunge.report import check_folder
 
     experiment = Experiment.read(options.experiment)
+    if options.full:
+        experiment = dataclasses.replace(experiment, full=True)
     folder = Path(options.output or Path(options.experiment).with_suffix(""))
     check_folder(folder, [suite.name for suite in experiment.suites])
     files.check_writable(folder / "results.json")

@@ -10,6 +10,12 @@
     name = "uce"
     ridge = 50.0
 
+    [[methods]]
+    name = "mace"
+    preset = "emoji-object"                            # values for the fields; those beside it count
+    stages = ["refine"]
+    title = "refinement only"                          # what the report calls it
+
 What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
 picture in the cache. So a run that was stopped goes on where it was.
 """
@@ -37,6 +43,7 @@ from expunge.problem import KINDS, Concept, Kind, Problem
 from expunge.report import Report, evaluate
 from expunge.run import Progress, quiet
 from expunge.suite import Suite
+from expunge.work import discard
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,11 @@ class Job:
     method_name: str
     problem: Problem
     seed: int
+    title: str = ""
 
     @property
     def name(self) -> str:
-        """What the report calls it: the method with the fields that are not its own defaults."""
+        """What the report calls it: its title, or the method with all fields but its defaults."""
         default = type(self.method)()
         changed = [
             f"{f.name} {getattr(self.method, f.name)}"
@@ -60,7 +68,8 @@ class Job:
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
         seed = [f"seed {self.seed}"] if self.seed else []
-        return ", ".join([self.method_name, *changed, *seed]) + f": {concepts}{more}"
+        called = [self.title] if self.title else [self.method_name, *changed]
+        return ", ".join([*called, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
         """The edit's file name: it changes with everything that the edit hangs on."""
@@ -84,7 +93,7 @@ class Experiment:
     """
 
     methods: tuple[Mapping[str, Any], ...]
-    """For each method a table: its `name` and its fields."""
+    """For each method a table: its `name` and its fields; perhaps a `preset` of them, and a `title`."""
     problems: tuple[Problem, ...]
     suites: tuple[Suite, ...]
     model: str = "emoji"
@@ -120,9 +129,11 @@ class Experiment:
         found = []
         for table in self.methods:
             cls = registry.get("methods", table["name"])
-            method = fields.build(cls, {k: v for k, v in table.items() if k != "name"})
+            values = {k: v for k, v in table.items() if k not in ("name", "preset", "title")}
+            preset, title = table.get("preset"), str(table.get("title", ""))
+            method = fields.build(cls, values) if preset is None else cls.preset(preset, **values)
             found += [
-                Job(method, table["name"], problem, seed)
+                Job(method, table["name"], problem, seed, title)
                 for problem in self.problems
                 for seed in self.seeds
             ]
@@ -142,7 +153,9 @@ class Experiment:
             progress("erasing", done, len(jobs))
             file = folder / "edits" / job.file(model)
             if not file.is_file():
-                erase(model, job.problem, job.method, seed=job.seed).save(file)
+                work = file.with_suffix(".work")
+                erase(model, job.problem, job.method, seed=job.seed, work=work).save(file)
+                discard(work)
             candidates.append(Candidate.of(Edit.load(file), job.name))
         progress("erasing", len(jobs), len(jobs))
         report = evaluate(model, candidates, self.suites, full=self.full, cache=cache, progress=progress)
