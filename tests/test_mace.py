@@ -456,6 +456,30 @@ class TestMasks:
         assert set(found.unique().tolist()) == {0.0, 1.0}
         assert torch.equal(found, masks.find("attention", model, shown, phrase, Run(0)))
 
+    @pytest.mark.parametrize("smallest", [16, 64])
+    def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
+        monkeypatch.setattr(masks, "SMALLEST", smallest)
+        monkeypatch.setattr(masks, "LOG_SNRS", (0.5,))
+        shown = examples.drawn(model, "ship", "ship", 1, Run(0), 2)
+        tokens = torch.arange(77)[None] > 0
+        noise = torch.randn(shown.latents.shape, generator=Run(0).generator("masks", "ship"))
+        t = (model.log_snr() - 0.5).abs().argmin()[None]
+        noisy = model.add_noise(shown.latents, noise, t)
+        forward = lambda: model.predict(noisy, t, model.encode(["ship"]))  # noqa: E731
+        with torch.no_grad():
+            maps = read_attention(model.cross_attentions(), lambda attention: attention, forward)
+        fine = []
+        for attention in maps:
+            _, heads, pixels, _ = attention.shape
+            side = math.isqrt(pixels)
+            seen = sum(attention[0, h, :, 1:].sum(1) for h in range(heads)) / heads
+            grown = interpolate(seen.view(1, 1, side, side), (8, 8), mode="bilinear")
+            fine += [grown[0, 0]] if pixels >= smallest else []
+        assert 0 < len(fine) <= len(maps)
+        assert (len(fine) < len(maps)) == (smallest == 64)
+        found = masks.attended(model, shown, tokens, Run(0))
+        torch.testing.assert_close(found[0], sum(fine) / len(fine))
+
     @pytest.mark.parametrize(
         ("harm", "message"),
         [

@@ -411,7 +411,7 @@ class MACE(Method):
             steps = self.picture_steps or None
             shown = examples.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
         source = "none" if concept.kind == "style" else self.masks
-        mask = masks.find(source, model, shown, phrase[:1], run)
+        mask = masks.find(source, model, shown, (phrase | ending)[:1], run)
         return Lesson(
             concept.name,
             text,
