@@ -12,7 +12,7 @@
 
     [[methods]]
     name = "mace"
-    preset = "emoji-object"                            # values for the fields; those beside it count
+    preset = "emoji"                                   # values for the fields; those beside it count
     stages = ["refine"]
     title = "refinement only"                          # what the report calls it
 
