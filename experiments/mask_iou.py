@@ -146,6 +146,7 @@ def main() -> None:
         "mean over those it was chosen on": mean(chosen_on),
         "pictures": sum(len(one.pictures) for one in objects),
         "log-SNRs": masks.LOG_SNRS,
+        "pixels of the coarsest map": masks.SMALLEST,
         "model sha256": model_hash(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
         "each": each,
