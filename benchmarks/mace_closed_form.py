@@ -5,6 +5,7 @@ token embeddings given. Ours: `MACE.refine`, `MACE.fuse`, and the 32 new weights
 each matrix by itself, in float32, the values and both sums are accumulated by batched products over
 all positions of all prompts, then one inverse; it is run on a few concepts, and what grows with
 their number is scaled up. Each is run in a process of its own, so that its peak memory is its own.
+On those few, both stages are also compared with a plain float64 reading of the equations.
 Writes `benchmarks/results/mace_closed_form.json`.
 
     python benchmarks/mace_closed_form.py [--concepts 100] [--baseline 5]
@@ -125,6 +126,37 @@ def baseline(concepts: int) -> dict[str, float]:
     return {"growing": growing, "fixed": fixed, "peak_mb": (peak() - before) / 1e6}
 
 
+def error(concepts: int) -> dict[str, float]:
+    """The largest ‖W* − plain W*‖ / ‖plain W* − W‖ of a matrix of each shape, after each stage."""
+    (group, weights), trained, kept = texts(concepts), factors(concepts), prior()
+    ridge, anchored = METHOD.ridge, group.anchored.embeddings.double()
+    rows = {name: text.embeddings.double() for name, text in group.erased.items()}
+    whole = sum((gram(e.flatten(0, 1)) for e in rows.values()), torch.zeros_like(kept))
+    first = METHOD.refine([group], whole, kept)
+    second, fused = METHOD.fuse([group], whole, kept, first, trained)
+    found = {"refine": 0.0, "fuse": 0.0}
+    for layer in (0, 10, 20):
+        weight = weights[layer].double()
+        left, right = weight @ kept + ridge * weight, kept + ridge * torch.eye(WIDTH).double()
+        for i, e in enumerate(rows.values()):
+            phrase = 1 + i % 4  # four positions stand before it; what follows is aligned after it
+            erased = torch.cat([e[:, :4], e[:, 4 + phrase :]], 1).flatten(0, 1)
+            goals = torch.cat([anchored[:, :4], anchored[:, 5 : TOKENS + 1 - phrase]], 1).flatten(0, 1)
+            left, right = left + weight @ goals.T @ erased, right + erased.T @ erased
+        refined = torch.linalg.solve(right, left, left=False)
+        left = weight @ kept + ridge * refined
+        right = whole + kept + ridge * torch.eye(WIDTH).double()
+        ours = weight @ second
+        for name, e in rows.items():
+            up, down = (trained[name][f"{layer}.{part}"].double() for part in ("up", "down"))
+            left = left + (refined + up @ down) @ gram(e.flatten(0, 1))
+            ours = ours + up @ fused[name][f"{layer}.down"]
+        plain = torch.linalg.solve(right, left, left=False)
+        for stage, a, b in (("refine", weight @ first, refined), ("fuse", ours, plain)):
+            found[stage] = max(found[stage], float((a - b).norm() / (b - weight).norm()))
+    return found
+
+
 def peak() -> int:
     """The largest memory this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -148,6 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [alone(ours, options.concepts) for _ in range(options.repeat)]
     plain = alone(baseline, options.baseline)
+    wrong = alone(error, options.baseline)
     seconds = statistics.median(run["total"] for run in runs)
     scaled = plain["growing"] * options.concepts / options.baseline + plain["fixed"]
     record: dict[str, Any] = {
@@ -159,6 +192,7 @@ def main() -> None:
         "beyond the inputs, MB": max(run["peak_mb"] for run in runs),
         "baseline": {"concepts": options.baseline, **plain, "seconds scaled": scaled},
         "times faster": scaled / seconds,
+        "relative error": wrong,
         "made with": {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

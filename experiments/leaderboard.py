@@ -57,7 +57,7 @@ class Task:
 
 TASKS = (
     Task("object", "object"),
-    Task("identity", "identity", (1, 5, 10)),
+    Task("identity", "identity", (1, 5, 10, 20)),
     Task("style", "style"),
     Task("unsafe", "explicit"),
     Task("shared-terms", "object"),
@@ -95,7 +95,7 @@ def _concept(task: Task, suite: Suite, one: SuiteConcept) -> Concept:
 def method_for(name: str, model: Model, kind: Kind) -> Method:
     """A method with its preset for the model and kind, where it has one."""
     cls: type[Method] = registry.get("methods", name)
-    preset = next((p for p in (f"{model.name}-{kind}", kind) if p in cls.presets), None)
+    preset = next((p for p in (f"{model.name}-{kind}", model.name, kind) if p in cls.presets), None)
     return cls.preset(preset) if preset else cls()
 
 

@@ -27,7 +27,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert err == ""
     assert "airplane" in out
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"cats.png", "no-airplane.safetensors", "after.png"}
+    assert made == {"cats.png", "no-airplane.safetensors", "after.png", "mace.safetensors"}
 
 
 def test_python(tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_judging(tmp_path):
     (tmp_path / "table.toml").write_text(table)
     from expunge.experiment import Experiment
 
-    assert len(Experiment.read(tmp_path / "table.toml").jobs()) == 6
+    assert len(Experiment.read(tmp_path / "table.toml").jobs()) == 9
     schema = (HERE / "docs" / "judging.md").read_text().partition("## results.json")[2]
     for key in ("provenance", "cases", "methods", "left out", "differences", "larger than chance"):
         assert f"`{key}`" in schema or f".{key}" in schema or f"[].{key}" in schema

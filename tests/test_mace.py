@@ -456,6 +456,30 @@ class TestMasks:
         assert set(found.unique().tolist()) == {0.0, 1.0}
         assert torch.equal(found, masks.find("attention", model, shown, phrase, Run(0)))
 
+    @pytest.mark.parametrize("smallest", [16, 64])
+    def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
+        monkeypatch.setattr(masks, "SMALLEST", smallest)
+        monkeypatch.setattr(masks, "LOG_SNRS", (0.5,))
+        shown = examples.drawn(model, "ship", "ship", 1, Run(0), 2)
+        tokens = torch.arange(77)[None] > 0
+        noise = torch.randn(shown.latents.shape, generator=Run(0).generator("masks", "ship"))
+        t = (model.log_snr() - 0.5).abs().argmin()[None]
+        noisy = model.add_noise(shown.latents, noise, t)
+        forward = lambda: model.predict(noisy, t, model.encode(["ship"]))  # noqa: E731
+        with torch.no_grad():
+            maps = read_attention(model.cross_attentions(), lambda attention: attention, forward)
+        fine = []
+        for attention in maps:
+            _, heads, pixels, _ = attention.shape
+            side = math.isqrt(pixels)
+            seen = sum(attention[0, h, :, 1:].sum(1) for h in range(heads)) / heads
+            grown = interpolate(seen.view(1, 1, side, side), (8, 8), mode="bilinear")
+            fine += [grown[0, 0]] if pixels >= smallest else []
+        assert 0 < len(fine) <= len(maps)
+        assert (len(fine) < len(maps)) == (smallest == 64)
+        found = masks.attended(model, shown, tokens, Run(0))
+        torch.testing.assert_close(found[0], sum(fine) / len(fine))
+
     @pytest.mark.parametrize(
         ("harm", "message"),
         [
@@ -463,6 +487,7 @@ class TestMasks:
             ("no folder", "there is no folder .*elsewhere"),
             ("broken picture", "cannot read .*one.png: it is no whole picture"),
             ("small picture", "one.png: a picture is 8 × 12 pixels; this model draws 16 × 16"),
+            ("broken mask", "cannot read .*two.png: it is no whole picture"),
             ("no mask", "the mask of .*two.png is missing: there is no .*two.png"),
             ("small mask", "the mask .*one.png is 8 × 8 pixels, its picture 16 × 16"),
             ("empty mask", "the mask of .*one.png is empty"),
@@ -481,6 +506,8 @@ class TestMasks:
         elif harm == "broken picture":
             whole = (shown / "one.png").read_bytes()
             (shown / "one.png").write_bytes(whole[: len(whole) // 2])
+        elif harm == "broken mask":
+            (masked / "two.png").write_bytes((masked / "one.png").read_bytes()[:60])
         elif harm == "small picture":
             Image.new("RGB", (8, 12)).save(shown / "one.png")
         elif harm == "no mask":
@@ -501,6 +528,30 @@ def test_what_is_retained_must_weigh_something(model):
     method = MACE(stages=("refine",), templates=SHORT)
     with pytest.warns(ExpungeWarning, match="the retained weigh nothing"):
         fit(model, PROBLEM, method)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ridge": 0.0}, r"equations are .*singular.*: raise the ridge from 0, or retain more prompts"),
+        ({"refine_prior": 1.0, "captions": "{empty}"}, "empty.txt has no captions"),
+        ({"refine_prior": 1.0, "captions": "{absent}"}, "cannot read .*absent.txt: there is no such"),
+    ],
+)
+def test_what_the_closed_forms_cannot_do_without(model, tmp_path, settings, message):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "absent")}
+    given = {k: v.format(**files) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(ExpungeError, match=message):
+        fit(model, Problem((Concept("airplane", "sky"),)), MACE(stages=("refine",), **given))
+
+
+def test_names_within_one_another_are_said(model):
+    problem = Problem((Concept("cat", "sky"), Concept("cat of art", "")), ("the dog with the cat",))
+    method = MACE(stages=("refine",), refine_prior=1.0, domain_weight=1.0, captions="")
+    says = "'cat' in 'cat of art' .erased too., 'cat' in 'the dog with the cat' .retained."
+    with pytest.warns(ExpungeWarning, match=says):
+        assert fit(model, problem, method)
 
 
 @pytest.mark.parametrize(

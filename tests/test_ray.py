@@ -6,7 +6,9 @@ import signal
 import pytest
 import torch
 
-from expunge import ExpungeError, cluster
+import expunge
+from expunge import Concept, ExpungeError, Problem, cluster
+from expunge.methods.mace import MACE
 from expunge.run import Run
 
 ray = pytest.importorskip("ray", reason="spreads work only with expunge[ray]")
@@ -88,3 +90,13 @@ def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monk
     with pytest.raises(ExpungeError, match="Ray gave up on frog after 2 tries: .*died"):
         run.pieces(maker(run, always_dies), NAMES)
     assert len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) == 4
+
+
+def test_mace_ends_with_the_local_edit(model):
+    """The model, its pictures and training go to other processes and come back as one edit."""
+    problem = Problem(tuple(Concept(name, "sky") for name in ("airplane", "ship", "bird", "cat", "dog")))
+    method = MACE(pictures=1, picture_steps=2, steps=3, masks="none", captions="", rate=0.01, batch=2)
+    here = expunge.erase(model, problem, method)
+    there = expunge.erase(model, problem, method, ray="local")
+    assert there.hash == here.hash
+    assert there.changes[1].up.any()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -343,6 +344,16 @@ name = "uce"
 general = 20
 ridge = 5.0
 """
+MACE_ROWS = """
+[[methods]]
+name = "mace"
+preset = "fast"
+stages = ["refine"]
+title = "refinement only"
+[[methods]]
+name = "mace"
+preset = "fast"
+"""
 
 
 @pytest.fixture
@@ -369,10 +380,35 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     assert "averaged over what was erased" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_presets_and_titles(experiment):
+    experiment.write_text(EXPERIMENT + MACE_ROWS)
+    *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
+    assert (refined.method.stages, refined.method.steps) == (("refine",), 5)
+    assert refined.name == "refinement only: ship"
+    assert whole.name.startswith("mace, ridge 1.0, ")
+    assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
+
+
+def test_the_experiments_of_this_repository_can_be_read():
+    folder = Path(__file__).parents[1] / "experiments" / "mace"
+    tuning = set(folder.glob("tune-*.toml"))
+    tables = [Experiment.read(path) for path in set(folder.glob("*.toml")) - tuning]
+    assert len(tables) >= 7
+    assert all(len(read.jobs()) == len({job.name for job in read.jobs()}) for read in tables)
+    # What values were chosen on is judged nowhere else, but for the style that says so.
+    judged = {
+        c.name for read in tables for suite in read.suites for c in (*suite.concepts, *suite.others)
+    }
+    chosen = {c.name for path in tuning for c in Suite.read(path).concepts}
+    assert len(chosen) > 40
+    assert chosen & judged == {"noto", "twemoji", "fluent", "emojione"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ('"uce"\ngeneral', '"uec"\ngeneral', "did you mean 'uce'"),
+        ("ridge = 5.0", 'preset = "fats"', "there is no preset 'fats'"),
         ("ridge", "rigde", "did you mean 'ridge'"),
         ("ridge = 5.0", "ridge = -5.0", "ridge must be above 0"),
         ("suites", "suits", "did you mean 'suites'"),

@@ -97,8 +97,11 @@ def kill_with_pieces(process, folder: Path, least: int) -> None:
     assert process.returncode == -signal.SIGKILL, err
 
 
+MACE = {"batch": 2, "pictures": 1, "picture_steps": 2, "steps": 30, "masks": "none", "rate": 0.01}
+
+
 # Another method is tried by one more row here: its name, and fields that make it quick.
-@pytest.mark.parametrize(("method", "fields"), [("slow", {"strength": 0.5})])
+@pytest.mark.parametrize(("method", "fields"), [("slow", {"strength": 0.5}), ("mace", MACE)])
 def test_killed_and_given_again(command, model, tmp_path, package, method, fields, monkeypatch):
     options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     work = tmp_path / "e.safetensors.work"

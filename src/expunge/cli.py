@@ -131,6 +131,8 @@ class RunOptions:
     """The TOML file."""
     output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
+    full: bool = False
+    """The papers' number of pictures, whatever the file says."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
@@ -322,6 +324,8 @@ def run_command(options: RunOptions) -> None:
     from expunge.model import load
 
     experiment = Experiment.read(options.experiment)
+    if options.full:
+        experiment = dataclasses.replace(experiment, full=True)
     folder = Path(options.output or Path(options.experiment).with_suffix(""))
     files.check_results(folder, [suite.name for suite in experiment.suites])
     files.check_writable(folder / "results.json")

@@ -10,6 +10,12 @@
     name = "uce"
     ridge = 50.0
 
+    [[methods]]
+    name = "mace"
+    preset = "emoji"                                   # values for the fields; those beside it count
+    stages = ["refine"]
+    title = "refinement only"                          # what the report calls it
+
 What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
 picture in the cache. So a run that was stopped goes on where it was.
 """
@@ -24,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge import fields, registry, work
+from expunge import fields, registry
 from expunge.cache import Cache, model_hash
 from expunge.case import Candidate
 from expunge.edit import Edit, erase
@@ -36,6 +42,7 @@ from expunge.problem import KINDS, Concept, Kind, Problem
 from expunge.report import Report, evaluate
 from expunge.run import Progress, quiet
 from expunge.suite import Suite
+from expunge.work import discard
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,11 @@ class Job:
     method_name: str
     problem: Problem
     seed: int
+    title: str = ""
 
     @property
     def name(self) -> str:
-        """What the report calls it: the method with the fields that are not its own defaults."""
+        """What the report calls it: its title, or the method with all fields but its defaults."""
         default = type(self.method)()
         changed = [
             f"{f.name} {getattr(self.method, f.name)}"
@@ -59,7 +67,8 @@ class Job:
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
         seed = [f"seed {self.seed}"] if self.seed else []
-        return ", ".join([self.method_name, *changed, *seed]) + f": {concepts}{more}"
+        called = [self.title] if self.title else [self.method_name, *changed]
+        return ", ".join([*called, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
         """The edit's file name: it changes with everything that the edit hangs on."""
@@ -80,7 +89,7 @@ class Job:
             place = f"{file}.work"
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
-            work.discard(place)
+            discard(place)
         return Candidate.of(Edit.load(file), self.name)
 
 
@@ -92,7 +101,7 @@ class Experiment:
     """
 
     methods: tuple[Mapping[str, Any], ...]
-    """For each method a table: its `name` and its fields."""
+    """For each method a table: its `name` and its fields; perhaps a `preset` of them, and a `title`."""
     problems: tuple[Problem, ...]
     suites: tuple[Suite, ...]
     model: str = "emoji"
@@ -128,9 +137,11 @@ class Experiment:
         found = []
         for table in self.methods:
             cls = registry.get("methods", table["name"])
-            method = fields.build(cls, {k: v for k, v in table.items() if k != "name"})
+            values = {k: v for k, v in table.items() if k not in ("name", "preset", "title")}
+            preset, title = table.get("preset"), str(table.get("title", ""))
+            method = fields.build(cls, values) if preset is None else cls.preset(preset, **values)
             found += [
-                Job(method, table["name"], problem, seed)
+                Job(method, table["name"], problem, seed, title)
                 for problem in self.problems
                 for seed in self.seeds
             ]

@@ -22,11 +22,14 @@ from expunge.run import Run
 SOURCES = ("attention", "none", "grounded-sam")
 """Where masks come from, unless from a folder."""
 
-LOG_SNRS = (0.0, -1.0, -2.0, -3.0)
+LOG_SNRS = (0.0, -1.0, -2.0)
 """The noise at which attention is looked at: the object's place is settled, its detail is not."""
 
+SMALLEST = 16
+"""The fewest pixels of a map that says where something is: coarser ones point anywhere."""
 
-def find(source: str, model: Model, examples: Examples, phrase: Tensor, run: Run) -> Tensor:
+
+def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
     """The masks of a concept's examples: (n, h, w), 0 or 1.
 
     Args:
@@ -34,7 +37,8 @@ def find(source: str, model: Model, examples: Examples, phrase: Tensor, run: Run
             GroundingDINO and SAM. Otherwise a folder of PNGs named as the pictures' files.
         model: the model that draws the concept.
         examples: its pictures.
-        phrase: (1, tokens), the concept's tokens in the examples' prompt.
+        tokens: (1, tokens), bool, those of the examples' prompt that tell of the concept: its own, and
+            the end and padding after it.
         run: for the noise.
 
     Raises:
@@ -44,7 +48,7 @@ def find(source: str, model: Model, examples: Examples, phrase: Tensor, run: Run
     if source == "none":
         return torch.ones(len(examples), 1, 1)
     if source == "attention":
-        masks = from_attention(model, examples, phrase, run)
+        masks = from_attention(model, examples, tokens, run)
     elif source == "grounded-sam":
         from expunge.grounded_sam import GroundedSAM
 
@@ -62,22 +66,34 @@ def find(source: str, model: Model, examples: Examples, phrase: Tensor, run: Run
     return masks.float()
 
 
-@torch.no_grad()
-def from_attention(model: Model, examples: Examples, phrase: Tensor, run: Run) -> Tensor:
-    """The brighter part of what a concept's tokens attend to: (n, h, w), bool.
+def from_attention(model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
+    """The brighter part of where a concept's tokens are attended to: (n, h, w), bool.
 
-    Their maps, averaged over heads, layers and levels of noise, are split by Otsu's threshold.
+    `attended`, split by Otsu's threshold.
+    """
+    seen = attended(model, examples, tokens, run)
+    return seen > otsu(seen.flatten(1))[..., None]
+
+
+@torch.no_grad()
+def attended(model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
+    """How much each pixel attends to a concept's tokens: (n, h, w).
+
+    A mean over heads, layers and levels of noise. The end and padding tokens tell of the whole
+    prompt, and are attended to from all over the object; its own words, from some part of it.
     """
     latents = examples.latents
     height, width = latents.shape[-2:]
     text = model.encode([examples.prompt] * len(examples))
-    tokens = phrase.to(latents.device, torch.float32)
+    counted = tokens[0].to(latents.device, torch.float32)
     log_snr, generator = model.log_snr(), run.generator("masks", examples.concept)
 
-    def attended(attention: Tensor) -> Tensor:
-        size = grid(attention.shape[2], height, width)
-        seen = (attention.float().mean(1) @ tokens[0]).unflatten(1, size)
-        return interpolate(seen[:, None], (height, width), mode="bilinear")
+    def read(attention: Tensor) -> Tensor | None:
+        pixels = attention.shape[2]
+        if pixels < min(SMALLEST, height * width):
+            return None
+        seen = (attention.float().mean(1) @ counted).unflatten(1, grid(pixels, height, width))
+        return interpolate(seen[:, None], (height, width), mode="bilinear")[:, 0]
 
     total = torch.zeros(())
     for level in LOG_SNRS:
@@ -86,12 +102,11 @@ def from_attention(model: Model, examples: Examples, phrase: Tensor, run: Run) -
         noisy = model.add_noise(latents, noise, t)
         maps = read_attention(
             model.cross_attentions(),
-            attended,
+            read,
             lambda: model.predict(noisy, t, text),  # noqa: B023
         )
-        total = total + torch.stack(maps).mean(0).cpu()
-    seen = total.flatten(1)
-    return (seen > otsu(seen)).unflatten(1, (height, width))
+        total = total + torch.stack([one for one in maps if one is not None]).mean(0).cpu()
+    return total / len(LOG_SNRS)
 
 
 def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:

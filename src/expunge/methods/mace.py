@@ -57,11 +57,6 @@ def identities(domain: float) -> dict[str, float]:
     return {"ridge": 0.0, "rate": 1e-4, **published(1e-4, domain)}
 
 
-EMOJI = {"ridge": 100.0, "rate": 1e-4, "refine_prior": 30.0, "fuse_prior": 30.0, "domain_weight": 10.0,
-         "batch": 16}  # fmt: skip
-"""Where the emoji model's presets start from."""
-
-
 @dataclass(frozen=True, eq=False)
 class Group:
     """The concepts that have one kind and one anchor, in words."""
@@ -169,10 +164,8 @@ class MACE(Method):
         "style": {"about": "the paper's, on SD 1.x", **identities(8e4)},
         "explicit": {"about": "the paper's, on SD 1.x", "ridge": 0.0, "rate": 1e-5, "steps": 120,
                      "focal": False, **published(7e-7)},
-        "emoji-object": {"about": "objects of the emoji model", **EMOJI},
-        "emoji-identity": {"about": "flags of the emoji model", **EMOJI},
-        "emoji-style": {"about": "styles of the emoji model", **EMOJI},
-        "emoji-explicit": {"about": "weapons of the emoji model", **EMOJI},
+        "emoji": {"about": "everything on the emoji model", "ridge": 100.0, "rate": 1e-4,
+                  "refine_prior": 30.0, "fuse_prior": 30.0, "domain_weight": 10.0, "batch": 16},
         "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
                  "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
                  "pictures": 2, "picture_steps": 3},
@@ -411,7 +404,7 @@ class MACE(Method):
             steps = self.picture_steps or None
             shown = examples.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
         source = "none" if concept.kind == "style" else self.masks
-        mask = masks.find(source, model, shown, phrase[:1], run)
+        mask = masks.find(source, model, shown, (phrase | ending)[:1], run)
         return Lesson(
             concept.name,
             text,

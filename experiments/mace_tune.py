@@ -1,0 +1,164 @@
+"""Choose the values of MACE's emoji presets on words that no suite reports.
+
+Four tasks, each a suite in `experiments/mace/tune-*.toml`: six objects in turn, sixteen together, food
+as if it were unsafe, one style. Every combination of the values given is tried, judged as any edit is.
+What has been tried stays in `experiments/results/mace_tune.json`, and is not tried again.
+
+    python experiments/mace_tune.py object many --try stages=refine ridge=10,100 refine_prior=0,10
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import expunge
+from expunge import Concept, Model, Problem
+from expunge.case import Candidate
+from expunge.fields import build
+from expunge.files import replacing
+from expunge.methods.mace import MACE, Lesson
+from expunge.run import Run
+from expunge.suite import Suite
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Remembering(MACE):
+    """MACE that finds a concept's pictures and masks once, however many values are tried on them."""
+
+    def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
+        key = (concept, run.seed, self.templates, self.pictures, self.picture_steps, self.masks)
+        if (*key, self.end_tokens) not in LESSONS:
+            LESSONS[*key, self.end_tokens] = super()._lesson(model, concept, run)
+        lesson = LESSONS[*key, self.end_tokens]
+        return dataclasses.replace(lesson, generator=run.generator("training", concept.name))
+
+
+LESSONS: dict[Any, Lesson] = {}
+
+
+def objects() -> list[Problem]:
+    """Each of six words erased, the five others retained."""
+    becomes = {"turtle": "sea", "rabbit": "grass", "bicycle": "street", "helicopter": "sky",
+               "hamburger": "ground", "soccer ball": "grass"}  # fmt: skip
+    return [
+        Problem((Concept(name, anchor),), tuple(other for other in becomes if other != name))
+        for name, anchor in becomes.items()
+    ]
+
+
+def many() -> list[Problem]:
+    """Sixteen words erased together, the suite's others retained."""
+    becomes = {
+        "sea": ("tropical fish", "octopus", "whale", "crab"),
+        "sky": ("butterfly", "honeybee"),
+        "ground": ("apple", "carrot", "doughnut", "grapes", "alarm clock", "trophy"),
+        "grass": ("tree", "sunflower", "soccer ball"),
+        "street": ("tractor",),
+    }
+    erase = (Concept(name, anchor, "identity") for anchor, names in becomes.items() for name in names)
+    return [Problem(tuple(erase), suite("many").retain)]
+
+
+def explicit() -> list[Problem]:
+    """A group and its members, one name each; nothing is retained by name."""
+    names = ("food", *suite("explicit").concepts[0].also)
+    return [Problem(tuple(Concept(name, "ground", "explicit") for name in names))]
+
+
+def style() -> list[Problem]:
+    """Noto, with the other styles retained."""
+    kept = [concept.name for concept in suite("style").concepts[1:]]
+    return [Problem((Concept("noto", "art", "style"),), tuple(kept))]
+
+
+TASKS = {"object": objects, "many": many, "explicit": explicit, "style": style}
+
+
+def suite(task: str) -> Suite:
+    """The suite that a task is judged by."""
+    return Suite.read(HERE / "mace" / f"tune-{task}.toml")
+
+
+def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
+    """All combinations of FIELD=VALUE,VALUE,…; the stages are written refine+fuse."""
+
+    def value(text: str) -> Any:
+        if text and all(stage in ("refine", "suppress", "fuse") for stage in text.split("+")):
+            return tuple(text.split("+"))
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    parts = [text.partition("=") for text in tried]
+    fields = [(name, [value(text) for text in values.split(",")]) for name, _, values in parts]
+    for values in itertools.product(*(values for _, values in fields)):
+        yield dict(zip((name for name, _ in fields), values, strict=True))
+
+
+def judge(model: Model, task: str, method: MACE) -> dict[str, Any]:
+    """What a task comes to: H and its terms, means over its problems, and shares unrecognisable."""
+    edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
+    candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
+    report = expunge.evaluate(model, candidates, [suite(task)])
+    rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
+
+    def mean(values: list[float]) -> float:
+        there = [value for value in values if value == value]  # a term may have nothing to judge
+        return round(sum(there) / len(there), 4)
+
+    return {
+        "H": mean([row.h.value for _, row in rows]),
+        **{term: mean([row.terms[term].value for _, row in rows]) for term in rows[0][1].terms},
+        "unrecognisable": {
+            role: mean([row.roles[role]["unrecognisable"].value for _, row in rows])
+            for role in rows[0][1].roles
+        },
+        "each": {case.erased[0]: round(row.h.value, 3) for case, row in rows},
+        "left out": sorted({words for case, _ in rows for _, words, _ in case.left_out}),
+        "seconds": mean([edit.record.seconds for edit in edits]),
+    }
+
+
+def main() -> None:
+    """Try what was asked for; the file is written after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
+    parser.add_argument("--preset", default="emoji", help="where to start from")
+    parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
+    parser.add_argument("--to", type=Path, default=HERE / "results" / "mace_tune.json")
+    options = parser.parse_args()
+    record: dict[str, Any] = json.loads(options.to.read_text("utf8")) if options.to.is_file() else {}
+    model = expunge.load("emoji")
+    base = {name: value for name, value in MACE.presets[options.preset].items() if name != "about"}
+    for task, values in itertools.product(options.tasks, combinations(options.tried)):
+        method = build(Remembering, base | values)
+        default = MACE()
+        fields = {
+            field.name: getattr(method, field.name)
+            for field in dataclasses.fields(method)
+            if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
+        }
+        title = ", ".join(f"{name} {value}" for name, value in fields.items())
+        rows = record.setdefault(task, {})
+        if title not in rows:
+            rows[title] = judge(model, task, method)
+            record["versions"] = {name: version(name) for name in ("expunge", "torch", "diffusers")}
+            with replacing(options.to) as file:
+                file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+        figures = {k: v for k, v in rows[title].items() if isinstance(v, float)}
+        print(task, title, figures, rows[title]["unrecognisable"], sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main()
