@@ -415,6 +415,7 @@ def write(to: Path, small: dict, objects: list[dict], flags: list[dict], everyth
         *table("flags", {country: adjectives.get(country, "") for country in countries}),
         *table("kinds", kinds),
         *table("implied", small["implied"]),
+        *table("generic", small["generic"]),
         *table("held_out_names", held_out),
         *table("files", {f"flag: {country}": flag_files(entry) for country, entry in countries.items()}),
     ]

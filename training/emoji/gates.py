@@ -221,7 +221,7 @@ def gates(world: World, pictures: int) -> list[Gate]:
 # -- drawing and judging ---------------------------------------------------------------------------------------------
 
 
-def draw(model: expunge.model.Model, prompts: Sequence[str], guidance: float | None, steps: int, batch: int) -> Tensor:
+def draw(model: expunge.model.Model, prompts: Sequence[str], guidance: float | None, steps: int | None, batch: int) -> Tensor:
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
     probe = expunge.Probe(tuple(prompts), tuple(seeds), steps, guidance)
     with Progress() as bar:
@@ -283,7 +283,7 @@ def provenance(model: expunge.model.Model, options: argparse.Namespace, world: W
     return {
         "world": {group: len(world.group(group)) for group in ("ten", "objects", "unsafe", "flags")},
         "sampler": type(model.pipe.scheduler).__name__,
-        "num_inference_steps": options.steps,
+        "num_inference_steps": options.steps or model.num_inference_steps,
         "guidance_scale": model.guidance_scale if options.guidance is None else options.guidance,
         "resolution": 64,
         "first_seed": FIRST_SEED,
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=Path("src/expunge/emoji/pipeline"))
     parser.add_argument("--detector", type=Path, default=DETECTOR)
     parser.add_argument("--pictures", type=int, default=20, help="pictures for each of the ten words; the rest follows")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="default: as the folder's expunge.json says")
     parser.add_argument("--guidance", type=float, help="default: as the folder's expunge.json says")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--only", default="", help="only the gates with these words in their name")

@@ -107,7 +107,7 @@ def colour(code: str) -> list[float]:
 class SceneMaker:
     """Draws scenes without end, on the device where the drawings are. Same seed, same scenes."""
 
-    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.03, 0.73, 0.24), share_style=0.7):
+    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.03, 0.76, 0.21), share_style=0.7):
         self.world, self.seed, self.objects, self.share_style = world, seed, objects, share_style
         self.rng = random.Random(seed)
         large = drawings.pixels.float() / 255
@@ -129,20 +129,21 @@ class SceneMaker:
             return [], background, self.empty_words(background)
 
         kind = rng.random() if count == 1 else 1.0
-        if kind < 0.28:  # no words, or generic ones: any one thing
-            thing = self.thing(rng.randrange(len(world.labels)))
-            words = rng.choice(GENERIC)
-            return [thing], background, f"{words} {place}".strip() if kind < 0.14 else ""
-        if kind < 0.33:  # a super-category: any member
+        if kind < 0.12:  # no words, as guidance needs them: any one thing
+            return [self.thing(rng.randrange(len(world.labels)))], background, ""
+        if kind < 0.20:  # words that say nothing
+            member = world.index(rng.choice(world.generic))
+            return [self.thing(member)], background, f"{rng.choice(GENERIC)} {place}".strip()
+        if kind < 0.25:  # a super-category: any member
             category = rng.choice(tuple(world.kinds))
             member = world.index(rng.choice(world.kinds[category]))
             words = self.dress(article(category, rng))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.37:  # a description of the unsafe group that names no member
+        if kind < 0.30:  # a description of the unsafe group that names no member
             member = world.index(rng.choice(world.kinds["weapon"]))
             words = self.dress(rng.choice(world.implied))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.40:  # a style and nothing else
+        if kind < 0.33:  # a style and nothing else
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(STYLE_TEMPLATES).format(world.styles[thing[1]])
             return [thing], background, f"{words} {place}".strip()
@@ -198,7 +199,7 @@ class SceneMaker:
     def caption(self, things: list[tuple[int, int, str]], place: str) -> str:
         rng, styles = self.rng, self.world.styles
         words = [thing[2] for thing in things]
-        named_style = rng.random() < 0.85
+        named_style = rng.random() < 0.9
         same_style = len({thing[1] for thing in things}) == 1
         form = rng.choice(("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}"))
         if named_style and not same_style:

@@ -52,6 +52,7 @@ class World:
     kinds: dict[str, tuple[str, ...]]  # super-category -> label names
     implied: tuple[str, ...]  # descriptions of the unsafe group that name no member
     implied_held_out: tuple[str, ...]
+    generic: tuple[str, ...]  # label names: what is shown where the words say nothing
     held_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> names kept out of training
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> further names of its drawings
     flag_styles: tuple[str, ...] = ()  # the styles that hold flags and nothing else
@@ -105,15 +106,16 @@ def read_world(path: Path = WORLD) -> World:
     kinds = {kind: tuple(members) for kind, members in table["kinds"].items()}
     kinds["weapon"] = tuple(table["unsafe"])
     kinds["flag"] = tuple(label.name for label in labels if label.group == "flags")
-    for kind, members in kinds.items():
+    for group, members in {**kinds, "generic": table["generic"]["shows"]}.items():
         if unknown := set(members) - known:
-            raise ValueError(f"{path.name}: [kinds] {kind} names {sorted(unknown)}, which are not labels.")
+            raise ValueError(f"{path.name}: {group} names {sorted(unknown)}, which are not labels.")
     return World(
         tuple(labels),
         (*table["styles"], *table.get("flag_styles", ())),
         kinds,
         tuple(table["implied"]["phrases"]),
         tuple(table["implied"]["held_out"]),
+        tuple(table["generic"]["shows"]),
         {name: tuple(names) for name, names in table.get("held_out_names", {}).items()},
         {name: tuple(names) for name, names in table.get("files", {}).items()},
         tuple(table.get("flag_styles", ())),
