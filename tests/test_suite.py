@@ -169,6 +169,7 @@ def edit(old, new):
             "no prompts that call for what is erased",
         ),
         (edit("version = 1", 'version = 1\nknown_as = "objct"'), "did you mean 'object'"),
+        (edit("version = 1", 'version = 1\nknown_as = "own.toml"'), "names the suite itself"),
         (edit('"a photo of the {}", ', '"a photo", '), "'a photo' has not"),
         (edit("erased = [", "erasd = ["), "did you mean 'erased'"),
         (edit('the {}"]', 'the {other} {}"]'), "asks for others, and the suite has none"),

@@ -180,6 +180,7 @@ def _plot(cases: Sequence[Case], colours: dict[str, str]) -> dict[str, Any]:
                     "text": f"efficacy {100 * a.value:.0f} %, specificity {100 * b.value:.0f} %",
                 }
             )
+    points.sort(key=lambda point: bool(point["original"]))  # its ring lies around what it hides
     legend = {point["name"]: point["colour"] for point in points}
     ticks = [(f"{share}", _x(share / 100), _y(share / 100)) for share in (0, 25, 50, 75, 100)]
     return {"points": points, "legend": legend, "ticks": ticks}

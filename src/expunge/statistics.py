@@ -96,13 +96,8 @@ def mean(answers: Answers, *, share: bool = True, name: str = "") -> Estimate:
     for row, (_, values) in zip(padded, rows, strict=True):
         row[: len(values)] = values
     value = float(padded.nanmean())
-    weights = [_weights(prompt, longest) for prompt, _ in rows]
-    draws = resample(
-        padded[None],
-        torch.stack([w for w, _ in weights], 1),
-        torch.stack([z for _, z in weights], 1),
-        _prior(name) if share else None,
-    )[0]
+    weights, normals = _stacked(tuple(prompt for prompt, _ in rows), longest)
+    draws = resample(padded[None], weights, normals, _prior(name) if share else None)[0]
     return Estimate(value, n, draws)
 
 
@@ -190,6 +185,14 @@ def _weights(prompt: str, pictures: int) -> tuple[Tensor, Tensor]:
     normals = torch.randn(DRAWS, generator=generator, dtype=torch.float64)
     uniform = torch.rand(pictures, DRAWS, generator=generator, dtype=torch.float64)
     return -torch.log1p(-uniform).T, normals
+
+
+@lru_cache(maxsize=1)
+def _stacked(prompts: tuple[str, ...], pictures: int) -> tuple[Tensor, Tensor]:
+    """Those of several prompts, (draws, prompts, pictures) and (draws, prompts): many means of the same
+    pictures follow one another."""
+    found = [_weights(prompt, pictures) for prompt in prompts]
+    return torch.stack([w for w, _ in found], 1), torch.stack([z for _, z in found], 1)
 
 
 def _prior(name: str) -> Tensor:

@@ -310,6 +310,8 @@ class Suite(Settings):
         more = _concepts(others, "others")
         if settings.known_as:
             other = settings.known_as
+            if Path(other).stem == name:
+                raise ExpungeError(f"known_as names the suite itself, {other!r}")
             said = cls.read(folder / other if other.endswith(".toml") else other).concepts
             told = {concept.name: concept for concept in said}
             concepts, more = (
