@@ -165,7 +165,7 @@ class MACE(Method):
         "explicit": {"about": "the paper's, on SD 1.x", "ridge": 0.0, "rate": 1e-5, "steps": 120,
                      "focal": False, **published(7e-7)},
         "emoji": {"about": "everything on the emoji model", "ridge": 100.0, "rate": 1e-4,
-                  "refine_prior": 30.0, "fuse_prior": 30.0, "domain_weight": 10.0, "batch": 16},
+                  "refine_prior": 100.0, "fuse_prior": 100.0, "domain_weight": 10.0, "batch": 16},
         "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
                  "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
                  "pictures": 2, "picture_steps": 3},
