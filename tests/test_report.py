@@ -261,6 +261,18 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     assert "averaged over what was erased" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_an_experiment_takes_presets(experiment):
+    table = 'name = "mace"\npreset = "fast"\n'
+    experiment.write_text(EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "steps", 1))
+    first, _, other, _ = Experiment.read(experiment).jobs()
+    assert first.method == type(first.method).preset("fast", steps=20)
+    assert first.name == "mace fast, steps 20: airplane"
+    assert other.name.startswith("uce, ridge 5.0, general 20")
+    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "fats"', 1))
+    with pytest.raises(ExpungeError, match="did you mean 'fast'"):
+        Experiment.read(experiment)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

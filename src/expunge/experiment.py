@@ -8,7 +8,7 @@
 
     [[methods]]
     name = "uce"
-    ridge = 50.0
+    ridge = 50.0                                           # or preset = "NAME", or both
 
 What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
 picture in the cache. So a run that was stopped goes on where it was.
@@ -47,11 +47,12 @@ class Job:
     method_name: str
     problem: Problem
     seed: int
+    preset: str = ""
 
     @property
     def name(self) -> str:
-        """What the report calls it: the method with the fields that are not its own defaults."""
-        default = type(self.method)()
+        """What the report calls it: the method, its preset, and the fields that are not as there."""
+        default = type(self.method).preset(self.preset) if self.preset else type(self.method)()
         changed = [
             f"{f.name} {getattr(self.method, f.name)}"
             for f in dataclasses.fields(self.method)
@@ -60,7 +61,8 @@ class Job:
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
         seed = [f"seed {self.seed}"] if self.seed else []
-        return ", ".join([self.method_name, *changed, *seed]) + f": {concepts}{more}"
+        called = f"{self.method_name} {self.preset}".rstrip()
+        return ", ".join([called, *changed, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
         """The edit's file name: it changes with everything that the edit hangs on."""
@@ -84,7 +86,7 @@ class Experiment:
     """
 
     methods: tuple[Mapping[str, Any], ...]
-    """For each method a table: its `name` and its fields."""
+    """For each method a table: its `name`, perhaps a `preset`, and its fields."""
     problems: tuple[Problem, ...]
     suites: tuple[Suite, ...]
     model: str = "emoji"
@@ -120,9 +122,11 @@ class Experiment:
         found = []
         for table in self.methods:
             cls = registry.get("methods", table["name"])
-            method = fields.build(cls, {k: v for k, v in table.items() if k != "name"})
+            values = {k: v for k, v in table.items() if k not in ("name", "preset")}
+            preset = table.get("preset", "")
+            method = cls.preset(preset, **values) if preset else fields.build(cls, values)
             found += [
-                Job(method, table["name"], problem, seed)
+                Job(method, table["name"], problem, seed, preset)
                 for problem in self.problems
                 for seed in self.seeds
             ]
