@@ -22,8 +22,10 @@ from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.least_squares import gram, outer, right_factor
 from expunge.ops.low_rank import each_its_own, first_factors
+from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
+from expunge.steering import Course, Steering, Subject, layers_of, train_factors
 from expunge.templates import TEMPLATES
 
 Stage = Literal["refine", "suppress", "fuse"]
@@ -196,6 +198,9 @@ class MACE(Method):
     """AdamW's weight decay."""
     clip: float = bounded(1.0, above=0)
     """The largest norm of one concept's gradient."""
+    lesson: Literal["attention", "trajectory"] = "attention"
+    """What a change is trained on: the attention it should lower, or ANT's objective, on as many
+    trajectories as there would be pictures, with its weights for identities and styles."""
     norm: Literal["joint", "squared"] = "joint"
     """One norm over heads, pixels and tokens of a layer, as released, or its square, as printed."""
     end_tokens: bool = True
@@ -345,7 +350,39 @@ class MACE(Method):
         """`suppress` for the concepts of these names."""
         run = Run(seed)
         concepts = [concept for concept in problem.erase if concept.name in names]
+        if self.lesson == "trajectory":
+            return self._train_on_trajectories(model, concepts, matrix, run)
         return self.train(model, [self._lesson(model, c, run) for c in concepts], matrix, run)
+
+    def _train_on_trajectories(
+        self, model: Model, concepts: Sequence[Concept], matrix: Tensor, run: Run
+    ) -> dict[str, Tensors]:
+        """`suppress` with ANT's objective, on trajectories of the original."""
+        subjects = [
+            Subject(c.name, model.encode(self._prompts(c)), run.generator("training", c.name))
+            for c in concepts
+        ]
+        layers = layers_of(model, "text")
+        course = Course(
+            Objective(1.0, 0.4, 0.5, 0.2),
+            turn=-3.18,
+            num_inference_steps=self.picture_steps,
+            guidance_scale=model.guidance_scale,
+        )
+        return train_factors(
+            Steering(model, course),
+            subjects,
+            layers,
+            run,
+            rank=self.rank,
+            alpha=self.rank,
+            steps=self.steps,
+            rate=self.rate,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            kept=self.pictures,
+            on=[Right(layers, matrix)] if "refine" in self.stages else [],
+        )
 
     def train(
         self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: Run
