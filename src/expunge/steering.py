@@ -231,7 +231,7 @@ class Steering:
             text,
             seeds,
             at=at,
-            num_inference_steps=len(self.times),
+            num_inference_steps=self.course.num_inference_steps or None,
             guidance_scale=self.course.guidance_scale,
         )
         return [latents for _, latents in passed]
@@ -296,7 +296,7 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     crossings = tuple({f"{entry.rpartition('.')[0]}." for entry in entries})
     if f"{component}." in crossings:
         raise ExpungeError(
-            f"this model has no cross-attentions apart from the rest; train {'denoiser'!r}"
+            f"this model has no cross-attentions apart from the rest: train the denoiser, not {part!r}"
         )
     return {k: p for k, p in found.items() if k.startswith(crossings) == (part == "cross-attention")}
 

@@ -49,6 +49,16 @@ MANY = {"trained": "low-rank", "drawn_by": "original", "trajectory_guidance": 7.
         "unconditional_late": 0.5, "unconditional_early": 0.2}  # fmt: skip
 """The paper's values for many concepts, as released."""
 
+EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "turn": -2.5, "samples": 2, "preserve": 0.4,
+         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch": 16}  # fmt: skip
+"""Where the emoji model's presets start from: its own sampler, whose first 4 of 20 steps are early."""
+
+EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
+              "steps": 60, "fuse_prior": 30.0, "domain_weight": 10.0}  # fmt: skip
+
+EMOJI_ONE = {**EMOJI, "trained": "weights", "part": "cross-attention", "rate": 5e-4, "steps": 100,
+             "maps": 40}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ANT(Method):
@@ -93,6 +103,10 @@ class ANT(Method):
                   "turn": -4.58, **published(1e-12, 7e12)},
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
+        "emoji-object": {"about": "objects of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-identity": {"about": "flags of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-style": {"about": "styles of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI_ONE},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
                  "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
