@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import expunge
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
+from expunge.experiment import Experiment
 from expunge.methods.ant import ANT
 from expunge.methods.esd import ESD
 from expunge.methods.mace import MACE
@@ -534,3 +536,11 @@ class TestMasksOfOthers:
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(ExpungeError, match="is not a whole safetensors file"):
             expunge.erase(model, PROBLEM, method)
+
+
+def test_the_experiments_can_be_read():
+    files = sorted((Path(__file__).parents[1] / "experiments" / "ant").glob("*.toml"))
+    assert len(files) >= 7
+    jobs = {path.stem: Experiment.read(path).jobs() for path in files}
+    assert len(jobs["ablation"]) == 6
+    assert all(len({job.method for job in some}) > 1 for some in jobs.values())
