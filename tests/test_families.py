@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 import expunge
 from conftest import tiny_pipeline, weights
@@ -214,3 +220,15 @@ def test_load_refuses(folder, tmp_path):
     )
     with pytest.raises(ExpungeError, match="no family knows the pipeline DDPMPipeline"):
         expunge.load(other)
+
+
+def test_a_trajectory_yields_what_the_denoiser_is_given(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    model, given = expunge.load(pipe), []
+    predict = model.predict
+    model.predict = lambda latents, t, text: given.append(latents) or predict(latents, t, text)
+    text = model.encode(["ship"])
+    points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
+    assert all(torch.equal(a, b) for (_, a), b in zip(points, given, strict=False))
+    assert float(points[0][1].std()) == pytest.approx(1, abs=0.1)
+    assert [t for t, _ in points[:-1]] == list(model.times(3))

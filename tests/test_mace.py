@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 import expunge
 from conftest import tiny_pipeline, weights
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples, masks, pictures
-from expunge.methods.mace import MACE, RETAINED, focal
+from expunge.fusion import RETAINED
+from expunge.methods.mace import MACE, focal
 from expunge.ops.attention import read_attention
 from expunge.ops.low_rank import each_its_own
 from expunge.run import Run

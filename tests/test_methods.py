@@ -15,7 +15,7 @@ METHODS = registry.names("methods")
 
 
 def test_the_folder_is_the_list():
-    assert {"mace", "uce"} <= set(METHODS)
+    assert {"ant", "esd", "mace", "uce"} <= set(METHODS)
 
 
 @pytest.fixture(params=METHODS)

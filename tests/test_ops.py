@@ -1,5 +1,7 @@
 """Theorems about the numbers beneath the methods."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from expunge.ops.attention import CrossAttention, energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
-from expunge.ops.low_rank import balanced, each_its_own
+from expunge.ops.low_rank import balanced, each_its_own, first_factors
 from expunge.ops.otsu import otsu
+from expunge.ops.saliency import Intersection, packed, settled, top_half, unpacked
 
 D = 12
 
@@ -242,6 +245,34 @@ class TestBatchedLowRank:
         torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
         assert not layer._forward_hooks
 
+    @pytest.mark.parametrize(
+        ("layer", "shape"),
+        [
+            (nn.Linear(D, 5), (6, 7, D)),
+            (nn.Linear(D, 5), (6, D)),
+            (nn.Linear(D, 5), (6, 2, 3, D)),
+            (nn.Conv2d(4, 5, 3, stride=2, padding=1), (6, 4, 7, 6)),
+            (nn.Conv2d(4, 5, 1), (6, 4, 3, 3)),
+        ],
+    )
+    def test_rows_take_turns_and_a_switch_takes_changes_off(self, layer, shape):
+        torch.manual_seed(3)
+        x = torch.randn(shape)
+        ups, downs = first_factors([layer], 2, [torch.Generator().manual_seed(i) for i in range(3)])
+        assert not ups[0].any()
+        assert downs[0].shape == (3, 2, layer.weight[0].numel())
+        ups[0] += torch.randn(ups[0].shape)
+        plain = layer(x)
+        with each_its_own([layer], ups, downs, 0.7) as switch:
+            together = layer(x)
+            with switch.off():
+                assert torch.equal(layer(x), plain)
+            assert torch.equal(layer(x), together)
+        for i in range(6):
+            alone, b = copy.deepcopy(layer), i % 3
+            alone.weight.data += 0.7 * (ups[0][b] @ downs[0][b]).reshape(layer.weight.shape)
+            torch.testing.assert_close(together[i], alone(x[i : i + 1])[0], rtol=1e-4, atol=1e-5)
+
     def test_balance_keeps_the_product_and_half_precision_keeps_the_balance(self):
         torch.manual_seed(3)
         up, down = 1e-7 * torch.randn(5, 3), 1e3 * torch.randn(3, D)
@@ -381,3 +412,45 @@ class TestAttention:
         with pytest.raises(RuntimeError, match="stopped"):
             read_attention([CrossAttention(layer, layer, 1, 1.0)], lambda a: a, forward)
         assert not layer._forward_hooks
+
+
+class TestSaliency:
+    """Which entries have the largest gradients, in every map."""
+
+    def test_at_most_half_and_never_without_a_gradient(self):
+        torch.manual_seed(0)
+        for gradient in (torch.randn(9, 11), torch.randn(8, 3, 2, 2), torch.randn(1)):
+            half = top_half(gradient)
+            assert int(half.sum()) == gradient.numel() // 2
+            if half.any():
+                assert gradient[half].abs().min() > gradient[~half].abs().max()
+        assert not top_half(torch.zeros(10)).any()
+        assert int(top_half(torch.tensor([0.0] * 8 + [1.0])).sum()) == 1
+
+    def test_the_intersection_of_all_maps(self):
+        torch.manual_seed(0)
+        maps = [{"a": torch.randn(40), "b": torch.randn(6, 5)} for _ in range(3)]
+        found = Intersection()
+        for one in maps:
+            for name, gradient in one.items():
+                found.add(name, gradient)
+            found.done()
+        for name in ("a", "b"):
+            expected = torch.stack([top_half(one[name]) for one in maps]).all(0)
+            assert torch.equal(found.masks[name], expected)
+        assert found.counts[0] == 35
+        assert found.counts == sorted(found.counts, reverse=True)
+        assert found.counts[-1] == sum(int(mask.sum()) for mask in found.masks.values())
+
+    def test_settled(self):
+        assert not settled([100] * 10, 0.01)
+        assert settled([100] * 11, 0.01)
+        assert not settled([100] * 10 + [98], 0.01)
+        assert settled([100] * 10 + [98], 0.02)
+
+    @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (2, 3, 3, 3), ()])
+    def test_bits(self, shape):
+        mask = torch.rand(shape) < 0.5
+        bits = packed(mask)
+        assert len(bits) == -(-mask.numel() // 8)
+        assert torch.equal(unpacked(bits, shape), mask)

@@ -385,7 +385,7 @@ def test_presets_and_titles(experiment):
     *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
     assert (refined.method.stages, refined.method.steps) == (("refine",), 5)
     assert refined.name == "refinement only: airplane"
-    assert whole.name.startswith("mace, ridge 1.0, ")
+    assert whole.name == "mace fast: airplane"
     assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
 
 
@@ -402,6 +402,18 @@ def test_the_experiments_of_this_repository_can_be_read():
     chosen = {c.name for path in tuning for c in Suite.read(path).concepts}
     assert len(chosen) > 30
     assert chosen & judged == {"noto", "twemoji", "fluent", "emojione"}
+
+
+def test_fields_beside_a_preset(experiment):
+    table = 'name = "mace"\npreset = "fast"\n'
+    experiment.write_text(EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "steps", 1))
+    first, _, other, _ = Experiment.read(experiment).jobs()
+    assert first.method == type(first.method).preset("fast", steps=20)
+    assert first.name == "mace fast, steps 20: airplane"
+    assert other.name.startswith("uce, ridge 5.0, general 20")
+    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "fats"', 1))
+    with pytest.raises(ExpungeError, match="did you mean 'fast'"):
+        Experiment.read(experiment)
 
 
 @pytest.mark.parametrize(

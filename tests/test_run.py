@@ -220,3 +220,18 @@ def test_without_ray(monkeypatch):
     with pytest.raises(ExpungeError, match=r"pip install 'expunge\[ray\]'"):
         cluster.check("local")
     cluster.check("")
+
+
+def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):
+    run = Run(folder=tmp_path / "work")
+    assert run.checkpoint("training") is None
+    for step in (1, 2):
+        run.keep_checkpoint("training", {"step": torch.tensor(step)})
+    assert run.checkpoint("training") == {"step": torch.tensor(2)}
+    assert run.checkpoint("other") is None
+    (file,) = (tmp_path / "work").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(ExpungeWarning, match="is broken; it is made again"):
+        assert run.checkpoint("training") is None
+    assert Run().checkpoint("training") is None
+    Run().keep_checkpoint("training", {})

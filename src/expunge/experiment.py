@@ -53,12 +53,13 @@ class Job:
     method_name: str
     problem: Problem
     seed: int
+    preset: str = ""
     title: str = ""
 
     @property
     def name(self) -> str:
-        """What the report calls it: its title, or the method with all fields but its defaults."""
-        default = type(self.method)()
+        """What the report calls it: its title, or the method, its preset, and what is not as there."""
+        default = type(self.method).preset(self.preset) if self.preset else type(self.method)()
         changed = [
             f"{f.name} {getattr(self.method, f.name)}"
             for f in dataclasses.fields(self.method)
@@ -67,7 +68,7 @@ class Job:
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
         seed = [f"seed {self.seed}"] if self.seed else []
-        called = [self.title] if self.title else [self.method_name, *changed]
+        called = [self.title] if self.title else [f"{self.method_name} {self.preset}".rstrip(), *changed]
         return ", ".join([*called, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
@@ -138,10 +139,10 @@ class Experiment:
         for table in self.methods:
             cls = registry.get("methods", table["name"])
             values = {k: v for k, v in table.items() if k not in ("name", "preset", "title")}
-            preset, title = table.get("preset"), str(table.get("title", ""))
-            method = fields.build(cls, values) if preset is None else cls.preset(preset, **values)
+            preset, title = table.get("preset", ""), str(table.get("title", ""))
+            method = cls.preset(preset, **values) if preset else fields.build(cls, values)
             found += [
-                Job(method, table["name"], problem, seed, title)
+                Job(method, table["name"], problem, seed, preset, title)
                 for problem in self.problems
                 for seed in self.seeds
             ]

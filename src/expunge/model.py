@@ -147,8 +147,8 @@ class Model(ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Denoise n pictures from noise; yields (t, latents) before every step and, with t = 0,
-        the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
+        """Denoise n pictures from noise; yields (t, latents) before every step, as `predict` takes them,
+        and, with t = 0, the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -234,6 +234,33 @@ class Model(ABC):
         with Applied(self.pipe, changes):
             yield
 
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Every parameter of the pipeline."""
+        for part in self.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                yield from part.parameters()
+
+    def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+        """The times at which `trajectory` asks the denoiser, from noise on."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
+        return tuple(int(t) for t in scheduler.timesteps)
+
+    def noise_scale(self) -> Tensor:
+        """dε/dprediction: what an error of the prediction is worth in ε, at each time: (T,), float64.
+
+        With signal variance ᾱ it is 1 where the network predicts ε, √ᾱ where v, √(ᾱ/(1 − ᾱ)) where
+        the clean latents, and 1 − σ = √ᾱ' / (√ᾱ' + √(1 − ᾱ')) where a flow's velocity.
+        """
+        level = self.log_snr()
+        kind = getattr(self.pipe.scheduler.config, "prediction_type", "flow_prediction")
+        return {
+            "epsilon": torch.ones_like(level),
+            "v_prediction": level.sigmoid().sqrt(),
+            "sample": (level / 2).exp(),
+            "flow_prediction": (level / 2).sigmoid(),
+        }[kind]
+
     def denoise(
         self,
         text: Text,
@@ -244,14 +271,43 @@ class Model(ABC):
         guidance_scale: float | None = None,
     ) -> tuple[int, Tensor]:
         """The time and latents after `until` steps from noise: (t, (n, c, h, w))."""
+        (passed,) = self.passing(
+            text,
+            seeds,
+            at=[until],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        return passed
+
+    def passing(
+        self,
+        text: Text,
+        seeds: Sequence[int],
+        *,
+        at: Sequence[int],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> list[tuple[int, Tensor]]:
+        """The time and latents after each of some numbers of steps of one denoising run.
+
+        It ends with the last of them.
+
+        Args:
+            text, seeds: a row and the number of its noise for each picture.
+            at: numbers of steps, rising.
+        """
         steps = self.trajectory(
             text, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
+        passed = []
         with self._text_read_once():
-            for done, (t, latents) in enumerate(steps):
-                if done == until:
-                    return t, latents
-        raise ExpungeError(f"until must be 0 to {done}, not {until}")
+            for done, point in enumerate(steps):
+                if done in at:
+                    passed.append(point)
+                if done == at[-1]:
+                    return passed
+        raise ExpungeError(f"until must be 0 to {done}, not {at[-1]}")
 
     @torch.inference_mode()
     def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:

@@ -17,6 +17,10 @@ Progress = Callable[[str, int, int], None]
 """Called with a label, how much is done, and how much there is."""
 
 
+CHECKPOINTS = "checkpoints"
+"""The folder in the work folder for the state of unfinished work."""
+
+
 def quiet(label: str, done: int, total: int) -> None:
     """The progress of a library: none."""
 
@@ -86,6 +90,21 @@ class Run:
             done += len(members)
             self.progress(label, done, len(names))
         return {name: found[name] for name in names}
+
+    def checkpoint(self, label: str) -> Tensors | None:
+        """What `keep_checkpoint` kept last; None if that is nothing, or broken."""
+        place = self.folder / CHECKPOINTS if self.folder else None
+        return pieces.kept(place, [label]).get(label) if place else None
+
+    def keep_checkpoint(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state of unfinished work, in the place of the one before; it is there whole or not
+        at all. Without a work folder, nothing is kept.
+
+        Raises:
+            ExpungeError: it cannot be written.
+        """
+        if self.folder:
+            pieces.keep(self.folder / CHECKPOINTS, label, pieces.plain(tensors))
 
     def _made(
         self, function: cluster.Make, batches: Sequence[Sequence[str]]

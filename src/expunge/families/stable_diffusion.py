@@ -96,9 +96,9 @@ class StableDiffusion(Model):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
         for t in scheduler.timesteps:
-            yield int(t), latents
-            given = torch.cat([latents] * 2) if guided else latents
-            output = self.predict(scheduler.scale_model_input(given, t), t, text)
+            given = scheduler.scale_model_input(latents, t)
+            yield int(t), given
+            output = self.predict(torch.cat([given] * 2) if guided else given, t, text)
             if guided:
                 empty, prompt = output.chunk(2)
                 output = empty + guidance * (prompt - empty)

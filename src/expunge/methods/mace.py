@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from expunge import examples, masks
-from expunge.changes import Change, Changes, LowRank, Right, find
-from expunge.errors import ExpungeError, ExpungeWarning
+from expunge import examples, fusion, masks
+from expunge.changes import Changes, Right, find
+from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method
 from expunge.model import Model, Text
 from expunge.ops.attention import energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
-from expunge.ops.low_rank import balanced, each_its_own
-from expunge.prior import captions, prior
+from expunge.ops.least_squares import gram, outer, right_factor
+from expunge.ops.low_rank import each_its_own, first_factors
+from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
+from expunge.steering import Course, Steering, Subject, layers_of, train_factors
 from expunge.templates import TEMPLATES
 
 Stage = Literal["refine", "suppress", "fuse"]
 STAGES: tuple[Stage, ...] = ("refine", "suppress", "fuse")
-
-RETAINED = ("{}", "a photo of the {}", "a picture of a {}", "a drawing of {}")
-"""The prompts in which what a problem retains is kept."""
 
 COCO = 616_767
 """The captions of COCO, which the paper's prior is the sum over."""
@@ -194,6 +191,9 @@ class MACE(Method):
     """AdamW's weight decay."""
     clip: float = bounded(1.0, above=0)
     """The largest norm of one concept's gradient."""
+    lesson: Literal["attention", "trajectory"] = "attention"
+    """What a change is trained on: the attention it should lower, or ANT's objective, on as many
+    trajectories as there would be pictures, with its weights for identities and styles."""
     norm: Literal["joint", "squared"] = "joint"
     """One norm over heads, pixels and tokens of a layer, as released, or its square, as printed."""
     end_tokens: bool = True
@@ -246,7 +246,8 @@ class MACE(Method):
             factors = self.suppress(model, problem, matrix, run)
         if "fuse" in self.stages:
             matrix, factors = self.fuse(groups, whole, kept, matrix, factors)
-        return self._changes(model, matrix, factors)
+        layers = [entry.layer for entry in model.text_entries()]
+        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors)
 
     def refine(self, groups: Sequence[Group], whole: Tensor, kept: Tensor) -> Tensor:
         """M, (d, d), float64: sends the words around a concept where its anchor's go.
@@ -294,17 +295,14 @@ class MACE(Method):
             matrix: M.
             factors: what `suppress` found.
         """
-        rows, moved = _rows(groups), [torch.zeros(0, len(kept), dtype=torch.float64)]
-        for name, tensors in factors.items():
-            downs = [tensor for key, tensor in tensors.items() if key.endswith(".down")]
-            moved.append(moved_by(torch.cat(downs), rows[name]))
-        matrix, solved = fused(matrix, whole, self.fuse_prior * kept, self.ridge, torch.cat(moved))
-        answers = iter(solved.split(self.rank))
-        fused_factors = {
-            name: {key: next(answers) if key.endswith(".down") else t for key, t in tensors.items()}
-            for name, tensors in factors.items()
-        }
-        return matrix, fused_factors
+        return fusion.fuse(
+            factors,
+            _rows(groups),
+            matrix=matrix,
+            whole=whole,
+            prior=self.fuse_prior * kept,
+            ridge=self.ridge,
+        )
 
     # What the stages stand on.
 
@@ -330,22 +328,14 @@ class MACE(Method):
 
     def _kept(self, model: Model, problem: Problem, run: Run) -> Tensor:
         """P + ω P_retained, (d, d): means of Σ_positions e eᵀ over captions and retained prompts."""
-        width = model.encode([""]).embeddings.shape[-1]
-        kept = torch.zeros(width, width, dtype=torch.float64)
-        weighs = self.refine_prior > 0 or self.fuse_prior > 0
-        if problem.retain and not (weighs and self.domain_weight):
-            warnings.warn(
-                "the retained weigh nothing: raise domain_weight, and refine_prior or fuse_prior",
-                ExpungeWarning,
-                stacklevel=4,
-            )
-        elif problem.retain:
-            e = model.encode([template.format(text) for text in problem.retain for template in RETAINED])
-            rows = e.embeddings.flatten(0, 1).cpu()
-            kept += self.domain_weight * gram(rows) / len(e)
-        if weighs and self.captions:
-            kept += prior(model, captions(self.captions), run).mean
-        return kept
+        return fusion.kept(
+            model,
+            problem.retain,
+            run,
+            captions_from=self.captions,
+            weighs=self.refine_prior > 0 or self.fuse_prior > 0,
+            domain_weight=self.domain_weight,
+        )
 
     def _train(
         self, model: Model, problem: Problem, matrix: Tensor, seed: int, names: Sequence[str]
@@ -353,7 +343,39 @@ class MACE(Method):
         """`suppress` for the concepts of these names."""
         run = Run(seed)
         concepts = [concept for concept in problem.erase if concept.name in names]
+        if self.lesson == "trajectory":
+            return self._train_on_trajectories(model, concepts, matrix, run)
         return self.train(model, [self._lesson(model, c, run) for c in concepts], matrix, run)
+
+    def _train_on_trajectories(
+        self, model: Model, concepts: Sequence[Concept], matrix: Tensor, run: Run
+    ) -> dict[str, Tensors]:
+        """`suppress` with ANT's objective, on trajectories of the original."""
+        subjects = [
+            Subject(c.name, model.encode(self._prompts(c)), run.generator("training", c.name))
+            for c in concepts
+        ]
+        layers = layers_of(model, "text")
+        course = Course(
+            Objective(1.0, 0.4, 0.5, 0.2),
+            turn=-3.18,
+            num_inference_steps=self.picture_steps,
+            guidance_scale=model.guidance_scale,
+        )
+        return train_factors(
+            Steering(model, course),
+            subjects,
+            layers,
+            run,
+            rank=self.rank,
+            alpha=self.rank,
+            steps=self.steps,
+            rate=self.rate,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            kept=self.pictures,
+            on=[Right(layers, matrix)] if "refine" in self.stages else [],
+        )
 
     def train(
         self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: Run
@@ -361,14 +383,15 @@ class MACE(Method):
         """`suppress` for some concepts in one batch, once what they are trained on is there."""
         layers = tuple(entry.layer for entry in model.text_entries())
         modules = [find(model.pipe, layer) for layer in layers]
-        ups, downs = self._first_factors(modules, [lesson.concept for lesson in lessons], run)
+        generators = [run.generator("factors", lesson.concept) for lesson in lessons]
+        ups, downs = first_factors(modules, self.rank, generators)
         refined = [Right(layers, matrix)] if "refine" in self.stages else []
         chances = self._chances(model.log_snr())
 
         def losses(_: int) -> Tensor:
             return self._attention(model, [lesson.sample(chances) for lesson in lessons])
 
-        with frozen(_parameters(model)), model.using(refined), each_its_own(modules, ups, downs):
+        with frozen(model.parameters()), model.using(refined), each_its_own(modules, ups, downs):
             minimise(
                 [*ups, *downs],
                 losses,
@@ -414,21 +437,6 @@ class MACE(Method):
             run.generator("training", concept.name),
         )
 
-    def _first_factors(
-        self, modules: Sequence[nn.Module], concepts: Sequence[str], run: Run
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """B = 0, (concepts, out, rank), and D normal with deviation 1/rank, (concepts, rank, d)."""
-        generators = [run.generator("factors", concept) for concept in concepts]
-        ups, downs = [], []
-        for module in modules:
-            weight: Any = module.weight
-            like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-            out, width = weight.shape
-            drawn = [torch.randn(self.rank, width, generator=g) / self.rank for g in generators]
-            ups.append(torch.zeros(len(concepts), out, self.rank, **like))
-            downs.append(torch.stack(drawn).to(**like))
-        return ups, downs
-
     def _attention(self, model: Model, samples: Sequence[Sample]) -> Tensor:
         """The loss of each sample, (n,): how much attention its tokens get inside its mask."""
         latents, noise, mask, tokens = (
@@ -454,18 +462,6 @@ class MACE(Method):
         if not self.focal:
             return torch.full_like(log_snr, 1 / len(log_snr))
         return focal(log_snr, self.focal_high, self.focal_low, self.focal_slope)
-
-    def _changes(self, model: Model, matrix: Tensor, factors: Mapping[str, Tensors]) -> Changes:
-        """One right factor of all layers, and one low-rank change a layer; column i is concept i's."""
-        layers = tuple(entry.layer for entry in model.text_entries())
-        changes: list[Change] = []
-        if self.stages != ("suppress",):
-            changes.append(Right(layers, matrix.float()))
-        for layer in layers if factors else ():
-            up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
-            down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
-            changes.append(LowRank((layer,), *(x.half() for x in balanced(up.double(), down.double()))))
-        return tuple(changes)
 
 
 def focal(log_snr: Tensor, high: float, low: float, slope: float) -> Tensor:
@@ -515,10 +511,3 @@ def _rows(groups: Sequence[Group]) -> dict[str, Tensor]:
 def _resized(mask: Tensor, size: Sequence[int]) -> Tensor:
     """Masks (n, h, w) in another size, each pixel the nearest one's."""
     return interpolate(mask[:, None], tuple(size), mode="nearest-exact")[:, 0]
-
-
-def _parameters(model: Model) -> Iterator[Tensor]:
-    """Every parameter of a model."""
-    for part in model.pipe.components.values():
-        if isinstance(part, nn.Module):
-            yield from part.parameters()

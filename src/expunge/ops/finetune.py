@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,6 +56,24 @@ def minimise(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def diverged(losses: Sequence[float], window: int = 10) -> bool:
+    """Whether training runs away: the last loss is not finite, or the last ones are far above the first.
+
+    Far is ten times for the mean of the last `window`, and a thousand times for the last one alone.
+
+    >>> diverged([1.0] * 20), diverged([1.0, float("nan")]), diverged([1.0] * 10 + [20.0] * 10)
+    (False, True, True)
+
+    Args:
+        losses: the losses so far.
+        window: how many of the first and of the last are averaged.
+    """
+    first, last = losses[:window], losses[-window:]
+    if not math.isfinite(losses[-1]) or losses[-1] > 1000 * max(first):
+        return True
+    return len(losses) >= 2 * window and sum(last) > 10 * sum(first)
 
 
 def clipped(gradients: Sequence[Tensor | None], clip: float) -> list[Tensor | None]:

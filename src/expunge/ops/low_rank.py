@@ -4,34 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+
+class Switch:
+    """Whether changes are on; `off` takes them off for the length of a block."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
 
 
 @contextmanager
 def each_its_own(
-    layers: Sequence[nn.Module], ups: Sequence[Tensor], downs: Sequence[Tensor]
-) -> Iterator[None]:
-    """Give every row of a batch a low-rank change of its own, for the length of a block.
+    layers: Sequence[nn.Module], ups: Sequence[Tensor], downs: Sequence[Tensor], scale: float = 1.0
+) -> Iterator[Switch]:
+    """Give every row of a batch the low-rank change of its problem, for the length of a block.
 
-    Row b of a layer's answer W x_b becomes W x_b + B_b (D_b x_b), as a batched product.
+    In a batch of k·n rows for n problems, row i belongs to problem b = i mod n, and a layer's
+    answer W x_i becomes W x_i + scale · B_b (D_b x_i), as a batched product.
 
     Args:
-        layers: linear layers that are given (n, tokens, in).
+        layers: linear layers that are given (k·n, …, in), and convolutions.
         ups: for each layer B, (n, out, rank).
-        downs: for each layer D, (n, rank, in).
+        downs: for each layer D, (n, rank, in), or (n, rank, in · kernel height · kernel width).
+        scale: what B D is multiplied by.
     """
+    switch = Switch()
     with ExitStack() as stack:
         for layer, up, down in zip(layers, ups, downs, strict=True):
-            stack.callback(layer.register_forward_hook(_adding(up, down)).remove)
-        yield
+            stack.callback(layer.register_forward_hook(_adding(up, down, scale, switch)).remove)
+        yield switch
 
 
-def _adding(up: Tensor, down: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def first_factors(
+    layers: Sequence[nn.Module], rank: int, generators: Sequence[torch.Generator]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each layer B = 0, (n, out, rank), and D normal with deviation 1/rank, (n, rank, in).
+
+    Args:
+        layers: linear layers and convolutions, these with a flattened kernel.
+        rank: of the product.
+        generators: one a problem.
+    """
+    ups, downs = [], []
+    for layer in layers:
+        weight: Any = layer.weight
+        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        rows, columns = weight.shape[0], weight.shape[1:].numel()
+        drawn = [torch.randn(rank, columns, generator=g) / rank for g in generators]
+        ups.append(torch.zeros(len(drawn), rows, rank, **like))
+        downs.append(torch.stack(drawn).to(**like))
+    return ups, downs
+
+
+def _adding(up: Tensor, down: Tensor, scale: float, switch: Switch) -> Callable[..., Tensor]:
+    n = len(up)
+
+    def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not switch.on:
+            return output
         x = given[0]
-        return output + (x @ down.to(x.dtype).mT) @ up.to(x.dtype).mT
+        d, b = down.to(x.dtype), scale * up.to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            return output + _convolved(layer, x, d, b)
+        x = x.unflatten(0, (-1, n))
+        flat = x.flatten(2, -2) if x.ndim > 3 else x[..., None, :]
+        return output + ((flat @ d.mT) @ b.mT).reshape(output.shape)
+
+    def _convolved(layer: nn.Conv2d, x: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        """All problems in one convolution, a group of channels each."""
+        kernels = d.flatten(0, 1).unflatten(1, (x.shape[1], *layer.kernel_size))
+        beside = x.unflatten(0, (-1, n)).flatten(1, 2)
+        small = conv2d(beside, kernels, None, layer.stride, layer.padding, layer.dilation, n)
+        large = conv2d(small, b.flatten(0, 1)[..., None, None], groups=n)
+        return large.unflatten(1, (n, -1)).flatten(0, 1)
 
     return add
 

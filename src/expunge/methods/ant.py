@@ -1,0 +1,344 @@
+"""ANT: keep a trajectory's early steps, turn its late ones away from a concept, or from many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from expunge import fusion, saliency
+from expunge.changes import Changes
+from expunge.errors import ExpungeError
+from expunge.fields import bounded
+from expunge.method import Method
+from expunge.model import Model
+from expunge.ops.in_place import InPlace
+from expunge.ops.least_squares import gram
+from expunge.ops.trajectory import Objective
+from expunge.problem import Concept, Problem, key
+from expunge.run import Run, Tensors
+from expunge.steering import (
+    Course,
+    Part,
+    Reverse,
+    Steering,
+    Subject,
+    layers_of,
+    part_of,
+    train_factors,
+    train_weights,
+)
+from expunge.templates import TEMPLATES
+
+COCO = 616_767
+"""The captions of COCO, which the paper's prior is the sum over."""
+
+
+def published(scale: float, domain: float) -> dict[str, float]:
+    """The released scales of a prior that is a sum, for one that is a mean, over 100 names."""
+    return {"fuse_prior": scale * COCO, "domain_weight": domain * 100 / COCO, "ridge": 0.0}
+
+
+MANY = {"trained": "low-rank", "drawn_by": "original", "trajectory_guidance": 7.5,
+        "prediction_guidance": 7.5, "samples": 2, "strength": 4.3, "steps": 400, "preserve": 0.4,
+        "unconditional_late": 0.5, "unconditional_early": 0.2}  # fmt: skip
+"""The paper's values for many concepts, as released."""
+
+EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "turn": -2.5, "samples": 2, "preserve": 0.4,
+         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch": 16}  # fmt: skip
+"""Where the emoji model's presets start from: its own sampler, whose first 4 of 20 steps are early."""
+
+EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
+              "steps": 60, "fuse_prior": 30.0, "domain_weight": 10.0}  # fmt: skip
+
+EMOJI_ONE = {**EMOJI, "trained": "weights", "part": "cross-attention", "rate": 5e-4, "steps": 100,
+             "maps": 40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ANT(Method):
+    """Auto-steering denoising trajectories: no anchor; guidance reversed from a step t' on.
+
+    Early steps, near noise, bring a picture onto the manifold of pictures; a concept's detail comes
+    later. So early predictions are kept, late ones turned away, and those for the empty prompt kept.
+    With δ₀ = ε₀(z, c) − ε₀(z, ∅),
+
+        L = ‖ε(z_l, c) − [ε₀(z_l, ∅) − η δ₀]‖² + λ₁ ‖ε(z_e, c) − [ε₀(z_e, ∅) + η δ₀]‖²
+          + λ₂ ‖ε(z_l, ∅) − ε₀(z_l, ∅)‖² + λ₃ ‖ε(z_e, ∅) − ε₀(z_e, ∅)‖²
+
+    z_l, with t ≤ t', and z_e, with t > t', lie on one trajectory drawn with the prompt c.
+
+    *One concept* trains the weights of the denoiser that its saliency mask leaves: those that in every
+    one of many maps, over augmented prompts and noises, have a gradient in the upper half of their
+    tensor. The edit holds these weights alone. *Many concepts* each train a low-rank change, and one
+    weight is fitted to them all on keys and values, as in MACE:
+
+        min_W*  Σᵢ Σ ‖W* e − (W + s BᵢDᵢ) e‖² + λ ‖W* − W‖²
+                + κ (E_captions ‖(W* − W) e‖² + ω E_retained ‖…‖²)
+
+    The paper's "forget" or "target" is our erase. Weights that are trained directly know of what is
+    retained only through the terms of the empty prompt.
+
+    Cost: a denoising run and a few gradients a step. One denoiser in memory.
+
+    Source: Li et al., ACM MM 2025, arXiv 2504.12782.
+    """
+
+    citation: ClassVar[str] = (
+        "Li et al.: Set You Straight: Auto-Steering Denoising Trajectories to Sidestep Unwanted"
+        " Concepts. ACM MM 2025, arXiv 2504.12782."
+    )
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "explicit": {"about": "the paper's, on SD 1.x: weights with a mask, t' = 43 of 50",
+                     "trained": "weights", "turn": -3.75, "steps": 250},
+        "identity": {"about": "the paper's, on SD 1.x: many at once, t' = 40 of 50", **MANY,
+                     "turn": -3.18, **published(2e-12, 1e13)},
+        "style": {"about": "the paper's, on SD 1.x: many at once, t' = 47 of 50", **MANY,
+                  "turn": -4.58, **published(1e-12, 7e12)},
+        "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
+                   "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
+        "emoji-object": {"about": "objects of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-identity": {"about": "flags of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-style": {"about": "styles of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI_ONE},
+        "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
+                 "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
+                 "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
+                 "captions": ""},
+    }  # fmt: skip
+
+    trained: Literal["auto", "weights", "low-rank"] = "auto"
+    """What is trained: the denoiser's own weights, or a low-rank change a concept, fused at the end;
+    "auto" takes weights for one concept and low-rank changes for several."""
+    part: Part = "denoiser"
+    """Of the weights: "denoiser", the whole of it; "cross-attention"; "text", of that
+    the keys and values alone; or "rest", all but the cross-attentions."""
+    turn: float = -3.75
+    """t', as a log-SNR: where reversing begins. -3.75 is step 43 of Stable Diffusion's 50, counted
+    down; lower reverses earlier steps too, and keeps less of the layout."""
+    reverse: Reverse = "late"
+    """Where guidance is reversed: "late", from t' on; "early", until t'; "always"."""
+    negative_guidance: float = bounded(1.0, above=0)
+    """η, how far past the empty prediction late guidance is turned."""
+    preserve: float = bounded(1.0, at_least=0)
+    """λ₁, weight of the early predictions for the concept."""
+    unconditional_late: float = bounded(0.5, at_least=0)
+    """λ₂, weight of the late predictions for the empty prompt."""
+    unconditional_early: float = bounded(0.5, at_least=0)
+    """λ₃, weight of the early predictions for the empty prompt."""
+    prediction_guidance: float = bounded(1.0, at_least=1)
+    """g, guidance within the predictions that are compared."""
+    trajectory_guidance: float = bounded(3.0, at_least=1)
+    """Guidance of the trajectories."""
+    trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
+    """Denoising steps of a trajectory; 0 for the model's own."""
+    drawn_by: Literal["current", "original"] = "current"
+    """Who draws the trajectories: the denoiser in training, anew at each step; or the original, once,
+    which is faster."""
+    trajectories: int = bounded(8, at_least=1)
+    """Trajectories of each concept that the original draws and keeps."""
+    samples: int = bounded(1, at_least=1)
+    """Trajectories of each concept in a training step."""
+    steps: int = bounded(250, at_least=0)
+    """Training steps."""
+    rate: float = bounded(5e-4, above=0)
+    """Adam's learning rate; larger erases more, and more of what is near."""
+    maps: int = bounded(100, at_least=0)
+    """Saliency maps at the most, for weights; 0 trains all of them."""
+    map_samples: int = bounded(10, at_least=1)
+    """Points of a trajectory that a map sums the gradient over."""
+    settle: float = bounded(0.01, at_least=0, at_most=1)
+    """No more maps once ten of them took away no more than this share of the weights; 0 takes all."""
+    mask: str = ""
+    """A .safetensors file for the saliency mask: taken from there, or made and kept there."""
+    augmentations: tuple[str, ...] = ()
+    """Prompts for the maps, the concept among them; by default its names in the templates."""
+    rank: int = bounded(64, at_least=1)
+    """The rank of each concept's low-rank change."""
+    alpha: float = bounded(1.0, above=0)
+    """Its scale: alpha/rank times the product of its factors."""
+    layers: Literal["text", "all"] = "all"
+    """Where low-rank changes are trained: the keys and values through which text enters, or all linear
+    layers and convolutions, of which these are fused and the others dropped, as released."""
+    weight_decay: float = bounded(0.01, at_least=0)
+    """AdamW's weight decay, for low-rank changes."""
+    clip: float = bounded(1.0, above=0)
+    """The largest norm of one concept's gradient, for low-rank changes."""
+    strength: float = bounded(1.0, above=0)
+    """s, what each low-rank change is multiplied by when they are fused."""
+    ridge: float = bounded(100.0, at_least=0)
+    """λ, pull of the fused weight to the original, in units of a squared embedding (about 600 for one
+    token of a CLIP); the sums it stands against run over all tokens of 30 prompts."""
+    fuse_prior: float = bounded(0.0, at_least=0)
+    """κ, weight of the prior in the fusion, for a mean per caption."""
+    domain_weight: float = bounded(0.0, at_least=0)
+    """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
+    captions: str = "general"
+    """The prior's captions: "general", a text file with one a line; "" for none, the retained alone."""
+    batch: int = bounded(4, at_least=1)
+    """Concepts trained together, or points of a map at once; more is faster and takes more memory."""
+    templates: tuple[str, ...] = ()
+    """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        if self.mask and not self.mask.endswith(".safetensors"):
+            raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
+
+    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+        many = len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
+        steering = Steering(model, self.course)
+        if many:
+            return self.fuse(model, problem, self.train(model, problem, run), run)
+        return self.train_masked(steering, problem, run)
+
+    @property
+    def course(self) -> Course:
+        """How trajectories are drawn and what is asked of them."""
+        objective = Objective(
+            self.negative_guidance,
+            self.preserve,
+            self.unconditional_late,
+            self.unconditional_early,
+            self.prediction_guidance,
+        )
+        return Course(
+            objective, self.turn, self.reverse, self.trajectory_steps, self.trajectory_guidance
+        )
+
+    # One concept: weights with a mask.
+
+    def train_masked(self, steering: Steering, problem: Problem, run: Run) -> Changes:
+        """The trained weights, those of the saliency mask alone; several concepts count as one."""
+        model, parameters = steering.model, part_of(steering.model, self.part)
+        prompts = [p for concept in problem.erase for p in self._prompts(model, concept)]
+        augmented = self._augmented(problem) or prompts
+        model.require_window(augmented)
+        masks = None
+        if self.maps:
+            found = self._mask(steering, augmented, run)
+            masks = {k: m.to(parameters[k].device) for k, m in found.masks.items()}
+        return train_weights(
+            steering,
+            Subject(problem.erase[0].name, model.encode(prompts), run.generator("training")),
+            InPlace(parameters, masks),
+            run,
+            steps=self.steps,
+            rate=self.rate,
+            samples=self.samples,
+            kept=self._kept,
+        )
+
+    def _mask(self, steering: Steering, prompts: Sequence[str], run: Run) -> saliency.Mask:
+        """The mask of the file, or a new one, which is kept there and with the unfinished work."""
+        model, parameters = steering.model, part_of(steering.model, self.part)
+        file = Path(self.mask) if self.mask else run.folder and run.folder / "mask" / "mask.safetensors"
+        if file and file.is_file():
+            mask = saliency.Mask.load(file)
+            mask.require_fit(model, parameters, "ant", file)
+            return mask
+        mask = saliency.find(
+            steering,
+            parameters,
+            prompts,
+            run,
+            method="ant",
+            maps=self.maps,
+            samples=self.map_samples,
+            settle=self.settle,
+            batch=self.batch,
+        )
+        if file:
+            mask.save(file)
+        return mask
+
+    def _augmented(self, problem: Problem) -> tuple[str, ...]:
+        """The user's own prompts for the maps, each concept named in one of them."""
+        texts = [f" {key(text)} " for text in self.augmentations]
+        for concept in problem.erase if texts else ():
+            if not any(f" {key(name)} " in text for name in concept.names for text in texts):
+                raise ExpungeError(f"no prompt of the augmentations names {concept.name!r}")
+        return self.augmentations
+
+    # Many concepts: a low-rank change each, and their fusion.
+
+    def train(self, model: Model, problem: Problem, run: Run) -> dict[str, Tensors]:
+        """For each concept B and D of every key and value: `LAYER.up` (out, rank), `LAYER.down`."""
+        # Bound to plain data, so that it can run elsewhere, too.
+        train = partial(self._train, model, problem, run.seed)
+        title = Steering(model, self.course).title
+        return run.pieces(train, [c.name for c in problem.erase], batch=self.batch, label=title)
+
+    def _train(
+        self, model: Model, problem: Problem, seed: int, names: Sequence[str]
+    ) -> dict[str, Tensors]:
+        run = Run(seed)
+        subjects = [
+            Subject(
+                concept.name,
+                model.encode(self._prompts(model, concept)),
+                run.generator("training", concept.name),
+            )
+            for concept in problem.erase
+            if concept.name in names
+        ]
+        return train_factors(
+            Steering(model, self.course),
+            subjects,
+            layers_of(model, self.layers),
+            run,
+            rank=self.rank,
+            alpha=self.alpha,
+            steps=self.steps,
+            rate=self.rate,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            samples=self.samples,
+            kept=self._kept,
+        )
+
+    def fuse(self, model: Model, problem: Problem, factors: Mapping[str, Tensors], run: Run) -> Changes:
+        """One weight that does to each concept's words what its own low-rank change does."""
+        rows = {
+            concept.name: model.encode(self._prompts(model, concept)).embeddings.flatten(0, 1).cpu()
+            for concept in problem.erase
+        }
+        kept = fusion.kept(
+            model,
+            problem.retain,
+            run,
+            captions_from=self.captions,
+            weighs=self.fuse_prior > 0,
+            domain_weight=self.domain_weight,
+        )
+        whole: Tensor = sum((gram(e) for e in rows.values()), torch.zeros_like(kept))
+        matrix, fused = fusion.fuse(
+            factors,
+            rows,
+            matrix=torch.eye(len(kept), dtype=torch.float64),
+            whole=whole,
+            prior=self.fuse_prior * kept,
+            ridge=self.ridge,
+        )
+        layers = [entry.layer for entry in model.text_entries()]
+        return fusion.laid(layers, matrix, fused, self.strength)
+
+    @property
+    def _kept(self) -> int:
+        return self.trajectories if self.drawn_by == "original" else 0
+
+    def _prompts(self, model: Model, concept: Concept) -> list[str]:
+        """A concept's names in its templates, name after name."""
+        templates = self.templates or TEMPLATES[concept.kind]
+        prompts = [template.format(name) for name in concept.names for template in templates]
+        model.require_window(prompts)
+        return prompts

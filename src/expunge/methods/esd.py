@@ -1,0 +1,118 @@
+"""ESD: train a part of the denoiser to turn away from the concept, wherever its own pictures lead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from expunge.changes import Changes
+from expunge.errors import ExpungeError
+from expunge.fields import bounded
+from expunge.method import Method
+from expunge.model import Model
+from expunge.ops.in_place import InPlace
+from expunge.ops.trajectory import Objective
+from expunge.problem import Problem
+from expunge.run import Run
+from expunge.steering import Course, Steering, Subject, part_of, train_weights
+
+PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
+
+EMOJI = {"trajectory_steps": 0, "rate": 1e-4, "steps": 100, "samples": 2, "turn": -2.5,
+         "templates": ("{}", "a photo of the {}")}  # fmt: skip
+"""Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
+
+
+@dataclass(frozen=True)
+class ESD(Method):
+    """Erased stable diffusion: the denoiser learns to be guided away from the concept.
+
+        min ‖ε(z, c) − [ε₀(z, ∅) − η (ε₀(z, c) − ε₀(z, ∅))]‖²
+
+    on points z of trajectories that the denoiser in training draws with the concept's prompt c. x
+    trains the cross-attentions, for what a prompt must name (styles); u all the rest, for what should
+    go whoever asks for it (objects, explicit content). With `objective` "ant", guidance is reversed
+    late alone and kept early, as in ANT.
+
+    The paper's "concept to erase" is our erase; it knows neither anchor nor retain.
+
+    Cost: a denoising run and a gradient a step. One denoiser in memory.
+
+    Source: Gandikota et al., ICCV 2023, arXiv 2303.07345, eq. 7.
+    """
+
+    citation: ClassVar[str] = (
+        "Gandikota, Materzyńska, Fiotto-Kaufman, Bau: Erasing Concepts from Diffusion Models."
+        " ICCV 2023, arXiv 2303.07345."
+    )
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "style": {"about": "the paper's, on SD 1.x", "part": "x"},
+        "object": {"about": "the paper's, on SD 1.x", "part": "u"},
+        "explicit": {"about": "the paper's, on SD 1.x", "part": "u"},
+        "emoji-object": {"about": "objects of the emoji model; not tuned yet", **EMOJI, "part": "u"},
+        "emoji-identity": {"about": "flags of the emoji model; not tuned yet", **EMOJI, "part": "x"},
+        "emoji-style": {"about": "styles of the emoji model; not tuned yet", **EMOJI, "part": "x"},
+        "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI, "part": "u"},
+        "fast": {"about": "a rough try in a few steps", "part": "x-strict", "steps": 10, "rate": 1e-3,
+                 "trajectory_steps": 4, "unconditional": 3.0},
+    }  # fmt: skip
+
+    part: Literal["x", "x-strict", "u"] = "x"
+    """x, the cross-attentions; x-strict, of these the keys and values alone; u, all the rest."""
+    objective: Literal["esd", "ant"] = "esd"
+    """Guidance reversed at all times, or late alone, as in ANT with the paper's weights for styles."""
+    unconditional: float = bounded(0.0, at_least=0)
+    """How much the empty prompt's predictions are kept; 0 is as in the papers: ESD has no such term,
+    ANT has 0.5 late and 0.2 early."""
+    turn: float = -3.75
+    """t' of ANT's objective, as a log-SNR."""
+    negative_guidance: float = bounded(1.0, above=0)
+    """η, how far past the empty prediction guidance is turned."""
+    trajectory_guidance: float = bounded(3.0, at_least=1)
+    """Guidance of the trajectories."""
+    trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
+    """Denoising steps of a trajectory; 0 for the model's own."""
+    samples: int = bounded(1, at_least=1)
+    """Trajectories in a training step."""
+    steps: int = bounded(1000, at_least=0)
+    """Training steps."""
+    rate: float = bounded(1e-5, above=0)
+    """Adam's learning rate; larger erases more, and more of what is near."""
+    templates: tuple[str, ...] = ("{}",)
+    """Prompts to erase a concept in, with {} in its place."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    @property
+    def course(self) -> Course:
+        """How trajectories are drawn and what is asked of them."""
+        eta, ours = self.negative_guidance, self.objective == "esd"
+        keep = self.unconditional
+        objective = Objective(eta, 0.0, keep) if ours else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
+        return Course(
+            objective,
+            self.turn,
+            "always" if ours else "late",
+            self.trajectory_steps,
+            self.trajectory_guidance,
+        )
+
+    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+        names = [name for concept in problem.erase for name in concept.names]
+        prompts = [template.format(name) for name in names for template in self.templates]
+        model.require_window(prompts)
+        return train_weights(
+            Steering(model, self.course),
+            Subject(names[0], model.encode(prompts), run.generator("training")),
+            InPlace(part_of(model, PARTS[self.part])),
+            run,
+            steps=self.steps,
+            rate=self.rate,
+            samples=self.samples,
+        )

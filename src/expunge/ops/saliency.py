@@ -1,0 +1,78 @@
+"""Which weights matter to a loss: in each tensor the half with the largest gradient, in every map.
+
+    mask = ⋂_maps { |g| > median |g| },     g = Σ ∇L over a map's samples
+
+Source: ANT (Li et al., ACM MM 2025, arXiv 2504.12782), augmentation-enhanced weight saliency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WINDOW = 10
+"""Over how many maps the number of weights must stay as it is to be settled."""
+
+
+def top_half(gradient: Tensor) -> Tensor:
+    """Where |g| is above its median over the tensor: at most half of it, as a bool tensor.
+
+    An entry without a gradient is never among them.
+
+    >>> top_half(torch.tensor([3.0, -4.0, 1.0, 0.0])).tolist()
+    [True, True, False, False]
+    """
+    size = gradient.abs()
+    return size > size.flatten().median()
+
+
+class Intersection:
+    """The entries that are in the top half of every map so far."""
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+        self.counts: list[int] = []
+        """How many entries are left after each map."""
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Take one tensor's gradient of the present map into account."""
+        half = top_half(gradient)
+        mask = self.masks.setdefault(name, half)
+        mask &= half
+
+    def done(self) -> None:
+        """The present map is complete."""
+        self.counts.append(sum(int(mask.sum()) for mask in self.masks.values()))
+
+    def settled(self, share: float) -> bool:
+        """Whether the last `WINDOW` maps took away no more than this share of the entries."""
+        return settled(self.counts, share)
+
+
+def settled(counts: Sequence[int], share: float) -> bool:
+    """Whether the last `WINDOW` counts fell by no more than a share of the one before them.
+
+    >>> settled([1000, 500, *[400] * 10], 0.01), settled([1000, 500, *[499] * 9], 0.01)
+    (False, False)
+    >>> settled([1000, 500, *[499] * 10], 0.01)
+    True
+    """
+    if len(counts) <= WINDOW:
+        return False
+    before = counts[-1 - WINDOW]
+    return before - counts[-1] <= share * before
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor as bits: uint8, an eighth of its length."""
+    bits = mask.flatten().to(torch.uint8).cpu()
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `packed`, for a tensor of this shape."""
+    each = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return each.flatten()[: torch.Size(shape).numel()].bool().reshape(tuple(shape))

@@ -1,0 +1,116 @@
+"""The objective that steers a trajectory away from a concept.
+
+Early steps, near noise, bring a picture onto the manifold of pictures; a concept's detail comes later.
+So guidance keeps its direction early and is reversed late. With δ₀ = ε₀(z, c) − ε₀(z, ∅),
+
+    L = ‖ε(z_l, c) − [ε₀(z_l, ∅) − η δ₀]‖²            late: away from the concept
+      + λ₁ ‖ε(z_e, c) − [ε₀(z_e, ∅) + η δ₀]‖²         early: as ever
+      + λ₂ ‖ε(z_l, ∅) − ε₀(z_l, ∅)‖²                  late, without the concept
+      + λ₃ ‖ε(z_e, ∅) − ε₀(z_e, ∅)‖²                  early, without the concept
+
+ε is the denoiser in training, ε₀ the original; z_l and z_e are a late and an early point of one
+trajectory of c.
+
+Source: ANT (Li et al., ACM MM 2025, arXiv 2504.12782). Its first term alone, at all times, is the
+objective of ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), eq. 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Asked = Literal["late", "late empty", "early", "early empty"]
+"""A prediction: at which point, and whether for the concept's prompt or for the empty one."""
+
+Predictions = Mapping[Asked, Tensor]
+"""Predictions (n, c, h, w), raw as the network gives them."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weights of L.
+
+    Errors are means over a sample's numbers, and compared in ε whatever the network predicts. All
+    targets are combinations of predictions whose coefficients sum to one, so that they are the same
+    in ε, v and flow.
+    """
+
+    negative_guidance: float = 1.0
+    """η, how far past the empty prediction late guidance is turned."""
+    preserve: float = 0.0
+    """λ₁"""
+    unconditional_late: float = 0.0
+    """λ₂"""
+    unconditional_early: float = 0.0
+    """λ₃"""
+    prediction_guidance: float = 1.0
+    """g, the guidance of the predictions: ε(z, c) becomes ε(z, ∅) + g (ε(z, c) − ε(z, ∅)), and η is
+    multiplied by g."""
+
+    @property
+    def meets_early(self) -> bool:
+        """Whether an early point is needed at all."""
+        return self.preserve > 0 or self.unconditional_early > 0
+
+    @property
+    def of_student(self) -> tuple[Asked, ...]:
+        """What the denoiser in training is asked."""
+        guided = self.prediction_guidance != 1
+        needed: dict[Asked, bool] = {
+            "late": True,
+            "late empty": guided or self.unconditional_late > 0,
+            "early": self.preserve > 0,
+            "early empty": self.unconditional_early > 0 or (guided and self.preserve > 0),
+        }
+        return tuple(asked for asked, is_needed in needed.items() if is_needed)
+
+    @property
+    def of_original(self) -> tuple[Asked, ...]:
+        """What the original is asked."""
+        needed: dict[Asked, bool] = {
+            "late": True,
+            "late empty": True,
+            "early": self.preserve > 0,
+            "early empty": self.meets_early,
+        }
+        return tuple(asked for asked, is_needed in needed.items() if is_needed)
+
+    def loss(self, student: Predictions, original: Predictions, late: Tensor, early: Tensor) -> Tensor:
+        """L of each sample: (n,).
+
+        Args:
+            student: ε, at least `of_student`; gradients pass through it.
+            original: ε₀, at least `of_original`.
+            late, early: (n,), what an error of a prediction is worth in ε at the two points.
+        """
+        push = self.negative_guidance * self.prediction_guidance
+        empty = original["late empty"]
+        target = empty - push * (original["late"] - empty)
+        total = _error(self._guided(student, "late", "late empty"), target, late)
+        if self.unconditional_late:
+            total = total + self.unconditional_late * _error(student["late empty"], empty, late)
+        if self.preserve:
+            empty = original["early empty"]
+            target = empty + push * (original["early"] - empty)
+            guided = self._guided(student, "early", "early empty")
+            total = total + self.preserve * _error(guided, target, early)
+        if self.unconditional_early:
+            error = _error(student["early empty"], original["early empty"], early)
+            total = total + self.unconditional_early * error
+        return total
+
+    def _guided(self, predictions: Predictions, prompt: Asked, empty: Asked) -> Tensor:
+        if self.prediction_guidance == 1:
+            return predictions[prompt]
+        base = predictions[empty]
+        return base + self.prediction_guidance * (predictions[prompt] - base)
+
+
+def _error(found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
+    """The mean square of (found − wanted) in ε, for each sample: (n,), float32 or finer."""
+    difference = (found - wanted).to(scale.dtype).flatten(1)
+    return scale.square() * difference.square().mean(1)

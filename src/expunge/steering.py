@@ -1,0 +1,504 @@
+"""Steering a model's trajectories away from a concept: points on them, losses, and two ways to train.
+
+The equation stands in `ops.trajectory`; this is where its points come from. An early and a late point
+of an iteration come from one denoising run. Drawn by the network in training, they are new at each
+iteration, and the original's predictions come from the same network with the changes taken off.
+Drawn by the original, trajectories are drawn once and kept with all that it predicts along them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from expunge.changes import Change, Changes, Dense, Sparse, find
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.model import Model, Text
+from expunge.ops.finetune import diverged, frozen, minimise
+from expunge.ops.in_place import InPlace
+from expunge.ops.low_rank import each_its_own, first_factors
+from expunge.ops.trajectory import Asked, Objective, Predictions
+from expunge.run import Run, Tensors
+
+KEEP_EVERY = 25
+"""After how many steps the state of unfinished training is kept."""
+
+Part = Literal["denoiser", "cross-attention", "text", "rest"]
+"""What is trained: the whole denoiser; the cross-attentions through which text enters, or of these only
+the layers that read it; or all but the cross-attentions."""
+
+Reverse = Literal["late", "early", "always"]
+"""Where guidance is reversed: from t' on, as in the paper; until t'; or at all times."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How trajectories are drawn, and where they are met."""
+
+    objective: Objective
+    turn: float
+    """t', as a log-SNR: steps with at least this are late."""
+    reverse: Reverse = "late"
+    num_inference_steps: int = 50
+    """Denoising steps; 0 for the model's own."""
+    guidance_scale: float = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A concept in words, and the random numbers of its training."""
+
+    name: str
+    text: Text
+    """The concept's prompts."""
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Where some trajectories are met."""
+
+    latents: Tensor
+    """(n, c, h, w), as `predict` takes them."""
+    t: Tensor
+    """(n,), int64"""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What one iteration looks at."""
+
+    text: Text
+    """(n,) prompts."""
+    late: Points
+    early: Points | None
+    """None where nothing is asked of early points."""
+
+    def points(self, asked: Asked) -> Points:
+        """Where a prediction is asked for."""
+        points = self.late if asked in ("late", "late empty") else self.early
+        assert points is not None
+        return points
+
+    def split(self, n: int) -> list[Sample]:
+        """The same, at most n rows each."""
+        parts = []
+        for start in range(0, len(self.text), n):
+            rows = list(range(len(self.text)))[start : start + n]
+            points = [p and Points(p.latents[rows], p.t[rows]) for p in (self.late, self.early)]
+            assert points[0] is not None
+            parts.append(Sample(self.text[rows], points[0], points[1]))
+        return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Trajectories of one subject, and what the original predicts along them."""
+
+    text: Text
+    """(trajectories,) prompts."""
+    latents: Tensor
+    """(steps, trajectories, c, h, w)"""
+    prompted: Tensor
+    """ε₀ for the prompts, as `latents`."""
+    empty: Tensor
+    """ε₀ for the empty prompt, as `latents`."""
+
+
+class Steering:
+    """A course on a model.
+
+    Raises:
+        ExpungeError: t' lies outside the model's schedule; there are too few steps for a late and
+            an early one; or early points are asked for where guidance is always reversed.
+    """
+
+    def __init__(self, model: Model, course: Course) -> None:
+        self.model, self.course, self.objective = model, course, course.objective
+        self.times = model.times(course.num_inference_steps or None)
+        self.scale = model.noise_scale()
+        self.empty = model.encode([""])
+        level = model.log_snr()
+        low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))
+        every = range(len(self.times))
+        self.late: tuple[int, ...] = tuple(every)
+        self.early: tuple[int, ...] = ()
+        if course.reverse == "always":
+            if self.objective.meets_early:
+                raise ExpungeError(
+                    "where guidance is always reversed there are no early points: set preserve and"
+                    " unconditional_early to 0"
+                )
+            return
+        if not low < course.turn < high:
+            raise ExpungeError(
+                f"turn is t' as a log-SNR, on this model's schedule between {low:.2f} and {high:.2f},"
+                f" not {course.turn:g}"
+            )
+        self.late = tuple(i for i in every if level[self.times[i]] >= course.turn)
+        self.early = tuple(i for i in every if level[self.times[i]] < course.turn)
+        if not (self.late and self.early):
+            side = "at or after" if self.early else "before"
+            raise ExpungeError(
+                f"none of {len(self.times)} steps lies {side} t' (turn {course.turn:g}): take more"
+                " trajectory_steps"
+            )
+
+    @property
+    def title(self) -> str:
+        """Where guidance turns, in words, with steps counted from the first down to 1."""
+        n, where = len(self.times), self.course.reverse
+        if where == "always":
+            return "steering, reversed at all steps"
+        words = "from step {} of {} on" if where == "late" else "until step {} of {}"
+        return f"steering, reversed {words.format(n - self.late[0], n)}"
+
+    # Points.
+
+    @torch.no_grad()
+    def draw(self, subjects: Sequence[Subject]) -> Sample:
+        """New points of one trajectory of each subject, drawn by the network as it stands."""
+        rows = [self._below(s, len(s.text)) for s in subjects]
+        seeds = [self._below(s, 2**31) for s in subjects]
+        places = [self._places(s) for s in subjects]
+        text = Text.joined([s.text[[row]] for s, row in zip(subjects, rows, strict=True)])
+        at = sorted({step for both in places for step in both})
+        passed = dict(zip(at, self._run(text, seeds, at), strict=True))
+        late, early = (
+            Points(
+                torch.stack([passed[step][i] for i, step in enumerate(steps)]),
+                self._times(steps, text),
+            )
+            for steps in zip(*places, strict=True)
+        )
+        return Sample(text, late, early if self.objective.meets_early else None)
+
+    @torch.no_grad()
+    def walk(self, subject: Subject, n: int) -> Sample:
+        """n times two points of one trajectory of a subject, drawn by the network as it stands."""
+        text = subject.text[[self._below(subject, len(subject.text))]]
+        seed = self._below(subject, 2**31)
+        places = [self._places(subject) for _ in range(n)]
+        at = sorted({step for both in places for step in both})
+        passed = dict(zip(at, self._run(text, [seed], at), strict=True))
+        late, early = (
+            Points(torch.cat([passed[step] for step in steps]), self._times(steps, text))
+            for steps in zip(*places, strict=True)
+        )
+        return Sample(text[[0] * n], late, early if self.objective.meets_early else None)
+
+    @torch.no_grad()
+    def keep(self, subject: Subject, n: int) -> Kept:
+        """Whole trajectories of a subject, drawn by the network as it stands, and its predictions."""
+        text = subject.text[[self._below(subject, len(subject.text)) for _ in range(n)]]
+        seeds = [self._below(subject, 2**31) for _ in range(n)]
+        latents = torch.stack(self._run(text, seeds, range(len(self.times))))
+        both = Text.joined([text, self.empty[[0] * n]])
+        predicted = [
+            self.model.predict(x.repeat(2, 1, 1, 1), t, both)
+            for x, t in zip(latents, self.times, strict=True)
+        ]
+        prompted, empty = torch.stack(predicted).chunk(2, 1)
+        return Kept(text, latents, prompted, empty)
+
+    def pick(self, subjects: Sequence[Subject], kept: Sequence[Kept]) -> tuple[Sample, Predictions]:
+        """Points of one kept trajectory of each subject, and the original's predictions there."""
+        rows = [self._below(s, len(k.text)) for s, k in zip(subjects, kept, strict=True)]
+        places = [self._places(s) for s in subjects]
+        text = Text.joined([k.text[[row]] for k, row in zip(kept, rows, strict=True)])
+        late, early = zip(*places, strict=True)
+
+        def at(steps: Sequence[int], what: str) -> Tensor:
+            chosen = zip(kept, steps, rows, strict=True)
+            return torch.stack([getattr(k, what)[step, row] for k, step, row in chosen])
+
+        points = [Points(at(steps, "latents"), self._times(steps, text)) for steps in (late, early)]
+        original: Predictions = {
+            "late": at(late, "prompted"),
+            "late empty": at(late, "empty"),
+            "early": at(early, "prompted"),
+            "early empty": at(early, "empty"),
+        }
+        return Sample(text, points[0], points[1] if self.objective.meets_early else None), original
+
+    def _run(self, text: Text, seeds: Sequence[int], at: Sequence[int]) -> list[Tensor]:
+        passed = self.model.passing(
+            text,
+            seeds,
+            at=at,
+            num_inference_steps=self.course.num_inference_steps or None,
+            guidance_scale=self.course.guidance_scale,
+        )
+        return [latents for _, latents in passed]
+
+    def _below(self, subject: Subject, n: int) -> int:
+        return int(torch.randint(n, (), generator=subject.generator))
+
+    def _places(self, subject: Subject) -> tuple[int, int]:
+        """A step at which guidance is reversed, and one at which it is not: our late and early."""
+        late = self.late[self._below(subject, len(self.late))]
+        early = self.early[self._below(subject, len(self.early))] if self.early else late
+        erased, other = (early, late) if self.course.reverse == "early" else (late, early)
+        return erased, other if self.objective.meets_early else erased
+
+    def _times(self, steps: Sequence[int], text: Text) -> Tensor:
+        return torch.tensor([self.times[step] for step in steps], device=text.embeddings.device)
+
+    # Predictions and losses.
+
+    def ask(self, asked: Sequence[Asked], sample: Sample) -> Predictions:
+        """The network's predictions, all in one batch."""
+        n, points = len(sample.text), [sample.points(one) for one in asked]
+        empty = self.empty[[0] * n]
+        text = Text.joined([empty if one.endswith("empty") else sample.text for one in asked])
+        latents, t = (torch.cat([getattr(p, name) for p in points]) for name in ("latents", "t"))
+        return dict(zip(asked, self.model.predict(latents, t, text).chunk(len(asked)), strict=True))
+
+    @torch.no_grad()
+    def original(self, sample: Sample) -> Predictions:
+        """What the objective needs of the original: the network, with its changes taken off."""
+        return self.ask(self.objective.of_original, sample)
+
+    def losses(self, sample: Sample, original: Predictions | None = None) -> Tensor:
+        """The loss of each row, (n,), of the network as it stands; without `original`, it is that."""
+        student = self.ask(self.objective.of_student, sample)
+        if original is None:
+            missing = [asked for asked in self.objective.of_original if asked not in student]
+            with torch.no_grad():
+                rest = self.ask(missing, sample) if missing else {}
+            original = {**rest, **{asked: found.detach() for asked, found in student.items()}}
+        wide = torch.promote_types(sample.late.latents.dtype, torch.float32)
+        late, early = (
+            self.scale[points.t.cpu()].to(points.latents.device, wide)
+            for points in (sample.late, sample.early or sample.late)
+        )
+        return self.objective.loss(student, original, late, early)
+
+
+def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
+    """The parameters of a part of the denoiser, by the names that changes use.
+
+    Raises:
+        ExpungeError: text does not enter this denoiser through attentions of its own.
+    """
+    entries = [entry.layer for entry in model.text_entries()]
+    component = entries[0].partition(".")[0]
+    found = {f"{component}.{k}": p for k, p in getattr(model.pipe, component).named_parameters()}
+    if part == "denoiser":
+        return found
+    if part == "text":
+        return {k: p for k, p in found.items() if k.rpartition(".")[0] in entries}
+    crossings = tuple({f"{entry.rpartition('.')[0]}." for entry in entries})
+    if f"{component}." in crossings:
+        raise ExpungeError(
+            f"this model has no cross-attentions apart from the rest: train the denoiser, not {part!r}"
+        )
+    return {k: p for k, p in found.items() if k.startswith(crossings) == (part == "cross-attention")}
+
+
+def layers_of(model: Model, which: Literal["text", "all"]) -> tuple[str, ...]:
+    """The layers through which text enters, or all linear layers and convolutions of the denoiser."""
+    entries = tuple(entry.layer for entry in model.text_entries())
+    if which == "text":
+        return entries
+    component = entries[0].partition(".")[0]
+    modules = getattr(model.pipe, component).named_modules()
+    return tuple(f"{component}.{k}" for k, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def train_weights(
+    steering: Steering,
+    subject: Subject,
+    trained: InPlace,
+    run: Run,
+    *,
+    steps: int,
+    rate: float,
+    samples: int = 1,
+    kept: int = 0,
+) -> Changes:
+    """Train weights in place with Adam, and take them off again: the changes, sparse or dense.
+
+    The state is kept every few steps, so that a run that was killed goes on from there and ends the
+    same. If the loss runs away, training stops, and the state last kept counts, with a warning.
+
+    Args:
+        steering: the course.
+        subject: what is erased.
+        trained: the weights.
+        run: where the state is kept, and who is told.
+        steps: training steps.
+        rate: Adam's learning rate.
+        samples: trajectories a step.
+        kept: how many trajectories the original draws once; 0 for new ones by the network in training.
+
+    Raises:
+        ExpungeError: the loss runs away before any state was kept.
+    """
+    optimiser = torch.optim.Adam(trained.values, lr=rate, foreach=False)
+    subjects, drawn = [subject] * samples, []
+    if kept:
+        drawn = [steering.keep(subject, kept)] * samples
+    start, losses = _resumed(run, trained, optimiser, subject)
+    good: list[Tensor] = []
+    with frozen(steering.model.parameters()), trained:
+        trained.write()
+        run.progress(steering.title, start, steps)
+        for step in range(start, steps):
+            numbers = subject.generator.get_state()
+            if drawn:
+                sample, original = steering.pick(subjects, drawn)
+            else:
+                sample = steering.draw(subjects)
+                with trained.off():
+                    original = steering.original(sample)
+            with torch.enable_grad():
+                loss = steering.losses(sample, original).mean()
+            if diverged([*losses, float(loss.detach())]):
+                _give_up(trained, good, step)
+                break
+            if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
+                good = [value.clone() for value in trained.values]
+                run.keep_checkpoint("training", _state(trained, optimiser, numbers, losses))
+            losses.append(float(loss.detach()))
+            for value, gradient in zip(trained.values, trained.gradients(loss), strict=True):
+                value.grad = gradient
+            optimiser.step()
+            optimiser.zero_grad()
+            trained.write()
+            run.progress(steering.title, step + 1, steps)
+    return _changes(trained)
+
+
+def _state(
+    trained: InPlace, optimiser: torch.optim.Optimizer, numbers: Tensor, losses: Sequence[float]
+) -> Tensors:
+    """Everything that training goes on from; `numbers` is the state of its random numbers."""
+    state = {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "numbers": numbers,
+    }
+    for i, value in enumerate(trained.values):
+        state[f"{i}.value"] = value
+        for key, tensor in optimiser.state[value].items():
+            state[f"{i}.{key}"] = tensor
+    return state
+
+
+def _resumed(
+    run: Run, trained: InPlace, optimiser: torch.optim.Optimizer, subject: Subject
+) -> tuple[int, list[float]]:
+    """Take up the state that was kept, if any: the steps done, and their losses."""
+    state = run.checkpoint("training")
+    if state is None:
+        return 0, []
+    for i, value in enumerate(trained.values):
+        value.copy_(state[f"{i}.value"])
+        optimiser.state[value] = {
+            key.partition(".")[2]: tensor if key.endswith(".step") else tensor.to(value.device)
+            for key, tensor in state.items()
+            if key.startswith(f"{i}.") and key != f"{i}.value"
+        }
+    subject.generator.set_state(state["numbers"])
+    losses = state["losses"].tolist()
+    return len(losses), losses
+
+
+def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
+    """Go back to the last good state, and say so."""
+    if not good:
+        raise ExpungeError(f"training broke off at step {step + 1}: the loss runs away; lower the rate")
+    for value, before in zip(trained.values, good, strict=True):
+        value.copy_(before)
+    warnings.warn(
+        f"training broke off at step {step + 1}: the loss runs away; the edit is that of step"
+        f" {(step - 1) // KEEP_EVERY * KEEP_EVERY}; lower the rate",
+        ExpungeWarning,
+        stacklevel=5,
+    )
+
+
+def _changes(trained: InPlace) -> Changes:
+    """A sparse change of each parameter, or a dense one where all of it was trained."""
+    changes: list[Change] = []
+    for name, (place, difference) in trained.differences().items():
+        layer, _, parameter = name.rpartition(".")
+        if place is None:
+            original = trained.parameters[name].detach()
+            value = (original.flatten() + difference).to(original.dtype).reshape(original.shape)
+            changes.append(Dense((layer,), value, parameter=parameter))
+        else:
+            sparse = Sparse((layer,), place.int(), difference.half(), parameter=parameter)
+            changes.append(sparse)
+    return tuple(changes)
+
+
+def train_factors(
+    steering: Steering,
+    subjects: Sequence[Subject],
+    layers: Sequence[str],
+    run: Run,
+    *,
+    rank: int,
+    alpha: float,
+    steps: int,
+    rate: float,
+    weight_decay: float,
+    clip: float,
+    samples: int = 1,
+    kept: int = 0,
+    on: Changes = (),
+) -> dict[str, Tensors]:
+    """Train a low-rank change of each subject, all in one batch: B and D of every text entry.
+
+    Args:
+        steering: the course.
+        subjects: the concepts; each ends where it would alone.
+        layers: the layers that are trained.
+        run: its seed.
+        rank, alpha: of the changes (alpha/rank) B D.
+        steps: training steps.
+        rate, weight_decay: AdamW's.
+        clip: the largest norm of one subject's gradient.
+        samples: trajectories a step, of each subject.
+        kept: how many trajectories the original draws once; 0 for new ones by the network in training.
+        on: changes that lie beneath; the original is the model without them, and must be the drawer.
+    """
+    model, n = steering.model, len(subjects)
+    modules = [find(model.pipe, layer) for layer in layers]
+    ups, downs = first_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
+    everyone = list(subjects) * samples
+    with frozen(model.parameters()):
+        drawn = [steering.keep(subject, kept) for subject in subjects] * samples if kept else []
+        with model.using(on), each_its_own(modules, ups, downs, alpha / rank) as switch:
+
+            def losses(_: int) -> Tensor:
+                if drawn:
+                    sample, original = steering.pick(everyone, drawn)
+                else:
+                    sample = steering.draw(everyone)
+                    with switch.off():
+                        original = steering.original(sample)
+                return steering.losses(sample, original).unflatten(0, (samples, n)).mean(0)
+
+            minimise(
+                [*ups, *downs],
+                losses,
+                steps=steps,
+                rate=rate,
+                weight_decay=weight_decay,
+                clip=clip,
+            )
+    entries = {entry.layer for entry in model.text_entries()}
+    factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}
+    for layer, up, down in zip(layers, ups, downs, strict=True):
+        for b, subject in enumerate(subjects):
+            if layer in entries:
+                factors[subject.name][f"{layer}.up"] = alpha / rank * up[b].cpu()
+                factors[subject.name][f"{layer}.down"] = down[b].cpu()
+    return factors

@@ -1,0 +1,546 @@
+"""ANT and ESD: the objective, its points, saliency, training in place and in batches; and bad input."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import expunge
+from conftest import tiny_pipeline, weights
+from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
+from expunge.experiment import Experiment
+from expunge.methods.ant import ANT
+from expunge.methods.esd import ESD
+from expunge.methods.mace import MACE
+from expunge.ops.in_place import InPlace
+from expunge.ops.trajectory import Objective
+from expunge.run import Run
+from expunge.saliency import Mask
+from expunge.steering import (
+    Course,
+    Steering,
+    Subject,
+    layers_of,
+    part_of,
+    train_factors,
+    train_weights,
+)
+
+FOUR = Objective(0.7, 0.4, 0.5, 0.2)
+COURSE = Course(FOUR, -2.0, num_inference_steps=6)
+PROBLEM = Problem((Concept("airplane", "sky"),))
+QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "steps": 4, "rate": 1e-3,
+         "templates": ("{}", "a photo of the {}")}  # fmt: skip
+
+EPSILON = {}
+V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def double(**scheduler):
+    return expunge.load(tiny_pipeline(**scheduler).to(torch.float64))
+
+
+def subject(model, name="airplane", seed=0):
+    text = model.encode([name, f"a photo of the {name}"])
+    return Subject(name, text, Run(seed).generator(name))
+
+
+def disturb(trained, size=0.02):
+    g = torch.Generator().manual_seed(5)
+    for value in trained.values:
+        value += size * torch.randn(value.shape, generator=g, dtype=value.dtype)
+    trained.write()
+
+
+def epsilon(pipe, unet, z, t, embeddings):
+    """ε by itself, whatever the network predicts: one sample, one pass."""
+    raw = unet(z[None], t, encoder_hidden_states=embeddings[None]).sample[0]
+    signal = pipe.scheduler.alphas_cumprod[t].double()
+    if pipe.scheduler.config.prediction_type == "v_prediction":
+        return signal.sqrt() * raw + (1 - signal).sqrt() * z
+    return raw
+
+
+def slow_loss(model, unet, original, sample, course, row):
+    """The paper's four terms, one after the other, in ε."""
+    objective, g = course.objective, course.objective.prediction_guidance
+    c = sample.text.embeddings[row]
+    nothing = model.encode([""]).embeddings[0]
+
+    def guided(net, z, t, scale):
+        empty = epsilon(model.pipe, net, z, t, nothing)
+        return empty + scale * (epsilon(model.pipe, net, z, t, c) - empty)
+
+    def square(x):
+        return x.square().mean()
+
+    late = (sample.late.latents[row], int(sample.late.t[row]))
+    early = (sample.early.latents[row], int(sample.early.t[row]))
+    with torch.no_grad():
+        away = guided(original, *late, -objective.negative_guidance * g)
+        towards = guided(original, *early, objective.negative_guidance * g)
+        still = [epsilon(model.pipe, original, *point, nothing) for point in (late, early)]
+    return (
+        square(guided(unet, *late, g) - away)
+        + objective.preserve * square(guided(unet, *early, g) - towards)
+        + objective.unconditional_late * square(epsilon(model.pipe, unet, *late, nothing) - still[0])
+        + objective.unconditional_early * square(epsilon(model.pipe, unet, *early, nothing) - still[1])
+    )
+
+
+class TestObjective:
+    @pytest.mark.parametrize("scheduler", [EPSILON, V], ids=["epsilon", "v"])
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_against_a_slow_reading(self, scheduler, guidance):
+        model = double(**scheduler)
+        objective = dataclasses.replace(FOUR, prediction_guidance=guidance)
+        course = dataclasses.replace(COURSE, objective=objective)
+        steering, original = Steering(model, course), copy.deepcopy(model.pipe.unet)
+        with InPlace(part_of(model, "denoiser")) as trained:
+            disturb(trained)
+            sample = steering.draw([subject(model), subject(model, "ship")])
+            with trained.off():
+                targets = steering.original(sample)
+            found = steering.losses(sample, targets)
+            plain = [
+                slow_loss(model, model.pipe.unet, original, sample, course, row) for row in range(2)
+            ]
+        torch.testing.assert_close(found, torch.stack(plain).to(found.dtype), rtol=1e-5, atol=0)
+        assert float(found.detach().min()) > 1e-4
+
+    def test_a_term_without_weight_asks_for_nothing(self):
+        assert Objective().of_student == ("late",)
+        assert Objective().of_original == ("late", "late empty")
+        assert not Objective(unconditional_late=1.0).meets_early
+        assert Objective(preserve=1.0, prediction_guidance=2.0).of_student == (
+            "late", "late empty", "early", "early empty")  # fmt: skip
+
+    def test_an_error_in_v_is_worth_its_error_in_epsilon(self):
+        model = double(**V)
+        torch.manual_seed(0)
+        z, v, other = torch.randn(3, 1, 4, 8, 8, dtype=torch.float64)
+        scale = model.noise_scale()
+        for t in (0, 300, 999):
+            signal = model.log_snr()[t].sigmoid()
+            as_noise = [signal.sqrt() * x + (1 - signal).sqrt() * z for x in (v, other)]
+            torch.testing.assert_close(as_noise[0] - as_noise[1], scale[t] * (v - other))
+        assert torch.equal(double().noise_scale(), torch.ones(1000, dtype=torch.float64))
+
+
+class TestPoints:
+    def test_one_run_is_the_plain_form_in_fewer_evaluations(self):
+        """The plain form: two trajectories, every prediction a pass of its own, another network."""
+        model = double()
+        original, rows, passes = copy.deepcopy(model.pipe.unet), [], []
+        steering = Steering(model, COURSE)
+        predict = type(model).predict
+
+        def counted(latents, t, text):
+            rows.append(len(latents))
+            passes.append(1)
+            return predict(model, latents, t, text)
+
+        with InPlace(part_of(model, "rest")) as trained:
+            disturb(trained)
+            model.predict = counted
+            sample = steering.draw([subject(model)])
+            with trained.off():
+                targets = steering.original(sample)
+            found = steering.losses(sample, targets)
+            del model.predict
+            late, early = (steering.times.index(int(p.t)) for p in (sample.late, sample.early))
+            assert early < late
+            assert (sum(rows), len(passes)) == (2 * late + 8, late + 2)
+
+            g = Run(0).generator("airplane")
+            text = subject(model).text[[int(torch.randint(2, (), generator=g))]]
+            seed = int(torch.randint(2**31, (), generator=g))
+            plain = 0
+            for step, point in ((late, sample.late), (early, sample.early)):
+                z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+                scheduler = copy.deepcopy(model.pipe.scheduler)
+                scheduler.set_timesteps(6)
+                for t in scheduler.timesteps[:step]:
+                    empty, prompted = (
+                        model.pipe.unet(z, t, encoder_hidden_states=e).sample
+                        for e in (model.encode([""]).embeddings, text.embeddings)
+                    )
+                    plain += 2
+                    z = scheduler.step(empty + 3 * (prompted - empty), t, z).prev_sample.detach()
+                torch.testing.assert_close(point.latents, z, rtol=1e-9, atol=1e-9)
+            plain += 8
+            slow = slow_loss(model, model.pipe.unet, original, sample, COURSE, 0)
+        assert float(found.detach()[0]) == pytest.approx(float(slow.detach()), rel=1e-5)
+        assert sum(rows) == plain - 2 * early
+        assert len(passes) < plain / 2
+
+    def test_what_is_kept_is_what_the_original_says(self):
+        model = double()
+        steering, one = Steering(model, COURSE), subject(model)
+        kept = steering.keep(one, 2)
+        sample, original = steering.pick([one] * 5, [kept] * 5)
+        again = steering.original(sample)
+        for asked in FOUR.of_original:
+            torch.testing.assert_close(original[asked], again[asked], rtol=1e-9, atol=1e-9)
+        assert set(sample.late.t.tolist()) <= {steering.times[i] for i in steering.late}
+        assert set(sample.early.t.tolist()) <= {steering.times[i] for i in steering.early}
+
+    def test_time_direction(self):
+        model = double()
+        for reverse, beyond in (("late", True), ("early", False)):
+            steering = Steering(model, dataclasses.replace(COURSE, reverse=reverse))
+            one = subject(model)
+            sample, _ = steering.pick([one] * 9, [steering.keep(one, 1)] * 9)
+            assert bool((sample.early.t > sample.late.t).all()) == beyond
+
+    @pytest.mark.parametrize(("preset", "step"), [("explicit", 43), ("identity", 40), ("style", 47)])
+    def test_the_papers_steps(self, preset, step):
+        """Stable Diffusion's schedule, 50 steps, counted down to 1."""
+        stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        steering = Steering(expunge.load(tiny_pipeline(**stable)), ANT.preset(preset).course)
+        assert steering.title == f"steering, reversed from step {step} of 50 on"
+        assert len(steering.early) == 50 - step
+
+
+def plain_training(model, one, mask, course, steps, rate):
+    """A second network, all weights and all of Adam's state; gradients are multiplied by the mask."""
+    network, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
+    found = copy.deepcopy(network)
+    adam, steering = torch.optim.Adam(found.parameters(), lr=rate), Steering(model, course)
+    for _ in range(steps):
+        model.pipe.unet = found
+        sample = steering.draw([one])
+        adam.zero_grad()
+        slow_loss(model, found, original, sample, course, 0).backward()
+        for name, parameter in found.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad *= mask[f"unet.{name}"]
+        adam.step()
+    model.pipe.unet = network
+    return {f"unet.{k}": (p - q).detach() for (k, p), q in zip(
+        found.named_parameters(), original.parameters(), strict=True)}  # fmt: skip
+
+
+class TestWeights:
+    def test_masked_training_against_a_second_network_and_dense_adam(self):
+        model = double()
+        parameters, before = part_of(model, "denoiser"), weights(model.pipe)
+        g = torch.Generator().manual_seed(1)
+        mask = {k: torch.rand(p.shape, generator=g) < 0.3 for k, p in parameters.items()}
+        changes = train_weights(
+            Steering(model, COURSE), subject(model), InPlace(parameters, mask), Run(),
+            steps=3, rate=1e-3,
+        )  # fmt: skip
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        plain = plain_training(model, subject(model), mask, COURSE, 3, 1e-3)
+        assert {change.kind for change in changes} == {"sparse"}
+        for change in changes:
+            (name,) = (f"{layer}.{change.parameter}" for layer in change.layers)
+            ours = torch.zeros(plain[name].numel(), dtype=torch.float64)
+            ours[change.index.long()] = change.difference.double()
+            # Differences are kept in half precision.
+            torch.testing.assert_close(ours, plain[name].flatten(), rtol=1e-3, atol=1e-7)
+        assert sum(float(d.abs().max()) > 1e-3 for d in plain.values()) > 100
+
+    def test_it_is_in_place_and_all_comes_back(self, model):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model.pipe.unet.to(memory_format=layout)
+            parameters, before = part_of(model, "denoiser"), weights(model.pipe)
+            masks = {k: torch.rand_like(p) < 0.5 for k, p in parameters.items()}
+            model.pipe.unet.conv_in.weight.grad = kept = torch.ones_like(model.pipe.unet.conv_in.weight)
+            with pytest.raises(KeyboardInterrupt), InPlace(parameters, masks) as trained:
+                for value in trained.values:
+                    value += 1
+                trained.write()
+                moved = {k: (p.detach() - before[k]).bool() for k, p in parameters.items()}
+                assert all(torch.equal(moved[k], masks[k]) for k in trained.parameters)
+                with trained.off():
+                    assert all(torch.equal(p, before[k]) for k, p in parameters.items())
+                torch.testing.assert_close(
+                    trained.values[0],
+                    parameters["unet.conv_in.weight"].detach()[masks["unet.conv_in.weight"]],
+                )
+                raise KeyboardInterrupt
+            assert all(torch.equal(p, before[k]) for k, p in parameters.items())
+            assert model.pipe.unet.conv_in.weight.grad is kept
+            model.pipe.unet.conv_in.weight.grad = None
+
+    def test_gradients_are_autograds_and_leave_nothing_behind(self):
+        model = double()
+        parameters = part_of(model, "denoiser")
+        masks = {k: torch.rand(p.shape) < 0.5 for k, p in parameters.items()}
+        noisy, text = torch.randn(1, 4, 8, 8, dtype=torch.float64), model.encode(["ship"])
+        dense = torch.autograd.grad(
+            model.predict(noisy, 500, text).square().sum(), list(parameters.values())
+        )
+        with InPlace(parameters, masks) as trained:
+            found = trained.gradients(model.predict(noisy, 500, text).square().sum())
+            for name, ours in zip(trained.parameters, found, strict=True):
+                plain = dense[list(parameters).index(name)]
+                torch.testing.assert_close(ours, plain[masks[name]])
+        assert all(p.grad is None for p in parameters.values())
+
+    @pytest.mark.parametrize("drawn_by", ["current", "original"])
+    def test_cut_short_and_given_again(self, model, tmp_path, drawn_by, monkeypatch):
+        monkeypatch.setattr("expunge.steering.KEEP_EVERY", 2)
+        method = ANT(**{**QUICK, "steps": 7}, drawn_by=drawn_by, part="text")
+        whole = expunge.erase(model, PROBLEM, method)
+
+        def cut(label, done, total):
+            if "steering" in label and done == 5:
+                raise KeyboardInterrupt
+
+        before = weights(model.pipe)
+        with pytest.raises(KeyboardInterrupt):
+            expunge.erase(model, PROBLEM, method, progress=cut, work=tmp_path / "w")
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        seen = []
+        again = expunge.erase(
+            model, PROBLEM, method, progress=lambda *x: seen.append(x), work=tmp_path / "w"
+        )
+        assert ("steering, reversed from step 2 of 4 on", 4, 7) in seen
+        assert not any(label == "saliency" for label, _, _ in seen)
+        assert again.hash == whole.hash
+
+    def test_a_loss_that_runs_away(self, model):
+        method = ANT(**{**QUICK, "rate": 1e4}, drawn_by="original")
+        before = weights(model.pipe)
+        with pytest.raises(
+            ExpungeError, match="broke off at step 2: the loss runs away; lower the rate"
+        ):
+            expunge.erase(model, PROBLEM, method)
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+
+    def test_the_last_good_state_counts(self, model, monkeypatch):
+        monkeypatch.setattr("expunge.steering.KEEP_EVERY", 2)
+        method = ANT(**{**QUICK, "steps": 3}, part="text")
+        good = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=2))
+        monkeypatch.setattr("expunge.steering.diverged", lambda losses: len(losses) > 3)
+        with pytest.warns(
+            ExpungeWarning, match="step 4: the loss runs away; the edit is that of step 2"
+        ):
+            stopped = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=9))
+        assert stopped.hash == good.hash
+
+
+class TestSaliency:
+    def test_against_a_slow_reading(self):
+        model = double()
+        method = ANT(
+            **{**QUICK, "maps": 2, "map_samples": 3, "batch": 2}, augmentations=("airplane", "a jet")
+        )
+        steering = Steering(model, method.course)
+        mask = method._mask(steering, method.augmentations, Run(4))
+        expected, objective = None, Objective()
+        bare = dataclasses.replace(method.course, objective=objective)
+        for i, prompt in enumerate(method.augmentations):
+            one = Subject(prompt, model.encode([prompt]), Run(4).generator("saliency", str(i)))
+            other = Steering(model, bare)
+            sample = other.walk(one, 3)
+            assert len(sample.late.t.unique()) > 1
+            sample = dataclasses.replace(sample, early=sample.late)
+            original = copy.deepcopy(model.pipe.unet)
+            loss = sum(
+                slow_loss(model, model.pipe.unet, original, sample, bare, row) for row in range(3)
+            )
+            found = torch.autograd.grad(loss, list(model.pipe.unet.parameters()), allow_unused=True)
+            total = {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(part_of(model, "denoiser").items(), found, strict=True)
+            }
+            halves = {}
+            for k, g in total.items():
+                size = g.abs().flatten()
+                halves[k] = (size > size.sort().values[(len(size) - 1) // 2]).reshape(g.shape)
+            expected = halves if expected is None else {k: halves[k] & m for k, m in expected.items()}
+        wrong = sum(int((mask.masks[k] ^ expected[k]).sum()) for k in expected)
+        assert wrong <= 0.001 * mask.counts[0]  # ties at the median fall to rounding
+        assert mask.counts[1] < mask.counts[0] <= sum(m.numel() for m in expected.values()) / 2
+
+    def test_the_edit_is_the_mask_and_small(self, model, tmp_path):
+        masked = expunge.erase(
+            model, PROBLEM, ANT(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors"))
+        )
+        mask = Mask.load(tmp_path / "m.safetensors")
+        assert sum(len(change.index) for change in masked.changes) == mask.counts[-1]
+        assert len(mask.counts) == 3
+        masked.save(tmp_path / "e.safetensors")
+        assert Edit.load(tmp_path / "e.safetensors").hash == masked.hash
+
+        told = []
+        again = expunge.erase(
+            model,
+            PROBLEM,
+            ANT(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors")),
+            progress=lambda label, *_: told.append(label),
+        )
+        assert again.hash == masked.hash
+        assert "saliency" not in told
+
+    def test_no_maps_no_mask(self, model):
+        edit = expunge.erase(model, PROBLEM, ANT(**{**QUICK, "maps": 0, "steps": 1}, part="text"))
+        assert {change.kind for change in edit.changes} == {"dense"}
+        assert len(edit.changes) == 14
+
+
+class TestMany:
+    @pytest.mark.parametrize("kept", [0, 2], ids=["current", "original"])
+    def test_in_one_batch_as_one_by_one(self, kept):
+        model = double()
+        layers, before = layers_of(model, "all"), weights(model.pipe)
+        names = ("airplane", "ship", "horse")
+        how = {"rank": 2, "alpha": 3.0, "steps": 3, "rate": 1e-2, "weight_decay": 0.01, "clip": 1.0,
+               "samples": 2, "kept": kept}  # fmt: skip
+
+        def train(some):
+            steering = Steering(model, COURSE)
+            return train_factors(
+                steering, [subject(model, name) for name in some], layers, Run(2), **how
+            )
+
+        together = train(names)
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        for name in names:
+            (alone,) = train([name]).values()
+            for key, tensor in alone.items():
+                torch.testing.assert_close(together[name][key], tensor, rtol=1e-7, atol=1e-9)
+        assert len(together["ship"]) == 2 * 14
+        assert together["ship"]["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.up"].any()
+
+    def test_the_edit_is_one_matrix_and_one_change_a_layer(self):
+        model = double()
+        problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
+        edit = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch=2))
+        right, *low = edit.changes
+        assert right.kind == "right"
+        assert len(low) == 14
+        assert {change.down.shape for change in low} == {(2, 32)}
+        one = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch=1))
+        for a, b in zip(edit.changes[1:], one.changes[1:], strict=True):
+            w = model.weight(a.layers[0])
+            torch.testing.assert_close(a.weight(w), b.weight(w), rtol=1e-3, atol=1e-4)
+
+    def test_others_can_be_trained_with_it(self, model):
+        method = MACE(pictures=2, picture_steps=4, steps=3, templates=("the {}",), captions="",
+                      rate=0.01)  # fmt: skip
+        lessons = ("attention", "trajectory")
+        one, two = (
+            expunge.erase(model, PROBLEM, dataclasses.replace(method, lesson=lesson))
+            for lesson in lessons
+        )
+        assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
+        assert one.hash != two.hash
+
+
+class TestESD:
+    def test_against_a_slow_reading(self):
+        model = double()
+        method = ESD(part="x", steps=3, rate=1e-3, trajectory_steps=4, negative_guidance=1.5)
+        changes = expunge.erase(model, PROBLEM, method, seed=6).changes
+        assert len(changes) == 5 * 7  # queries, keys, values, output's weight and bias
+        network, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
+        found = copy.deepcopy(network)
+        trained = [p for name, p in found.named_parameters() if "attn2" in name]
+        adam, g = torch.optim.Adam(trained, lr=1e-3), Run(6).generator("training")
+        c, nothing = (model.encode([prompt]).embeddings[0] for prompt in ("airplane", ""))
+        for _ in range(3):
+            torch.randint(1, (), generator=g)
+            seed = int(torch.randint(2**31, (), generator=g))
+            step = int(torch.randint(4, (), generator=g))
+            z = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+            scheduler = copy.deepcopy(model.pipe.scheduler)
+            scheduler.set_timesteps(4)
+            t = scheduler.timesteps[step]
+            with torch.no_grad():
+                for s in scheduler.timesteps[:step]:
+                    empty = epsilon(model.pipe, found, z, s, nothing)
+                    noise = empty + 3 * (epsilon(model.pipe, found, z, s, c) - empty)
+                    z = scheduler.step(noise, s, z).prev_sample
+                empty = epsilon(model.pipe, original, z, t, nothing)
+                target = empty - 1.5 * (epsilon(model.pipe, original, z, t, c) - empty)
+            adam.zero_grad()
+            (epsilon(model.pipe, found, z, t, c) - target).square().mean().backward()
+            adam.step()
+        for change in changes:
+            name = f"{change.layers[0]}.{change.parameter}".removeprefix("unet.")
+            plain = found.get_parameter(name).detach()
+            assert (change.value - plain).abs().max() < 1e-7, name
+
+    def test_the_rest_is_all_the_others(self, model):
+        x, u, whole = (part_of(model, part).keys() for part in ("cross-attention", "rest", "denoiser"))
+        assert x | u == whole
+        assert not x & u
+        assert part_of(model, "text").keys() < x
+
+    def test_with_ants_objective(self, model):
+        method = ESD.preset("fast", steps=2, turn=-2.0)
+        edits = [
+            expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=name))
+            for name in ("esd", "ant")
+        ]
+        assert edits[0].hash != edits[1].hash
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"negative_guidance": 0.0}, "negative_guidance must be above 0"),
+        ({"negative_guidance": -1.0}, "negative_guidance must be above 0"),
+        ({"turn": -40.0}, "turn is t' as a log-SNR, on this model's schedule between .*, not -40"),
+        ({"turn": 30.0}, "turn is t' as a log-SNR, .*, not 30"),
+        ({"turn": -9.0}, "none of 4 steps lies before t' .turn -9.: take more trajectory_steps"),
+        ({"turn": 8.9}, "none of 4 steps lies at or after t'"),
+        ({"reverse": "always"}, "no early points: set preserve and unconditional_early to 0"),
+        ({"augmentations": ("a ship", "an aircraft")}, "the augmentations names 'airplane'"),
+        ({"mask": "mask.pt"}, "a mask is a .safetensors file; mask.pt should end so"),
+        ({"templates": ("no place",)}, "one {} for the concept"),
+        ({"part": "attention"}, "part must be .*did you mean 'cross-attention'"),
+    ],
+)
+def test_bad_input(model, settings, message):
+    with pytest.raises(ExpungeError, match=message):
+        expunge.erase(model, PROBLEM, ANT(**{**QUICK, **settings}))
+
+
+class TestMasksOfOthers:
+    @pytest.fixture
+    def made(self, model, tmp_path):
+        """A mask for the keys and values."""
+        path = tmp_path / "mask.safetensors"
+        method = ANT(**{**QUICK, "maps": 1, "steps": 0}, part="text", mask=str(path))
+        expunge.erase(model, PROBLEM, method)
+        return method, path
+
+    def test_of_another_model(self, made):
+        other = expunge.load(tiny_pipeline(seed=1))
+        with pytest.raises(ExpungeError, match="was made for another model, of other weights"):
+            expunge.erase(other, PROBLEM, made[0])
+
+    def test_of_another_part(self, model, made):
+        with pytest.raises(ExpungeError, match="another part of it: it knows 14 parameters, and 35 are"):
+            expunge.erase(model, PROBLEM, dataclasses.replace(made[0], part="cross-attention"))
+
+    def test_of_another_method(self, model, made):
+        method, path = made
+        dataclasses.replace(Mask.load(path), method="other").save(path)
+        with pytest.raises(ExpungeError, match="was made for the method other, not ant"):
+            expunge.erase(model, PROBLEM, method)
+
+    def test_no_mask_at_all(self, model, made):
+        method, path = made
+        expunge.erase(model, PROBLEM, "uce").save(path)
+        with pytest.raises(ExpungeError, match="a safetensors file, but not a saliency mask"):
+            expunge.erase(model, PROBLEM, method)
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ExpungeError, match="is not a whole safetensors file"):
+            expunge.erase(model, PROBLEM, method)
+
+
+def test_the_experiments_can_be_read():
+    files = sorted((Path(__file__).parents[1] / "experiments" / "ant").glob("*.toml"))
+    assert len(files) >= 7
+    jobs = {path.stem: Experiment.read(path).jobs() for path in files}
+    assert len(jobs["ablation"]) == 6
+    assert all(len({job.method for job in some}) > 1 for some in jobs.values())
