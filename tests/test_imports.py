@@ -10,9 +10,9 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "fields", "problem", "concepts", "templates", "probe", "pieces", "cluster", "run",
-    "work", "registry", "pictures", "changes", "ops", "model", "prior", "examples", "grounded_sam",
-    "masks", "method", "edit", "attack", "metric", "suite", "cache", "statistics", "looks", "case",
-    "page", "report", "experiment", "cli",
+    "work", "registry", "pictures", "changes", "ops", "model", "prior", "plain", "examples",
+    "grounded_sam", "masks", "method", "edit", "attack", "metric", "suite", "cache", "statistics",
+    "looks", "robust", "case", "page", "report", "experiment", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 
