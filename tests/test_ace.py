@@ -38,7 +38,7 @@ def test_gates_and_directions_against_a_slow_reading(model):
     assert len(change.centre) == 1 + len(BANDS)
     weights = [model.weight(e.layer).double() for e in model.text_entries()]
     read = [slow_groups(model, name, "sky", t) for name in ("airplane", "jet") for t in templates]
-    background = method._background(model, problem, Run())
+    background = method._background(model, problem, method._staying(model, problem), Run())
     for i, place in enumerate(("phrase", *BANDS)):
         pairs = [[(e.double(), n.double()) for e, n in one[place]] for one in read]
         rows = torch.stack([e for one in pairs for e, _ in one])
@@ -85,7 +85,7 @@ def test_several_concepts_share_one_change_and_do_not_disturb_one_another(model)
     both = Problem((Concept("airplane", "sky"), Concept("dog", "ground")), ("ship",))
     (change,) = expunge.erase(model, both, GATE).changes
     assert len(change.layers) == 14
-    assert len(change.centre) == 2 * (1 + len(BANDS))
+    assert len(change.centre) == 2 * (2 + len(BANDS))
     text = model.encode(
         ["a photo of the airplane", "a photo of the sky", "a photo of the dog", "a photo of the ground"]
     )
@@ -163,29 +163,22 @@ class TestHarden:
         two = Problem((Concept("airplane", "sky"), Concept("dog", "ground")))
         first = expunge.erase(model, two, method).changes[0]
         turned = expunge.erase(model, Problem(two.erase[::-1]), method).changes[0]
-        n = 1 + len(BANDS)
+        n = 2 + len(BANDS)
         torch.testing.assert_close(first.centre[:n], turned.centre[n:], rtol=1e-2, atol=1e-2)
         assert len(first.centre) == 2 * n
 
 
 class TestBadInput:
+    """The tiny tokenizer knows ASCII alone: to it, "é" and "è" are one."""
+
     def test_concept_and_anchor_are_one_to_the_model(self, model):
-        model.pipe.tokenizer  # noqa: B018  the tiny one knows ASCII alone
-        with pytest.raises(
-            ExpungeError, match="'Ship' and its anchor 'sHip' are the same|the concept itself"
-        ):
-            expunge.erase(model, Problem((Concept("Ship", "sHip"),)), GATE)
-        with pytest.raises(
-            ExpungeError, match=r"'ship' and its anchor 'ship 🐈' are the same to this model"
-        ):
-            expunge.erase(model, Problem((Concept("ship", "ship 🐈"),)), GATE)
+        with pytest.raises(ExpungeError, match="'ship é' and its anchor 'ship è' are the same to this"):
+            expunge.erase(model, Problem((Concept("ship é", "ship è"),)), GATE)
 
     def test_retained_within_the_concept(self, model):
-        problem = Problem((Concept("airplane", "sky"),), ("bird", "airplane 🐈"))
-        with pytest.raises(
-            ExpungeError,
-            match=r"'airplane 🐈' to retain lies in what is erased with 'airplane': their overlap is",
-        ):
+        problem = Problem((Concept("ship é", "sky"),), ("bird", "ship è"))
+        said = r"'ship è' to retain lies in what is erased with 'ship é': their overlap is [01]\.\d\d"
+        with pytest.raises(ExpungeError, match=said):
             expunge.erase(model, problem, GATE)
 
     def test_more_gates_than_memory(self):

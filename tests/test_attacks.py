@@ -13,6 +13,8 @@ from expunge.attacks.embedding import Embedding
 from expunge.attacks.inversion import Inversion, renamed
 from expunge.cache import Cache, Request, Source
 from expunge.changes import Gated
+from expunge.cli import main
+from expunge.metric import Judge
 from expunge.robust import budgets, robustness
 from expunge.run import Run
 from expunge.suite import Suite
@@ -195,16 +197,51 @@ class TestJudged:
     def test_success_is_counted_where_the_original_draws_the_concept(
         self, model, edit, tmp_path, monkeypatch
     ):
-        """A judge that tells pictures by their darkness: what it says can be said by hand."""
         suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        probe = Probe.of("a photo of the airplane", n=2, num_inference_steps=2)
+        bright = model.draw(probe).mean((1, 2, 3))
+        judge = Bright(float(bright.mean()))  # so it is in one of two pictures
+        monkeypatch.setattr("expunge.robust.make", lambda *_: judge)
         found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
         assert json.loads(json.dumps(found.to_dict()))["ASR"].keys() == {"radius 0.1", "radius 0.4"}
+        assert found.pre.n == 1
+        with model.using(edit):
+            after = model.draw(probe).mean((1, 2, 3))
+        assert found.pre.value == float(after[bright.argmax()] > judge.threshold)
         shares = [found.pre.value, *(asr.value for asr in found.asr.values())]
-        known = [share for share in shares if share == share]
-        assert known == sorted(known)
+        assert shares == sorted(shares)
         drawn = cache.drawn
         robustness(model, edit, suite, "embedding", cache=cache)
         assert cache.drawn == drawn  # an attacked picture, too, is drawn once
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright(Judge):
+    """Sees whatever is asked for in every bright picture."""
+
+    threshold: float
+
+    @property
+    def provenance(self):
+        return {}
+
+    def measure(self, pictures, prompts, references=None):
+        return pictures.mean((1, 2, 3))[:, None]
+
+    def knows(self, label):
+        return True
+
+    def answer(self, rows, labels, near, question):
+        return (rows[:, 0] > self.threshold).float()
+
+    def broken(self, rows):
+        return torch.zeros(len(rows), dtype=torch.bool)
+
+
+def test_an_attack_that_is_none_is_said_before_anything_is_drawn(capsys):
+    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attack", "embeding", "-o", "x"]
+    assert main(arguments) == 2
+    assert "no attack 'embeding'; did you mean 'embedding'" in capsys.readouterr().err
 
 
 def test_an_attacked_picture_has_an_address_of_its_own(model, edit, tmp_path):

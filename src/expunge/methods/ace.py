@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +32,8 @@ STAGES: tuple[Stage, ...] = ("gate", "harden")
 
 BANDS = (0, 3, 9, 27)
 """Where the gates of the end and the padding begin, in tokens from the end token on: what these
-tokens say of a prompt fades as they go on, so that one gate for all would fit none."""
+tokens say of a prompt fades as they go on, so that one gate for all would fit none. The phrase's own
+tokens and the words behind it have a gate each, too."""
 
 RETAINED = ("{}", "a photo of the {}")
 """The prompts in which a gate is kept closed on what a problem retains."""
@@ -51,12 +53,17 @@ class Group:
     neutral: Tensor
     """(d,), the mean of the latter."""
 
+    @property
+    def differs(self) -> bool:
+        """Whether they are not the same tokens."""
+        return bool(self.differences.norm(dim=1).max() > 1e-3 * self.neutral.norm())
+
 
 @dataclass(frozen=True)
 class ACE(Method):
     """Attentional concept erasure: in keys and values, take a concept away where its tokens are met.
 
-    *gate*: for the concept's own tokens, and for the end and padding tokens behind it, a gate
+    *gate*: for the concept's own tokens, and for the words, end and padding behind it, a gate
     s(e) = σ(slope (w · e − centre)) opens on them and stays shut on general and retained tokens
     (`ops/gates.py`), and with the leading left singular vectors U of W(e − e_anchor), over templates
     and names, and W the keys and values of all layers, one above the other,
@@ -100,8 +107,8 @@ class ACE(Method):
     projections: Literal["both", "keys", "values"] = "both"
     """What is changed."""
     gate_on: Literal["end", "phrase", "prompt"] = "end"
-    """Open on the phrase's tokens, and on the end and padding behind it; on the phrase alone; or on
-    every token of a prompt in which one of them opens it."""
+    """Open on the phrase's tokens, and on all behind them to the end of the padding; on the phrase
+    alone; or on every token of a prompt in which one of them opens it."""
     energy: float = bounded(0.95, above=0, at_most=1)
     """The share of what keys and values tell concept and anchor apart by that goes; larger erases
     more, and takes more of what stands beside it in the prompt."""
@@ -160,26 +167,31 @@ class ACE(Method):
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
-        groups = self.read(model, problem)
+        staying = self._staying(model, problem)
+        groups = self.read(model, problem, staying)
         layers = self._layers(model)
-        background = self._background(model, problem, run)
-        self._check(model, problem, groups, background)
+        background = self._background(model, problem, staying, run)
+        self._check(problem, groups, background, staying)
         changes = self.gate(groups, background, {name: model.weight(name) for name in layers})
         if "harden" not in self.stages or not self.rounds:
             return changes
         (whole,) = changes
         assert isinstance(whole, Gated)
         parts = dict(zip(groups, _parted(whole, [len(g) for g in groups.values()]), strict=True))
-        train = partial(self._harden, model, problem, parts, run.seed)
+        kept = torch.cat([text.embeddings for text in staying.values()])
+        train = partial(self._harden, model, problem, parts, kept, run.seed)
         found = run.pieces(train, [c.name for c in problem.erase], label="hardening")
         hardened: dict[str, Any] = found
         return (_joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened]),)
 
     # Stage 1.
 
-    def read(self, model: Model, problem: Problem) -> dict[str, list[Group]]:
+    def read(
+        self, model: Model, problem: Problem, staying: Mapping[str, Text]
+    ) -> dict[str, list[Group]]:
         """For each concept the tokens of each of its gates, in its prompts and its anchor's."""
-        return {concept.name: self._groups(model, concept, problem.retain) for concept in problem.erase}
+        known = torch.cat([text.embeddings[text.own] for text in staying.values()]).double()
+        return {concept.name: self._groups(model, concept, known) for concept in problem.erase}
 
     def gate(
         self,
@@ -236,8 +248,12 @@ class ACE(Method):
     def _templates(self, concept: Concept) -> tuple[str, ...]:
         return self.templates or TEMPLATES[concept.kind]
 
-    def _groups(self, model: Model, concept: Concept, retain: Sequence[str]) -> list[Group]:
-        """The tokens of a concept's gates: its phrase's, then those of each band behind the end."""
+    def _groups(self, model: Model, concept: Concept, known: Tensor) -> list[Group]:
+        """The tokens of a concept's gates: its phrase's, the words' behind it, each band's.
+
+        Raises:
+            ExpungeError: the concept is its anchor to the model.
+        """
         templates = self._templates(concept)
         prompts = [template.format(name) for name in concept.names for template in templates]
         goals = [template.format(concept.anchor) if concept.anchor else "" for template in templates]
@@ -245,28 +261,35 @@ class ACE(Method):
         text, anchored = model.encode(prompts), model.encode(goals)
         phrase = _phrases(model, templates, text, len(concept.names))
         theirs = _phrases(model, templates, anchored, 1)
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(BANDS))]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(2 + len(BANDS))]
         for row in range(len(text)):
             there = row % len(templates)
             e, n = text.embeddings[row].double(), anchored.embeddings[there].double()
-            last = int(theirs[there].nonzero().max()) if concept.anchor else 1
+            word = int(theirs[there].nonzero().max()) if concept.anchor else 1
             places = phrase[row].nonzero()[:, 0]
-            found[0].append((e[places], n[last].expand(len(places), -1)))
+            found[0].append((e[places], n[word].expand(len(places), -1)))
             ends = tuple(int(x.own[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
             m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
-            behind = m.first + m.tail - ends[0]
-            for band, (start, stop) in enumerate(zip(BANDS, (*BANDS[1:], behind), strict=True), 1):
-                if start < min(stop, behind):
-                    at = torch.arange(start, min(stop, behind), device=e.device)
-                    found[band].append((e[ends[0] + at], n[m.second + ends[0] - m.first + at]))
-        others = [way.format(x) for x in (*retain, concept.anchor or "") for way in RETAINED]
-        known = _own_tokens(model, others)
+            after, last = max(m.first, int(places[-1]) + 1), m.first + m.tail
+            marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
+            for band, (start, stop) in enumerate(pairwise(marks), 1):
+                if start < stop:
+                    there_from = m.second - m.first
+                    found[band].append((e[start:stop], n[start + there_from : stop + there_from]))
         found[0] = _distinct(found[0], known)
         if self.gate_on == "phrase":
             found = found[:1]
-        return [_group(pairs) for pairs in found if pairs]
+        groups = [group for group in (_group(pairs) for pairs in found if pairs) if group.differs]
+        if not groups:
+            raise ExpungeError(
+                f"{concept.name!r} and its anchor {concept.anchor!r} are the same to this model,"
+                " so there is no direction to take away: choose another anchor"
+            )
+        return groups
 
-    def _background(self, model: Model, problem: Problem, run: Run) -> Background:
+    def _background(
+        self, model: Model, problem: Problem, staying: Mapping[str, Text], run: Run
+    ) -> Background:
         """General words in the first template of their kind, and what is retained."""
         taken = {w for c in problem.erase for name in c.names for w in name.lower().split()}
         words = [word for word in model.vocabulary() if word not in taken]
@@ -274,41 +297,33 @@ class ACE(Method):
         template = self._templates(problem.erase[0])[0]
         chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
         general = [_thinned(model.encode(chosen[i : i + 64])) for i in range(0, len(chosen), 64)]
-        retained = [_thinned(self._retained(model, [name])) for name in self._staying(problem)]
-        kept = torch.cat(retained)
+        kept = torch.cat([_thinned(text) for text in staying.values()])
         return Background(torch.cat(general), kept, self.gate_ridge, self.deviations)
 
-    def _staying(self, problem: Problem) -> tuple[str, ...]:
-        """What is retained, and the anchors."""
-        return tuple(dict.fromkeys((*problem.retain, *(c.anchor or "" for c in problem.erase))))
-
-    def _retained(self, model: Model, names: Sequence[str]) -> Text:
-        prompts = [t.format(name) if name else "" for name in names for t in RETAINED]
-        return model.encode(list(dict.fromkeys(prompts)))
+    def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
+        """What is retained, and the anchors, in a prompt or two each."""
+        names = dict.fromkeys((*problem.retain, *(c.anchor or "" for c in problem.erase)))
+        ways = {name: [way.format(name) for way in RETAINED] if name else [""] for name in names}
+        text = model.encode([prompt for prompts in ways.values() for prompt in prompts])
+        rows = iter(range(len(text)))
+        return {name: text[[next(rows) for _ in prompts]] for name, prompts in ways.items()}
 
     def _check(
         self,
-        model: Model,
         problem: Problem,
         groups: Mapping[str, Sequence[Group]],
         background: Background,
+        staying: Mapping[str, Text],
     ) -> None:
         """What cannot be erased, said before anything is computed for long.
 
         Raises:
-            ExpungeError: a concept is its anchor to the model, a retained prompt lies in a concept, or
-                the gates need more memory than there is.
+            ExpungeError: a retained prompt lies in a concept, or the gates need more memory than there
+                is.
         """
-        for concept in problem.erase:
-            for group in groups[concept.name]:
-                if group.differences.norm(dim=1).max() < 1e-3 * group.neutral.norm():
-                    raise ExpungeError(
-                        f"{concept.name!r} and its anchor {concept.anchor!r} are the same to this model,"
-                        " so there is no direction to take away: choose another anchor"
-                    )
         ways = [(c.name, background.direction(g.rows)) for c in problem.erase for g in groups[c.name]]
         for name in problem.retain:
-            rows = _thinned(self._retained(model, [name])).double()
+            rows = _thinned(staying[name]).double()
             owner, overlap = max(
                 ((owner, background.reach(way, rows)) for owner, way in ways), key=lambda x: x[1]
             )
@@ -326,12 +341,12 @@ class ACE(Method):
         model: Model,
         problem: Problem,
         parts: Mapping[str, Gated],
+        kept: Tensor,
         seed: int,
         names: Sequence[str],
     ) -> dict[str, Tensors]:
         """`harden` for the concepts of these names."""
         run, found = Run(seed), {}
-        kept = self._retained(model, self._staying(problem)).embeddings
         for concept in problem.erase:
             if concept.name in names:
                 found[concept.name] = self.harden(model, concept, parts[concept.name], kept, run)
@@ -426,12 +441,6 @@ def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> 
     sides = [template.split("{}") for template in templates] * names
     before, after = ([model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True))
     return phrase_positions(before, after, text.own)
-
-
-def _own_tokens(model: Model, prompts: Sequence[str]) -> Tensor:
-    """The prompts' own tokens, (n, d)."""
-    text = model.encode(list(dict.fromkeys(prompt.strip() for prompt in prompts)))
-    return text.embeddings[text.own].double()
 
 
 def _thinned(text: Text) -> Tensor:
