@@ -78,8 +78,9 @@ class ACE(Method):
         inner   min_δ ‖W ẽ(e + δ) − W e‖²,    ‖δ_token‖ ≤ radius ‖e_token‖
         outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² + ρ ‖W ẽ(r) − W r‖²
 
-    with z_t from pictures of the concept, over gates, directions and goals, and r what is retained and
-    the anchor. The denoiser sees the text through W alone, so the inner attack needs no denoiser.
+    with z_t from pictures of the concept, over gates, directions and goals, and r general and retained
+    tokens, and the anchor's. The denoiser sees the text through W alone, so the inner attack needs no
+    denoiser.
 
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
     and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
@@ -178,7 +179,7 @@ class ACE(Method):
         (whole,) = changes
         assert isinstance(whole, Gated)
         parts = dict(zip(groups, _parted(whole, [len(g) for g in groups.values()]), strict=True))
-        kept = torch.cat([text.embeddings for text in staying.values()])
+        kept = torch.cat([background.retained, background.general]).float()[:, None]
         train = partial(self._harden, model, problem, parts, kept, run.seed)
         found = run.pieces(train, [c.name for c in problem.erase], label="hardening")
         hardened: dict[str, Any] = found
@@ -361,7 +362,7 @@ class ACE(Method):
             model: the model as it was.
             concept: the concept.
             gated: its closed form.
-            kept: (n, tokens, d), embeddings that must stay.
+            kept: (n, 1, d), tokens that must stay.
             run: its seed.
         """
         names, template = concept.names, self._templates(concept)[0]
