@@ -337,9 +337,8 @@ class Applied:
             for (module, name), weights in _by_parameter(root, changes).items():
                 self._swap(module, name, weights)
             for change in changes:
-                modules = [find(root, layer) for layer in change.layers]
                 if isinstance(change, HookedChange):
-                    self._hooks += _hooks(modules, change)
+                    self._hooks += _hooks([find(root, layer) for layer in change.layers], change)
         except BaseException:
             self.remove()
             raise

@@ -96,6 +96,7 @@ class ACE(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
+        "emoji": {"about": "the emoji model", "energy": 0.95, "margin": 0.4, "picture_steps": 10},
         "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
                  "rounds": 1, "steps": 2, "attack_steps": 2},
     }  # fmt: skip
