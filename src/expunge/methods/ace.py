@@ -460,6 +460,8 @@ def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tup
     stand nearer to a token of the anchor's or a retained prompt than half as far as the last token
     stands from the anchor are left out.
     """
+    if not len(known):
+        return list(pairs)
     far = torch.stack([(e[-1] - n[-1]).norm() for e, n in pairs]).median()
     found = []
     for e, n in pairs:
