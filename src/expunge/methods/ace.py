@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -173,7 +173,7 @@ class ACE(Method):
         groups = self.read(model, problem, staying)
         layers = self._layers(model)
         background = self._background(model, problem, staying, run)
-        self._check(problem, groups, background, staying)
+        groups = self._told_apart(problem, groups, background, staying)
         changes = self.gate(groups, background, {name: model.weight(name) for name in layers})
         if "harden" not in self.stages or not self.rounds:
             return changes
@@ -310,31 +310,38 @@ class ACE(Method):
         rows = iter(range(len(text)))
         return {name: text[[next(rows) for _ in prompts]] for name, prompts in ways.items()}
 
-    def _check(
+    def _told_apart(
         self,
         problem: Problem,
         groups: Mapping[str, Sequence[Group]],
         background: Background,
         staying: Mapping[str, Text],
-    ) -> None:
-        """What cannot be erased, said before anything is computed for long.
+    ) -> dict[str, list[Group]]:
+        """The groups that can be told from what is retained; of the padding, that may not be all.
 
         Raises:
-            ExpungeError: a retained prompt lies in a concept, or the gates need more memory than there
-                is.
+            ExpungeError: a retained prompt lies in a concept's phrase, or the gates need more memory
+                than there is.
         """
-        ways = [(c.name, background.direction(g.rows)) for c in problem.erase for g in groups[c.name]]
-        for name in problem.retain:
-            rows = _thinned(staying[name]).double()
-            owner, overlap = max(
-                ((owner, background.reach(way, rows)) for owner, way in ways), key=lambda x: x[1]
-            )
-            if overlap > self.most_overlap:
-                raise ExpungeError(
-                    f"{name!r} to retain lies in what is erased with {owner!r}: their overlap is"
-                    f" {overlap:.2f}, and at most {self.most_overlap:g} can be told apart"
-                )
-        check_memory(sum(map(len, groups.values())), self.rank or 8, len(background.mean))
+        apart: dict[str, list[Group]] = {}
+        for concept, members in groups.items():
+            apart[concept] = []
+            for group in members:
+                way = background.direction(group.rows)
+                overlaps = {
+                    name: background.reach(way, _thinned(staying[name]).double())
+                    for name in problem.retain
+                }
+                nearest = max(overlaps, key=lambda name: overlaps[name], default="")
+                if not nearest or overlaps[nearest] <= self.most_overlap:
+                    apart[concept].append(group)
+                elif group is members[0]:
+                    raise ExpungeError(
+                        f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
+                        f" is {overlaps[nearest]:.2f}, and at most {self.most_overlap:g} can be told apart"
+                    )
+        check_memory(sum(map(len, apart.values())), self.rank or 8, len(background.mean))
+        return apart
 
     # Stage 2.
 
@@ -430,12 +437,21 @@ def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> 
     n = gates * rank
     needed = 8 * (4 * n * width + 3 * n * n)
     if free is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = _free()
     if needed > free:
         raise ExpungeError(
             f"{gates} gates of {rank} directions need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are"
             " free: erase fewer concepts at once, or lower the rank"
         )
+
+
+def _free() -> int:
+    """The bytes of memory that could be had; without limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**62
 
 
 def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> Tensor:
