@@ -338,7 +338,7 @@ class ACE(Method):
                 elif group is members[0]:
                     raise ExpungeError(
                         f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
-                        f" is {overlaps[nearest]:.2f}, and at most {self.most_overlap:g} can be told apart"
+                        f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most to tell apart"
                     )
         check_memory(sum(map(len, apart.values())), self.rank or 8, len(background.mean))
         return apart
