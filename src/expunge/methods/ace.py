@@ -338,7 +338,7 @@ class ACE(Method):
                 elif group is members[0]:
                     raise ExpungeError(
                         f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
-                        f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most to tell apart"
+                        f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most allowed"
                     )
         check_memory(sum(map(len, apart.values())), self.rank or 8, len(background.mean))
         return apart
@@ -535,6 +535,6 @@ def _joined(parts: Sequence[Gated]) -> Gated:
     """One change with the gates of several."""
     counts = torch.tensor([len(part.centre) for part in parts])
     starts = (counts.cumsum(0) - counts).tolist()
-    joined: Any = {n: torch.cat([getattr(p, n) for p in parts], n == "up") for n in FACTORS}
+    joined: Any = {n: torch.cat([getattr(p, n) for p in parts], int(n == "up")) for n in FACTORS}
     owner = torch.cat([part.owner + start for part, start in zip(parts, starts, strict=True)])
     return dataclasses.replace(parts[0], **joined, owner=owner)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 
+CLEAR = 0.3
+"""The gap between background and concept that a gate needs, where the way between their means is 1."""
+
 
 def directions(
     weight: Tensor, differences: Tensor, *, energy: float = 1.0, rank: int = 0
@@ -77,15 +80,27 @@ class Background:
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
         spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
-        variance = spread.diagonal().mean().clamp(min=1e-12)
-        eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
-        self.lower = torch.linalg.cholesky(spread + ridge * variance * eye)
+        sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
+        self.lowers = [torch.linalg.cholesky(spread + ridge / 10**i * sphere) for i in range(5)]
 
     def direction(self, rows: Tensor) -> Tensor:
-        """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1."""
+        """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
+
+        Where that does not tell them clearly from the background, λ is lowered, tenfold at a time.
+        """
         difference = rows.double().mean(0) - self.mean
-        solved = torch.cholesky_solve(difference[:, None], self.lower)[:, 0]
-        return solved / (solved @ difference).clamp(min=1e-12)
+        found = []
+        for lower in self.lowers:
+            solved = torch.cholesky_solve(difference[:, None], lower)[:, 0]
+            way = solved / (solved @ difference).clamp(min=1e-12)
+            found.append((self.start(way, rows) - self.edge(way), way))
+            if found[-1][0] >= CLEAR:
+                return way
+        return max(found, key=lambda one: one[0])[1]
+
+    def start(self, direction: Tensor, rows: Tensor) -> float:
+        """How far along a direction the rows begin: their 5 % point."""
+        return float(((rows.double() - self.mean) @ direction).quantile(0.05))
 
     def edge(self, direction: Tensor) -> float:
         """How far along a direction tokens still count as closed; the concept's mean is at 1."""
@@ -128,10 +143,9 @@ def gate(rows: Tensor, background: Background, *, margin: float, leak: float) ->
     Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
     """
     direction = background.direction(rows)
-    along = (rows.double() - background.mean) @ direction
     edge = background.edge(direction)
     # Where the two touch, the gate is as steep as a twentieth of the way to the concept's mean makes it.
-    start = max(float(along.quantile(0.05)), edge + 0.05)
+    start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
     slope = math.log(1 / leak - 1) / (margin * (start - edge))
     offset = float(direction @ background.mean)
