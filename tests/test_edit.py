@@ -84,9 +84,9 @@ def test_other_shapes_are_an_error(edit):
 
 def test_every_kind_of_change_survives_saving(edit, tmp_path):
     layer = edit.changes[0].layers[0]
-    gated = Gated(
-        (layer,), *(torch.rand(2, 2) for _ in range(2)), torch.rand(2), torch.rand(2), 0.5, 9.0
-    )
+    factors = {"up": torch.rand(2, 3), "down": torch.rand(3, 2), "goal": torch.rand(3)}
+    owner = torch.tensor([0, 0, 1])
+    gated = Gated((layer,), torch.rand(2, 2), torch.rand(2), torch.rand(2), **factors, owner=owner)
     Edit((*edit.changes, gated), edit.record).save(tmp_path / "both.safetensors")
     again = Edit.load(tmp_path / "both.safetensors")
     assert [c.kind for c in again.changes] == ["right", "gated"]

@@ -69,7 +69,17 @@ def test_text_layers_answer_once_a_batch_even_with_gates(model, pipe):
     model.draw(Probe.of("ship", 4, num_inference_steps=5), batch_size=2)
     assert len(asked) == 2
     hook.remove()
-    gate = Gated((key,), torch.ones(8, 1), torch.ones(1, 32), torch.ones(1), torch.ones(32))
+    one = torch.ones(1)
+    gate = Gated(
+        (key,),
+        torch.ones(1, 32),
+        one,
+        one,
+        up=torch.ones(32, 1),
+        down=torch.ones(1, 32),
+        goal=one,
+        owner=0 * one.long(),
+    )
     with model.using([gate]):
         gated = model.draw(Probe.of("ship", 1, num_inference_steps=2))
         theirs = drawn_by_diffusers(pipe, "ship", [0], 2, 7.5)

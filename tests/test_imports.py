@@ -10,9 +10,9 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "fields", "problem", "concepts", "templates", "probe", "pieces", "cluster", "run",
-    "work", "registry", "pictures", "changes", "ops", "model", "prior", "fusion", "examples",
+    "work", "registry", "pictures", "changes", "ops", "model", "prior", "fusion", "plain", "examples",
     "grounded_sam", "masks", "steering", "method", "edit", "saliency", "attack", "metric", "suite",
-    "cache", "statistics", "looks", "distances", "case", "page", "report", "experiment", "cli",
+    "cache", "statistics", "looks", "robust", "distances", "case", "page", "report", "experiment", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

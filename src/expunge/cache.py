@@ -17,7 +17,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ class Request:
     guidance_scale: float
     stand_in: str = ""
     """The prompt whose own tokens take the place of this prompt's (`residual`)."""
+    text: Text | None = field(default=None, compare=False, repr=False)
+    """Encoded text, one row, to draw from in place of the prompt: an attacked one."""
+    text_hash: str = ""
+    """The hash of its embedding."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that its picture hangs on, ready for JSON."""
+        plain = {key: value for key, value in vars(self).items() if key != "text"}
+        return plain if self.text_hash else {k: v for k, v in plain.items() if k != "text_hash"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +86,15 @@ class Source:
 
     def address(self, request: Request) -> str:
         """The address of one of its pictures."""
-        return hashlib.sha256((self.identity + json.dumps(asdict(request))).encode()).hexdigest()
+        return hashlib.sha256((self.identity + json.dumps(request.record)).encode()).hexdigest()
 
     def draw(self, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
         """Draw pictures of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
         text = residual(self.model, prompts, first.stand_in) if first.stand_in else None
+        if first.text is not None:
+            text = Text.joined([request.text for request in requests if request.text is not None])
         seeds = tuple(request.seed for request in requests)
         probe = Probe(prompts, seeds, first.num_inference_steps, first.guidance_scale, text)
         with contextlib.ExitStack() as stack:
@@ -118,13 +130,14 @@ class Cache:
         """
         addresses = [source.address(request) for request in requests]
         pictures: dict[str, Tensor] = {}
-        missing: dict[tuple[int, float, str], dict[str, Request]] = {}
+        missing: dict[tuple[int, float, str, bool], dict[str, Request]] = {}
         for address, request in zip(addresses, requests, strict=True):
             picture = self._read(address, request)
             if picture is not None:
                 pictures[address] = picture
             else:
-                key = (request.num_inference_steps, request.guidance_scale, request.stand_in)
+                attacked = bool(request.text_hash)
+                key = (request.num_inference_steps, request.guidance_scale, request.stand_in, attacked)
                 missing.setdefault(key, {})[address] = request
         total = sum(map(len, missing.values()))
         done = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -48,6 +48,11 @@ class Change(ABC):
         plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         return {"kind": self.kind, **plain}
 
+    @property
+    def label(self) -> str:
+        """What `summary` calls it."""
+        return self.kind
+
 
 class WeightChange(Change):
     """A change that is a weight."""
@@ -57,8 +62,31 @@ class WeightChange(Change):
         """The weight that takes the place of `original`: same shape, dtype and device."""
 
 
-class OutputChange(Change):
-    """A change that looks at what a layer is given."""
+class HookedChange(Change):
+    """A change that looks at what a layer is given, and so is no weight."""
+
+    def weight(self, original: Tensor) -> Tensor:
+        """Refused: what it does hangs on the token.
+
+        Raises:
+            ExpungeError: always; names the way out.
+        """
+        raise ExpungeError(
+            f"a {self.kind} change is switched by the token it meets, so no weight can hold it;"
+            " `expunge.plain.plain` fits the nearest weights to it"
+        )
+
+
+class InputChange(HookedChange):
+    """A change to what a layer is given."""
+
+    @abstractmethod
+    def given(self, x: Tensor) -> Tensor:
+        """What takes the place of the input x."""
+
+
+class OutputChange(HookedChange):
+    """A change to what a layer answers."""
 
     @abstractmethod
     def output(self, given: Tensor, output: Tensor) -> Tensor:
@@ -138,48 +166,104 @@ class Dense(WeightChange):
 
 
 @dataclass(frozen=True, eq=False)
-class Gated(OutputChange):
-    """y + s(x) · up (down x + shift), switched by the token x it meets.
+class Switch:
+    """Gates on text tokens: s_i(x) = σ(slope_i (direction_i · x − centre_i)), between 0 and 1."""
 
-    The gate s(x) = σ(slope · (direction · x − centre)) lies between 0 and 1; where it is closed
-    the layer's output stays as it was. Gates that are stacked all see the same x.
+    direction: Tensor
+    """(gates, in)"""
+    centre: Tensor
+    """(gates,), where each is half open."""
+    slope: Tensor
+    """(gates,), how steep each is there."""
+    whole: bool = field(default=False, kw_only=True)
+    """One value for a whole prompt, the largest of its tokens', instead of one for each token."""
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The gates' values on tokens x (…, tokens, in): (…, tokens, gates), in [0, 1]."""
+        direction, centre, slope = (t.to(x) for t in (self.direction, self.centre, self.slope))
+        values = torch.sigmoid(slope * (x @ direction.T - centre))
+        return values.amax(-2, keepdim=True).expand_as(values) if self.whole else values
+
+    def _switches(self, width: int) -> bool:
+        n = self.direction.shape[0]
+        shapes = (self.direction.shape, self.centre.shape, self.slope.shape)
+        return shapes == ((n, width), (n,), (n,))
+
+
+@dataclass(frozen=True, eq=False)
+class Gated(Switch, InputChange):
+    """x − Σ_k a_k(x) · up_k (down_k · x − goal_k): some directions of a token brought to a goal.
+
+    Direction k is switched by its gate s_{owner(k)}. Where gates of several concepts are open at
+    once, what their directions have in common is divided between them,
+
+        a_k = s_{owner(k)} / (1 + Σ_{l: owner(l) ≠ owner(k)} s_{owner(l)} |down_k · up_l|),
+
+    so that nothing is subtracted twice: if the overlaps down_k · up_l are the inner products of
+    vectors of length 1, those of one gate at right angles, then the eigenvalues of Σ a_k up_k down_k
+    lie in [0, 1] whatever the gates (its row sums, weighted by s, are at most 1). Where all gates are
+    closed nothing changes. Stacked changes follow one another: the second sees what the first made.
     """
 
     kind: ClassVar[str] = "gated"
     up: Tensor
-    """(out, rank)"""
+    """(in, directions)"""
     down: Tensor
-    """(rank, in)"""
-    shift: Tensor
-    """(rank,)"""
-    direction: Tensor
-    """(in,)"""
-    centre: float = 0.0
-    """Where the gate is half open."""
-    slope: float = 1.0
-    """How steep the gate is there."""
+    """(directions, in)"""
+    goal: Tensor
+    """(directions,), what down · x becomes where the gate is open."""
+    owner: Tensor
+    """(directions,), int64: the gate of each direction."""
 
     def fits(self, shape: torch.Size) -> bool:
-        rank = self.shift.shape[0]
+        n = self.owner.shape[0]
+        inside = (self.owner >= 0) & (self.owner < self.direction.shape[0])
         return (
             len(shape) == 2
-            and self.up.shape == (shape[0], rank)
-            and self.down.shape == (rank, shape[1])
-            and self.direction.shape == (shape[1],)
+            and self._switches(shape[1])
+            and (self.up.shape, self.down.shape) == ((shape[1], n), (n, shape[1]))
+            and self.goal.shape == (n,)
+            and bool(inside.all())
         )
 
+    @property
+    def label(self) -> str:
+        return f"gated by {self.direction.shape[0]}"
+
+    def given(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        up, down, goal = (t.to(wide) for t in (self.up, self.down, self.goal))
+        owner = self.owner.to(x.device)
+        switched = self.gates(wide)[..., owner]
+        overlap = (down @ up).abs() * (owner[:, None] != owner)
+        share = switched / (1 + switched @ overlap.T)
+        return (wide - (share * (wide @ down.T - goal)) @ up.T).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Damped(Switch, OutputChange):
+    """y ⊙ Π_i (1 − s_i(x) g_i): each gate turns down some channels of a layer's answer."""
+
+    kind: ClassVar[str] = "damped"
+    damping: Tensor
+    """g, (gates, out), each between 0, untouched, and 1, silent."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        n = self.direction.shape[0]
+        return len(shape) == 2 and self._switches(shape[1]) and self.damping.shape == (n, shape[0])
+
     def output(self, given: Tensor, output: Tensor) -> Tensor:
-        up, down, shift, direction = (
-            t.to(given.device, given.dtype) for t in (self.up, self.down, self.shift, self.direction)
-        )
-        gate = torch.sigmoid(self.slope * (given @ direction - self.centre))
-        return output + gate[..., None] * ((given @ down.T + shift) @ up.T)
+        wide = given.to(torch.promote_types(given.dtype, torch.float32))
+        gates, damping = self.gates(wide), self.damping.to(wide)
+        for i in range(len(damping)):  # one after the other: all at once would need gates · out numbers
+            output = output * (1 - gates[..., i, None] * damping[i]).to(output.dtype)
+        return output
 
 
 Changes = Sequence[Change]
 """What a method returns: changes, laid on in order."""
 
-KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated)}
+KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped)}
 
 
 def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
@@ -252,9 +336,9 @@ class Applied:
         try:
             for (module, name), weights in _by_parameter(root, changes).items():
                 self._swap(module, name, weights)
-            for module, change in _placed(root, changes):
-                if isinstance(change, OutputChange):
-                    self._hooks.append(_hook(module, change))
+            for change in changes:
+                if isinstance(change, HookedChange):
+                    self._hooks += _hooks([find(root, layer) for layer in change.layers], change)
         except BaseException:
             self.remove()
             raise
@@ -313,16 +397,50 @@ def _by_parameter(root: Any, changes: Changes) -> dict[tuple[nn.Module, str], li
     return grouped
 
 
-def _hook(module: nn.Module, change: OutputChange) -> torch.utils.hooks.RemovableHandle:
-    def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return change.output(given[0], output)
+def _hooks(
+    modules: Sequence[nn.Module], change: HookedChange
+) -> list[torch.utils.hooks.RemovableHandle]:
+    if isinstance(change, OutputChange):
 
-    return module.register_forward_hook(hook)
+        def after(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return change.output(given[0], output)
+
+        return [module.register_forward_hook(after) for module in modules]
+    assert isinstance(change, InputChange)
+    changed = _Once(change.given)
+
+    def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (changed(given[0]), *given[1:])
+
+    return [module.register_forward_pre_hook(before) for module in modules]
+
+
+class _Once:
+    """A function's last answer, kept while it is given the very same tensor.
+
+    The same text enters every layer at every step, so a drawing asks its gates once. What holds
+    gradients is never kept: a second `backward()` could not go through it.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.given: Tensor | None = None
+        self.version: int | None = None
+        self.answer: Tensor | None = None
+
+    def __call__(self, given: Tensor) -> Tensor:
+        version = None if given.is_inference() else given._version
+        if self.answer is not None and given is self.given and version == self.version:
+            return self.answer
+        answer = self.function(given)
+        if not answer.requires_grad:
+            self.given, self.version, self.answer = given, version, answer
+        return answer
 
 
 def summary(changes: Changes) -> str:
     """In words: "right on 22 layers, low-rank on 4 layers"."""
     counts: Counter[str] = Counter()
     for change in changes:
-        counts[change.kind] += len(change.layers)
+        counts[change.label] += len(change.layers)
     return ", ".join(f"{kind} on {n} layer{'s' * (n > 1)}" for kind, n in counts.items())

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import signal
 import sys
@@ -31,10 +32,14 @@ from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
+    from expunge.cache import Cache
+    from expunge.case import Candidate
     from expunge.edit import Edit
+    from expunge.model import Model
     from expunge.report import Report
     from expunge.run import Progress
     from expunge.statistics import Estimate
+    from expunge.suite import Suite
 
 T = TypeVar("T")
 
@@ -115,6 +120,8 @@ class Evaluate:
     """The papers' number of pictures instead of the quick one."""
     metric: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="METRIC")] = ()
     """What to measure besides what the suites say."""
+    attack: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="ATTACK")] = ()
+    """An attack that tries to bring the erased back, at the suites' budgets; writes robustness.json."""
     erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
     """What the diffusers folders have erased; edits say so themselves."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
@@ -271,6 +278,9 @@ def evaluate_command(options: Evaluate) -> None:
     from expunge.suite import Suite
 
     suites = [Suite.read(name) for name in options.suite]
+    for attack in options.attack:
+        if attack not in registry.names("attacks"):
+            raise unknown("attack", attack, registry.names("attacks"))
     models = {options.model or suite.model for suite in suites}
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
@@ -299,10 +309,10 @@ def evaluate_command(options: Evaluate) -> None:
             candidates.append(Candidate.of(Edit.load(path), path.stem))
         else:
             candidates.append(Candidate(path.resolve().name, options.erases, model=load(path)))
-    cache = Cache(limit=limit)
+    cache, original = Cache(limit=limit), load(models.pop())
     with _progress() as progress:
         report = evaluate(
-            load(models.pop()),
+            original,
             candidates,
             suites,
             full=options.full,
@@ -311,9 +321,40 @@ def evaluate_command(options: Evaluate) -> None:
             progress=progress,
         )
     report.save(options.output)
-    cache.prune(limit)
     _show(report)
+    if options.attack:
+        _attack(options, original, candidates, suites, cache)
+    cache.prune(limit)
     print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
+
+
+def _attack(
+    options: Evaluate,
+    model: Model,
+    candidates: Sequence[Candidate],
+    suites: Sequence[Suite],
+    cache: Cache,
+) -> None:
+    """Attack every edit on every suite: `robustness.json`, and a table."""
+    from expunge.robust import robustness
+
+    found = []
+    with _progress() as progress:
+        for suite in suites:
+            for one in candidates:
+                if one.edit is None:
+                    raise ExpungeError(f"{one.name} is a folder; an attack needs an edit")
+                for attack in options.attack:
+                    how: Any = {"name": one.name, "full": options.full, "cache": cache}
+                    found.append(robustness(model, one.edit, suite, attack, progress=progress, **how))
+    text = json.dumps([one.to_dict() for one in found], indent=1, ensure_ascii=False)
+    with files.replacing(Path(options.output) / "robustness.json") as temporary:
+        temporary.write_text(text + "\n", "utf8")
+    table = Table("suite", "edit", "attack", "pre-ASR", "ASR", box=None, pad_edge=False)
+    for row in found:
+        shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
+        table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares)
+    _out().print(table)
 
 
 def run_command(options: RunOptions) -> None:

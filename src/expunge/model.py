@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import warnings
@@ -260,6 +261,49 @@ class Model(ABC):
             "sample": (level / 2).exp(),
             "flow_prediction": (level / 2).sigmoid(),
         }[kind]
+
+    def word_vectors(self, word: str) -> list[Tensor]:
+        """The token embedding of a word, (width,), in each text encoder.
+
+        Raises:
+            ExpungeError: it is more than one token.
+        """
+        return [layer.weight[i].detach().clone() for layer, i in self._word(word)]
+
+    def encode_with(self, prompts: Sequence[str], word: str, vectors: Sequence[Tensor]) -> Text:
+        """The prompts, with other token embeddings in the place of a word's own.
+
+        Gradients flow to `vectors`, one for each text encoder, where they are enabled.
+
+        Raises:
+            ExpungeError: the word is more than one token.
+        """
+        with contextlib.ExitStack() as stack:
+            for (layer, i), vector in zip(self._word(word), vectors, strict=True):
+
+                def spoken(
+                    _: Any, given: tuple[Tensor, ...], output: Tensor, i: int = i, v: Tensor = vector
+                ) -> Tensor:
+                    return torch.where((given[0] == i)[..., None], v.to(output), output)
+
+                stack.callback(layer.register_forward_hook(spoken).remove)
+            # What families wrap in `no_grad`, here without.
+            text: Text = inspect.unwrap(type(self).encode)(self, prompts)
+            return text
+
+    def _word(self, word: str) -> list[tuple[Any, int]]:
+        """For each text encoder the layer of its token embeddings, and the word's number."""
+        found = []
+        for name, part in sorted(self.pipe.components.items()):
+            if name.startswith("text_encoder") and part is not None:
+                tokenizer = self.pipe.components[name.replace("text_encoder", "tokenizer")]
+                ids = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+                if len(ids) != 1:
+                    raise ExpungeError(
+                        f"{word!r} is {len(ids)} tokens to this model; take one of one token"
+                    )
+                found.append((part.get_input_embeddings(), ids[0]))
+        return found
 
     def denoise(
         self,

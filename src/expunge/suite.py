@@ -260,6 +260,8 @@ class Suite(Settings):
     """"quick" and "full"."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The fields of metrics, by their names."""
+    attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each attack its fields; one of them is a list, the budgets (`robust`)."""
     folder: Path = Path()
     """Where it was read."""
 
@@ -291,7 +293,7 @@ class Suite(Settings):
         Raises:
             ExpungeError: an unknown key, metric or concept; no prompts; a newer format.
         """
-        parts = ("concepts", "others", "templates", "prompts", "sizes", "options")
+        parts = ("concepts", "others", "templates", "prompts", "sizes", "options", "attacks")
         plain = {key: value for key, value in table.items() if key not in parts}
         known = [*Settings.__dataclass_fields__, *parts]
         for key in plain:
@@ -332,6 +334,10 @@ class Suite(Settings):
             key: _is_table(value, f"options.{key}")
             for key, value in _is_table(table.get("options", {}), "options").items()
         }
+        attacks = {
+            key: _is_table(value, f"attacks.{key}")
+            for key, value in _is_table(table.get("attacks", {}), "attacks").items()
+        }
         suite = cls(
             **{key: getattr(settings, key) for key in Settings.__dataclass_fields__},
             name=name,
@@ -342,6 +348,7 @@ class Suite(Settings):
             prompts=tuple(fields.build(Prompts, _is_table(one, "prompts")) for one in lists),
             sizes=sizes,
             options=options,
+            attacks=attacks,
             folder=folder,
         )
         suite._check()
@@ -357,6 +364,9 @@ class Suite(Settings):
         for metric in (self.judge, *self.metrics, *self.options):
             if metric not in registry.names("metrics"):
                 raise unknown("metric", metric, registry.names("metrics"))
+        for attack in self.attacks:
+            if attack not in registry.names("attacks"):
+                raise unknown("attack", attack, registry.names("attacks"))
         for concept in self.concepts:
             for name in concept.retain:
                 if name not in names:

@@ -1,0 +1,115 @@
+"""The measurement behind each of ACE's choices, on concepts that no suite erases.
+
+Each field is tried by itself, from the defaults as they stand; words are erased in turn, with the
+synonyms that the method is not told of, and four more are watched that it is never told of. With
+`--attack`, each edit is also attacked on its own word. Writes `experiments/results/ace_choices.json`.
+
+    python experiments/ace_choices.py [--pictures 2] [--words rocket bicycle] [--only reduction energy]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from in_turn import InTurn, Word
+from rich.console import Console
+from rich.table import Table
+
+import expunge
+from expunge import Concept, Probe, Problem
+from expunge.attacks.embedding import Embedding
+from expunge.files import replacing
+from expunge.methods.ace import ACE
+from expunge.run import Run
+
+WORDS = (
+    Word("rocket", ("spaceship",)),
+    Word("bicycle", ("bike",)),
+    Word("honeybee", ("bee", "bumblebee")),
+    Word("rabbit", ("bunny",)),
+    Word("doughnut", ("donut",)),
+    Word("house", ("home",)),
+)
+BYSTANDERS = tuple(Word(name) for name in ("butterfly", "helicopter", "strawberry", "camera"))
+
+GATE: dict[str, Any] = {"stages": ("gate",)}
+TRIED: dict[str, tuple[dict[str, Any], ...]] = {
+    "reduction": ({"reduction": "layer", **GATE}, {"reduction": "damped", **GATE}),
+    "projections": ({"projections": "keys"}, {"projections": "values"}),
+    "gate_on": ({"gate_on": "phrase"}, {"gate_on": "prompt"}),
+    "energy": tuple({"energy": x} for x in (0.5, 0.8, 0.9, 0.99, 1.0)),
+    "margin": tuple({"margin": x} for x in (0.1, 0.2, 0.6, 0.8)),
+    "gate_ridge": tuple({"gate_ridge": x} for x in (0.01, 0.1, 10.0)),
+    "stages": (GATE,),
+    "radius": tuple({"radius": x} for x in (0.1, 0.4)),
+    "rate": tuple({"rate": x} for x in (0.001, 0.01)),
+}
+SHOWN = ("erased", "synonyms", "retained", "beside", "unrecognisable", "H")
+
+
+def settings(base: ACE, only: list[str]) -> Iterator[tuple[str, ACE]]:
+    """(what is tried, the method); the base itself comes first."""
+    yield "as it stands", base
+    for field, values in TRIED.items():
+        for value in values if not only or field in only else ():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items() if k == field or field == "stages")
+            yield shown, dataclasses.replace(base, **value)
+
+
+def attacked(turns: InTurn, method: ACE, radius: float, n: int) -> dict[str, float]:
+    """The share of each word's pictures in which it is seen, before, erased, and under attack."""
+    found = {}
+    for word in turns.words:
+        others = tuple(other.name for other in turns.words if other is not word)
+        edit = expunge.erase(turns.model, Problem((Concept(word.name),), others), method)
+        probe = Probe.of(f"a photo of the {word.name}", n, turns.seed)
+        hard = Embedding(radius=radius).run(turns.model, edit, probe, Run())
+        with turns.model.using(edit):
+            tops = turns.detector(turns.model.draw(hard)).top()
+        found[word.name] = float(word.judge(tops).nanmean())
+    return found
+
+
+def main() -> None:
+    """Try them all; the table grows as it goes, the file is written after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2, help="pictures a cell")
+    parser.add_argument("--words", nargs="*", default=[], help="words to erase in turn; by default six")
+    parser.add_argument("--only", nargs="*", default=[], choices=tuple(TRIED), help="fields to try")
+    parser.add_argument("--preset", default="emoji", help="where to start from")
+    parser.add_argument("--attack", type=float, nargs="*", default=[], help="radii to attack with")
+    parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
+    parser.add_argument(
+        "--to", type=Path, default=Path(__file__).parent / "results" / "ace_choices.json"
+    )
+    options = parser.parse_args()
+    words = tuple(word for word in WORDS if not options.words or word.name in options.words)
+    turns = InTurn(words, BYSTANDERS, n=options.pictures, seed=5000, model=options.model)
+    versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
+    record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
+    table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
+    for title, method in settings(ACE.preset(options.preset), options.only):
+        results = turns.run(method)
+        row: dict[str, Any] = {"method": results["method"], "mean": results["mean"]}
+        row["attacked"] = {
+            str(radius): attacked(turns, method, radius, options.pictures) for radius in options.attack
+        }
+        record["tried"][title] = row
+        figures = [f"{100 * results['mean'].get(name, {'mean': 0})['mean']:.0f}" for name in SHOWN]
+        asr = [f"{100 * sum(x.values()) / len(x):.0f}" for x in row["attacked"].values()]
+        seconds = sum(one["seconds"] for one in results["rows"].values()) / len(results["rows"])
+        table.add_row(title, *figures, *asr, f"{seconds:.1f}")
+        print(title, dict(zip(SHOWN, figures, strict=True)), asr, f"{seconds:.1f} s", flush=True)
+        with replacing(options.to) as file:
+            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Textual inversion: one new word is learnt that calls the concept back from the edited model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import torch
+
+from expunge.attack import Attack
+from expunge.edit import Edit
+from expunge.fields import bounded
+from expunge.model import Model
+from expunge.ops.finetune import frozen
+from expunge.probe import Probe
+from expunge.run import Run
+
+
+@dataclass(frozen=True)
+class Inversion(Attack):
+    """A word learnt to stand for what was erased.
+
+        min_v E_{z,t} ‖ε_edit(z_t, t, c(v)) − ε₀(z_t, t, c)‖²
+
+    v takes the place of the token embedding of one word of the tokenizer, and that word the place of
+    the concept's name in each prompt; c(v) goes through the text encoder, so its end and padding tokens
+    speak of it too. z_t are noisy pictures that the original draws of the prompts with seeds of their
+    own: the attacker has seen the concept, and not the pictures that are judged.
+
+    One word is learnt for all pictures of a probe. This attack is never used in training an edit.
+
+    Cost: a few drawings by the original; steps · batch passes forward and back, whatever the probe.
+
+    Source: Gal et al., ICLR 2023, arXiv 2208.01618; against erased models Pham et al., ICLR 2024,
+    arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
+    """
+
+    steps: int = bounded(100, at_least=0)
+    """Training steps; 0 changes nothing."""
+    rate: float = bounded(0.03, above=0)
+    """Adam's learning rate, as a share of the embedding's own size."""
+    pictures: int = bounded(4, at_least=1)
+    """Pictures of the concept that the word is learnt from."""
+    batch: int = bounded(4, at_least=1)
+    """Noisy pictures a step."""
+    start: str = ""
+    """The word whose embedding to start from; by default the tokenizer's nearest to the anchor."""
+
+    def run(self, model: Model, edit: Edit, probe: Probe, run: Run) -> Probe:
+        if not self.steps:
+            return probe
+        word = self._word(model, edit)
+        prompts = [renamed(prompt, edit, word) for prompt in probe.prompts]
+        vectors = self.learn(model, edit, probe, word, prompts, run)
+        with torch.no_grad():
+            text = model.encode_with(prompts, word, vectors)
+        return dataclasses.replace(probe, text=text)
+
+    def learn(
+        self, model: Model, edit: Edit, probe: Probe, word: str, prompts: list[str], run: Run
+    ) -> list[torch.Tensor]:
+        """v for each text encoder, the mean over the last quarter of the steps."""
+        generator = run.generator("inversion", *probe.prompts)
+        rows = torch.randint(len(probe), (self.pictures,), generator=generator).tolist()
+        seeds = torch.randint(2**31, (self.pictures,), generator=generator).tolist()
+        original = model.encode([probe.prompts[i] for i in rows])
+        levels, mine = model.log_snr(), [prompts[i] for i in rows]
+        steps = probe.num_inference_steps or model.num_inference_steps
+        with torch.no_grad():
+            _, latents = model.denoise(
+                original,
+                seeds,
+                until=steps,
+                num_inference_steps=steps,
+                guidance_scale=probe.guidance_scale,
+            )
+        first = model.word_vectors(word)
+        shifts = [torch.zeros_like(vector).requires_grad_() for vector in first]
+        sizes = [vector.norm() / len(vector) ** 0.5 for vector in first]
+        optimiser = torch.optim.Adam(shifts, lr=self.rate)
+        means = [torch.zeros_like(vector) for vector in first]
+        tail = max(1, self.steps // 4)
+        with frozen(model.parameters()), torch.enable_grad():
+            for step in range(self.steps):
+                run.progress("learning a word", step, self.steps)
+                some = torch.randint(self.pictures, (self.batch,), generator=generator).tolist()
+                t = torch.randint(len(levels), (self.batch,), generator=generator).to(latents.device)
+                noise = torch.randn(latents[some].shape, generator=generator).to(latents)
+                z = model.add_noise(latents[some], noise, t)
+                with torch.no_grad():
+                    goal = model.predict(z, t, original[some])
+                now = [v + size * shift for v, size, shift in zip(first, sizes, shifts, strict=True)]
+                text = model.encode_with([mine[i] for i in some], word, now)
+                with model.using(edit):
+                    error = (model.predict(z, t, text) - goal).square().mean()
+                    gradients = torch.autograd.grad(error, shifts)
+                for shift, gradient in zip(shifts, gradients, strict=True):
+                    shift.grad = gradient
+                optimiser.step()
+                if step >= self.steps - tail:
+                    for mean, shift in zip(means, shifts, strict=True):
+                        mean += shift.detach() / tail
+        return [v + size * mean for v, size, mean in zip(first, sizes, means, strict=True)]
+
+    def _word(self, model: Model, edit: Edit) -> str:
+        """A word that the tokenizer has as one token and no erased name uses."""
+        names = {w for c in edit.record.problem.erase for name in c.names for w in name.lower().split()}
+        words = [word for word in model.vocabulary() if word not in names]
+        wanted = [self.start, *(c.anchor or "" for c in edit.record.problem.erase)]
+        of_anchor = [w for text in wanted for w in reversed(text.lower().split()) if w in words]
+        return (of_anchor or words)[0]
+
+
+def renamed(prompt: str, edit: Edit, word: str) -> str:
+    """The prompt with a word in the place of the longest erased name in it, or at its end."""
+    names = sorted((n for c in edit.record.problem.erase for n in c.names), key=len, reverse=True)
+    for name in names:
+        new, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", word, prompt, flags=re.IGNORECASE)
+        if count:
+            return new
+    return f"{prompt} {word}".strip()

@@ -1,0 +1,540 @@
+"""ACE: gates that open on a concept's tokens and take it away there, in closed form, then hardened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from expunge import examples
+from expunge.changes import Changes, Damped, Gated
+from expunge.errors import ExpungeError
+from expunge.fields import bounded
+from expunge.method import Method
+from expunge.model import Model, Text
+from expunge.ops.contexts import match, phrase_positions
+from expunge.ops.finetune import frozen, minimise
+from expunge.ops.gates import Background, directions, gate, stacked
+from expunge.ops.pgd import bounded as attacked
+from expunge.problem import Concept, Problem
+from expunge.run import Run, Tensors
+from expunge.templates import TEMPLATES
+
+Stage = Literal["gate", "harden"]
+STAGES: tuple[Stage, ...] = ("gate", "harden")
+
+BANDS = (0, 3, 9, 27)
+"""Where the gates of the end and the padding begin, in tokens from the end token on: what these
+tokens say of a prompt fades as they go on, so that one gate for all would fit none. The phrase's own
+tokens and the words behind it have a gate each, too."""
+
+RETAINED = ("{}", "a photo of the {}")
+"""The prompts in which a gate is kept closed on what a problem retains."""
+
+FACTORS = ("direction", "centre", "slope", "up", "down", "goal")
+"""What hardening trains."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The tokens of one gate: where it opens, and what they should become."""
+
+    rows: Tensor
+    """(n, d), the concept's tokens."""
+    differences: Tensor
+    """(pairs, d), their mean in a prompt less that of the same prompt with the anchor in it."""
+    neutral: Tensor
+    """(d,), the mean of the latter."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether they are not the same tokens."""
+        return bool(self.differences.norm(dim=1).max() > 1e-3 * self.neutral.norm())
+
+
+@dataclass(frozen=True)
+class ACE(Method):
+    """Attentional concept erasure: in keys and values, take a concept away where its tokens are met.
+
+    *gate*: for the concept's own tokens, and for the words, end and padding behind it, a gate
+    s(e) = σ(slope (w · e − centre)) opens on them and stays shut on general and retained tokens
+    (`ops/gates.py`), and with the leading left singular vectors U of W(e − e_anchor), over templates
+    and names, and W the keys and values of all layers, one above the other,
+
+        W̃ e = W e − s(e) U Uᵀ (W e − W e_anchor)
+
+    This is one small change of e itself, shared by all layers (`changes.Gated`): what a gate costs
+    does not grow with the layers, and a drawing asks it once. No pictures, no gradients.
+
+    *harden*: as long as a bounded attack brings the concept back,
+
+        inner   min_δ ‖W ẽ(e + δ) − W e‖²,    ‖δ_token‖ ≤ radius ‖e_token‖
+        outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² + ρ ‖W ẽ(r) − W r‖²
+
+    with z_t from pictures of the concept, over gates, directions and goals, and r general and retained
+    tokens, and the anchor's. The denoiser sees the text through W alone, so the inner attack needs no
+    denoiser.
+
+    The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
+    and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
+
+    Source: ACE, arXiv 2504.11850, after its abstract and public summaries; reductions, gates and the
+    closed form are this project's reading.
+    """
+
+    citation: ClassVar[str] = (
+        "Attentional Concept Erasure (ACE). 2025, arXiv 2504.11850; written from its abstract and"
+        " public summaries."
+    )
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
+        "emoji": {"about": "the emoji model", "energy": 0.95, "margin": 0.4, "picture_steps": 10},
+        "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
+                 "rounds": 1, "steps": 2, "attack_steps": 2},
+    }  # fmt: skip
+
+    stages: tuple[Stage, ...] = STAGES
+    """Which to run; "harden" goes on from "gate", which always runs."""
+    reduction: Literal["shared", "layer", "damped"] = "shared"
+    """Directions: one set for all layers; one for each layer; or the literal K ⊙ (1 − s gᵀ), which
+    turns channels down."""
+    projections: Literal["both", "keys", "values"] = "both"
+    """What is changed."""
+    gate_on: Literal["end", "phrase", "prompt"] = "end"
+    """Open on the phrase's tokens, and on all behind them to the end of the padding; on the phrase
+    alone; or on every token of a prompt in which one of them opens it."""
+    energy: float = bounded(0.95, above=0, at_most=1)
+    """The share of what keys and values tell concept and anchor apart by that goes; larger erases
+    more, and takes more of what stands beside it in the prompt."""
+    rank: int = bounded(0, at_least=0)
+    """The most directions a gate; 0 for no limit."""
+    gate_ridge: float = bounded(1.0, above=0)
+    """λ of the gate's direction, in units of the mean variance: small values part near words best,
+    large values hold best against perturbations."""
+    margin: float = bounded(0.4, above=0, at_most=0.95)
+    """Where between retained tokens (0) and the concept's (1) a gate is half open: small values catch
+    more synonyms and perturbed tokens."""
+    leak: float = bounded(0.01, above=0, at_most=0.4)
+    """How far a gate is open on the nearest retained token."""
+    deviations: float = bounded(4.0, at_least=0)
+    """How many standard deviations above the mean of general tokens count as closed."""
+    most_overlap: float = bounded(0.9, above=0, at_most=1)
+    """How far into the concept, whose own mean is at 1, a retained prompt may lie; beyond, it cannot
+    stay while the concept goes, and that is an error."""
+    general: int = bounded(200, at_least=1)
+    """How many of the tokenizer's own words gates are kept shut on."""
+    templates: tuple[str, ...] = ()
+    """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+
+    radius: float = bounded(0.2, at_least=0)
+    """The inner attack's bound, as a share of each token's norm."""
+    attack_steps: int = bounded(10, at_least=1)
+    """Its steps."""
+    rounds: int = bounded(8, at_least=0)
+    """The most attacks a concept; hardening stops before if one fails."""
+    recovered: float = bounded(0.1, at_least=0, at_most=1)
+    """An attack fails if it brings back less than this share of what the anchor lacks, in keys and
+    values."""
+    steps: int = bounded(4, at_least=1)
+    """Training steps after each attack."""
+    rate: float = bounded(0.003, above=0)
+    """AdamW's learning rate, as a share of each tensor's own size."""
+    retain_weight: float = bounded(1.0, at_least=0)
+    """ρ, weight of what is retained, in units of the concept's own distance from its anchor."""
+    pictures: int = bounded(4, at_least=1)
+    """Pictures drawn of a concept, from which z_t is made."""
+    picture_steps: int = bounded(10, at_least=0, at_most=1000)
+    """Denoising steps for each of them; 0 for the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
+        if "gate" not in self.stages:
+            raise ExpungeError("stages must have 'gate': there is nothing to harden otherwise")
+        if "harden" in self.stages and self.reduction != "shared":
+            raise ExpungeError(
+                f"only directions shared by all layers can be hardened: with reduction"
+                f" {self.reduction!r}, set stages to 'gate'"
+            )
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+        staying = self._staying(model, problem)
+        groups = self.read(model, problem, staying)
+        layers = self._layers(model)
+        background = self._background(model, problem, staying, run)
+        groups = self._told_apart(problem, groups, background, staying)
+        changes = self.gate(groups, background, {name: model.weight(name) for name in layers})
+        if "harden" not in self.stages or not self.rounds:
+            return changes
+        (whole,) = changes
+        assert isinstance(whole, Gated)
+        parts = dict(zip(groups, _parted(whole, [len(g) for g in groups.values()]), strict=True))
+        kept = torch.cat([background.retained, background.general]).float()[:, None]
+        train = partial(self._harden, model, problem, parts, kept, run.seed)
+        found = run.pieces(train, [c.name for c in problem.erase], label="hardening")
+        hardened: dict[str, Any] = found
+        return (_joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened]),)
+
+    # Stage 1.
+
+    def read(
+        self, model: Model, problem: Problem, staying: Mapping[str, Text]
+    ) -> dict[str, list[Group]]:
+        """For each concept the tokens of each of its gates, in its prompts and its anchor's."""
+        known = torch.cat([text.embeddings[text.own] for text in staying.values()]).double()
+        return {concept.name: self._groups(model, concept, known) for concept in problem.erase}
+
+    def gate(
+        self,
+        groups: Mapping[str, Sequence[Group]],
+        background: Background,
+        weights: Mapping[str, Tensor],
+    ) -> Changes:
+        """The closed form: one `Gated` change of all layers, or one a layer.
+
+        Args:
+            groups: for each concept the tokens of its gates.
+            background: what the gates stay shut on.
+            weights: W of each layer.
+        """
+        flat = [group for members in groups.values() for group in members]
+        gates = [gate(g.rows, background, margin=self.margin, leak=self.leak) for g in flat]
+        switch = {
+            name: torch.stack([getattr(one, name) for one in gates]).float().cpu()
+            for name in ("direction", "centre", "slope")
+        }
+        whole = self.gate_on == "prompt"
+        if self.reduction == "damped":
+            return tuple(
+                Damped((layer,), **_own(switch), damping=_damping(weight, flat), whole=whole)
+                for layer, weight in weights.items()
+            )
+        roots = (
+            {tuple(weights): stacked(list(weights.values()))}
+            if self.reduction == "shared"
+            else {(layer,): weight for layer, weight in weights.items()}
+        )
+        changes = []
+        for layers, root in roots.items():
+            pairs = [directions(root, g.differences, energy=self.energy, rank=self.rank) for g in flat]
+            goals = [down @ g.neutral.double() for (_, down), g in zip(pairs, flat, strict=True)]
+            owner = [i for i, (_, down) in enumerate(pairs) for _ in down]
+            changes.append(
+                Gated(
+                    layers,
+                    **_own(switch),
+                    up=torch.cat([up for up, _ in pairs], 1).float().cpu(),
+                    down=torch.cat([down for _, down in pairs]).float().cpu(),
+                    goal=torch.cat(goals).float().cpu(),
+                    owner=torch.tensor(owner),
+                    whole=whole,
+                )
+            )
+        return tuple(changes)
+
+    def _layers(self, model: Model) -> tuple[str, ...]:
+        roles = {"both": ("key", "value"), "keys": ("key",), "values": ("value",)}[self.projections]
+        return tuple(entry.layer for entry in model.text_entries() if entry.role in roles)
+
+    def _templates(self, concept: Concept) -> tuple[str, ...]:
+        return self.templates or TEMPLATES[concept.kind]
+
+    def _groups(self, model: Model, concept: Concept, known: Tensor) -> list[Group]:
+        """The tokens of a concept's gates: its phrase's, the words' behind it, each band's.
+
+        Raises:
+            ExpungeError: the concept is its anchor to the model.
+        """
+        templates = self._templates(concept)
+        prompts = [template.format(name) for name in concept.names for template in templates]
+        goals = [template.format(concept.anchor) if concept.anchor else "" for template in templates]
+        model.require_window([*prompts, *goals])
+        text, anchored = model.encode(prompts), model.encode(goals)
+        phrase = _phrases(model, templates, text, len(concept.names))
+        theirs = _phrases(model, templates, anchored, 1)
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(2 + len(BANDS))]
+        for row in range(len(text)):
+            there = row % len(templates)
+            e, n = text.embeddings[row].double(), anchored.embeddings[there].double()
+            word = int(theirs[there].nonzero().max()) if concept.anchor else 1
+            places = phrase[row].nonzero()[:, 0]
+            found[0].append((e[places], n[word].expand(len(places), -1)))
+            ends = tuple(int(x.own[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
+            m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
+            after, last = max(m.first, int(places[-1]) + 1), m.first + m.tail
+            marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
+            for band, (start, stop) in enumerate(pairwise(marks), 1):
+                if start < stop:
+                    there_from = m.second - m.first
+                    found[band].append((e[start:stop], n[start + there_from : stop + there_from]))
+        found[0] = _distinct(found[0], known)
+        if self.gate_on == "phrase":
+            found = found[:1]
+        groups = [group for group in (_group(pairs) for pairs in found if pairs) if group.differs]
+        if not groups:
+            raise ExpungeError(
+                f"{concept.name!r} and its anchor {concept.anchor!r} are the same to this model,"
+                " so there is no direction to take away: choose another anchor"
+            )
+        return groups
+
+    def _background(
+        self, model: Model, problem: Problem, staying: Mapping[str, Text], run: Run
+    ) -> Background:
+        """General words in the first template of their kind, and what is retained."""
+        taken = {w for c in problem.erase for name in c.names for w in name.lower().split()}
+        words = [word for word in model.vocabulary() if word not in taken]
+        order = torch.randperm(len(words), generator=run.generator("words"))
+        template = self._templates(problem.erase[0])[0]
+        chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
+        general = [_thinned(model.encode(chosen[i : i + 64])) for i in range(0, len(chosen), 64)]
+        kept = torch.cat([_thinned(text) for text in staying.values()])
+        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations)
+
+    def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
+        """What is retained, and the anchors, in a prompt or two each."""
+        names = dict.fromkeys((*problem.retain, *(c.anchor or "" for c in problem.erase)))
+        ways = {name: [way.format(name) for way in RETAINED] if name else [""] for name in names}
+        text = model.encode([prompt for prompts in ways.values() for prompt in prompts])
+        rows = iter(range(len(text)))
+        return {name: text[[next(rows) for _ in prompts]] for name, prompts in ways.items()}
+
+    def _told_apart(
+        self,
+        problem: Problem,
+        groups: Mapping[str, Sequence[Group]],
+        background: Background,
+        staying: Mapping[str, Text],
+    ) -> dict[str, list[Group]]:
+        """The groups that can be told from what is retained; of the padding, that may not be all.
+
+        Raises:
+            ExpungeError: a retained prompt lies in a concept's phrase, or the gates need more memory
+                than there is.
+        """
+        apart: dict[str, list[Group]] = {}
+        for concept, members in groups.items():
+            apart[concept] = []
+            for group in members:
+                way = background.direction(group.rows)
+                overlaps = {
+                    name: background.reach(way, _thinned(staying[name]).double())
+                    for name in problem.retain
+                }
+                nearest = max(overlaps, key=lambda name: overlaps[name], default="")
+                if not nearest or overlaps[nearest] <= self.most_overlap:
+                    apart[concept].append(group)
+                elif group is members[0]:
+                    raise ExpungeError(
+                        f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
+                        f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most allowed"
+                    )
+        check_memory(sum(map(len, apart.values())), self.rank or 8, len(background.mean))
+        return apart
+
+    # Stage 2.
+
+    def _harden(
+        self,
+        model: Model,
+        problem: Problem,
+        parts: Mapping[str, Gated],
+        kept: Tensor,
+        seed: int,
+        names: Sequence[str],
+    ) -> dict[str, Tensors]:
+        """`harden` for the concepts of these names."""
+        run, found = Run(seed), {}
+        for concept in problem.erase:
+            if concept.name in names:
+                found[concept.name] = self.harden(model, concept, parts[concept.name], kept, run)
+        return found
+
+    def harden(
+        self, model: Model, concept: Concept, gated: Gated, kept: Tensor, run: Run
+    ) -> dict[str, Tensor]:
+        """A concept's gates, directions and goals after attacks on them.
+
+        Args:
+            model: the model as it was.
+            concept: the concept.
+            gated: its closed form.
+            kept: (n, 1, d), tokens that must stay.
+            run: its seed.
+        """
+        names, template = concept.names, self._templates(concept)[0]
+        text = model.encode([template.format(name) for name in names])
+        anchored = model.encode([template.format(concept.anchor) if concept.anchor else ""])
+        shown = examples.drawn(
+            model, concept.name, text.prompts[0], self.pictures, run, self.picture_steps or None
+        ).latents
+        root = stacked([model.weight(layer) for layer in gated.layers]).to(text.embeddings)
+        generator = run.generator("hardening", concept.name)
+        weigh = 1 / _apart(root, text.embeddings, anchored.embeddings).mean()
+        # Each factor is a share of its own size, so that one rate fits all.
+        sizes = {name: getattr(gated, name).square().mean().sqrt() for name in FACTORS}
+        shifts = {name: torch.zeros(1, *getattr(gated, name).shape).to(kept) for name in FACTORS}
+
+        def now() -> Gated:
+            moved: Any = {
+                name: getattr(gated, name).to(kept) + sizes[name].to(kept) * shift[0]
+                for name, shift in shifts.items()
+            }
+            return dataclasses.replace(gated, **moved)
+
+        def lack(e: Tensor) -> Tensor:
+            """How much of the concept is missing: 0 none, 1 as much as the anchor lacks."""
+            return _apart(root, now().given(e), text.embeddings) * weigh
+
+        levels = model.log_snr()
+        for done in range(self.rounds):
+            run.progress(f"hardening {concept.name}", done, self.rounds)
+            hard, missing = attacked(lack, text.embeddings, self.radius, self.attack_steps)
+            if bool((1 - missing.clamp(min=0).sqrt() < self.recovered).all()):
+                break
+
+            def losses(_: int, hard: Tensor = hard) -> Tensor:
+                rows = torch.randint(len(text), (len(shown),), generator=generator).tolist()
+                t = torch.randint(len(levels), (len(shown),), generator=generator)
+                noise = torch.randn(shown.shape, generator=generator).to(shown)
+                noisy, t = model.add_noise(shown, noise, t), t.to(shown.device)
+                with torch.no_grad():
+                    goal = model.predict(noisy, t, anchored[[0] * len(shown)])
+                step = now()
+                given = dataclasses.replace(text[rows], embeddings=step.given(hard[rows]))
+                error = (model.predict(noisy, t, given) - goal).square().mean()
+                harm = _apart(root, step.given(kept), kept).mean() * weigh
+                return (error + self.retain_weight * harm)[None]
+
+            with frozen(model.parameters()):
+                minimise(list(shifts.values()), losses, steps=self.steps, rate=self.rate, weight_decay=0)
+        return {name: getattr(now(), name).detach().cpu() for name in FACTORS}
+
+
+def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> None:
+    """Check that so many gates can be held beside the model.
+
+    Args:
+        gates: how many.
+        rank: directions a gate.
+        width: of the text embeddings.
+        free: the bytes that are free; by default what the system says.
+
+    Raises:
+        ExpungeError: they cannot.
+    """
+    n = gates * rank
+    needed = 8 * (4 * n * width + 3 * n * n)
+    if free is None:
+        free = _free()
+    if needed > free:
+        raise ExpungeError(
+            f"{gates} gates of {rank} directions need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are"
+            " free: erase fewer concepts at once, or lower the rank"
+        )
+
+
+def _free() -> int:
+    """The bytes of memory that could be had; without limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**62
+
+
+def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> Tensor:
+    """Where the phrase stands in each prompt, (n, tokens), bool; prompts run name after name."""
+    sides = [template.split("{}") for template in templates] * names
+    before, after = ([model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True))
+    return phrase_positions(before, after, text.own)
+
+
+def _thinned(text: Text) -> Tensor:
+    """Start, own and end tokens, and a few of the padding, (n, d): it is much the same all along."""
+    end = text.own.sum(1, keepdim=True) + 1
+    behind = torch.arange(text.own.shape[1], device=end.device) - end
+    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
+    return text.embeddings[(behind <= 0) | few]
+
+
+def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of a phrase that are the concept's alone.
+
+    Words before the last may be anybody's: the "flag" and the "of" of a country's flag. Those that
+    stand nearer to a token of the anchor's or a retained prompt than half as far as the last token
+    stands from the anchor are left out.
+    """
+    if not len(known):
+        return list(pairs)
+    far = torch.stack([(e[-1] - n[-1]).norm() for e, n in pairs]).median()
+    found = []
+    for e, n in pairs:
+        alone = torch.cdist(e, known).amin(1) > far / 2
+        alone[-1] = True
+        found.append((e[alone], n[alone]))
+    return found
+
+
+def _group(pairs: Sequence[tuple[Tensor, Tensor]]) -> Group:
+    means = torch.stack([(e - n).mean(0) for e, n in pairs])
+    rows, neutral = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return Group(rows, means, neutral.mean(0))
+
+
+def _damping(weight: Tensor, groups: Sequence[Group]) -> Tensor:
+    """g of each gate, (gates, out): how much of the difference each channel carries, 1 at the most."""
+    carried = torch.stack([(g.differences @ weight.double().T).abs().mean(0) for g in groups])
+    return (carried / carried.amax(1, keepdim=True)).float().cpu()
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Copies, since two changes in one file share no memory."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _apart(root: Tensor, given: Tensor, other: Tensor) -> Tensor:
+    """The mean over tokens of ‖W a − W b‖² summed over layers, for each row: (n,)."""
+    return ((given - other) @ root.T).square().sum(-1).mean(-1)
+
+
+def _parted(gated: Gated, counts: Sequence[int]) -> list[Gated]:
+    """One change for each concept, of so many gates."""
+    parts, start = [], 0
+    for n in counts:
+        gates = slice(start, start + n)
+        mine = (gated.owner >= start) & (gated.owner < start + n)
+        parts.append(
+            dataclasses.replace(
+                gated,
+                direction=gated.direction[gates],
+                centre=gated.centre[gates],
+                slope=gated.slope[gates],
+                up=gated.up[:, mine],
+                down=gated.down[mine],
+                goal=gated.goal[mine],
+                owner=gated.owner[mine] - start,
+            )
+        )
+        start += n
+    return parts
+
+
+def _joined(parts: Sequence[Gated]) -> Gated:
+    """One change with the gates of several."""
+    counts = torch.tensor([len(part.centre) for part in parts])
+    starts = (counts.cumsum(0) - counts).tolist()
+    joined: Any = {n: torch.cat([getattr(p, n) for p in parts], int(n == "up")) for n in FACTORS}
+    owner = torch.cat([part.owner + start for part, start in zip(parts, starts, strict=True)])
+    return dataclasses.replace(parts[0], **joined, owner=owner)

@@ -1,0 +1,153 @@
+"""Gates and their directions in closed form: what a gate opens on, and what it takes away."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+
+CLEAR = 0.3
+"""The gap between background and concept that a gate needs, where the way between their means is 1."""
+
+
+def directions(
+    weight: Tensor, differences: Tensor, *, energy: float = 1.0, rank: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The directions in which rows differ most to a layer: up (d, r) and down (r, d), float64.
+
+    With D the rows as columns and W D = U S Vᵀ its thin singular value decomposition, and U_r, S_r,
+    V_r the leading r of them,
+
+        up = D V_r S_r⁻¹,     down = U_rᵀ W,     W up down x = U_r U_rᵀ W x,     down up = 1:
+
+    what `up down` takes from an input x is what the projector on the leading left singular vectors
+    takes from the layer's answer. For several layers, let W be a root of Σ W_lᵀ W_l (`stacked`).
+
+    >>> up, down = directions(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rank=1)
+    >>> (up @ down).abs().round().tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+
+    Args:
+        weight: W, (out, d).
+        differences: Dᵀ, (n, d).
+        energy: the share of ‖W D‖² to keep, above 0 to 1.
+        rank: the most directions; 0 for no limit.
+
+    Raises:
+        ExpungeError: the layer sees no difference.
+
+    Source: ACE (arXiv 2504.11850) leaves the reduction open; this one is ours.
+    """
+    weight, columns = weight.double(), differences.double().T
+    u, s, vt = torch.linalg.svd(weight @ columns, full_matrices=False)
+    if not len(s) or not s[0] > 0:
+        raise ExpungeError("the layer sees no difference, so there is no direction")
+    kept = s.square().cumsum(0) / s.square().sum()
+    seen = int((s > 1e-6 * s[0]).sum())
+    r = min(int((kept < energy * (1 - 1e-9)).sum()) + 1, seen, rank or seen)
+    return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
+
+
+def stacked(weights: list[Tensor]) -> Tensor:
+    """A root R (d, d) of Σ WᵀW: ‖R x‖² = Σ ‖W x‖² for every x; float64.
+
+    Args:
+        weights: W of every layer, (out, d).
+    """
+    gram = sum((w.double().T @ w.double() for w in weights), torch.zeros((), dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+class Background:
+    """Tokens that gates should stay closed on.
+
+    Args:
+        general: (n, d), tokens of prompts of all sorts.
+        retained: (m, d), tokens that must stay as they are; m may be 0.
+        ridge: λ, how much of a sphere the spread Σ of the tokens is taken for, in units of σ², its
+            mean variance. Small values part the concept from these tokens best, large values hold
+            best against perturbations.
+        deviations: k, how many standard deviations above the mean of `general` count as closed.
+    """
+
+    def __init__(self, general: Tensor, retained: Tensor, ridge: float, deviations: float) -> None:
+        self.general, self.retained, self.deviations = general.double(), retained.double(), deviations
+        rows = torch.cat([self.general, self.retained])
+        self.mean = rows.mean(0)
+        spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
+        sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
+        self.lowers = [torch.linalg.cholesky(spread + ridge / 10**i * sphere) for i in range(5)]
+
+    def direction(self, rows: Tensor) -> Tensor:
+        """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
+
+        Where that does not tell them clearly from the background, λ is lowered, tenfold at a time.
+        """
+        difference = rows.double().mean(0) - self.mean
+        found = []
+        for lower in self.lowers:
+            solved = torch.cholesky_solve(difference[:, None], lower)[:, 0]
+            way = solved / (solved @ difference).clamp(min=1e-12)
+            found.append((self.start(way, rows) - self.edge(way), way))
+            if found[-1][0] >= CLEAR:
+                return way
+        return max(found, key=lambda one: one[0])[1]
+
+    def start(self, direction: Tensor, rows: Tensor) -> float:
+        """How far along a direction the rows begin: their 5 % point."""
+        return float(((rows.double() - self.mean) @ direction).quantile(0.05))
+
+    def edge(self, direction: Tensor) -> float:
+        """How far along a direction tokens still count as closed; the concept's mean is at 1."""
+        general = (self.general - self.mean) @ direction
+        edge = float(general.mean() + self.deviations * general.std())
+        # General prompts may hold a name of the concept; what is retained may not.
+        return max(min(edge, 0.5), self.reach(direction, self.retained))
+
+    def reach(self, direction: Tensor, rows: Tensor) -> float:
+        """How far along a direction the farthest of some rows is."""
+        return float(((rows.double() - self.mean) @ direction).max()) if len(rows) else 0.0
+
+
+class Gate(NamedTuple):
+    """s(x) = σ(slope (direction · x − centre)), in float64."""
+
+    direction: Tensor
+    """(d,)"""
+    centre: Tensor
+    """()"""
+    slope: Tensor
+    """()"""
+
+
+def gate(rows: Tensor, background: Background, *, margin: float, leak: float) -> Gate:
+    """The gate of some tokens, in closed form.
+
+    Along w (`Background.direction`), the background ends at `edge` and the concept begins at `start`,
+    its 5 % point. The gate is half open at edge + margin · (start − edge), and open by `leak` at
+    the edge:
+
+        s(x) = σ(slope (w · x − centre)),     slope = logit(1 − leak) / (margin (start − edge))
+
+    Args:
+        rows: (n, d), the tokens to open on.
+        background: those to stay closed on.
+        margin: above 0, below 1; small values open wider: synonyms and perturbed tokens, too.
+        leak: above 0, below ½.
+
+    Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
+    """
+    direction = background.direction(rows)
+    edge = background.edge(direction)
+    # Where the two touch, the gate is as steep as a twentieth of the way to the concept's mean makes it.
+    start = max(background.start(direction, rows), edge + 0.05)
+    centre = edge + margin * (start - edge)
+    slope = math.log(1 / leak - 1) / (margin * (start - edge))
+    offset = float(direction @ background.mean)
+    places = torch.tensor([centre + offset, slope], dtype=torch.float64)
+    return Gate(direction, places[0], places[1])

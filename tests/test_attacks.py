@@ -1,0 +1,258 @@
+"""What every attack keeps, over the registry; then what each one finds; then how it is judged."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import expunge
+from conftest import weights
+from expunge import Concept, ExpungeError, Probe, Problem, registry
+from expunge.attacks.embedding import Embedding
+from expunge.attacks.inversion import Inversion, renamed
+from expunge.cache import Cache, Request, Source
+from expunge.changes import Gated
+from expunge.cli import main
+from expunge.metric import Judge
+from expunge.robust import budgets, robustness
+from expunge.run import Run
+from expunge.suite import Suite
+
+ATTACKS = registry.names("attacks")
+PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
+
+
+@pytest.fixture
+def edit(model, problem):
+    return expunge.erase(model, problem, "ace")
+
+
+@pytest.fixture
+def swapped(model):
+    """A tiny edit at the level of prompts: before the words of one prompt gates put those of another."""
+    text = model.encode(["a photo of the airplane", "a photo of the ground"])
+    e, n = text.embeddings
+    scale = float(e.norm(dim=1).mean() ** 2)
+    layers = tuple(entry.layer for entry in model.text_entries())
+    differing = (e - n).norm(dim=1) > 1e-3
+    e, n = e[differing][:8], n[differing][:8]
+    change = Gated(
+        layers, e, 0.9 * e.square().sum(1), torch.full((len(e),), 100 / scale),
+        up=(e - n).T, down=(e / e.square().sum(1, keepdim=True)), goal=torch.zeros(len(e)),
+        owner=torch.arange(len(e)),
+    )  # fmt: skip
+    problem = Problem((Concept("airplane", "ground"),))
+    made = expunge.erase(model, problem, "ace")
+    return dataclasses.replace(made, changes=(change,))
+
+
+def test_the_folder_is_the_list():
+    assert {"embedding", "inversion"} <= set(ATTACKS)
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request):
+    few = {"embedding": {"steps": 2, "times": 1}, "inversion": {"steps": 2, "pictures": 1, "batch": 1}}
+    return registry.get("attacks", request.param)(**few.get(request.param, {}))
+
+
+class TestContract:
+    def test_says_what_it_is(self, attack):
+        assert "Source:" in type(attack).__doc__
+        assert registry.describe("attacks", type(attack).__module__.rpartition(".")[2])
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            attack.steps = 1
+
+    def test_leaves_the_model_as_it_was(self, model, edit, attack):
+        before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
+        attack.run(model, edit, PROBE, Run())
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        assert asking == [p.requires_grad for p in model.parameters()]
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_no_budget_changes_nothing(self, model, edit, attack):
+        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, Run()) == PROBE
+
+    def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
+        first, second = (attack.run(model, edit, PROBE, Run(3)) for _ in range(2))
+        assert torch.equal(first.text.embeddings, second.text.embeddings)
+        assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
+        assert not first.text.embeddings.requires_grad
+        with model.using(edit):
+            assert not torch.equal(model.draw(first), model.draw(PROBE))
+
+    def test_is_made_anew_for_each_edit(self, model, edit, attack):
+        other = dataclasses.replace(edit, changes=())
+        first, second = (attack.run(model, one, PROBE, Run()) for one in (edit, other))
+        assert not torch.equal(first.text.embeddings, second.text.embeddings)
+
+
+class TestEmbedding:
+    def lack(self, model, edit, attack, probe):
+        """The attack's objective on its result, or on the plain prompt."""
+        text, rows = model.encode(PROBE.prompts), [0, 1]
+        points = attack.points(model, text, PROBE, rows)
+        given = (probe.text or text).embeddings
+        with model.using(edit), torch.no_grad():
+            return attack.objective(model, text, given, points)
+
+    def test_brings_the_original_back_the_better_the_larger_its_budget(self, model, swapped):
+        attack = Embedding(radius=0.5)
+        found = [
+            PROBE,
+            *(
+                dataclasses.replace(attack, steps=n).run(model, swapped, PROBE, Run())
+                for n in (1, 4, 12)
+            ),
+        ]
+        lacks = torch.stack([self.lack(model, swapped, attack, probe) for probe in found])
+        assert bool((lacks.diff(dim=0) <= 0).all())
+        assert bool((lacks[-1] < 0.5 * lacks[0]).all())
+        before = model.draw(PROBE)
+        with model.using(swapped):
+            far, near = ((model.draw(p) - before).square().mean() for p in (found[0], found[-1]))
+        assert near < far
+
+    def test_stays_in_its_balls(self, model, edit):
+        text = model.encode(PROBE.prompts).embeddings
+        found = Embedding(radius=0.05, steps=3).run(model, edit, PROBE, Run()).text.embeddings
+        assert bool(((found - text).norm(dim=-1) <= 0.05 * text.norm(dim=-1) * (1 + 1e-4)).all())
+        assert bool(((found - text).norm(dim=-1) > 0).any())
+
+    def test_rows_know_nothing_of_one_another(self, model, edit):
+        one, two = (
+            Embedding(steps=2, batch=batch).run(model, edit, PROBE, Run()).text.embeddings
+            for batch in (1, 2)
+        )
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+class TestInversion:
+    def test_a_word_is_learnt_that_calls_the_erased_back(self, model, problem):
+        edit = expunge.erase(model, problem, "uce")
+        attack = Inversion(steps=60, pictures=2, rate=0.1)
+        assert attack._word(model, edit) == "sky"
+        before, plain = model.draw(PROBE), model.encode([renamed(p, edit, "sky") for p in PROBE.prompts])
+        found = attack.run(model, edit, PROBE, Run())
+        with model.using(edit):
+            far = (model.draw(dataclasses.replace(PROBE, text=plain)) - before).square().mean()
+            near = (model.draw(found) - before).square().mean()
+        assert near < far
+
+    def test_vectors_take_the_place_of_one_word(self, model):
+        (own,) = model.word_vectors("sky")
+        same = model.encode_with(["the sky", "the ship"], "sky", [own])
+        torch.testing.assert_close(same.embeddings, model.encode(["the sky", "the ship"]).embeddings)
+        vector = torch.randn_like(own).requires_grad_()
+        text = model.encode_with(["the sky", "the ship"], "sky", [vector])
+        assert not torch.allclose(text.embeddings[0], same.embeddings[0])
+        torch.testing.assert_close(text.embeddings[1], same.embeddings[1])
+        (gradient,) = torch.autograd.grad(text.embeddings[0].square().sum(), vector)
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(model.encode(["the sky"]).embeddings[0], same.embeddings[0])
+        with pytest.raises(ExpungeError, match="'xyz' is 3 tokens to this model"):
+            model.word_vectors("xyz")
+
+    def test_the_name_is_replaced_where_it_stands(self, edit):
+        assert renamed("a photo of the Airplane", edit, "sky") == "a photo of the sky"
+        assert renamed("airplanes", edit, "sky") == "airplanes sky"
+
+
+TABLE = {
+    "version": 1,
+    "score": "H_c",
+    "templates": {"erased": ["a photo of the {}"]},
+    "sizes": {"quick": {"erased": 2, "retained": 2}},
+    "num_inference_steps": 2,
+    "concepts": {"airplane": {}, "bird": {}},
+    "attacks": {"embedding": {"radius": [0.4, 0.1], "steps": 1}},
+}
+
+
+class TestJudged:
+    def test_budgets_run_from_the_smallest(self):
+        ladder = budgets(Suite.from_table(TABLE, "told"), "embedding")
+        assert list(ladder) == ["radius 0.1", "radius 0.4"]
+        assert ladder["radius 0.4"] == Embedding(radius=0.4, steps=1)
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ({"radius": 0.1}, "no budgets for the attack embedding: write one list"),
+            ({"radius": [0.1], "steps": [1, 2]}, "write one list"),
+            ({"radios": [0.1]}, "did you mean 'radius'"),
+            ({"radius": [-1]}, "radius must be at least 0"),
+        ],
+    )
+    def test_budgets_that_are_none(self, table, message):
+        suite = Suite.from_table({**TABLE, "attacks": {"embedding": table}}, "told")
+        with pytest.raises(ExpungeError, match=message):
+            budgets(suite, "embedding")
+
+    def test_an_attack_that_is_none(self):
+        with pytest.raises(ExpungeError, match="no attack 'embeding'; did you mean 'embedding'"):
+            Suite.from_table({**TABLE, "attacks": {"embeding": {}}}, "told")
+
+    def test_success_is_counted_where_the_original_draws_the_concept(
+        self, model, edit, tmp_path, monkeypatch
+    ):
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        probe = Probe.of("a photo of the airplane", n=2, num_inference_steps=2)
+        bright = model.draw(probe).mean((1, 2, 3))
+        judge = Bright(float(bright.mean()))  # so it is in one of two pictures
+        monkeypatch.setattr("expunge.robust.make", lambda *_: judge)
+        found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
+        assert json.loads(json.dumps(found.to_dict()))["ASR"].keys() == {"radius 0.1", "radius 0.4"}
+        assert found.pre.n == 1
+        with model.using(edit):
+            after = model.draw(probe).mean((1, 2, 3))
+        assert found.pre.value == float(after[bright.argmax()] > judge.threshold)
+        shares = [found.pre.value, *(asr.value for asr in found.asr.values())]
+        assert shares == sorted(shares)
+        drawn = cache.drawn
+        robustness(model, edit, suite, "embedding", cache=cache)
+        assert cache.drawn == drawn  # an attacked picture, too, is drawn once
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright(Judge):
+    """Sees whatever is asked for in every bright picture."""
+
+    threshold: float
+
+    @property
+    def provenance(self):
+        return {}
+
+    def measure(self, pictures, prompts, references=None):
+        return pictures.mean((1, 2, 3))[:, None]
+
+    def knows(self, label):
+        return True
+
+    def answer(self, rows, labels, near, question):
+        return (rows[:, 0] > self.threshold).float()
+
+    def broken(self, rows):
+        return torch.zeros(len(rows), dtype=torch.bool)
+
+
+def test_an_attack_that_is_none_is_said_before_anything_is_drawn(capsys):
+    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attack", "embeding", "-o", "x"]
+    assert main(arguments) == 2
+    assert "no attack 'embeding'; did you mean 'embedding'" in capsys.readouterr().err
+
+
+def test_an_attacked_picture_has_an_address_of_its_own(model, edit, tmp_path):
+    plain = Request("a photo of the airplane", 0, 2, 3.0)
+    text = model.encode(["a photo of the ship"])
+    attacked = dataclasses.replace(plain, text=text, text_hash="1")
+    source = Source(model, (edit,))
+    assert source.address(plain) == source.address(Request("a photo of the airplane", 0, 2, 3.0))
+    assert (
+        len({source.address(r) for r in (plain, attacked, dataclasses.replace(attacked, text_hash="2"))})
+        == 3
+    )
+    first, second = Cache(tmp_path).draw(source, [plain, attacked])
+    assert not torch.equal(first, second)
