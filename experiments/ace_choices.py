@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from in_turn import InTurn, Word
+from in_turn import InTurn, Looks
 from rich.console import Console
 from rich.table import Table
 
@@ -27,16 +27,17 @@ from expunge.attacks.embedding import Embedding
 from expunge.files import replacing
 from expunge.methods.ace import ACE
 from expunge.run import Run
+from expunge.suite import SuiteConcept
 
 WORDS = (
-    Word("rocket", ("spaceship",)),
-    Word("bicycle", ("bike",)),
-    Word("honeybee", ("bee", "bumblebee")),
-    Word("rabbit", ("bunny",)),
-    Word("doughnut", ("donut",)),
-    Word("house", ("home",)),
+    SuiteConcept("rocket", synonyms=("spaceship",)),
+    SuiteConcept("bicycle", synonyms=("bike",)),
+    SuiteConcept("honeybee", synonyms=("bee", "bumblebee")),
+    SuiteConcept("rabbit", synonyms=("bunny",)),
+    SuiteConcept("doughnut", synonyms=("donut",)),
+    SuiteConcept("house", synonyms=("home",)),
 )
-BYSTANDERS = tuple(Word(name) for name in ("butterfly", "helicopter", "strawberry", "camera"))
+BYSTANDERS = tuple(SuiteConcept(name) for name in ("butterfly", "helicopter", "strawberry", "camera"))
 
 GATE: dict[str, Any] = {"stages": ("gate",)}
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
@@ -72,7 +73,7 @@ def attacked(turns: InTurn, method: ACE, radius: float, n: int) -> dict[str, flo
         hard = Embedding(radius=radius).run(turns.model, edit, probe, Run())
         with turns.model.using(edit):
             tops = turns.detector(turns.model.draw(hard)).top()
-        found[word.name] = float(word.judge(tops).nanmean())
+        found[word.name] = float(turns.right(Looks({word.name: tops}, {}), word.name).nanmean())
     return found
 
 
