@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from expunge import __version__, concepts, files, registry
+from expunge import __version__, commands, concepts, files, registry
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -46,6 +46,7 @@ usage: expunge COMMAND …
   erase METHOD      erase concepts; writes an edit
   evaluate EDIT…    judge edits by suites; writes a report
   run EXPERIMENT    erase, judge and report a whole table of methods and concepts
+  export EDIT       an edit as a diffusers folder, a single file, or a LoRA
   info EDIT         what an edit erases, how it was made, whether it fits
   list KIND         methods, models, families, attacks, metrics, suites
 
@@ -379,6 +380,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (Draw, draw_command),
     "evaluate": (Evaluate, evaluate_command),
     "run": (RunOptions, run_command),
+    "export": (commands.Export, commands.export_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from expunge import registry
+from expunge import source
 from expunge.changes import Applied, Change, Changes, find
-from expunge.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.files import check_weights
+from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
@@ -98,7 +96,13 @@ class Model(ABC):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
-    """The diffusers classes of this family."""
+    """The diffusers classes of this family, the one that single files become first."""
+    denoiser: ClassVar[str]
+    """The pipeline's component that predicts: "unet" or "transformer"."""
+    single_files: ClassVar[tuple[str, ...]] = ()
+    """What diffusers calls the kinds of single-file checkpoints of this family."""
+    mark: ClassVar[str] = ""
+    """Part of a tensor's name that every single-file checkpoint of this family has."""
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = settings or {}
@@ -184,7 +188,49 @@ class Model(ABC):
     def text_entries(self) -> tuple[TextEntry, ...]:
         """The linear layers through which text enters."""
 
+    @classmethod
+    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        """What the model's first code, and so single files, call a layer of the denoiser.
+
+        None where it has no place of its own there: it is part of a larger layer.
+
+        Args:
+            layer: its name inside the denoiser.
+            config: the denoiser's configuration, or what `layout` makes of a single file.
+        """
+        return None
+
+    @classmethod
+    def layout(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
+        """What the names of a single file's tensors tell of the denoiser's configuration."""
+        return {}
+
+    @classmethod
+    def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        """What a layer of the denoiser is called in a LoRA of kohya's naming; None where nothing is."""
+        original = cls.original(layer, config)
+        return None if original is None else "lora_unet_" + original.replace(".", "_")
+
     # What follows from the answers.
+
+    @property
+    def network(self) -> Any:
+        """The denoiser."""
+        return getattr(self.pipe, self.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser works; with offloading it may lie elsewhere between its calls."""
+        return self.pipe._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the denoiser."""
+        return self.network.dtype
+
+    def unconditional(self, n: int) -> Text:
+        """What guidance leads away from, n rows: the empty prompt, unless the family says otherwise."""
+        return self.encode([""] * n)
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as it stands, without its gradient."""
@@ -282,100 +328,51 @@ class Model(ABC):
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 
 
-def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Model:
+def load(
+    model: str | Path | Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    config: str | Path | None = None,
+    offload: bool = False,
+) -> Model:
     """Load a model.
 
     >>> model = load("emoji")  # doctest: +SKIP
 
     Args:
-        model: the name of a shipped model ("emoji"), a diffusers folder, a hub id
-            ("owner/name"), or a diffusers pipeline in memory.
+        model: the name of a shipped model ("emoji"), a diffusers folder, a single `.safetensors` file,
+            a hub id ("owner/name"), or a diffusers pipeline in memory.
         dtype: the number format of the weights.
         device: where to put it; "auto" is the accelerator if there is one, else the CPU.
+        config: for a single file: a diffusers folder or a hub id of a model built like it; by default
+            what the hub has for its kind.
+        offload: keep on the accelerator only the part that is at work.
 
     Raises:
-        ExpungeError: no such model, a family that is not known, or weights missing or broken.
+        ExpungeError: no such model, a family that is not known, weights missing, broken, or not
+            numbers, or no accelerator to offload from.
     """
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
-        return _family(type(model).__name__)(model, name=name)
-    folder, name = _folder(model)
-    pipe = _read_pipeline(folder or str(model), dtype)
+        return source.family_of(type(model).__name__)(model, name=name)
+    found = source.find(model)
+    pipe = source.read_pipeline(found, dtype, config)
+    family = source.family_of(type(pipe).__name__)
+    source.check_numbers(pipe.components, found.name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device)
+    if offload:
+        if device == "cpu":
+            raise ExpungeError("there is no accelerator to offload from: leave offload out")
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             # The layout that convolutions are fastest in.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _family(type(pipe).__name__)(pipe, name=name, settings=_settings(folder))
-
-
-def _folder(model: str | Path) -> tuple[Path | None, str]:
-    """The folder of a model, or None for a hub id; and what to call it."""
-    shipped = registry.names("models")
-    path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
-    if not path.is_dir():
-        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            return None, model
-        if path.exists():
-            raise ExpungeError(f"{model} is a file, not a diffusers folder")
-        raise unknown("model", str(model), shipped)
-    if not (path / "model_index.json").is_file():
-        raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
-    check_weights(path)
-    return path, str(model) if str(model) in shipped else path.resolve().name
-
-
-def _family(pipeline: str) -> type[Model]:
-    """The family that a diffusers class belongs to."""
-    known = {name: registry.get("families", name) for name in registry.names("families")}
-    for family in known.values():
-        if pipeline in family.pipelines:
-            return family
-    raise ExpungeError(f"no family knows the pipeline {pipeline}; known: {', '.join(known)}")
-
-
-def _settings(folder: Path | None) -> dict[str, Any]:
-    """What `expunge.json` says beside the model: how to draw with it, and its anchors."""
-    file = folder / "expunge.json" if folder else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text())
-        assert isinstance(settings, dict)
-        return settings
-    except (ValueError, AssertionError):
-        raise ExpungeError(f"{file} is not a JSON table") from None
-
-
-def _read_pipeline(source: str | Path, dtype: torch.dtype) -> Any:
-    """Read a pipeline with diffusers, quietly, weights from safetensors only."""
-    import diffusers
-    import transformers
-
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=isinstance(source, Path),
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExpungeError(f"cannot load {source}: {lines[0]}") from error
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
-    return pipe
+    return family(pipe, name=found.name, settings=source.settings(found))
 
 
 def warn_cut(prompt: str, tokens: int, window: int) -> None:
