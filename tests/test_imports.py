@@ -9,9 +9,10 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces", "cluster", "run",
-    "work", "registry", "hub", "source", "pictures", "changes", "ops", "model", "prior", "examples", "grounded_sam",
-    "masks", "method", "edit", "checkpoint", "lora", "card", "export", "attack", "metric", "suite", "cache", "statistics", "looks", "case",
+    "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
+    "cluster", "run", "work", "registry", "hub", "source", "pictures", "changes", "ops", "model",
+    "prior", "examples", "grounded_sam", "masks", "method", "edit", "checkpoint", "lora", "card",
+    "export", "merge", "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "case",
     "page", "report", "experiment", "commands", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""

@@ -72,7 +72,7 @@ class Checkpoint:
             ExpungeError: there is no such model, its family is not known, or a file is broken.
         """
         found = source.find(model)
-        if found.is_file:
+        if found.path and found.is_file:
             family = source.family_of_file(found.path)
             return cls(
                 found.path, found.name, family, family.layout(list(files.read_header(found.path)))

@@ -372,7 +372,8 @@ def list_command(options: List) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name in names:
-        table.add_row(name, registry.describe(options.kind, name))
+        families = (registry.suits(name),) if options.kind == "methods" else ()
+        table.add_row(name, registry.describe(options.kind, name), *families)
     _out().print(table if names else f"no {options.kind} yet")
 
 

@@ -1,4 +1,4 @@
-"""The commands that move edits in and out of models: export, merge, undo; and what a model says of itself.
+"""The commands that move edits in and out of models: export, merge, undo.
 
 Nothing here imports torch before there is work for it.
 """
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from expunge import files
@@ -31,8 +29,8 @@ class Export:
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
     """What to write: a new folder for diffusers, else a .safetensors file; a model card beside it."""
     model: str | None = None
-    """The model it is for: a diffusers folder, a single file, or a hub id; by default the one it was made
-    from. It is never written to."""
+    """The model it is for: a diffusers folder, a single file, or a hub id; by default the one it was
+    made from. It is never written to."""
     rank: int | None = None
     """A LoRA's rank; by default what --energy takes."""
     energy: float = 0.999

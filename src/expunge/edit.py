@@ -200,6 +200,7 @@ def erase(
     prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
     model.require_window(prompts)
     model.require_words(prompts)
+    method.check_family(model)
     _warn_of_overlaps(problem)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
@@ -220,7 +221,7 @@ def erase(
         base=base_hash(base(model.pipe), places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
-        versions=_versions(),
+        versions=versions(),
     )
     return Edit(changes, record)
 
@@ -265,7 +266,8 @@ def places(changes: Changes) -> set[tuple[str, str]]:
     return {(layer, change.parameter) for change in changes for layer in change.layers}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of what an edit hangs on."""
     return {
         name: importlib.metadata.version(name)
         for name in ("expunge", "torch", "diffusers", "transformers")

@@ -122,8 +122,8 @@ def weights(changes: Changes) -> Sequence[WeightChange]:
     if len(plain) < len(changes):
         kinds = {change.kind for change in changes if not isinstance(change, WeightChange)}
         raise ExpungeError(
-            f"{' and '.join(sorted(kinds))} changes are no weights, and other programs know nothing else:"
-            " merge the edit into weights first"
+            f"{' and '.join(sorted(kinds))} changes are no weights, and other programs know nothing"
+            " else: merge the edit into weights first"
         )
     return plain
 
@@ -203,8 +203,8 @@ def _naming(to: str) -> str:
 def _notes(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:
     format = str(dtype).removeprefix("torch.")
     notes = [f"A LoRA of rank {lora.rank} on {len(lora.factors)} layers, in {format}."]
-    if lora.error:
-        notes.append(f"The changes were of higher rank; {lora.error:.2%} of their norm is lost.")
+    if lora.error > 1e-6:
+        notes.append(f"The changes were of higher rank; {lora.error:.2g} of their norm is lost, of 1.")
     if lora.left_out:
         notes.append(f"Left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms.")
     return tuple(notes)

@@ -142,7 +142,7 @@ def check_space(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written"
+            f"the disk of {folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to be written"
         )
 
 

@@ -18,7 +18,7 @@ def refused(name: str, error: Exception) -> ExpungeError:
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
     if "GatedRepoError" in kinds:
         return ExpungeError(
-            f"{name} is gated: accept its licence on huggingface.co/{name} and log in with `hf auth login`"
+            f"{name} is gated: accept its licence on huggingface.co/{name}, and log in by hf auth login"
         )
     if "RepositoryNotFoundError" in kinds:
         return ExpungeError(f"the hub has no model {name}, or it is private and you are not logged in")

@@ -1,6 +1,7 @@
 """LoRA files: an edit's changes as factors, in diffusers' naming and in kohya's, and back.
 
-A LoRA at strength s turns W into W + s · up · down. Each layer's alpha is its rank, so nothing else scales it.
+A LoRA at strength s turns W into W + s · up · down. Each layer's alpha is its rank: nothing else scales
+it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Lora:
         Raises:
             ExpungeError: kohya's naming has no name for a layer.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, (up, down) in self.factors.items():
             kernel = self.shapes[layer][2:]
             up = up.reshape(*up.shape, *(1 for _ in kernel)).to(dtype).contiguous()
@@ -140,27 +141,25 @@ def read(path: str | Path, pipe: Any, scale: float = 1.0) -> tuple[LowRank, ...]
         raise ExpungeError(f"{path} is not a LoRA: no tensor of it is named so")
     raw = safetensors.torch.load_file(path)
     for name in [name for name in raw if name.endswith(".alpha")]:
-        down = next(
-            (f"{name.removesuffix('alpha')}{part}.weight" for part in ("lora_down", "lora_A")
-             if f"{name.removesuffix('alpha')}{part}.weight" in raw),
-            None,
-        )  # fmt: skip
-        if down is None:
+        stem = name.removesuffix("alpha")
+        own = [f"{stem}{part}.weight" for part in ("lora_down", "lora_A", "lora.down")]
+        found = [key for key in own if key in raw]
+        if not found:
             raise ExpungeError(f"{path} is not a whole LoRA: {name} belongs to no factors")
         # What alpha scales is done here, so that no converter need be asked about it.
-        rank = raw[down].shape[0]
-        raw[down] = raw[down].float() * float(raw[name]) / rank
+        rank = raw[found[0]].shape[0]
+        raw[found[0]] = raw[found[0]].float() * float(raw[name]) / rank
         raw[name] = torch.tensor(float(rank))
     try:
         factors = _in_diffusers_names(raw, pipe)
     except Exception as error:  # whatever the converters come up with
         raise ExpungeError(f"{path} is not a LoRA for {type(pipe).__name__}: {error}") from error
     changes = []
-    for name, down in factors.items():
+    for name, factor in factors.items():
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             up = factors[f"{layer}.lora_B.weight"].flatten(1).float()
-            changes.append(LowRank((layer,), scale * up, down.flatten(1).float()))
+            changes.append(LowRank((layer,), scale * up, factor.flatten(1).float()))
     try:
         check_fit(pipe, changes)
     except ExpungeError as error:
@@ -180,7 +179,7 @@ def _in_diffusers_names(raw: dict[str, Tensor], pipe: Any) -> dict[str, Tensor]:
     state = found[0] if isinstance(found, tuple) else found
     if not all(key.startswith((denoiser, "text_encoder")) for key in state):
         state = {f"{denoiser}.{key}": tensor for key, tensor in state.items()}
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for part in sorted({key.partition(".")[0] for key in state}):
         own = {k.removeprefix(f"{part}."): t for k, t in state.items() if k.startswith(f"{part}.")}
         if not all("lora_A" in key or "lora_B" in key for key in own):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from expunge.changes import Changes
-from expunge.errors import unknown
+from expunge.errors import ExpungeError, unknown
 from expunge.fields import build, check
 from expunge.model import Model
 from expunge.problem import Problem
@@ -24,8 +24,29 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Field values that belong together, by name; `about`, no field, says in a line what for."""
 
+    needs: ClassVar[Mapping[str, str]] = {}
+    """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
+    says why one has it not. A method without stages names itself."""
+
     def __post_init__(self) -> None:
         check(self)
+
+    def check_family(self, model: Model) -> None:
+        """Check that the model has what this method needs, as its fields are.
+
+        Raises:
+            ExpungeError: it has not; the reason, and what of the method is left.
+        """
+        stages = getattr(self, "stages", tuple(self.needs))
+        for stage in stages:
+            need = self.needs.get(stage, "")
+            if need in model.lacks:
+                rest = [one for one in stages if self.needs.get(one) not in model.lacks]
+                way = f"; left are the stages {', '.join(rest)}" if rest else ""
+                raise ExpungeError(
+                    f"{type(self).__name__}'s {stage} needs {need}, and {type(model).__name__} has none:"
+                    f" {model.lacks[need]}{way}"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:

@@ -44,9 +44,29 @@ class Text:
     """(n, tokens), int64: the tokenizer's numbers."""
     pooled: Tensor | None = None
     """(n, pooled width), for families that read it."""
+    ends: Tensor | None = None
+    """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
+    token and own tokens come before it."""
+    parts: tuple[int, ...] = ()
+    """How many of the tokens are each text encoder's, in order; by default, all are one's."""
+
+    def __post_init__(self) -> None:
+        if self.ends is None:
+            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
+        if not self.parts:
+            object.__setattr__(self, "parts", (self.own.shape[1],))
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def stretches(self, row: int) -> list[tuple[slice, int]]:
+        """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
+        assert self.ends is not None
+        found, start = [], 0
+        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
+            found.append((slice(start, start + length), end))
+            start += length
+        return found
 
     def __getitem__(self, rows: Sequence[int]) -> Text:
         """The text of some rows, in the order given."""
@@ -57,18 +77,23 @@ class Text:
             self.own[index],
             self.ids[index],
             None if self.pooled is None else self.pooled[index],
+            None if self.ends is None else self.ends[index],
+            self.parts,
         )
 
     @classmethod
     def joined(cls, texts: Sequence[Text]) -> Text:
         """The rows of several texts, one after the other."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
+        ends = [text.ends for text in texts if text.ends is not None]
         return cls(
             tuple(prompt for text in texts for prompt in text.prompts),
             torch.cat([text.embeddings for text in texts]),
             torch.cat([text.own for text in texts]),
             torch.cat([text.ids for text in texts]),
             torch.cat(pooled) if pooled else None,
+            torch.cat(ends),
+            texts[0].parts,
         )
 
 
@@ -78,8 +103,9 @@ class TextEntry:
 
     layer: str
     """Its name, as changes name it."""
-    role: Literal["key", "value"]
-    """What attention uses its output for."""
+    role: Literal["key", "value", "context", "pooled"]
+    """What its output is: the keys or values of a cross-attention, the tokens that enter a joint
+    attention, or a vector of the whole prompt."""
 
 
 class HasChanges(Protocol):
@@ -103,6 +129,8 @@ class Model(ABC):
     """What diffusers calls the kinds of single-file checkpoints of this family."""
     mark: ClassVar[str] = ""
     """Part of a tensor's name that every single-file checkpoint of this family has."""
+    lacks: ClassVar[Mapping[str, str]] = {}
+    """What this family does not have of what a method may need, and why."""
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = settings or {}
@@ -111,6 +139,8 @@ class Model(ABC):
         self.num_inference_steps = int(settings.get("num_inference_steps", 50))
         self.guidance_scale = float(settings.get("guidance_scale", 7.5))
         self.anchors = {**ANCHORS, **settings.get("anchors", {})}
+        self.sample_size: int | None = settings.get("sample_size")
+        """Height and width of the latents to draw, where it is not the family's own."""
 
     # What a family answers.
 
@@ -186,7 +216,11 @@ class Model(ABC):
 
     @abstractmethod
     def text_entries(self) -> tuple[TextEntry, ...]:
-        """The linear layers through which text enters."""
+        """The linear layers through which `Text.embeddings` enters."""
+
+    def pooled_entries(self) -> tuple[TextEntry, ...]:
+        """The linear layers through which `Text.pooled` enters, as the first of a layer's inputs."""
+        return ()
 
     @classmethod
     def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
@@ -324,7 +358,8 @@ class Model(ABC):
 
     def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
-        layers = [entry.layer.rpartition(".") for entry in self.text_entries()]
+        entries = (*self.text_entries(), *self.pooled_entries())
+        layers = [entry.layer.rpartition(".") for entry in entries]
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 
 

@@ -46,6 +46,41 @@ def describe(kind: str, name: str) -> str:
     return (text or "").splitlines()[0] if text else ""
 
 
+def declared(kind: str, name: str, attribute: str) -> dict[str, str]:
+    """What a plug-in's class says in one table of plain texts, read without importing it.
+
+    >>> declared("methods", "mace", "needs")
+    {'suppress': 'cross-attention'}
+    """
+    for node in ast.walk(ast.parse((HERE / kind / f"{name}.py").read_text())):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id == attribute and node.value is not None:
+                return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def suits(method: str) -> str:
+    """On which families a method works, and what of it on the others, in words.
+
+    >>> suits("uce")
+    'every family'
+    """
+    needs = declared("methods", method, "needs")
+    said: dict[str, list[str]] = {}
+    for family in names("families"):
+        lacks = declared("families", family, "lacks")
+        missing = [stage for stage, need in needs.items() if need in lacks]
+        said.setdefault(", ".join(missing), []).append(family)
+    if list(said) == [""]:
+        return "every family"
+    parts = [
+        f"{', '.join(families)}: {'all of it' if not missing else f'not {missing}'}"
+        for missing, families in sorted(said.items())
+    ]
+    return "; ".join(parts)
+
+
 def get(kind: str, name: str) -> type[Any]:
     """The class of a plug-in: the one public class its file defines.
 

@@ -118,8 +118,8 @@ def _start(file: BinaryIO) -> int:
     return 8 + int.from_bytes(file.read(8), "little")
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _finite(tensor: Tensor, name: str, source: str | Path) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from expunge.model import Model, Text
 
 class LatentModel(Model):
     """A denoiser of an autoencoder's latents, with a CLIP among its text encoders."""
+
+    contrasts: ClassVar[bool] = True
+    """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
 
     @property
     def window(self) -> int:
@@ -39,7 +42,7 @@ class LatentModel(Model):
         guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = guidance > 1
+        guided = self.contrasts and guidance > 1
         if guided:
             text = Text.joined([self.unconditional(len(seeds)), text])
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
@@ -55,7 +58,7 @@ class LatentModel(Model):
             given = torch.cat([latents] * 2) if guided else latents
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, t)
-            output = self.predict(given, t, text)
+            output = self._guided(given, t, text, guidance)
             if guided:
                 empty, prompt = output.chunk(2)
                 output = empty + guidance * (prompt - empty)
@@ -64,7 +67,15 @@ class LatentModel(Model):
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+        dtype = vae.dtype
+        overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if overflows:
+            vae.to(torch.float32)
+        try:
+            pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+        finally:
+            if overflows:
+                vae.to(dtype)
         return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
 
     @torch.no_grad()
@@ -78,6 +89,10 @@ class LatentModel(Model):
         latents = vae.encode(given, return_dict=False)[0].mode()
         return self._scaled(latents).to(self.device, self.dtype)
 
+    def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+        """The prediction for a sampler's step; a denoiser that is told the guidance takes it here."""
+        return self.predict(latents, t, text)
+
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         """Lay a sampler out for so many steps."""
         scheduler.set_timesteps(steps, device=self.device)
@@ -86,7 +101,7 @@ class LatentModel(Model):
     def _latent_shape(self) -> tuple[int, int, int]:
         """The channels, height and width of the latents that the model was made for."""
         config = self.network.config
-        size = config.sample_size
+        size = self.sample_size or config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return config.in_channels, height, width
 

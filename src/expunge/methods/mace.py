@@ -178,6 +178,8 @@ class MACE(Method):
                  "pictures": 2, "picture_steps": 3},
     }  # fmt: skip
 
+    needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
+
     stages: tuple[Stage, ...] = STAGES
     """Which of the three to run; "fuse" has nothing to do without another."""
     ridge: float = bounded(100.0, at_least=0)
@@ -499,14 +501,15 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
     Returns:
         The tokens that have no place to go: the phrases and surplus padding, (n, width).
     """
-    ends, goal_ends = ((x.own.sum(1) + 1).tolist() for x in (text, goal))
     ids, goal_ids, alone = text.ids.cpu(), goal.ids.cpu(), []
-    for row, e in enumerate(text.embeddings.cpu()):
+    for row, embeddings in enumerate(text.embeddings.cpu()):
         there = row % len(goal)
-        m = match(ids[row], goal_ids[there], (ends[row], goal_ends[there]))
-        moved[there, : m.head] += e[: m.head]
-        moved[there, m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
-        alone += [e[positions] for positions in m.alone]
+        for (own, end), (_, goal_end) in zip(text.stretches(row), goal.stretches(there), strict=True):
+            e, place = embeddings[own], moved[there, own]
+            m = match(ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start))
+            place[: m.head] += e[: m.head]
+            place[m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
+            alone += [e[positions] for positions in m.alone]
     return torch.cat(alone)
 
 
