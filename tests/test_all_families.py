@@ -88,9 +88,8 @@ class TestContract:
     def test_time_goes_from_picture_to_noise(self, model):
         level = model.log_snr()
         assert (level.diff() <= 0).all()
-        latents, noise = torch.randn(2, *model.encode_pictures(torch.rand(1, 3, 16, 16)).shape[1:])[
-            :, None
-        ]
+        shape = model.encode_pictures(torch.rand(1, 3, 16, 16)).shape
+        latents, noise = torch.randn(shape), torch.randn(shape)
         late = model.add_noise(latents, noise, torch.tensor([len(level) - 2]))
         early = model.add_noise(latents, noise, torch.tensor([1]))
         assert (early - latents).norm() < (early - noise).norm()

@@ -10,10 +10,10 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
-    "cluster", "run", "work", "registry", "hub", "source", "pictures", "changes", "ops", "model",
-    "prior", "examples", "grounded_sam", "masks", "method", "edit", "checkpoint", "lora", "card",
+    "cluster", "run", "work", "registry", "hub", "source", "pictures", "changes", "ops", "lora",
+    "model", "prior", "examples", "grounded_sam", "masks", "method", "edit", "checkpoint", "card",
     "export", "merge", "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "case",
-    "page", "report", "experiment", "commands", "cli",
+    "page", "report", "experiment", "plan", "commands", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

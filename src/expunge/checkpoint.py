@@ -14,16 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from expunge import files, source, tensors
+from expunge import files, lora, source, tensors
+from expunge.changes import LowRank
 from expunge.edit import Record
 from expunge.errors import ExpungeError
 from expunge.hub import refused
+from expunge.lora import Place
 from expunge.model import Model
-
-Place = tuple[str, str]
-"""A layer and one of its parameters."""
 
 PREFIX = "model.diffusion_model."
 """What the denoiser's tensors begin with in a single file that holds more than the denoiser."""
@@ -86,14 +86,14 @@ class Checkpoint:
         return self.path.is_file()
 
     @cached_property
-    def _headers(self) -> dict[Path, dict[str, Any]]:
+    def headers(self) -> dict[Path, dict[str, Any]]:
         """The header of every weight file."""
         paths = [self.path] if self.is_file else sorted(self.path.glob("*/*.safetensors"))
         return {path: files.read_header(path) for path in paths}
 
     def size(self, component: str = "") -> int:
         """The bytes of all weights, or of one component's."""
-        found = (path for path in self._headers if not component or path.parent.name == component)
+        found = (path for path in self.headers if not component or path.parent.name == component)
         return sum(path.stat().st_size for path in found)
 
     def places(self, layer: str, parameter: str) -> list[tuple[Path, str]]:
@@ -116,7 +116,7 @@ class Checkpoint:
             wanted.add(f"{inside.removeprefix('text_model.')}.{parameter}")
         found = [
             (path, name)
-            for path, header in self._headers.items()
+            for path, header in self.headers.items()
             if self.is_file or path.parent.name == component
             for name in wanted & header.keys()
         ]
@@ -135,7 +135,29 @@ class Checkpoint:
     def shape(self, layer: str, parameter: str = "weight") -> tuple[int, ...]:
         """The shape of a parameter."""
         path, name = self.places(layer, parameter)[0]
-        return tuple(self._headers[path][name]["shape"])
+        return tuple(self.headers[path][name]["shape"])
+
+    def kohya(self, layer: str) -> str | None:
+        """What a layer is called in a LoRA of kohya's naming; None where nothing is."""
+        component, _, inside = layer.partition(".")
+        return self.family.kohya(inside, self.config) if self._denoises(component) else None
+
+    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[LowRank, ...]:
+        """A LoRA file for this model, as changes.
+
+        Raises:
+            ExpungeError: it is not a LoRA for this model.
+        """
+        import diffusers
+
+        changes = lora.read(path, getattr(diffusers, self.family.pipelines[0]), self.config, scale)
+        for change in changes:
+            shape = self.shape(*change.layers)
+            if not change.fits(torch.Size(shape)):
+                raise ExpungeError(
+                    f"{path} is not a LoRA for {self.name}: {change.layers[0]} is {shape}"
+                )
+        return changes
 
     def erased(self) -> tuple[Erased, ...]:
         """What was erased from it by us, the latest last.
@@ -144,7 +166,7 @@ class Checkpoint:
             ExpungeError: what it says about that cannot be read.
         """
         if self.is_file:
-            text = self._headers[self.path].get("__metadata__", {}).get(NOTE, "[]")
+            text = self.headers[self.path].get("__metadata__", {}).get(NOTE, "[]")
         else:
             file = self.path / "expunge.json"
             text = json.dumps(_json(file).get("erased", [])) if file.is_file() else "[]"

@@ -25,6 +25,7 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from expunge import __version__, commands, concepts, files, registry
+from expunge.commands import Loading
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -47,7 +48,9 @@ usage: expunge COMMAND …
   evaluate EDIT…    judge edits by suites; writes a report
   run EXPERIMENT    erase, judge and report a whole table of methods and concepts
   export EDIT       an edit as a diffusers folder, a single file, or a LoRA
-  info EDIT         what an edit erases, how it was made, whether it fits
+  merge EDIT…       one edit of several
+  undo MODEL        a model that export wrote as it was before
+  info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
   list KIND         methods, models, families, attacks, metrics, suites
 
   expunge COMMAND --help    shows its options
@@ -70,11 +73,12 @@ class Draw:
     edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT")] = ()
     """An edit to draw with."""
     model: str = "emoji"
-    """A shipped model, a diffusers folder, or a hub id."""
+    """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     steps: int | None = None
     """Denoising steps; by default the model's own."""
     guidance: float | None = None
     """Guidance scale; by default the model's own."""
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,12 @@ class Erase:
     preset: Annotated[str | None, arg(metavar="NAME")] = None
     """Values for the method's fields; those given beside count. `--preset list` shows them all."""
     model: str = "emoji"
-    """A shipped model, a diffusers folder, or a hub id."""
+    """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
     ray: Annotated[str, arg(metavar="ADDRESS")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Info:
     """Say what an edit erases, how it was made, from what, and whether it fits a model."""
 
     edit: Positional[str]
-    """The edit."""
+    """The edit, or a model that export wrote."""
     model: str | None = None
     """The model at hand; by default the shipped one it was made from."""
 
@@ -186,10 +191,15 @@ def draw_command(options: Draw) -> None:
     files.check_writable(output / "0.png" if to_folder else output)
     from expunge.cache import Cache, Request, Source
     from expunge.edit import Edit
-    from expunge.model import load
 
+    if options.loading.dry_run:
+        from expunge.method import Work
+
+        n, steps = options.number, options.steps
+        options.loading.show_plan(options.model, lambda own: Work(2, 2 * n * (steps or own)))
+        return
     edits = tuple(Edit.load(path) for path in options.edit)
-    model = load(options.model)
+    model = options.loading.load(options.model)
     steps = probe.num_inference_steps or model.num_inference_steps
     guidance = model.guidance_scale if probe.guidance_scale is None else probe.guidance_scale
     asked = [
@@ -220,9 +230,11 @@ def erase_command(options: Erase, method: Any) -> None:
 
     cluster.check(options.ray)
     from expunge.edit import erase
-    from expunge.model import load
 
-    model = load(options.model)
+    if options.loading.dry_run:
+        options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
+        return
+    model = options.loading.load(options.model)
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
@@ -340,6 +352,9 @@ def _bytes(text: str) -> int:
 
 def info_command(options: Info) -> None:
     """`expunge info`."""
+    if commands.is_model(options.edit):
+        commands.info_of_model(options.edit)
+        return
     from expunge.changes import summary
     from expunge.edit import Edit
 
@@ -382,6 +397,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "evaluate": (Evaluate, evaluate_command),
     "run": (RunOptions, run_command),
     "export": (commands.Export, commands.export_command),
+    "merge": (commands.Merge, commands.merge_command),
+    "undo": (commands.Undo, commands.undo_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }
@@ -475,6 +492,8 @@ def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     for field in dataclasses.fields(options):
         if field.name == "method":
             yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+        elif field.name == "loading":
+            yield from dataclasses.fields(Loading)
         else:
             yield field
 

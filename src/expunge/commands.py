@@ -5,14 +5,19 @@ Nothing here imports torch before there is work for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge import files
 from expunge.errors import ExpungeError, unknown
+
+if TYPE_CHECKING:
+    from expunge.method import Work
+    from expunge.model import Model
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -37,6 +42,8 @@ class Export:
     """The share of each squared change that a LoRA keeps, where it cannot keep all."""
     dtype: str = "float16"
     """A LoRA's number format: float32, float16 or bfloat16."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    """A LoRA that lay on the model when the edit was made."""
     licence: Annotated[str, arg(metavar="ID")] = ""
     """The licence's identifier for the model card."""
     report: Annotated[str | None, arg(metavar="FOLDER")] = None
@@ -49,7 +56,7 @@ class Export:
 
 def export_command(options: Export) -> None:
     """`expunge export`."""
-    torch_dtype = dtype(options.dtype)
+    dtype = _dtype(options.dtype)
     from expunge import hub
     from expunge.edit import Edit
     from expunge.export import TARGETS, export, push
@@ -71,7 +78,8 @@ def export_command(options: Export) -> None:
         options.output,
         rank=options.rank,
         energy=options.energy,
-        dtype=torch_dtype,
+        dtype=dtype,
+        beneath=strengths(options.lora),
         licence=options.licence,
         report=options.report,
     )
@@ -82,7 +90,7 @@ def export_command(options: Export) -> None:
         print(push(done, options.push_to_hub, private=options.private))
 
 
-def dtype(name: str):  # type: ignore[no-untyped-def]
+def _dtype(name: str) -> Any:
     """The torch dtype of a name."""
     if name not in DTYPES:
         raise unknown("number format", name, DTYPES)
@@ -94,3 +102,146 @@ def dtype(name: str):  # type: ignore[no-untyped-def]
 def _size(path: Path) -> str:
     found = path.rglob("*") if path.is_dir() else [path]
     return f"{sum(file.stat().st_size for file in found if file.is_file()) / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    dtype: str = "float32"
+    """The number format of its weights: float32, float16 or bfloat16."""
+    device: str = "auto"
+    """Where it works: auto, cpu, cuda, cuda:1, mps."""
+    offload: bool = False
+    """Keep on the accelerator only the part of it that is at work."""
+    config: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """For a single file: a diffusers folder of a model built like it."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    """A LoRA to fuse into the weights first."""
+    dry_run: bool = False
+    """Print what it would take, in memory and time, and do nothing."""
+
+    def show_plan(self, name: str, work: Callable[[int], Work | None]) -> None:
+        """Print the plan for a model and an amount of work, which may hang on the model's steps."""
+        from expunge import source
+        from expunge.checkpoint import Checkpoint
+        from expunge.plan import plan
+
+        checkpoint = Checkpoint.find(name)
+        steps = int(source.settings(source.find(name)).get("num_inference_steps", 50))
+        made = plan(checkpoint, _dtype(self.dtype), self.device, offload=self.offload)
+        print(f"{checkpoint.name}, {checkpoint.family.__name__}")
+        for line in made.lines(work(steps)):
+            print(line)
+
+    def load(self, name: str) -> Model:
+        """The model of this name."""
+        from expunge.model import load
+
+        return load(
+            name,
+            dtype=_dtype(self.dtype),
+            device=self.device,
+            config=self.config,
+            lora=strengths(self.lora),
+            offload=self.offload,
+        )
+
+
+def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:
+    """FILE or FILE=STRENGTH, one after the other."""
+    found = []
+    for text in loras:
+        file, equals, strength = text.rpartition("=")
+        try:
+            found.append((file, float(strength)) if equals else (text, 1.0))
+        except ValueError:
+            raise ExpungeError(f"a LoRA is given as FILE or FILE=STRENGTH, not {text!r}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Make one edit of several: side by side, or fused where they touch the same weights."""
+
+    edits: Positional[tuple[str, ...]]
+    """Two edits or more, of one model."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
+    """The file to write, ending in .safetensors."""
+    model: str | None = None
+    """The model; by default the one that the first was made from."""
+    ridge: float = 1.0
+    """λ, pull of fused weights to the original ones, in units of a squared embedding."""
+    prior_scale: float = 0.1
+    """ρ, the weight of a mean caption, and of each retained prompt, where weights are fused."""
+    loading: Loading = field(default_factory=Loading)
+
+
+def merge_command(options: Merge) -> None:
+    """`expunge merge`."""
+    if not options.output.endswith(".safetensors"):
+        raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
+    files.check_writable(options.output)
+    from expunge.changes import summary
+    from expunge.edit import Edit
+    from expunge.merge import merge
+
+    edits = [Edit.load(path) for path in options.edits]
+    name = options.model or (edits[0].record.model if edits else "")
+    if not name:
+        raise ExpungeError("the edits do not say which model they are for; name it with --model")
+    model = options.loading.load(name)
+    edit = merge(model, edits, ridge=options.ridge, prior_scale=options.prior_scale)
+    edit.save(options.output)
+    erased = len(edit.record.problem.erase)
+    print(f"{options.output}: {erased} concepts of {len(edits)} edits, {summary(edit.changes)}")
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Take the last erasure off a model that export wrote."""
+
+    model: Positional[str]
+    """A diffusers folder or a single file; it is never written to."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
+    """What to write: a new folder for a folder, a file for a file."""
+    original: str | None = None
+    """The model it was made from: the changed tensors are copied from it, bit for bit."""
+    edit: str | None = None
+    """Without the original: the edit, taken off by arithmetic."""
+
+
+def undo_command(options: Undo) -> None:
+    """`expunge undo`."""
+    from expunge.edit import Edit
+    from expunge.undo import undo
+
+    edit = Edit.load(options.edit) if options.edit else None
+    done = undo(options.model, options.output, original=options.original, edit=edit)
+    names = ", ".join(concept.name for concept in done.record.problem.erase[:10])
+    print(f"{options.output}: {names} back, {len(done.places)} tensors")
+
+
+def is_model(path: str) -> bool:
+    """Whether a path is a model's, not an edit's: a folder, or a file that is no edit."""
+    if Path(path).is_dir():
+        return True
+    return Path(path).is_file() and "expunge" not in files.read_header(path).get("__metadata__", {})
+
+
+def info_of_model(path: str) -> None:
+    """What a model on the disk says of itself."""
+    from expunge.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.find(path)
+    kind = "single file" if checkpoint.is_file else "diffusers folder"
+    rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
+    for erased in checkpoint.erased():
+        record = erased.record
+        concepts = ", ".join(f"{c.name} (becomes {c.anchor!r})" for c in record.problem.erase)
+        rows.append(("erased", f"{concepts} by {record.method}, seed {record.seed}"))
+        rows.append(("", f"{len(erased.places)} tensors, edit {erased.edit[:16]}"))
+    if len(rows) == 1:
+        rows.append(("erased", "nothing that it says of"))
+    for name, text in rows:
+        print(f"{name:<8}{text}")

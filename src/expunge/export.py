@@ -18,11 +18,11 @@ from torch import Tensor
 from expunge import hub
 from expunge.card import LORAS, card
 from expunge.changes import Changes, WeightChange
-from expunge.checkpoint import NOTE, Checkpoint, Erased, Place
-from expunge.edit import Edit, base_hash, places
+from expunge.checkpoint import NOTE, Checkpoint, Erased
+from expunge.edit import Edit, Read, base_hash, places
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import replacing
-from expunge.lora import Lora, Naming
+from expunge.lora import Lora, Naming, Place
 
 Target = Literal["diffusers", "safetensors", "lora", "kohya"]
 TARGETS: tuple[Target, ...] = ("diffusers", "safetensors", "lora", "kohya")
@@ -48,6 +48,7 @@ def export(
     rank: int | None = None,
     energy: float = 0.999,
     dtype: torch.dtype = torch.float16,
+    beneath: Sequence[tuple[str | Path, float]] = (),
     licence: str = "",
     report: str | Path | None = None,
 ) -> Export:
@@ -67,6 +68,8 @@ def export(
         rank: a LoRA's rank; None for the smallest that keeps the energy.
         energy: the share of each weight's squared change to keep, where that takes a rank.
         dtype: a LoRA's number format.
+        beneath: LoRA files that lay on the model when the edit was made, and their strengths. Copies of
+            the model have them fused; a LoRA holds the erasure alone.
         licence: for the card.
         report: a folder of `expunge evaluate`, for the card.
 
@@ -93,18 +96,27 @@ def export(
             f"{checkpoint.path} is a diffusers folder: export to diffusers, or give the single file"
         )
     changes = by_place(weights(edit.changes))
-    check_fits(edit, checkpoint, changes)
+    below = by_place([change for file, scale in beneath for change in checkpoint.lora(file, scale)])
+    fused = after(below)
+
+    def read(layer: str, parameter: str) -> Tensor:
+        original = checkpoint.read(layer, parameter)
+        return fused[layer, parameter](original) if (layer, parameter) in fused else original
+
+    check_fits(edit, checkpoint, read)
     card_of = partial(card, edit, to, licence=licence, report=report)
     if to in LORAS:
-        lora = Lora.of(checkpoint, changes, rank=rank, energy=energy)
+        lora = Lora.of(read, changes, rank=rank, energy=energy)
         done = Export(output, _notes(lora, dtype), lora.error)
         text = card_of(notes=done.notes)
-        lora.save(output, checkpoint, cast(Naming, _naming(to)), dtype, {NOTE: _note([erased(edit)])})
+        naming = cast(Naming, "kohya" if to == "kohya" else "diffusers")
+        lora.save(output, naming, checkpoint.kohya, dtype, {NOTE: _note([erased(edit)])})
         _write(output.with_suffix(".md"), text)
         return done
     text = card_of()
     history = (*checkpoint.erased(), erased(edit))
-    checkpoint.copy(output, after(changes), history, {"README.md": text})
+    together = by_place([*_all(below), *weights(edit.changes)])
+    checkpoint.copy(output, after(together), history, {"README.md": text})
     if to == "safetensors":
         _write(output.with_suffix(".md"), text)
     return Export(output, ())
@@ -154,24 +166,27 @@ def erased(edit: Edit) -> Erased:
     return Erased(edit.record, edit.hash, tuple(sorted(places(edit.changes))))
 
 
-def check_fits(
-    edit: Edit, checkpoint: Checkpoint, changes: Mapping[Place, Sequence[WeightChange]]
-) -> None:
+def check_fits(edit: Edit, checkpoint: Checkpoint, read: Read) -> None:
     """Check that an edit fits a model on the disk, and warn where it was made from other weights.
+
+    Args:
+        edit: the edit.
+        checkpoint: the model.
+        read: gives the model's parameters, with what lies on them.
 
     Raises:
         ExpungeError: a layer is missing or has another shape.
     """
-    for (layer, parameter), some in changes.items():
-        shape = checkpoint.shape(layer, parameter)
-        for change in some:
+    for change in edit.changes:
+        for layer in change.layers:
+            shape = checkpoint.shape(layer, change.parameter)
             if not change.fits(torch.Size(shape)):
                 found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in change.tensors.items())
                 raise ExpungeError(
                     f"the edit does not fit: {layer} is {shape} in {checkpoint.name},"
                     f" and its {change.kind} change has {found}"
                 )
-    if base_hash(checkpoint.read, places(edit.changes)) != edit.record.base:
+    if base_hash(read, places(edit.changes)) != edit.record.base:
         warnings.warn(
             f"the edit was made from other weights ({edit.record.model or 'unnamed'}) than"
             f" {checkpoint.name}; it fits, but it may erase less or harm more",
@@ -196,8 +211,8 @@ def push(done: Export, repository: str, *, private: bool = False) -> str:
         return hub.push(folder, repository, private=private)
 
 
-def _naming(to: str) -> str:
-    return "kohya" if to == "kohya" else "diffusers"
+def _all(changes: Mapping[Place, Sequence[WeightChange]]) -> list[WeightChange]:
+    return [change for some in changes.values() for change in some]
 
 
 def _notes(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:

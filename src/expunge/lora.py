@@ -6,20 +6,23 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from expunge.changes import LowRank, WeightChange, check_fit
-from expunge.checkpoint import Checkpoint, Place
+from expunge.changes import LowRank, WeightChange, check_fit, find
 from expunge.errors import ExpungeError
 from expunge.files import check_space, read_header, replacing
 from expunge.ops.low_rank import balanced, truncated
+
+Place = tuple[str, str]
+"""A layer and one of its parameters."""
 
 Naming = Literal["diffusers", "kohya"]
 
@@ -41,7 +44,7 @@ class Lora:
     @classmethod
     def of(
         cls,
-        checkpoint: Checkpoint,
+        read: Callable[[str, str], Tensor],
         changes: Mapping[Place, Sequence[WeightChange]],
         *,
         rank: int | None = None,
@@ -50,7 +53,7 @@ class Lora:
         """The changes of weights as factors: exact where they are low-rank, else the nearest ones.
 
         Args:
-            checkpoint: what the changes are of.
+            read: gives a parameter as it was, by the names of its layer and its own.
             changes: for each parameter its changes, in order.
             rank: at least 1; None for the smallest that keeps the energy.
             energy: the share of each ‖Δ‖² to keep where no rank is given.
@@ -65,7 +68,7 @@ class Lora:
         found, shapes, left_out = {}, {}, []
         lost = total = 0.0
         for (layer, parameter), some in changes.items():
-            weight = checkpoint.read(layer, parameter)
+            weight = read(layer, parameter)
             if parameter != "weight" or weight.ndim < 2:
                 left_out.append((layer, parameter))
                 continue
@@ -80,8 +83,15 @@ class Lora:
         error = (lost / total) ** 0.5 if total else 0.0
         return cls(padded, shapes, most, error, tuple(left_out))
 
-    def tensors(self, checkpoint: Checkpoint, naming: Naming, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(
+        self, naming: Naming, kohya: Callable[[str], str | None], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The file's tensors.
+
+        Args:
+            naming: whose.
+            kohya: gives a layer's name in kohya's naming; None where there is none.
+            dtype: their number format.
 
         Raises:
             ExpungeError: kohya's naming has no name for a layer.
@@ -94,7 +104,9 @@ class Lora:
             if naming == "diffusers":
                 tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
             else:
-                name = _kohya(checkpoint, layer)
+                name = kohya(layer)
+                if name is None:
+                    raise ExpungeError(f"kohya's naming has no name for {layer}; export to lora instead")
                 tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
                 tensors[f"{name}.alpha"] = torch.tensor(float(self.rank), dtype=dtype)
         return tensors
@@ -102,8 +114,8 @@ class Lora:
     def save(
         self,
         path: str | Path,
-        checkpoint: Checkpoint,
         naming: Naming,
+        kohya: Callable[[str], str | None],
         dtype: torch.dtype,
         metadata: Mapping[str, str],
     ) -> None:
@@ -112,7 +124,7 @@ class Lora:
         Raises:
             ExpungeError: it cannot be written, or a layer has no name in kohya's naming.
         """
-        tensors = self.tensors(checkpoint, naming, dtype)
+        tensors = self.tensors(naming, kohya, dtype)
         if naming == "kohya":
             metadata = {
                 "ss_network_module": "networks.lora",
@@ -125,16 +137,19 @@ class Lora:
             temporary.write_bytes(safetensors.torch.save(tensors, dict(metadata)))
 
 
-def read(path: str | Path, pipe: Any, scale: float = 1.0) -> tuple[LowRank, ...]:
+def read(
+    path: str | Path, pipeline: type[Any], config: Mapping[str, Any], scale: float = 1.0
+) -> tuple[LowRank, ...]:
     """A LoRA file, in any naming that diffusers reads, as changes of a pipeline's layers.
 
     Args:
         path: the file.
-        pipe: a diffusers pipeline of the family that it was made for.
-        scale: its strength.
+        pipeline: the diffusers class that it was made for.
+        config: its denoiser's configuration.
+        scale: the LoRA's strength.
 
     Raises:
-        ExpungeError: the file is not a LoRA of the pipeline's family.
+        ExpungeError: the file is not a whole LoRA of that class.
     """
     header = read_header(path)
     if not any("lora" in name for name in header):
@@ -151,31 +166,45 @@ def read(path: str | Path, pipe: Any, scale: float = 1.0) -> tuple[LowRank, ...]
         raw[found[0]] = raw[found[0]].float() * float(raw[name]) / rank
         raw[name] = torch.tensor(float(rank))
     try:
-        factors = _in_diffusers_names(raw, pipe)
+        factors = _in_diffusers_names(raw, pipeline, config)
     except Exception as error:  # whatever the converters come up with
-        raise ExpungeError(f"{path} is not a LoRA for {type(pipe).__name__}: {error}") from error
+        raise ExpungeError(f"{path} is not a LoRA for {pipeline.__name__}: {error}") from error
     changes = []
     for name, factor in factors.items():
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             up = factors[f"{layer}.lora_B.weight"].flatten(1).float()
             changes.append(LowRank((layer,), scale * up, factor.flatten(1).float()))
-    try:
-        check_fit(pipe, changes)
-    except ExpungeError as error:
-        raise ExpungeError(
-            f"{path} is not a LoRA for this model: {str(error).partition(': ')[2]}"
-        ) from None
     return tuple(changes)
 
 
-def _in_diffusers_names(raw: dict[str, Tensor], pipe: Any) -> dict[str, Tensor]:
+def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
+    """Lay a LoRA on a pipeline's weights for good.
+
+    Raises:
+        ExpungeError: it is not a LoRA for this pipeline.
+    """
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    changes = read(path, type(pipe), network.config, scale)
+    try:
+        check_fit(pipe, changes)
+    except ExpungeError as error:
+        reason = str(error).partition(": ")[2]
+        raise ExpungeError(f"{path} is not a LoRA for this model: {reason}") from None
+    for change in changes:
+        module: Any = find(pipe, *change.layers)
+        module.weight.data = change.weight(module.weight.detach())
+
+
+def _in_diffusers_names(
+    raw: dict[str, Tensor], pipeline: type[Any], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """`LAYER.lora_A.weight` and `LAYER.lora_B.weight`, the layers named as changes name them."""
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
-    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
-    options = {"unet_config": pipe.unet.config} if denoiser == "unet" else {}
-    found = type(pipe).lora_state_dict(raw, **options)
+    denoiser = getattr(pipeline, "unet_name", None) or pipeline.transformer_name
+    options = {"unet_config": SimpleNamespace(**config)} if denoiser == "unet" else {}
+    found = pipeline.lora_state_dict(raw, **options)
     state = found[0] if isinstance(found, tuple) else found
     if not all(key.startswith((denoiser, "text_encoder")) for key in state):
         state = {f"{denoiser}.{key}": tensor for key, tensor in state.items()}
@@ -212,15 +241,3 @@ def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         torch.cat([up, up.new_zeros(up.shape[0], more)], 1),
         torch.cat([down, down.new_zeros(more, down.shape[1])]),
     )
-
-
-def _kohya(checkpoint: Checkpoint, layer: str) -> str:
-    component, _, inside = layer.partition(".")
-    name = None
-    if component == checkpoint.family.denoiser:
-        name = checkpoint.family.kohya(inside, checkpoint.config)
-    if name is None:
-        raise ExpungeError(
-            f"kohya's naming has no name for {layer}; export to lora, in diffusers' naming"
-        )
-    return name

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from expunge.changes import Change, Dense, LowRank, Right, WeightChange
-from expunge.checkpoint import Place
 from expunge.edit import Edit, Record, base, base_hash, places, versions
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.export import by_place, weights
+from expunge.lora import Place
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
@@ -211,7 +211,8 @@ def _fused(
 def _composed(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """R, B and D such that changes make of W the weight W R + B D."""
     right = torch.eye(inputs, dtype=torch.float64)
-    ups, downs = [], []
+    ups: list[Tensor] = []
+    downs: list[Tensor] = []
     for change in changes:
         if isinstance(change, Right):
             matrix = change.matrix.double()

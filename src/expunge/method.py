@@ -16,6 +16,18 @@ from expunge.run import Run
 
 
 @dataclass(frozen=True)
+class Work:
+    """How much a method asks of a model."""
+
+    prompts: int = 0
+    """Prompts to read."""
+    predictions: int = 0
+    """Predictions of the denoiser, for one picture each."""
+    gradients: int = 0
+    """Predictions with gradients."""
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """A way to erase concepts. One subclass a file in `methods/`; its fields are its options."""
 
@@ -60,6 +72,15 @@ class Method(ABC):
         values = {**cls.presets[name], **overrides}
         values.pop("about", None)
         return build(cls, values)
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work | None:
+        """How much this method will ask of a model, about; None if it does not say.
+
+        Args:
+            problem: what to erase.
+            num_inference_steps: the model's own.
+        """
+        return None
 
     @abstractmethod
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:

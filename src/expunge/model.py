@@ -16,6 +16,7 @@ from torch import Tensor
 from expunge import source
 from expunge.changes import Applied, Change, Changes, find
 from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.lora import fuse
 from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
@@ -369,6 +370,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     config: str | Path | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
     offload: bool = False,
 ) -> Model:
     """Load a model.
@@ -382,6 +384,7 @@ def load(
         device: where to put it; "auto" is the accelerator if there is one, else the CPU.
         config: for a single file: a diffusers folder or a hub id of a model built like it; by default
             what the hub has for its kind.
+        lora: LoRA files to fuse into the weights, and their strengths.
         offload: keep on the accelerator only the part that is at work.
 
     Raises:
@@ -395,6 +398,8 @@ def load(
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
     source.check_numbers(pipe.components, found.name)
+    for file, scale in lora:
+        fuse(file, pipe, scale)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if offload:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from expunge.changes import LowRank, Right, Sparse, WeightChange
-from expunge.checkpoint import Checkpoint, Erased, Place
+from expunge.checkpoint import Checkpoint, Erased
 from expunge.edit import Edit, base_hash
 from expunge.errors import ExpungeError
 from expunge.export import by_place, weights
+from expunge.lora import Place
 
 LARGEST_CONDITION = 1e6
 """Beyond this, a matrix that was multiplied onto float32 weights cannot be divided out again."""

@@ -16,7 +16,7 @@ from expunge import examples, masks
 from expunge.changes import Change, Changes, LowRank, Right, find
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.attention import energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
@@ -243,6 +243,16 @@ class MACE(Method):
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        concepts = len(problem.erase)
+        prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
+        if "suppress" not in self.stages:
+            return Work(prompts)
+        drawn = (
+            0 if self.pictures_from else 2 * self.pictures * (self.picture_steps or num_inference_steps)
+        )
+        return Work(prompts, concepts * drawn, concepts * self.steps)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         groups = self._read(model, problem)

@@ -13,9 +13,9 @@ from torch import Tensor
 from expunge.changes import Changes, Right
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model, Text
-from expunge.ops.least_squares import outer, right_factor, widened
+from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
 from expunge.run import Run
 
@@ -73,6 +73,11 @@ class UCE(Method):
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
+        retained = 4 * (len(problem.retain) + len(problem.erase)) + 1
+        return Work(prompts=2 * sum(templates) + retained + self.general)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         tokens, pooled = _Sums(), _Sums()
@@ -151,12 +156,12 @@ class _Sums:
     def move(self, erased: Tensor | None, anchored: Tensor | None, scale: float) -> None:
         if erased is not None and anchored is not None:
             e, a = erased.cpu(), anchored.cpu()
-            self.gram = self.gram + scale * outer(e, e)
+            self.gram = self.gram + scale * gram(e)
             self.cross = self.cross + scale * outer(a, e)
 
     def keep(self, rows: Tensor | None, scale: float) -> None:
         if rows is not None:
-            self.prior = self.prior + scale * outer(rows.cpu(), rows.cpu())
+            self.prior = self.prior + scale * gram(rows.cpu())
 
 
 def _from_last(text: Text, row: int) -> list[Tensor]:
