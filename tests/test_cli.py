@@ -348,6 +348,14 @@ def test_export_info_undo_and_merge(run, edit, folder, tmp_path):
     assert drawn[0] == 0
 
 
+def test_erase_with_the_denoiser_on_the_disk(run, edit):
+    assert run("erase", "uce", "--concept", "airplane=sky", "-o", "s.safetensors", "--stream")[0] == 0
+    assert Edit.load("s.safetensors").hash == Edit.load(edit).hash
+    code, _, err = run("erase", "mace", "--concept", "airplane=sky", "-o", "t.safetensors", "--stream")
+    assert code == 2
+    assert "MACE draws or trains" in err
+
+
 def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
     for command in (
         "erase uce --concept airplane=sky -o e.safetensors --dry-run --dtype float16",

@@ -588,6 +588,38 @@ def test_the_hub_in_one_sentence(monkeypatch):
     assert "the hub has no model o/n" in str(hub.refused("o/n", missing))
 
 
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_a_closed_form_with_the_denoiser_left_on_the_disk(tiny, name, tmp_path):
+    problem = Problem((Concept("airplane", "sky"),), ("ship",))
+    method = registry.get("methods", "uce")(ridge=1.0, general=3)
+    small = Checkpoint.find(tiny[name]).text_model()
+    assert {p.device.type for p in small.network.parameters()} == {"meta"}
+    edit = expunge.erase(small, problem, method)
+    model = expunge.load(tiny[name])
+    assert edit.fits(model)
+    assert edit.hash == expunge.erase(model, problem, method).hash
+    export(edit, "diffusers", tiny[name], tmp_path / "out")
+    again = expunge.load(tmp_path / "out")
+    assert torch.equal(again.draw(PROBE), drawn(model, edit))
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder):
+    found = []
+    for checkpointing in (False, True):
+        model = expunge.load(
+            folder, gradient_checkpointing=checkpointing, attention_slicing=checkpointing
+        )
+        assert model.network.is_gradient_checkpointing == checkpointing
+        layer, text = model.text_entries()[0].layer, model.encode(["ship"])
+        up = torch.zeros(model.weight(layer).shape[0], 1, requires_grad=True)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with model.using([LowRank((layer,), up, torch.ones(1, 32))]):
+            model.predict(latents, 500, text).square().sum().backward()
+        found.append(up.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_offloading_needs_an_accelerator(folder):
     if not torch.cuda.is_available():
         with pytest.raises(ExpungeError, match="no accelerator to offload from"):

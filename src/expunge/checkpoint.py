@@ -81,6 +81,37 @@ class Checkpoint:
         family = source.family_of(str(_json(folder / "model_index.json").get("_class_name")))
         return cls(folder, found.name, family, _json(folder / family.denoiser / "config.json"))
 
+    def text_model(self, dtype: torch.dtype = torch.float32) -> Model:
+        """The model with its text encoders alone in memory, its denoiser left on the disk.
+
+        Enough for a method that draws and trains nothing: its edit is then made, and exported, on a
+        machine that the whole model does not fit.
+
+        Args:
+            dtype: the number format of the text encoders.
+
+        Raises:
+            ExpungeError: it is a single file, or the text encoders cannot be read.
+        """
+        if self.is_file:
+            raise ExpungeError(
+                f"{self.path} is a single file, which diffusers reads whole; leave --stream out"
+            )
+        import diffusers
+        from accelerate import init_empty_weights
+
+        denoiser = self.family.denoiser
+        _, name = _json(self.path / "model_index.json")[denoiser]
+        absent = {denoiser: None, "vae": None}
+        pipe = source.read_pipeline(source.Source(self.name, self.path), dtype, **absent)
+        source.check_numbers(pipe.components, self.name)
+        with init_empty_weights():
+            network = getattr(diffusers, name).from_config(self.config)
+        pipe.register_modules(**{denoiser: network.to(dtype)})
+        model = self.family(pipe, self.name, source.settings(source.Source(self.name, self.path)))
+        model.stored = self.read
+        return model
+
     @property
     def is_file(self) -> bool:
         return self.path.is_file()

@@ -118,6 +118,10 @@ class Loading:
     """For a single file: a diffusers folder of a model built like it."""
     lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
     """A LoRA to fuse into the weights first."""
+    gradient_checkpointing: bool = False
+    """Compute twice what gradients need, instead of keeping it: less memory, more time."""
+    attention_slicing: bool = False
+    """Attend in slices: less memory, more time."""
     dry_run: bool = False
     """Print what it would take, in memory and time, and do nothing."""
 
@@ -145,7 +149,26 @@ class Loading:
             config=self.config,
             lora=strengths(self.lora),
             offload=self.offload,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attention_slicing=self.attention_slicing,
         )
+
+
+def streamed(loading: Loading, name: str, method: Any, work: Work | None) -> Model:
+    """The model of this name with its denoiser left on the disk, for a method that needs no more.
+
+    Raises:
+        ExpungeError: it needs more.
+    """
+    from expunge.checkpoint import Checkpoint
+
+    if work is None or work.predictions or work.gradients:
+        raise ExpungeError(
+            f"{type(method).__name__} draws or trains, and --stream leaves out what does both"
+        )
+    if loading.lora or loading.offload:
+        raise ExpungeError("--stream goes with neither --lora nor --offload")
+    return Checkpoint.find(name).text_model(_dtype(loading.dtype))
 
 
 def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:

@@ -202,11 +202,12 @@ def erase(
     model.require_words(prompts)
     method.check_family(model)
     _warn_of_overlaps(problem)
+    read = model.stored or base(model.pipe)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
         "problem": dataclasses.asdict(problem),
-        "model": base_hash(base(model.pipe), ((e.layer, "weight") for e in model.text_entries())),
+        "model": base_hash(read, ((entry.layer, "weight") for entry in model.text_entries())),
         "seed": seed,
     }
     start = time.monotonic()
@@ -218,7 +219,7 @@ def erase(
         fields=command["fields"],
         problem=problem,
         model=model.name,
-        base=base_hash(base(model.pipe), places(changes)),
+        base=base_hash(read, places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
         versions=versions(),

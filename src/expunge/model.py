@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -140,6 +140,8 @@ class Model(ABC):
         self.num_inference_steps = int(settings.get("num_inference_steps", 50))
         self.guidance_scale = float(settings.get("guidance_scale", 7.5))
         self.anchors = {**ANCHORS, **settings.get("anchors", {})}
+        self.stored: Callable[[str, str], Tensor] | None = None
+        """Reads a layer's parameter, by the names of both, where the denoiser was left on the disk."""
         self.sample_size: int | None = settings.get("sample_size")
         """Height and width of the latents to draw, where it is not the family's own."""
 
@@ -256,7 +258,7 @@ class Model(ABC):
     @property
     def device(self) -> torch.device:
         """Where the denoiser works; with offloading it may lie elsewhere between its calls."""
-        return self.pipe._execution_device
+        return torch.device("cpu") if self.stored else self.pipe._execution_device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -372,6 +374,8 @@ def load(
     config: str | Path | None = None,
     lora: Sequence[tuple[str | Path, float]] = (),
     offload: bool = False,
+    gradient_checkpointing: bool = False,
+    attention_slicing: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -386,6 +390,9 @@ def load(
             what the hub has for its kind.
         lora: LoRA files to fuse into the weights, and their strengths.
         offload: keep on the accelerator only the part that is at work.
+        gradient_checkpointing: compute twice what gradients need, instead of keeping it.
+        attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
+            a million pixels, or where PyTorch has no attention of its own that saves memory.
 
     Raises:
         ExpungeError: no such model, a family that is not known, weights missing, broken, or not
@@ -408,6 +415,10 @@ def load(
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
+    if gradient_checkpointing:
+        getattr(pipe, family.denoiser).enable_gradient_checkpointing()
+    if attention_slicing:
+        pipe.enable_attention_slicing()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             # The layout that convolutions are fastest in.
