@@ -104,7 +104,7 @@ class Erase:
     ray: Annotated[str, arg(metavar="ADDRESS")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
     stream: bool = False
-    """Leave the denoiser on the disk, for methods that draw and train nothing: it takes little memory."""
+    """Leave the denoiser on the disk, for methods that draw and train nothing: takes little memory."""
     loading: Loading = dataclasses.field(default_factory=Loading)
 
 
