@@ -341,6 +341,7 @@ def test_export_info_undo_and_merge(run, edit, folder, tmp_path):
     out = run(*copy, "kohya", "-o", "lora.safetensors", "--rank", "3")[1]
     assert "rank 3 on 14 layers, in float16" in out
     assert "is lost" in out
+    assert "airplane (becomes 'sky') by uce" in run("info", "lora.safetensors")[1]
     assert run("erase", "uce", "--concept", "horse=sky", "-o", "f.safetensors")[0] == 0
     out = run("merge", edit, "f.safetensors", "--model", str(folder), "-o", "m.safetensors")[1]
     assert "2 concepts of 2 edits, right on 14 layers" in out

@@ -197,14 +197,9 @@ class Checkpoint:
             ExpungeError: what it says about that cannot be read.
         """
         if self.is_file:
-            text = self.headers[self.path].get("__metadata__", {}).get(NOTE, "[]")
-        else:
-            file = self.path / "expunge.json"
-            text = json.dumps(_json(file).get("erased", [])) if file.is_file() else "[]"
-        try:
-            return tuple(Erased.from_dict(entry) for entry in json.loads(text))
-        except (ValueError, KeyError, TypeError):
-            raise ExpungeError(f"what {self.path} says about its erasures cannot be read") from None
+            return noted(self.headers[self.path])
+        file = self.path / "expunge.json"
+        return _history(_json(file).get("erased", []) if file.is_file() else [], file)
 
     def copy(
         self,
@@ -261,6 +256,26 @@ class Checkpoint:
             if (place := path.relative_to(self.path)).parts[0] in parts
             or (len(place.parts) == 1 and path.suffix != ".safetensors")
         ]
+
+
+def noted(header: Mapping[str, Any]) -> tuple[Erased, ...]:
+    """What the header of a file that we wrote says was erased, the latest last.
+
+    Raises:
+        ExpungeError: it cannot be read.
+    """
+    try:
+        entries = json.loads(header.get("__metadata__", {}).get(NOTE, "[]"))
+    except ValueError:
+        entries = None
+    return _history(entries, "the file")
+
+
+def _history(entries: Any, where: object) -> tuple[Erased, ...]:
+    try:
+        return tuple(Erased.from_dict(entry) for entry in entries)
+    except (ValueError, KeyError, TypeError):
+        raise ExpungeError(f"what {where} says about its erasures cannot be read") from None
 
 
 def _snapshot(model: str) -> Path:

@@ -253,18 +253,24 @@ def is_model(path: str) -> bool:
 
 
 def info_of_model(path: str) -> None:
-    """What a model on the disk says of itself."""
-    from expunge.checkpoint import Checkpoint
+    """What a model or a LoRA on the disk says of itself."""
+    from expunge.checkpoint import Checkpoint, noted
 
-    checkpoint = Checkpoint.find(path)
-    kind = "single file" if checkpoint.is_file else "diffusers folder"
-    rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
-    for erased in checkpoint.erased():
+    header = files.read_header(path) if Path(path).is_file() else {}
+    if any("lora" in name for name in header):
+        rows = [("lora", path)]
+        history = noted(header)
+    else:
+        checkpoint = Checkpoint.find(path)
+        kind = "single file" if checkpoint.is_file else "diffusers folder"
+        rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
+        history = checkpoint.erased()
+    for erased in history:
         record = erased.record
         concepts = ", ".join(f"{c.name} (becomes {c.anchor!r})" for c in record.problem.erase)
         rows.append(("erased", f"{concepts} by {record.method}, seed {record.seed}"))
         rows.append(("", f"{len(erased.places)} tensors, edit {erased.edit[:16]}"))
-    if len(rows) == 1:
+    if not history:
         rows.append(("erased", "nothing that it says of"))
     for name, text in rows:
         print(f"{name:<8}{text}")
