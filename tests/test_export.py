@@ -559,7 +559,7 @@ def test_what_is_no_model(folder, uce, single, tmp_path):
     ):
         with pytest.raises(ExpungeError, match=message):
             expunge.load(folder, lora=[(tmp_path / name, 1.0)])
-    with pytest.raises(ExpungeError, match=r"give --config|HF_HUB_OFFLINE"):
+    with pytest.raises(ExpungeError, match="not on this machine; give --config"):
         expunge.load(single)
     tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
     with pytest.raises(ExpungeError, match="is not a LoRA for this model"):

@@ -15,19 +15,24 @@ def offline() -> bool:
 
 def refused(name: str, error: Exception) -> ExpungeError:
     """Why a model of the hub could not be had."""
-    kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    kinds = _kinds(error)
     if "GatedRepoError" in kinds:
         return ExpungeError(
             f"{name} is gated: accept its licence on huggingface.co/{name}, and log in by hf auth login"
         )
     if "RepositoryNotFoundError" in kinds:
         return ExpungeError(f"the hub has no model {name}, or it is private and you are not logged in")
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+    if absent(error):
         if offline():
             return ExpungeError(f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it")
         return ExpungeError(f"{name} is not on this machine, and the hub does not answer")
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ExpungeError(f"cannot load {name}: {reason}")
+
+
+def absent(error: Exception) -> bool:
+    """Whether something failed because it is not on this machine and could not be fetched."""
+    return bool(_kinds(error) & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"})
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -63,6 +68,11 @@ def check_push(repository: str) -> None:
         raise ExpungeError("HF_HUB_OFFLINE forbids the upload; unset it")
     if huggingface_hub.get_token() is None:
         raise ExpungeError("the hub does not know you: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """The names of what an error is, and of what it came from."""
+    return {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -15,7 +15,7 @@ import torch
 from expunge import registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import check_weights, read_header
-from expunge.hub import refused
+from expunge.hub import absent, refused
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 """Endings of files that can run a stranger's code when they are read."""
@@ -164,7 +164,7 @@ def read_pipeline(
     except Exception as error:  # whatever diffusers, the hub and the files come up with
         if source.path is None:
             raise refused(source.name, error) from error
-        if source.is_file and config is None and "Local" in type(error).__name__:
+        if source.is_file and config is None and absent(error):
             raise ExpungeError(
                 f"a single file has no configuration, and the one for {source.path} is not on this"
                 " machine; give --config a diffusers folder of a model built like it"
