@@ -103,6 +103,20 @@ class TestContract:
         found = 2 * torch.log(signal / noise)
         torch.testing.assert_close(found, model.log_snr()[t[0]], rtol=1e-4, atol=1e-4)
 
+    def test_a_trajectory_yields_what_the_denoiser_is_given(self, model):
+        text, seen = model.encode(["ship"]), []
+        hook = model.network.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
+        hook.remove()
+        assert [t for t, _ in points] == [*model.times(3), 0]
+        for (_, latents), given in zip(points, seen, strict=False):
+            if latents.shape == given.shape:
+                assert torch.equal(latents, given)
+            torch.testing.assert_close(latents.norm(), given.norm())
+
     def test_the_prediction_is_that_of_the_denoiser(self, model):
         shape = model.encode_pictures(torch.rand(2, 3, 16, 16)).shape
         text = model.encode(["ship", "bird"])

@@ -184,8 +184,8 @@ class Model(ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Denoise n pictures from noise; yields (t, latents) before every step and, with t = 0,
-        the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
+        """Denoise n pictures from noise; yields (t, latents) before every step, as `predict` takes them,
+        and, with t = 0, the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ class LatentModel(Model):
     def vocabulary(self) -> tuple[str, ...]:
         return _text.vocabulary(self.pipe.tokenizer)
 
+    def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+        """The times at which `trajectory` asks the denoiser, from noise on."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        self._set_timesteps(scheduler, num_inference_steps or self.num_inference_steps)
+        return tuple(round(float(t)) for t in scheduler.timesteps)
+
     def trajectory(
         self,
         text: Text,
@@ -53,12 +59,11 @@ class LatentModel(Model):
         latents = noise.to(self.device, self.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
+        scales = hasattr(scheduler, "scale_model_input")
         for t in scheduler.timesteps:
-            yield round(float(t)), latents
-            given = torch.cat([latents] * 2) if guided else latents
-            if hasattr(scheduler, "scale_model_input"):
-                given = scheduler.scale_model_input(given, t)
-            output = self._guided(given, t, text, guidance)
+            given = scheduler.scale_model_input(latents, t) if scales else latents
+            yield round(float(t)), given
+            output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
             if guided:
                 empty, prompt = output.chunk(2)
                 output = empty + guidance * (prompt - empty)
