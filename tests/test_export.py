@@ -23,7 +23,7 @@ from expunge import (
     registry,
     tensors,
 )
-from expunge.changes import Dense, Gated, LowRank
+from expunge.changes import Dense, Gated, LowRank, find
 from expunge.checkpoint import Checkpoint
 from expunge.edit import base, base_hash, places
 from expunge.export import export
@@ -653,3 +653,23 @@ def test_a_layer_is_found_in_both_layouts_of_clip(folder, tmp_path):
     new = checkpoint.places("text_encoder.encoder.layers.0.self_attn.q_proj", "weight")
     old = checkpoint.places("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "weight")
     assert new == old
+
+
+class OldLayout(torch.nn.Module):
+    """CLIP's text encoder as transformers had it up to 5.5: the tower in `text_model`."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.text_model = tower
+
+
+def test_a_layer_in_memory_is_found_in_both_layouts_of_clip(pipe):
+    tower = pipe.text_encoder
+    tower = getattr(tower, "text_model", tower)
+    layer = tower.encoder.layers[0].self_attn.q_proj
+    for encoder in (tower, OldLayout(tower)):
+        pipe.text_encoder = encoder
+        for name in ("encoder", "text_model.encoder"):
+            assert find(pipe, f"text_encoder.{name}.layers.0.self_attn.q_proj") is layer
+    with pytest.raises(ExpungeError, match="has no layer text_encoder.encoder.nothing"):
+        find(pipe, "text_encoder.encoder.nothing")
