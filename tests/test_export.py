@@ -135,7 +135,7 @@ def test_a_lora_of_a_low_rank_edit_is_exact(tiny, name, to, tmp_path):
 
 @pytest.mark.parametrize("name", list(PIPELINES))
 @pytest.mark.parametrize("to", ["lora", "kohya"])
-def test_diffusers_loads_every_key(tiny, name, to, tmp_path, caplog):
+def test_diffusers_loads_every_key(tiny, name, to, tmp_path):
     pytest.importorskip("peft")
     if (name, to) == ("sd3", "kohya"):
         pytest.skip("diffusers reads no SD 3 LoRA in kohya's naming; its names are tested below")
@@ -148,7 +148,6 @@ def test_diffusers_loads_every_key(tiny, name, to, tmp_path, caplog):
     pipe.load_lora_weights(str(path))
     loaded = {key for key, _ in getattr(pipe, model.denoiser).named_parameters() if "lora_" in key}
     assert len(loaded) == 2 * len(places(edit.changes))
-    assert "unexpected" not in caplog.text.lower()
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     again = expunge.load(pipe)

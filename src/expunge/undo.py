@@ -58,7 +58,9 @@ def undo(
         back = _by_arithmetic(edit, last)
     else:
         raise ExpungeError("undoing takes the original model, or the edit: name one of them")
-    erased_model.copy(output, back, history[:-1])
+    names = ", ".join(concept.name for concept in last.record.problem.erase)
+    text = f"# {erased_model.name}, with {names} again\n\nWritten by `expunge undo`.\n"
+    erased_model.copy(output, back, history[:-1], {"README.md": text})
     return last
 
 
