@@ -375,3 +375,70 @@ def test_draw_takes_what_has_been_drawn(run, monkeypatch):
     monkeypatch.setattr("expunge.model.Model.draw", None)
     assert run(*command, "two.png")[0] == 0
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_export_info_undo_and_merge(run, edit, folder, tmp_path):
+    copy = ("export", edit, "--model", str(folder), "--to")
+    code, out, err = run(*copy, "diffusers", "-o", "erased", "--licence", "openrail")
+    assert (code, err) == (0, "")
+    assert "erased: diffusers" in out
+    assert 'license: "openrail"' in (tmp_path / "erased" / "README.md").read_text()
+    out = run("info", "erased")[1]
+    assert "airplane (becomes 'sky') by uce" in out
+    assert "nothing that it says of" in run("info", str(folder))[1]
+    assert (
+        "airplane back, 14 tensors" in run("undo", "erased", "--original", str(folder), "-o", "back")[1]
+    )
+    out = run(*copy, "kohya", "-o", "lora.safetensors", "--rank", "3")[1]
+    assert "rank 3 on 14 layers, in float16" in out
+    assert "is lost" in out
+    assert "airplane (becomes 'sky') by uce" in run("info", "lora.safetensors")[1]
+    assert run("erase", "uce", "--concept", "horse=sky", "-o", "f.safetensors")[0] == 0
+    out = run("merge", edit, "f.safetensors", "--model", str(folder), "-o", "m.safetensors")[1]
+    assert "2 concepts of 2 edits, right on 14 layers" in out
+    drawn = run("draw", "ship", "--lora", "lora.safetensors=0.5", "--steps", "1", "-o", "x.png")
+    assert drawn[0] == 0
+
+
+def test_erase_with_the_denoiser_on_the_disk(run, edit):
+    assert run("erase", "uce", "--concept", "airplane=sky", "-o", "s.safetensors", "--stream")[0] == 0
+    assert Edit.load("s.safetensors").hash == Edit.load(edit).hash
+    code, _, err = run("erase", "mace", "--concept", "airplane=sky", "-o", "t.safetensors", "--stream")
+    assert code == 2
+    assert "MACE draws or trains" in err
+
+
+def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
+    for command in (
+        "erase uce --concept airplane=sky -o e.safetensors --dry-run --dtype float16",
+        "erase mace --concept airplane=sky -o e.safetensors --dry-run",
+        "draw ship -n 2 -o x.png --dry-run",
+    ):
+        code, out, err = run(*command.split())
+        assert (code, err) == (0, "")
+        assert "memory: " in out
+        assert "in all " in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("export e.safetensors --to kohia -o x.safetensors", "did you mean 'kohya'"),
+        ("export absent.safetensors --to lora -o x.safetensors", "cannot read absent.safetensors"),
+        ("export absent.safetensors --to lora", "export needs -o"),
+        ("export e.safetensors --to lora -o x.safetensors --dtype float8", "no number format 'float8'"),
+        ("export e.safetensors --to lora -o x.safetensors --push-to-hub a/b", "HF_HUB_OFFLINE"),
+        ("undo absent -o x", "no model 'absent'"),
+        ("merge e.safetensors f.safetensors -o m.pt", "should end so"),
+        ("draw x -o x.png --lora a=b --model emoji", "FILE or FILE=STRENGTH, not 'a=b'"),
+        ("draw x -o x.png --dtype half --model emoji", "no number format 'half'"),
+        ("draw x -o x.png --offlaod --model emoji", "did you mean '--offload'"),
+    ],
+)
+def test_bad_input_of_models_is_one_sentence(run, tmp_path, arguments, message):
+    code, out, err = run(*arguments.split(), model=False)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -40,6 +40,23 @@ def test_python(tmp_path, monkeypatch):
     assert names["pictures"].shape == (4, 3, 64, 64)
 
 
+def test_use_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("docs/use-elsewhere.md", "bash")
+    for command in commands.splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "expunge"
+        assert main(arguments) == 0, command
+    out, err = capsys.readouterr()
+    assert err == ""
+    for said in ("rank 32", "of their norm is lost", "airplane (becomes 'sky') by uce", "airplane back"):
+        assert said in out
+    (block,) = blocks("docs/use-elsewhere.md", "python")
+    names: dict = {}
+    exec(block, names)
+    assert names["picture"].size == (64, 64)
+
+
 def test_judging(tmp_path):
     (block,) = blocks("docs/judging.md", "python")
     names: dict = {}

@@ -203,7 +203,7 @@ def test_load_refuses(folder, tmp_path):
         expunge.load(tmp_path)
     file = tmp_path / "x.safetensors"
     file.write_text("")
-    with pytest.raises(ExpungeError, match="is a file, not a diffusers folder"):
+    with pytest.raises(ExpungeError, match="not a whole safetensors file"):
         expunge.load(file)
     path = shutil.copytree(folder, tmp_path / "cut")
     shard = path / "unet" / "diffusion_pytorch_model.safetensors"

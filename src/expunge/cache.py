@@ -313,9 +313,10 @@ def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def sampler(model: Model) -> dict[str, Any]:
-    """The scheduler's class and settings."""
+    """The scheduler's class and settings, and the pictures' size where it is not the model's own."""
     scheduler = model.pipe.scheduler
-    return {"class": type(scheduler).__name__, **_plain(scheduler.config)}
+    size = {} if model.sample_size is None else {"sample_size": model.sample_size}
+    return {"class": type(scheduler).__name__, **_plain(scheduler.config), **size}
 
 
 def _plain(config: object) -> dict[str, str]:

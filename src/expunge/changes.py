@@ -8,6 +8,7 @@ layer meets runs as a forward hook.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -279,11 +280,12 @@ def find(root: Any, layer: str) -> nn.Module:
         ExpungeError: there is none.
     """
     component, _, inside = layer.partition(".")
-    module = getattr(root, component, None)
-    try:
-        return module.get_submodule(inside)  # type: ignore[union-attr]
-    except AttributeError:
-        raise ExpungeError(f"the edit does not fit: this model has no layer {layer}") from None
+    module: Any = getattr(root, component, None)
+    # Up to transformers 5.5 CLIP's layers lie in `text_model`, from 5.6 on they do not.
+    for name in (inside, f"text_model.{inside}", inside.removeprefix("text_model.")):
+        with contextlib.suppress(AttributeError):
+            return module.get_submodule(name)
+    raise ExpungeError(f"the edit does not fit: this model has no layer {layer}")
 
 
 def base_parameter(root: Any, layer: str, parameter: str) -> Tensor:

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from expunge import __version__, concepts, files, registry
+from expunge import __version__, commands, concepts, files, registry, source
+from expunge.commands import Loading
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -52,7 +53,10 @@ usage: expunge COMMAND …
   erase METHOD      erase concepts; writes an edit
   evaluate EDIT…    judge edits by suites; writes a report
   run EXPERIMENT    erase, judge and report a whole table of methods and concepts
-  info EDIT         what an edit erases, how it was made, whether it fits
+  export EDIT       an edit as a diffusers folder, a single file, or a LoRA
+  merge EDIT…       one edit of several
+  undo MODEL        a model that export wrote as it was before
+  info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
   list KIND         methods, models, families, attacks, metrics, suites
 
   expunge COMMAND --help    shows its options
@@ -75,11 +79,12 @@ class Draw:
     edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT")] = ()
     """An edit to draw with."""
     model: str = "emoji"
-    """A shipped model, a diffusers folder, or a hub id."""
+    """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Denoising steps; by default the model's own."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="")] = None
     """Guidance scale; by default the model's own."""
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,14 @@ class Erase:
     preset: Annotated[str | None, arg(metavar="NAME")] = None
     """Values for the method's fields; those given beside count. `--preset list` shows them all."""
     model: str = "emoji"
-    """A shipped model, a diffusers folder, or a hub id."""
+    """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
     ray: Annotated[str, arg(metavar="ADDRESS")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
+    stream: bool = False
+    """Leave the denoiser on the disk, for methods that draw and train nothing: takes little memory."""
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Info:
     """Say what an edit erases, how it was made, from what, and whether it fits a model."""
 
     edit: Positional[str]
-    """The edit."""
+    """The edit, or a model that export wrote."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model at hand; by default the shipped one it was made from."""
 
@@ -193,15 +201,20 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
-    registry.model_folder(options.model)
+    source.find(options.model)
     for path in options.edit:
         files.read_header(path)
     from expunge.cache import Cache, Request, Source
     from expunge.edit import Edit
-    from expunge.model import load
 
+    if options.loading.dry_run:
+        from expunge.method import Work
+
+        n, steps = options.number, options.steps
+        options.loading.show_plan(options.model, lambda own: Work(2, 2 * n * (steps or own)))
+        return
     edits = tuple(Edit.load(path) for path in options.edit)
-    model = load(options.model)
+    model = options.loading.load(options.model)
     steps = probe.num_inference_steps or model.num_inference_steps
     guidance = model.guidance_scale if probe.guidance_scale is None else probe.guidance_scale
     asked = [
@@ -229,7 +242,7 @@ def _check_erase(options: Erase) -> Problem:
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    registry.model_folder(options.model)
+    source.find(options.model)
     return problem
 
 
@@ -240,9 +253,14 @@ def erase_command(options: Erase, method: Any) -> None:
 
     cluster.check(options.ray)
     from expunge.edit import erase
-    from expunge.model import load
 
-    model = load(options.model)
+    if options.loading.dry_run:
+        options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
+        return
+    if options.stream:
+        model = commands.streamed(options.loading, options.model, method, method.work(problem, 1))
+    else:
+        model = options.loading.load(options.model)
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
@@ -285,7 +303,7 @@ def evaluate_command(options: Evaluate) -> None:
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
     for name in models:
-        registry.model_folder(name)
+        source.find(name)
     for name in options.edits:
         if not Path(name).is_dir():
             files.read_header(name)
@@ -410,6 +428,9 @@ def _bytes(text: str) -> int:
 
 def info_command(options: Info) -> None:
     """`expunge info`."""
+    if commands.is_model(options.edit):
+        commands.info_of_model(options.edit)
+        return
     from expunge.changes import summary
     from expunge.edit import Edit
 
@@ -443,7 +464,8 @@ def list_command(options: List) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name in names:
-        table.add_row(name, registry.describe(options.kind, name))
+        families = (registry.suits(name),) if options.kind == "methods" else ()
+        table.add_row(name, registry.describe(options.kind, name), *families)
     _out().print(table if names else f"no {options.kind} yet")
 
 
@@ -451,6 +473,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (Draw, draw_command),
     "evaluate": (Evaluate, evaluate_command),
     "run": (RunOptions, run_command),
+    "export": (commands.Export, commands.export_command),
+    "merge": (commands.Merge, commands.merge_command),
+    "undo": (commands.Undo, commands.undo_command),
     "info": (Info, info_command),
     "list": (List, list_command),
 }
@@ -552,6 +577,8 @@ def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     for field in dataclasses.fields(options):
         if field.name == "method":
             yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+        elif field.name == "loading":
+            yield from dataclasses.fields(Loading)
         else:
             yield field
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ class Record:
     seconds: float
     versions: Mapping[str, str]
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -85,7 +90,7 @@ class Edit:
         """
         root = model.pipe if isinstance(model, Model) else model
         check_fit(root, self.changes)
-        return base_hash(root, _places(self.changes)) == self.record.base
+        return base_hash(base(root), places(self.changes)) == self.record.base
 
     def apply(self, pipe: Model | Any) -> Applied:
         """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
@@ -148,9 +153,7 @@ class Edit:
                 )
                 for i, spec in enumerate(data["changes"])
             )
-            record = Record(
-                **{**data["record"], "problem": Problem.from_dict(data["record"]["problem"])}
-            )
+            record = Record.from_dict(data["record"])
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             if isinstance(error, ExpungeError):
                 raise
@@ -197,12 +200,14 @@ def erase(
     prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
     model.require_window(prompts)
     model.require_words(prompts)
+    method.check_family(model)
     _warn_of_overlaps(problem)
+    read = model.stored or base(model.pipe)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
         "problem": dataclasses.asdict(problem),
-        "model": base_hash(model.pipe, ((entry.layer, "weight") for entry in model.text_entries())),
+        "model": base_hash(read, ((entry.layer, "weight") for entry in model.text_entries())),
         "seed": seed,
     }
     start = time.monotonic()
@@ -214,10 +219,10 @@ def erase(
         fields=command["fields"],
         problem=problem,
         model=model.name,
-        base=base_hash(model.pipe, _places(changes)),
+        base=base_hash(read, places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
-        versions=_versions(),
+        versions=versions(),
     )
     return Edit(changes, record)
 
@@ -236,24 +241,34 @@ def _warn_of_overlaps(problem: Problem) -> None:
         )
 
 
-def base_hash(root: Any, places: Iterable[tuple[str, str]]) -> str:
+Read = Callable[[str, str], torch.Tensor]
+"""Gives a layer's parameter, by the names of both."""
+
+
+def base(root: Any) -> Read:
+    """Reads a pipeline's parameters, beneath whatever lies on them."""
+    return lambda layer, parameter: base_parameter(root, layer, parameter)
+
+
+def base_hash(read: Read, places: Iterable[tuple[str, str]]) -> str:
     """The hash of some parameters, named by layer and parameter, as rounded to float16.
 
     The rounding lets the half-precision variant of a model count as the model itself.
     """
     digest = hashlib.sha256()
     for layer, parameter in sorted(places):
-        tensor = base_parameter(root, layer, parameter)
+        tensor = read(layer, parameter)
         digest.update(f"{layer}.{parameter}".encode() + content(tensor.to(torch.float16)))
     return digest.hexdigest()
 
 
-def _places(changes: Changes) -> set[tuple[str, str]]:
+def places(changes: Changes) -> set[tuple[str, str]]:
     """The parameters that changes take the place of."""
     return {(layer, change.parameter) for change in changes for layer in change.layers}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of what an edit hangs on."""
     return {
         name: importlib.metadata.version(name)
         for name in ("expunge", "torch", "diffusers", "transformers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -157,3 +158,44 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExpungeError(f"{path} is not a TOML file: {error}") from None
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Check that the disk of a folder, which need not be there yet, takes `needed` bytes more.
+
+    Raises:
+        ExpungeError: it does not.
+    """
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ExpungeError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to be written"
+        )
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        ExpungeError: something is at `path` already, or the folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ExpungeError(f"{path} is there already; choose another folder, or move it away")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=path.parent))
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

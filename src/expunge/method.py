@@ -8,11 +8,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from expunge.changes import Changes
-from expunge.errors import unknown
+from expunge.errors import ExpungeError, unknown
 from expunge.fields import build, check
 from expunge.model import Model
 from expunge.problem import Problem
 from expunge.run import Run
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a method asks of a model."""
+
+    prompts: int = 0
+    """Prompts to read."""
+    predictions: int = 0
+    """Predictions of the denoiser, for one picture each."""
+    gradients: int = 0
+    """Predictions with gradients."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,29 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Field values that belong together, by name; `about`, no field, says in a line what for."""
 
+    needs: ClassVar[Mapping[str, str]] = {}
+    """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
+    says why one has it not. A method without stages names itself."""
+
     def __post_init__(self) -> None:
         check(self)
+
+    def check_family(self, model: Model) -> None:
+        """Check that the model has what this method needs, as its fields are.
+
+        Raises:
+            ExpungeError: it has not; the reason, and what of the method is left.
+        """
+        stages = getattr(self, "stages", tuple(self.needs))
+        for stage in stages:
+            need = self.needs.get(stage, "")
+            if need in model.lacks:
+                rest = [one for one in stages if self.needs.get(one) not in model.lacks]
+                way = f"; left are the stages {', '.join(rest)}" if rest else ""
+                raise ExpungeError(
+                    f"{type(self).__name__}'s {stage} needs {need}, and {type(model).__name__} has none:"
+                    f" {model.lacks[need]}{way}"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -39,6 +72,15 @@ class Method(ABC):
         values = {**cls.presets[name], **overrides}
         values.pop("about", None)
         return build(cls, values)
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work | None:
+        """How much this method will ask of a model, about; None if it does not say.
+
+        Args:
+            problem: what to erase.
+            num_inference_steps: the model's own.
+        """
+        return None
 
     @abstractmethod
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -16,9 +15,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from expunge import registry
+from expunge import source
 from expunge.changes import Applied, Change, Changes, find
 from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.lora import fuse
 from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
@@ -47,9 +47,29 @@ class Text:
     """(n, tokens), int64: the tokenizer's numbers."""
     pooled: Tensor | None = None
     """(n, pooled width), for families that read it."""
+    ends: Tensor | None = None
+    """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
+    token and own tokens come before it."""
+    parts: tuple[int, ...] = ()
+    """How many of the tokens are each text encoder's, in order; by default, all are one's."""
+
+    def __post_init__(self) -> None:
+        if self.ends is None:
+            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
+        if not self.parts:
+            object.__setattr__(self, "parts", (self.own.shape[1],))
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def stretches(self, row: int) -> list[tuple[slice, int]]:
+        """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
+        assert self.ends is not None
+        found, start = [], 0
+        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
+            found.append((slice(start, start + length), end))
+            start += length
+        return found
 
     def __getitem__(self, rows: Sequence[int]) -> Text:
         """The text of some rows, in the order given."""
@@ -60,18 +80,23 @@ class Text:
             self.own[index],
             self.ids[index],
             None if self.pooled is None else self.pooled[index],
+            None if self.ends is None else self.ends[index],
+            self.parts,
         )
 
     @classmethod
     def joined(cls, texts: Sequence[Text]) -> Text:
         """The rows of several texts, one after the other."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
+        ends = [text.ends for text in texts if text.ends is not None]
         return cls(
             tuple(prompt for text in texts for prompt in text.prompts),
             torch.cat([text.embeddings for text in texts]),
             torch.cat([text.own for text in texts]),
             torch.cat([text.ids for text in texts]),
             torch.cat(pooled) if pooled else None,
+            torch.cat(ends),
+            texts[0].parts,
         )
 
 
@@ -81,8 +106,9 @@ class TextEntry:
 
     layer: str
     """Its name, as changes name it."""
-    role: Literal["key", "value"]
-    """What attention uses its output for."""
+    role: Literal["key", "value", "context", "pooled"]
+    """What its output is: the keys or values of a cross-attention, the tokens that enter a joint
+    attention, or a vector of the whole prompt."""
 
 
 class HasChanges(Protocol):
@@ -99,7 +125,15 @@ class Model(ABC):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
-    """The diffusers classes of this family."""
+    """The diffusers classes of this family, the one that single files become first."""
+    denoiser: ClassVar[str]
+    """The pipeline's component that predicts: "unet" or "transformer"."""
+    single_files: ClassVar[tuple[str, ...]] = ()
+    """What diffusers calls the kinds of single-file checkpoints of this family."""
+    mark: ClassVar[str] = ""
+    """Part of a tensor's name that every single-file checkpoint of this family has."""
+    lacks: ClassVar[Mapping[str, str]] = {}
+    """What this family does not have of what a method may need, and why."""
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = settings or {}
@@ -108,6 +142,10 @@ class Model(ABC):
         self.num_inference_steps = int(settings.get("num_inference_steps", 50))
         self.guidance_scale = float(settings.get("guidance_scale", 7.5))
         self.anchors = {**ANCHORS, **settings.get("anchors", {})}
+        self.stored: Callable[[str, str], Tensor] | None = None
+        """Reads a layer's parameter, by the names of both, where the denoiser was left on the disk."""
+        self.sample_size: int | None = settings.get("sample_size")
+        """Height and width of the latents to draw, where it is not the family's own."""
 
     # What a family answers.
 
@@ -183,9 +221,55 @@ class Model(ABC):
 
     @abstractmethod
     def text_entries(self) -> tuple[TextEntry, ...]:
-        """The linear layers through which text enters."""
+        """The linear layers through which `Text.embeddings` enters."""
+
+    def pooled_entries(self) -> tuple[TextEntry, ...]:
+        """The linear layers through which `Text.pooled` enters, as the first of a layer's inputs."""
+        return ()
+
+    @classmethod
+    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        """What the model's first code, and so single files, call a layer of the denoiser.
+
+        None where it has no place of its own there: it is part of a larger layer.
+
+        Args:
+            layer: its name inside the denoiser.
+            config: the denoiser's configuration, or what `layout` makes of a single file.
+        """
+        return None
+
+    @classmethod
+    def layout(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
+        """What the names of a single file's tensors tell of the denoiser's configuration."""
+        return {}
+
+    @classmethod
+    def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        """What a layer of the denoiser is called in a LoRA of kohya's naming; None where nothing is."""
+        original = cls.original(layer, config)
+        return None if original is None else "lora_unet_" + original.replace(".", "_")
 
     # What follows from the answers.
+
+    @property
+    def network(self) -> Any:
+        """The denoiser."""
+        return getattr(self.pipe, self.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser works; with offloading it may lie elsewhere between its calls."""
+        return torch.device("cpu") if self.stored else self.pipe._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the denoiser."""
+        return self.network.dtype
+
+    def unconditional(self, n: int) -> Text:
+        """What guidance leads away from, n rows: the empty prompt, unless the family says otherwise."""
+        return self.encode([""] * n)
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as it stands, without its gradient."""
@@ -384,88 +468,69 @@ class Model(ABC):
 
     def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
-        layers = [entry.layer.rpartition(".") for entry in self.text_entries()]
+        entries = (*self.text_entries(), *self.pooled_entries())
+        layers = [entry.layer.rpartition(".") for entry in entries]
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 
 
-def load(model: str | Path | Any, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Model:
+def load(
+    model: str | Path | Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    config: str | Path | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+    offload: bool = False,
+    gradient_checkpointing: bool = False,
+    attention_slicing: bool = False,
+) -> Model:
     """Load a model.
 
     >>> model = load("emoji")  # doctest: +SKIP
 
     Args:
-        model: the name of a shipped model ("emoji"), a diffusers folder, a hub id
-            ("owner/name"), or a diffusers pipeline in memory.
+        model: the name of a shipped model ("emoji"), a diffusers folder, a single `.safetensors` file,
+            a hub id ("owner/name"), or a diffusers pipeline in memory.
         dtype: the number format of the weights.
         device: where to put it; "auto" is the accelerator if there is one, else the CPU.
+        config: for a single file: a diffusers folder or a hub id of a model built like it; by default
+            what the hub has for its kind.
+        lora: LoRA files to fuse into the weights, and their strengths.
+        offload: keep on the accelerator only the part that is at work.
+        gradient_checkpointing: compute twice what gradients need, instead of keeping it.
+        attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
+            a million pixels, or where PyTorch has no attention of its own that saves memory.
 
     Raises:
-        ExpungeError: no such model, a family that is not known, or weights missing or broken.
+        ExpungeError: no such model, a family that is not known, weights missing, broken, or not
+            numbers, or no accelerator to offload from.
     """
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
-        return _family(type(model).__name__)(model, name=name)
-    folder, name = registry.model_folder(model)
-    pipe = _read_pipeline(folder or str(model), dtype)
+        return source.family_of(type(model).__name__)(model, name=name)
+    found = source.find(model)
+    pipe = source.read_pipeline(found, dtype, config)
+    family = source.family_of(type(pipe).__name__)
+    source.check_numbers(pipe.components, found.name)
+    for file, scale in lora:
+        fuse(file, pipe, scale)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device)
+    if offload:
+        if device == "cpu":
+            raise ExpungeError("there is no accelerator to offload from: leave offload out")
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if gradient_checkpointing:
+        getattr(pipe, family.denoiser).enable_gradient_checkpointing()
+    if attention_slicing:
+        pipe.enable_attention_slicing()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             # The layout that convolutions are fastest in.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _family(type(pipe).__name__)(pipe, name=name, settings=_settings(folder))
-
-
-def _family(pipeline: str) -> type[Model]:
-    """The family that a diffusers class belongs to."""
-    known = {name: registry.get("families", name) for name in registry.names("families")}
-    for family in known.values():
-        if pipeline in family.pipelines:
-            return family
-    raise ExpungeError(f"no family knows the pipeline {pipeline}; known: {', '.join(known)}")
-
-
-def _settings(folder: Path | None) -> dict[str, Any]:
-    """What `expunge.json` says beside the model: how to draw with it, and its anchors."""
-    file = folder / "expunge.json" if folder else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text())
-        assert isinstance(settings, dict)
-        return settings
-    except (ValueError, AssertionError):
-        raise ExpungeError(f"{file} is not a JSON table") from None
-
-
-def _read_pipeline(source: str | Path, dtype: torch.dtype) -> Any:
-    """Read a pipeline with diffusers, quietly, weights from safetensors only."""
-    import diffusers
-    import transformers
-
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=isinstance(source, Path),
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExpungeError(f"cannot load {source}: {lines[0]}") from error
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
-    return pipe
+    return family(pipe, name=found.name, settings=source.settings(found))
 
 
 def warn_cut(prompt: str, tokens: int, window: int) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import ExpungeError, unknown
-from expunge.files import check_weights
 
 HERE = Path(__file__).parent
 
@@ -47,24 +46,39 @@ def describe(kind: str, name: str) -> str:
     return (text or "").splitlines()[0] if text else ""
 
 
-def model_folder(model: str | Path) -> tuple[Path | None, str]:
-    """The folder of a model, its weight files whole, or None for a hub id; and what to call it.
+def declared(kind: str, name: str, attribute: str) -> dict[str, str]:
+    """What a plug-in's class says in one table of plain texts, read without importing it.
 
-    Raises:
-        ExpungeError: there is no such model, or a file of it is missing or cut short.
+    >>> declared("methods", "mace", "needs")
+    {'suppress': 'cross-attention'}
     """
-    shipped = names("models")
-    path = HERE / model / "pipeline" if str(model) in shipped else Path(model)
-    if not path.is_dir():
-        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            return None, model
-        if path.exists():
-            raise ExpungeError(f"{model} is a file, not a diffusers folder")
-        raise unknown("model", str(model), shipped)
-    if not (path / "model_index.json").is_file():
-        raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
-    check_weights(path)
-    return path, str(model) if str(model) in shipped else path.resolve().name
+    for node in ast.walk(ast.parse((HERE / kind / f"{name}.py").read_text())):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id == attribute and node.value is not None:
+                return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def suits(method: str) -> str:
+    """On which families a method works, and what of it on the others, in words.
+
+    >>> suits("uce")
+    'every family'
+    """
+    needs = declared("methods", method, "needs")
+    said: dict[str, list[str]] = {}
+    for family in names("families"):
+        lacks = declared("families", family, "lacks")
+        missing = [stage for stage, need in needs.items() if need in lacks]
+        said.setdefault(", ".join(missing), []).append(family)
+    if list(said) == [""]:
+        return "every family"
+    parts = [
+        f"{', '.join(families)}: {'all of it' if not missing else f'not {missing}'}"
+        for missing, families in sorted(said.items())
+    ]
+    return "; ".join(parts)
 
 
 def get(kind: str, name: str) -> type[Any]:

@@ -15,7 +15,7 @@ from expunge import examples, fusion, masks
 from expunge.changes import Changes, Right, find
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.attention import energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
@@ -168,6 +168,8 @@ class MACE(Method):
                  "pictures": 2, "picture_steps": 3},
     }  # fmt: skip
 
+    needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
+
     stages: tuple[Stage, ...] = STAGES
     """Which of the three to run; "fuse" has nothing to do without another."""
     ridge: float = bounded(100.0, at_least=0)
@@ -234,6 +236,16 @@ class MACE(Method):
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        concepts = len(problem.erase)
+        prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
+        if "suppress" not in self.stages:
+            return Work(prompts)
+        drawn = (
+            0 if self.pictures_from else 2 * self.pictures * (self.picture_steps or num_inference_steps)
+        )
+        return Work(prompts, concepts * drawn, concepts * self.steps)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         groups = self._read(model, problem)
@@ -488,14 +500,15 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
     Returns:
         The tokens that have no place to go: the phrases and surplus padding, (n, width).
     """
-    ends, goal_ends = ((x.own.sum(1) + 1).tolist() for x in (text, goal))
     ids, goal_ids, alone = text.ids.cpu(), goal.ids.cpu(), []
-    for row, e in enumerate(text.embeddings.cpu()):
+    for row, embeddings in enumerate(text.embeddings.cpu()):
         there = row % len(goal)
-        m = match(ids[row], goal_ids[there], (ends[row], goal_ends[there]))
-        moved[there, : m.head] += e[: m.head]
-        moved[there, m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
-        alone += [e[positions] for positions in m.alone]
+        for (own, end), (_, goal_end) in zip(text.stretches(row), goal.stretches(there), strict=True):
+            e, place = embeddings[own], moved[there, own]
+            m = match(ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start))
+            place[: m.head] += e[: m.head]
+            place[m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
+            alone += [e[positions] for positions in m.alone]
     return torch.cat(alone)
 
 

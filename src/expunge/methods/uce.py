@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from expunge.changes import Changes, Right
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model, Text
-from expunge.ops.least_squares import outer, right_factor
+from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
 from expunge.run import Run
 
@@ -38,6 +38,8 @@ class UCE(Method):
     anchor in the concept's place. One matrix M = (C + P + λI)(G + P + λI)⁻¹ solves it for every key
     and value projection at once, W' = W M. A concept's sum is a mean over its prompts, so more
     templates do not weigh more. The empty prompt and the anchors are always retained.
+
+    Where a vector of the whole prompt enters too, the same is solved for it, λ in proportion to it.
 
     The paper's "edit", "preserve" and "destination" are our erase, retain and anchor.
 
@@ -72,33 +74,45 @@ class UCE(Method):
             if template.count("{}") != 1:
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
 
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
+        retained = 4 * (len(problem.retain) + len(problem.erase)) + 1
+        return Work(prompts=2 * sum(templates) + retained + self.general)
+
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
-        width = model.encode([""]).embeddings.shape[-1]
-        gram, cross, prior = (torch.zeros(width, width, dtype=torch.float64) for _ in range(3))
+        tokens, pooled = _Sums(), _Sums()
 
         for concept in problem.erase:
             erased, anchored = self._prompts(concept)
             model.require_window(erased + anchored)
-            pairs = self._rows(model.encode(erased), model.encode(anchored))
-            e, a = (torch.cat(rows).cpu() for rows in zip(*pairs, strict=True))
-            gram += outer(e, e) / len(erased)
-            cross += outer(a, e) / len(erased)
+            e, a = model.encode(erased), model.encode(anchored)
+            tokens.move(*self._aligned(e, a), 1 / len(erased))
+            pooled.move(e.pooled, a.pooled, 1 / len(erased))
 
         retained = dict.fromkeys(("", *problem.retain, *(c.anchor or "" for c in problem.erase)))
         for text in retained:
             prompts = [template.format(text) for template in TEMPLATES["object"]] if text else [""]
-            r = model.encode(prompts).embeddings.flatten(0, 1).cpu()
-            prior += self.retain_scale * outer(r, r) / len(prompts)
+            r = model.encode(prompts)
+            tokens.keep(r.embeddings.flatten(0, 1), self.retain_scale / len(prompts))
+            pooled.keep(r.pooled, self.retain_scale / len(prompts))
 
         words = self._words(model, problem, run)
         for start in range(0, len(words), 64):
             run.progress("reading words", start, len(words))
-            v = model.encode(words[start : start + 64]).embeddings.flatten(0, 1).cpu()
-            prior += self.general_scale * outer(v, v) / len(words)
+            v = model.encode(words[start : start + 64])
+            tokens.keep(v.embeddings.flatten(0, 1), self.general_scale / len(words))
+            pooled.keep(v.pooled, self.general_scale / len(words))
         run.progress("reading words", len(words), len(words))
 
-        matrix = right_factor(cross, gram, prior, self.ridge).float()
-        return (Right(tuple(entry.layer for entry in model.text_entries()), matrix),)
+        matrix = right_factor(tokens.cross, tokens.gram, tokens.prior, self.ridge).float()
+        changes = [Right(tuple(entry.layer for entry in model.text_entries()), matrix)]
+        for entry in model.pooled_entries():
+            # A vector of the whole prompt is one row where its tokens are many: λ in proportion.
+            ridge = self.ridge * float(pooled.gram.trace() / tokens.gram.trace())
+            matrix = right_factor(pooled.cross, pooled.gram, pooled.prior, ridge).float()
+            inputs = model.weight(entry.layer).shape[1]
+            changes.append(Right((entry.layer,), widened(matrix, inputs)))
+        return tuple(changes)
 
     def _prompts(self, concept: Concept) -> tuple[list[str], list[str]]:
         """The erased prompts and, one for one, the same with the anchor."""
@@ -110,14 +124,15 @@ class UCE(Method):
         ]
         return [erased for erased, _ in pairs], [anchored for _, anchored in pairs]
 
-    def _rows(self, erased: Text, anchored: Text) -> list[tuple[Tensor, Tensor]]:
-        """The embeddings to move and where to, aligned from the last own token on."""
+    def _aligned(self, erased: Text, anchored: Text) -> tuple[Tensor, Tensor]:
+        """The embeddings to move and where to, aligned from the last own token on: two (n, width)."""
         pairs = []
-        for i in range(len(erased)):
-            e, a = (_from_last(text, i) for text in (erased, anchored))
-            n = 1 if self.positions == "last" else min(len(e), len(a))
-            pairs.append((e[:n], a[:n]))
-        return pairs
+        for row in range(len(erased)):
+            for e, a in zip(_from_last(erased, row), _from_last(anchored, row), strict=True):
+                n = 1 if self.positions == "last" else min(len(e), len(a))
+                pairs.append((e[:n], a[:n]))
+        e, a = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        return e, a
 
     def _words(self, model: Model, problem: Problem, run: Run) -> Sequence[str]:
         """A sample of the tokenizer's words, without those that are being erased."""
@@ -127,10 +142,32 @@ class UCE(Method):
         return [words[i] for i in order[: self.general].tolist()]
 
 
-def _from_last(text: Text, row: int) -> Tensor:
-    """The embeddings from a prompt's last own token on; (tokens left, width).
+@dataclass(eq=False)
+class _Sums:
+    """The sums that a refit is solved from; texts without the rows in question add nothing."""
 
-    A prompt without any, the empty one, has its start token there.
+    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """G = Σ e eᵀ over what is erased."""
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """C = Σ a eᵀ."""
+    prior: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """P = Σ r rᵀ over what is kept."""
+
+    def move(self, erased: Tensor | None, anchored: Tensor | None, scale: float) -> None:
+        if erased is not None and anchored is not None:
+            e, a = erased.cpu(), anchored.cpu()
+            self.gram = self.gram + scale * gram(e)
+            self.cross = self.cross + scale * outer(a, e)
+
+    def keep(self, rows: Tensor | None, scale: float) -> None:
+        if rows is not None:
+            self.prior = self.prior + scale * gram(rows.cpu())
+
+
+def _from_last(text: Text, row: int) -> list[Tensor]:
+    """The embeddings from a prompt's last own token on, of each text encoder; (tokens left, width).
+
+    A prompt without any, the empty one, has its start token there, or its end if there is no start.
     """
-    last = int(text.own[row].sum())
-    return text.embeddings[row, last:]
+    stretches = text.stretches(row)
+    return [text.embeddings[row, max(own.start, end - 1) : own.stop] for own, end in stretches]

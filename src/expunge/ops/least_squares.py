@@ -112,6 +112,16 @@ def moved_by(down: Tensor, rows: Tensor) -> Tensor:
     return (down.double() @ rows.T) @ rows
 
 
+def widened(matrix: Tensor, inputs: int) -> Tensor:
+    """M for a layer that is given something else behind the rows M is for: (inputs, inputs).
+
+    >>> widened(torch.tensor([[2.0]]), 2)
+    tensor([[2., 0.],
+            [0., 1.]])
+    """
+    return torch.block_diag(matrix, torch.eye(inputs - len(matrix), dtype=matrix.dtype))
+
+
 def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
     """left · right⁻¹ for a symmetric positive right (d, d), by Cholesky.
 

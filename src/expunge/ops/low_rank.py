@@ -106,3 +106,33 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     left, right = up.abs().amax(0), down.abs().amax(1)
     scale = torch.where((left > 0) & (right > 0), (right / left).sqrt(), torch.ones_like(left))
     return up * scale, down / scale[:, None]
+
+
+def truncated(change: Tensor, rank: int | None, energy: float) -> tuple[Tensor, Tensor, float, float]:
+    """The nearest B D of small rank to a change of a weight.
+
+        min ‖Δ − B D‖²  over rank r;   B = Δ V, D = Vᵀ for the r leading right singular vectors V
+
+    One symmetric eigenvalue problem of the smaller side, in float64.
+
+    Args:
+        change: Δ, (out, in).
+        rank: r; None for the smallest that keeps the energy.
+        energy: the share of ‖Δ‖² to keep, above 0 and at most 1.
+
+    Returns:
+        B, (out, r), and D, (r, in), float64; ‖Δ − B D‖² and ‖Δ‖².
+
+    Source: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    delta = change.double()
+    wide = delta.shape[0] < delta.shape[1]
+    values, vectors = torch.linalg.eigh(delta @ delta.T if wide else delta.T @ delta)
+    squares, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    total = float(delta.square().sum())
+    if rank is None:
+        short = squares.cumsum(0) < energy * squares.sum() * (1 - 1e-15)
+        rank = min(int(short.sum()) + 1, int((squares > squares[0] * 1e-15).sum()))
+    leading = vectors[:, :rank]
+    up, down = (leading, leading.T @ delta) if wide else (delta @ leading, leading.T)
+    return up, down, float((delta - up @ down).square().sum()), total

@@ -1,0 +1,221 @@
+"""Closed forms at true size: an edit for 100 concepts, and the erased model, without loading the model.
+
+A diffusers folder with random half-precision weights of the true shapes is written first (from the
+model's own configuration, built without memory). Then, in a process of its own: the closed form (token
+embeddings given, as the text encoders' memory does not count), and the export, which streams every
+changed tensor from the old safetensors file to the new one. Peak memory is what the process had beyond
+its imports. Writes `benchmarks/results/true_size.json`, a row for each model and method.
+
+    python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from expunge import registry
+from expunge.checkpoint import Checkpoint
+from expunge.edit import Edit, Record, base_hash, places
+from expunge.export import export
+from expunge.files import replacing
+from expunge.model import Model, Text
+from expunge.problem import Concept, Problem
+from expunge.run import Run
+
+SD14 = {
+    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+}  # fmt: skip
+SDXL = {
+    "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+FLUX = {"guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "sd14": {"family": "stable_diffusion", "class": "UNet2DConditionModel", "config": SD14,
+             "tokens": 77, "width": 768, "pooled": 0},
+    "sdxl": {"family": "sdxl", "class": "UNet2DConditionModel", "config": SDXL,
+             "tokens": 77, "width": 2048, "pooled": 1280},
+    "flux": {"family": "flux", "class": "FluxTransformer2DModel", "config": FLUX,
+             "tokens": 512, "width": 4096, "pooled": 768},
+}  # fmt: skip
+
+
+def network(model: str) -> Any:
+    """The denoiser, its tensors without memory."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    spec = MODELS[model]
+    with init_empty_weights():
+        return getattr(diffusers, spec["class"])(**spec["config"])
+
+
+def write(model: str, folder: Path) -> int:
+    """A folder with the denoiser's configuration and random weights in half precision; its bytes."""
+    spec = MODELS[model]
+    family = registry.get("families", spec["family"])
+    net = network(model)
+    place = folder / family.denoiser
+    place.mkdir(parents=True)
+    index = {"_class_name": family.pipelines[0], family.denoiser: ["diffusers", spec["class"]]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (place / "config.json").write_text(json.dumps({"_class_name": spec["class"], **spec["config"]}))
+    header, at = {}, 0
+    for name, tensor in net.state_dict().items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape),
+                        "data_offsets": [at, at + 2 * tensor.numel()]}  # fmt: skip
+        at += 2 * tensor.numel()
+    text = json.dumps(header).encode()
+    with (place / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        block = (torch.randn(1 << 20) / 30).half().numpy().tobytes()
+        for start in range(0, at, len(block)):
+            file.write(block[: min(len(block), at - start)])
+    return at
+
+
+class Given(Model):
+    """A model that is given its token embeddings, and whose denoiser takes no memory."""
+
+    def __init__(self, model: str) -> None:
+        spec = MODELS[model]
+        self.spec = spec
+        self.family = registry.get("families", spec["family"])
+        super().__init__(SimpleNamespace(**{self.family.denoiser: network(model)}), model)
+        self.generator = torch.Generator().manual_seed(0)
+
+    window = 75
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(prompt.split())
+
+    def knows(self, prompt: str) -> bool:
+        return True
+
+    def vocabulary(self) -> tuple[str, ...]:
+        return tuple(f"word{i}" for i in range(500))
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        n, tokens, width = len(prompts), self.spec["tokens"], self.spec["width"]
+        count = torch.tensor([self.count_tokens(prompt) for prompt in prompts])
+        place = torch.arange(tokens)
+        own = (place >= 1) & (place <= count[:, None])
+        words = [[hash(word) % 40000 for word in prompt.split()] for prompt in prompts]
+        ids = torch.ones(n, tokens, dtype=torch.int64)
+        for row, some in enumerate(words):
+            ids[row, 1 : 1 + len(some)] = torch.tensor(some, dtype=torch.int64)
+        pooled = self.spec["pooled"]
+        return Text(
+            tuple(prompts),
+            torch.randn(n, tokens, width, generator=self.generator),
+            own,
+            ids,
+            torch.randn(n, pooled, generator=self.generator) if pooled else None,
+        )
+
+    def text_entries(self) -> Any:
+        return self.family.text_entries(self)
+
+    def pooled_entries(self) -> Any:
+        return self.family.pooled_entries(self)
+
+    @property
+    def network(self) -> Any:
+        return getattr(self.pipe, self.family.denoiser)
+
+    def _absent(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    predict = trajectory = decode = encode_pictures = log_snr = add_noise = cross_attentions = _absent
+    del _absent
+
+
+def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float]:
+    """Seconds and peak memory of the closed form and of the export."""
+    before = peak()
+    given, checkpoint = Given(model), Checkpoint.find(folder / "in")
+    problem = Problem(tuple(Concept(f"concept number {i}", "sky") for i in range(concepts)))
+    cls = registry.get("methods", method)
+    made = cls() if method == "uce" else cls(ridge=1.0, stages=("refine", "fuse"))
+    start = time.perf_counter()
+    changes = made.fit(given, problem, Run())
+    solved = time.perf_counter()
+    record = Record(method, {}, problem, model, "", 0, 0.0, {})
+    edit = Edit(changes, replace(record, base=base_hash(checkpoint.read, places(changes))))
+    hashed = time.perf_counter()
+    at_solved = peak()
+    export(edit, "diffusers", checkpoint, folder / "out")
+    end = time.perf_counter()
+    return {
+        "closed form, s": solved - start,
+        "hash of the base, s": hashed - solved,
+        "export, s": end - hashed,
+        "peak of the closed form, GB": (at_solved - before) / 1e9,
+        "peak, GB": (peak() - before) / 1e9,
+        "changed tensors": len(places(changes)),
+    }
+
+
+def peak() -> int:
+    """The largest memory this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Run it, print it and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("--method", choices=["uce", "mace"], default="uce")
+    parser.add_argument("--concepts", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where to write the weights; by default a new one")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "true_size.json")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="true-size-", dir=options.folder))
+    try:
+        size = write(options.model, folder / "in")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(run, (options.model, options.method, options.concepts, folder))
+    finally:
+        shutil.rmtree(folder)
+    row = {
+        "model": options.model,
+        "method": options.method,
+        "concepts": options.concepts,
+        "denoiser, GB": size / 1e9,
+        **{key: round(value, 3) for key, value in found.items()},
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(row, indent=1))
+    rows = json.loads(options.to.read_text()) if options.to.exists() else []
+    key = (row["model"], row["method"])
+    rows = [*(other for other in rows if (other["model"], other["method"]) != key), row]
+    with replacing(options.to) as file:
+        file.write_text(json.dumps(rows, indent=1) + "\n", "utf8")
+
+
+if __name__ == "__main__":
+    main()

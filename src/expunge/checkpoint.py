@@ -1,0 +1,303 @@
+"""A model on the disk: a diffusers folder or a single file, read and copied without being loaded.
+
+Tensors go by the layer's name and the parameter's, as changes name them, whatever the files call them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import files, lora, source, tensors
+from expunge.changes import LowRank
+from expunge.edit import Record
+from expunge.errors import ExpungeError
+from expunge.hub import refused
+from expunge.lora import Place
+from expunge.model import Model
+
+PREFIX = "model.diffusion_model."
+"""What the denoiser's tensors begin with in a single file that holds more than the denoiser."""
+
+NOTE = "expunge.erased"
+"""Where a file's metadata says what has been erased from it."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What was erased from a model on the disk, and where."""
+
+    record: Record
+    edit: str
+    """The edit's hash."""
+    places: tuple[Place, ...]
+    """What was changed."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Erased:
+        """The inverse of `dataclasses.asdict`."""
+        record = Record.from_dict(data["record"])
+        return cls(record, data["edit"], tuple((layer, name) for layer, name in data["places"]))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, and its family.
+
+    >>> Checkpoint.find("emoji").family.__name__
+    'StableDiffusion'
+    """
+
+    path: Path
+    """A diffusers folder, or a single file."""
+    name: str
+    family: type[Model]
+    config: Mapping[str, Any]
+    """The denoiser's configuration, or what of it a single file tells."""
+
+    @classmethod
+    def find(cls, model: str | Path) -> Checkpoint:
+        """The files of a shipped model, a diffusers folder, a single file, or a hub id.
+
+        Raises:
+            ExpungeError: there is no such model, its family is not known, or a file is broken.
+        """
+        found = source.find(model)
+        if found.path and found.is_file:
+            family = source.family_of_file(found.path)
+            return cls(
+                found.path, found.name, family, family.layout(list(files.read_header(found.path)))
+            )
+        folder = found.path or _snapshot(found.name)
+        family = source.family_of(str(_json(folder / "model_index.json").get("_class_name")))
+        return cls(folder, found.name, family, _json(folder / family.denoiser / "config.json"))
+
+    def text_model(self, dtype: torch.dtype = torch.float32) -> Model:
+        """The model with its text encoders alone in memory, its denoiser left on the disk.
+
+        Enough for a method that draws and trains nothing: its edit is then made, and exported, on a
+        machine that the whole model does not fit.
+
+        Args:
+            dtype: the number format of the text encoders.
+
+        Raises:
+            ExpungeError: it is a single file, or the text encoders cannot be read.
+        """
+        if self.is_file:
+            raise ExpungeError(
+                f"{self.path} is a single file, which diffusers reads whole; leave --stream out"
+            )
+        import diffusers
+        from accelerate import init_empty_weights
+
+        denoiser = self.family.denoiser
+        _, name = _json(self.path / "model_index.json")[denoiser]
+        absent = {denoiser: None, "vae": None}
+        pipe = source.read_pipeline(source.Source(self.name, self.path), dtype, **absent)
+        source.check_numbers(pipe.components, self.name)
+        with init_empty_weights():
+            network = getattr(diffusers, name).from_config(self.config)
+        pipe.register_modules(**{denoiser: network.to(dtype)})
+        model = self.family(pipe, self.name, source.settings(source.Source(self.name, self.path)))
+        model.stored = self.read
+        return model
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.is_file()
+
+    @cached_property
+    def headers(self) -> dict[Path, dict[str, Any]]:
+        """The header of every weight file."""
+        paths = [self.path] if self.is_file else sorted(self.path.glob("*/*.safetensors"))
+        return {path: files.read_header(path) for path in paths}
+
+    def size(self, component: str = "") -> int:
+        """The bytes of all weights, or of one component's."""
+        found = (path for path in self.headers if not component or path.parent.name == component)
+        return sum(path.stat().st_size for path in found)
+
+    def places(self, layer: str, parameter: str) -> list[tuple[Path, str]]:
+        """The files that hold a parameter, and what they call it: one a variant of the weights.
+
+        Raises:
+            ExpungeError: none does.
+        """
+        component, _, inside = layer.partition(".")
+        if self.is_file:
+            original = self.family.original(inside, self.config) if self._denoises(component) else None
+            if original is None:
+                raise ExpungeError(
+                    f"{layer} has no place of its own in a single file; export to a diffusers folder"
+                )
+            wanted = {f"{PREFIX}{original}.{parameter}", f"{original}.{parameter}"}
+        else:
+            # Where transformers keeps a tower inside a model, and where it does not any more.
+            wanted = {f"{inside}.{parameter}", f"text_model.{inside}.{parameter}"}
+            wanted.add(f"{inside.removeprefix('text_model.')}.{parameter}")
+        found = [
+            (path, name)
+            for path, header in self.headers.items()
+            if self.is_file or path.parent.name == component
+            for name in wanted & header.keys()
+        ]
+        if not found:
+            raise ExpungeError(f"the edit does not fit: {self.name} has no {layer}.{parameter}")
+        return found
+
+    def _denoises(self, component: str) -> bool:
+        return component == self.family.denoiser
+
+    def read(self, layer: str, parameter: str = "weight") -> Tensor:
+        """A parameter as it is stored."""
+        path, name = self.places(layer, parameter)[0]
+        return tensors.read(path, name)
+
+    def shape(self, layer: str, parameter: str = "weight") -> tuple[int, ...]:
+        """The shape of a parameter."""
+        path, name = self.places(layer, parameter)[0]
+        return tuple(self.headers[path][name]["shape"])
+
+    def kohya(self, layer: str) -> str | None:
+        """What a layer is called in a LoRA of kohya's naming; None where nothing is."""
+        component, _, inside = layer.partition(".")
+        return self.family.kohya(inside, self.config) if self._denoises(component) else None
+
+    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[LowRank, ...]:
+        """A LoRA file for this model, as changes.
+
+        Raises:
+            ExpungeError: it is not a LoRA for this model.
+        """
+        import diffusers
+
+        changes = lora.read(path, getattr(diffusers, self.family.pipelines[0]), self.config, scale)
+        for change in changes:
+            shape = self.shape(*change.layers)
+            if not change.fits(torch.Size(shape)):
+                raise ExpungeError(
+                    f"{path} is not a LoRA for {self.name}: {change.layers[0]} is {shape}"
+                )
+        return changes
+
+    def erased(self) -> tuple[Erased, ...]:
+        """What was erased from it by us, the latest last.
+
+        Raises:
+            ExpungeError: what it says about that cannot be read.
+        """
+        if self.is_file:
+            return noted(self.headers[self.path])
+        file = self.path / "expunge.json"
+        return _history(_json(file).get("erased", []) if file.is_file() else [], file)
+
+    def copy(
+        self,
+        output: str | Path,
+        changed: Mapping[Place, Callable[[Tensor], Tensor]],
+        erased: Sequence[Erased],
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the model to `output` with some parameters changed, one at a time in memory.
+
+        Args:
+            output: a file for a file, a new folder for a folder.
+            changed: what becomes of parameters; everything else is copied byte for byte.
+            erased: what the copy says has been erased from it.
+            beside: texts of further files in the folder, by their names.
+
+        Raises:
+            ExpungeError: a parameter is missing, the disk is too full, or `output` cannot be written.
+        """
+        by_file: dict[Path, dict[str, Callable[[Tensor], Tensor]]] = {}
+        for (layer, parameter), change in changed.items():
+            for path, name in self.places(layer, parameter):
+                by_file.setdefault(path, {})[name] = change
+        note = json.dumps([dataclasses.asdict(one) for one in erased])
+        if self.is_file:
+            tensors.copy(self.path, output, by_file.get(self.path, {}), {NOTE: note})
+            return
+        others = [path for path in self._files() if path not in by_file]
+        needed = sum(path.stat().st_size for path in [*others, *by_file])
+        files.check_space(Path(output).absolute().parent, needed)
+        with files.replacing_folder(output) as folder:
+            for path in others:
+                target = folder / path.relative_to(self.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            for path, changes in by_file.items():
+                tensors.copy(path, folder / path.relative_to(self.path), changes, {NOTE: note})
+            file = folder / "expunge.json"
+            settings = _json(file) if file.is_file() else {}
+            settings["erased"] = json.loads(note)
+            file.write_text(json.dumps(settings, indent=1), "utf8")
+            for name, text in (beside or {}).items():
+                (folder / name).write_text(text, "utf8")
+
+    def _files(self) -> list[Path]:
+        """The files that make a diffusers folder: its components' and those beside them, weights that
+        are not safetensors left out."""
+        left_out = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
+        parts = {name for name in _json(self.path / "model_index.json") if not name.startswith("_")}
+        return [
+            path
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.suffix not in left_out
+            if (place := path.relative_to(self.path)).parts[0] in parts
+            or (len(place.parts) == 1 and path.suffix != ".safetensors")
+        ]
+
+
+def noted(header: Mapping[str, Any]) -> tuple[Erased, ...]:
+    """What the header of a file that we wrote says was erased, the latest last.
+
+    Raises:
+        ExpungeError: it cannot be read.
+    """
+    try:
+        entries = json.loads(header.get("__metadata__", {}).get(NOTE, "[]"))
+    except ValueError:
+        entries = None
+    return _history(entries, "the file")
+
+
+def _history(entries: Any, where: object) -> tuple[Erased, ...]:
+    try:
+        return tuple(Erased.from_dict(entry) for entry in entries)
+    except (ValueError, KeyError, TypeError):
+        raise ExpungeError(f"what {where} says about its erasures cannot be read") from None
+
+
+def _snapshot(model: str) -> Path:
+    """The folder of a hub model, fetched where it is not here yet."""
+    import huggingface_hub
+
+    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "README.md", "LICENSE*"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # whatever the hub and the network come up with
+        raise refused(model, error) from error
+    files.check_weights(folder)
+    return folder
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ExpungeError(f"{path} is not a JSON table")
+    return data

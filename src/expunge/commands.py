@@ -1,0 +1,276 @@
+"""The commands that move edits in and out of models: export, merge, undo.
+
+Nothing here imports torch before there is work for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from expunge import files
+from expunge.errors import ExpungeError, unknown
+
+if TYPE_CHECKING:
+    from expunge.method import Work
+    from expunge.model import Model
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an edit in the form that another program loads."""
+
+    edit: Positional[str]
+    """The edit."""
+    to: Annotated[str, arg(metavar="FORM")]
+    """diffusers (a folder), safetensors (a single file in place of the one that came in), lora
+    (diffusers' naming) or kohya (ComfyUI, A1111)."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
+    """What to write: a new folder for diffusers, else a .safetensors file; a model card beside it."""
+    model: str | None = None
+    """The model it is for: a diffusers folder, a single file, or a hub id; by default the one it was
+    made from. It is never written to."""
+    rank: int | None = None
+    """A LoRA's rank; by default what --energy takes."""
+    energy: float = 0.999
+    """The share of each squared change that a LoRA keeps, where it cannot keep all."""
+    dtype: str = "float16"
+    """A LoRA's number format: float32, float16 or bfloat16."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    """A LoRA that lay on the model when the edit was made."""
+    licence: Annotated[str, arg(metavar="ID")] = ""
+    """The licence's identifier for the model card."""
+    report: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """A report of expunge evaluate, whose figures the card shows."""
+    push_to_hub: Annotated[str | None, arg(metavar="OWNER/NAME")] = None
+    """A repository of the Hugging Face hub to upload to, when all is written."""
+    private: bool = False
+    """Make that repository private if it is new."""
+
+
+def export_command(options: Export) -> None:
+    """`expunge export`."""
+    dtype = _dtype(options.dtype)
+    from expunge import hub
+    from expunge.edit import Edit
+    from expunge.export import TARGETS, export, push
+
+    if options.to not in TARGETS:
+        raise unknown("form to export to", options.to, TARGETS)
+    if options.push_to_hub:
+        hub.check_push(options.push_to_hub)
+    if options.to != "diffusers":
+        files.check_writable(options.output)
+    edit = Edit.load(options.edit)
+    model = options.model or edit.record.model
+    if not model:
+        raise ExpungeError("the edit does not say which model it is for; name it with --model")
+    done = export(
+        edit,
+        options.to,
+        model,
+        options.output,
+        rank=options.rank,
+        energy=options.energy,
+        dtype=dtype,
+        beneath=strengths(options.lora),
+        licence=options.licence,
+        report=options.report,
+    )
+    print(f"{done.path}: {options.to}, {_size(done.path)}")
+    for note in done.notes:
+        print(note)
+    if options.push_to_hub:
+        print(push(done, options.push_to_hub, private=options.private))
+
+
+def _dtype(name: str) -> Any:
+    """The torch dtype of a name."""
+    if name not in DTYPES:
+        raise unknown("number format", name, DTYPES)
+    import torch
+
+    return getattr(torch, name)
+
+
+def _size(path: Path) -> str:
+    found = path.rglob("*") if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in found if file.is_file()) / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    dtype: str = "float32"
+    """The number format of its weights: float32, float16 or bfloat16."""
+    device: str = "auto"
+    """Where it works: auto, cpu, cuda, cuda:1, mps."""
+    offload: bool = False
+    """Keep on the accelerator only the part of it that is at work."""
+    config: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """For a single file: a diffusers folder of a model built like it."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    """A LoRA to fuse into the weights first."""
+    gradient_checkpointing: bool = False
+    """Compute twice what gradients need, instead of keeping it: less memory, more time."""
+    attention_slicing: bool = False
+    """Attend in slices: less memory, more time."""
+    dry_run: bool = False
+    """Print what it would take, in memory and time, and do nothing."""
+
+    def show_plan(self, name: str, work: Callable[[int], Work | None]) -> None:
+        """Print the plan for a model and an amount of work, which may hang on the model's steps."""
+        from expunge import source
+        from expunge.checkpoint import Checkpoint
+        from expunge.plan import plan
+
+        checkpoint = Checkpoint.find(name)
+        steps = int(source.settings(source.find(name)).get("num_inference_steps", 50))
+        made = plan(checkpoint, _dtype(self.dtype), self.device, offload=self.offload)
+        print(f"{checkpoint.name}, {checkpoint.family.__name__}")
+        for line in made.lines(work(steps)):
+            print(line)
+
+    def load(self, name: str) -> Model:
+        """The model of this name."""
+        from expunge.model import load
+
+        return load(
+            name,
+            dtype=_dtype(self.dtype),
+            device=self.device,
+            config=self.config,
+            lora=strengths(self.lora),
+            offload=self.offload,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attention_slicing=self.attention_slicing,
+        )
+
+
+def streamed(loading: Loading, name: str, method: Any, work: Work | None) -> Model:
+    """The model of this name with its denoiser left on the disk, for a method that needs no more.
+
+    Raises:
+        ExpungeError: it needs more.
+    """
+    from expunge.checkpoint import Checkpoint
+
+    if work is None or work.predictions or work.gradients:
+        raise ExpungeError(
+            f"{type(method).__name__} draws or trains, and --stream leaves out what does both"
+        )
+    if loading.lora or loading.offload:
+        raise ExpungeError("--stream goes with neither --lora nor --offload")
+    return Checkpoint.find(name).text_model(_dtype(loading.dtype))
+
+
+def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:
+    """FILE or FILE=STRENGTH, one after the other."""
+    found = []
+    for text in loras:
+        file, equals, strength = text.rpartition("=")
+        try:
+            found.append((file, float(strength)) if equals else (text, 1.0))
+        except ValueError:
+            raise ExpungeError(f"a LoRA is given as FILE or FILE=STRENGTH, not {text!r}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Make one edit of several: side by side, or fused where they touch the same weights."""
+
+    edits: Positional[tuple[str, ...]]
+    """Two edits or more, of one model."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
+    """The file to write, ending in .safetensors."""
+    model: str | None = None
+    """The model; by default the one that the first was made from."""
+    ridge: float = 1.0
+    """λ, pull of fused weights to the original ones, in units of a squared embedding."""
+    prior_scale: float = 0.1
+    """ρ, the weight of a mean caption, and of each retained prompt, where weights are fused."""
+    loading: Loading = field(default_factory=Loading)
+
+
+def merge_command(options: Merge) -> None:
+    """`expunge merge`."""
+    if not options.output.endswith(".safetensors"):
+        raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
+    files.check_writable(options.output)
+    from expunge.changes import summary
+    from expunge.edit import Edit
+    from expunge.merge import merge
+
+    edits = [Edit.load(path) for path in options.edits]
+    name = options.model or (edits[0].record.model if edits else "")
+    if not name:
+        raise ExpungeError("the edits do not say which model they are for; name it with --model")
+    model = options.loading.load(name)
+    edit = merge(model, edits, ridge=options.ridge, prior_scale=options.prior_scale)
+    edit.save(options.output)
+    erased = len(edit.record.problem.erase)
+    print(f"{options.output}: {erased} concepts of {len(edits)} edits, {summary(edit.changes)}")
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Take the last erasure off a model that export wrote."""
+
+    model: Positional[str]
+    """A diffusers folder or a single file; it is never written to."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
+    """What to write: a new folder for a folder, a file for a file."""
+    original: str | None = None
+    """The model it was made from: the changed tensors are copied from it, bit for bit."""
+    edit: str | None = None
+    """Without the original: the edit, taken off by arithmetic."""
+
+
+def undo_command(options: Undo) -> None:
+    """`expunge undo`."""
+    from expunge.edit import Edit
+    from expunge.undo import undo
+
+    edit = Edit.load(options.edit) if options.edit else None
+    done = undo(options.model, options.output, original=options.original, edit=edit)
+    names = ", ".join(concept.name for concept in done.record.problem.erase[:10])
+    print(f"{options.output}: {names} back, {len(done.places)} tensors")
+
+
+def is_model(path: str) -> bool:
+    """Whether a path is a model's, not an edit's: a folder, or a file that is no edit."""
+    if Path(path).is_dir():
+        return True
+    return Path(path).is_file() and "expunge" not in files.read_header(path).get("__metadata__", {})
+
+
+def info_of_model(path: str) -> None:
+    """What a model or a LoRA on the disk says of itself."""
+    from expunge.checkpoint import Checkpoint, noted
+
+    header = files.read_header(path) if Path(path).is_file() else {}
+    if any("lora" in name for name in header):
+        rows = [("lora", path)]
+        history = noted(header)
+    else:
+        checkpoint = Checkpoint.find(path)
+        kind = "single file" if checkpoint.is_file else "diffusers folder"
+        rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
+        history = checkpoint.erased()
+    for erased in history:
+        record = erased.record
+        concepts = ", ".join(f"{c.name} (becomes {c.anchor!r})" for c in record.problem.erase)
+        rows.append(("erased", f"{concepts} by {record.method}, seed {record.seed}"))
+        rows.append(("", f"{len(erased.places)} tensors, edit {erased.edit[:16]}"))
+    if not history:
+        rows.append(("erased", "nothing that it says of"))
+    for name, text in rows:
+        print(f"{name:<8}{text}")

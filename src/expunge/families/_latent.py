@@ -1,0 +1,121 @@
+"""What all families share: guided sampling in the latents of an autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge.errors import ExpungeError
+from expunge.families import _text
+from expunge.model import Model, Text
+
+
+class LatentModel(Model):
+    """A denoiser of an autoencoder's latents, with a CLIP among its text encoders."""
+
+    contrasts: ClassVar[bool] = True
+    """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
+
+    @property
+    def window(self) -> int:
+        return self.pipe.tokenizer.model_max_length - 2  # less the start and the end
+
+    def count_tokens(self, prompt: str) -> int:
+        return _text.count(self.pipe.tokenizer, prompt)
+
+    def knows(self, prompt: str) -> bool:
+        return _text.knows(self.pipe.tokenizer, prompt)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        return _text.vocabulary(self.pipe.tokenizer)
+
+    def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+        """The times at which `trajectory` asks the denoiser, from noise on."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        self._set_timesteps(scheduler, num_inference_steps or self.num_inference_steps)
+        return tuple(round(float(t)) for t in scheduler.timesteps)
+
+    def trajectory(
+        self,
+        text: Text,
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        guidance = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided = self.contrasts and guidance > 1
+        if guided:
+            text = Text.joined([self.unconditional(len(seeds)), text])
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        self._set_timesteps(scheduler, num_inference_steps or self.num_inference_steps)
+        # One generator a picture, on the CPU: its noise depends on neither batch nor device.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.cat([torch.randn((1, *self._latent_shape), generator=g) for g in generators])
+        latents = noise.to(self.device, self.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
+        scales = hasattr(scheduler, "scale_model_input")
+        for t in scheduler.timesteps:
+            given = scheduler.scale_model_input(latents, t) if scales else latents
+            yield round(float(t)), given
+            output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            if guided:
+                empty, prompt = output.chunk(2)
+                output = empty + guidance * (prompt - empty)
+            latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
+        yield 0, latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        dtype = vae.dtype
+        overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if overflows:
+            vae.to(torch.float32)
+        try:
+            pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+        finally:
+            if overflows:
+                vae.to(dtype)
+        return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
+        if pictures.shape[-2:] != (height, width):
+            found = " × ".join(map(str, pictures.shape[:-3:-1]))
+            raise ExpungeError(f"a picture is {found} pixels; this model draws {width} × {height}")
+        given = pictures.to(self.device, vae.dtype) * 2 - 1
+        latents = vae.encode(given, return_dict=False)[0].mode()
+        return self._scaled(latents).to(self.device, self.dtype)
+
+    def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+        """The prediction for a sampler's step; a denoiser that is told the guidance takes it here."""
+        return self.predict(latents, t, text)
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """Lay a sampler out for so many steps."""
+        scheduler.set_timesteps(steps, device=self.device)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        """The channels, height and width of the latents that the model was made for."""
+        config = self.network.config
+        size = self.sample_size or config.sample_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return config.in_channels, height, width
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the denoiser takes them."""
+        config = self.pipe.vae.config
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `_scaled`."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)

@@ -1,0 +1,108 @@
+"""What the families with a U-Net share: cross-attention, and noise that keeps the variance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.families._latent import LatentModel
+from expunge.model import TextEntry
+from expunge.ops.attention import CrossAttention
+
+
+class UNetModel(LatentModel):
+    """A U-Net that text enters through the key and value projections of every cross-attention.
+
+    They see the same token embeddings in every layer, picture and step.
+    """
+
+    denoiser = "unet"
+    mark = "input_blocks.0.0.weight"
+
+    def log_snr(self) -> Tensor:
+        signal = self._signal()
+        return torch.log(signal) - torch.log1p(-signal)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal = self._signal()[t.cpu()].reshape(-1, 1, 1, 1).to(latents.device)
+        return signal.sqrt().to(latents.dtype) * latents + (1 - signal).sqrt().to(latents.dtype) * noise
+
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        return tuple(
+            CrossAttention(module.to_q, module.to_k, module.heads, module.scale)
+            for name, module in self.network.named_modules()
+            if name.endswith("attn2")
+        )
+
+    def text_entries(self) -> tuple[TextEntry, ...]:
+        return tuple(
+            TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
+            for name, _ in self.network.named_modules()
+            if name.endswith(("attn2.to_k", "attn2.to_v"))
+        )
+
+    @classmethod
+    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        if layer in OUTSIDE:
+            return OUTSIDE[layer]
+        found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)(?:\.(.+))?", layer)
+        if found is None:
+            return None
+        side, block, kind, place, inside = found.groups()
+        if kind == "resnets":
+            inside = RESNET.get(inside, inside)
+        number, a_block = int(block or 0), config.get("layers_per_block", 2) + 1
+        i = number * a_block + int(place)
+        part = {"resnets": 0, "attentions": 1}.get(kind)
+        if side == "mid":
+            return f"middle_block.{2 * int(place) if part == 0 else 1}.{inside}"
+        if kind == "downsamplers":
+            return f"input_blocks.{(number + 1) * a_block}.0.op"
+        if kind == "upsamplers":
+            attends = "CrossAttn" in str((config.get("up_block_types") or UP)[number])
+            return f"output_blocks.{(number + 1) * a_block - 1}.{1 + attends}.conv"
+        return f"{'input' if side == 'down' else 'output'}_blocks.{i + (side == 'down')}.{part}.{inside}"
+
+    @classmethod
+    def layout(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
+        blocks = {found[1] for name in tensors if (found := re.search(r"output_blocks\.(\d+)\.", name))}
+        levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
+        attending = {
+            found[1] for n in tensors if (found := re.search(r"output_blocks\.(\d+)\.1\.norm", n))
+        }
+        a_block = len(blocks) // levels
+        up = [f"{'CrossAttn' * (str(i * a_block) in attending)}UpBlock2D" for i in range(levels)]
+        return {"layers_per_block": a_block - 1, "up_block_types": up}
+
+    def _signal(self) -> Tensor:
+        """ᾱ, the variance of the signal at each time; (T,), float64."""
+        return self.pipe.scheduler.alphas_cumprod.detach().cpu().double()
+
+
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+"""What the first code calls the layers outside the blocks."""
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+"""What it calls the layers of a residual block."""
+
+UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+"""The upward blocks where nothing is said of them: those of Stable Diffusion 1 and 2."""

@@ -1,0 +1,133 @@
+"""FLUX.1: dev and schnell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._flow import FlowModel, end, shift, t5
+from expunge.model import Text
+
+
+class Flux(FlowModel):
+    """A CLIP and a T5, and a transformer with joint attention.
+
+    Tokens are T5's alone, 512 of them (256 for schnell: `max_sequence_length` in `expunge.json`); the
+    pooled vector is CLIP's.
+
+    FLUX.1-dev is distilled from guided predictions: it is told a guidance scale and answers for it
+    in one pass. So nothing here ever contrasts two predictions. `draw` tells it `guidance_scale`;
+    `predict` tells it 1, at which it answers as its teacher did without guidance; *unconditional* is
+    that answer to the empty prompt. FLUX.1-schnell is told no guidance; its scale changes nothing.
+    """
+
+    pipelines = ("FluxPipeline",)
+    lacks: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    }
+    single_files = ("flux-dev", "flux-schnell")
+    mark = "double_blocks.0.img_attn.norm.key_norm.scale"
+    contrasts = False
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        settings = {"guidance_scale": 3.5, "num_inference_steps": 28, **(settings or {})}
+        super().__init__(pipe, name, settings)
+        told = pipe.transformer.config.guidance_embeds
+        self.max_sequence_length = int(settings.get("max_sequence_length", 512 if told else 256))
+
+    @property
+    def window(self) -> int:
+        return self.max_sequence_length - 1  # less the end
+
+    def count_tokens(self, prompt: str) -> int:
+        return _text.count(self.pipe.tokenizer_2, prompt)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Text:
+        distinct = list(dict.fromkeys(prompts))
+        pipe = self.pipe
+        _text.warn_of_cuts(pipe.tokenizer_2, distinct, self.window)
+        clip = _text.tokenize(pipe.tokenizer, distinct, pipe.tokenizer.model_max_length)
+        pooled = [pipe.text_encoder(ids.to(pipe.text_encoder.device)) for ids in clip.ids.split(64)]
+        tokens, states = t5(pipe.tokenizer_2, pipe.text_encoder_2, distinct, self.max_sequence_length)
+        text = Text(
+            tuple(distinct),
+            states.to(self.device, self.dtype),
+            tokens.own.to(self.device),
+            tokens.ids.to(self.device),
+            torch.cat([output.pooler_output for output in pooled]).to(self.device, self.dtype),
+            end(tokens)[:, None].to(self.device),
+        )
+        return text[[distinct.index(prompt) for prompt in prompts]]
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        return self._guided(latents, torch.as_tensor(t), text, 1.0)
+
+    @classmethod
+    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        for pattern, name in ORIGINALS:
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
+        return None
+
+    def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+        n, channels, height, width = latents.shape
+        told = self.network.config.guidance_embeds
+        output = self.network(
+            hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
+            timestep=self._time(t, n) / self._times,
+            guidance=torch.full((n,), guidance, device=self.device) if told else None,
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.embeddings,
+            txt_ids=torch.zeros(text.embeddings.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(
+                n, height // 2, width // 2, self.device, self.dtype
+            ),
+            return_dict=False,
+        )[0]
+        scale = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(output, height * scale, width * scale, scale)
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        _, height, width = self._latent_shape
+        mu = shift(scheduler.config, height // 2 * (width // 2), 1.15)
+        if getattr(scheduler.config, "use_flow_sigmas", False):
+            scheduler.set_timesteps(steps, device=self.device, mu=mu)
+        else:
+            sigmas = np.linspace(1.0, 1 / steps, steps)
+            scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=mu)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self.sample_size or self.pipe.default_sample_size
+        return self.network.config.in_channels // 4, size, size
+
+
+ORIGINALS = (
+    (r"context_embedder", r"txt_in"),
+    (r"x_embedder", r"img_in"),
+    (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
+    (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
+    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+    (r"proj_out", r"final_layer.linear"),
+)
+"""What the first code calls the layers that have a place of their own there."""

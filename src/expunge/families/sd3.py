@@ -1,0 +1,108 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._flow import FlowModel, beside, end, shift, t5
+from expunge.model import Text
+
+T5_TOKENS = 256
+"""How many tokens of T5 the pipeline gives to the denoiser."""
+
+
+class SD3(FlowModel):
+    """Two CLIP text encoders and a T5, and a transformer with joint attention (MMDiT).
+
+    Tokens are CLIP's 77, both encoders' side by side and filled up with zeros to T5's width, and after
+    them T5's 256: two parts of one text. The pooled vector is both CLIPs' pooled outputs side by side.
+    Without T5 (`text_encoder_3=None`), its tokens are zeros, as in the pipeline.
+
+    Unconditional is the empty prompt.
+    """
+
+    pipelines = ("StableDiffusion3Pipeline",)
+    lacks: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    }
+    single_files = ("sd3", "sd35_large", "sd35_medium")
+    mark = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Text:
+        distinct = list(dict.fromkeys(prompts))
+        pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
+        _text.warn_of_cuts(pipe.tokenizer, distinct, self.window)
+        first = _text.tokenize(pipe.tokenizer, distinct, length)
+        second = _text.tokenize(pipe.tokenizer_2, distinct, length)
+        states, pooled = _text.penultimate(pipe.text_encoder, first.ids)
+        more, also_pooled = _text.penultimate(pipe.text_encoder_2, second.ids)
+        third, t5_states = self._t5(distinct)
+        parts = (length, T5_TOKENS)
+        text = Text(
+            tuple(distinct),
+            beside(torch.cat([states, more], -1), t5_states.to(states)).to(self.device, self.dtype),
+            torch.cat([first.own, third.own], 1).to(self.device),
+            torch.cat([first.ids, third.ids], 1).to(self.device),
+            torch.cat([pooled, also_pooled], 1).to(self.device, self.dtype),
+            torch.stack([end(first), parts[0] + end(third)], 1).to(self.device),
+            parts,
+        )
+        return text[[distinct.index(prompt) for prompt in prompts]]
+
+    def _t5(self, prompts: Sequence[str]) -> tuple[_text.Tokens, Tensor]:
+        """T5's tokens and states; zeros, each prompt ending at once, where the pipeline has no T5."""
+        if self.pipe.text_encoder_3 is not None:
+            return t5(self.pipe.tokenizer_3, self.pipe.text_encoder_3, prompts, T5_TOKENS)
+        empty = torch.zeros(len(prompts), T5_TOKENS, dtype=torch.int64)
+        mask = torch.zeros_like(empty).index_fill(1, torch.tensor([0]), 1)
+        width = self.network.config.joint_attention_dim
+        return _text.Tokens(empty, mask, empty > 0), torch.zeros(len(prompts), T5_TOKENS, width)
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        return self.network(
+            hidden_states=latents,
+            timestep=self._time(t, len(latents)),
+            encoder_hidden_states=text.embeddings,
+            pooled_projections=text.pooled,
+            return_dict=False,
+        )[0]
+
+    @classmethod
+    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        for pattern, name in ORIGINALS:
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
+        return None
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        extra = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            _, height, width = self._latent_shape
+            patch = self.network.config.patch_size
+            extra["mu"] = shift(scheduler.config, (height // patch) * (width // patch), 1.16)
+        scheduler.set_timesteps(steps, device=self.device, **extra)
+
+
+ORIGINALS = (
+    (r"context_embedder", r"context_embedder"),
+    (r"time_text_embed\.text_embedder\.linear_1", r"y_embedder.mlp.0"),
+    (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"joint_blocks.\1.x_block.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+    (r"proj_out", r"final_layer.linear"),
+)
+"""What the first code calls the layers that have a place of their own there."""

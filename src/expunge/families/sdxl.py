@@ -1,0 +1,71 @@
+"""Stable Diffusion XL, and models built like it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._unet import UNetModel
+from expunge.model import Text, TextEntry
+
+
+class SDXL(UNetModel):
+    """Two CLIP text encoders, a U-Net with cross-attention, and a KL-VAE.
+
+    Token embeddings are both encoders' last hidden states but one, side by side (768 + 1280 wide); they
+    enter through the keys and values of every cross-attention. The second encoder's pooled output, a
+    vector of the whole prompt, joins the time embedding through `add_embedding.linear_1`, beside
+    the picture's size.
+
+    Unconditional is what the pipeline takes for no negative prompt: zeros, where its configuration says
+    `force_zeros_for_empty_prompt`, else the empty prompt.
+    """
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    single_files = ("xl_base", "playground-v2-5")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Text:
+        distinct = list(dict.fromkeys(prompts))
+        pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
+        _text.warn_of_cuts(pipe.tokenizer, distinct, self.window)
+        tokens = _text.tokenize(pipe.tokenizer, distinct, length)
+        second = _text.tokenize(pipe.tokenizer_2, distinct, length)
+        states, _ = _text.penultimate(pipe.text_encoder, tokens.ids)
+        more, pooled = _text.penultimate(pipe.text_encoder_2, second.ids)
+        text = Text(
+            tuple(distinct),
+            torch.cat([states, more], -1).to(self.device, self.dtype),
+            tokens.own.to(self.device),
+            tokens.ids.to(self.device),
+            pooled.to(self.device, self.dtype),
+        )
+        return text[[distinct.index(prompt) for prompt in prompts]]
+
+    def unconditional(self, n: int) -> Text:
+        text = super().unconditional(n)
+        if not self.pipe.config.force_zeros_for_empty_prompt:
+            return text
+        assert text.pooled is not None
+        zeros, pooled = torch.zeros_like(text.embeddings), torch.zeros_like(text.pooled)
+        return Text(text.prompts, zeros, text.own, text.ids, pooled)
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        size = [side * self.pipe.vae_scale_factor for side in self._latent_shape[1:]]
+        # The size that the picture had, where it was cut, and the size that it has.
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
+        added: dict[str, Any] = {"text_embeds": text.pooled, "time_ids": sizes.repeat(len(latents), 1)}
+        return self.network(
+            latents,
+            t,
+            encoder_hidden_states=text.embeddings,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def pooled_entries(self) -> tuple[TextEntry, ...]:
+        return (TextEntry("unet.add_embedding.linear_1", "pooled"),)

@@ -1,0 +1,108 @@
+"""An erased model as it was before: what a model on the disk has lost is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expunge.changes import LowRank, Right, Sparse, WeightChange
+from expunge.checkpoint import Checkpoint, Erased
+from expunge.edit import Edit, base_hash
+from expunge.errors import ExpungeError
+from expunge.export import by_place, weights
+from expunge.lora import Place
+
+LARGEST_CONDITION = 1e6
+"""Beyond this, a matrix that was multiplied onto float32 weights cannot be divided out again."""
+
+
+def undo(
+    model: str | Path | Checkpoint,
+    output: str | Path,
+    *,
+    original: str | Path | Checkpoint | None = None,
+    edit: Edit | None = None,
+) -> Erased:
+    """Write an erased model to `output` as it was before its last erasure.
+
+    From the original, the changed tensors are copied back bit for bit. Without it, the edit is taken
+    off by arithmetic: W = (W' − B D) M⁻¹, right but for rounding; an edit that put dense weights in
+    place cannot be taken off so.
+
+    Args:
+        model: what we wrote, a folder or a single file; it is never written to.
+        output: a new folder, or a file.
+        original: the model that it was made from.
+        edit: the edit that was laid on it.
+
+    Returns:
+        what was undone.
+
+    Raises:
+        ExpungeError: the model says of no erasure, the original or the edit is not the one it was made
+            from, the edit cannot be taken off, or `output` cannot be written.
+    """
+    erased_model = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
+    history = erased_model.erased()
+    if not history:
+        raise ExpungeError(f"{erased_model.path} says of no erasure; there is nothing to undo")
+    last = history[-1]
+    if original is not None:
+        source = original if isinstance(original, Checkpoint) else Checkpoint.find(original)
+        back = _from_original(source, last)
+    elif edit is not None:
+        back = _by_arithmetic(edit, last)
+    else:
+        raise ExpungeError("undoing takes the original model, or the edit: name one of them")
+    names = ", ".join(concept.name for concept in last.record.problem.erase)
+    text = f"# {erased_model.name}, with {names} again\n\nWritten by `expunge undo`.\n"
+    erased_model.copy(output, back, history[:-1], {"README.md": text})
+    return last
+
+
+def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Callable[[Tensor], Tensor]]:
+    """The original's tensors in place of what is there."""
+    if base_hash(source.read, last.places) != last.record.base:
+        raise ExpungeError(
+            f"{source.name} has other weights than the model that was erased; it cannot be put back"
+        )
+
+    def copied(there: Tensor, place: Place) -> Tensor:
+        return source.read(*place).to(there.dtype)
+
+    return {place: partial(copied, place=place) for place in last.places}
+
+
+def _by_arithmetic(edit: Edit, last: Erased) -> dict[Place, Callable[[Tensor], Tensor]]:
+    """The inverse of every change, the last first."""
+    if edit.hash != last.edit:
+        raise ExpungeError("this is not the edit that was laid on the model last")
+    placed = by_place(weights(edit.changes))
+    inverses: dict[int, Tensor] = {}
+    for change in (change for some in placed.values() for change in some):
+        if isinstance(change, Right) and id(change) not in inverses:
+            matrix = change.matrix.double()
+            condition = float(torch.linalg.cond(matrix))
+            if not condition < LARGEST_CONDITION:
+                raise ExpungeError(
+                    f"the edit cannot be taken off again (condition {condition:.0e}); give the original"
+                )
+            inverses[id(change)] = torch.linalg.inv(matrix)
+        elif not isinstance(change, (Right, LowRank, Sparse)):
+            raise ExpungeError(f"a {change.kind} change keeps nothing of what was; give the original")
+
+    def taken_off(there: Tensor, some: list[WeightChange]) -> Tensor:
+        value = there.double()
+        for change in reversed(some):
+            if isinstance(change, Right):
+                value = value @ inverses[id(change)]
+            else:
+                # What it adds to anything, it adds to zero.
+                value = value - change.weight(torch.zeros_like(value))
+        return value.to(there.dtype)
+
+    return {place: partial(taken_off, some=some) for place, some in placed.items()}
