@@ -122,7 +122,7 @@ class Steering:
         self.model, self.course, self.objective = model, course, course.objective
         self.times = model.times(course.num_inference_steps or None)
         self.scale = model.noise_scale()
-        self.empty = model.encode([""])
+        self.empty = model.unconditional(1)
         level = model.log_snr()
         low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))
         every = range(len(self.times))
