@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.edit import base_hash
+from expunge.edit import base, base_hash
 from expunge.errors import ExpungeError
 from expunge.files import read_header, replacing
 from expunge.model import Model
@@ -169,4 +169,6 @@ def _add_map(
 
 
 def _hash(model: Model, parameters: Mapping[str, nn.Parameter]) -> str:
-    return base_hash(model.pipe, ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters))
+    return base_hash(
+        base(model.pipe), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters)
+    )

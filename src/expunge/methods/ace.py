@@ -98,6 +98,7 @@ class ACE(Method):
         "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
         "emoji": {"about": "the emoji model", "energy": 0.95, "margin": 0.4, "picture_steps": 10},
         "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
+                 "most_overlap": 1.0,
                  "rounds": 1, "steps": 2, "attack_steps": 2},
     }  # fmt: skip
 
@@ -244,8 +245,16 @@ class ACE(Method):
         return tuple(changes)
 
     def _layers(self, model: Model) -> tuple[str, ...]:
-        roles = {"both": ("key", "value"), "keys": ("key",), "values": ("value",)}[self.projections]
-        return tuple(entry.layer for entry in model.text_entries() if entry.role in roles)
+        entries = model.text_entries()
+        if self.projections != "both":
+            role = {"keys": "key", "values": "value"}[self.projections]
+            entries = tuple(entry for entry in entries if entry.role == role)
+        if not entries:
+            raise ExpungeError(
+                f"text does not enter this model through {self.projections} of a cross-attention: set"
+                " projections to 'both', which is all there is"
+            )
+        return tuple(entry.layer for entry in entries)
 
     def _templates(self, concept: Concept) -> tuple[str, ...]:
         return self.templates or TEMPLATES[concept.kind]
