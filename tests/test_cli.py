@@ -173,7 +173,7 @@ def test_lists_and_help(run):
         ("drow x", "no command 'drow'; did you mean 'draw'"),
         ("list methds", "did you mean 'methods'"),
         ("erase ucee --concept a -o e.safetensors", "no method 'ucee'; did you mean 'uce'"),
-        ("erase --concept a", "name a method after erase, one of: mace, uce"),
+        ("erase --concept a", "name a method after erase, one of: ace, ant, esd, mace, uce"),
         ("erase uce --concept a -o e.safetensors --rigde 1", "'--rigde'; did you mean '--ridge'"),
         ("erase uce --concept a -o e.safetensors --kind objct", "'objct'; did you mean 'object'"),
         ("erase uce --concept a -o e.safetensors --ridge -1", "ridge must be above 0, not -1"),

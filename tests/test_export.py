@@ -31,6 +31,7 @@ from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.merge import merge
+from expunge.plain import plain
 from expunge.undo import undo
 from tiny import PIPELINES, sdxl
 
@@ -475,11 +476,53 @@ def test_merging_lays_other_weights_side_by_side(model):
         merge(model, [edited(model, [conv])])
 
 
+# Gates.
+
+
+def gated(model):
+    """A change that stands before every layer through which text enters, always half open."""
+    width = model.weight(model.text_entries()[0].layer).shape[1]
+    torch.manual_seed(3)
+    down = torch.nn.functional.normalize(torch.randn(1, width), dim=1)
+    return Gated(
+        tuple(entry.layer for entry in model.text_entries()),
+        direction=torch.zeros(1, width),
+        centre=torch.zeros(1),
+        slope=torch.ones(1),
+        up=down.T.contiguous(),
+        down=down,
+        goal=torch.zeros(1),
+        owner=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def test_gates_leave_as_the_weights_fitted_to_them(folder, tmp_path):
+    model = expunge.load(folder)
+    edit = edited(model, [gated(model)])
+    fit = plain(model, edit.changes, edit.record.problem)
+    assert 0 < fit.lost < 1
+    done = export(edit, "diffusers", folder, tmp_path / "out")
+    assert done.notes == (f"gates became weights: {fit}",)
+    assert done.notes[0] in (tmp_path / "out" / "README.md").read_text()
+    after = expunge.load(tmp_path / "out")
+    for layer in edit.changes[0].layers:
+        wanted = fit.changes[0].weight(model.weight(layer))
+        assert torch.allclose(after.weight(layer), wanted, atol=1e-6)
+        assert not torch.allclose(model.weight(layer), wanted, atol=1e-3)
+
+
+def test_merging_keeps_gates(folder, uce):
+    model, edit = uce
+    gate = gated(model)
+    merged = merge(model, [edit, edited(model, [gate])])
+    assert torch.allclose(drawn(model, merged), drawn(model, edit, (gate,)), atol=1e-5)
+
+
 # Bad input.
 
 
 def test_what_cannot_be_exported(folder, uce, tmp_path):
-    model, edit = uce
+    _, edit = uce
     out = tmp_path / "x.safetensors"
     with pytest.raises(ExpungeError, match="did you mean 'kohya'"):
         export(edit, "koya", folder, out)
@@ -491,13 +534,6 @@ def test_what_cannot_be_exported(folder, uce, tmp_path):
         export(edit, "lora", folder, tmp_path / "x.pt")
     with pytest.raises(ExpungeError, match="is a diffusers folder: export to diffusers"):
         export(edit, "safetensors", folder, out)
-    layer = edit.changes[0].layers[0]
-    out_width, width = model.weight(layer).shape
-    gate = Gated(
-        (layer,), torch.ones(out_width, 1), torch.ones(1, width), torch.ones(1), torch.ones(width)
-    )
-    with pytest.raises(ExpungeError, match="gated changes are no weights"):
-        export(Edit((gate,), edit.record), "lora", folder, out)
     tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
     for to in ("lora", "diffusers"):
         with pytest.raises(ExpungeError, match="does not fit"):

@@ -107,7 +107,8 @@ class Checkpoint:
         source.check_numbers(pipe.components, self.name)
         with init_empty_weights():
             network = getattr(diffusers, name).from_config(self.config)
-        pipe.register_modules(**{denoiser: network.to(dtype)})
+        torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
+        pipe.register_modules(**{denoiser: network})
         model = self.family(pipe, self.name, source.settings(source.Source(self.name, self.path)))
         model.stored = self.read
         return model

@@ -23,6 +23,8 @@ from expunge.edit import Edit, Read, base_hash, places
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import replacing
 from expunge.lora import Lora, Naming, Place
+from expunge.model import load
+from expunge.plain import plain
 
 Target = Literal["diffusers", "safetensors", "lora", "kohya"]
 TARGETS: tuple[Target, ...] = ("diffusers", "safetensors", "lora", "kohya")
@@ -95,7 +97,8 @@ def export(
         raise ExpungeError(
             f"{checkpoint.path} is a diffusers folder: export to diffusers, or give the single file"
         )
-    changes = by_place(weights(edit.changes))
+    fitted, lost = plain_weights(edit, checkpoint)
+    changes = by_place(fitted)
     below = by_place([change for file, scale in beneath for change in checkpoint.lora(file, scale)])
     fused = after(below)
 
@@ -107,37 +110,50 @@ def export(
     card_of = partial(card, edit, to, licence=licence, report=report)
     if to in LORAS:
         lora = Lora.of(read, changes, rank=rank, energy=energy)
-        done = Export(output, _notes(lora, dtype), lora.error)
+        done = Export(output, (*lost, *_notes(lora, dtype)), lora.error)
         text = card_of(notes=done.notes)
         naming = cast(Naming, "kohya" if to == "kohya" else "diffusers")
         lora.save(output, naming, checkpoint.kohya, dtype, {NOTE: _note([erased(edit)])})
         _write(output.with_suffix(".md"), text)
         return done
-    text = card_of()
+    text = card_of(notes=lost)
     history = (*checkpoint.erased(), erased(edit))
-    together = by_place([*_all(below), *weights(edit.changes)])
+    together = by_place([*_all(below), *fitted])
     checkpoint.copy(output, after(together), history, {"README.md": text})
     if to == "safetensors":
         _write(output.with_suffix(".md"), text)
-    return Export(output, ())
+    return Export(output, lost)
+
+
+def plain_weights(edit: Edit, checkpoint: Checkpoint) -> tuple[Sequence[WeightChange], tuple[str, ...]]:
+    """An edit's changes as weights, which other programs know alone, and what was lost on the way.
+
+    Weights are fitted to changes that look at what a layer is given (`expunge.plain`).
+
+    Raises:
+        ExpungeError: no weights can be fitted.
+    """
+    if all(isinstance(change, WeightChange) for change in edit.changes):
+        return weights(edit.changes), ()
+    model = load(str(checkpoint.path)) if checkpoint.is_file else checkpoint.text_model()
+    fit = plain(model, edit.changes, edit.record.problem)
+    return weights(fit.changes), (f"gates became weights: {fit}",)
 
 
 def weights(changes: Changes) -> Sequence[WeightChange]:
-    """Changes that are weights, for programs that know nothing else.
-
-    This is the one place where changes that look at what a layer is given are turned into weights.
+    """Changes that are weights.
 
     Raises:
-        ExpungeError: one of them cannot be.
+        ExpungeError: one of them is none.
     """
-    plain = [change for change in changes if isinstance(change, WeightChange)]
-    if len(plain) < len(changes):
+    found = [change for change in changes if isinstance(change, WeightChange)]
+    if len(found) < len(changes):
         kinds = {change.kind for change in changes if not isinstance(change, WeightChange)}
         raise ExpungeError(
-            f"{' and '.join(sorted(kinds))} changes are no weights, and other programs know nothing"
-            " else: merge the edit into weights first"
+            f"{' and '.join(sorted(kinds))} changes are no weights: export the edit, which fits weights"
+            " to them"
         )
-    return plain
+    return found
 
 
 def by_place(changes: Sequence[WeightChange]) -> dict[Place, list[WeightChange]]:

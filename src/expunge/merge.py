@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import Change, Dense, LowRank, Right, WeightChange
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange
 from expunge.edit import Edit, Record, base, base_hash, places, versions
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.export import by_place, weights
@@ -52,6 +52,8 @@ def merge(
         min_W*  Σᵢ Σ_{e of edit i} ‖W* e − Wᵢ e‖² + ρ E_kept ‖(W* − W) e‖² + λ ‖W* − W‖²
         W* = W + Σᵢ (Wᵢ − W) Gᵢ K,     K = (Σᵢ Gᵢ + ρ P + λ I)⁻¹
 
+    Gates are kept as they are, one behind the other.
+
     Args:
         model: the model that all of them are for.
         edits: two or more.
@@ -60,8 +62,8 @@ def merge(
         progress: told what is done.
 
     Raises:
-        ExpungeError: fewer than two; one does not fit the model, or cannot be a weight; two change the
-            same weight where no text enters; λ or ρ is out of range.
+        ExpungeError: fewer than two; one does not fit the model; two change the same weight where no
+            text enters; λ or ρ is out of range.
 
     Source: the fusion of MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7.
     """
@@ -79,12 +81,13 @@ def merge(
                 ExpungeWarning,
                 stacklevel=2,
             )
-    placed = [by_place(weights(edit.changes)) for edit in edits]
+    fixed = [
+        weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange))) for edit in edits
+    ]
+    placed = [by_place(some) for some in fixed]
     shared = {place for some in placed for place in some if sum(place in other for other in placed) > 1}
     problem = joined([edit.record.problem for edit in edits])
-    changes: list[Change] = [
-        change for edit in edits for change in _without(weights(edit.changes), shared)
-    ]
+    changes: list[Change] = [change for some in fixed for change in _without(some, shared)]
     for entries, pooled in ((model.text_entries(), False), (model.pooled_entries(), True)):
         layers = [entry.layer for entry in entries if (entry.layer, "weight") in shared]
         shared -= {(layer, "weight") for layer in layers}
@@ -97,6 +100,7 @@ def merge(
             f"{len(shared)} of the weights that several edits change are none through which text enters"
             f" ({layer}.{parameter}), and only those can be fused: erase the concepts together instead"
         )
+    changes += [c for edit in edits for c in edit.changes if isinstance(c, HookedChange)]
     record = Record(
         method="merge",
         fields={"ridge": ridge, "prior_scale": prior_scale, "of": [edit.hash for edit in edits]},

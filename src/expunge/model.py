@@ -273,6 +273,8 @@ class Model(ABC):
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as it stands, without its gradient."""
+        if self.stored:
+            return self.stored(layer, "weight")
         return find(self.pipe, layer).weight.detach()  # type: ignore[operator]
 
     def require_window(self, prompts: Sequence[str]) -> None:
