@@ -119,12 +119,8 @@ def judge(
     candidates = []
     for problem in problems(task, suite, take):
         for name in methods:
-            job = Job(method_for(name, model, task.kind), name, problem, 0)
-            made = job.done(model, folder / "edits", progress)
-            concepts = ", ".join(c.name for c in problem.erase[:3]) + (
-                " …" if len(problem.erase) > 3 else ""
-            )
-            candidates.append(dataclasses.replace(made, name=f"{name}: {concepts}"))
+            job = Job(method_for(name, model, task.kind), name, problem, 0, title=name)
+            candidates.append(job.done(model, folder / "edits", progress))
     report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
     return report
