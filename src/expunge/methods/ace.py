@@ -291,7 +291,9 @@ class ACE(Method):
         if self.gate_on == "phrase":
             found = found[:1]
         groups = [group for group in (_group(pairs) for pairs in found if pairs) if group.differs]
-        if not groups:
+        # Within one phrase the words differ from one another, so that `differs` would not tell.
+        alone = text.embeddings - anchored.embeddings.repeat(len(concept.names), 1, 1)
+        if not groups or bool(alone.norm() <= 1e-6 * text.embeddings.norm()):
             raise ExpungeError(
                 f"{concept.name!r} and its anchor {concept.anchor!r} are the same to this model,"
                 " so there is no direction to take away: choose another anchor"
