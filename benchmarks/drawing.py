@@ -1,4 +1,4 @@
-"""How fast the emoji model draws: 64x64 pictures, 20 steps, guidance, on this machine.
+"""How fast the emoji model draws: 64x64 pictures, the model's own steps and guidance, on this machine.
 
 Beside it in the same run: the diffusers pipeline's own call on the same prompts (the baseline), and
 the limit, which is what the denoiser alone would allow: pictures a second = samples through the

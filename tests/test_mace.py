@@ -125,10 +125,9 @@ def plain_training(model, problem, concept, method, matrix, seed):
     text = model.encode(prompts)
     shown = examples.drawn(model, concept.name, prompts[0], method.pictures, run, method.picture_steps)
     first = 1 + model.count_tokens("a photo of the")
-    phrase = torch.zeros(1, 77, dtype=torch.bool)
-    phrase[0, first : first + model.count_tokens(concept.name)] = True
+    tokens = torch.arange(77)[None] >= first  # its own, the end and the padding
     source = "none" if concept.kind == "style" else method.masks
-    mask = masks.find(source, model, shown, phrase, run)[:, None].double()
+    mask = masks.find(source, model, shown, tokens, run)[:, None].double()
     mask = interpolate(mask, (8, 8), mode="nearest-exact")
 
     unet = copy.deepcopy(model.pipe.unet)

@@ -222,6 +222,7 @@ def test_recognisers_of_two_kinds(pictures, tmp_path):
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     kinds = {"styles": ("Van_Gogh", "Crayon", "Rust"), "objects": ("Cats", "no face")}
+    pictures = (pictures * 255).round() / 255  # as a picture file holds them
     networks = {}
     for seed, (kind, labels) in enumerate(kinds.items()):
         torch.manual_seed(seed)
@@ -238,7 +239,7 @@ def test_recognisers_of_two_kinds(pictures, tmp_path):
     for kind, columns in (("styles", slice(0, 3)), ("objects", slice(3, 5))):
         with torch.no_grad():
             slow = networks[kind](pictures * 2 - 1).logits.softmax(1)
-        assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=0.01)
+        assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=1e-4)
     assert [metric.knows(label) for label in ("van gogh", "Cats", "Dogs")] == [True, True, False]
     styles, objects = rows[:, :3].argmax(1), rows[:, 3:5].argmax(1)
     assert metric.answer(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()

@@ -117,7 +117,7 @@ def test_killed_and_given_again(command, folder, tmp_path, package, method, fiel
 
     again = command(method, *options)
     out, err = again.communicate(timeout=300)
-    assert (again.returncode, err) == (0, "")
+    assert again.returncode == 0, err
     assert f"{kept // 2 * 2} of {len(NAMES)} were finished before" in out
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +26,16 @@ DRAWING = {
 }
 
 
-def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
-    """The pipeline as trained so far, in float32, with the averaged weights of the denoiser."""
+def averaged(work: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The mean of several checkpoints' averaged weights: the ends of one training's decays of the rate."""
+    found = [torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"] for name in names]
+    return {key: torch.stack([one[key].float() for one in found]).mean(0) for key in found[0]}
+
+
+def pipeline(work: Path, *names: str) -> StableDiffusionPipeline:
+    """The pipeline as trained so far, in float32, with the averaged weights of the denoiser's checkpoints."""
     text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
-    weights = torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"]
+    weights = averaged(work, names or ("unet",))
     vae = AutoencoderKL.from_pretrained(work / "vae")
     levels = sum(key.startswith("down_blocks.") and key.endswith("resnets.0.conv2.bias") for key in weights)
     channels = tuple(weights[f"down_blocks.{k}.resnets.0.conv2.bias"].numel() for k in range(levels))
@@ -53,8 +60,8 @@ def set_in(config: Path, **values: object) -> None:
     config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def write_pipeline(work: Path, name: str, folder: Path) -> None:
-    pipeline(work, name).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
+def write_pipeline(work: Path, names: Sequence[str], folder: Path) -> None:
+    pipeline(work, *names).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
     # transformers reads weights in the format their config names; the other parts are read as float32.
     set_in(folder / "text_encoder" / "config.json", dtype="float32")
     set_in(folder / "vae" / "config.json", _name_or_path=None)  # a folder of the training, of no use to anybody
@@ -73,7 +80,7 @@ def write_clip(work: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--name", default="unet")
+    parser.add_argument("--name", nargs="+", default=["unet"], help="the denoiser's checkpoint; of several the mean")
     parser.add_argument("--to", type=Path, default=Path("src/expunge/emoji"))
     options = parser.parse_args()
     beside = options.to / ".new"
