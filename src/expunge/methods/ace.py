@@ -316,7 +316,8 @@ class ACE(Method):
         chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
         general = [_thinned(model.encode(chosen[i : i + 64])) for i in range(0, len(chosen), 64)]
         kept = torch.cat([_thinned(text) for text in staying.values()])
-        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations)
+        shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
+        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations, shut)
 
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
         """What is retained, and the anchors, in a prompt or two each."""
@@ -345,7 +346,9 @@ class ACE(Method):
             for group in members:
                 way = background.direction(group.rows)
                 overlaps = {
-                    name: _overlap(background, way, group.rows, _thinned(staying[name]).double())
+                    name: _overlap(
+                        background, way, group.rows, staying[name].embeddings.flatten(0, 1).double()
+                    )
                     for name in problem.retain
                 }
                 nearest = max(overlaps, key=lambda name: overlaps[name], default="")

@@ -73,10 +73,19 @@ class Background:
             mean variance. Small values part the concept from these tokens best, large values hold
             best against perturbations.
         deviations: k, how many standard deviations above the mean of `general` count as closed.
+        shut: (j, d), every token that must stay, if `retained` has only some of them for the spread.
     """
 
-    def __init__(self, general: Tensor, retained: Tensor, ridge: float, deviations: float) -> None:
+    def __init__(
+        self,
+        general: Tensor,
+        retained: Tensor,
+        ridge: float,
+        deviations: float,
+        shut: Tensor | None = None,
+    ) -> None:
         self.general, self.retained, self.deviations = general.double(), retained.double(), deviations
+        self.shut = self.retained if shut is None else shut.double()
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
         spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
@@ -107,11 +116,11 @@ class Background:
         general = (self.general - self.mean) @ direction
         edge = float(general.mean() + self.deviations * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
-        return max(min(edge, 0.5), self.reach(direction, self.retained))
+        return max(min(edge, 0.5), self.reach(direction, self.shut))
 
     def reach(self, direction: Tensor, rows: Tensor) -> float:
         """How far along a direction the farthest of some rows is."""
-        return float(((rows.double() - self.mean) @ direction).max()) if len(rows) else 0.0
+        return float((rows.double() @ direction).max() - self.mean @ direction) if len(rows) else 0.0
 
 
 class Gate(NamedTuple):
