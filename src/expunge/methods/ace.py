@@ -346,9 +346,7 @@ class ACE(Method):
             for group in members:
                 way = background.direction(group.rows)
                 overlaps = {
-                    name: _overlap(
-                        background, way, group.rows, staying[name].embeddings.flatten(0, 1).double()
-                    )
+                    name: _overlap(background, way, group.rows, _thinned(staying[name]).double())
                     for name in problem.retain
                 }
                 nearest = max(overlaps, key=lambda name: overlaps[name], default="")

@@ -73,7 +73,7 @@ class Background:
             mean variance. Small values part the concept from these tokens best, large values hold
             best against perturbations.
         deviations: k, how many standard deviations above the mean of `general` count as closed.
-        shut: (j, d), every token that must stay, if `retained` has only some of them for the spread.
+        shut: (j, d), every token that must stay, if `retained` has but some, for the direction.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Background:
         general = (self.general - self.mean) @ direction
         edge = float(general.mean() + self.deviations * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
-        return max(min(edge, 0.5), self.reach(direction, self.shut))
+        return max(min(edge, 0.5), self.reach(direction, self.retained))
 
     def reach(self, direction: Tensor, rows: Tensor) -> float:
         """How far along a direction the farthest of some rows is."""
@@ -152,7 +152,7 @@ def gate(rows: Tensor, background: Background, *, margin: float, leak: float) ->
     Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
     """
     direction = background.direction(rows)
-    edge = background.edge(direction)
+    edge = max(background.edge(direction), background.reach(direction, background.shut))
     # Where the two touch, the gate is as steep as a twentieth of the way to the concept's mean makes it.
     start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
