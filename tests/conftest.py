@@ -1,6 +1,7 @@
 """Tiny pipelines of the real classes, built offline."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -109,6 +110,17 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def worded():
+    """Tiny but for its text encoder, which is trained and tells words apart: the emoji model's."""
+    folder = Path(expunge.__file__).parent / "emoji" / "pipeline"
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    pipe = tiny_pipeline(width=text_encoder.config.hidden_size)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    pipe.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
+    return expunge.load(pipe)
 
 
 @pytest.fixture

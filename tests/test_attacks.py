@@ -14,6 +14,7 @@ from expunge.attacks.inversion import Inversion, renamed
 from expunge.cache import Cache, Request, Source
 from expunge.changes import Gated
 from expunge.cli import main
+from expunge.methods.ace import ACE
 from expunge.metric import Judge
 from expunge.robust import budgets, robustness
 from expunge.run import Run
@@ -25,7 +26,7 @@ PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
 
 @pytest.fixture
 def edit(model, problem):
-    return expunge.erase(model, problem, "ace")
+    return expunge.erase(model, problem, ACE.preset("gate"))
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def swapped(model):
         owner=torch.arange(len(e)),
     )  # fmt: skip
     problem = Problem((Concept("airplane", "ground"),))
-    made = expunge.erase(model, problem, "ace")
+    made = expunge.erase(model, problem, ACE.preset("gate"))
     return dataclasses.replace(made, changes=(change,))
 
 

@@ -10,12 +10,14 @@ from conftest import weights
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.changes import Applied, Damped, Gated, LowRank, Right, summary
 from expunge.edit import Record
+from expunge.methods.ace import ACE
 from expunge.ops.gates import Background, directions, gate, stacked
 from expunge.ops.pgd import bounded
 from expunge.plain import plain
 from test_changes import KEY, VALUE, gated, linear
 
 WIDTH = 32
+GATE = ACE(stages=("gate",), general=20)
 
 
 def slowly(change: Gated, x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ class TestHooks:
         )
 
     def test_a_plain_pipeline_draws_as_the_model_does(self, model, problem):
-        edit = expunge.erase(model, problem, "ace")
+        edit = expunge.erase(model, problem, GATE)
         text = model.encode(["airplane", ""]).embeddings
         latents = torch.randn(1, 4, 8, 8)
         call = {"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:], "latents": latents}
@@ -344,10 +346,10 @@ class TestPlainWeights:
         assert found.changes[0].layers == change.layers
 
     def test_the_loss_is_said(self, model, problem):
-        edit = expunge.erase(model, problem, "ace")
+        edit = expunge.erase(model, problem, GATE)
         few = {"captions_from": "", "ridge": 1e-3}
         close = plain(model, edit.changes, problem, retain_scale=0.01, **few)
-        stiff = plain(model, edit.changes, problem, retain_scale=1e9, **few)
+        stiff = plain(model, edit.changes, problem, retain_scale=1e6, **few)
         assert close.lost < 0.5 < stiff.lost
         assert stiff.moved < 1e-6 < close.moved
         assert "of the erasure is lost" in str(close)

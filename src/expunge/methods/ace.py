@@ -38,6 +38,9 @@ tokens and the words behind it have a gate each, too."""
 RETAINED = ("{}", "a photo of the {}")
 """The prompts in which a gate is kept closed on what a problem retains."""
 
+LEVELS = 8
+"""At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
+
 FACTORS = ("direction", "centre", "slope", "up", "down", "goal")
 """What hardening trains."""
 
@@ -76,10 +79,11 @@ class ACE(Method):
     *harden*: as long as a bounded attack brings the concept back,
 
         inner   min_δ ‖W ẽ(e + δ) − W e‖²,    ‖δ_token‖ ≤ radius ‖e_token‖
-        outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² + ρ ‖W ẽ(r) − W r‖²
+        outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a + ρ ‖W ẽ(r) − W r‖² / b
 
-    with z_t from pictures of the concept, over gates, directions and goals, and r general and retained
-    tokens, and the anchor's. The denoiser sees the text through W alone, so the inner attack needs no
+    with z_t from pictures of the concept, over gates, directions and goals, r general and retained
+    tokens, and the anchor's, and a and b how far concept and anchor are apart in the same units, the
+    noise and keys and values. The denoiser sees the text through W alone, so the inner attack needs no
     denoiser.
 
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
@@ -110,8 +114,8 @@ class ACE(Method):
     projections: Literal["both", "keys", "values"] = "both"
     """What is changed."""
     gate_on: Literal["end", "phrase", "prompt"] = "end"
-    """Open on the phrase's tokens, and on all behind them to the end of the padding; on the phrase
-    alone; or on every token of a prompt in which one of them opens it."""
+    """Open on the phrase's tokens, and on all behind them to the end of the padding; on the phrase's
+    and what happens to be like them; or on every token of a prompt in which one of them opens it."""
     energy: float = bounded(0.95, above=0, at_most=1)
     """The share of what keys and values tell concept and anchor apart by that goes; larger erases
     more, and takes more of what stands beside it in the prompt."""
@@ -149,7 +153,8 @@ class ACE(Method):
     rate: float = bounded(0.003, above=0)
     """AdamW's learning rate, as a share of each tensor's own size."""
     retain_weight: float = bounded(1.0, at_least=0)
-    """ρ, weight of what is retained, in units of the concept's own distance from its anchor."""
+    """ρ, weight of what is retained. Both losses are in units of the concept's own distance from its
+    anchor, so that one weight fits models that see much of their text and little."""
     pictures: int = bounded(4, at_least=1)
     """Pictures drawn of a concept, from which z_t is made."""
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
@@ -291,7 +296,9 @@ class ACE(Method):
         if self.gate_on == "phrase":
             found = found[:1]
         groups = [group for group in (_group(pairs) for pairs in found if pairs) if group.differs]
-        if not groups:
+        # Within one phrase the words differ from one another, so that `differs` would not tell.
+        alone = text.embeddings - anchored.embeddings.repeat(len(concept.names), 1, 1)
+        if not groups or bool(alone.norm() <= 1e-6 * text.embeddings.norm()):
             raise ExpungeError(
                 f"{concept.name!r} and its anchor {concept.anchor!r} are the same to this model,"
                 " so there is no direction to take away: choose another anchor"
@@ -309,7 +316,8 @@ class ACE(Method):
         chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
         general = [_thinned(model.encode(chosen[i : i + 64])) for i in range(0, len(chosen), 64)]
         kept = torch.cat([_thinned(text) for text in staying.values()])
-        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations)
+        shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
+        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations, shut)
 
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
         """What is retained, and the anchors, in a prompt or two each."""
@@ -338,7 +346,7 @@ class ACE(Method):
             for group in members:
                 way = background.direction(group.rows)
                 overlaps = {
-                    name: background.reach(way, _thinned(staying[name]).double())
+                    name: _overlap(background, way, group.rows, _thinned(staying[name]).double())
                     for name in problem.retain
                 }
                 nearest = max(overlaps, key=lambda name: overlaps[name], default="")
@@ -391,6 +399,7 @@ class ACE(Method):
         root = stacked([model.weight(layer) for layer in gated.layers]).to(text.embeddings)
         generator = run.generator("hardening", concept.name)
         weigh = 1 / _apart(root, text.embeddings, anchored.embeddings).mean()
+        noises = 1 / _noises_apart(model, text, anchored, shown, generator)
         # Each factor is a share of its own size, so that one rate fits all.
         sizes = {name: getattr(gated, name).square().mean().sqrt() for name in FACTORS}
         shifts = {name: torch.zeros(1, *getattr(gated, name).shape).to(kept) for name in FACTORS}
@@ -422,7 +431,7 @@ class ACE(Method):
                     goal = model.predict(noisy, t, anchored[[0] * len(shown)])
                 step = now()
                 given = dataclasses.replace(text[rows], embeddings=step.given(hard[rows]))
-                error = (model.predict(noisy, t, given) - goal).square().mean()
+                error = (model.predict(noisy, t, given) - goal).square().mean() * noises
                 harm = _apart(root, step.given(kept), kept).mean() * weigh
                 return (error + self.retain_weight * harm)[None]
 
@@ -496,6 +505,12 @@ def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tup
     return found
 
 
+def _overlap(background: Background, way: Tensor, rows: Tensor, tokens: Tensor) -> float:
+    """How far into a concept tokens reach along a way: 1 where one of them is one of its rows."""
+    same = torch.cdist(tokens, rows.double()).amin(1) <= 1e-3 * tokens.norm(dim=1)
+    return max(background.reach(way, tokens), float(same.any()))
+
+
 def _group(pairs: Sequence[tuple[Tensor, Tensor]]) -> Group:
     means = torch.stack([(e - n).mean(0) for e, n in pairs])
     rows, neutral = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -516,6 +531,22 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _apart(root: Tensor, given: Tensor, other: Tensor) -> Tensor:
     """The mean over tokens of ‖W a − W b‖² summed over layers, for each row: (n,)."""
     return ((given - other) @ root.T).square().sum(-1).mean(-1)
+
+
+@torch.no_grad()
+def _noises_apart(
+    model: Model, text: Text, anchored: Text, shown: Tensor, generator: torch.Generator
+) -> Tensor:
+    """E ‖ε₀(z_t, t, e) − ε₀(z_t, t, e_anchor)‖², a number's mean, at `LEVELS` times of each picture."""
+    levels, rows = len(model.log_snr()), [i % len(text) for i in range(len(shown))]
+    squares = []
+    for at in range(LEVELS):
+        noise = torch.randn(shown.shape, generator=generator).to(shown)
+        t = torch.full((len(shown),), (2 * at + 1) * levels // (2 * LEVELS))
+        noisy, t = model.add_noise(shown, noise, t), t.to(shown.device)
+        one, other = (model.predict(noisy, t, x) for x in (text[rows], anchored[[0] * len(shown)]))
+        squares.append((one - other).square().mean())
+    return torch.stack(squares).mean().clamp(min=1e-12)
 
 
 def _parted(gated: Gated, counts: Sequence[int]) -> list[Gated]:

@@ -73,10 +73,19 @@ class Background:
             mean variance. Small values part the concept from these tokens best, large values hold
             best against perturbations.
         deviations: k, how many standard deviations above the mean of `general` count as closed.
+        shut: (j, d), every token that must stay, if `retained` has but some, for the direction.
     """
 
-    def __init__(self, general: Tensor, retained: Tensor, ridge: float, deviations: float) -> None:
+    def __init__(
+        self,
+        general: Tensor,
+        retained: Tensor,
+        ridge: float,
+        deviations: float,
+        shut: Tensor | None = None,
+    ) -> None:
         self.general, self.retained, self.deviations = general.double(), retained.double(), deviations
+        self.shut = self.retained if shut is None else shut.double()
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
         spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
@@ -111,7 +120,7 @@ class Background:
 
     def reach(self, direction: Tensor, rows: Tensor) -> float:
         """How far along a direction the farthest of some rows is."""
-        return float(((rows.double() - self.mean) @ direction).max()) if len(rows) else 0.0
+        return float((rows.double() @ direction).max() - self.mean @ direction) if len(rows) else 0.0
 
 
 class Gate(NamedTuple):
@@ -143,7 +152,7 @@ def gate(rows: Tensor, background: Background, *, margin: float, leak: float) ->
     Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
     """
     direction = background.direction(rows)
-    edge = background.edge(direction)
+    edge = max(background.edge(direction), background.reach(direction, background.shut))
     # Where the two touch, the gate is as steep as a twentieth of the way to the concept's mean makes it.
     start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
