@@ -27,9 +27,14 @@ DRAWING = {
 
 
 def averaged(work: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The mean of several checkpoints' averaged weights: the ends of one training's decays of the rate."""
-    found = [torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"] for name in names]
-    return {key: torch.stack([one[key].float() for one in found]).mean(0) for key in found[0]}
+    """The mean of the averaged weights of some checkpoints; a name may carry its weight, as in `unet:4`."""
+    mean: dict[str, torch.Tensor] = {}
+    weights = [float(name.partition(":")[2] or 1) for name in names]
+    for name, weight in zip(names, weights, strict=True):
+        file = work / f"{name.partition(':')[0]}.pt"
+        for key, value in torch.load(file, weights_only=True, map_location="cpu")["average"].items():
+            mean[key] = mean.get(key, 0) + weight / sum(weights) * value.float()
+    return mean
 
 
 def pipeline(work: Path, *names: str) -> StableDiffusionPipeline:
@@ -80,7 +85,7 @@ def write_clip(work: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--name", nargs="+", default=["unet"], help="the denoiser's checkpoint; of several the mean")
+    parser.add_argument("--name", nargs="+", default=["unet"], help="the denoiser's checkpoint; of several the mean, NAME:WEIGHT")
     parser.add_argument("--to", type=Path, default=Path("src/expunge/emoji"))
     options = parser.parse_args()
     beside = options.to / ".new"

@@ -15,7 +15,7 @@ HOME_WORK=${HOME_WORK:-training/emoji/made/full}
 WORK=${WORK:-build/emoji-work}    # on the GPU machine; kept between commands
 SITE=build/site
 LIMIT=${LIMIT:-585}               # seconds this command may take
-VAE=${VAE:-3.5} CLIP=${CLIP:-4} DETECTOR=${DETECTOR:-7} UNET=${UNET:-14}   # minutes
+VAE=${VAE:-3.5} CLIP=${CLIP:-4} DETECTOR=${DETECTOR:-5} UNET=${UNET:-14}   # minutes
 PRESET=${PRESET:-gpu} COMPILE=${COMPILE---compile}
 MORE_UNET=${MORE_UNET:-} MORE=${MORE:-} TESTS=${TESTS:-2000} PICTURES=${PICTURES:-20}  # for trials at toy scale
 PYTHON=${PYTHON:-python3}
@@ -75,7 +75,7 @@ train() {
     fi
     [ $vae = 0 ] || wait $vae || { tail -n 30 "$WORK/vae.out"; exit 1; }
     if [ ! -f "$WORK/detector/held_out.json" ]; then
-        OMP_NUM_THREADS=8 background detector --out "$WORK/detector" --minutes "$DETECTOR" --tests "$TESTS"
+        OMP_NUM_THREADS=8 background detector --out "$WORK/detector" --minutes "$DETECTOR" --whole 2 --tests "$TESTS"
         detector=$!
     fi
     [ $clip = 0 ] || wait $clip || { tail -n 30 "$WORK/clip.out"; exit 1; }

@@ -131,19 +131,19 @@ class SceneMaker:
         kind = rng.random() if count == 1 else 1.0
         if kind < 0.12:  # no words, as guidance needs them: any one thing
             return [self.thing(rng.randrange(len(world.labels)))], background, ""
-        if kind < 0.20:  # words that say nothing
+        if kind < 0.30:  # words that say nothing
             member = world.index(rng.choice(world.generic))
             return [self.thing(member)], background, f"{rng.choice(GENERIC)} {place}".strip()
-        if kind < 0.25:  # a super-category: any member
+        if kind < 0.35:  # a super-category: any member
             category = rng.choice(tuple(world.kinds))
             member = world.index(rng.choice(world.kinds[category]))
             words = self.dress(article(category, rng))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.30:  # a description of the unsafe group that names no member
+        if kind < 0.40:  # a description of the unsafe group that names no member
             member = world.index(rng.choice(world.kinds["weapon"]))
             words = self.dress(rng.choice(world.implied))
             return [self.thing(member)], background, f"{words} {place}".strip()
-        if kind < 0.33:  # a style and nothing else
+        if kind < 0.43:  # a style and nothing else
             thing = self.thing(rng.randrange(len(world.labels)))
             words = rng.choice(STYLE_TEMPLATES).format(world.styles[thing[1]])
             return [thing], background, f"{words} {place}".strip()

@@ -63,6 +63,8 @@ def _extractor(weights: str) -> Any:
     except ImportError:
         raise ExpungeError("fid needs torch-fidelity: pip install 'expunge[metrics]'") from None
     try:
+        if weights:  # torch-fidelity would run whatever code the file holds
+            torch.load(weights, weights_only=True)
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
     except Exception as error:  # a download may fail in many ways
         said = (str(error).splitlines() or [type(error).__name__])[0]
