@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready      ## erase the airplane, look and measure
 	$(BIN)/python examples/forget_airplane.py
 
-test: $(VENV)/ready      ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/ready      ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/ready     ## lint, format, types and tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/ready    ## put the code into its format
 	$(BIN)/ruff check --fix

@@ -27,7 +27,8 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert err == ""
     assert "airplane" in out
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"cats.png", "no-airplane.safetensors", "after.png", "mace.safetensors"}
+    wanted = {"cats.png", "no-airplane.safetensors", "after.png", "mace.safetensors"}
+    assert made == wanted | {"no-airplane-lora.safetensors", "no-airplane-lora.md"}
 
 
 def test_python(tmp_path, monkeypatch):
