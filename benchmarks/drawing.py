@@ -4,14 +4,15 @@ Beside it in the same run: the diffusers pipeline's own call on the same prompts
 the limit, which is what the denoiser alone would allow: pictures a second = samples through the
 U-Net a second / (2 * steps), 2 for the guided and the unguided prediction. Rounds of the three are
 taken in turn, so that a busy moment hits all of them; the median over rounds counts.
-Writes `benchmarks/results/drawing.json`. To reach: 2 pictures a second on two cores.
+Writes `benchmarks/results/drawing.json`. To reach: 2 pictures a second on two cores, with 20 steps.
 
-    python benchmarks/drawing.py [--pictures 32] [--batch 1 8 32] [--rounds 3]
+    python benchmarks/drawing.py [--pictures 32] [--batch 1 8 32] [--steps 12 20] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1, 8, 32], help="pictures drawn together"
     )
+    parser.add_argument("--steps", type=int, nargs="+", help="default: the model's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "drawing.json")
     options = parser.parse_args()
@@ -84,7 +86,8 @@ def main() -> None:
     model = expunge.load("emoji")
     model.pipe.set_progress_bar_config(disable=True)
     rows = []
-    for batch in options.batch:
+    for steps, batch in itertools.product(options.steps or [model.num_inference_steps], options.batch):
+        model.num_inference_steps = steps
         n = max(options.pictures if batch > 1 else options.pictures // 4, batch) // batch * batch
         ways = {
             "expunge": partial(draw, model, n, batch),
@@ -96,6 +99,7 @@ def main() -> None:
         rate = {name: n / statistics.median(each[name] for each in taken) for name in ways}
         rows.append(
             {
+                "num_inference_steps": steps,
                 "batch": batch,
                 "pictures": n,
                 "pictures_a_second": {name: round(value, 2) for name, value in rate.items()},
@@ -107,20 +111,27 @@ def main() -> None:
             }
         )
 
-    table = Table("batch", "pictures/s", "diffusers", "limit", "of the limit", "times diffusers")
+    table = Table(
+        "steps", "batch", "pictures/s", "diffusers", "limit", "of the limit", "times diffusers"
+    )
     for row in rows:
         rate = row["pictures_a_second"]
         table.add_row(
             *(
                 str(x)
-                for x in (row["batch"], *rate.values(), row["of_the_limit"], row["times_diffusers"])
+                for x in (
+                    row["num_inference_steps"],
+                    row["batch"],
+                    *rate.values(),
+                    row["of_the_limit"],
+                    row["times_diffusers"],
+                )
             )
         )
     Console().print(table)
     report = {
         "rows": rows,
         "made with": {
-            "num_inference_steps": model.num_inference_steps,
             "guidance_scale": model.guidance_scale,
             "sampler": type(model.pipe.scheduler).__name__,
             "resolution": 64,
