@@ -1,6 +1,7 @@
 """What every method keeps, over the registry; then what each one computes."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import pytest
@@ -82,6 +83,11 @@ class TestContract:
 def plain_uce(model, erased, anchored, retained, words, method):
     """The paper's equation, layer by layer, summed prompt by prompt, with an explicit inverse."""
     solved = {}
+
+    @functools.cache
+    def read(prompt):
+        return model.encode([prompt])
+
     for entry in model.text_entries():
         layer = model.pipe.unet.get_submodule(entry.layer.removeprefix("unet."))
         w = layer.weight.detach().double()
@@ -93,16 +99,16 @@ def plain_uce(model, erased, anchored, retained, words, method):
             right = right + scale * old.double().T @ old.double()
 
         for old, new in zip(erased, anchored, strict=True):
-            old, new = model.encode([old]), model.encode([new])
+            old, new = read(old), read(new)
             i, j = int(old.own.sum()), int(new.own.sum())
             n = 1 if method.positions == "last" else 77 - max(i, j)
             add(old.embeddings[0, i : i + n], new.embeddings[0, j : j + n], 1 / len(erased))
         for prompts in retained:
             for prompt in prompts:
-                rows = model.encode([prompt]).embeddings[0]
+                rows = read(prompt).embeddings[0]
                 add(rows, rows, method.retain_scale / len(prompts))
         for word in words:
-            rows = model.encode([word]).embeddings[0]
+            rows = read(word).embeddings[0]
             add(rows, rows, method.general_scale / len(words))
         solved[entry.layer] = left @ torch.linalg.inv(right)
     return solved
