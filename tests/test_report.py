@@ -377,7 +377,10 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     again = read.run(model, tmp_path / "out", cache=cache)
     assert cache.drawn == drawn
     assert again.to_dict() == report.to_dict()
-    assert "averaged over what was erased" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "averaged over what was erased" in page
+    for ridge in (5.0, UCE().ridge):  # what two recipes have in common is not said
+        assert f">uce (ridge {ridge}):" in page
 
 
 def test_presets_and_titles(experiment):

@@ -116,7 +116,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         for role in ("erased", "floor", "ceiling", "retained")
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
-    methods = report.methods()[name]
+    methods, brief = report.methods()[name], _brief(rows)
     return {
         "suite": suite,
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
@@ -142,7 +142,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
             for row in case.rows
         ],
         "methods": [
-            {"name": recipe, "h": number(h, is_share)}
+            {"recipe": recipe, "name": brief.get(recipe, recipe), "h": number(h, is_share)}
             for recipe, h in sorted(methods.items(), key=lambda item: -_sortable(item[1]))
         ]
         if len(cases) > 1
@@ -150,6 +150,25 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         "plot": _plot(cases, colours) if is_share else None,
         "cases": [_case(report, case) for case in cases],
     }
+
+
+def _brief(rows: Sequence[Row]) -> dict[str, str]:
+    """For each recipe its method, and the fields in which another recipe of that method differs."""
+    records = {
+        row.candidate.recipe: row.candidate.edit.record
+        for row in rows
+        if row.candidate and row.candidate.edit
+    }
+    found = {}
+    for recipe, record in records.items():
+        others = [other.fields for other in records.values() if other.method == record.method]
+        apart = [
+            f"{key} {value}"
+            for key, value in record.fields.items()
+            if any(other.get(key) != value for other in others)
+        ]
+        found[recipe] = f"{record.method} ({', '.join(apart)})" if apart else record.method
+    return found
 
 
 def _sortable(estimate: Estimate) -> float:
