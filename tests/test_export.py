@@ -188,7 +188,7 @@ def test_a_right_factor_leaves_as_its_nearest_lora(folder, uce, tmp_path):
         torch.testing.assert_close(missed, values[2:].square().sum(), rtol=1e-4, atol=1e-10)
         lost, total = lost + missed, total + values.square().sum()
     assert done.error == pytest.approx(float((lost / total).sqrt()), rel=1e-4)
-    assert f"{done.error:.2g}" in done.notes[1]
+    assert f"{done.error:.2%}" in done.notes[1]
     assert done.notes[1] in path.with_suffix(".md").read_text()
 
 
@@ -469,11 +469,16 @@ def test_merging_lays_other_weights_side_by_side(model):
     merged = merge(model, [edited(model, [one]), edited(model, [other])])
     assert [c.layers for c in merged.changes] == [one.layers, other.layers]
     assert torch.equal(merged.changes[0].up, one.up)
-    conv = LowRank(("unet.conv_in",), torch.ones(8, 1), torch.ones(1, 36))
+    conv, twice = (
+        LowRank(("unet.conv_in",), scale * torch.ones(8, 1), torch.ones(1, 36)) for scale in (1, 2)
+    )
     with pytest.raises(ExpungeError, match="none through which text enters"):
-        merge(model, [edited(model, [conv]), edited(model, [conv])])
+        merge(model, [edited(model, [conv]), edited(model, [twice])])
     with pytest.raises(ExpungeError, match="two edits or more"):
         merge(model, [edited(model, [conv])])
+    one = edited(model, [conv])
+    with pytest.raises(ExpungeError, match="are the same one"):
+        merge(model, [one, one])
 
 
 # Gates.

@@ -11,6 +11,7 @@ from expunge import __version__
 from expunge.changes import summary
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
+from expunge.fields import spelled
 
 LIMITS = """\
 An erasure is a small change to the weights. It lowers what the model draws of the erased concepts when
@@ -52,7 +53,7 @@ def card(
         also = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
         lines.append(f"| {concept.name}{also} | {concept.kind} | {becomes} |")
-    fields = ", ".join(f"{name} {value}" for name, value in record.fields.items())
+    fields = ", ".join(f"{name} {spelled(value)}" for name, value in record.fields.items())
     lines += [
         "",
         f"* Retained by name: {', '.join(record.problem.retain) or 'nothing'}.",

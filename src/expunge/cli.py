@@ -29,6 +29,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from expunge import __version__, commands, concepts, files, registry, source
 from expunge.commands import Loading
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.fields import spelled
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from expunge.cache import Cache
     from expunge.case import Candidate
     from expunge.edit import Edit
+    from expunge.method import Method
     from expunge.model import Model
     from expunge.report import Report
     from expunge.run import Progress
@@ -68,7 +70,7 @@ usage: expunge COMMAND …
 class Draw:
     """Draw pictures."""
 
-    prompt: Positional[str]
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """What to draw."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER/")]
     """One grid as FILE.png, or one PNG a picture in FOLDER/."""
@@ -76,7 +78,7 @@ class Draw:
     """How many pictures; picture i has the seed SEED + i."""
     seed: int = 0
     """The first picture's seed."""
-    edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT")] = ()
+    edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT", help_behavior_hint="")] = ()
     """An edit to draw with."""
     model: str = "emoji"
     """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
@@ -93,21 +95,25 @@ class Erase:
 
     output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
     """The file to write, ending in .safetensors."""
-    concept: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]")] = ()
+    concept: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]", help_behavior_hint="")
+    ] = ()
     """What to erase and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
-    concepts: Annotated[str | None, arg(metavar="FILE")] = None
+    concepts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A .txt, .csv or .toml file with more: in .txt one a line, as in --concept or NAME=ANCHOR, KIND."""
     kind: str = "object"
     """What concepts are that do not say it: object, identity, style or explicit."""
-    retain: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT")] = ()
+    retain: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")
+    ] = ()
     """What must stay as it is."""
-    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Values for the method's fields; those given beside count. `--preset list` shows them all."""
     model: str = "emoji"
     """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     seed: int = 0
     """The number all random choices follow from."""
-    ray: Annotated[str, arg(metavar="ADDRESS")] = ""
+    ray: Annotated[str, arg(metavar="ADDRESS", help_behavior_hint="")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
     stream: bool = False
     """Leave the denoiser on the disk, for methods that draw and train nothing: takes little memory."""
@@ -122,15 +128,19 @@ class Evaluate:
     """Edits, or diffusers folders of erased models."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
     """The folder for index.html, results.json and results.csv."""
-    suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE")] = ()
-    """What to judge by: a suite's name, or a TOML file."""
+    suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE", help_behavior_hint="")] = ()
+    """What to judge by, one or more: a suite's name (`expunge list suites`), or a TOML file."""
     full: bool = False
     """The papers' number of pictures instead of the quick one."""
-    metric: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="METRIC")] = ()
+    metric: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="METRIC", help_behavior_hint="")
+    ] = ()
     """What to measure besides what the suites say."""
-    attack: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="ATTACK")] = ()
+    attack: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="ATTACK", help_behavior_hint="")
+    ] = ()
     """An attack that tries to bring the erased back, at the suites' budgets; writes robustness.json."""
-    erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help_behavior_hint="")] = ()
     """What the diffusers folders have erased; edits say so themselves."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The original; by default the suite's own."""
@@ -142,9 +152,9 @@ class Evaluate:
 class RunOptions:
     """Erase, judge and report: methods × concepts × seeds, as a TOML file says. Goes on where it was."""
 
-    experiment: Positional[str]
+    experiment: Annotated[Positional[str], arg(metavar="EXPERIMENT")]
     """The TOML file."""
-    output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
     full: bool = False
     """The papers' number of pictures, whatever the file says."""
@@ -156,7 +166,7 @@ class RunOptions:
 class Info:
     """Say what an edit erases, how it was made, from what, and whether it fits a model."""
 
-    edit: Positional[str]
+    edit: Annotated[Positional[str], arg(metavar="EDIT|MODEL")]
     """The edit, or a model that export wrote."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model at hand; by default the shipped one it was made from."""
@@ -166,7 +176,7 @@ class Info:
 class List:
     """List what there is."""
 
-    kind: Positional[str] = "methods"
+    kind: Annotated[Positional[str], arg(metavar="KIND")] = "methods"
     """methods, models, families, attacks, metrics or suites."""
 
 
@@ -444,7 +454,7 @@ def info_command(options: Info) -> None:
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
         table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
-    fields = ", ".join(f"{name} {_plain(value)}" for name, value in record.fields.items())
+    fields = ", ".join(f"{name} {spelled(value)}" for name, value in record.fields.items())
     table.add_row("method", f"{record.method}: {fields}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
@@ -513,17 +523,28 @@ def _run_erase(arguments: list[str]) -> None:
     preset = _value(arguments, "--preset")
     if preset != "list" and not {"-h", "--help"} & set(arguments):
         # Importing a method takes seconds: first what can be said without.
-        _check_erase(_parse(Erase, f"erase {name}", arguments[1:], alone=False))
+        try:
+            _check_erase(_parse(Erase, f"erase {name}", arguments[1:], alone=False))
+        except ExpungeError:  # a misspelt option may be why something is missing
+            if _unknown_options(Erase, arguments[1:]):
+                with_method = _erase_with(registry.get("methods", name)())
+                _check_options(with_method, f"erase {name}", arguments[1:])
+            raise
     method = registry.get("methods", name)
     if preset == "list":
         _show_presets(name, method.presets)
         return
-    default = method.preset(preset) if preset is not None else method()
-    field: Any = ("method", method, dataclasses.field(default=default))
-    options = dataclasses.make_dataclass("EraseWith", [field], bases=(Erase,), frozen=True)
-    options.__doc__ = Erase.__doc__
+    options = _erase_with(method.preset(preset) if preset is not None else method())
     parsed: Any = _parse(options, f"erase {name}", arguments[1:])
     erase_command(parsed, parsed.method)
+
+
+def _erase_with(default: Method) -> type[Erase]:
+    """The options of `expunge erase` with the method's fields among them."""
+    field: Any = ("method", type(default), dataclasses.field(default=default))
+    options = dataclasses.make_dataclass("EraseWith", [field], bases=(Erase,), frozen=True)
+    options.__doc__ = Erase.__doc__
+    return options
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
@@ -541,7 +562,7 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     table.add_column(style="bold")
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
-        text = ", ".join(f"{field} {_plain(value)}" for field, value in values.items())
+        text = ", ".join(f"{field} {spelled(value)}" for field, value in values.items())
         table.add_row(name, preset.get("about", ""), text)
     _out().print(table if presets else f"{method} has no presets")
 
@@ -564,13 +585,26 @@ def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: b
     except SystemExit as stop:
         if not stop.code:
             raise
+        if alone:
+            _check_options(options, command, arguments)
         raise ExpungeError(_sentence(said.getvalue(), command)) from None
     if rest and alone:
-        known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
-        if rest[0].startswith("-"):
-            raise unknown(f"option of {command}", rest[0].partition("=")[0], known)
+        _check_options(options, command, rest)
         raise ExpungeError(f"{command} does not know what to do with {rest[0]!r}")
     return parsed
+
+
+def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
+    """Check that there are none that nobody knows."""
+    for name in _unknown_options(options, arguments):
+        known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
+        raise unknown(f"option of {command}", name, known)
+
+
+def _unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:
+    known = {f.name.replace("_", "-") for f in _all_fields(options)}
+    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    return [name for name in given if not {name[2:], name[2:].removeprefix("no-")} & known]
 
 
 def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
@@ -710,10 +744,3 @@ def _notes(console: Console) -> Iterator[None]:
 
 def _out() -> Console:
     return Console(highlight=False, soft_wrap=True)
-
-
-def _plain(value: Any) -> str:
-    """A field's value, as people read it."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "default"
-    return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"

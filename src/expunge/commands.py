@@ -42,13 +42,15 @@ class Export:
     """The share of each squared change that a LoRA keeps, where it cannot keep all."""
     dtype: str = "float16"
     """A LoRA's number format: float32, float16 or bfloat16."""
-    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    lora: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]", help_behavior_hint="")
+    ] = ()
     """A LoRA that lay on the model when the edit was made."""
-    licence: Annotated[str, arg(metavar="ID")] = ""
+    licence: Annotated[str, arg(metavar="ID", help_behavior_hint="")] = ""
     """The licence's identifier for the model card."""
-    report: Annotated[str | None, arg(metavar="FOLDER")] = None
+    report: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """A report of expunge evaluate, whose figures the card shows."""
-    push_to_hub: Annotated[str | None, arg(metavar="OWNER/NAME")] = None
+    push_to_hub: Annotated[str | None, arg(metavar="OWNER/NAME", help_behavior_hint="")] = None
     """A repository of the Hugging Face hub to upload to, when all is written."""
     private: bool = False
     """Make that repository private if it is new."""
@@ -114,9 +116,11 @@ class Loading:
     """Where it works: auto, cpu, cuda, cuda:1, mps."""
     offload: bool = False
     """Keep on the accelerator only the part of it that is at work."""
-    config: Annotated[str | None, arg(metavar="FOLDER")] = None
+    config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """For a single file: a diffusers folder of a model built like it."""
-    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]")] = ()
+    lora: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]", help_behavior_hint="")
+    ] = ()
     """A LoRA to fuse into the weights first."""
     gradient_checkpointing: bool = False
     """Compute twice what gradients need, instead of keeping it: less memory, more time."""

@@ -235,7 +235,7 @@ def _notes(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:
     format = str(dtype).removeprefix("torch.")
     notes = [f"A LoRA of rank {lora.rank} on {len(lora.factors)} layers, in {format}."]
     if lora.error > 1e-6:
-        notes.append(f"The changes were of higher rank; {lora.error:.2g} of their norm is lost, of 1.")
+        notes.append(f"The changes were of higher rank; {lora.error:.2%} of their norm is lost.")
     if lora.left_out:
         notes.append(f"Left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms.")
     return tuple(notes)

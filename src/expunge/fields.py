@@ -89,3 +89,10 @@ def _fitted(value: Any, kind: Any, name: str) -> Any:
         return value
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
     raise ExpungeError(f"{name} must be {words.get(kind, 'a list of text')}, not {value!r}")
+
+
+def spelled(value: Any) -> str:
+    """A field's value, as people read it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "default"
+    return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"

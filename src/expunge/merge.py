@@ -62,13 +62,15 @@ def merge(
         progress: told what is done.
 
     Raises:
-        ExpungeError: fewer than two; one does not fit the model; two change the same weight where no
-            text enters; λ or ρ is out of range.
+        ExpungeError: fewer than two; two are the same; one does not fit the model; two change the same
+            weight where no text enters; λ or ρ is out of range.
 
     Source: the fusion of MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7.
     """
     if len(edits) < 2:
         raise ExpungeError("merging takes two edits or more")
+    if len({edit.hash for edit in edits}) < len(edits):
+        raise ExpungeError("two of the edits to merge are the same one")
     if not ridge > 0 or not prior_scale >= 0:
         raise ExpungeError(
             f"ridge must be above 0 and prior_scale at least 0, not {ridge}, {prior_scale}"
