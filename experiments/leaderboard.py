@@ -8,7 +8,7 @@ table `docs/leaderboard.md`.
     python experiments/leaderboard.py                              # quick, all methods
     python experiments/leaderboard.py --full --methods uce mace
     python experiments/leaderboard.py --suites object --take 1 --tiny     # does it work?
-    python experiments/leaderboard.py --table                      # the table alone
+    python experiments/leaderboard.py --table --readme README.md    # the tables alone
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from expunge.statistics import Estimate, average
 from expunge.suite import Size, Suite, SuiteConcept
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- leaderboard -->", "<!-- end of the leaderboard -->"
 SIZES = ("quick", "full")
 TINY = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)
 
@@ -213,6 +214,34 @@ def _percent(one: dict[str, Any]) -> str:
     return f"{100 * one['value']:.1f} <sub>{100 * one['low']:.0f}–{100 * one['high']:.0f}</sub>"
 
 
+def summary(results: Path) -> str:
+    """The H of every method on every suite, at the largest size there is, in Markdown."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for size in SIZES:
+        file = results / f"leaderboard-{size}.json"
+        if file.is_file():
+            record = json.loads(file.read_text("utf8"))
+            found |= {name: (size, one) for name, one in record["suites"].items()}
+    suites = [task.suite for task in TASKS if task.suite in found]
+    methods = list(dict.fromkeys(method for name in suites for method in found[name][1]["rows"]))
+    lines = ["| | " + " | ".join(f"{name}, {found[name][0]}" for name in suites) + " |"]
+    lines.append("|---" * (len(suites) + 1) + "|")
+    for method in methods:
+        rows = [(found[name][1]["rows"].get(method), found[name][1]["score"]) for name in suites]
+        cells = [_percent(row[score]) if row else "–" for row, score in rows]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_between(text: str, inside: str) -> str:
+    """The text with `inside` between its two markers."""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise SystemExit(f"there is no {BEGIN} … {END} to put the table between")
+    return f"{before}{BEGIN}\n{inside}\n{END}{after}"
+
+
 def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -> None:
     """Put one suite's rows with those that are there, if they are of the same model and sampler."""
     file = results / f"leaderboard-{size}.json"
@@ -251,6 +280,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "leaderboard.md")
+    parser.add_argument("--readme", type=Path, help="a file with markers to put the summary between")
     parser.add_argument(
         "--table", action="store_true", help="write the table from the results there are"
     )
@@ -296,6 +326,10 @@ def main() -> None:
             )
     with replacing(options.docs) as temporary:
         temporary.write_text(table(options.results), "utf8")
+    if options.readme:
+        text = options.readme.read_text("utf8")
+        with replacing(options.readme) as temporary:
+            temporary.write_text(put_between(text, summary(options.results)), "utf8")
 
 
 if __name__ == "__main__":
