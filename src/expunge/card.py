@@ -11,7 +11,7 @@ from expunge import __version__
 from expunge.changes import summary
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
-from expunge.fields import spelled
+from expunge.fields import spelled_out
 
 LIMITS = """\
 An erasure is a small change to the weights. It lowers what the model draws of the erased concepts when
@@ -53,11 +53,10 @@ def card(
         also = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
         lines.append(f"| {concept.name}{also} | {concept.kind} | {becomes} |")
-    fields = ", ".join(f"{name} {spelled(value)}" for name, value in record.fields.items())
     lines += [
         "",
         f"* Retained by name: {', '.join(record.problem.retain) or 'nothing'}.",
-        f"* Method: {record.method} ({fields}), seed {record.seed}.",
+        f"* Method: {record.method} ({spelled_out(record.fields)}), seed {record.seed}.",
         f"* Base: {record.model or 'unnamed'}; the changed tensors' hash there is `{record.base[:16]}`.",
         f"* Changes: {summary(edit.changes)}; edit `{edit.hash[:16]}`.",
         f"* Written by expunge {__version__} as {target}.",

@@ -29,7 +29,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from expunge import __version__, commands, concepts, files, registry, source
 from expunge.commands import Loading
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.fields import spelled
+from expunge.fields import spelled_out
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
 
@@ -454,8 +454,7 @@ def info_command(options: Info) -> None:
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
         table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
-    fields = ", ".join(f"{name} {spelled(value)}" for name, value in record.fields.items())
-    table.add_row("method", f"{record.method}: {fields}")
+    table.add_row("method", f"{record.method}: {spelled_out(record.fields)}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
     table.add_row("changes", summary(edit.changes))
@@ -562,8 +561,7 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     table.add_column(style="bold")
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
-        text = ", ".join(f"{field} {spelled(value)}" for field, value in values.items())
-        table.add_row(name, preset.get("about", ""), text)
+        table.add_row(name, preset.get("about", ""), spelled_out(values))
     _out().print(table if presets else f"{method} has no presets")
 
 

@@ -96,3 +96,8 @@ def spelled(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "default"
     return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"
+
+
+def spelled_out(values: Mapping[str, Any]) -> str:
+    """Fields with their values, as people read them."""
+    return ", ".join(f"{name} {spelled(value)}" for name, value in values.items())
