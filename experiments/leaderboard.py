@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -111,6 +112,7 @@ def judge(
     folder: Path,
     cache: Cache,
     progress: Any,
+    autocast: torch.dtype | None = None,
 ) -> Report:
     """All methods on one suite; the report's page stands in the folder."""
     suite = Suite.read(task.suite)
@@ -122,7 +124,8 @@ def judge(
         for name in methods:
             job = Job(method_for(name, model, task.kind), name, problem, 0, title=name)
             candidates.append(job.done(model, folder / "edits", progress))
-    report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
+    with model.autocasting(autocast):
+        report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
     return report
 
@@ -248,7 +251,7 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     facts = {
         **{
             key: report.provenance[key]
-            for key in ("model", "model sha256", "num_inference_steps", "guidance_scale")
+            for key in ("model", "model sha256", "num_inference_steps", "guidance_scale", "sampler")
         },
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")},
     }
@@ -274,6 +277,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=registry.names("methods"), help="default: all")
     parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
     parser.add_argument("--full", action="store_true", help="the papers' number of pictures")
+    parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")
     parser.add_argument("--tiny", action="store_true", help="two pictures a cell, to see that it works")
     parser.add_argument("--take", type=int, default=0, help="so many problems a suite; default: all")
     parser.add_argument("--model", default="emoji")
@@ -310,6 +314,7 @@ def main() -> None:
                     folder=options.work,
                     cache=cache,
                     progress=tell,
+                    autocast=torch.bfloat16 if options.bfloat16 else None,
                 )
             keep(
                 options.results,

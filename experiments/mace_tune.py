@@ -2,7 +2,8 @@
 
 Four tasks, each a suite in `experiments/mace/tune-*.toml`: six objects in turn, sixteen together, food
 as if it were unsafe, one style. Every combination of the values given is tried, judged as any edit is.
-What has been tried stays in `experiments/results/mace_tune.json`, and is not tried again.
+What has been tried stays in `experiments/results/mace_tune.json`, and is not tried again on the same
+weights. Pictures are drawn in bfloat16.
 
     python experiments/mace_tune.py object many --try stages=refine ridge=10,100 refine_prior=0,10
 """
@@ -19,8 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import expunge
 from expunge import Concept, Model, Problem
+from expunge.cache import model_hash
 from expunge.case import Candidate
 from expunge.fields import build
 from expunge.files import replacing
@@ -110,7 +114,8 @@ def judge(model: Model, task: str, method: MACE) -> dict[str, Any]:
     """What a task comes to: H and its terms, means over its problems, and shares unrecognisable."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
-    report = expunge.evaluate(model, candidates, [suite(task)])
+    with model.autocasting(torch.bfloat16):
+        report = expunge.evaluate(model, candidates, [suite(task)])
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
     def mean(values: list[float]) -> float:
@@ -140,6 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     record: dict[str, Any] = json.loads(options.to.read_text("utf8")) if options.to.is_file() else {}
     model = expunge.load("emoji")
+    if record.get("model sha256") != model_hash(model):
+        record = {"model sha256": model_hash(model)}
     base = {name: value for name, value in MACE.presets[options.preset].items() if name != "about"}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):
         method = build(Remembering, base | values)

@@ -37,7 +37,8 @@ from expunge.probe import Probe
 from expunge.run import Progress, quiet
 
 FORMAT = 1
-BATCH = 32
+BATCH = 64
+"""Pictures drawn together."""
 
 
 @dataclass(frozen=True)
@@ -313,10 +314,12 @@ def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def sampler(model: Model) -> dict[str, Any]:
-    """The scheduler's class and settings, and the pictures' size where it is not the model's own."""
+    """The scheduler's class and settings, and the pictures' size and the number format where they are
+    not the model's own."""
     scheduler = model.pipe.scheduler
     size = {} if model.sample_size is None else {"sample_size": model.sample_size}
-    return {"class": type(scheduler).__name__, **_plain(scheduler.config), **size}
+    format = {} if model.autocast is None else {"autocast": str(model.autocast).removeprefix("torch.")}
+    return {"class": type(scheduler).__name__, **_plain(scheduler.config), **size, **format}
 
 
 def _plain(config: object) -> dict[str, str]:

@@ -402,17 +402,20 @@ def _by_parameter(root: Any, changes: Changes) -> dict[tuple[nn.Module, str], li
 def _hooks(
     modules: Sequence[nn.Module], change: HookedChange
 ) -> list[torch.utils.hooks.RemovableHandle]:
+    # Gates are steep: they are asked in full precision, whatever the layers around them compute in.
     if isinstance(change, OutputChange):
 
         def after(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return change.output(given[0], output)
+            with torch.autocast(output.device.type, enabled=False):
+                return change.output(given[0], output)
 
         return [module.register_forward_hook(after) for module in modules]
     assert isinstance(change, InputChange)
     changed = _Once(change.given)
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (changed(given[0]), *given[1:])
+        with torch.autocast(given[0].device.type, enabled=False):
+            return (changed(given[0]), *given[1:])
 
     return [module.register_forward_pre_hook(before) for module in modules]
 

@@ -34,6 +34,8 @@ from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
+    import torch
+
     from expunge.cache import Cache
     from expunge.case import Candidate
     from expunge.edit import Edit
@@ -144,6 +146,8 @@ class Evaluate:
     """What the diffusers folders have erased; edits say so themselves."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The original; by default the suite's own."""
+    autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
+    """Draw in bfloat16 or float16: faster where the hardware has it, and the report says so."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
@@ -158,6 +162,8 @@ class RunOptions:
     """The folder for the edits and the report; by default the file's name without .toml."""
     full: bool = False
     """The papers' number of pictures, whatever the file says."""
+    autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
+    """Draw in bfloat16 or float16: faster where the hardware has it, and the report says so."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
@@ -302,7 +308,7 @@ def evaluate_command(options: Evaluate) -> None:
     """`expunge evaluate`."""
     if not options.suite:
         raise ExpungeError(f"name a suite with --suite, one of: {', '.join(registry.names('suites'))}")
-    limit = _bytes(options.cache_limit)
+    limit, autocast = _bytes(options.cache_limit), _autocast(options.autocast)
     from expunge.suite import Suite
 
     suites = [Suite.read(name) for name in options.suite]
@@ -338,7 +344,11 @@ def evaluate_command(options: Evaluate) -> None:
         else:
             candidates.append(Candidate(path.resolve().name, options.erases, model=load(path)))
     cache, original = Cache(limit=limit), load(models.pop())
-    with _progress() as progress:
+    drawing = [original, *(one.model for one in candidates if one.model)]
+    with contextlib.ExitStack() as stack:
+        for model in drawing:
+            stack.enter_context(model.autocasting(autocast))
+        progress = stack.enter_context(_progress())
         report = evaluate(
             original,
             candidates,
@@ -351,7 +361,8 @@ def evaluate_command(options: Evaluate) -> None:
     report.save(options.output)
     _show(report)
     if options.attack:
-        _attack(options, original, candidates, suites, cache)
+        with original.autocasting(autocast):
+            _attack(options, original, candidates, suites, cache)
     cache.prune(limit)
     print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
 
@@ -387,7 +398,7 @@ def _attack(
 
 def run_command(options: RunOptions) -> None:
     """`expunge run`."""
-    limit = _bytes(options.cache_limit)
+    limit, autocast = _bytes(options.cache_limit), _autocast(options.autocast)
     from expunge.cache import Cache
     from expunge.experiment import Experiment
     from expunge.model import load
@@ -400,7 +411,8 @@ def run_command(options: RunOptions) -> None:
     files.check_writable(folder / "results.json")
     cache = Cache(limit=limit)
     with _progress() as progress:
-        report = experiment.run(load(experiment.model), folder, cache=cache, progress=progress)
+        how: Any = {"autocast": autocast, "cache": cache, "progress": progress}
+        report = experiment.run(load(experiment.model), folder, **how)
     cache.prune(limit)
     _show(report)
     print(f"{cache.drawn} pictures drawn; look at {folder / 'index.html'}")
@@ -426,6 +438,17 @@ def _score(estimate: Estimate | None) -> str:
         return "–"
     score, scale = estimate.score, 100 if abs(estimate.value) <= 1 else 1
     return f"{scale * score.value:.1f} ({scale * score.low:.0f}–{scale * score.high:.0f})"
+
+
+def _autocast(name: str | None) -> torch.dtype | None:
+    """The number format to draw in."""
+    if name is None:
+        return None
+    if name not in (half := commands.DTYPES[1:]):
+        raise unknown("number format to draw in", name, half)
+    import torch
+
+    return getattr(torch, name)
 
 
 def _bytes(text: str) -> int:

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expunge import fields, registry
 from expunge.cache import Cache, model_hash
 from expunge.case import Candidate
@@ -149,9 +151,21 @@ class Experiment:
         return found
 
     def run(
-        self, model: Model, folder: str | Path, *, cache: Cache | None = None, progress: Progress = quiet
+        self,
+        model: Model,
+        folder: str | Path,
+        *,
+        autocast: torch.dtype | None = None,
+        cache: Cache | None = None,
+        progress: Progress = quiet,
     ) -> Report:
         """Make the edits that are not there yet, judge them all, and write the report to `folder`.
+
+        Args:
+            model: what to erase from, in its own number format.
+            folder: where edits and the report go.
+            autocast: the number format to draw in when judging, as in `Model.autocasting`.
+            cache, progress: as in `evaluate`.
 
         Raises:
             ExpungeError: the folder cannot be written.
@@ -162,7 +176,9 @@ class Experiment:
             progress("erasing", done, len(jobs))
             candidates.append(job.done(model, folder / "edits", progress))
         progress("erasing", len(jobs), len(jobs))
-        report = evaluate(model, candidates, self.suites, full=self.full, cache=cache, progress=progress)
+        how: Any = {"full": self.full, "cache": cache, "progress": progress}
+        with model.autocasting(autocast):
+            report = evaluate(model, candidates, self.suites, **how)
         report.save(folder)
         return report
 

@@ -20,7 +20,7 @@ from expunge.model import Model
 from expunge.run import Progress, quiet
 from expunge.suite import Cell
 
-CHUNK = 32
+CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -60,10 +61,13 @@ class LatentModel(Model):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
         scales = hasattr(scheduler, "scale_model_input")
+        autocast = partial(torch.autocast, self.device.type, self.autocast, enabled=bool(self.autocast))
         for t in scheduler.timesteps:
             given = scheduler.scale_model_input(latents, t) if scales else latents
             yield round(float(t)), given
-            output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            with autocast():
+                output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            output = output.to(latents.dtype)
             if guided:
                 empty, prompt = output.chunk(2)
                 output = empty + guidance * (prompt - empty)
