@@ -86,16 +86,23 @@ def read_header(path: str | Path) -> dict:
     """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
 
     Raises:
-        ExpungeError: the file is missing, is no safetensors file, or is shorter than it says.
+        ExpungeError: the file is missing, is no safetensors file (but pickled, say), or is shorter than
+            it says.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             text = file.read(length) if 0 < length <= size - 8 else b""
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    if start.startswith((b"PK\3\4", b"\x80")):
+        raise ExpungeError(
+            f"{path} is not a whole safetensors file but pickled, and reading it could run a stranger's"
+            " code; convert it to .safetensors first"
+        )
     try:
         header = json.loads(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
@@ -160,6 +167,35 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ExpungeError(f"{path} is not a TOML file: {error}") from None
 
 
+def size(n: float) -> str:
+    """A number of bytes in words.
+
+    >>> size(1234567), size(2e9), size(80)
+    ('1.2 MB', '2.0 GB', '0.1 kB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n / 1e3:.1f} kB"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises:
+        ExpungeError: it cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ExpungeError(f"{path} is not a JSON table")
+    return data
+
+
 def check_space(folder: str | Path, needed: int) -> None:
     """Check that the disk of a folder, which need not be there yet, takes `needed` bytes more.
 
@@ -171,7 +207,7 @@ def check_space(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to be written"
+            f"the disk of {folder} has {size(free)} free; {size(needed)} are to be written"
         )
 
 
