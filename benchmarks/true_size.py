@@ -5,7 +5,8 @@ model's own configuration, built without memory). Then, in a process of its own:
 embeddings given, as the text encoders' memory does not count), and the export, which streams every
 changed tensor from the old safetensors file to the new one. Peak memory is the whole process's, its
 imports among it. FLUX.1 has the entries of text at their true size and few of the blocks behind them,
-which are only copied; with it, UCE keeps 50 general words, not 500, as each has 512 tokens. Writes `benchmarks/results/true_size.json`, a row for each model and method.
+which are only copied; with it, UCE keeps 50 general words, not 500, as each has 512 tokens. Writes
+`benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
 """

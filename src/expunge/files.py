@@ -98,16 +98,15 @@ def read_header(path: str | Path) -> dict:
             text = file.read(length) if 0 < length <= size - 8 else b""
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-    if start.startswith((b"PK\3\4", b"\x80")):
-        raise ExpungeError(
-            f"{path} is not a whole safetensors file but pickled, and reading it could run a stranger's"
-            " code; convert it to .safetensors first"
-        )
     try:
         header = json.loads(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ExpungeError(f"{path} is not a whole safetensors file") from None
+        pickled = start.startswith((b"PK\3\4", b"\x80"))
+        why = (
+            " but pickled, and reading it could run a stranger's code; convert it to .safetensors first"
+        )
+        raise ExpungeError(f"{path} is not a whole safetensors file{why if pickled else ''}") from None
     if size != 8 + length + end:
         raise ExpungeError(
             f"{path} is not a whole safetensors file: {size:,} bytes where it should have"
