@@ -33,7 +33,7 @@ from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
 from expunge.undo import undo
-from tiny import PIPELINES, sdxl
+from tiny import PIPELINES, sdxl, single_file
 
 PROBE = Probe.of("airplane", 2, num_inference_steps=2)
 
@@ -304,38 +304,11 @@ def test_kohyas_names():
 # A single file.
 
 
-def ldm_vae(key):
-    """What the first code calls a tensor of the autoencoder."""
-    key = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", key)
-    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}", key)
-    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", key)
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-    for ours, theirs in (("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_q", "q"),
-                         ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
-                         ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")):  # fmt: skip
-        key = key.replace(ours, theirs)
-    return "first_stage_model." + key
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """A tiny Stable Diffusion as a single file, as from the first code, in half precision."""
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    pipe = tiny_pipeline().to(torch.float16)
-    family = registry.get("families", "stable_diffusion")
-    state = {"model_ema.decay": torch.zeros(())}
-    for key, tensor in pipe.unet.state_dict().items():
-        layer, _, parameter = key.rpartition(".")
-        name = family.original(layer, pipe.unet.config)
-        state[f"model.diffusion_model.{name}.{parameter}"] = tensor
-    for key, tensor in pipe.vae.state_dict().items():
-        attention = "attentions" in key and tensor.ndim == 2
-        state[ldm_vae(key)] = tensor[..., None, None].contiguous() if attention else tensor
-    for key, tensor in pipe.text_encoder.state_dict().items():
-        stem = key if key.startswith("text_model.") else f"text_model.{key}"
-        state[f"cond_stage_model.transformer.{stem}"] = tensor
-    save_file(state, path, {"format": "pt", "modelspec.title": "tiny"})
+    single_file(tiny_pipeline().to(torch.float16), path)
     return path
 
 
