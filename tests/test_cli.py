@@ -493,8 +493,8 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
             assert (code, out, err.count("\n")) == (2, "", 1), command
             assert message in err
     for command, message in (
-        (("export", edit, "--to", "lora", "-o", "x.safetensors", "--model", "sdxl"), "does not fit"),
-        (("draw", "x", "-o", "x.png", "--model", "sdxl", "--edit", edit), "does not fit"),
+        (("export", edit, "--to", "lora", "-o", "x.safetensors", "--model", "sdxl"), "is for Stable"),
+        (("draw", "x", "-o", "x.png", "--model", "sdxl", "--edit", edit), "is for StableDiffusion, and"),
         (("draw", "x", "-o", "x.png", "--model", "sdxl", "--lora", "lora.safetensors"), "is not a LoRA"),
         (("export", edit, "--to", "lora", "-o", "x.safetensors", *model, "--rank", "0"), "not 0"),
         (("export", edit, "--to", "lora", "-o", "x.safetensors"), "say where with --model"),

@@ -99,6 +99,7 @@ def export(
         raise ExpungeError(
             f"{checkpoint.path} is a diffusers folder: export to diffusers, or give the single file"
         )
+    edit.require_family(checkpoint.family)
     fitted, lost = plain_weights(edit, checkpoint, config)
     changes = by_place(fitted)
     below = by_place([change for file, scale in beneath for change in checkpoint.lora(file, scale)])

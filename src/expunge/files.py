@@ -15,6 +15,9 @@ from typing import Any
 
 from expunge.errors import ExpungeError
 
+PICKLED = "pickled, and reading it could run a stranger's code; convert it to .safetensors first"
+"""What is wrong with files that are not safetensors."""
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -121,7 +124,8 @@ def check_weights(folder: str | Path) -> None:
     Only headers and lengths are read.
 
     Raises:
-        ExpungeError: a shard named by an index is missing, or a file is cut short.
+        ExpungeError: a shard named by an index is missing, or a file is cut short, or there are none but
+            pickled ones.
     """
     folder = Path(folder)
     for index in sorted(folder.rglob("*.safetensors.index.json")):
@@ -134,6 +138,9 @@ def check_weights(folder: str | Path) -> None:
                 raise ExpungeError(f"the weight file {index.parent / shard} is missing")
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
+    for file in sorted(folder.glob("*/*.bin")):
+        if not any(file.parent.glob("*.safetensors")):
+            raise ExpungeError(f"{file} is {PICKLED}")
 
 
 def slug(text: str, longest: int = 60) -> str:
