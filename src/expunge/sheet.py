@@ -31,7 +31,7 @@ class Band:
 def sheet(bands: Sequence[Band], cell: int = 128) -> Image.Image:
     """The bands one below the other, each picture `cell` pixels wide, all of one width and height."""
     title, label, note = (ImageFont.load_default(size) for size in (cell * 3 // 16, 16, 14))
-    head, foot, step = cell * 3 // 8 + 14, 34, cell + GAP
+    head, foot, step = cell * 3 // 8 + 14, 46, cell + GAP
     names = [name for band in bands for name, _ in band.rows]
     left = 3 * GAP + max(round(label.getlength(name)) for name in names)
     wide = [left + round(title.getlength(b.title) + label.getlength(b.figures)) + 2 * GAP for b in bands]
@@ -53,7 +53,7 @@ def sheet(bands: Sequence[Band], cell: int = 128) -> Image.Image:
                 pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline=RIM)
         for c, caption in enumerate(band.captions):
             x, y = left + c * step + cell // 2, top + height - foot + 2
-            pen.text((x, y), _cut(caption, note, cell), GREY, note, anchor="ma")
+            pen.text((x, y), _lines(caption, note, cell), GREY, note, anchor="ma", align="center")
         top += height
     return paper
 
@@ -63,9 +63,20 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFKD", text.replace("–", "-")).encode("ascii", "ignore").decode()
 
 
+def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text in at most two lines, none wider than `width` pixels."""
+    words, lines = _plain(text).split(), [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if len(lines) == 2 or not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(_cut(line, font, width) for line in lines)
+
+
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """A text no wider than `width` pixels."""
-    text = _plain(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
