@@ -21,7 +21,7 @@ def test_every_picture_is_there_in_its_row_and_column():
         for x in range(paper.width):
             found.setdefault(paper.getpixel((x, y)), []).append((x, y))
     places = {}
-    for colour in sum(colours, []):
+    for colour in (*colours[0], *colours[1]):
         spots = found[tuple(255 * part for part in colour)]
         assert len(spots) > 2 * 0.9 * 64 * 64
         places[colour] = min(x for x, _ in spots), min(y for _, y in spots)
