@@ -13,8 +13,8 @@ ORDER = [
     "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops", "lora",
     "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks", "steering", "method",
     "edit", "saliency", "checkpoint", "card", "export", "merge", "undo", "attack", "metric", "suite",
-    "cache", "statistics", "looks", "robust", "distances", "case", "page", "report", "experiment", "plan",
-    "commands", "cli",
+    "cache", "statistics", "looks", "robust", "distances", "case", "page", "report", "experiment",
+    "plan", "commands", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 
