@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,6 +27,7 @@ from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import Detector
 from expunge.files import replacing
 from expunge.pictures import image, save
+from expunge.sheet import Band, sheet
 from expunge.suite import Suite
 
 ERASED = "airplane"
@@ -127,53 +127,29 @@ def show(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def sheet(rows: list[Row], cell: int = 128) -> Image.Image:
-    """One picture: three bands of nine columns, before above after."""
-    gap, left, head = 8, 96, 62
-    erased, synonyms, retained = (
-        [r for r in rows if r.role == role] for role in ("erased", "synonym", "retained")
-    )
-    bands = [
-        (f"erased: {ERASED}", [(row, i) for row in erased for i in range(9)], erased),
-        (
-            "its synonyms, which the method was not told of",
-            [(r, i) for r in synonyms for i in range(3)],
-            synonyms,
-        ),
-        ("everything else", [(row, 0) for row in retained], retained),
-    ]
-    width = left + 9 * (cell + gap) + 2 * gap
-    band = head + 2 * (cell + gap) + 34
-    paper = Image.new("RGB", (width, 3 * band + gap), "#ffffff")
-    pen = ImageDraw.Draw(paper)
-    large, small = ImageFont.load_default(24), ImageFont.load_default(16)
-    for b, (title, columns, group) in enumerate(bands):
-        top = b * band
-        figures = f"recognised {100 * mean(group, 'seen_before'):.0f} %"
-        figures += f" before, {100 * mean(group, 'seen_after'):.0f} % after"
-        pen.text((left, top + 24), title, "#16181d", large)
-        pen.text((width - 2 * gap, top + 28), figures, "#5b6270", small, anchor="ra")
-        for side, name in enumerate(("before", "after")):
-            y = top + head + side * (cell + gap)
-            pen.text((left - 2 * gap, y + cell // 2), name, "#5b6270", small, anchor="rm")
-            for c, (row, i) in enumerate(columns):
-                pictures = row.after if side else row.before
-                picture = image(pictures[i % len(pictures)], cell)
-                x = left + c * (cell + gap)
-                paper.paste(picture, (x, y), rounded(cell))
-                pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline="#e3e6eb")
-        for c, (row, _) in enumerate(columns):
-            x = left + c * (cell + gap) + cell // 2
-            y = top + head + 2 * (cell + gap) + 2
-            pen.text((x, y), row.prompt.rpartition(" ")[2], "#5b6270", small, anchor="ma")
-    return paper
-
-
-def rounded(size: int) -> Image.Image:
-    """A mask with round corners."""
-    mask = Image.new("L", (4 * size, 4 * size))
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * size - 1, 4 * size - 1), 4 * 10, fill=255)
-    return mask.resize((size, size), Image.Resampling.LANCZOS)
+def bands(rows: list[Row]) -> list[Band]:
+    """Three bands of nine columns, before above after."""
+    found = []
+    for role, title, each in (
+        ("erased", f"erased: {ERASED}", 9),
+        ("synonym", "its synonyms, which the method was not told of", 3),
+        ("retained", "everything else", 1),
+    ):
+        group = [row for row in rows if row.role == role]
+        shown = [(row, i % len(row.before)) for row in group for i in range(each)]
+        found.append(
+            Band(
+                title,
+                [row.prompt.rpartition(" ")[2] for row, _ in shown],
+                [
+                    ("before", [row.before[i] for row, i in shown]),
+                    ("after", [row.after[i] for row, i in shown]),
+                ],
+                f"recognised {100 * mean(group, 'seen_before'):.0f} % before,"
+                f" {100 * mean(group, 'seen_after'):.0f} % after",
+            )
+        )
+    return found
 
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -229,7 +205,7 @@ def main(folder: Path, n: int = 5, seed: int = 0) -> list[Row]:
     console.print(f"{ERASED} erased in {seconds:.1f} s; it becomes {concept.anchor!r}")
     rows = compare(model, edit, detector, n, seed)
     show(console, rows)
-    save(sheet(rows), folder / "before-after.png")
+    save(sheet(bands(rows)), folder / "before-after.png")
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page(rows, edit), encoding="utf-8")
     console.print(f"\nlook at {folder / 'before-after.png'} and {folder / 'index.html'}")

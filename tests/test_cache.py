@@ -53,6 +53,18 @@ def test_an_address_hangs_on_everything(model, edit, pipe):
     assert Source(expunge.load(tiny_pipeline())).address(ASKED[0]) == found[0]
 
 
+def test_pictures_drawn_in_another_number_format_are_other_pictures(model, cache):
+    before = cache.draw(Source(model), ASKED)
+    with model.autocasting(torch.bfloat16):
+        rounded = cache.draw(Source(model), ASKED)
+        assert model.dtype == torch.float32
+    assert cache.drawn == 8
+    assert model.autocast is None
+    # Rounded, and no more than that.
+    assert 0 < (before - rounded).abs().mean() < 0.02
+    assert torch.equal(cache.draw(Source(model), ASKED), before)
+
+
 def test_edits_lie_on_the_model_only_while_it_draws(model, edit, cache):
     before = model_hash(model)
     plain, edited = cache.draw(Source(model), ASKED), cache.draw(Source(model, (edit,)), ASKED)

@@ -184,6 +184,17 @@ class TestHooks:
             linear(pipe)(text.clone())
             assert len(asked) == 3
 
+    def test_gates_are_asked_in_full_precision_whatever_the_layers_compute_in(self, pipe):
+        change, text = gated((KEY,), WIDTH), torch.randn(1, 3, WIDTH)
+        exact = change.given(text)
+        seen = []
+        with Applied(pipe, [change]), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            hook = linear(pipe).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            assert linear(pipe)(text).dtype == torch.bfloat16
+            assert not torch.equal(change.given(text), exact)  # so it would be, rounded
+            hook.remove()
+        assert torch.equal(seen[0], exact)
+
     def test_gradients_reach_gates_factors_and_text(self, pipe):
         change = gated((KEY, VALUE), WIDTH)
         names = ("direction", "centre", "slope", "up", "down", "goal")

@@ -1,0 +1,116 @@
+"""Keep what `expunge run` came to: its numbers beside the experiments, its pictures in the docs.
+
+Copies `results.json` to `experiments/results/GROUP/NAME.json`, and draws (from the cache) a band for
+each edit, before above after, to `docs/images/GROUP-NAME.png`: the erased, its synonyms, and what stays.
+
+    expunge run experiments/mace/objects.toml --full --autocast bfloat16 -o objects.work
+    python experiments/keep.py experiments/mace/objects.toml objects.work
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import expunge
+from expunge import Edit, Model
+from expunge.cache import Cache, Request, Source
+from expunge.experiment import Experiment, Job
+from expunge.files import replacing
+from expunge.looks import make, requests
+from expunge.pictures import save
+from expunge.report import known_to
+from expunge.sheet import Band, sheet
+from expunge.suite import Cell, Suite
+
+HERE = Path(__file__).parent
+SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}
+"""Pictures of each role in a band; twice as many of the erased where they are many."""
+
+
+def chosen(
+    cells: Sequence[Cell], asked: Sequence[Sequence[Request]], role: str, n: int
+) -> list[Request]:
+    """The first pictures of a role, from as many of its prompts as there are."""
+    rows = [some for cell, some in zip(cells, asked, strict=True) if cell.role == role]
+    turns = itertools.zip_longest(*(rows[i] for i in _spread(len(rows), n)))
+    return [one for turn in turns for one in turn if one is not None][:n]
+
+
+def _spread(length: int, n: int) -> Iterator[int]:
+    """At most n places, evenly taken."""
+    return iter(dict.fromkeys(i * length // n for i in range(n if length else 0)))
+
+
+def bands(model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results: Any) -> Iterator[Band]:
+    """A band for each set of erased concepts, with a row for the original and every method."""
+    cache = Cache()
+    for problem in dict.fromkeys(job.problem for job in jobs):
+        names = [concept.name for concept in problem.erase]
+        cells = suite.cells(names, full=results["size"] == "full")
+        asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
+        many = len(names) > 1
+        shown = [
+            one
+            for role, n in SHOWN.items()
+            for one in chosen(cells, asked, role, 2 * n if many and role == "erased" else n)
+        ]
+        rows = [("before", cache.draw(Source(model), shown))]
+        figures = ""
+        for job in jobs:
+            if job.problem == problem:
+                edit = Edit.load(folder / "edits" / job.file(model))
+                rows.append((job.title or job.method_name, cache.draw(Source(model, (edit,)), shown)))
+                figures = _figures(results, job.name, suite.score)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        title = f"erased: {', '.join(names[:3])}{more}"
+        yield Band(title, [_short(one) for one in shown], [(n, list(p)) for n, p in rows], figures)
+
+
+def _figures(results: Any, name: str, score: str) -> str:
+    """The H of a row, in words."""
+    rows = [row for case in results["cases"] for row in case["rows"] if row["name"] == name]
+    (h,) = (row[score] for row in rows)
+    return f"{score} {100 * h['value']:.1f} ({100 * h['low']:.0f} to {100 * h['high']:.0f})"
+
+
+def _short(request: Request) -> str:
+    """What tells a prompt from the others."""
+    return re.sub(
+        r"^(an? (photo|picture|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
+    )
+
+
+def main() -> None:
+    """Copy the numbers, draw the bands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("folder", type=Path, help="what `expunge run` wrote to")
+    parser.add_argument("--pictures", type=Path, default=HERE.parent / "docs" / "images")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
+    results = json.loads((options.folder / "results.json").read_text("utf8"))
+    group, name = options.experiment.parent.name, options.experiment.stem
+    with replacing(options.results / group / f"{name}.json") as file:
+        shutil.copyfile(options.folder / "results.json", file)
+    suite = experiment.suites[0]
+    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    # What has been made so far: a run may have been stopped.
+    made = [job for job in experiment.jobs() if (options.folder / "edits" / job.file(model)).is_file()]
+    rounded = results["provenance"]["sampler"].get("autocast")
+    with model.autocasting(getattr(torch, rounded) if rounded else None):
+        found = list(bands(model, suite, made, options.folder, results))
+    save(sheet(found, 96), options.pictures / f"{group}-{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Before above after, as one image."""
+
+import torch
+
+from expunge.sheet import Band, sheet
+
+
+def flat(*colour):
+    return torch.tensor(colour).float()[:, None, None].expand(3, 16, 16)
+
+
+def test_every_picture_is_there_in_its_row_and_column():
+    colours = [[(1, 0, 0), (0, 1, 0)], [(0, 0, 1), (1, 1, 0)]]
+    rows = [
+        (name, [flat(*c) for c in row]) for name, row in zip(("before", "after"), colours, strict=True)
+    ]
+    band = Band("Türkiye – a flag", ["a ship", "a very long caption of very many words"], rows, "H 1.0")
+    paper = sheet([band, band], cell=64)
+    found = {}
+    for y in range(paper.height):
+        for x in range(paper.width):
+            found.setdefault(paper.getpixel((x, y)), []).append((x, y))
+    places = {}
+    for colour in (*colours[0], *colours[1]):
+        spots = found[tuple(255 * part for part in colour)]
+        assert len(spots) > 2 * 0.9 * 64 * 64
+        places[colour] = min(x for x, _ in spots), min(y for _, y in spots)
+    (red, green), (blue, yellow) = ([places[c] for c in row] for row in colours)
+    assert red[0] == blue[0] < green[0] == yellow[0]
+    assert red[1] == green[1] < blue[1] == yellow[1]
