@@ -6,8 +6,8 @@ embeddings given, as the text encoders' memory does not count), and the export, 
 changed tensor from the old safetensors file to the new one. Peak memory is the whole process's, its
 imports among it; on a busy machine, the processor's seconds say more than the clock's. FLUX.1 has the
 entries of text at their true size and few of the blocks behind them, which are only copied; with it,
-UCE keeps 50 general words, not 500, as each has 512 tokens. Writes `benchmarks/results/true_size.json`,
-a row for each model and method.
+as each text has 512 tokens, UCE moves the last of a concept's own and keeps 50 general words, not 500.
+Writes `benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
 """
@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sdxl": {"family": "sdxl", "class": "UNet2DConditionModel", "config": SDXL,
              "tokens": 77, "width": 2048, "pooled": 1280, "uce": {}},
     "flux": {"family": "flux", "class": "FluxTransformer2DModel", "config": FLUX,
-             "tokens": 512, "width": 4096, "pooled": 768, "uce": {"general": 50}},
+             "tokens": 512, "width": 4096, "pooled": 768, "uce": {"general": 50, "positions": "last"}},
 }  # fmt: skip
 
 
