@@ -163,8 +163,7 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
     given, checkpoint = Given(model), Checkpoint.find(folder / "in")
     problem = Problem(tuple(Concept(f"concept number {i}", "sky") for i in range(concepts)))
     cls = registry.get("methods", method)
-    fields = {"uce": given.spec["uce"], "mace": {"ridge": 1.0, "stages": ("refine", "fuse")}}[method]
-    made = cls(**fields)
+    made = cls(**fields_of(model, method))
     clocks = [(time.perf_counter(), time.process_time())]
 
     def stop() -> None:
@@ -188,6 +187,11 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
         "peak, GB": peak() / 1e9,
         "changed tensors": len(places(changes)),
     }
+
+
+def fields_of(model: str, method: str) -> dict[str, Any]:
+    """The method's fields, where they are not its own."""
+    return MODELS[model]["uce"] if method == "uce" else {"ridge": 1.0, "stages": ("refine", "fuse")}
 
 
 def peak() -> int:
@@ -216,7 +220,7 @@ def main() -> None:
     row = {
         "model": options.model,
         "method": options.method,
-        "fields": dict(MODELS[options.model]["uce"]) if options.method == "uce" else {},
+        "fields": fields_of(options.model, options.method),
         "concepts": options.concepts,
         "denoiser, GB": size / 1e9,
         **{key: round(value, 3) for key, value in found.items()},
