@@ -1,6 +1,7 @@
 """The command line: what it does, and how it refuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from expunge import Edit
 from expunge.cli import main
+from tiny import sdxl
 
 
 @pytest.fixture
@@ -74,6 +78,8 @@ def test_erase_prints_the_anchor_it_chose(run):
     )  # fmt: skip
     assert code == 0
     assert "'airplane' becomes 'sky'" in out
+    assert "memory: " in out
+    assert "in all " in out
     assert "'horse'" not in out
     record = Edit.load("e.safetensors").record
     assert [c.anchor for c in record.problem.erase] == ["sky", "the ground"]
@@ -433,10 +439,14 @@ def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
         ("export absent.safetensors --to lora", "export needs -o"),
         ("export e.safetensors --to lora -o x.safetensors --dtype float8", "no number format 'float8'"),
         ("export e.safetensors --to lora -o x.safetensors --push-to-hub a/b", "HF_HUB_OFFLINE"),
+        ("export e.safetensors --to lora -o x.safetensors --rank x", "--rank must be a whole number"),
         ("undo absent -o x", "no model 'absent'"),
+        ("undo absent.safetensors -o x.safetensors", "no file or folder absent.safetensors"),
         ("merge e.safetensors f.safetensors -o m.pt", "should end so"),
         ("draw x -o x.png --lora a=b --model emoji", "FILE or FILE=STRENGTH, not 'a=b'"),
         ("draw x -o x.png --dtype half --model emoji", "no number format 'half'"),
+        ("draw x -o x.png --device gpu --model emoji", "no device 'gpu'"),
+        ("draw x -o x.png --device cuda:99 --dry-run --model emoji", "no device 'cuda:99'"),
         ("draw x -o x.png --offlaod --model emoji", "did you mean '--offload'"),
     ],
 )
@@ -446,3 +456,52 @@ def test_bad_input_of_models_is_one_sentence(run, tmp_path, arguments, message):
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, capsys):
+    model = ("--model", str(folder))
+    assert run("export", edit, *model, "--to", "kohya", "-o", "lora.safetensors")[0] == 0
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "cut.safetensors").write_bytes(unet.read_bytes()[:-1])
+    torch.save({}, tmp_path / "old.ckpt")
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, tmp_path / "other.safetensors")
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    nan = shutil.copytree(folder, tmp_path / "nan")
+    state = load_file(unet)
+    state["conv_in.weight"][0] = torch.nan
+    save_file(state, nan / "unet" / unet.name, {"format": "pt"})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for name, message in (
+        ("lora.safetensors", "is a LoRA, not a model"),
+        (str(vae), "is a VAE, not a whole model"),
+        ("cut.safetensors", "not a whole safetensors file"),
+        ("old.ckpt", "but pickled"),
+        ("other.safetensors", "of no family that is known"),
+        ("nan", "hold numbers that are none"),
+        (edit, "is an edit, not a model"),
+    ):
+        for command in (
+            ("draw", "x", "-o", "x.png", "--model", name),
+            ("erase", "uce", "--concept", "x=y", "-o", "x.safetensors", "--model", name),
+            ("export", edit, "--to", "lora", "-o", "x.safetensors", "--model", name),
+        ):
+            if name == "nan" and command[0] == "export":
+                continue  # of the one tensor that a LoRA says nothing of
+            code, out, err = run(*command, model=False)
+            assert (code, out, err.count("\n")) == (2, "", 1), command
+            assert message in err
+    for command, message in (
+        (("export", edit, "--to", "lora", "-o", "x.safetensors", "--model", "sdxl"), "is for Stable"),
+        (("draw", "x", "-o", "x.png", "--model", "sdxl", "--edit", edit), "is for StableDiffusion, and"),
+        (("draw", "x", "-o", "x.png", "--model", "sdxl", "--lora", "lora.safetensors"), "is not a LoRA"),
+        (("export", edit, "--to", "lora", "-o", "x.safetensors", *model, "--rank", "0"), "not 0"),
+        (("export", edit, "--to", "lora", "-o", "x.safetensors"), "say where with --model"),
+        (("merge", edit, "-o", "x.safetensors"), "two edits or more"),
+    ):
+        code, out, err = run(*command, model=False)
+        assert (code, out, err.count("\n")) == (2, "", 1), (command, err)
+        assert message in err
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before

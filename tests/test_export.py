@@ -33,7 +33,7 @@ from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
 from expunge.undo import undo
-from tiny import PIPELINES, sdxl
+from tiny import PIPELINES, sdxl, single_file
 
 PROBE = Probe.of("airplane", 2, num_inference_steps=2)
 
@@ -304,38 +304,11 @@ def test_kohyas_names():
 # A single file.
 
 
-def ldm_vae(key):
-    """What the first code calls a tensor of the autoencoder."""
-    key = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", key)
-    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}", key)
-    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", key)
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-    for ours, theirs in (("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_q", "q"),
-                         ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
-                         ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")):  # fmt: skip
-        key = key.replace(ours, theirs)
-    return "first_stage_model." + key
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """A tiny Stable Diffusion as a single file, as from the first code, in half precision."""
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    pipe = tiny_pipeline().to(torch.float16)
-    family = registry.get("families", "stable_diffusion")
-    state = {"model_ema.decay": torch.zeros(())}
-    for key, tensor in pipe.unet.state_dict().items():
-        layer, _, parameter = key.rpartition(".")
-        name = family.original(layer, pipe.unet.config)
-        state[f"model.diffusion_model.{name}.{parameter}"] = tensor
-    for key, tensor in pipe.vae.state_dict().items():
-        attention = "attentions" in key and tensor.ndim == 2
-        state[ldm_vae(key)] = tensor[..., None, None].contiguous() if attention else tensor
-    for key, tensor in pipe.text_encoder.state_dict().items():
-        stem = key if key.startswith("text_model.") else f"text_model.{key}"
-        state[f"cond_stage_model.transformer.{stem}"] = tensor
-    save_file(state, path, {"format": "pt", "modelspec.title": "tiny"})
+    single_file(tiny_pipeline().to(torch.float16), path)
     return path
 
 
@@ -361,6 +334,78 @@ def test_a_single_file_in_and_out(single, folder, tmp_path):
     assert (erased.edit, erased.record.problem) == (edit.hash, edit.record.problem)
     assert erased.record.base == edit.record.base
     assert (tmp_path / "out.md").read_text().startswith("---\nlicense")
+
+
+def sd3_alone(transformer):
+    """An SD 3's denoiser as in a single file, by what diffusers' converter makes of one."""
+    given = transformer.state_dict()
+    last = f"transformer_blocks.{transformer.config.num_layers - 1}.norm1_context.linear"
+
+    def swapped(name):
+        return (
+            torch.cat(given[name].chunk(2)[::-1]) if name.startswith(("norm_out", last)) else given[name]
+        )
+
+    state = {"pos_embed": given["pos_embed.pos_embed"]}
+    for key, tensor in given.items():
+        layer, _, parameter = key.rpartition(".")
+        block = re.match(r"transformer_blocks\.(\d+)\.", key)
+        name = SD3.original(layer, {})
+        if name is not None:
+            state[f"{name}.{parameter}"] = tensor
+        elif layer == "pos_embed.proj":
+            state[f"x_embedder.proj.{parameter}"] = tensor
+        elif layer == "norm_out.linear":
+            state[f"final_layer.adaLN_modulation.1.{parameter}"] = swapped(key)
+        elif layer.endswith("norm1_context.linear"):
+            state[f"joint_blocks.{block[1]}.context_block.adaLN_modulation.1.{parameter}"] = swapped(key)
+        elif found := re.search(r"attn\.norm_(added_)?([qk])$", layer):
+            side = "context_block" if found[1] else "x_block"
+            state[f"joint_blocks.{block[1]}.{side}.attn.ln_{found[2]}.weight"] = tensor
+        elif found := re.search(r"attn\.(to_q|add_q_proj)$", layer):
+            side = "x_block" if found[1] == "to_q" else "context_block"
+            every = [given[key.replace("_q", f"_{x}")] for x in "qkv"]
+            state[f"joint_blocks.{block[1]}.{side}.attn.qkv.{parameter}"] = torch.cat(every)
+    return state
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_a_single_file_of_the_denoiser_alone(tiny, name, tmp_path):
+    whole = expunge.load(tiny[name])
+    if name == "sd3":
+        state = sd3_alone(whole.network)
+    else:
+        given = whole.network.state_dict()
+        split = {key: key.rpartition(".") for key in given}
+        state = {
+            f"model.diffusion_model.{SDXL.original(layer, whole.network.config)}.{parameter}": given[key]
+            for key, (layer, _, parameter) in split.items()
+        }
+    state = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    path = tmp_path / "alone.safetensors"
+    save_file(state, path)
+    with pytest.raises(ExpungeError, match="holds no text encoders; give --config"):
+        expunge.load(path)
+    model = expunge.load(path, config=tiny[name])
+    model.sample_size = 8
+    assert torch.equal(model.draw(PROBE), whole.draw(PROBE))
+    edit = edited(model, low_rank(model))
+    export(edit, "safetensors", path, tmp_path / "out.safetensors")
+    new = load_file(tmp_path / "out.safetensors")
+    assert list(new) == list(load_file(path))
+    differing = {key for key in state if not torch.equal(state[key], new[key])}
+    assert len(differing) == len(places(edit.changes))
+    again = expunge.load(tmp_path / "out.safetensors", config=tiny[name])
+    again.sample_size = 8
+    torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
+    undo(tmp_path / "out.safetensors", tmp_path / "back.safetensors", original=path)
+    assert all(torch.equal(t, state[key]) for key, t in load_file(tmp_path / "back.safetensors").items())
+
+
+def test_gates_leave_as_a_single_file(single, folder, tmp_path):
+    edit = edited(expunge.load(folder), [gated(expunge.load(folder))])
+    done = export(edit, "safetensors", single, tmp_path / "out.safetensors", config=folder)
+    assert "gates became weights" in done.notes[0]
 
 
 def test_a_lora_beneath_an_erasure(folder, uce, tmp_path):
@@ -418,6 +463,10 @@ def test_undo_refuses(folder, uce, tmp_path):
     export(dense, "diffusers", folder, tmp_path / "dense")
     with pytest.raises(ExpungeError, match="keeps nothing of what was"):
         undo(tmp_path / "dense", tmp_path / "x", edit=dense)
+    gates = edited(model, [gated(model)])
+    export(gates, "diffusers", folder, tmp_path / "gates")
+    with pytest.raises(ExpungeError, match="has gates; .* give the original"):
+        undo(tmp_path / "gates", tmp_path / "x", edit=gates)
     assert not (tmp_path / "x").exists()
 
 
@@ -553,7 +602,7 @@ def test_a_disk_too_full(folder, uce, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for to, out in (("diffusers", "copy"), ("lora", "x.safetensors")):
-        with pytest.raises(ExpungeError, match=r"has 0\.0 GB free"):
+        with pytest.raises(ExpungeError, match=r"has 1\.0 kB free"):
             export(edit, to, folder, tmp_path / out)
     assert list(tmp_path.iterdir()) == []
 
@@ -568,9 +617,25 @@ def test_numbers_that_are_none(folder, uce, tmp_path):
     save_file(state, file)
     with pytest.raises(ExpungeError, match=f"numbers that are none: unet.{key}"):
         expunge.load(path)
-    with pytest.warns(ExpungeWarning), pytest.raises(ExpungeError, match="holds numbers that are none"):
-        export(edit, "diffusers", path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for to, out in (("diffusers", "out"), ("lora", "x.safetensors"), ("kohya", "x.safetensors")):
+        with pytest.raises(ExpungeError, match="holds numbers that are none"):
+            export(edit, to, path, tmp_path / out)
+    with pytest.raises(ExpungeError, match="holds numbers that are none"):
+        expunge.erase(Checkpoint.find(path).text_model(), edit.record.problem)
+    assert [p.name for p in tmp_path.iterdir()] == ["nan"]
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_tensors_that_are_missing(folder, tmp_path, part):
+    path = shutil.copytree(folder, tmp_path / "less")
+    file = path / f"{part}.safetensors"
+    state = load_file(file)
+    del state[next(key for key in state if key.endswith(".weight"))]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(
+        ExpungeError, match=f"less is not whole: no file of its {part.split('/')[0]} has"
+    ):
+        expunge.load(path)
 
 
 def test_what_is_no_model(folder, uce, single, tmp_path):
@@ -587,8 +652,8 @@ def test_what_is_no_model(folder, uce, single, tmp_path):
         ("lora.safetensors", "is a LoRA, not a model"),
         ("vae.safetensors", "is a VAE, not a whole model"),
         ("other.safetensors", "of no family that is known; known: flux, sd3, sdxl, stable_diffusion"),
-        ("old.ckpt", "is pickled"),
-        ("renamed.safetensors", "is pickled"),
+        ("old.ckpt", "but pickled"),
+        ("renamed.safetensors", "but pickled"),
         ("cut.safetensors", "not a whole safetensors file"),
     ):
         for read in (expunge.load, Checkpoint.find):
@@ -598,11 +663,25 @@ def test_what_is_no_model(folder, uce, single, tmp_path):
         ("edit.safetensors", "is not a LoRA"),
         ("vae.safetensors", "is not a LoRA"),
         ("cut.safetensors", "not a whole safetensors file"),
+        ("old.ckpt", "but pickled"),
     ):
         with pytest.raises(ExpungeError, match=message):
             expunge.load(folder, lora=[(tmp_path / name, 1.0)])
     with pytest.raises(ExpungeError, match="not on this machine; give --config"):
         expunge.load(single)
+    with pytest.raises(ExpungeError, match="there is no folder nowhere"):
+        expunge.load(single, config="nowhere")
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ExpungeError, match="is of StableDiffusion, and .* of StableDiffusionXLPipeline"):
+        expunge.load(single, config=tmp_path / "sdxl")
+    state = load_file(single)
+    del state[next(key for key in state if "attn2.to_k" in key)]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(ExpungeError, match="is not whole: it lacks tensors"):
+        expunge.load(tmp_path / "less.safetensors", config=folder)
+    for name in ("nothing.safetensors", "no/such/folder"):
+        with pytest.raises(ExpungeError, match=f"there is no file or folder {name}"):
+            expunge.load(name)
     tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
     with pytest.raises(ExpungeError, match="is not a LoRA for this model"):
         expunge.load(tmp_path / "wide", lora=[(tmp_path / "lora.safetensors", 1.0)])
@@ -628,6 +707,19 @@ def test_the_hub_in_one_sentence(monkeypatch):
     assert "o/n is gated: accept its licence" in str(hub.refused("o/n", gated))
     missing = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
     assert "the hub has no model o/n" in str(hub.refused("o/n", missing))
+
+
+def test_a_model_of_the_hub_that_is_here(folder, tmp_path, monkeypatch):
+    place, commit = tmp_path / "hub" / "models--owner--name", 40 * "a"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = expunge.load("owner/name")
+    assert torch.equal(model.draw(PROBE), expunge.load(folder).draw(PROBE))
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)))
+    export(edit, "diffusers", "owner/name", tmp_path / "out")
+    assert 'base_model: "owner/name"' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
@@ -695,6 +787,23 @@ def test_a_layer_is_found_in_both_layouts_of_clip(folder, tmp_path):
     new = checkpoint.places("text_encoder.encoder.layers.0.self_attn.q_proj", "weight")
     old = checkpoint.places("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "weight")
     assert new == old
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_both_layouts_of_clips_files_are_read(tiny, name, tmp_path):
+    found = []
+    for nested in (True, False):
+        path = shutil.copytree(tiny[name], tmp_path / str(nested))
+        for file in path.glob("text_encoder*/model.safetensors"):
+            state = load_file(file)
+            if any("token_embedding" in key for key in state) and not any(
+                "text_projection" in key for key in state
+            ):
+                bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+                state = {f"text_model.{key}" if nested else key: t for key, t in bare.items()}
+                save_file(state, file, {"format": "pt"})
+        found.append(expunge.load(path).draw(PROBE))
+    assert torch.equal(*found)
 
 
 class OldLayout(torch.nn.Module):

@@ -194,6 +194,12 @@ def test_load_reads_a_folder_and_its_settings(folder, tmp_path):
         expunge.load(path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(folder, device):
+    with pytest.raises(ExpungeError, match=f"no device '{device}'; give auto or cpu"):
+        expunge.load(folder, device=device)
+
+
 def test_load_refuses(folder, tmp_path):
     import shutil
 

@@ -52,6 +52,15 @@ def test_headers(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ExpungeError, match=r"x\.safetensors is not a whole safetensors file"):
             read_header(path)
+    torch.save({}, path)
+    with pytest.raises(
+        ExpungeError, match=r"x\.safetensors is not a whole safetensors file but pickled"
+    ):
+        read_header(path)
+    name = 70 * "a"  # a length that begins as pickles do
+    save_file({name: torch.zeros(3)}, path)
+    assert path.read_bytes()[0] == 0x80
+    assert read_header(path)[name]["shape"] == [3]
     with pytest.raises(ExpungeError, match="cannot read"):
         read_header(tmp_path / "absent")
 
@@ -64,6 +73,12 @@ def test_shards(tmp_path):
     with pytest.raises(ExpungeError, match=r"2\.safetensors is missing"):
         check_weights(tmp_path)
     save_file({"b": torch.zeros(3)}, index.parent / "2.safetensors")
+    check_weights(tmp_path)
+    (tmp_path / "vae").mkdir()
+    torch.save({}, tmp_path / "vae" / "pytorch_model.bin")
+    with pytest.raises(ExpungeError, match=r"pytorch_model\.bin is pickled"):
+        check_weights(tmp_path)
+    save_file({"c": torch.zeros(3)}, tmp_path / "vae" / "model.safetensors")
     check_weights(tmp_path)
     index.write_text("{}")
     with pytest.raises(ExpungeError, match="not an index"):

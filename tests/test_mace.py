@@ -230,6 +230,22 @@ def test_a_concept_trains_the_same_whoever_is_beside_it(double):
             torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-10)
 
 
+def test_gradient_checkpointing_changes_nothing(double):
+    method = MACE(**{**FAST, "steps": 3, "masks": "none"})
+    problem = Problem(PROBLEM.erase[:2])
+    plain = method.suppress(double, problem, torch.eye(32), Run(0))
+    double.network.enable_gradient_checkpointing()
+    try:
+        checkpointed = method.suppress(double, problem, torch.eye(32), Run(0))
+    finally:
+        double.network.disable_gradient_checkpointing()
+    for concept, tensors in plain.items():
+        assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if key.endswith("up"))
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(checkpointed[concept][key], tensor, rtol=0, atol=1e-12)
+    assert not any(module._forward_hooks for module in double.network.modules())
+
+
 def test_suppress_lowers_the_attention(double):
     method = MACE(**{**FAST, "steps": 40, "rate": 0.05, "focal": False, "masks": "none"})
     concept = PROBLEM.erase[3]

@@ -1,5 +1,7 @@
 """Tiny pipelines of every family, of the real classes with random weights."""
 
+import re
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from conftest import WORDS, tiny_pipeline, tiny_tokenizer
+from expunge import registry
 
 
 def clip(width, projected=True, projection=16):
@@ -162,6 +166,37 @@ def flux(seed=0, told=True):
     )
     pipe.default_sample_size = 8
     return pipe
+
+
+def ldm_vae(key):
+    """What the first code calls a tensor of the autoencoder."""
+    key = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}", key)
+    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", key)
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    for ours, theirs in (("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_q", "q"),
+                         ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
+                         ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")):  # fmt: skip
+        key = key.replace(ours, theirs)
+    return "first_stage_model." + key
+
+
+def single_file(pipe, path):
+    """Write a Stable Diffusion as a single file, as from the first code."""
+    family = registry.get("families", "stable_diffusion")
+    state = {"model_ema.decay": torch.zeros(())}
+    for key, tensor in pipe.unet.state_dict().items():
+        layer, _, parameter = key.rpartition(".")
+        name = family.original(layer, pipe.unet.config)
+        state[f"model.diffusion_model.{name}.{parameter}"] = tensor
+    for key, tensor in pipe.vae.state_dict().items():
+        attention = "attentions" in key and tensor.ndim == 2
+        state[ldm_vae(key)] = tensor[..., None, None].contiguous() if attention else tensor
+    for key, tensor in pipe.text_encoder.state_dict().items():
+        stem = key if key.startswith("text_model.") else f"text_model.{key}"
+        state[f"cond_stage_model.transformer.{stem}"] = tensor
+    save_file(state, path, {"format": "pt", "modelspec.title": "tiny"})
 
 
 PIPELINES = {"stable_diffusion": tiny_pipeline, "sdxl": sdxl, "sd3": sd3, "flux": flux}

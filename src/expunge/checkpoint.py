@@ -78,8 +78,8 @@ class Checkpoint:
                 found.path, found.name, family, family.layout(list(files.read_header(found.path)))
             )
         folder = found.path or _snapshot(found.name)
-        family = source.family_of(str(_json(folder / "model_index.json").get("_class_name")))
-        return cls(folder, found.name, family, _json(folder / family.denoiser / "config.json"))
+        family = source.family_of(str(source.read_index(folder)["_class_name"]))
+        return cls(folder, found.name, family, files.read_json(folder / family.denoiser / "config.json"))
 
     def text_model(self, dtype: torch.dtype = torch.float32) -> Model:
         """The model with its text encoders alone in memory, its denoiser left on the disk.
@@ -101,10 +101,9 @@ class Checkpoint:
         from accelerate import init_empty_weights
 
         denoiser = self.family.denoiser
-        _, name = _json(self.path / "model_index.json")[denoiser]
+        _, name = source.read_index(self.path)[denoiser]
         absent = {denoiser: None, "vae": None}
         pipe = source.read_pipeline(source.Source(self.name, self.path), dtype, **absent)
-        source.check_numbers(pipe.components, self.name)
         with init_empty_weights():
             network = getattr(diffusers, name).from_config(self.config)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
@@ -200,7 +199,7 @@ class Checkpoint:
         if self.is_file:
             return noted(self.headers[self.path])
         file = self.path / "expunge.json"
-        return _history(_json(file).get("erased", []) if file.is_file() else [], file)
+        return _history(files.read_json(file).get("erased", []) if file.is_file() else [], file)
 
     def copy(
         self,
@@ -239,7 +238,7 @@ class Checkpoint:
             for path, changes in by_file.items():
                 tensors.copy(path, folder / path.relative_to(self.path), changes, {NOTE: note})
             file = folder / "expunge.json"
-            settings = _json(file) if file.is_file() else {}
+            settings = files.read_json(file) if file.is_file() else {}
             settings["erased"] = json.loads(note)
             file.write_text(json.dumps(settings, indent=1), "utf8")
             for name, text in (beside or {}).items():
@@ -249,7 +248,9 @@ class Checkpoint:
         """The files that make a diffusers folder: its components' and those beside them, weights that
         are not safetensors left out."""
         left_out = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
-        parts = {name for name in _json(self.path / "model_index.json") if not name.startswith("_")}
+        parts = {
+            name for name in files.read_json(self.path / "model_index.json") if not name.startswith("_")
+        }
         return [
             path
             for path in sorted(self.path.rglob("*"))
@@ -284,21 +285,13 @@ def _snapshot(model: str) -> Path:
     import huggingface_hub
 
     patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "README.md", "LICENSE*"]
+    variants = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # copies of what diffusers reads
     try:
-        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+        with source.quietly():
+            folder = huggingface_hub.snapshot_download(
+                model, allow_patterns=patterns, ignore_patterns=variants
+            )
     except Exception as error:  # whatever the hub and the network come up with
         raise refused(model, error) from error
     files.check_weights(folder)
-    return folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf8"))
-    except OSError as error:
-        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise ExpungeError(f"{path} is not a JSON table")
-    return data
+    return Path(folder)

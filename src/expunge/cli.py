@@ -287,6 +287,7 @@ def erase_command(options: Erase, method: Any) -> None:
                 ExpungeWarning,
                 stacklevel=1,
             )
+    options.loading.say_plan(model, method.work(problem, model.num_inference_steps))
     folder = f"{options.output}.work"
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
@@ -300,8 +301,8 @@ def erase_command(options: Erase, method: Any) -> None:
     work.discard(folder)
     names = ", ".join(c.name for c in problem.erase[:10])
     names += f" and {len(problem.erase) - 10} more" if len(problem.erase) > 10 else ""
-    size = Path(options.output).stat().st_size / 1e6
-    print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size:.1f} MB")
+    size = files.size(Path(options.output).stat().st_size)
+    print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
 
 
 def evaluate_command(options: Evaluate) -> None:
@@ -641,6 +642,7 @@ def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
 NUMBERS = {
     r": invalid literal for int\(\) with base 10: ('.*')": r" must be a whole number, not \1",
     r": could not convert string to float: ('.*')": r" must be a number, not \1",
+    r": no type matching .*<class '\w+'>( must be .*)": r"\1",
 }
 """What Python has against a number, and what we say."""
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from expunge import files
+from expunge import files, registry, source
 from expunge.errors import ExpungeError, unknown
 
 if TYPE_CHECKING:
+    from expunge.edit import Edit
     from expunge.method import Work
     from expunge.model import Model
 
@@ -42,6 +43,8 @@ class Export:
     """The share of each squared change that a LoRA keeps, where it cannot keep all."""
     dtype: str = "float16"
     """A LoRA's number format: float32, float16 or bfloat16."""
+    config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """For an edit with gates and a single file: a diffusers folder of a model built like it."""
     lora: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]", help_behavior_hint="")
     ] = ()
@@ -70,17 +73,15 @@ def export_command(options: Export) -> None:
     if options.to != "diffusers":
         files.check_writable(options.output)
     edit = Edit.load(options.edit)
-    model = options.model or edit.record.model
-    if not model:
-        raise ExpungeError("the edit does not say which model it is for; name it with --model")
     done = export(
         edit,
         options.to,
-        model,
+        _base(edit, options.model),
         options.output,
         rank=options.rank,
         energy=options.energy,
         dtype=dtype,
+        config=options.config,
         beneath=strengths(options.lora),
         licence=options.licence,
         report=options.report,
@@ -90,6 +91,20 @@ def export_command(options: Export) -> None:
         print(note)
     if options.push_to_hub:
         print(push(done, options.push_to_hub, private=options.private))
+
+
+def _base(edit: Edit, model: str | None) -> str:
+    """The model that was named, or else the one that an edit was made from.
+
+    Raises:
+        ExpungeError: none was named, and the edit does not say where to find it.
+    """
+    name = model or edit.record.model
+    if model or name in registry.names("models") or source.on_hub(name):
+        return name
+    raise ExpungeError(
+        f"the edit was made from {name or 'a model without a name'}: say where with --model"
+    )
 
 
 def _dtype(name: str) -> Any:
@@ -103,7 +118,7 @@ def _dtype(name: str) -> Any:
 
 def _size(path: Path) -> str:
     found = path.rglob("*") if path.is_dir() else [path]
-    return f"{sum(file.stat().st_size for file in found if file.is_file()) / 1e6:.1f} MB"
+    return files.size(sum(file.stat().st_size for file in found if file.is_file()))
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,6 @@ class Loading:
 
     def show_plan(self, name: str, work: Callable[[int], Work | None]) -> None:
         """Print the plan for a model and an amount of work, which may hang on the model's steps."""
-        from expunge import source
         from expunge.checkpoint import Checkpoint
         from expunge.plan import plan
 
@@ -141,6 +155,13 @@ class Loading:
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
         for line in made.lines(work(steps)):
             print(line)
+
+    def say_plan(self, model: Model, work: Work | None) -> None:
+        """Print in a line what some work with a model will take."""
+        from expunge.plan import plan_of
+
+        _, memory, _, time = plan_of(model, offload=self.offload).lines(work)
+        print(f"{memory}; {time}")
 
     def load(self, name: str) -> Model:
         """The model of this name."""
@@ -214,14 +235,14 @@ def merge_command(options: Merge) -> None:
     from expunge.merge import merge
 
     edits = [Edit.load(path) for path in options.edits]
-    name = options.model or (edits[0].record.model if edits else "")
-    if not name:
-        raise ExpungeError("the edits do not say which model they are for; name it with --model")
-    model = options.loading.load(name)
+    if len(edits) < 2:
+        raise ExpungeError("merging takes two edits or more")
+    model = options.loading.load(_base(edits[0], options.model))
     edit = merge(model, edits, ridge=options.ridge, prior_scale=options.prior_scale)
     edit.save(options.output)
     erased = len(edit.record.problem.erase)
-    print(f"{options.output}: {erased} concepts of {len(edits)} edits, {summary(edit.changes)}")
+    concepts = f"{erased} concept{'s' * (erased > 1)}"
+    print(f"{options.output}: {concepts} of {len(edits)} edits, {summary(edit.changes)}")
 
 
 @dataclass(frozen=True)

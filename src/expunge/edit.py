@@ -53,6 +53,8 @@ class Record:
     seed: int
     seconds: float
     versions: Mapping[str, str]
+    family: str = ""
+    """The base model's family; none in older edits."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -82,13 +84,28 @@ class Edit:
                 digest.update(name.encode() + content(tensor))
         return digest.hexdigest()
 
+    def require_family(self, family: type[Model]) -> None:
+        """Check that the edit is for models of this family.
+
+        Raises:
+            ExpungeError: it is for those of another.
+        """
+        if self.record.family not in ("", family.__name__):
+            raise ExpungeError(
+                f"the edit does not fit: it is for {self.record.family}, and this model is"
+                f" {family.__name__}"
+            )
+
     def fits(self, model: Model | Any) -> bool:
         """Whether the edit was made from just these weights; a half-precision copy counts as them.
 
         Raises:
-            ExpungeError: a layer is missing or has another shape: the edit cannot be applied.
+            ExpungeError: the model is of another family, or a layer is missing or has another shape:
+                the edit cannot be applied.
         """
         root = model.pipe if isinstance(model, Model) else model
+        if isinstance(model, Model):
+            self.require_family(type(model))
         check_fit(root, self.changes)
         return base_hash(base(root), places(self.changes)) == self.record.base
 
@@ -105,7 +122,7 @@ class Edit:
             ExpungeError: a layer is missing or has another shape.
         """
         root = pipe.pipe if isinstance(pipe, Model) else pipe
-        if not self.fits(root):
+        if not self.fits(pipe):
             warnings.warn(
                 f"the edit was made from other weights ({self.record.model or 'unnamed'});"
                 " it fits, but it may erase less or harm more",
@@ -223,6 +240,7 @@ def erase(
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
         versions=versions(),
+        family=type(model).__name__,
     )
     return Edit(changes, record)
 

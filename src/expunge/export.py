@@ -50,6 +50,7 @@ def export(
     rank: int | None = None,
     energy: float = 0.999,
     dtype: torch.dtype = torch.float16,
+    config: str | Path | None = None,
     beneath: Sequence[tuple[str | Path, float]] = (),
     licence: str = "",
     report: str | Path | None = None,
@@ -70,6 +71,7 @@ def export(
         rank: a LoRA's rank; None for the smallest that keeps the energy.
         energy: the share of each weight's squared change to keep, where that takes a rank.
         dtype: a LoRA's number format.
+        config: for an edit with gates and a single file: a diffusers folder of a model built like it.
         beneath: LoRA files that lay on the model when the edit was made, and their strengths. Copies of
             the model have them fused; a LoRA holds the erasure alone.
         licence: for the card.
@@ -97,7 +99,8 @@ def export(
         raise ExpungeError(
             f"{checkpoint.path} is a diffusers folder: export to diffusers, or give the single file"
         )
-    fitted, lost = plain_weights(edit, checkpoint)
+    edit.require_family(checkpoint.family)
+    fitted, lost = plain_weights(edit, checkpoint, config)
     changes = by_place(fitted)
     below = by_place([change for file, scale in beneath for change in checkpoint.lora(file, scale)])
     fused = after(below)
@@ -125,7 +128,9 @@ def export(
     return Export(output, lost)
 
 
-def plain_weights(edit: Edit, checkpoint: Checkpoint) -> tuple[Sequence[WeightChange], tuple[str, ...]]:
+def plain_weights(
+    edit: Edit, checkpoint: Checkpoint, config: str | Path | None = None
+) -> tuple[Sequence[WeightChange], tuple[str, ...]]:
     """An edit's changes as weights, which other programs know alone, and what was lost on the way.
 
     Weights are fitted to changes that look at what a layer is given (`expunge.plain`).
@@ -135,7 +140,8 @@ def plain_weights(edit: Edit, checkpoint: Checkpoint) -> tuple[Sequence[WeightCh
     """
     if all(isinstance(change, WeightChange) for change in edit.changes):
         return weights(edit.changes), ()
-    model = load(str(checkpoint.path)) if checkpoint.is_file else checkpoint.text_model()
+    whole = checkpoint.is_file  # which diffusers cannot read in part
+    model = load(checkpoint.path, config=config) if whole else checkpoint.text_model()
     fit = plain(model, edit.changes, edit.record.problem)
     return weights(fit.changes), (f"gates became weights: {fit}",)
 

@@ -15,6 +15,9 @@ from typing import Any
 
 from expunge.errors import ExpungeError
 
+PICKLED = "pickled, and reading it could run a stranger's code; convert it to .safetensors first"
+"""What is wrong with files that are not safetensors."""
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -86,13 +89,15 @@ def read_header(path: str | Path) -> dict:
     """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
 
     Raises:
-        ExpungeError: the file is missing, is no safetensors file, or is shorter than it says.
+        ExpungeError: the file is missing, is no safetensors file (but pickled, say), or is shorter than
+            it says.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             text = file.read(length) if 0 < length <= size - 8 else b""
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
@@ -100,7 +105,11 @@ def read_header(path: str | Path) -> dict:
         header = json.loads(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ExpungeError(f"{path} is not a whole safetensors file") from None
+        pickled = start.startswith((b"PK\3\4", b"\x80"))
+        why = (
+            " but pickled, and reading it could run a stranger's code; convert it to .safetensors first"
+        )
+        raise ExpungeError(f"{path} is not a whole safetensors file{why if pickled else ''}") from None
     if size != 8 + length + end:
         raise ExpungeError(
             f"{path} is not a whole safetensors file: {size:,} bytes where it should have"
@@ -115,7 +124,8 @@ def check_weights(folder: str | Path) -> None:
     Only headers and lengths are read.
 
     Raises:
-        ExpungeError: a shard named by an index is missing, or a file is cut short.
+        ExpungeError: a shard named by an index is missing, or a file is cut short, or there are none but
+            pickled ones.
     """
     folder = Path(folder)
     for index in sorted(folder.rglob("*.safetensors.index.json")):
@@ -128,6 +138,9 @@ def check_weights(folder: str | Path) -> None:
                 raise ExpungeError(f"the weight file {index.parent / shard} is missing")
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
+    for file in sorted(folder.glob("*/*.bin")):
+        if not any(file.parent.glob("*.safetensors")):
+            raise ExpungeError(f"{file} is {PICKLED}")
 
 
 def slug(text: str, longest: int = 60) -> str:
@@ -160,6 +173,35 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ExpungeError(f"{path} is not a TOML file: {error}") from None
 
 
+def size(n: float) -> str:
+    """A number of bytes in words.
+
+    >>> size(1234567), size(2e9), size(80)
+    ('1.2 MB', '2.0 GB', '0.1 kB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n / 1e3:.1f} kB"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises:
+        ExpungeError: it cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ExpungeError(f"{path} is not a JSON table")
+    return data
+
+
 def check_space(folder: str | Path, needed: int) -> None:
     """Check that the disk of a folder, which need not be there yet, takes `needed` bytes more.
 
@@ -171,7 +213,7 @@ def check_space(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to be written"
+            f"the disk of {folder} has {size(free)} free; {size(needed)} are to be written"
         )
 
 

@@ -112,6 +112,7 @@ def merge(
         seed=0,
         seconds=round(time.monotonic() - start, 3),
         versions=versions(),
+        family=type(model).__name__,
     )
     return Edit(tuple(changes), record)
 

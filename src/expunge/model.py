@@ -528,17 +528,14 @@ def load(
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
-    found = source.find(model)
+    found, device = source.find(model), working_device(device)
+    if offload and device == "cpu":
+        raise ExpungeError("there is no accelerator to offload from: leave offload out")
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
-    source.check_numbers(pipe.components, found.name)
     for file, scale in lora:
         fuse(file, pipe, scale)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if offload:
-        if device == "cpu":
-            raise ExpungeError("there is no accelerator to offload from: leave offload out")
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
@@ -551,6 +548,23 @@ def load(
             # The layout that convolutions are fastest in.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return family(pipe, name=found.name, settings=source.settings(found))
+
+
+def working_device(name: str) -> str:
+    """The device of a name; of "auto", the accelerator if there is one, else the CPU.
+
+    Raises:
+        ExpungeError: this machine has none of that name.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except Exception as error:  # each kind of device has its own
+        raise ExpungeError(
+            f"this machine has no device {name!r}; give auto or cpu, or cuda, cuda:1 or mps where it is"
+        ) from error
+    return name
 
 
 def warn_cut(prompt: str, tokens: int, window: int) -> None:

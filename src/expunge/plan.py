@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from expunge.checkpoint import Checkpoint
+from expunge.files import size
 from expunge.method import Work
+from expunge.model import Model, working_device
 
 EFFICIENCY = 0.4
 """The share of a large product's speed that a network reaches, about."""
@@ -52,11 +54,11 @@ class Plan:
         return work.prompts * self.prompt + (work.predictions + 3 * work.gradients) * self.prediction
 
     def lines(self, work: Work | None) -> list[str]:
-        """The plan in words."""
-        parts = ", ".join(f"{name} {_size(n * self.itemsize)}" for name, n in self.parameters.items())
+        """The plan in words; the last line says how long."""
+        parts = ", ".join(f"{name} {size(n * self.itemsize)}" for name, n in self.parameters.items())
         lines = [
             f"weights: {parts}",
-            f"memory: {_size(self.memory)} of weights on the device"
+            f"memory: {size(self.memory)} of weights on the device"
             + (", the largest part at a time" if self.offload else ""),
             f"a prompt takes about {_time(self.prompt)}, a prediction about {_time(self.prediction)}",
         ]
@@ -81,8 +83,27 @@ def plan(
             if name != "__metadata__":
                 part = _part(checkpoint, path.parent.name, name)
                 parameters[part] = parameters.get(part, 0) + prod(entry["shape"])
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _plan(parameters, checkpoint.config, working_device(device), dtype, offload)
+
+
+def plan_of(model: Model, *, offload: bool = False) -> Plan:
+    """Plan work with a model in memory; the device is timed for a moment."""
+    parameters: dict[str, int] = {}
+    for component, module in model.pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            part = _part_of(type(model), component)
+            count = sum(tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
+            parameters[part] = parameters.get(part, 0) + count
+    return _plan(parameters, model.network.config, str(model.device), model.dtype, offload)
+
+
+def _plan(
+    parameters: Mapping[str, int],
+    config: Mapping[str, Any],
+    device: str,
+    dtype: torch.dtype,
+    offload: bool,
+) -> Plan:
     speed = EFFICIENCY * _speed(device, dtype)
     text, denoiser = parameters.get("text encoders", 0), parameters.get("denoiser", 0)
     return Plan(
@@ -90,7 +111,7 @@ def plan(
         dtype.itemsize,
         offload,
         2 * text * 77 / speed,
-        2 * denoiser * _tokens(checkpoint.config) / speed,
+        2 * denoiser * _tokens(config) / speed,
     )
 
 
@@ -98,7 +119,12 @@ def _part(checkpoint: Checkpoint, component: str, name: str) -> str:
     """What a tensor belongs to."""
     if checkpoint.is_file:
         return next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "denoiser")
-    if component == checkpoint.family.denoiser:
+    return _part_of(checkpoint.family, component)
+
+
+def _part_of(family: type[Model], component: str) -> str:
+    """What a component belongs to."""
+    if component == family.denoiser:
         return "denoiser"
     return "text encoders" if component.startswith("text_encoder") else "autoencoder"
 
@@ -109,8 +135,8 @@ def _tokens(config: Mapping[str, Any]) -> float:
     Once a token of a transformer. A U-Net halves its latents on the way; a ninth of them comes near.
     """
     joint = "joint_attention_dim" in config
-    size = config.get("sample_size") or (128 if joint else 64)
-    side = size if isinstance(size, int) else max(size)
+    sides = config.get("sample_size") or (128 if joint else 64)
+    side = sides if isinstance(sides, int) else max(sides)
     return (side // 2) ** 2 + 400 if joint else side**2 / 9
 
 
@@ -123,10 +149,6 @@ def _speed(device: str, dtype: torch.dtype) -> float:
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - start)
     return float(2 * 768**3 / best)
-
-
-def _size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _time(seconds: float) -> str:

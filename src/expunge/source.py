@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from expunge import registry
 from expunge.errors import ExpungeError, unknown
-from expunge.files import check_weights, read_header
+from expunge.files import check_weights, read_header, read_json
 from expunge.hub import absent, refused
 
 if TYPE_CHECKING:
     import torch
 
-PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-"""Endings of files that can run a stranger's code when they are read."""
+HELD = {
+    "CLIPText": ("cond_stage_model.", "conditioner.", "text_encoders.clip_"),
+    "T5Encoder": ("text_encoders.t5",),
+    "AutoencoderKL": ("first_stage_model.", "vae."),
+}
+"""What a component's class begins with, and what its tensors begin with in a single file."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,20 @@ def find(model: str | Path) -> Source:
         check_single_file(path)
         return Source(path.stem, path)
     if not path.is_dir():
-        if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            return Source(model, None)
+        if on_hub(model):
+            return Source(str(model), None)
+        if "/" in str(model) or path.suffix:
+            raise ExpungeError(f"there is no file or folder {model}")
         raise unknown("model", str(model), shipped)
     if not (path / "model_index.json").is_file():
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
     check_weights(path)
     return Source(str(model) if str(model) in shipped else path.resolve().name, path)
+
+
+def on_hub(model: str | Path) -> bool:
+    """Whether a name can be that of a model of the hub."""
+    return isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def check_single_file(path: Path) -> None:
@@ -63,11 +73,6 @@ def check_single_file(path: Path) -> None:
     Raises:
         ExpungeError: it is pickled, cut short, a LoRA, an edit, or a VAE.
     """
-    with path.open("rb") as file:
-        start = file.read(4)
-    if path.suffix in PICKLED or start.startswith((b"PK\3\4", b"\x80\2")):
-        raise ExpungeError(f"{path} is pickled, and reading it could run a stranger's code;"
-                           " convert it to .safetensors first")  # fmt: skip
     header = read_header(path)
     names = [name for name in header if name != "__metadata__"]
     if any("lora_" in name or ".lora" in name for name in names):
@@ -77,6 +82,18 @@ def check_single_file(path: Path) -> None:
     of_vae = ("encoder.", "decoder.", "first_stage_model.", "vae.", "quant_conv.", "post_quant_conv.")
     if all(name.startswith(of_vae) for name in names):
         raise ExpungeError(f"{path} is a VAE, not a whole model")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a diffusers folder consists of: its `model_index.json`.
+
+    Raises:
+        ExpungeError: it has none, or it cannot be read.
+    """
+    index = read_json(folder / "model_index.json")
+    if "_class_name" not in index:
+        raise ExpungeError(f"{folder / 'model_index.json'} does not say which pipeline it is of")
+    return index
 
 
 def family_of(pipeline: str) -> type[Any]:
@@ -119,14 +136,7 @@ def family_of_file(path: Path) -> type[Any]:
 def settings(source: Source) -> dict[str, Any]:
     """What `expunge.json` says beside the model: how to draw with it, its anchors, what was erased."""
     file = source.path / "expunge.json" if source.path else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-        assert isinstance(found, dict)
-        return found
-    except (ValueError, AssertionError):
-        raise ExpungeError(f"{file} is not a JSON table") from None
+    return read_json(file) if file is not None and file.is_file() else {}
 
 
 def read_pipeline(
@@ -146,21 +156,24 @@ def read_pipeline(
     import diffusers
 
     try:
-        with _quietly():
-            if source.is_file:
-                assert source.path is not None
+        with quietly():
+            if source.path and source.is_file:
                 family = family_of_file(source.path)
-                pipeline = getattr(diffusers, family.pipelines[0])
-                return pipeline.from_single_file(
-                    str(source.path), torch_dtype=dtype, config=config and str(config), **parts
+                beside = _beside(source.path, config, family, dtype)
+                pipe = getattr(diffusers, family.pipelines[0]).from_single_file(
+                    str(source.path),
+                    torch_dtype=dtype,
+                    config=config and str(config),
+                    **{**beside, **parts},
                 )
-            return diffusers.DiffusionPipeline.from_pretrained(
-                source.path or source.name,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=source.path is not None,
-                **parts,
-            )
+            else:
+                pipe = diffusers.DiffusionPipeline.from_pretrained(
+                    source.path or source.name,
+                    torch_dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=source.path is not None,
+                    **parts,
+                )
     except ExpungeError:
         raise
     except Exception as error:  # whatever diffusers, the hub and the files come up with
@@ -171,20 +184,70 @@ def read_pipeline(
                 f"a single file has no configuration, and the one for {source.path} is not on this"
                 " machine; give --config a diffusers folder of a model built like it"
             ) from error
+        if "meta tensor" in str(error):  # what was never filled
+            raise ExpungeError(f"{source.path} is not whole: it lacks tensors of the model") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ExpungeError(f"cannot load {source.path}: {lines[0]}") from error
+    if source.path and not source.is_file:
+        check_whole(pipe, source.path)
+    check_numbers(pipe.components, source.name)
+    return pipe
+
+
+def _beside(
+    path: Path, config: str | Path | None, family: type[Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The text encoders and the autoencoder that a single file leaves out, from the folder `config`.
+
+    Raises:
+        ExpungeError: `config` is no folder of such a model, or has not what the file leaves out.
+    """
+    import diffusers
+
+    tensors = list(read_header(path))
+    folder = Path(config or "")
+    if config is None or not folder.is_dir():
+        if config is not None and not on_hub(config):
+            raise ExpungeError(f"there is no folder {config}")
+        if not any(name.startswith(HELD["CLIPText"]) for name in tensors):
+            raise ExpungeError(
+                f"{path} holds no text encoders; give --config a diffusers folder of a model built like"
+                " it that has them"
+            )
+        return {}
+    index = read_index(folder)
+    if str(index["_class_name"]) not in family.pipelines:
+        raise ExpungeError(f"{path} is of {family.__name__}, and {folder} of {index['_class_name']}")
+    kinds = {name: str(value[1]) for name, value in index.items() if isinstance(value, list)}
+    left_out = [
+        name
+        for name, kind in kinds.items()
+        for beginning, prefixes in HELD.items()
+        if kind.startswith(beginning) and not any(tensor.startswith(prefixes) for tensor in tensors)
+    ]
+    if not left_out:
+        return {}
+    others = dict.fromkeys(name for name in kinds if name not in left_out)
+    pipe = getattr(diffusers, family.pipelines[0]).from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **others
+    )
+    check_whole(pipe, folder)
+    return {name: pipe.components[name] for name in left_out}
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence diffusers and transformers for the length of a block."""
+def quietly() -> Iterator[None]:
+    """Silence diffusers, transformers and the hub for the length of a block."""
     import diffusers
+    import huggingface_hub
     import transformers
 
-    logs = (diffusers.utils.logging, transformers.utils.logging)
+    bars = (diffusers.utils.logging, transformers.utils.logging)
+    logs = (*bars, huggingface_hub.utils.logging)
     levels = [log.get_verbosity() for log in logs]
     for log in logs:
         log.set_verbosity_error()
+    for log in bars:
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -193,7 +256,31 @@ def _quietly() -> Iterator[None]:
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.set_verbosity(level)
+        for log in bars:
             log.enable_progress_bar()
+
+
+def check_whole(pipe: Any, folder: Path) -> None:
+    """Check that the text encoders and the denoiser were all in their files.
+
+    Loaders fill in random numbers for what is missing.
+
+    Raises:
+        ExpungeError: some of one was not.
+    """
+    import torch
+
+    for part, module in pipe.components.items():
+        if not isinstance(module, torch.nn.Module) or part.startswith(("vae", "safety", "image")):
+            continue
+        there = {name for file in (folder / part).glob("*.safetensors") for name in read_header(file)}
+        names: dict[int, list[str]] = {}
+        for name, tensor in module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+        for one in names.values():
+            # Up to transformers 5.5 CLIP was saved with its layers in `text_model`.
+            if not any(name in there or f"text_model.{name}" in there for name in one):
+                raise ExpungeError(f"{folder} is not whole: no file of its {part} has {one[0]}")
 
 
 def check_numbers(parts: Mapping[str, Any], name: str) -> None:

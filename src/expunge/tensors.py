@@ -44,13 +44,14 @@ def read(path: str | Path, name: str) -> Tensor:
     """One tensor of a file, as it is stored.
 
     Raises:
-        ExpungeError: the file is no whole safetensors file, or has no such tensor.
+        ExpungeError: the file is no whole safetensors file, has no such tensor, or the tensor holds a
+            number that is none.
     """
     header = read_header(path)
     if name not in header:
         raise ExpungeError(f"{path} has no tensor {name}")
     with Path(path).open("rb") as file:
-        return _read(file, header[name])
+        return _finite(_read(file, header[name]), name, path)
 
 
 def copy(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expunge.changes import LowRank, Right, Sparse, WeightChange
+from expunge.changes import HookedChange, LowRank, Right, Sparse, WeightChange
 from expunge.checkpoint import Checkpoint, Erased
 from expunge.edit import Edit, base_hash
 from expunge.errors import ExpungeError
@@ -81,6 +81,11 @@ def _by_arithmetic(edit: Edit, last: Erased) -> dict[Place, Callable[[Tensor], T
     """The inverse of every change, the last first."""
     if edit.hash != last.edit:
         raise ExpungeError("this is not the edit that was laid on the model last")
+    if any(isinstance(change, HookedChange) for change in edit.changes):
+        raise ExpungeError(
+            "the edit has gates; the model holds weights fitted to them, which the edit does not know;"
+            " give the original"
+        )
     placed = by_place(weights(edit.changes))
     inverses: dict[int, Tensor] = {}
     for change in (change for some in placed.values() for change in some):

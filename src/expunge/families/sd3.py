@@ -31,7 +31,8 @@ class SD3(FlowModel):
     lacks: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and picture attend to each other, and so each depends on the other"
     }
-    single_files = ("sd3", "sd35_large", "sd35_medium")
+    # "v1" is what diffusers calls all that it does not know.
+    single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
     mark = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 
     @torch.no_grad()

@@ -26,7 +26,9 @@ class SDXL(UNetModel):
     """
 
     pipelines = ("StableDiffusionXLPipeline",)
-    single_files = ("xl_base", "playground-v2-5")
+    # "v1" is what diffusers calls all that it does not know, as it does a U-Net alone.
+    single_files = ("xl_base", "playground-v2-5", "v1")
+    mark = "label_emb.0.0.weight"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:

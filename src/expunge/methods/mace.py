@@ -17,7 +17,7 @@ from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model, Text
-from expunge.ops.attention import energy, grid, read_attention
+from expunge.ops.attention import AttentionReader, energy, grid
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.least_squares import gram, outer, right_factor
@@ -401,9 +401,16 @@ class MACE(Method):
         chances = self._chances(model.log_snr())
 
         def losses(_: int) -> Tensor:
-            return self._attention(model, [lesson.sample(chances) for lesson in lessons])
+            return self._attention(model, reader, [lesson.sample(chances) for lesson in lessons])
 
-        with frozen(model.parameters()), model.using(refined), each_its_own(modules, ups, downs):
+        # Nothing after the last cross-attention is needed, but checkpointed parts cannot be left early.
+        whole = model.network.is_gradient_checkpointing
+        with (
+            frozen(model.parameters()),
+            model.using(refined),
+            each_its_own(modules, ups, downs),
+            AttentionReader(model.cross_attentions(), whole=whole) as reader,
+        ):
             minimise(
                 [*ups, *downs],
                 losses,
@@ -449,7 +456,7 @@ class MACE(Method):
             run.generator("training", concept.name),
         )
 
-    def _attention(self, model: Model, samples: Sequence[Sample]) -> Tensor:
+    def _attention(self, model: Model, reader: AttentionReader, samples: Sequence[Sample]) -> Tensor:
         """The loss of each sample, (n,): how much attention its tokens get inside its mask."""
         latents, noise, mask, tokens = (
             torch.stack([getattr(sample, name) for sample in samples])
@@ -463,9 +470,7 @@ class MACE(Method):
             size = grid(attention.shape[2], *latents.shape[-2:])
             return energy(attention, tokens, _resized(mask, size).flatten(1))
 
-        parts = torch.stack(
-            read_attention(model.cross_attentions(), inside, lambda: model.predict(noisy, t, text))
-        )
+        parts = torch.stack(reader.read(inside, lambda: model.predict(noisy, t, text)))
         # A root has no slope at 0, where a small mask misses a whole layer.
         return (parts.clamp_min(1e-30).sqrt() if self.norm == "joint" else parts).sum(0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,48 +32,76 @@ class _Enough(Exception):  # noqa: N818
     """Every attention has been read; what remains of the forward pass is not needed."""
 
 
-def read_attention(
-    attentions: Sequence[CrossAttention], read: Callable[[Tensor], T], forward: Callable[[], object]
-) -> list[T]:
-    """What `read` makes of every attention's map while `forward` runs, in the order given.
+class AttentionReader:
+    """Listens to cross-attentions for the length of a `with` block, while a denoiser runs.
 
     The maps are computed beside the layers, from their queries and keys, so nothing that the
-    denoiser computes changes. One map at a time is held, but for what gradients need; once the last
-    has been read, `forward` is left.
+    denoiser computes changes. One map at a time is held, but for what gradients need. Checkpointed
+    parts of a denoiser run a second time when gradients are asked for, and must then meet the same:
+    ask for them inside the block.
 
     Args:
         attentions: the attentions to read.
-        read: gets a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
-        forward: runs the denoiser.
+        whole: let the denoiser run to its end, as checkpointing must; otherwise it is left once the
+            last map has been read.
     """
-    found: dict[int, T] = {}
-    waiting: dict[int, Tensor] = {}
-    hooks = []
 
-    def listen(i: int, layer: nn.Module, is_query: bool) -> None:
-        def hear(_: nn.Module, given: object, output: Tensor) -> None:
-            if i not in waiting:
-                waiting[i] = output
-                return
-            other = waiting.pop(i)
-            query, key = (output, other) if is_query else (other, output)
-            found[i] = read(attention_map(query, key, attentions[i]))
-            if len(found) == len(attentions):
-                raise _Enough
+    def __init__(self, attentions: Sequence[CrossAttention], *, whole: bool = False) -> None:
+        self.attentions, self.whole = attentions, whole
+        self._read: Callable[[Tensor], Any] = lambda attention: attention
+        self._found: dict[int, Any] | None = None
+        self._waiting: dict[int, Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-        hooks.append(layer.register_forward_hook(hear))
+    def __enter__(self) -> AttentionReader:
+        for i, attention in enumerate(self.attentions):
+            for layer, is_query in ((attention.query, True), (attention.key, False)):
+                hear = partial(self._hear, i, is_query)
+                self._hooks.append(layer.register_forward_hook(hear))
+        return self
 
-    try:
-        for i, attention in enumerate(attentions):
-            listen(i, attention.query, True)
-            listen(i, attention.key, False)
-        forward()
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
             hook.remove()
-    return [found[i] for i in range(len(attentions))]
+        self._hooks, self._waiting = [], {}
+
+    def read(self, read: Callable[[Tensor], T], forward: Callable[[], object]) -> list[T]:
+        """What `read` makes of every attention's map while `forward` runs, in the order given.
+
+        Args:
+            read: gets a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
+            forward: runs the denoiser.
+        """
+        found: dict[int, T] = {}
+        self._read, self._found, self._waiting = read, found, {}
+        try:
+            forward()
+        except _Enough:
+            pass
+        finally:
+            self._found = None
+        return [found[i] for i in range(len(self.attentions))]
+
+    def _hear(self, i: int, is_query: bool, _: nn.Module, given: object, output: Tensor) -> None:
+        if i not in self._waiting:
+            self._waiting[i] = output
+            return
+        other = self._waiting.pop(i)
+        query, key = (output, other) if is_query else (other, output)
+        heard = self._read(attention_map(query, key, self.attentions[i]))
+        if self._found is None:  # a second run, for gradients
+            return
+        self._found[i] = heard
+        if len(self._found) == len(self.attentions) and not self.whole:
+            raise _Enough
+
+
+def read_attention(
+    attentions: Sequence[CrossAttention], read: Callable[[Tensor], T], forward: Callable[[], object]
+) -> list[T]:
+    """What `read` makes of every attention's map while `forward` runs once: see `AttentionReader`."""
+    with AttentionReader(attentions) as reader:
+        return reader.read(read, forward)
 
 
 def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tensor:
