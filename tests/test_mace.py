@@ -509,7 +509,7 @@ class TestMasks:
             ("empty mask", "the mask of .*one.png is empty"),
             ("full mask", "the mask of .*one.png is full.*masks 'none'"),
             ("drawn pictures", "set pictures_from too"),
-            ("unknown masks", "there is no folder atention"),
+            ("unknown masks", "source of masks .atention.; did you mean .attention."),
         ],
     )
     def test_what_can_be_wrong(self, model, files, harm, message):

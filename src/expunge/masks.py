@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from expunge import pictures
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, unknown
 from expunge.examples import Examples, folder_of
 from expunge.model import Model
 from expunge.ops.attention import grid, read_attention
@@ -54,6 +54,8 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
 
         drawn = torch.cat([model.decode(one) for one in examples.latents.split(1)])
         masks = GroundedSAM.load()(drawn, examples.concept)
+    elif not Path(source).is_dir():
+        raise unknown("folder or other source of masks", source, SOURCES)
     else:
         masks = from_folder(source, model, examples)
     for i, mask in enumerate(masks):
