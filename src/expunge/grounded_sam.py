@@ -7,6 +7,7 @@ weights are read from the Hugging Face cache or fetched from the hub.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from expunge.errors import ExpungeError
+from expunge.source import quietly
 
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SEGMENTER = "facebook/sam-vit-base"
@@ -37,6 +39,7 @@ class GroundedSAM:
     """The shorter side in pixels at which the detector looks at a picture."""
 
     @classmethod
+    @lru_cache(maxsize=1)  # once for all concepts
     def load(cls, detector: str = DETECTOR, segmenter: str = SEGMENTER) -> GroundedSAM:
         """Read both models.
 
@@ -47,10 +50,11 @@ class GroundedSAM:
 
         name = detector
         try:
-            tokenizer = AutoTokenizer.from_pretrained(detector)
-            finder = GroundingDinoForObjectDetection.from_pretrained(detector, use_safetensors=True)
-            name = segmenter
-            cutter = SamModel.from_pretrained(segmenter, use_safetensors=True)
+            with quietly():
+                tokenizer = AutoTokenizer.from_pretrained(detector)
+                finder = GroundingDinoForObjectDetection.from_pretrained(detector, use_safetensors=True)
+                name = segmenter
+                cutter = SamModel.from_pretrained(segmenter, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
             raise ExpungeError(
                 f"grounded-sam needs {name}, which is neither in the Hugging Face cache nor could it be"
