@@ -2,7 +2,7 @@
 
 The work is what an erasure starts from: for every word, the latents of two pictures that the model
 has half drawn. With `--method NAME` it is a whole erasure of the words by that method.
-Writes `experiments/results/ray_worker_dies.json`.
+Writes `experiments/results/ray_worker_dies.json`, or `ray_worker_dies_NAME.json`.
 
     python experiments/ray_worker_dies.py [--method mace] [--workers 2]
 """
@@ -75,9 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", help="erase the words with this method")
     parser.add_argument("--workers", type=int, default=2, help="processors that Ray may use")
-    to = Path(__file__).parent / "results" / "ray_worker_dies.json"
-    parser.add_argument("--to", type=Path, default=to)
+    parser.add_argument("--to", type=Path)
     options = parser.parse_args()
+    name = "_".join(filter(None, ("ray_worker_dies", options.method)))
+    to = options.to or Path(__file__).parent / "results" / f"{name}.json"
     model = expunge.load("emoji")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     small: dict[str, Any] = {"num_cpus": options.workers, "object_store_memory": 200_000_000}
@@ -116,7 +117,7 @@ def main() -> None:
     print(json.dumps(record, indent=1))
     assert killed, "no worker was seen at work"
     assert record["equal to the last bit"]
-    with replacing(options.to) as file:
+    with replacing(to) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
 
 
