@@ -52,6 +52,33 @@ def directions(
     return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
 
 
+def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The affine map that best foretells answers from rows: its matrix (r, d) and offset (r,), float64.
+
+        min_{G, g} Σ_i w_i ‖G x_i + g − y_i‖² / Σ_i w_i + λ σ² ‖G‖²
+
+    with σ² the rows' mean variance. Large λ leave the answers' mean.
+
+    >>> line, at = affine(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]), torch.ones(2), 0.0)
+    >>> line.tolist(), at.tolist()
+    ([[2.0]], [1.0])
+
+    Args:
+        rows: (n, d).
+        answers: (n, r).
+        weights: (n,), above 0.
+        ridge: λ, at least 0.
+    """
+    x, y, w = rows.double(), answers.double(), weights.double() / weights.double().sum()
+    middle, mean = w @ x, w @ y
+    x, y = x - middle, y - mean
+    spread = (w[:, None] * x).T @ x
+    sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
+    lower = torch.linalg.cholesky(spread + ridge * sphere)
+    line = torch.cholesky_solve((w[:, None] * x).T @ y, lower).T
+    return line, mean - line @ middle
+
+
 def stacked(weights: list[Tensor]) -> Tensor:
     """A root R (d, d) of Σ WᵀW: ‖R x‖² = Σ ‖W x‖² for every x; float64.
 
