@@ -4,7 +4,7 @@ No suite erases their words; of the style there are more pictures. MACE and UCE 
 been tried stays in `experiments/results/ace_tune.json`, and is not tried again on the same weights.
 Pictures are drawn in bfloat16.
 
-    python experiments/ace_tune.py style explicit --try margin=0.2,0.4 --beside mace uce
+    python experiments/ace_tune.py style explicit --try stages=gate,gate+harden --beside mace uce
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def main() -> None:
     base = {name: value for name, value in ACE.presets[options.preset].items() if name != "about"}
     methods: dict[str, Method] = {name: BESIDE[name] for name in options.beside}
     for values in combinations(options.tried):
+        if isinstance(values.get("stages"), str):
+            values["stages"] = values["stages"].split("+")
         ace = build(ACE, base | values)
         default = ACE()
         fields = {f.name: getattr(ace, f.name) for f in dataclasses.fields(ace)}

@@ -140,7 +140,7 @@ class Background:
 
     def edge(self, direction: Tensor) -> float:
         """How far along a direction tokens still count as closed; the concept's mean is at 1."""
-        general = (self.general - self.mean) @ direction
+        general = self.general @ direction - self.mean @ direction
         edge = float(general.mean() + self.deviations * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
         return max(min(edge, 0.5), self.reach(direction, self.retained))
