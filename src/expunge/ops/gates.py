@@ -115,9 +115,9 @@ class Background:
         self.shut = self.retained if shut is None else shut.double()
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
-        spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
-        sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
-        self.lowers = [torch.linalg.cholesky(spread + ridge / 10**i * sphere) for i in range(5)]
+        self.spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
+        self.ridges = [ridge / 10**i for i in range(5)]
+        self.lowers: list[Tensor] = []
 
     def direction(self, rows: Tensor) -> Tensor:
         """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
@@ -126,13 +126,20 @@ class Background:
         """
         difference = rows.double().mean(0) - self.mean
         found = []
-        for lower in self.lowers:
-            solved = torch.cholesky_solve(difference[:, None], lower)[:, 0]
+        for i, ridge in enumerate(self.ridges):
+            if i == len(self.lowers):
+                self.lowers.append(self._lower(ridge))
+            solved = torch.cholesky_solve(difference[:, None], self.lowers[i])[:, 0]
             way = solved / (solved @ difference).clamp(min=1e-12)
             found.append((self.start(way, rows) - self.edge(way), way))
             if found[-1][0] >= CLEAR:
                 return way
         return max(found, key=lambda one: one[0])[1]
+
+    def _lower(self, ridge: float) -> Tensor:
+        """The Cholesky factor of Σ + λ σ² 1."""
+        sphere = self.spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(self.mean)).to(self.mean)
+        return torch.linalg.cholesky(self.spread + ridge * sphere)
 
     def start(self, direction: Tensor, rows: Tensor) -> float:
         """How far along a direction the rows begin: their 5 % point."""
