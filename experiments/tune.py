@@ -99,7 +99,7 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
     """All combinations of FIELD=VALUE,VALUE,…; the stages are written refine+fuse."""
 
     def value(text: str) -> Any:
-        if text and all(stage in ("refine", "suppress", "fuse") for stage in text.split("+")):
+        if set(text.split("+")) <= {"refine", "suppress", "fuse", "gate", "harden"}:
             return tuple(text.split("+"))
         try:
             return json.loads(text)
