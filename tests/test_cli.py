@@ -124,7 +124,7 @@ def test_presets(run, monkeypatch):
     assert run(*erase, "--preset=soft", "--general", "5")[0] == 0
     fields = Edit.load("e.safetensors").record.fields
     assert (fields["ridge"], fields["general"], fields["templates"]) == (500.0, 5, ["a {}"])
-    code, _, err = run(*erase, "--preset", "sotf")
+    code, _, err = run(*erase, "--preset", "soft", "--preset", "sotf")
     assert (code, err) == (2, "expunge: there is no preset 'sotf'; did you mean 'soft'?\n")
 
 

@@ -596,3 +596,16 @@ def test_presets_are_methods_and_templates_are_thirty():
     for templates in TEMPLATES.values():
         assert len(set(templates)) == 30
         assert all(t.count("{}") == 1 for t in templates)
+
+
+def test_other_captions_are_another_command(model, captions, tmp_path, monkeypatch):
+    """What is kept was trained on weights that they refitted."""
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+    method = MACE(**{**FAST, "captions": captions, "refine_prior": 1.0, "masks": "none"})
+    problem, work = Problem(PROBLEM.erase[2:]), tmp_path / "e.work"
+    whole = expunge.erase(model, problem, method, work=work)
+    assert expunge.erase(model, problem, method, work=work).hash == whole.hash
+    with open(captions, "a") as file:
+        file.write("a dog\n")
+    with pytest.raises(ExpungeError, match=r"another command \(other files\); delete it"):
+        expunge.erase(model, problem, method, work=work)

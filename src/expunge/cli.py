@@ -571,8 +571,8 @@ def _erase_with(default: Method) -> type[Erase]:
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of one option, read before the others can be."""
-    for place, argument in enumerate(arguments):
+    """The value of one option, read before the others can be; given twice, the last counts."""
+    for place, argument in reversed(list(enumerate(arguments))):
         name, equals, value = argument.partition("=")
         if name == option:
             following = next(iter(arguments[place + 1 :]), "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -227,6 +228,8 @@ def erase(
         "model": base_hash(read, ((entry.layer, "weight") for entry in model.text_entries())),
         "seed": seed,
     }
+    if named := _files(command["fields"]):
+        command["files"] = named
     start = time.monotonic()
     with opened(work, command) as folder:
         run = Run(seed, progress, folder, ray)
@@ -243,6 +246,19 @@ def erase(
         family=type(model).__name__,
     )
     return Edit(changes, record)
+
+
+def _files(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of every file that a field names: with other words in it, the command is another one.
+
+    Folders are left out: who mends a picture in one goes on with what was finished.
+    """
+    found = {}
+    for name, value in fields.items():
+        with contextlib.suppress(OSError):  # who reads it says what is wrong with it
+            if isinstance(value, str) and (file := Path(value)).is_file():
+                found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def _warn_of_overlaps(problem: Problem) -> None:

@@ -182,7 +182,8 @@ class MACE(Method):
     domain_weight: float = bounded(0.0, at_least=0)
     """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
     captions: str = "general"
-    """The prior's captions: "general", a text file with one a line; "" for none, the retained alone."""
+    """The prior's captions: "general", a text file with one a line, or OWNER/NAME:COLUMN:SPLIT, a data
+    set of the Hub; "" for none, the retained alone."""
     rank: int = bounded(1, at_least=1)
     """The rank of each concept's change."""
     steps: int = bounded(50, at_least=0)
@@ -369,7 +370,8 @@ class MACE(Method):
         ]
         layers = layers_of(model, "text")
         course = Course(
-            Objective(1.0, 0.4, 0.5, 0.2),
+            # ANT's weights for identities and styles; it turns at step 40 of 50.
+            Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
             turn=-3.18,
             num_inference_steps=self.picture_steps,
             guidance_scale=model.guidance_scale,
