@@ -42,7 +42,7 @@ def groups(concepts: int) -> dict[str, list[Group]]:
         mean = torch.randn(WIDTH, generator=generator) * SCALE / WIDTH**0.5
         rows = mean + torch.randn(PROMPTS * size, WIDTH, generator=generator) / 4
         means = rows.reshape(PROMPTS, size, WIDTH).mean(1) - neutral
-        return Group(rows, means, neutral)
+        return Group(rows, neutral.expand(len(rows), -1), means)
 
     return {str(i): [group(size) for size in sizes] for i in range(concepts)}
 

@@ -1,6 +1,6 @@
 """What MACE's closed forms do by themselves, as ridge and prior grow: no pictures, seconds.
 
-The task "many" of `mace_tune.py`, in wordings that the method does not train on. For each pair of
+The task "many" of `tune.py`, in wordings that the method does not train on. For each pair of
 values, what *refine* leaves of the erased (‖M e − g‖ / ‖e − g‖, g where the anchor's prompt goes),
 and how far it moves the retained and captions of the prior (‖M e − e‖ / ‖e − g‖, with the mean
 ‖e − g‖ of the erased); and both again after *fuse*. Means over the end and padding tokens, which
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mace_tune import many
 from torch import Tensor
+from tune import many
 
 import expunge
 from expunge import Model

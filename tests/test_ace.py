@@ -36,7 +36,9 @@ def slow_groups(model, name, anchor, template):
 
 
 def test_gates_and_directions_against_a_slow_reading(worded):
-    model, templates, method = worded, SHORT, dataclasses.replace(GATE, energy=0.8)
+    model, templates = worded, SHORT
+    # Directions for each gate, and the anchor's mean as their goal.
+    method = dataclasses.replace(GATE, energy=0.8, directions="gate", goal_ridge=1e12)
     problem = Problem((Concept("airplane", "sky", synonyms=("jet",)),), ("ship",))
     (change,) = expunge.erase(model, problem, method).changes
     assert len(change.centre) == 1 + len(BANDS)
@@ -61,6 +63,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
             change.down[mine].double(),
             change.goal[mine].double(),
         )
+        assert change.concept.tolist() == list(range(1 + len(BANDS)))
         torch.testing.assert_close(tall @ up @ (down @ x - goal), slow, rtol=1e-3, atol=1e-3)
         # The gate.
         spread = torch.cov(torch.cat([background.general, background.retained]).T, correction=0)
@@ -177,7 +180,7 @@ class TestVariants:
 class TestHarden:
     def test_an_attack_gets_less_from_a_hardened_edit(self, worded, problem):
         """Of gates that open but narrowly, so that the attack on the closed form succeeds."""
-        narrow = dataclasses.replace(GATE, margin=0.9)
+        narrow = dataclasses.replace(GATE, margin=0.9, directions="gate", goal_ridge=1e3)
         hardening = {"radius": 0.4, "rounds": 4, "steps": 6, "pictures": 2, "picture_steps": 3}
         method = dataclasses.replace(narrow, stages=("gate", "harden"), recovered=0.0, **hardening)
         soft, hard = (expunge.erase(worded, problem, m).changes[0] for m in (narrow, method))
@@ -192,7 +195,7 @@ class TestHarden:
             found, lack = bounded(lambda x, c=change: _apart(root, c.given(x), e), e, 0.4, 20)
             lacks.append(float(lack / apart))
             offs.append(float(_apart(root, change.given(found), n) / apart))
-        assert 1 - lacks[0] ** 0.5 > 0.5  # the share that it brings back
+        assert 1 - lacks[0] ** 0.5 > 0.4  # the share that it brings back
         assert lacks[1] > 1.5 * lacks[0]
         # What the attack gets instead is the anchor, rather than anything else,
         assert offs[1] < 0.9 * offs[0]

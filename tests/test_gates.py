@@ -11,7 +11,7 @@ from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.changes import Applied, Damped, Gated, LowRank, Right, summary
 from expunge.edit import Record
 from expunge.methods.ace import ACE
-from expunge.ops.gates import Background, directions, gate, stacked
+from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded
 from expunge.plain import plain
 from test_changes import KEY, VALUE, gated, linear
@@ -22,16 +22,21 @@ GATE = ACE(stages=("gate",), general=20)
 
 def slowly(change: Gated, x: torch.Tensor) -> torch.Tensor:
     """One token, direction by direction."""
+    doubles = {name: t.double() for name, t in change.tensors.items() if t.is_floating_point()}
+    change, x = dataclasses.replace(change, **doubles), x.double()
     s = [1 / (1 + torch.exp(-k * (w @ x - c))) for w, c, k in zip(*switch(change), strict=True)]
-    owner = change.owner.tolist()
+    owner, concept = change.owner.tolist(), change.concept.tolist()
+    s = [max(one for one, c in zip(s, concept, strict=True) if c == mine) for mine in owner]
+    w = [one * (one / (1 - one)) ** 0.2 for one in s]
     new = x.clone()
     for k, mine in enumerate(owner):
         shared = sum(
-            s[theirs] * (change.down[k] @ change.up[:, j]).abs()
+            w[j] * (change.down[k] @ change.up[:, j]).abs()
             for j, theirs in enumerate(owner)
             if theirs != mine
         )
-        new -= s[mine] / (1 + shared) * (change.down[k] @ x - change.goal[k]) * change.up[:, k]
+        left = change.down[k] @ x - change.toward[k] @ x - change.goal[k]
+        new -= s[k] * w[k] / (w[k] + shared) * left * change.up[:, k]
     return new
 
 
@@ -74,8 +79,26 @@ def seeded():
 class TestWhatTheyCompute:
     def test_against_a_slow_reading(self):
         change, x = gated((KEY,), WIDTH, gates=3), torch.randn(2, 5, WIDTH)
-        slow = torch.stack([torch.stack([slowly(change, token) for token in row]) for row in x])
-        torch.testing.assert_close(change.given(x), slow)
+        toward = torch.randn_like(change.down) / 10
+        of_two = torch.tensor([0, 1, 1])
+        for one in (
+            change,
+            dataclasses.replace(change, toward=toward),
+            dataclasses.replace(change, concept=of_two, owner=of_two[change.owner]),
+        ):
+            slow = torch.stack([torch.stack([slowly(one, token) for token in row]) for row in x])
+            torch.testing.assert_close(one.given(x), slow.float())
+
+    def test_the_surest_concept_takes_what_several_share(self):
+        """A doubtful gate beside a sure one on the same direction has next to no say in the goal."""
+        base = orthonormal(1, seed=0)
+        change = dataclasses.replace(
+            projecting(base, base),
+            centre=torch.tensor([-30.0, -1.0]),
+            goal=torch.tensor([1.0, -1.0]),
+        )
+        x = torch.randn(4, WIDTH)
+        assert (change.given(x) @ base - 1).abs().max() < 0.05
 
     def test_one_gate_for_a_whole_prompt(self):
         change, x = gated((KEY,), WIDTH), torch.randn(2, 5, WIDTH)
@@ -197,7 +220,7 @@ class TestHooks:
 
     def test_gradients_reach_gates_factors_and_text(self, pipe):
         change = gated((KEY, VALUE), WIDTH)
-        names = ("direction", "centre", "slope", "up", "down", "goal")
+        names = ("direction", "centre", "slope", "up", "down", "toward", "goal")
         change = dataclasses.replace(
             change, **{name: getattr(change, name).clone().requires_grad_() for name in names}
         )
@@ -277,6 +300,16 @@ class TestClosedForm:
         w, rows = torch.randn(20, 8), torch.randn(3, 8).double()
         up, down = directions(w, rows)
         torch.testing.assert_close(rows @ down.T @ up.T, rows)
+
+    def test_affine_against_a_slow_fit(self):
+        x, y, w = torch.randn(30, 4).double(), torch.randn(30, 2).double(), torch.rand(30).double()
+        line, at = affine(x, y, w, 0.0)
+        ones = torch.cat([x, torch.ones(30, 1).double()], 1) * w.sqrt()[:, None]
+        slow = torch.linalg.lstsq(ones, y * w.sqrt()[:, None]).solution.T
+        torch.testing.assert_close(torch.cat([line, at[:, None]], 1), slow)
+        line, at = affine(x, y, w, 1e9)
+        assert line.abs().max() < 1e-6
+        torch.testing.assert_close(at, (w @ y) / w.sum(), atol=1e-6, rtol=1e-6)
 
     def test_stacked_layers_are_one(self):
         layers = [torch.randn(n, 8) for n in (3, 5, 20)]

@@ -181,8 +181,12 @@ class Switch:
 
     def gates(self, x: Tensor) -> Tensor:
         """The gates' values on tokens x (…, tokens, in): (…, tokens, gates), in [0, 1]."""
+        return self.logits(x).sigmoid()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """slope (direction · x − centre), which the gates are the logistic function of."""
         direction, centre, slope = (t.to(x) for t in (self.direction, self.centre, self.slope))
-        values = torch.sigmoid(slope * (x @ direction.T - centre))
+        values = slope * (x @ direction.T - centre)
         return values.amax(-2, keepdim=True).expand_as(values) if self.whole else values
 
     def _switches(self, width: int) -> bool:
@@ -193,20 +197,22 @@ class Switch:
 
 @dataclass(frozen=True, eq=False)
 class Gated(Switch, InputChange):
-    """x − Σ_k a_k(x) · up_k (down_k · x − goal_k): some directions of a token brought to a goal.
+    """x − Σ_k a_k(x) · up_k (down_k · x − toward_k · x − goal_k): some directions brought to a goal.
 
-    Direction k is switched by its gate s_{owner(k)}. Where gates of several concepts are open at
-    once, what their directions have in common is divided between them,
+    Direction k belongs to a concept c, which is as open as the widest of its gates: S_k = max s_i over
+    the gates of c. Where several concepts are open at once, what their directions have in common is
+    divided between them, most of it to the concept that is surest,
 
-        a_k = s_{owner(k)} / (1 + Σ_{l: owner(l) ≠ owner(k)} s_{owner(l)} |down_k · up_l|),
+        a_k = S_k w_k / (w_k + Σ_{l of others} w_l |down_k · up_l|),     w = S (S / (1 − S))^sharpness,
 
     so that nothing is subtracted twice: if the overlaps down_k · up_l are the inner products of
-    vectors of length 1, those of one gate at right angles, then the eigenvalues of Σ a_k up_k down_k
-    lie in [0, 1] whatever the gates (its row sums, weighted by s, are at most 1). Where all gates are
+    vectors of length 1, those of one concept at right angles, then the eigenvalues of Σ a_k up_k down_k
+    lie in [0, 1] whatever the gates (its row sums, weighted by w, are at most 1). Where all gates are
     closed nothing changes. Stacked changes follow one another: the second sees what the first made.
     """
 
     kind: ClassVar[str] = "gated"
+    sharpness: ClassVar[float] = 0.2
     up: Tensor
     """(in, directions)"""
     down: Tensor
@@ -214,16 +220,29 @@ class Gated(Switch, InputChange):
     goal: Tensor
     """(directions,), what down · x becomes where the gate is open."""
     owner: Tensor
-    """(directions,), int64: the gate of each direction."""
+    """(directions,), int64: the concept of each direction."""
+    toward: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    """(directions, in): the part of the goal that hangs on x; by default 0."""
+    concept: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    """(gates,), int64: the concept of each gate, counted from 0; by default one for each."""
+
+    def __post_init__(self) -> None:
+        if self.concept is None:
+            object.__setattr__(self, "concept", torch.arange(len(self.centre)))
+        if self.toward is None:
+            object.__setattr__(self, "toward", torch.zeros_like(self.down))
 
     def fits(self, shape: torch.Size) -> bool:
         n = self.owner.shape[0]
-        inside = (self.owner >= 0) & (self.owner < self.direction.shape[0])
+        gates = self.direction.shape[0]
+        inside = torch.isin(self.owner, self.concept)
         return (
             len(shape) == 2
             and self._switches(shape[1])
+            and self.concept.shape == (gates,)
+            and bool(((self.concept >= 0) & (self.concept < gates)).all())
             and (self.up.shape, self.down.shape) == ((shape[1], n), (n, shape[1]))
-            and self.goal.shape == (n,)
+            and (self.toward.shape, self.goal.shape) == (self.down.shape, (n,))
             and bool(inside.all())
         )
 
@@ -233,12 +252,16 @@ class Gated(Switch, InputChange):
 
     def given(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        up, down, goal = (t.to(wide) for t in (self.up, self.down, self.goal))
-        owner = self.owner.to(x.device)
-        switched = self.gates(wide)[..., owner]
+        up, down, toward, goal = (t.to(wide) for t in (self.up, self.down, self.toward, self.goal))
+        owner, concept = self.owner.to(x.device), self.concept.to(x.device)
+        logits = self.logits(wide)
+        closed = torch.full_like(logits, -torch.inf)
+        widest = closed.scatter_reduce(-1, concept.expand_as(logits), logits, "amax")[..., owner]
+        weight = torch.nn.functional.logsigmoid(widest) + self.sharpness * widest
+        weight = (weight - weight.amax(-1, keepdim=True)).clamp(min=-60).exp()
         overlap = (down @ up).abs() * (owner[:, None] != owner)
-        share = switched / (1 + switched @ overlap.T)
-        return (wide - (share * (wide @ down.T - goal)) @ up.T).to(x.dtype)
+        share = widest.sigmoid() * weight / (weight + weight @ overlap.T)
+        return (wide - (share * (wide @ (down - toward).T - goal)) @ up.T).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

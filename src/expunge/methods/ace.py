@@ -21,7 +21,7 @@ from expunge.method import Method
 from expunge.model import Model, Text
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.gates import Background, directions, gate, stacked
+from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded as attacked
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
@@ -41,7 +41,7 @@ RETAINED = ("{}", "a photo of the {}")
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
 
-FACTORS = ("direction", "centre", "slope", "up", "down", "goal")
+FACTORS = ("direction", "centre", "slope", "up", "down", "toward", "goal")
 """What hardening trains."""
 
 
@@ -51,15 +51,15 @@ class Group:
 
     rows: Tensor
     """(n, d), the concept's tokens."""
-    differences: Tensor
-    """(pairs, d), their mean in a prompt less that of the same prompt with the anchor in it."""
     neutral: Tensor
-    """(d,), the mean of the latter."""
+    """(n, d), those of the same prompts with the anchor in it."""
+    differences: Tensor
+    """(prompts, d), their mean in a prompt less that of its neutral ones."""
 
     @property
     def differs(self) -> bool:
         """Whether they are not the same tokens."""
-        return bool(self.differences.norm(dim=1).max() > 1e-3 * self.neutral.norm())
+        return bool(self.differences.norm(dim=1).max() > 1e-3 * self.neutral.norm(dim=1).mean())
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ACE(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
-        "emoji": {"about": "the emoji model", "energy": 0.95, "margin": 0.4, "picture_steps": 10},
+        "emoji": {"about": "the emoji model", "general": 1000, "goal_ridge": 0.1},
         "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
                  "most_overlap": 1.0,
                  "rounds": 1, "steps": 2, "attack_steps": 2},
@@ -121,6 +121,11 @@ class ACE(Method):
     more, and takes more of what stands beside it in the prompt."""
     rank: int = bounded(0, at_least=0)
     """The most directions a gate; 0 for no limit."""
+    directions: Literal["concept", "gate"] = "concept"
+    """One set of directions for all gates of a concept, or one for each gate."""
+    goal_ridge: float = bounded(1.0, above=0)
+    """λ of e_anchor, foretold of e by an affine map: small values come close to the anchor's prompt and
+    keep what else a prompt says, large values put a mean in its place, whatever an attack does to e."""
     gate_ridge: float = bounded(1.0, above=0)
     """λ of the gate's direction, in units of the mean variance: small values part near words best,
     large values hold best against perturbations."""
@@ -185,7 +190,8 @@ class ACE(Method):
             return changes
         (whole,) = changes
         assert isinstance(whole, Gated)
-        parts = dict(zip(groups, _parted(whole, [len(g) for g in groups.values()]), strict=True))
+        counts = [len(g) for g in groups.values()]
+        parts = dict(zip(groups, _parted(whole, counts), strict=True))
         kept = torch.cat([background.retained, background.general]).float()[:, None]
         train = partial(self._harden, model, problem, parts, kept, run.seed)
         found = run.pieces(train, [c.name for c in problem.erase], label="hardening")
@@ -231,23 +237,38 @@ class ACE(Method):
             if self.reduction == "shared"
             else {(layer,): weight for layer, weight in weights.items()}
         )
+        together = (
+            [[g] for g in flat] if self.directions == "gate" else [list(g) for g in groups.values()]
+        )
         changes = []
         for layers, root in roots.items():
-            pairs = [directions(root, g.differences, energy=self.energy, rank=self.rank) for g in flat]
-            goals = [down @ g.neutral.double() for (_, down), g in zip(pairs, flat, strict=True)]
-            owner = [i for i, (_, down) in enumerate(pairs) for _ in down]
+            found = [self._factors(root, members) for members in together]
+            up, down, toward, goal = zip(*found, strict=True)
+            owner = [i for i, one in enumerate(down) for _ in one]
+            concept = [i for i, members in enumerate(together) for _ in members]
             changes.append(
                 Gated(
                     layers,
                     **_own(switch),
-                    up=torch.cat([up for up, _ in pairs], 1).float().cpu(),
-                    down=torch.cat([down for _, down in pairs]).float().cpu(),
-                    goal=torch.cat(goals).float().cpu(),
+                    up=torch.cat(up, 1).float().cpu(),
+                    down=torch.cat(down).float().cpu(),
+                    toward=torch.cat(toward).float().cpu(),
+                    goal=torch.cat(goal).float().cpu(),
                     owner=torch.tensor(owner),
+                    concept=torch.tensor(concept),
                     whole=whole,
                 )
             )
         return tuple(changes)
+
+    def _factors(self, root: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """up, down, toward and goal of some groups: U Uᵀ W (e − what e foretells of e_anchor)."""
+        differences = torch.cat([g.differences for g in groups])
+        up, down = directions(root, differences, energy=self.energy, rank=self.rank)
+        rows, neutral = (torch.cat([getattr(g, n) for g in groups]) for n in ("rows", "neutral"))
+        weights = torch.cat([torch.full((len(g.rows),), 1 / len(g.rows)) for g in groups]).to(rows)
+        line, goal = affine(rows, neutral.double() @ down.T, weights, self.goal_ridge)
+        return up, down, line, goal
 
     def _layers(self, model: Model) -> tuple[str, ...]:
         entries = model.text_entries()
@@ -514,7 +535,7 @@ def _overlap(background: Background, way: Tensor, rows: Tensor, tokens: Tensor) 
 def _group(pairs: Sequence[tuple[Tensor, Tensor]]) -> Group:
     means = torch.stack([(e - n).mean(0) for e, n in pairs])
     rows, neutral = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return Group(rows, means, neutral.mean(0))
+    return Group(rows, neutral, means)
 
 
 def _damping(weight: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -554,7 +575,8 @@ def _parted(gated: Gated, counts: Sequence[int]) -> list[Gated]:
     parts, start = [], 0
     for n in counts:
         gates = slice(start, start + n)
-        mine = (gated.owner >= start) & (gated.owner < start + n)
+        first = int(gated.concept[start])
+        mine = torch.isin(gated.owner, gated.concept[gates])
         parts.append(
             dataclasses.replace(
                 gated,
@@ -563,8 +585,10 @@ def _parted(gated: Gated, counts: Sequence[int]) -> list[Gated]:
                 slope=gated.slope[gates],
                 up=gated.up[:, mine],
                 down=gated.down[mine],
+                toward=gated.toward[mine],
                 goal=gated.goal[mine],
-                owner=gated.owner[mine] - start,
+                owner=gated.owner[mine] - first,
+                concept=gated.concept[gates] - first,
             )
         )
         start += n
@@ -573,8 +597,9 @@ def _parted(gated: Gated, counts: Sequence[int]) -> list[Gated]:
 
 def _joined(parts: Sequence[Gated]) -> Gated:
     """One change with the gates of several."""
-    counts = torch.tensor([len(part.centre) for part in parts])
+    counts = torch.tensor([int(part.concept.max()) + 1 for part in parts])
     starts = (counts.cumsum(0) - counts).tolist()
     joined: Any = {n: torch.cat([getattr(p, n) for p in parts], int(n == "up")) for n in FACTORS}
-    owner = torch.cat([part.owner + start for part, start in zip(parts, starts, strict=True)])
-    return dataclasses.replace(parts[0], **joined, owner=owner)
+    for name in ("owner", "concept"):
+        joined[name] = torch.cat([getattr(p, name) + s for p, s in zip(parts, starts, strict=True)])
+    return dataclasses.replace(parts[0], **joined)

@@ -49,15 +49,16 @@ MANY = {"trained": "low-rank", "drawn_by": "original", "trajectory_guidance": 7.
         "unconditional_late": 0.5, "unconditional_early": 0.2}  # fmt: skip
 """The paper's values for many concepts, as released."""
 
-EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "turn": -2.5, "samples": 2, "preserve": 0.4,
-         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch": 16}  # fmt: skip
-"""Where the emoji model's presets start from: its own sampler, whose first 4 of 20 steps are early."""
+EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "preserve": 0.4, "unconditional_late": 0.5,
+         "unconditional_early": 0.2, "batch": 16}  # fmt: skip
+"""What the emoji model's presets share: its own sampler draws, once."""
 
 EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
-              "steps": 60, "fuse_prior": 30.0, "domain_weight": 10.0}  # fmt: skip
+              "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
+              "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
 
-EMOJI_ONE = {**EMOJI, "trained": "weights", "part": "cross-attention", "rate": 5e-4, "steps": 100,
-             "maps": 40}  # fmt: skip
+EMOJI_ONE = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -2.5, "samples": 2,
+             "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,10 @@ class ANT(Method):
                   "turn": -4.58, **published(1e-12, 7e12)},
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
-        "emoji-object": {"about": "objects of the emoji model; not tuned yet", **EMOJI_MANY},
-        "emoji-identity": {"about": "flags of the emoji model; not tuned yet", **EMOJI_MANY},
-        "emoji-style": {"about": "styles of the emoji model; not tuned yet", **EMOJI_MANY},
+        "emoji-object": {"about": "objects of the emoji model; chosen on other words", **EMOJI_MANY},
+        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY},
+        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY,
+                        "strength": 3.0},
         "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI_ONE},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,

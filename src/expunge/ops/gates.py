@@ -52,6 +52,33 @@ def directions(
     return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
 
 
+def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The affine map that best foretells answers from rows: its matrix (r, d) and offset (r,), float64.
+
+        min_{G, g} Σ_i w_i ‖G x_i + g − y_i‖² / Σ_i w_i + λ σ² ‖G‖²
+
+    with σ² the rows' mean variance. Large λ leave the answers' mean.
+
+    >>> line, at = affine(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]), torch.ones(2), 0.0)
+    >>> line.tolist(), at.tolist()
+    ([[2.0]], [1.0])
+
+    Args:
+        rows: (n, d).
+        answers: (n, r).
+        weights: (n,), above 0.
+        ridge: λ, at least 0.
+    """
+    x, y, w = rows.double(), answers.double(), weights.double() / weights.double().sum()
+    middle, mean = w @ x, w @ y
+    x, y = x - middle, y - mean
+    spread = (w[:, None] * x).T @ x
+    sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
+    lower = torch.linalg.cholesky(spread + ridge * sphere)
+    line = torch.cholesky_solve((w[:, None] * x).T @ y, lower).T
+    return line, mean - line @ middle
+
+
 def stacked(weights: list[Tensor]) -> Tensor:
     """A root R (d, d) of Σ WᵀW: ‖R x‖² = Σ ‖W x‖² for every x; float64.
 
@@ -88,9 +115,9 @@ class Background:
         self.shut = self.retained if shut is None else shut.double()
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
-        spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
-        sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
-        self.lowers = [torch.linalg.cholesky(spread + ridge / 10**i * sphere) for i in range(5)]
+        self.spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
+        self.ridges = [ridge / 10**i for i in range(5)]
+        self.lowers: list[Tensor] = []
 
     def direction(self, rows: Tensor) -> Tensor:
         """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
@@ -99,13 +126,20 @@ class Background:
         """
         difference = rows.double().mean(0) - self.mean
         found = []
-        for lower in self.lowers:
-            solved = torch.cholesky_solve(difference[:, None], lower)[:, 0]
+        for i, ridge in enumerate(self.ridges):
+            if i == len(self.lowers):
+                self.lowers.append(self._lower(ridge))
+            solved = torch.cholesky_solve(difference[:, None], self.lowers[i])[:, 0]
             way = solved / (solved @ difference).clamp(min=1e-12)
             found.append((self.start(way, rows) - self.edge(way), way))
             if found[-1][0] >= CLEAR:
                 return way
         return max(found, key=lambda one: one[0])[1]
+
+    def _lower(self, ridge: float) -> Tensor:
+        """The Cholesky factor of Σ + λ σ² 1."""
+        sphere = self.spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(self.mean)).to(self.mean)
+        return torch.linalg.cholesky(self.spread + ridge * sphere)
 
     def start(self, direction: Tensor, rows: Tensor) -> float:
         """How far along a direction the rows begin: their 5 % point."""
@@ -113,7 +147,7 @@ class Background:
 
     def edge(self, direction: Tensor) -> float:
         """How far along a direction tokens still count as closed; the concept's mean is at 1."""
-        general = (self.general - self.mean) @ direction
+        general = self.general @ direction - self.mean @ direction
         edge = float(general.mean() + self.deviations * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
         return max(min(edge, 0.5), self.reach(direction, self.retained))

@@ -1,11 +1,12 @@
-"""Choose the values of MACE's emoji presets on words that no suite reports.
+"""Choose the values of a method's emoji presets on words that no suite reports.
 
-Four tasks, each a suite in `experiments/mace/tune-*.toml`: six objects in turn, sixteen together, food
-as if it were unsafe, one style. Every combination of the values given is tried, judged as any edit is.
-What has been tried stays in `experiments/results/mace_tune.json`, and is not tried again on the same
+Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
+were unsafe, one style. Every combination of the values given is tried, judged as any edit is. What
+has been tried stays in `experiments/results/tune/METHOD.json`, and is not tried again on the same
 weights. Pictures are drawn in bfloat16.
 
-    python experiments/mace_tune.py object many --try stages=refine ridge=10,100 refine_prior=0,10
+    python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
+    python experiments/tune.py ant many --preset emoji-identity --try rate=1e-3,3e-3
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 
 import expunge
-from expunge import Concept, Model, Problem
+from expunge import Concept, Model, Problem, registry
 from expunge.cache import model_hash
 from expunge.case import Candidate
 from expunge.fields import build
 from expunge.files import replacing
+from expunge.method import Method
 from expunge.methods.mace import MACE, Lesson
 from expunge.run import Run
 from expunge.suite import Suite
@@ -90,14 +92,14 @@ TASKS = {"object": objects, "many": many, "explicit": explicit, "style": style}
 
 def suite(task: str) -> Suite:
     """The suite that a task is judged by."""
-    return Suite.read(HERE / "mace" / f"tune-{task}.toml")
+    return Suite.read(HERE / "tune" / f"{task}.toml")
 
 
 def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
     """All combinations of FIELD=VALUE,VALUE,…; the stages are written refine+fuse."""
 
     def value(text: str) -> Any:
-        if text and all(stage in ("refine", "suppress", "fuse") for stage in text.split("+")):
+        if set(text.split("+")) <= {"refine", "suppress", "fuse", "gate", "harden"}:
             return tuple(text.split("+"))
         try:
             return json.loads(text)
@@ -110,7 +112,7 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in fields), values, strict=True))
 
 
-def judge(model: Model, task: str, method: MACE) -> dict[str, Any]:
+def judge(model: Model, task: str, method: Method) -> dict[str, Any]:
     """What a task comes to: H and its terms, means over its problems, and shares unrecognisable."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
@@ -138,31 +140,36 @@ def judge(model: Model, task: str, method: MACE) -> dict[str, Any]:
 def main() -> None:
     """Try what was asked for; the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("method", choices=registry.names("methods"))
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
-    parser.add_argument("--preset", default="emoji", help="where to start from")
+    parser.add_argument(
+        "--preset", default="", help="where to start from; default: emoji, or the defaults"
+    )
     parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
-    parser.add_argument("--to", type=Path, default=HERE / "results" / "mace_tune.json")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
-    record: dict[str, Any] = json.loads(options.to.read_text("utf8")) if options.to.is_file() else {}
+    file = options.results / f"{options.method}.json"
+    record: dict[str, Any] = json.loads(file.read_text("utf8")) if file.is_file() else {}
     model = expunge.load("emoji")
     if record.get("model sha256") != model_hash(model):
         record = {"model sha256": model_hash(model)}
-    base = {name: value for name, value in MACE.presets[options.preset].items() if name != "about"}
+    cls = Remembering if options.method == "mace" else registry.get("methods", options.method)
+    start = options.preset or ("emoji" if "emoji" in cls.presets else "")
+    base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):
-        method = build(Remembering, base | values)
-        default = MACE()
+        method, default = build(cls, base | values), cls()
         fields = {
             field.name: getattr(method, field.name)
             for field in dataclasses.fields(method)
             if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
         }
-        title = ", ".join(f"{name} {value}" for name, value in fields.items())
+        title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
         rows = record.setdefault(task, {})
         if title not in rows:
             rows[title] = judge(model, task, method)
             record["versions"] = {name: version(name) for name in ("expunge", "torch", "diffusers")}
-            with replacing(options.to) as file:
-                file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         figures = {k: v for k, v in rows[title].items() if isinstance(v, float)}
         print(task, title, figures, rows[title]["unrecognisable"], sep=" | ", flush=True)
 
