@@ -64,22 +64,22 @@ def bands(model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results
             for one in chosen(cells, asked, role, 2 * n if many and role == "erased" else n)
         ]
         rows = [("before", cache.draw(Source(model), shown))]
-        figures = ""
         for job in jobs:
             if job.problem == problem:
                 edit = Edit.load(folder / "edits" / job.file(model))
-                rows.append((job.title or job.method_name, cache.draw(Source(model, (edit,)), shown)))
-                figures = _figures(results, job.name, suite.score)
+                name = f"{job.title or job.method_name}: {_figure(results, job.name, suite.score)}"
+                rows.append((name, cache.draw(Source(model, (edit,)), shown)))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         title = f"erased: {', '.join(names[:3])}{more}"
-        yield Band(title, [_short(one) for one in shown], [(n, list(p)) for n, p in rows], figures)
+        captions = [_short(one) for one in shown]
+        yield Band(title, captions, [(n, list(p)) for n, p in rows], f"{suite.score} at the left")
 
 
-def _figures(results: Any, name: str, score: str) -> str:
-    """The H of a row, in words."""
+def _figure(results: Any, name: str, score: str) -> str:
+    """The H of a row, in per cent."""
     rows = [row for case in results["cases"] for row in case["rows"] if row["name"] == name]
     (h,) = (row[score] for row in rows)
-    return f"{score} {100 * h['value']:.1f} ({100 * h['low']:.0f} to {100 * h['high']:.0f})"
+    return f"{100 * h['value']:.1f}"
 
 
 def _short(request: Request) -> str:
