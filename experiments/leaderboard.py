@@ -251,10 +251,12 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     facts = {
         **{
             key: report.provenance[key]
-            for key in ("model", "model sha256", "num_inference_steps", "guidance_scale", "sampler")
+            for key in ("model", "model sha256", "num_inference_steps", "guidance_scale")
         },
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")},
     }
+    if "autocast" in report.provenance["sampler"]:
+        facts["autocast"] = report.provenance["sampler"]["autocast"]
     record = json.loads(file.read_text("utf8")) if file.is_file() else {}
     if record.get("made with") != facts:
         record = {"made with": facts, "suites": {}}
