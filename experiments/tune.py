@@ -1,7 +1,8 @@
 """Choose the values of a method's emoji presets on words that no suite reports.
 
 Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
-were unsafe, one style. Every combination of the values given is tried, judged as any edit is. What
+were unsafe, one style. Food can be told as concepts that become ground or nothing (`explicit-bare`), or
+as one concept with many names (`explicit-one`, `explicit-one-bare`). Every combination of the values given is tried, judged as any edit is. What
 has been tried stays in `experiments/results/tune/METHOD.json`, and is not tried again on the same
 weights. Pictures are drawn in bfloat16.
 
@@ -17,6 +18,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,13 @@ def many() -> list[Problem]:
     return [Problem(tuple(erase), suite("many").retain)]
 
 
-def explicit() -> list[Problem]:
-    """A group and its members, one name each; nothing is retained by name."""
-    names = ("food", *suite("explicit").concepts[0].also)
-    return [Problem(tuple(Concept(name, "ground", "explicit") for name in names))]
+def explicit(anchor: str = "ground", one: bool = False) -> list[Problem]:
+    """A group and its members, one name each, as many concepts or as one with many names; nothing is
+    retained by name."""
+    group, *members = ("food", *suite("explicit").concepts[0].also)
+    if one:
+        return [Problem((Concept(group, anchor, "explicit", synonyms=tuple(members)),))]
+    return [Problem(tuple(Concept(name, anchor, "explicit") for name in (group, *members)))]
 
 
 def style() -> list[Problem]:
@@ -87,12 +92,20 @@ def style() -> list[Problem]:
     return [Problem((Concept("noto", "art", "style"),), tuple(kept))]
 
 
-TASKS = {"object": objects, "many": many, "explicit": explicit, "style": style}
+TASKS = {
+    "object": objects,
+    "many": many,
+    "explicit": explicit,
+    "explicit-bare": partial(explicit, ""),
+    "explicit-one": partial(explicit, one=True),
+    "explicit-one-bare": partial(explicit, "", one=True),
+    "style": style,
+}
 
 
 def suite(task: str) -> Suite:
-    """The suite that a task is judged by."""
-    return Suite.read(HERE / "tune" / f"{task}.toml")
+    """The suite that a task is judged by: tasks of one suite are ways to tell of one thing."""
+    return Suite.read(HERE / "tune" / f"{task.partition('-')[0]}.toml")
 
 
 def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:

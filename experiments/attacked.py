@@ -1,0 +1,116 @@
+"""How often an attack brings an erased word back: ACE beside MACE, ANT and UCE.
+
+Every method erases each word as `experiments/ace/objects.toml` tells it; both attacks run at the object
+suite's budgets, anew against every edit. Only ACE knows a bounded attack from its training, and that one
+is on keys and values; textual inversion is in no method's training. Writes
+`experiments/results/ace/attacked.json`, after every edit.
+
+    python experiments/attacked.py [--words airplane cat ship] [--pictures 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import expunge
+from expunge import statistics
+from expunge.cache import model_hash
+from expunge.edit import Edit
+from expunge.experiment import Experiment
+from expunge.files import replacing
+from expunge.robust import Robustness, robustness
+from expunge.statistics import Estimate
+
+HERE = Path(__file__).parent
+METHODS: tuple[dict[str, Any], ...] = (
+    {"name": "ace", "preset": "emoji", "title": "ace"},
+    {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
+    {"name": "mace", "preset": "emoji", "title": "mace"},
+    {"name": "ant", "preset": "emoji-object", "title": "ant"},
+    {"name": "uce", "title": "uce"},
+)
+ATTACKS = ("embedding", "inversion")
+
+
+def summary(found: list[Robustness]) -> dict[str, dict[str, Estimate]]:
+    """For each method pre-ASR and ASR at each budget, means over words."""
+    rows: dict[str, dict[str, list[Estimate]]] = {}
+    for one in found:
+        row = rows.setdefault(one.edit, {})
+        row.setdefault("pre-ASR", []).append(one.pre)
+        for budget, asr in one.asr.items():
+            row.setdefault(f"{one.attack} {budget}", []).append(asr)
+    return {
+        method: {budget: statistics.average(values) for budget, values in row.items()}
+        for method, row in rows.items()
+    }
+
+
+def differences(means: dict[str, dict[str, Estimate]], of: str = "ace") -> dict[str, Any]:
+    """ASR of one method less half of another's, paired: below zero is what the goal asks for."""
+    return {
+        other: {
+            budget: dataclasses.asdict(means[of][budget].minus(value.map(lambda x: x / 2)).score)
+            for budget, value in row.items()
+        }
+        for other, row in means.items()
+        if other != of and of in means and row.keys() == means[of].keys()
+    }
+
+
+def main() -> None:
+    """Erase, attack, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
+    parser.add_argument("--pictures", type=int, default=10, help="pictures of each word")
+    parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
+    parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
+    options = parser.parse_args()
+    experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
+    (suite,) = experiment.suites
+    suite = dataclasses.replace(suite, sizes={"quick": {**suite.sizes["quick"], "erased": options.pictures}})
+    problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
+    experiment = dataclasses.replace(experiment, methods=METHODS, problems=problems)
+    found: list[Robustness] = []
+    record: dict[str, Any] = {
+        "model sha256": model_hash(model),
+        "words": options.words,
+        "pictures a word": options.pictures,
+        "autocast": "bfloat16",
+        "edits": {},
+    }
+    jobs = experiment.jobs()
+    for job in sorted(jobs, key=lambda job: problems.index(job.problem)):
+        candidate = job.done(model, options.edits)
+        assert isinstance(candidate.edit, Edit)
+        record["edits"][job.name] = {"hash": candidate.edit.hash, "attacks": {}}
+        for attack in ATTACKS:
+            with model.autocasting(torch.bfloat16):
+                found.append(robustness(model, candidate.edit, suite, attack, name=job.title))
+            record["edits"][job.name]["attacks"][attack] = found[-1].to_dict()
+        means = summary(found)
+        record["means"] = {
+            method: {budget: dataclasses.asdict(value.score) for budget, value in row.items()}
+            for method, row in means.items()
+        }
+        record["ace less half of"] = differences(means)
+        with replacing(options.to) as file:
+            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+        latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
+        print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
+    table = Table("", *next(iter(means.values())))
+    for method, row in means.items():
+        table.add_row(method, *(f"{100 * value.value:.0f}" for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
