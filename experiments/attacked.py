@@ -76,7 +76,8 @@ def main() -> None:
     options = parser.parse_args()
     experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
     (suite,) = experiment.suites
-    suite = dataclasses.replace(suite, sizes={"quick": {**suite.sizes["quick"], "erased": options.pictures}})
+    few = dataclasses.replace(suite.sizes["quick"], erased=options.pictures)
+    suite = dataclasses.replace(suite, sizes={"quick": few})
     problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
     experiment = dataclasses.replace(experiment, methods=METHODS, problems=problems)
     found: list[Robustness] = []

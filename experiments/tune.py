@@ -1,10 +1,11 @@
 """Choose the values of a method's emoji presets on words that no suite reports.
 
 Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
-were unsafe, one style. Food can be told as concepts that become ground or nothing (`explicit-bare`), or
-as one concept with many names (`explicit-one`, `explicit-one-bare`). Every combination of the values given is tried, judged as any edit is. What
-has been tried stays in `experiments/results/tune/METHOD.json`, and is not tried again on the same
-weights. Pictures are drawn in bfloat16.
+were unsafe, one style. Food is told in four ways: as concepts that become ground or nothing
+(`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
+the values given is tried, judged as any edit is. What has been tried stays in
+`experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn in
+bfloat16.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try rate=1e-3,3e-3

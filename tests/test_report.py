@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
@@ -371,7 +372,14 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     report = read.run(model, tmp_path / "out", cache=cache)
     assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
     assert [len(case.rows) for case in report.cases] == [3, 3]
-    assert len(report.methods()["own"]) == 3  # the original and two recipes
+    means = report.methods()["own"]
+    assert len(means) == 3  # the original and two recipes
+    ((suite, one, other, difference),) = report.differences()
+    assert suite == "own"
+    assert difference.value == means[one].value - means[other].value
+    assert torch.equal(difference.draws, means[one].draws - means[other].draws)  # paired
+    fewer = [dataclasses.replace(report.cases[0], rows=report.cases[0].rows[:2]), report.cases[1]]
+    assert not dataclasses.replace(report, cases=tuple(fewer)).differences()
     monkeypatch.setattr("expunge.experiment.erase", None)  # nothing is left to erase
     drawn = cache.drawn
     again = read.run(model, tmp_path / "out", cache=cache)

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,28 @@ class Report:
             for suite, recipes in found.items()
         }
 
+    def differences(self) -> list[tuple[str, str, str, Estimate]]:
+        """The paired differences of these means: (suite, one recipe, other, difference).
+
+        Only between recipes that have been judged in the same cases: means over other concepts do not
+        compare.
+        """
+        found = []
+        for suite, means in self.methods().items():
+            cases = {
+                recipe: sorted(
+                    case.erased
+                    for case in self.cases
+                    for row in case.rows
+                    if case.suite.name == suite and row.candidate and row.candidate.recipe == recipe
+                )
+                for recipe in means
+            }
+            for one, other in itertools.combinations((r for r in means if cases[r]), 2):
+                if cases[one] == cases[other]:
+                    found.append((suite, one, other, means[one].minus(means[other])))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON."""
         return {
@@ -65,6 +88,15 @@ class Report:
                 suite: {recipe: _number(h) for recipe, h in recipes.items()}
                 for suite, recipes in self.methods().items()
             },
+            "differences between methods": [
+                {
+                    "suite": suite,
+                    "between": [one, other],
+                    **_number(difference),
+                    "larger than chance": difference.above_chance,
+                }
+                for suite, one, other, difference in self.differences()
+            ],
         }
 
     def to_csv(self) -> str:
