@@ -17,7 +17,7 @@ from expunge import examples
 from expunge.changes import Changes, Damped, Gated
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
@@ -179,6 +179,16 @@ class ACE(Method):
             if template.count("{}") != 1:
                 raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
 
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)
+        prompts = told + 2 * (len(problem.retain) + len(problem.erase)) + self.general
+        if "harden" not in self.stages:
+            return Work(prompts)
+        drawn = 2 * self.pictures * ((self.picture_steps or num_inference_steps) + LEVELS)
+        trained = self.pictures * self.rounds * self.steps
+        # The anchor's noise is foretold at every step, too.
+        return Work(prompts, len(problem.erase) * (drawn + trained), len(problem.erase) * trained)
+
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         staying = self._staying(model, problem)
         groups = self.read(model, problem, staying)
@@ -335,10 +345,14 @@ class ACE(Method):
         order = torch.randperm(len(words), generator=run.generator("words"))
         template = self._templates(problem.erase[0])[0]
         chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
-        general = [_thinned(model.encode(chosen[i : i + 64])) for i in range(0, len(chosen), 64)]
         kept = torch.cat([_thinned(text) for text in staying.values()])
         shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
-        return Background(torch.cat(general), kept, self.gate_ridge, self.deviations, shut)
+        return Background(self._tokens(model, chosen), kept, self.gate_ridge, self.deviations, shut)
+
+    def _tokens(self, model: Model, prompts: Sequence[str]) -> Tensor:
+        """Those that tell a gate enough of the prompts, (n, d)."""
+        parts = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+        return torch.cat([_thinned(model.encode(part)) for part in parts])
 
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
         """What is retained, and the anchors, in a prompt or two each."""
