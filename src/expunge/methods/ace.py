@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -100,7 +100,8 @@ class ACE(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
-        "emoji": {"about": "the emoji model", "general": 1000, "goal_ridge": 0.1},
+        "emoji": {"about": "the emoji model", "directions": "anchor", "general": 1000, "goal_ridge": 0.1,
+                  "hold": 3.0},
         "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
                  "most_overlap": 1.0,
                  "rounds": 1, "steps": 2, "attack_steps": 2},
@@ -121,8 +122,9 @@ class ACE(Method):
     more, and takes more of what stands beside it in the prompt."""
     rank: int = bounded(0, at_least=0)
     """The most directions a gate; 0 for no limit."""
-    directions: Literal["concept", "gate"] = "concept"
-    """One set of directions for all gates of a concept, or one for each gate."""
+    directions: Literal["anchor", "concept", "gate"] = "concept"
+    """One set of directions for all concepts of a kind with the same anchor, hardened together; one for
+    all gates of a concept; or one for each gate."""
     goal_ridge: float = bounded(1.0, above=0)
     """λ of e_anchor, foretold of e by an affine map: small values come close to the anchor's prompt and
     keep what else a prompt says, large values put a mean in its place, whatever an attack does to e."""
@@ -160,6 +162,8 @@ class ACE(Method):
     retain_weight: float = bounded(1.0, at_least=0)
     """ρ, weight of what is retained. Both losses are in units of the concept's own distance from its
     anchor, so that one weight fits models that see much of their text and little."""
+    hold: float = bounded(0.0, at_least=0)
+    """Weight of what the closed form has made of the concept's own prompts, where nobody attacks."""
     pictures: int = bounded(4, at_least=1)
     """Pictures drawn of a concept, from which z_t is made."""
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
@@ -195,18 +199,30 @@ class ACE(Method):
         layers = self._layers(model)
         background = self._background(model, problem, staying, run)
         groups = self._told_apart(problem, groups, background, staying)
-        changes = self.gate(groups, background, {name: model.weight(name) for name in layers})
+        shared = self._shared(problem)
+        groups = {c.name: groups[c.name] for members in shared for c in members}
+        weights = {name: model.weight(name) for name in layers}
+        changes = self.gate(groups, background, weights, [len(members) for members in shared])
         if "harden" not in self.stages or not self.rounds:
             return changes
         (whole,) = changes
         assert isinstance(whole, Gated)
-        counts = [len(g) for g in groups.values()]
-        parts = dict(zip(groups, _parted(whole, counts), strict=True))
+        counts = [sum(len(groups[c.name]) for c in members) for members in shared]
+        parts = {m[0].name: part for m, part in zip(shared, _parted(whole, counts), strict=True)}
         kept = torch.cat([background.retained, background.general]).float()[:, None]
-        train = partial(self._harden, model, problem, parts, kept, run.seed)
-        found = run.pieces(train, [c.name for c in problem.erase], label="hardening")
+        train = partial(self._harden, model, [_one(m) for m in shared], parts, kept, run.seed)
+        found = run.pieces(train, list(parts), label="hardening")
         hardened: dict[str, Any] = found
         return (_joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened]),)
+
+    def _shared(self, problem: Problem) -> list[list[Concept]]:
+        """The concepts of each set of directions."""
+        if self.directions != "anchor":
+            return [[concept] for concept in problem.erase]
+        alike: dict[tuple[str, str | None], list[Concept]] = {}
+        for concept in problem.erase:
+            alike.setdefault((concept.kind, concept.anchor), []).append(concept)
+        return list(alike.values())
 
     # Stage 1.
 
@@ -222,6 +238,7 @@ class ACE(Method):
         groups: Mapping[str, Sequence[Group]],
         background: Background,
         weights: Mapping[str, Tensor],
+        shared: Sequence[int] = (),
     ) -> Changes:
         """The closed form: one `Gated` change of all layers, or one a layer.
 
@@ -229,6 +246,7 @@ class ACE(Method):
             groups: for each concept the tokens of its gates.
             background: what the gates stay shut on.
             weights: W of each layer.
+            shared: of how many concepts, one after the other, each set of directions is; by default one.
         """
         flat = [group for members in groups.values() for group in members]
         gates = [gate(g.rows, background, margin=self.margin, leak=self.leak) for g in flat]
@@ -247,9 +265,12 @@ class ACE(Method):
             if self.reduction == "shared"
             else {(layer,): weight for layer, weight in weights.items()}
         )
-        together = (
-            [[g] for g in flat] if self.directions == "gate" else [list(g) for g in groups.values()]
-        )
+        members = iter(groups.values())
+        together = [
+            [group for one in islice(members, n) for group in one] for n in shared or [1] * len(groups)
+        ]
+        if self.directions == "gate":
+            together = [[group] for group in flat]
         changes = []
         for layers, root in roots.items():
             found = [self._factors(root, members) for members in together]
@@ -400,7 +421,7 @@ class ACE(Method):
     def _harden(
         self,
         model: Model,
-        problem: Problem,
+        concepts: Sequence[Concept],
         parts: Mapping[str, Gated],
         kept: Tensor,
         seed: int,
@@ -408,7 +429,7 @@ class ACE(Method):
     ) -> dict[str, Tensors]:
         """`harden` for the concepts of these names."""
         run, found = Run(seed), {}
-        for concept in problem.erase:
+        for concept in concepts:
             if concept.name in names:
                 found[concept.name] = self.harden(model, concept, parts[concept.name], kept, run)
         return found
@@ -450,7 +471,7 @@ class ACE(Method):
             """How much of the concept is missing: 0 none, 1 as much as the anchor lacks."""
             return _apart(root, now().given(e), text.embeddings) * weigh
 
-        levels = model.log_snr()
+        levels, closed = model.log_snr(), gated.given(text.embeddings)
         for done in range(self.rounds):
             run.progress(f"hardening {concept.name}", done, self.rounds)
             hard, missing = attacked(lack, text.embeddings, self.radius, self.attack_steps)
@@ -468,7 +489,8 @@ class ACE(Method):
                 given = dataclasses.replace(text[rows], embeddings=step.given(hard[rows]))
                 error = (model.predict(noisy, t, given) - goal).square().mean() * noises
                 harm = _apart(root, step.given(kept), kept).mean() * weigh
-                return (error + self.retain_weight * harm)[None]
+                lost = _apart(root, step.given(text.embeddings), closed).mean() * weigh
+                return (error + self.retain_weight * harm + self.hold * lost)[None]
 
             with frozen(model.parameters()):
                 minimise(list(shifts.values()), losses, steps=self.steps, rate=self.rate, weight_decay=0)
@@ -544,6 +566,12 @@ def _overlap(background: Background, way: Tensor, rows: Tensor, tokens: Tensor) 
     """How far into a concept tokens reach along a way: 1 where one of them is one of its rows."""
     same = torch.cdist(tokens, rows.double()).amin(1) <= 1e-3 * tokens.norm(dim=1)
     return max(background.reach(way, tokens), float(same.any()))
+
+
+def _one(concepts: Sequence[Concept]) -> Concept:
+    """Concepts with the same anchor as one with all their names."""
+    first, *names = (name for concept in concepts for name in concept.names)
+    return dataclasses.replace(concepts[0], name=first, synonyms=tuple(names))
 
 
 def _group(pairs: Sequence[tuple[Tensor, Tensor]]) -> Group:
