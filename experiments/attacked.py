@@ -32,9 +32,9 @@ from expunge.statistics import Estimate
 HERE = Path(__file__).parent
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "ace", "preset": "emoji", "title": "ace"},
-    {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
     {"name": "mace", "preset": "emoji", "title": "mace"},
     {"name": "ant", "preset": "emoji-object", "title": "ant"},
+    {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
     {"name": "uce", "title": "uce"},
 )
 ATTACKS = ("embedding", "inversion")
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
     parser.add_argument("--pictures", type=int, default=10, help="pictures of each word")
+    parser.add_argument("--methods", nargs="+", default=[one["title"] for one in METHODS])
     parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     options = parser.parse_args()
@@ -79,7 +80,8 @@ def main() -> None:
     few = dataclasses.replace(suite.sizes["quick"], erased=options.pictures)
     suite = dataclasses.replace(suite, sizes={"quick": few})
     problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
-    experiment = dataclasses.replace(experiment, methods=METHODS, problems=problems)
+    methods = tuple(one for one in METHODS if one["title"] in options.methods)
+    experiment = dataclasses.replace(experiment, methods=methods, problems=problems)
     found: list[Robustness] = []
     record: dict[str, Any] = {
         "model sha256": model_hash(model),

@@ -236,6 +236,31 @@ class TestHarden:
         assert len(first.centre) == len(turned.centre) > n
         torch.testing.assert_close(first.centre[:n], turned.centre[-n:], rtol=1e-2, atol=1e-2)
 
+    def test_concepts_with_one_anchor_share_directions_and_their_hardening(self, model):
+        concepts = (Concept("airplane", "sky"), Concept("dog", "ground"), Concept("ship", "sky"))
+        for fields in ({"stages": ("gate",)}, {"rounds": 1, "steps": 2}):
+            method = dataclasses.replace(HARDEN, directions="anchor", **fields)
+            (change,) = expunge.erase(model, Problem(concepts), method).changes
+            apart = dataclasses.replace(method, directions="concept")
+            (three,) = expunge.erase(model, Problem(concepts), apart).changes
+            assert set(change.concept.tolist()) == set(change.owner.tolist()) == {0, 1}
+            assert set(three.concept.tolist()) == {0, 1, 2}
+            # A gate for each concept's tokens all the same, airplane's and ship's before dog's.
+            gates = torch.bincount(three.concept)
+            assert torch.bincount(change.concept).tolist() == [gates[0] + gates[2], gates[1]]
+            assert len(change.owner) <= len(three.owner)
+
+    def test_what_the_closed_form_has_made_can_be_held(self, model, problem):
+        method = dataclasses.replace(HARDEN, rounds=1, steps=4, rate=0.03, recovered=0.0)
+        e = model.encode(["a photo of the airplane"]).embeddings
+
+        def given(**fields):
+            (change,) = expunge.erase(model, problem, dataclasses.replace(method, **fields)).changes
+            return change.given(e)
+
+        closed = given(stages=("gate",))
+        assert (given(hold=1e3) - closed).norm() < 0.9 * (given(hold=0.0) - closed).norm() > 0
+
 
 class TestBadInput:
     """The tiny tokenizer knows ASCII alone: to it, "é" and "è" are one."""

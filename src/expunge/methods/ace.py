@@ -79,12 +79,13 @@ class ACE(Method):
     *harden*: as long as a bounded attack brings the concept back,
 
         inner   min_δ ‖W ẽ(e + δ) − W e‖²,    ‖δ_token‖ ≤ radius ‖e_token‖
-        outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a + ρ ‖W ẽ(r) − W r‖² / b
+        outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a
+                    + (ρ ‖W ẽ(r) − W r‖² + η ‖W ẽ(e) − W ẽ₀(e)‖²) / b
 
-    with z_t from pictures of the concept, over gates, directions and goals, r general and retained
-    tokens, and the anchor's, and a and b how far concept and anchor are apart in the same units, the
-    noise and keys and values. The denoiser sees the text through W alone, so the inner attack needs no
-    denoiser.
+    with z_t from pictures of the concept, over gates, directions and goals, ẽ₀ the closed form, r general
+    and retained tokens, and the anchor's, and a and b how far concept and anchor are apart in the same
+    units, the noise and keys and values. The denoiser sees the text through W alone, so the inner attack
+    needs no denoiser.
 
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
     and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
@@ -163,7 +164,8 @@ class ACE(Method):
     """ρ, weight of what is retained. Both losses are in units of the concept's own distance from its
     anchor, so that one weight fits models that see much of their text and little."""
     hold: float = bounded(0.0, at_least=0)
-    """Weight of what the closed form has made of the concept's own prompts, where nobody attacks."""
+    """η, weight of what the closed form has made of the concept's own prompts, where nobody attacks:
+    an anchor that draws no picture of one kind is no good guide."""
     pictures: int = bounded(4, at_least=1)
     """Pictures drawn of a concept, from which z_t is made."""
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
