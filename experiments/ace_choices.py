@@ -49,15 +49,16 @@ CLOSED: dict[str, tuple[Any, ...]] = {
     "projections": ("keys", "values"),
     "gate_on": ("phrase", "prompt"),
     "directions": ("gate",),
-    "goal_ridge": (1.0, 10.0, 100.0),
-    "energy": (0.5, 0.8, 0.99, 1.0),
+    "goal_ridge": (1.0, 100.0),
+    "energy": (0.5, 0.8, 1.0),
     "general": (200,),
-    "margin": (0.1, 0.2, 0.6, 0.8),
-    "gate_ridge": (0.01, 0.1, 10.0),
+    "margin": (0.2, 0.6, 0.8),
+    "gate_ridge": (0.01, 10.0),
 }
 HARDENED: dict[str, tuple[Any, ...]] = {
     "radius": (0.1, 0.4),
     "rate": (0.001, 0.01),
+    "hold": (0.0,),
     "goal_ridge": (10.0,),
 }
 SHOWN = ("erased", "synonyms", "retained", "beside", "unrecognisable", "H")

@@ -82,10 +82,10 @@ class ACE(Method):
         outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a
                     + (ρ ‖W ẽ(r) − W r‖² + η ‖W ẽ(e) − W ẽ₀(e)‖²) / b
 
-    with z_t from pictures of the concept, over gates, directions and goals, ẽ₀ the closed form, r general
-    and retained tokens, and the anchor's, and a and b how far concept and anchor are apart in the same
-    units, the noise and keys and values. The denoiser sees the text through W alone, so the inner attack
-    needs no denoiser.
+    with z_t from pictures of the concept, over gates, directions and goals, ẽ₀ the closed form, r
+    general and retained tokens, and the anchor's, and a and b how far concept and anchor are apart in
+    the same units, the noise and keys and values. The denoiser sees the text through W alone, so the
+    inner attack needs no denoiser.
 
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
     and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
