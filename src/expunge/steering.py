@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from expunge.changes import Change, Changes, Dense, Sparse, find
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.model import Model, Text
-from expunge.ops.finetune import diverged, frozen, minimise
+from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, minimise
 from expunge.ops.in_place import InPlace
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Asked, Objective, Predictions
 from expunge.run import Run, Tensors
-
-KEEP_EVERY = 25
-"""After how many steps the state of unfinished training is kept."""
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
 """What is trained: the whole denoiser; the cross-attentions through which text enters, or of these only
@@ -493,6 +490,7 @@ def train_factors(
                 rate=rate,
                 weight_decay=weight_decay,
                 clip=clip,
+                names=[subject.name for subject in subjects],
             )
     entries = {entry.layer for entry in model.text_entries()}
     factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}
