@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import expunge
 from expunge import Concept, Model, Problem, registry
@@ -33,15 +34,16 @@ from expunge.case import Candidate
 from expunge.fields import build
 from expunge.files import replacing
 from expunge.method import Method
+from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
-from expunge.run import Run
+from expunge.run import Run, Tensors
 from expunge.suite import Suite
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Remembering(MACE):
+class RememberingMACE(MACE):
     """MACE that finds a concept's pictures and masks once, however many values are tried on them."""
 
     def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
@@ -52,7 +54,24 @@ class Remembering(MACE):
         return dataclasses.replace(lesson, generator=run.generator("training", concept.name))
 
 
+@dataclass(frozen=True)
+class RememberingANT(ANT):
+    """ANT that trains its low-rank changes once, however many fusions are tried on them."""
+
+    def train(self, model: Model, problem: Problem, run: Run, kept: Tensor) -> dict[str, Tensors]:
+        fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
+        if self.through_fusion:
+            fusion = fusion[:1]
+        fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in fusion]
+        key = (*fields, problem.erase, run.seed)
+        if key not in FACTORS:
+            FACTORS[key] = super().train(model, problem, run, kept)
+        return FACTORS[key]
+
+
 LESSONS: dict[Any, Lesson] = {}
+FACTORS: dict[Any, dict[str, Tensors]] = {}
+REMEMBERING: dict[str, type[Method]] = {"mace": RememberingMACE, "ant": RememberingANT}
 
 
 def objects() -> list[Problem]:
@@ -146,6 +165,7 @@ def judge(model: Model, task: str, method: Method) -> dict[str, Any]:
             for role in rows[0][1].roles
         },
         "each": {case.erased[0]: round(row.h.value, 3) for case, row in rows},
+        "pictures": sum(seen["seen"].n for _, row in rows for seen in row.roles.values()),
         "left out": sorted({words for case, _ in rows for _, words, _ in case.left_out}),
         "seconds": mean([edit.record.seconds for edit in edits]),
     }
@@ -167,7 +187,7 @@ def main() -> None:
     model = expunge.load("emoji")
     if record.get("model sha256") != model_hash(model):
         record = {"model sha256": model_hash(model)}
-    cls = Remembering if options.method == "mace" else registry.get("methods", options.method)
+    cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
     start = options.preset or ("emoji" if "emoji" in cls.presets else "")
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):

@@ -1,12 +1,14 @@
 """Theorems about the numbers beneath the methods."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from expunge import ExpungeError
+from expunge.errors import ExpungeWarning
 from expunge.ops.attention import CrossAttention, energy, grid, read_attention
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
@@ -330,8 +332,25 @@ class TestMinimise:
 
     def test_a_loss_that_is_not_finite(self):
         weight = torch.zeros(1, 2)
-        with pytest.raises(ExpungeError, match="not finite; lower the rate"):
-            minimise([weight], lambda _: (weight / 0).sum(1), steps=2, rate=1.0)
+        with pytest.raises(ExpungeError, match="'cat' broke off at step 1: the loss runs away; lower"):
+            minimise([weight], lambda _: (weight / 0).sum(1), steps=2, rate=1.0, names=["cat"])
+
+    def test_of_a_batch_one_runs_away(self, monkeypatch):
+        monkeypatch.setattr("expunge.ops.finetune.KEEP_EVERY", 4)
+        settings = {"rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        sound, losses = self.problem([0, 1])
+        minimise(sound, losses, steps=10, **settings)
+        short, losses = self.problem([0, 1])
+        minimise(short, losses, steps=4, **settings)
+        found, losses = self.problem([0, 1])
+
+        def second_breaks(step):
+            return losses(step) * torch.tensor([1.0, 1.0 if step < 6 else math.nan])
+
+        with pytest.warns(ExpungeWarning, match="'dog' broke off at step 7: .* that of step 4; lower"):
+            minimise(found, second_breaks, steps=10, names=["cat", "dog"], **settings)
+        for x, whole, kept in zip(found, sound, short, strict=True):
+            assert torch.equal(x, torch.stack([whole[0], kept[1]]))
 
     def test_frozen_for_a_block(self):
         layer = nn.Linear(2, 2)

@@ -420,6 +420,7 @@ class MACE(Method):
                 rate=self.rate,
                 weight_decay=self.weight_decay,
                 clip=self.clip,
+                names=[lesson.concept for lesson in lessons],
             )
         return {
             lesson.concept: {

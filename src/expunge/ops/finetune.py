@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, ExpungeWarning
+
+KEEP_EVERY = 25
+"""After how many steps the state of unfinished training is kept."""
 
 
 def minimise(
@@ -20,12 +24,14 @@ def minimise(
     rate: float,
     weight_decay: float = 0.01,
     clip: float = 1.0,
+    names: Sequence[str] = (),
 ) -> None:
     """Train `parameters` in place.
 
     Row b of every parameter belongs to problem b and to no other: its loss is `losses(step)[b]`, its
     gradient is clipped by its own norm, and AdamW treats every number by itself. So n problems in
-    one batch end where each would end alone.
+    one batch end where each would alone. One whose loss runs away ends where it last was sound, with
+    a warning; the others go on.
 
     Args:
         parameters: tensors (n, …).
@@ -34,20 +40,38 @@ def minimise(
         rate: AdamW's learning rate.
         weight_decay: AdamW's, decoupled.
         clip: the largest norm of one problem's gradient.
+        names: of the problems, for the warning.
 
     Raises:
-        ExpungeError: a loss is not finite.
+        ExpungeError: a loss runs away before any state was kept.
     """
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+    sound: list[Tensor] = []
+    history: list[list[float]] = [[] for _ in parameters[0]]
+    stopped: dict[int, int] = {}
     for parameter in parameters:
         parameter.requires_grad_()
     with torch.enable_grad():
         for step in range(steps):
             loss = losses(step)
-            if not bool(loss.isfinite().all()):
-                raise ExpungeError(
-                    f"training broke off at step {step}: the loss is not finite; lower the rate"
-                )
+            for b, last in enumerate(loss.detach().tolist()):
+                history[b].append(last)
+                if b not in stopped and diverged(history[b]):
+                    who = f" of {names[b]!r}" if names else ""
+                    says = f"training{who} broke off at step {step + 1}: the loss runs away"
+                    if not sound:
+                        raise ExpungeError(f"{says}; lower the rate")
+                    stopped[b] = step
+                    kept = (step - 1) // KEEP_EVERY * KEEP_EVERY
+                    warnings.warn(
+                        f"{says}; its change is that of step {kept}; lower the rate",
+                        ExpungeWarning,
+                        stacklevel=2,
+                    )
+            if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
+                now = [parameter.detach().clone() for parameter in parameters]
+                _put_back(now, sound, stopped)
+                sound = now
             # Asking for these gradients alone leaves no trace on the network's own parameters.
             gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, clipped(gradients, clip), strict=True):
@@ -56,6 +80,13 @@ def minimise(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    _put_back(parameters, sound, stopped)
+
+
+def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Iterable[int]) -> None:
+    for row in rows:
+        for parameter, before in zip(parameters, sound, strict=True):
+            parameter[row] = before[row]
 
 
 def diverged(losses: Sequence[float], window: int = 10) -> bool:
