@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -112,7 +112,7 @@ def style() -> list[Problem]:
     return [Problem((Concept("noto", "art", "style"),), tuple(kept))]
 
 
-TASKS = {
+TASKS: dict[str, Callable[[], list[Problem]]] = {
     "object": objects,
     "many": many,
     "explicit": explicit,
