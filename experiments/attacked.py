@@ -1,11 +1,12 @@
-"""How often an attack brings an erased word back: ACE beside MACE, ANT and UCE.
+"""How often an attack brings an erased word back: ACE beside MACE and ANT, or others.
 
 Every method erases each word as `experiments/ace/objects.toml` tells it; both attacks run at the object
 suite's budgets, anew against every edit. Only ACE knows a bounded attack from its training, and that one
 is on keys and values; textual inversion is in no method's training. Writes
 `experiments/results/ace/attacked.json`, after every edit.
 
-    python experiments/attacked.py [--words airplane cat ship] [--pictures 10]
+    python experiments/attacked.py [--words airplane cat ship] [--pictures 6]
+    python experiments/attacked.py --words airplane --methods "ace, wide gates" --to wide.json
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "mace", "preset": "emoji", "title": "mace"},
     {"name": "ant", "preset": "emoji-object", "title": "ant"},
     {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
+    {"name": "ace", "preset": "emoji", "margin": 0.1, "title": "ace, wide gates"},
     {"name": "uce", "title": "uce"},
 )
 ATTACKS = ("embedding", "inversion")
@@ -70,8 +72,9 @@ def main() -> None:
     """Erase, attack, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
-    parser.add_argument("--pictures", type=int, default=10, help="pictures of each word")
-    parser.add_argument("--methods", nargs="+", default=[one["title"] for one in METHODS])
+    parser.add_argument("--pictures", type=int, default=6, help="pictures of each word")
+    titles = [one["title"] for one in METHODS]
+    parser.add_argument("--methods", nargs="+", default=titles[:3], choices=titles)
     parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     options = parser.parse_args()
