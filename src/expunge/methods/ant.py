@@ -54,8 +54,8 @@ EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "preserve": 0.4, "uncond
 """What the emoji model's presets share: its own sampler draws, once."""
 
 EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
-              "steps": 60, "turn": -5.0, "trajectories": 4, "through_fusion": True,
-              "fuse_prior": 100.0, "domain_weight": 10.0}  # fmt: skip
+              "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
+              "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
 
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
                 "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
@@ -105,8 +105,10 @@ class ANT(Method):
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "objects of the emoji model; chosen on other words", **EMOJI_MANY},
-        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY},
-        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY},
+        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
+                           "through_fusion": True, "strength": 1.0},
+        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY,
+                        "strength": 3.0},
         "emoji-explicit": {"about": "weapons of the emoji model; tried on food", **EMOJI_MANY},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
