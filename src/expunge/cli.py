@@ -117,8 +117,6 @@ class Erase:
     """The number all random choices follow from."""
     ray: Annotated[str, arg(metavar="ADDRESS", help_behavior_hint="")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
-    stream: bool = False
-    """Leave the denoiser on the disk, for methods that draw and train nothing: takes little memory."""
     loading: Loading = dataclasses.field(default_factory=Loading)
 
 
@@ -273,10 +271,7 @@ def erase_command(options: Erase, method: Any) -> None:
     if options.loading.dry_run:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
-    if options.stream:
-        model = commands.streamed(options.loading, options.model, method, method.work(problem, 1))
-    else:
-        model = options.loading.load(options.model)
+    model = options.loading.load(options.model, method.work(problem, 1))
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")

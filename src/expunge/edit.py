@@ -108,7 +108,7 @@ class Edit:
         if isinstance(model, Model):
             self.require_family(type(model))
         check_fit(root, self.changes)
-        return base_hash(base(root), places(self.changes)) == self.record.base
+        return base_hash(base(model), places(self.changes)) == self.record.base
 
     def apply(self, pipe: Model | Any) -> Applied:
         """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
@@ -220,7 +220,7 @@ def erase(
     model.require_words(prompts)
     method.check_family(model)
     _warn_of_overlaps(problem)
-    read = model.stored or base(model.pipe)
+    read = base(model)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
@@ -279,8 +279,11 @@ Read = Callable[[str, str], torch.Tensor]
 """Gives a layer's parameter, by the names of both."""
 
 
-def base(root: Any) -> Read:
-    """Reads a pipeline's parameters, beneath whatever lies on them."""
+def base(model: Model | Any) -> Read:
+    """Reads the parameters of a model or a pipeline, beneath whatever lies on them."""
+    root = model.pipe if isinstance(model, Model) else model
+    if isinstance(model, Model) and model.stored:
+        return model.stored
     return lambda layer, parameter: base_parameter(root, layer, parameter)
 
 

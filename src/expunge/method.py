@@ -26,6 +26,11 @@ class Work:
     gradients: int = 0
     """Predictions with gradients."""
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether the text encoders are enough."""
+        return not (self.predictions or self.gradients)
+
 
 @dataclass(frozen=True)
 class Method(ABC):

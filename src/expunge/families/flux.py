@@ -28,6 +28,7 @@ class Flux(FlowModel):
     """
 
     pipelines = ("FluxPipeline",)
+    most_tokens = 512
     lacks: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and picture attend to each other, and so each depends on the other"
     }

@@ -28,6 +28,7 @@ class SD3(FlowModel):
     """
 
     pipelines = ("StableDiffusion3Pipeline",)
+    most_tokens = T5_TOKENS
     lacks: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and picture attend to each other, and so each depends on the other"
     }

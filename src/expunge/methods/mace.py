@@ -243,10 +243,9 @@ class MACE(Method):
         prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
         if "suppress" not in self.stages:
             return Work(prompts)
-        drawn = (
-            0 if self.pictures_from else 2 * self.pictures * (self.picture_steps or num_inference_steps)
-        )
-        return Work(prompts, concepts * drawn, concepts * self.steps)
+        drawn = 2 * (self.picture_steps or num_inference_steps)
+        of_one = 1 if self.pictures_from else drawn  # what is read is encoded
+        return Work(prompts, concepts * self.pictures * of_one, concepts * self.steps)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         groups = self._read(model, problem)

@@ -76,7 +76,7 @@ def _adding(up: Tensor, down: Tensor, scale: float, switch: Switch) -> Callable[
         if not switch.on:
             return output
         x = given[0]
-        d, b = down.to(x.dtype), scale * up.to(x.dtype)
+        d, b = down.to(x), scale * up.to(x)
         if isinstance(layer, nn.Conv2d):
             return output + _convolved(layer, x, d, b)
         x = x.unflatten(0, (-1, n))
