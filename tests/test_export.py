@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,7 @@ from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
+from expunge.plan import plan, plan_of
 from expunge.undo import undo
 from tiny import PIPELINES, sdxl, single_file
 
@@ -709,17 +711,76 @@ def test_the_hub_in_one_sentence(monkeypatch):
     assert "the hub has no model o/n" in str(hub.refused("o/n", missing))
 
 
+@pytest.fixture
+def on_hub(folder, tmp_path, monkeypatch):
+    """A hub that has the tiny model as owner/name, at the border of its library; the fetched files."""
+    there, fetched = shutil.copytree(folder, tmp_path / "there"), tmp_path / "fetched"
+    file = there / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+
+    def snapshot(name, *, allow_patterns, ignore_patterns):
+        assert name == "owner/name"
+        every = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for path in kept:
+            (fetched / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / path, fetched / path)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return there, fetched
+
+
+def test_a_model_of_the_hub(on_hub, folder, tmp_path):
+    model = expunge.load("owner/name")
+    assert torch.equal(model.draw(PROBE), expunge.load(folder).draw(PROBE))
+    assert not list(on_hub[1].rglob("*fp16*"))
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)))
+    export(edit, "diffusers", "owner/name", tmp_path / "out")
+    assert 'base_model: "owner/name"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_fetches_configurations_alone(on_hub, folder):
+    checkpoint = Checkpoint.find("owner/name", weights=False)
+    assert {path.name for path in on_hub[1].rglob("*") if path.is_file()} == {
+        "model_index.json", "config.json"
+    }  # fmt: skip
+    made = plan(checkpoint, torch.float32, "cpu")
+    of_folder = plan_of(expunge.load(folder))
+    assert made.parameters == of_folder.parameters
+    assert made.memory == of_folder.memory == 4 * sum(made.parameters.values())
+
+
+def test_a_model_of_the_hub_that_lacks_tensors(on_hub):
+    file = on_hub[0] / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["conv_in.weight"]
+    save_file(state, file)
+    for read in (expunge.load, lambda name: Checkpoint.find(name).text_model()):
+        with pytest.raises(ExpungeError, match="is not whole: no file of its unet has conv_in.weight"):
+            read("owner/name")
+
+
 def test_a_model_of_the_hub_that_is_here(folder, tmp_path, monkeypatch):
     place, commit = tmp_path / "hub" / "models--owner--name", 40 * "a"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(commit)
     shutil.copytree(folder, place / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    model = expunge.load("owner/name")
-    assert torch.equal(model.draw(PROBE), expunge.load(folder).draw(PROBE))
-    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)))
-    export(edit, "diffusers", "owner/name", tmp_path / "out")
-    assert 'base_model: "owner/name"' in (tmp_path / "out" / "README.md").read_text()
+    assert torch.equal(expunge.load("owner/name").draw(PROBE), expunge.load(folder).draw(PROBE))
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_a_plan_of_every_family(tiny, name):
+    checkpoint = Checkpoint.find(tiny[name])
+    made, text = (plan(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True))
+    assert made.parameters == plan_of(expunge.load(tiny[name])).parameters
+    assert text.parameters == {k: n for k, n in made.parameters.items() if k in ("CLIP", "T5")}
+    assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
+    denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
+    assert text.memory == 2 * encoders
+    in_turn = plan(checkpoint, torch.float16, "cpu", offload=True)
+    assert in_turn.memory == 2 * max(denoiser, encoders, made.parameters["autoencoder"])
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

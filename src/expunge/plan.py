@@ -109,7 +109,7 @@ def plan(
                 parameters[part] += prod(entry["shape"])
     else:
         for name, kind in read_index(checkpoint.path).items():
-            part = _part(checkpoint.family, name, str(kind[-1]))
+            part = _part(checkpoint.family, name, kind[-1] or "") if isinstance(kind, list) else ""
             if part and (part in TEXT or not text_alone):
                 module = empty(checkpoint.path, name)
                 parameters[part] += sum(tensor.numel() for tensor in module.parameters())
@@ -121,10 +121,9 @@ def plan_of(model: Model, *, offload: bool = False) -> Plan:
     """Plan work with a model in memory; the device is timed for a moment."""
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
-        part = _part(type(model), name, type(module).__name__)
-        if part:
+        if isinstance(module, torch.nn.Module):
             there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
-            parameters[part] += sum(there)
+            parameters[_part(type(model), name, type(module).__name__)] += sum(there)
     found = +parameters  # without what has none
     return _plan(found, type(model), model.network.config, str(model.device), model.dtype, offload)
 
@@ -155,7 +154,7 @@ def _plan(
 
 def _part(family: type[Model], name: str, kind: str) -> str:
     """What a component of this name and class belongs to; "" where it holds no weights that are read."""
-    if name.startswith("text_encoder") and kind not in ("None", "NoneType"):
+    if name.startswith("text_encoder") and kind:
         return "T5" if kind.startswith("T5") else "CLIP"
     return {family.denoiser: "denoiser", "vae": "autoencoder"}.get(name, "")
 

@@ -261,13 +261,13 @@ def empty(folder: Path, part: str) -> Any:
         ExpungeError: the configuration cannot be read.
     """
     import diffusers
+    import torch
     import transformers
-    from accelerate import init_empty_weights
 
     library, name = read_index(folder)[part]
     config = read_json(folder / part / "config.json")
     try:
-        with quietly(), init_empty_weights():
+        with quietly(), torch.device("meta"):
             if library == "diffusers":
                 return getattr(diffusers, name).from_config(config)
             kind = getattr(transformers, name)
