@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -610,3 +611,26 @@ def test_other_captions_are_another_command(model, captions, tmp_path, monkeypat
         file.write("a dog\n")
     with pytest.raises(ExpungeError, match=r"another command \(other files\); delete it"):
         expunge.erase(model, problem, method, work=work)
+
+
+def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
+    problem = Problem(tuple(Concept(name, "sky") for name in ("airplane", "ship", "bird", "cat", "dog")))
+    method, alive, most, encode = MACE(**FAST), weakref.WeakSet(), [], model.encode
+
+    def read(prompts):
+        text = encode(prompts)
+        alive.add(text.embeddings)
+        most.append(len(alive))
+        return text
+
+    monkeypatch.setattr(model, "encode", read)
+    sums = Sums.of(method._groups(model, problem))
+    assert len(most) == 6
+    assert max(most) == 3  # the anchor's, the one before, and its own
+    torch.manual_seed(0)
+    downs = {c.name: {"x.down": torch.randn(1, 32), "x.up": torch.ones(8, 1)} for c in problem.erase}
+    method.fuse(
+        method._groups(model, problem), sums, torch.eye(32).double(), torch.eye(32).double(), downs
+    )
+    assert len(most) == 11
+    assert max(most) == 3

@@ -70,12 +70,12 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     check_push(repository)
     try:
         hub = huggingface_hub.HfApi()
-        hub.create_repo(repository, private=private, exist_ok=True)
+        url = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the erased model")
     except Exception as error:  # whatever the hub and the network come up with
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExpungeError(f"cannot upload to {repository}: {reason}") from error
-    return f"https://huggingface.co/{repository}"
+    return str(url)
 
 
 def check_push(repository: str) -> None:
