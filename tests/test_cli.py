@@ -18,7 +18,7 @@ from expunge import Edit
 from expunge.cli import main
 from expunge.commands import Loading
 from expunge.method import Work
-from tiny import sdxl
+from tiny import flux, sdxl
 
 
 @pytest.fixture
@@ -428,10 +428,23 @@ def test_what_only_reads_leaves_the_denoiser_on_the_disk(run, edit, folder):
     assert ["the rest is left on the disk" in out for out in said] == [True, False]
 
 
+def test_what_a_family_lacks_is_said_before_it_is_loaded(run, tmp_path):
+    flux().save_pretrained("flux")
+    shutil.rmtree("flux/transformer")
+    (tmp_path / "flux" / "transformer").mkdir()
+    (tmp_path / "flux" / "transformer" / "config.json").write_text("{}")
+    erase = ("erase", "mace", "--concept", "airplane=sky", "-o", "e.safetensors", "--model", "flux")
+    for options in ((), ("--dry-run",)):
+        code, _, err = run(*erase, *options, model=False)
+        assert code == 2
+        assert "MACE's suppress needs cross-attention, and Flux has none" in err
+
+
 def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
     for command in (
         "erase uce --concept airplane=sky -o e.safetensors --dry-run --dtype float16",
         "erase mace --concept airplane=sky -o e.safetensors --dry-run",
+        "erase esd --concept airplane=sky -o e.safetensors --dry-run",
         "draw ship -n 2 -o x.png --dry-run",
     ):
         code, out, err = run(*command.split())
@@ -489,7 +502,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         ("cut.safetensors", "not a whole safetensors file"),
         ("old.ckpt", "but pickled"),
         ("other.safetensors", "of no family that is known"),
-        ("nan", "hold numbers that are none"),
+        ("nan", "numbers that are none"),
         (edit, "is an edit, not a model"),
     ):
         for command in (

@@ -1,7 +1,9 @@
 """Edits as other programs load them: written, read back by diffusers' own loaders, and undone."""
 
+import dataclasses
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -27,13 +29,13 @@ from expunge import (
 from expunge.changes import Dense, Gated, LowRank, find
 from expunge.checkpoint import Checkpoint
 from expunge.edit import base, base_hash, places
-from expunge.export import export
+from expunge.export import export, fits
 from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
-from expunge.plan import plan, plan_of
+from expunge.plan import plan, plan_of, together
 from expunge.undo import undo
 from tiny import PIPELINES, sdxl, single_file
 
@@ -314,6 +316,13 @@ def single(tmp_path_factory):
     return path
 
 
+def test_whether_an_edit_fits_a_single_file(single, uce, tmp_path):
+    _, edit = uce
+    assert fits(edit, Checkpoint.find(single))
+    single_file(tiny_pipeline(seed=1), tmp_path / "other.safetensors")
+    assert not fits(edit, Checkpoint.find(tmp_path / "other.safetensors"))
+
+
 def test_a_single_file_in_and_out(single, folder, tmp_path):
     model = expunge.load(single, config=folder)
     assert model.name == "tiny"
@@ -456,6 +465,9 @@ def test_undo_refuses(folder, uce, tmp_path):
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ExpungeError, match="has other weights"):
         undo(tmp_path / "out", tmp_path / "x", original=tmp_path / "other")
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ExpungeError, match="sdxl is SDXL, and what was erased was StableDiffusion"):
+        undo(tmp_path / "out", tmp_path / "x", original=tmp_path / "sdxl")
     with pytest.raises(ExpungeError, match="not the edit"):
         undo(tmp_path / "out", tmp_path / "x", edit=edited(model, low_rank(model)))
     with pytest.raises(ExpungeError, match="the original model, or the edit"):
@@ -470,6 +482,20 @@ def test_undo_refuses(folder, uce, tmp_path):
     with pytest.raises(ExpungeError, match="has gates; .* give the original"):
         undo(tmp_path / "gates", tmp_path / "x", edit=gates)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_edit_made_in_bfloat16_is_one_of_its_model(folder, tmp_path):
+    model = expunge.load(folder, dtype=torch.bfloat16)
+    edit = edited(model, low_rank(model))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert edit.fits(expunge.load(folder, dtype=dtype)) == (dtype != torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExpungeWarning)
+        export(edit, "diffusers", folder, tmp_path / "out")
+    undo(tmp_path / "out", tmp_path / "back", original=folder)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    old, new = load_file(folder / name), load_file(tmp_path / "back" / name)
+    assert all(torch.equal(tensor, new[key]) for key, tensor in old.items())
 
 
 def slow_fusion(model, layer, edits, prompts, kept, ridge):
@@ -687,6 +713,9 @@ def test_what_is_no_model(folder, uce, single, tmp_path):
     tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
     with pytest.raises(ExpungeError, match="is not a LoRA for this model"):
         expunge.load(tmp_path / "wide", lora=[(tmp_path / "lora.safetensors", 1.0)])
+    for other in ("wide", "sdxl"):
+        with pytest.raises(ExpungeError, match=r"lora.safetensors is not a LoRA for this model: .*unet"):
+            Checkpoint.find(tmp_path / other).lora(tmp_path / "lora.safetensors")
 
 
 def test_the_hub_in_one_sentence(monkeypatch):
@@ -779,8 +808,16 @@ def test_a_plan_of_every_family(tiny, name):
     assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
     denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
     assert text.memory == 2 * encoders
-    in_turn = plan(checkpoint, torch.float16, "cpu", offload=True)
-    assert in_turn.memory == 2 * max(denoiser, encoders, made.parameters["autoencoder"])
+    autoencoder = made.parameters["autoencoder"]
+    for device, offload, numbers in (
+        ("cpu", False, denoiser + encoders + autoencoder),
+        ("cuda", False, denoiser + max(encoders, autoencoder)),
+        ("cuda", True, max(denoiser, encoders, autoencoder)),
+    ):
+        there = dataclasses.replace(made, together=together(device, offload))
+        assert there.memory == 2 * numbers
+    with pytest.raises(ExpungeError, match="no accelerator to offload from"):
+        plan(checkpoint, torch.float16, "cpu", offload=True)
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

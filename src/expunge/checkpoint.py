@@ -99,11 +99,15 @@ class Checkpoint:
         denoiser = self.family.denoiser
         found = source.Source(self.name, self.path)
         pipe = source.read_pipeline(found, dtype, **{denoiser: None, "vae": None})
-        pipe.to(working_device(device))
+        with source.quietly():
+            pipe.to(working_device(device))
         network = source.empty(self.path, denoiser)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
         pipe.register_modules(**{denoiser: network})
         source.check_whole(pipe, self.path)
+        for path in self.headers:
+            if path.parent.name in (denoiser, "vae"):
+                tensors.check_numbers(path)
         model = self.family(pipe, self.name, source.settings(found))
         model.stored = self.read
         return model
@@ -179,10 +183,14 @@ class Checkpoint:
 
         changes = lora.read(path, getattr(diffusers, self.family.pipelines[0]), self.config, scale)
         for change in changes:
-            shape = self.shape(*change.layers)
+            try:
+                shape = self.shape(*change.layers)
+            except ExpungeError as error:
+                why = str(error).partition(": ")[2] or str(error)
+                raise ExpungeError(f"{path} is not a LoRA for this model: {why}") from None
             if not change.fits(torch.Size(shape)):
                 raise ExpungeError(
-                    f"{path} is not a LoRA for {self.name}: {change.layers[0]} is {shape}"
+                    f"{path} is not a LoRA for this model: {change.layers[0]} is {shape} in {self.name}"
                 )
         return changes
 

@@ -266,8 +266,10 @@ def erase_command(options: Erase, method: Any) -> None:
     from expunge import cluster, work
 
     cluster.check(options.ray)
+    from expunge.checkpoint import Checkpoint
     from expunge.edit import erase
 
+    method.check_family(Checkpoint.find(options.model, weights=False).family)
     if options.loading.dry_run:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
@@ -659,13 +661,14 @@ def _sentence(said: str, command: str) -> str:
 
 def _fit(edit: Edit, model: str | None) -> str:
     """Whether an edit fits a model, in words."""
-    from expunge.model import load
+    from expunge.checkpoint import Checkpoint
+    from expunge.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = edit.fits(load(name))
+        same = fits(edit, Checkpoint.find(name))
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise

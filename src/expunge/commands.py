@@ -187,7 +187,7 @@ class Loading:
 
     def _reads_alone(self, work: Work | None, is_file: bool) -> bool:
         """Whether text encoders are enough; a single file is read whole, a LoRA is laid on a whole."""
-        return work is not None and work.reads_alone and not is_file and not self.lora
+        return bool(work and work.reads_alone) and not (is_file or self.lora or self.offload)
 
 
 def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:

@@ -538,22 +538,21 @@ def load(
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
-    found, device = source.find(model), working_device(device)
-    if offload and device == "cpu":
-        raise ExpungeError("there is no accelerator to offload from: leave offload out")
+    found, device = source.find(model), working_device(device, offload)
     found = source.fetched(found)
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
     for file, scale in lora:
         fuse(file, pipe, scale)
-    if offload:
-        pipe.enable_model_cpu_offload(device=device)
-    elif device == "cpu":
-        pipe.to(device)
-    else:
-        from expunge.turns import take_turns  # slow to import
+    with source.quietly():  # they tell of half precision on a CPU
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        elif device == "cpu":
+            pipe.to(device)
+        else:
+            from expunge.turns import take_turns  # slow to import
 
-        take_turns(pipe, family.denoiser, torch.empty(0, device=device).device)
+            take_turns(pipe, family.denoiser, torch.empty(0, device=device).device)
     if gradient_checkpointing:
         getattr(pipe, family.denoiser).enable_gradient_checkpointing()
     if attention_slicing:
@@ -565,14 +564,16 @@ def load(
     return family(pipe, name=found.name, settings=source.settings(found))
 
 
-def working_device(name: str) -> str:
+def working_device(name: str, offload: bool = False) -> str:
     """The device of a name; of "auto", the accelerator if there is one, else the CPU.
 
     Raises:
-        ExpungeError: this machine has none of that name.
+        ExpungeError: this machine has none of that name, or none to offload from.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if offload and name == "cpu":
+        raise ExpungeError("there is no accelerator to offload from: leave offload out")
     try:
         torch.empty(1, device=name).cpu()
     except Exception as error:  # each kind of device has its own

@@ -113,7 +113,7 @@ def plan(
             if part and (part in TEXT or not text_alone):
                 module = empty(checkpoint.path, name)
                 parameters[part] += sum(tensor.numel() for tensor in module.parameters())
-    device = working_device(device)
+    device = working_device(device, offload)
     return _plan(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
 
 
@@ -138,18 +138,22 @@ def _plan(
 ) -> Plan:
     speed = EFFICIENCY * _speed(device, dtype)
     clip, t5, denoiser = (parameters.get(part, 0) for part in (*TEXT, "denoiser"))
-    together: tuple[tuple[str, ...], ...] = (("denoiser", *TEXT), ("denoiser", "autoencoder"))
-    if offload:
-        together = (("denoiser",), TEXT, ("autoencoder",))
-    elif device == "cpu":
-        together = (("denoiser", *TEXT, "autoencoder"),)
     return Plan(
         parameters,
         dtype.itemsize,
-        together,
+        together(device, offload),
         2 * (77 * clip + family.most_tokens * t5) / speed,
         2 * denoiser * _tokens(config) / speed,
     )
+
+
+def together(device: str, offload: bool) -> tuple[tuple[str, ...], ...]:
+    """The parts that are on a device together, one set for each time of the work."""
+    if offload:
+        return ("denoiser",), TEXT, ("autoencoder",)
+    if device == "cpu":
+        return (("denoiser", *TEXT, "autoencoder"),)
+    return ("denoiser", *TEXT), ("denoiser", "autoencoder")
 
 
 def _part(family: type[Model], name: str, kind: str) -> str:

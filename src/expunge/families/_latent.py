@@ -78,13 +78,14 @@ class LatentModel(Model):
         vae = self.pipe.vae
         dtype = vae.dtype
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        cast = partial(torch.nn.Module.to, vae)  # its own `to` warns
         if overflows:
-            vae.to(torch.float32)
+            cast(torch.float32)
         try:
             pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
         finally:
             if overflows:
-                vae.to(dtype)
+                cast(dtype)
         return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
 
     @torch.no_grad()
