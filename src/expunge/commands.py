@@ -130,7 +130,7 @@ class Loading:
     device: str = "auto"
     """Where it works: auto, cpu, cuda, cuda:1, mps."""
     offload: bool = False
-    """Keep on the accelerator only the part of it that is at work."""
+    """Keep on the accelerator only the part of it that is at work; else the denoiser stays there."""
     config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """For a single file: a diffusers folder of a model built like it."""
     lora: Annotated[
