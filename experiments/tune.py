@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import expunge
 from expunge import Concept, Model, Problem, registry
@@ -54,12 +55,14 @@ class RememberingMACE(MACE):
 class RememberingANT(ANT):
     """ANT that trains its low-rank changes once, however many fusions are tried on them."""
 
-    def train(self, model: Model, problem: Problem, run: Run) -> dict[str, Tensors]:
-        fusion = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
+    def train(self, model: Model, problem: Problem, run: Run, kept: Tensor) -> dict[str, Tensors]:
+        fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
+        if self.through_fusion:
+            fusion = fusion[:1]
         fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in fusion]
         key = (*fields, problem.erase, run.seed)
         if key not in FACTORS:
-            FACTORS[key] = super().train(model, problem, run)
+            FACTORS[key] = super().train(model, problem, run, kept)
         return FACTORS[key]
 
 
@@ -148,6 +151,7 @@ def judge(model: Model, task: str, method: Method) -> dict[str, Any]:
             for role in rows[0][1].roles
         },
         "each": {case.erased[0]: round(row.h.value, 3) for case, row in rows},
+        "pictures": sum(seen["seen"].n for _, row in rows for seen in row.roles.values()),
         "left out": sorted({words for case, _ in rows for _, words, _ in case.left_out}),
         "seconds": mean([edit.record.seconds for edit in edits]),
     }

@@ -409,6 +409,32 @@ class TestMany:
         assert len(together["ship"]) == 2 * 14
         assert together["ship"]["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.up"].any()
 
+    def test_trained_through_what_comes_later(self):
+        model = double()
+        layers, eye = layers_of(model, "text"), torch.eye(32, dtype=torch.float64)
+        how = {"rank": 2, "alpha": 3.0, "steps": 4, "rate": 1e-2, "weight_decay": 0.0, "clip": 1.0}
+
+        def train(through):
+            steering, one = Steering(model, COURSE), [subject(model)]
+            (found,) = train_factors(steering, one, layers, Run(2), through=through, **how).values()
+            return found
+
+        plain, same, double_, none = (train(x) for x in ([], [eye], [2 * eye], [0 * eye]))
+        up = f"{layers[0]}.up"
+        assert plain[up].any()
+        assert all(torch.equal(plain[k], same[k]) for k in plain)
+        assert not torch.equal(plain[up], double_[up])
+        assert not none[up].any()  # what nothing will be left of has no gradient
+
+    def test_through_the_fusion_is_another_edit(self, model):
+        problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
+        one, two = (
+            expunge.erase(model, problem, ANT.preset("fast", through_fusion=through))
+            for through in (False, True)
+        )
+        assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
+        assert one.hash != two.hash
+
     def test_the_edit_is_one_matrix_and_one_change_a_layer(self):
         model = double()
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))

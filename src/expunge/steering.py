@@ -450,6 +450,7 @@ def train_factors(
     samples: int = 1,
     kept: int = 0,
     on: Changes = (),
+    through: Sequence[Tensor] = (),
 ) -> dict[str, Tensors]:
     """Train a low-rank change of each subject, all in one batch: B and D of every text entry.
 
@@ -465,16 +466,26 @@ def train_factors(
         samples: trajectories a step, of each subject.
         kept: how many trajectories the original draws once; 0 for new ones by the network in training.
         on: changes that lie beneath; the original is the model without them, and must be the drawer.
+        through: for each subject A, (d, d), for tokens d wide: where text enters, B D A is trained, what
+            a later step will make of B D, and B D is returned.
     """
     model, n = steering.model, len(subjects)
     modules = [find(model.pipe, layer) for layer in layers]
     ups, downs = first_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
+    entries = {entry.layer for entry in model.text_entries()}
+    between = torch.stack(list(through)).to(downs[0]) if through else None
+    laid = list(downs)
     everyone = list(subjects) * samples
     with frozen(model.parameters()):
         drawn = [steering.keep(subject, kept) for subject in subjects] * samples if kept else []
-        with model.using(on), each_its_own(modules, ups, downs, alpha / rank) as switch:
+        with model.using(on), each_its_own(modules, ups, laid, alpha / rank) as switch:
 
             def losses(_: int) -> Tensor:
+                if between is not None:
+                    laid[:] = [
+                        down @ between if layer in entries else down
+                        for layer, down in zip(layers, downs, strict=True)
+                    ]
                 if drawn:
                     sample, original = steering.pick(everyone, drawn)
                 else:
@@ -492,7 +503,6 @@ def train_factors(
                 clip=clip,
                 names=[subject.name for subject in subjects],
             )
-    entries = {entry.layer for entry in model.text_entries()}
     factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}
     for layer, up, down in zip(layers, ups, downs, strict=True):
         for b, subject in enumerate(subjects):

@@ -18,7 +18,7 @@ from expunge.fields import bounded
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
-from expunge.ops.least_squares import gram
+from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem, key
 from expunge.run import Run, Tensors
@@ -54,11 +54,11 @@ EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "preserve": 0.4, "uncond
 """What the emoji model's presets share: its own sampler draws, once."""
 
 EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
-              "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
-              "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
+              "steps": 60, "turn": -5.0, "trajectories": 4, "through_fusion": True,
+              "fuse_prior": 100.0, "domain_weight": 10.0}  # fmt: skip
 
-EMOJI_ONE = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -2.5, "samples": 2,
-             "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
+EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
+                "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class ANT(Method):
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "objects of the emoji model; chosen on other words", **EMOJI_MANY},
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY},
-        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY,
-                        "strength": 3.0},
-        "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI_ONE},
+        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY},
+        "emoji-explicit": {"about": "weapons of the emoji model; tried on food", **EMOJI_MANY},
+        "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
                  "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
@@ -174,6 +174,9 @@ class ANT(Method):
     """The largest norm of one concept's gradient, for low-rank changes."""
     strength: float = bounded(1.0, above=0)
     """s, what each low-rank change is multiplied by when they are fused."""
+    through_fusion: bool = False
+    """Train each low-rank change as the fusion will leave it, B D G K for B D: what it does to words
+    that others share is then no part of what it learns, and nothing is lost when it is fused. Ours."""
     ridge: float = bounded(100.0, at_least=0)
     """λ, pull of the fused weight to the original, in units of a squared embedding (about 600 for one
     token of a CLIP); the sums it stands against run over all tokens of 30 prompts."""
@@ -200,7 +203,8 @@ class ANT(Method):
         many = len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
         steering = Steering(model, self.course)
         if many:
-            return self.fuse(model, problem, self.train(model, problem, run), run)
+            kept = self._retained(model, problem, run)
+            return self.fuse(model, problem, self.train(model, problem, run, kept), kept)
         return self.train_masked(steering, problem, run)
 
     @property
@@ -273,15 +277,24 @@ class ANT(Method):
 
     # Many concepts: a low-rank change each, and their fusion.
 
-    def train(self, model: Model, problem: Problem, run: Run) -> dict[str, Tensors]:
-        """For each concept B and D of every key and value: `LAYER.up` (out, rank), `LAYER.down`."""
+    def train(self, model: Model, problem: Problem, run: Run, kept: Tensor) -> dict[str, Tensors]:
+        """For each concept B and D of every key and value: `LAYER.up` (out, rank), `LAYER.down`.
+
+        Args:
+            kept: as in `fuse`.
+        """
+        inverse = None
+        if self.through_fusion:
+            whole = sum((gram(e) for e in self._rows(model, problem).values()), torch.zeros_like(kept))
+            eye = torch.eye(len(kept), dtype=torch.float64)
+            _, inverse = fused(eye, whole, self.fuse_prior * kept, self.ridge, eye)
         # Bound to plain data, so that it can run elsewhere, too.
-        train = partial(self._train, model, problem, run.seed)
+        train = partial(self._train, model, problem, run.seed, inverse)
         title = Steering(model, self.course).title
         return run.pieces(train, [c.name for c in problem.erase], batch=self.batch, label=title)
 
     def _train(
-        self, model: Model, problem: Problem, seed: int, names: Sequence[str]
+        self, model: Model, problem: Problem, seed: int, inverse: Tensor | None, names: Sequence[str]
     ) -> dict[str, Tensors]:
         run = Run(seed)
         subjects = [
@@ -306,22 +319,23 @@ class ANT(Method):
             clip=self.clip,
             samples=self.samples,
             kept=self._kept,
+            through=[gram(s.text.embeddings.flatten(0, 1).cpu()) @ inverse for s in subjects]
+            if inverse is not None
+            else (),
         )
 
-    def fuse(self, model: Model, problem: Problem, factors: Mapping[str, Tensors], run: Run) -> Changes:
-        """One weight that does to each concept's words what its own low-rank change does."""
-        rows = {
-            concept.name: model.encode(self._prompts(model, concept)).embeddings.flatten(0, 1).cpu()
-            for concept in problem.erase
-        }
-        kept = fusion.kept(
-            model,
-            problem.retain,
-            run,
-            captions_from=self.captions,
-            weighs=self.fuse_prior > 0,
-            domain_weight=self.domain_weight,
-        )
+    def fuse(
+        self, model: Model, problem: Problem, factors: Mapping[str, Tensors], kept: Tensor
+    ) -> Changes:
+        """One weight that does to each concept's words what its own low-rank change does.
+
+        Args:
+            model: the model.
+            problem: what is erased.
+            factors: what `train` found.
+            kept: (d, d), the prior without its weight.
+        """
+        rows = self._rows(model, problem)
         whole: Tensor = sum((gram(e) for e in rows.values()), torch.zeros_like(kept))
         matrix, fused = fusion.fuse(
             factors,
@@ -333,6 +347,23 @@ class ANT(Method):
         )
         layers = [entry.layer for entry in model.text_entries()]
         return fusion.laid(layers, matrix, fused, self.strength)
+
+    def _retained(self, model: Model, problem: Problem, run: Run) -> Tensor:
+        return fusion.kept(
+            model,
+            problem.retain,
+            run,
+            captions_from=self.captions,
+            weighs=self.fuse_prior > 0,
+            domain_weight=self.domain_weight,
+        )
+
+    def _rows(self, model: Model, problem: Problem) -> dict[str, Tensor]:
+        """The tokens of each concept's prompts, (n, d)."""
+        return {
+            concept.name: model.encode(self._prompts(model, concept)).embeddings.flatten(0, 1).cpu()
+            for concept in problem.erase
+        }
 
     @property
     def _kept(self) -> int:

@@ -38,13 +38,14 @@ def each_its_own(
     Args:
         layers: linear layers that are given (k·n, …, in), and convolutions.
         ups: for each layer B, (n, out, rank).
-        downs: for each layer D, (n, rank, in), or (n, rank, in · kernel height · kernel width).
+        downs: for each layer D, (n, rank, in), or (n, rank, in · kernel height · kernel width); the
+            list is read at every call, so that its entries may be replaced meanwhile.
         scale: what B D is multiplied by.
     """
     switch = Switch()
     with ExitStack() as stack:
-        for layer, up, down in zip(layers, ups, downs, strict=True):
-            stack.callback(layer.register_forward_hook(_adding(up, down, scale, switch)).remove)
+        for i, (layer, up) in enumerate(zip(layers, ups, strict=True)):
+            stack.callback(layer.register_forward_hook(_adding(up, downs, i, scale, switch)).remove)
         yield switch
 
 
@@ -69,14 +70,16 @@ def first_factors(
     return ups, downs
 
 
-def _adding(up: Tensor, down: Tensor, scale: float, switch: Switch) -> Callable[..., Tensor]:
+def _adding(
+    up: Tensor, downs: Sequence[Tensor], i: int, scale: float, switch: Switch
+) -> Callable[..., Tensor]:
     n = len(up)
 
     def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not switch.on:
             return output
         x = given[0]
-        d, b = down.to(x), scale * up.to(x)
+        d, b = downs[i].to(x), scale * up.to(x)
         if isinstance(layer, nn.Conv2d):
             return output + _convolved(layer, x, d, b)
         x = x.unflatten(0, (-1, n))
