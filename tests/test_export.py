@@ -780,6 +780,14 @@ def test_a_plan_fetches_configurations_alone(on_hub, folder):
     assert made.memory == of_folder.memory == 4 * sum(made.parameters.values())
 
 
+def test_a_model_of_the_hub_that_is_here_in_part(on_hub):
+    Checkpoint.find("owner/name", weights=False)
+    shutil.rmtree(on_hub[0])
+    for read in (expunge.load, Checkpoint.find):
+        with pytest.raises(ExpungeError, match="the text_encoder of owner/name is not here in .safeten"):
+            read("owner/name")
+
+
 def test_a_model_of_the_hub_that_lacks_tensors(on_hub):
     file = on_hub[0] / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expunge import registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import check_weights, read_header, read_json
-from expunge.hub import absent, fetch
+from expunge.hub import absent, fetch, offline
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,11 @@ def fetched(source: Source, *, weights: bool = True) -> Source:
         folder = fetch(source.name, weights=weights)
     if weights:
         check_weights(folder)
+        for config in sorted(folder.glob("*/config.json")):
+            part = config.parent
+            if not part.name.startswith(IDLE) and not any(part.glob("*.safetensors")):
+                why = ", and HF_HUB_OFFLINE forbids to fetch it" if offline() else ""
+                raise ExpungeError(f"the {part.name} of {source.name} is not here in .safetensors{why}")
     return Source(source.name, folder)
 
 
