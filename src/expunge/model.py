@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -176,6 +175,10 @@ class Model(ABC):
 
         A prompt longer than the window is cut, as diffusers does, with an `ExpungeWarning`.
         """
+
+    def _encoded(self, prompts: Sequence[str]) -> Text:
+        """As `encode`, with gradients where they are enabled."""
+        raise NotImplementedError
 
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
@@ -397,9 +400,7 @@ class Model(ABC):
 
                 for layer in layers:
                     stack.callback(layer.register_forward_hook(spoken).remove)
-            # What families wrap in `no_grad`, here without.
-            text: Text = inspect.unwrap(type(self).encode)(self, prompts)
-            return text
+            return self._encoded(prompts)
 
     def _word(self, word: str) -> list[tuple[list[Any], int]]:
         """For each text encoder the layers of its token embeddings (T5's is there twice), and the word's
