@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import expunge
-from expunge import Probe
+from conftest import tiny_pipeline
+from expunge import Concept, Probe, Problem, registry
 from expunge.ops.finetune import frozen
 from expunge.turns import Turn, take_turns
 from tiny import PIPELINES
@@ -70,3 +71,17 @@ def test_what_gradients_flow_back_through_stays(both):
             found.append(torch.autograd.grad(error, vectors))
     assert all(gradient.abs().max() > 0 for gradient in found[0])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_a_method_makes_the_same_edit(name):
+    kind = registry.get("methods", name)
+    method = kind.preset("fast") if "fast" in kind.presets else kind(general=5)
+    problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
+    edits = []
+    for turning in (False, True):
+        model = expunge.load(tiny_pipeline())
+        if turning:
+            take_turns(model.pipe, model.denoiser, HERE, Told)
+        edits.append(expunge.erase(model, problem, method))
+    assert edits[0].hash == edits[1].hash
