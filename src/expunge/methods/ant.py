@@ -203,6 +203,11 @@ class ANT(Method):
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         many = len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
+        if many and (self.mask or self.augmentations):
+            what = "mask" if self.mask else "augmentations"
+            raise ExpungeError(
+                f"low-rank changes have no saliency mask: leave {what} out, or train weights"
+            )
         steering = Steering(model, self.course)
         if many:
             sums = self._sums(model, problem, run)
