@@ -30,7 +30,7 @@ from torch import Tensor
 
 from expunge.changes import LowRank, Right
 from expunge.files import replacing
-from expunge.methods.mace import MACE, Group
+from expunge.methods.mace import MACE, Group, Sums
 from expunge.model import Text
 from expunge.ops.least_squares import gram
 
@@ -53,8 +53,9 @@ def texts(concepts: int) -> tuple[Group, list[Tensor]]:
         embeddings = torch.randn(PROMPTS, TOKENS, WIDTH, generator=generator)
         return Text(("",) * PROMPTS, embeddings, own, ids)
 
-    erased = {str(i): text(i, 1 + i % 4) for i in range(concepts)}
-    return Group(text(-1, 1), erased), [torch.randn(out, WIDTH, generator=generator) for out in OUTPUTS]
+    read = {str(i): text(i, 1 + i % 4) for i in range(concepts)} | {"anchor": text(-1, 1)}
+    group = Group(lambda names: read[names[0]], ["anchor"], {str(i): [str(i)] for i in range(concepts)})
+    return group, [torch.randn(out, WIDTH, generator=generator) for out in OUTPUTS]
 
 
 def factors(concepts: int) -> dict[str, dict[str, Tensor]]:
@@ -81,12 +82,10 @@ def ours(concepts: int) -> dict[str, float]:
     """Seconds for the sums, both stages, and the new weights."""
     (group, weights), trained, kept = texts(concepts), factors(concepts), prior()
     start, before = time.perf_counter(), peak()
-    whole = torch.zeros_like(kept)
-    for text in group.erased.values():
-        whole += gram(text.embeddings.flatten(0, 1))
-    matrix = METHOD.refine([group], whole, kept)
+    sums = Sums.of([group])
+    matrix = METHOD.refine(sums, kept)
     middle = time.perf_counter()
-    matrix, fused = METHOD.fuse([group], whole, kept, matrix, trained)
+    matrix, fused = METHOD.fuse([group], sums, kept, matrix, trained)
     right = Right((), matrix.float())
     for layer, weight in enumerate(weights):
         up = torch.cat([tensors[f"{layer}.up"] for tensors in fused.values()], 1)
@@ -100,16 +99,16 @@ def ours(concepts: int) -> dict[str, float]:
 def baseline(concepts: int) -> dict[str, float]:
     """Seconds that grow with the concepts, and seconds that do not."""
     (group, weights), trained, kept = texts(concepts), factors(concepts), prior().float()
-    goals, growing, fixed = group.anchored.embeddings, 0.0, 0.0
+    goals, growing, fixed = group.read(group.anchored).embeddings, 0.0, 0.0
     before = peak()
     for layer, weight in enumerate(weights):
         current = weight
         for stage in ("refine", "fuse"):
             start = time.perf_counter()
             left, right = torch.zeros_like(weight), torch.zeros(WIDTH, WIDTH)
-            for name, text in group.erased.items():
+            for name, prompts in group.erased.items():
                 # The contexts are a view of nearly all positions; which ones does not change the cost.
-                e = text.embeddings
+                e = group.read(prompts).embeddings
                 if stage == "refine":
                     values = goals @ weight.T
                 else:
@@ -129,11 +128,11 @@ def baseline(concepts: int) -> dict[str, float]:
 def error(concepts: int) -> dict[str, float]:
     """The largest ‖W* − plain W*‖ / ‖plain W* − W‖ of a matrix of each shape, after each stage."""
     (group, weights), trained, kept = texts(concepts), factors(concepts), prior()
-    ridge, anchored = METHOD.ridge, group.anchored.embeddings.double()
-    rows = {name: text.embeddings.double() for name, text in group.erased.items()}
-    whole = sum((gram(e.flatten(0, 1)) for e in rows.values()), torch.zeros_like(kept))
-    first = METHOD.refine([group], whole, kept)
-    second, fused = METHOD.fuse([group], whole, kept, first, trained)
+    ridge, anchored = METHOD.ridge, group.read(group.anchored).embeddings.double()
+    rows = {name: group.read(some).embeddings.double() for name, some in group.erased.items()}
+    sums = Sums.of([group])
+    first = METHOD.refine(sums, kept)
+    second, fused = METHOD.fuse([group], sums, kept, first, trained)
     found = {"refine": 0.0, "fuse": 0.0}
     for layer in (0, 10, 20):
         weight = weights[layer].double()
@@ -145,7 +144,7 @@ def error(concepts: int) -> dict[str, float]:
             left, right = left + weight @ goals.T @ erased, right + erased.T @ erased
         refined = torch.linalg.solve(right, left, left=False)
         left = weight @ kept + ridge * refined
-        right = whole + kept + ridge * torch.eye(WIDTH).double()
+        right = sums.whole + kept + ridge * torch.eye(WIDTH).double()
         ours = weight @ second
         for name, e in rows.items():
             up, down = (trained[name][f"{layer}.{part}"].double() for part in ("up", "down"))

@@ -32,6 +32,7 @@ from true_size import SD14, SDXL, peak
 import expunge
 from expunge import Concept, Problem, registry
 from expunge.files import replacing
+from expunge.turns import take_turns
 
 TINY = {
     "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": [8, 16],
@@ -58,9 +59,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 WAYS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "checkpointing": ("gradient checkpointing",),
+    "turns": ("turns",),
+    "checkpointing": ("gradient checkpointing", "turns"),
     "checkpointing, offload": ("gradient checkpointing", "offload"),
 }
+"""What saves memory; *turns*, in which text encoders and autoencoder leave, is what `load` does."""
 
 
 def pipeline(name: str) -> Any:
@@ -127,11 +130,13 @@ def run(
     """Seconds a step and peak memory of one erasure."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with torch.device("cpu" if "offload" in WAYS[way] else device):
+    with torch.device(device if way == "plain" else "cpu"):
         pipe = pipeline(name)
     torch.set_default_dtype(torch.float32)
     if "offload" in WAYS[way]:
         pipe.enable_model_cpu_offload(device=device)
+    elif "turns" in WAYS[way] and device != "cpu":
+        take_turns(pipe, "unet", torch.empty(0, device=device).device)
     else:
         pipe.to(device)
     if "gradient checkpointing" in WAYS[way]:
@@ -183,7 +188,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     for model, method, way in (
         (model, method, way) for model in options.models for method in options.methods
-        for way in options.ways if options.device != "cpu" or "offload" not in way
+        for way in options.ways if options.device != "cpu" or way in ("plain", "checkpointing")
     ):  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             given = (model, method, way, options.device, dtype, fields, f"{folder}/work")

@@ -3,7 +3,8 @@
 No training: while the original model draws a word, its prediction is replaced by the objective's
 target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found in the pictures then is where training
 leads at the best: for each t' and η, how often the word is still seen, and how often the picture is a
-muddle. The words are those of `experiments/tune/many.toml`, which no suite reports. Writes
+muddle. Sixteen words of `experiments/tune/many.toml`, which no suite reports, and the twenty flags of
+`experiments/ant/flags.toml`, from which no value was chosen. Writes
 `experiments/results/ant_oracle.json`.
 
     python experiments/ant_oracle.py [--each 4]
@@ -12,6 +13,7 @@ muddle. The words are those of `experiments/tune/many.toml`, which no suite repo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,15 @@ from tune import many, suite
 import expunge
 from expunge import Model, Probe
 from expunge.emoji.detector import Detector
+from expunge.experiment import Experiment
 from expunge.files import replacing
 from expunge.model import Text
+from expunge.suite import Suite
 
-TURNS = (-99.0, -5.0, -3.0, -2.0, -1.0)
-ETAS = (0.0, 0.25, 0.5, 1.0, 2.0)
+HERE = Path(__file__).parent
+
+TURNS = (-99.0, -5.0, -3.0, -2.0)
+ETAS = (0.25, 1.0, 3.0)
 
 
 def steered(model: Model, turn: float, eta: float) -> Any:
@@ -42,35 +48,51 @@ def steered(model: Model, turn: float, eta: float) -> Any:
     return predict
 
 
+def words() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The labels that count as each word: {"objects": …, "flags": …}."""
+    objects, flags = suite("many").concepts, Suite.read("identity").concepts
+    chosen = [concept.name for concept in many()[0].erase]
+    flagged = [c.name for c in Experiment.read(HERE / "ant" / "flags.toml").problems[0].erase]
+    return {
+        "objects": {c.name: c.labels for c in objects if c.name in chosen},
+        "flags": {c.words: c.labels for c in flags if c.words in flagged},
+    }
+
+
 def main() -> None:
     """Draw, look, and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--each", type=int, default=4, help="pictures of each word")
     each = parser.parse_args().each
     model, detector = expunge.load("emoji"), Detector.load()
-    concepts = suite("many").concepts
-    words = {c.name: c.labels for c in concepts if c.name in [e.name for e in many()[0].erase]}
-    prompts = [f"a photo of the {word}" for word in words for _ in range(each)]
-    wanted = [labels for labels in words.values() for _ in range(each)]
-    probe = Probe(tuple(prompts), tuple(range(len(prompts))))
-    rows: list[dict[str, Any]] = []
+    found: dict[str, list[dict[str, float]]] = {}
+    for kind, labels in words().items():
+        prompts = tuple(f"a photo of the {word}" for word in labels for _ in range(each))
+        wanted = [those for those in labels.values() for _ in range(each)]
+        probe = Probe(prompts, tuple(range(len(prompts))))
+        rows = found.setdefault(kind, [])
 
-    def look(title: dict[str, float]) -> None:
-        found = detector(model.draw(probe, batch_size=64))
-        seen = [label in labels for label, labels in zip(found.top(), wanted, strict=True)]
-        row = {**title, "seen": sum(seen) / len(seen), "muddle": float(found.broken().float().mean())}
-        rows.append(row)
-        print({key: round(value, 3) for key, value in row.items()}, flush=True)
+        def look(
+            title: dict[str, float],
+            kind: str = kind,
+            probe: Any = probe,
+            wanted: Any = wanted,
+            rows: Any = rows,
+        ) -> None:
+            what = detector(model.draw(probe, batch_size=64))
+            seen = [label in those for label, those in zip(what.top(), wanted, strict=True)]
+            muddle = float(what.broken().float().mean())
+            rows.append({**title, "seen": sum(seen) / len(seen), "muddle": muddle, "n": len(seen)})
+            print(kind, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
 
-    with model.autocasting(torch.bfloat16):
-        look({"original": 1.0})
-        for turn in TURNS:
-            for eta in ETAS:
+        with model.autocasting(torch.bfloat16):
+            look({})
+            for turn, eta in itertools.product(TURNS, ETAS):
                 model._guided = steered(model, turn, eta)  # type: ignore[attr-defined]
                 look({"turn": turn, "eta": eta})
-    file = Path(__file__).parent / "results" / "ant_oracle.json"
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps({"pictures": len(prompts), "rows": rows}, indent=1) + "\n")
+            del model._guided  # type: ignore[attr-defined]
+    with replacing(HERE / "results" / "ant_oracle.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tune import many
 
 import expunge
 from expunge import Model
 from expunge.files import replacing
-from expunge.methods.mace import MACE, _rows
-from expunge.ops.least_squares import gram
+from expunge.methods.mace import MACE, Sums
 from expunge.prior import captions
 from expunge.run import Run
 
@@ -61,8 +59,8 @@ def main() -> None:
         return {name: round(float(value), 3) for name, value in {"left": left, **drift}.items()}
 
     rows: list[dict[str, Any]] = []
-    groups = MACE()._read(model, problem)
-    whole = sum((gram(e) for e in _rows(groups).values()), torch.zeros(512, 512).double())
+    groups = MACE()._groups(model, problem)
+    sums = Sums.of(groups)
     kept = {
         domain: MACE(refine_prior=1.0, domain_weight=domain)._kept(model, problem, Run())
         for domain in DOMAINS
@@ -71,8 +69,8 @@ def main() -> None:
         if not prior and domain != DOMAINS[0]:
             continue
         method = MACE(ridge=ridge, refine_prior=prior, fuse_prior=prior, domain_weight=domain)
-        first = method.refine(groups, whole, kept[domain])
-        second, _ = method.fuse(groups, whole, kept[domain], first, {})
+        first = method.refine(sums, kept[domain])
+        second, _ = method.fuse(groups, sums, kept[domain], first, {})
         rows.append({"ridge": ridge, "prior": prior, "domain_weight": domain,
                      "refine": moved(first), "refine and fuse": moved(second)})  # fmt: skip
         print(*rows[-1].values(), flush=True)

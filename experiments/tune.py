@@ -58,14 +58,16 @@ class RememberingMACE(MACE):
 class RememberingANT(ANT):
     """ANT that trains its low-rank changes once, however many fusions are tried on them."""
 
-    def train(self, model: Model, problem: Problem, run: Run, kept: Tensor) -> dict[str, Tensors]:
+    def train(
+        self, model: Model, problem: Problem, run: Run, whole: Tensor, prior: Tensor
+    ) -> dict[str, Tensors]:
         fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
         if self.through_fusion:
             fusion = fusion[:1]
         fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in fusion]
         key = (*fields, problem.erase, run.seed)
         if key not in FACTORS:
-            FACTORS[key] = super().train(model, problem, run, kept)
+            FACTORS[key] = super().train(model, problem, run, whole, prior)
         return FACTORS[key]
 
 

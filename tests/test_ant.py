@@ -426,6 +426,12 @@ class TestMany:
         assert not torch.equal(plain[up], double_[up])
         assert not none[up].any()  # what nothing will be left of has no gradient
 
+    @pytest.mark.parametrize("given", [{"mask": "m.safetensors"}, {"augmentations": ("an airplane",)}])
+    def test_without_a_mask(self, model, given):
+        method = ANT.preset("fast", **given)
+        with pytest.raises(ExpungeError, match=f"no saliency mask: leave {next(iter(given))} out"):
+            expunge.erase(model, PROBLEM, method)
+
     def test_through_the_fusion_is_another_edit(self, model):
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
         one, two = (

@@ -31,13 +31,28 @@ def test_training_steps(training_steps, method, way, tmp_path):
     assert torch.get_default_dtype() == torch.float32
 
 
+def table(name):
+    """The rows of a table of the page, between its comments."""
+    page = (HERE.parent / "docs" / "use-elsewhere.md").read_text()
+    return page.partition(f"<!-- {name} -->\n")[2].partition("\n<!-- end")[0].splitlines()[2:]
+
+
+def test_text_alone_is_as_on_the_page():
+    rows = json.loads((HERE / "results" / "text_alone.json").read_text())
+    pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    assert len(table("text alone")) == len(pairs) >= 2
+    for (whole, alone), line in zip(pairs, table("text alone"), strict=True):
+        assert (whole["read"], alone["read"]) == ("whole", "text alone")
+        assert whole["edit"] == alone["edit"]
+        peaks = (f"{row['peak, GB']:.1f} GB" for row in (whole, alone))
+        assert line.endswith(f"| {' | '.join([whole['dtype'], *peaks])} |")
+
+
 def test_true_sizes_are_those_of_the_page():
     rows = json.loads((HERE / "results" / "true_size.json").read_text())
-    page = (HERE.parent / "docs" / "use-elsewhere.md").read_text()
-    table = page.partition("<!-- true size -->\n")[2].partition("\n<!-- end")[0].splitlines()[2:]
-    assert len(table) == len(rows) >= 5
+    assert len(table("true size")) == len(rows) >= 5
     for row in rows:
         figures = (f"{row[f'{part}, processor s']:.0f}" for part in ("closed form", "export"))
         line = f"| {' | '.join(figures)} | {row['peak, GB']:.1f} GB |"
-        assert any(found.endswith(line) for found in table), (row["model"], row["method"])
+        assert any(found.endswith(line) for found in table("true size")), (row["model"], row["method"])
         assert row["peak, GB"] < 4

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import expunge
 from expunge import Edit
 from expunge.cli import main
-from tiny import sdxl
+from expunge.commands import Loading
+from expunge.method import Work
+from tiny import flux, sdxl
 
 
 @pytest.fixture
@@ -410,12 +413,31 @@ def test_export_info_undo_and_merge(run, edit, folder, tmp_path):
     assert drawn[0] == 0
 
 
-def test_erase_with_the_denoiser_on_the_disk(run, edit):
-    assert run("erase", "uce", "--concept", "airplane=sky", "-o", "s.safetensors", "--stream")[0] == 0
-    assert Edit.load("s.safetensors").hash == Edit.load(edit).hash
-    code, _, err = run("erase", "mace", "--concept", "airplane=sky", "-o", "t.safetensors", "--stream")
-    assert code == 2
-    assert "MACE draws or trains" in err
+def test_what_only_reads_leaves_the_denoiser_on_the_disk(run, edit, folder):
+    whole = expunge.load(folder)
+    made = Edit.load(edit)
+    assert made.hash == expunge.erase(whole, made.record.problem, "uce").hash
+    for work, there in ((Work(1), False), (Work(1, 1), True), (Work(1, 0, 1), True), (None, True)):
+        model = Loading().load(str(folder), work)
+        assert all(p.is_meta != there for p in model.network.parameters())
+        assert (model.pipe.vae is not None) == there
+    said = [
+        run("erase", method, "--concept", "airplane=sky", "-o", "f.safetensors", "--dry-run")[1]
+        for method in ("uce", "mace")
+    ]
+    assert ["the rest is left on the disk" in out for out in said] == [True, False]
+
+
+def test_what_a_family_lacks_is_said_before_it_is_loaded(run, tmp_path):
+    flux().save_pretrained("flux")
+    shutil.rmtree("flux/transformer")
+    (tmp_path / "flux" / "transformer").mkdir()
+    (tmp_path / "flux" / "transformer" / "config.json").write_text("{}")
+    erase = ("erase", "mace", "--concept", "airplane=sky", "-o", "e.safetensors", "--model", "flux")
+    for options in ((), ("--dry-run",)):
+        code, _, err = run(*erase, *options, model=False)
+        assert code == 2
+        assert "MACE's suppress needs cross-attention, and Flux has none" in err
 
 
 def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
@@ -423,6 +445,7 @@ def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
         "erase uce --concept airplane=sky -o e.safetensors --dry-run --dtype float16",
         "erase mace --concept airplane=sky -o e.safetensors --dry-run",
         "erase ace --concept airplane=sky -o e.safetensors --dry-run",
+        "erase esd --concept airplane=sky -o e.safetensors --dry-run",
         "draw ship -n 2 -o x.png --dry-run",
     ):
         code, out, err = run(*command.split())
@@ -480,7 +503,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         ("cut.safetensors", "not a whole safetensors file"),
         ("old.ckpt", "but pickled"),
         ("other.safetensors", "of no family that is known"),
-        ("nan", "hold numbers that are none"),
+        ("nan", "numbers that are none"),
         (edit, "is an edit, not a model"),
     ):
         for command in (

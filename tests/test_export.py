@@ -1,12 +1,15 @@
 """Edits as other programs load them: written, read back by diffusers' own loaders, and undone."""
 
+import dataclasses
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,12 +29,13 @@ from expunge import (
 from expunge.changes import Dense, Gated, LowRank, find
 from expunge.checkpoint import Checkpoint
 from expunge.edit import base, base_hash, places
-from expunge.export import export
+from expunge.export import export, fits
 from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
+from expunge.plan import plan, plan_of, together
 from expunge.undo import undo
 from tiny import PIPELINES, sdxl, single_file
 
@@ -312,6 +316,13 @@ def single(tmp_path_factory):
     return path
 
 
+def test_whether_an_edit_fits_a_single_file(single, uce, tmp_path):
+    _, edit = uce
+    assert fits(edit, Checkpoint.find(single))
+    single_file(tiny_pipeline(seed=1), tmp_path / "other.safetensors")
+    assert not fits(edit, Checkpoint.find(tmp_path / "other.safetensors"))
+
+
 def test_a_single_file_in_and_out(single, folder, tmp_path):
     model = expunge.load(single, config=folder)
     assert model.name == "tiny"
@@ -454,6 +465,9 @@ def test_undo_refuses(folder, uce, tmp_path):
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ExpungeError, match="has other weights"):
         undo(tmp_path / "out", tmp_path / "x", original=tmp_path / "other")
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ExpungeError, match="sdxl is SDXL, and what was erased was StableDiffusion"):
+        undo(tmp_path / "out", tmp_path / "x", original=tmp_path / "sdxl")
     with pytest.raises(ExpungeError, match="not the edit"):
         undo(tmp_path / "out", tmp_path / "x", edit=edited(model, low_rank(model)))
     with pytest.raises(ExpungeError, match="the original model, or the edit"):
@@ -468,6 +482,20 @@ def test_undo_refuses(folder, uce, tmp_path):
     with pytest.raises(ExpungeError, match="has gates; .* give the original"):
         undo(tmp_path / "gates", tmp_path / "x", edit=gates)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_edit_made_in_bfloat16_is_one_of_its_model(folder, tmp_path):
+    model = expunge.load(folder, dtype=torch.bfloat16)
+    edit = edited(model, low_rank(model))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert edit.fits(expunge.load(folder, dtype=dtype)) == (dtype != torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExpungeWarning)
+        export(edit, "diffusers", folder, tmp_path / "out")
+    undo(tmp_path / "out", tmp_path / "back", original=folder)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    old, new = load_file(folder / name), load_file(tmp_path / "back" / name)
+    assert all(torch.equal(tensor, new[key]) for key, tensor in old.items())
 
 
 def slow_fusion(model, layer, edits, prompts, kept, ridge):
@@ -685,6 +713,9 @@ def test_what_is_no_model(folder, uce, single, tmp_path):
     tiny_pipeline(width=48).save_pretrained(tmp_path / "wide")
     with pytest.raises(ExpungeError, match="is not a LoRA for this model"):
         expunge.load(tmp_path / "wide", lora=[(tmp_path / "lora.safetensors", 1.0)])
+    for other in ("wide", "sdxl"):
+        with pytest.raises(ExpungeError, match=r"lora.safetensors is not a LoRA for this model: .*unet"):
+            Checkpoint.find(tmp_path / other).lora(tmp_path / "lora.safetensors")
 
 
 def test_the_hub_in_one_sentence(monkeypatch):
@@ -709,17 +740,92 @@ def test_the_hub_in_one_sentence(monkeypatch):
     assert "the hub has no model o/n" in str(hub.refused("o/n", missing))
 
 
+@pytest.fixture
+def on_hub(folder, tmp_path, monkeypatch):
+    """A hub that has the tiny model as owner/name, at the border of its library; the fetched files."""
+    there, fetched = shutil.copytree(folder, tmp_path / "there"), tmp_path / "fetched"
+    file = there / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+
+    def snapshot(name, *, allow_patterns, ignore_patterns):
+        assert name == "owner/name"
+        every = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for path in kept:
+            (fetched / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / path, fetched / path)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return there, fetched
+
+
+def test_a_model_of_the_hub(on_hub, folder, tmp_path):
+    model = expunge.load("owner/name")
+    assert torch.equal(model.draw(PROBE), expunge.load(folder).draw(PROBE))
+    assert not list(on_hub[1].rglob("*fp16*"))
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)))
+    export(edit, "diffusers", "owner/name", tmp_path / "out")
+    assert 'base_model: "owner/name"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_fetches_configurations_alone(on_hub, folder):
+    checkpoint = Checkpoint.find("owner/name", weights=False)
+    assert {path.name for path in on_hub[1].rglob("*") if path.is_file()} == {
+        "model_index.json", "config.json"
+    }  # fmt: skip
+    made = plan(checkpoint, torch.float32, "cpu")
+    of_folder = plan_of(expunge.load(folder))
+    assert made.parameters == of_folder.parameters
+    assert made.memory == of_folder.memory == 4 * sum(made.parameters.values())
+
+
+def test_a_model_of_the_hub_that_is_here_in_part(on_hub):
+    Checkpoint.find("owner/name", weights=False)
+    shutil.rmtree(on_hub[0])
+    for read in (expunge.load, Checkpoint.find):
+        with pytest.raises(ExpungeError, match="the text_encoder of owner/name is not here in .safeten"):
+            read("owner/name")
+
+
+def test_a_model_of_the_hub_that_lacks_tensors(on_hub):
+    file = on_hub[0] / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["conv_in.weight"]
+    save_file(state, file)
+    for read in (expunge.load, lambda name: Checkpoint.find(name).text_model()):
+        with pytest.raises(ExpungeError, match="is not whole: no file of its unet has conv_in.weight"):
+            read("owner/name")
+
+
 def test_a_model_of_the_hub_that_is_here(folder, tmp_path, monkeypatch):
     place, commit = tmp_path / "hub" / "models--owner--name", 40 * "a"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(commit)
     shutil.copytree(folder, place / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    model = expunge.load("owner/name")
-    assert torch.equal(model.draw(PROBE), expunge.load(folder).draw(PROBE))
-    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)))
-    export(edit, "diffusers", "owner/name", tmp_path / "out")
-    assert 'base_model: "owner/name"' in (tmp_path / "out" / "README.md").read_text()
+    assert torch.equal(expunge.load("owner/name").draw(PROBE), expunge.load(folder).draw(PROBE))
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_a_plan_of_every_family(tiny, name):
+    checkpoint = Checkpoint.find(tiny[name])
+    made, text = (plan(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True))
+    assert made.parameters == plan_of(expunge.load(tiny[name])).parameters
+    assert text.parameters == {k: n for k, n in made.parameters.items() if k in ("CLIP", "T5")}
+    assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
+    denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
+    assert text.memory == 2 * encoders
+    autoencoder = made.parameters["autoencoder"]
+    for device, offload, numbers in (
+        ("cpu", False, denoiser + encoders + autoencoder),
+        ("cuda", False, denoiser + max(encoders, autoencoder)),
+        ("cuda", True, max(denoiser, encoders, autoencoder)),
+    ):
+        there = dataclasses.replace(made, together=together(device, offload))
+        assert there.memory == 2 * numbers
+    with pytest.raises(ExpungeError, match="no accelerator to offload from"):
+        plan(checkpoint, torch.float16, "cpu", offload=True)
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

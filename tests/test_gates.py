@@ -388,6 +388,24 @@ class TestPlainWeights:
         slow = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
         torch.testing.assert_close(found.changes[0].matrix.double(), slow, rtol=1e-4, atol=1e-5)
         assert found.changes[0].layers == change.layers
+        lost, moved, m = [], [], slow.T
+        erased = [
+            model.encode([t.format(name) for t in TEMPLATES["object"]]).embeddings.double()
+            for name in ("cat", "dog")
+        ]
+        for layer in change.layers:
+            w = model.weight(layer).double().T
+            missed, wanted = (
+                sum((x @ w).square().sum() / len(x) for x in rows)
+                for rows in (
+                    [e @ m - change.given(e) for e in erased],
+                    [change.given(e) - e for e in erased],
+                )
+            )
+            lost.append(missed / wanted)
+            moved.append(((e @ m - e) @ w).square().sum() / (e @ w).square().sum())
+        assert found.lost == pytest.approx(float(torch.stack(lost).mean()), rel=1e-6)
+        assert found.moved == pytest.approx(float(torch.stack(moved).mean()), rel=1e-6)
 
     def test_the_loss_is_said(self, model, problem):
         edit = expunge.erase(model, problem, GATE)

@@ -10,11 +10,11 @@ ROOT = Path(expunge.__file__).parent
 
 ORDER = [
     "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
-    "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops", "lora",
-    "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks", "steering", "method",
-    "edit", "saliency", "checkpoint", "card", "export", "merge", "undo", "attack", "metric", "suite",
-    "cache", "statistics", "looks", "robust", "distances", "case", "page", "report", "experiment",
-    "plan", "commands", "cli",
+    "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops",
+    "turns", "lora", "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks",
+    "steering", "method", "edit", "saliency", "checkpoint", "card", "export", "merge", "undo", "attack",
+    "metric", "suite", "cache", "statistics", "looks", "robust", "distances", "case", "page", "report",
+    "experiment", "plan", "commands", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

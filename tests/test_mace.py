@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import expunge
 from conftest import tiny_pipeline, weights
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples, masks, pictures
 from expunge.fusion import RETAINED
-from expunge.methods.mace import MACE, focal
+from expunge.methods.mace import MACE, Sums, focal
 from expunge.ops.attention import read_attention
 from expunge.ops.low_rank import each_its_own
 from expunge.run import Run
@@ -275,16 +276,17 @@ def test_suppress_lowers_the_attention(double):
 def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings):
     method = MACE(**{**FAST, "captions": captions, "batch": 4, "ridge": 0.5, **settings})
     problem = PROBLEM if "fuse_prior" in settings else Problem(PROBLEM.erase)
-    groups, kept = method._read(double, problem), method._kept(double, problem, Run(0))
+    groups, kept = method._groups(double, problem), method._kept(double, problem, Run(0))
     rows = {
         c.name: torch.cat([double.encode([t.format(n)]).embeddings[0] for n in c.names for t in SHORT])
         for c in problem.erase
     }
-    whole = sum(e.T @ e for e in rows.values())
+    sums = Sums.of(groups)
+    torch.testing.assert_close(sums.whole, sum(e.T @ e for e in rows.values()))
     torch.manual_seed(9)
     matrix = torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
     factors = method.suppress(double, problem, matrix, Run(0))
-    right, fused = method.fuse(groups, whole, kept, matrix, factors)
+    right, fused = method.fuse(groups, sums, kept, matrix, factors)
     prior = torch.zeros(32, 32, dtype=torch.float64)
     if "fuse_prior" in settings:
         listed = ["a cat with the truck", "a frog of art", "ground"]
@@ -319,11 +321,11 @@ def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
 def test_half_precision_keeps_the_edit(double):
     method, problem = MACE(**FAST), Problem(PROBLEM.erase)
     _, *low = fit(double, problem, method)
-    groups, kept = method._read(double, problem), method._kept(double, problem, Run(0))
-    whole = sum(e.T @ e for t in groups for x in t.erased.values() for e in x.embeddings)
-    matrix = method.refine(groups, whole, kept)
+    groups, kept = method._groups(double, problem), method._kept(double, problem, Run(0))
+    sums = Sums.of(groups)
+    matrix = method.refine(sums, kept)
     factors = method.suppress(double, problem, matrix, Run(0))
-    _, fused = method.fuse(groups, whole, kept, matrix, factors)
+    _, fused = method.fuse(groups, sums, kept, matrix, factors)
     untrained = 0
     for change in low:
         w, layer = double.weight(change.layers[0]), change.layers[0]
@@ -609,3 +611,26 @@ def test_other_captions_are_another_command(model, captions, tmp_path, monkeypat
         file.write("a dog\n")
     with pytest.raises(ExpungeError, match=r"another command \(other files\); delete it"):
         expunge.erase(model, problem, method, work=work)
+
+
+def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
+    problem = Problem(tuple(Concept(name, "sky") for name in ("airplane", "ship", "bird", "cat", "dog")))
+    method, alive, most, encode = MACE(**FAST), weakref.WeakSet(), [], model.encode
+
+    def read(prompts):
+        text = encode(prompts)
+        alive.add(text.embeddings)
+        most.append(len(alive))
+        return text
+
+    monkeypatch.setattr(model, "encode", read)
+    sums = Sums.of(method._groups(model, problem))
+    assert len(most) == 6
+    assert max(most) == 3  # the anchor's, the one before, and its own
+    torch.manual_seed(0)
+    downs = {c.name: {"x.down": torch.randn(1, 32), "x.up": torch.ones(8, 1)} for c in problem.erase}
+    method.fuse(
+        method._groups(model, problem), sums, torch.eye(32).double(), torch.eye(32).double(), downs
+    )
+    assert len(most) == 11
+    assert max(most) == 3

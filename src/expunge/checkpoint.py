@@ -21,9 +21,8 @@ from expunge import files, lora, source, tensors
 from expunge.changes import LowRank
 from expunge.edit import Record
 from expunge.errors import ExpungeError
-from expunge.hub import refused
 from expunge.lora import Place
-from expunge.model import Model
+from expunge.model import Model, working_device
 
 PREFIX = "model.diffusion_model."
 """What the denoiser's tensors begin with in a single file that holds more than the denoiser."""
@@ -65,23 +64,24 @@ class Checkpoint:
     """The denoiser's configuration, or what of it a single file tells."""
 
     @classmethod
-    def find(cls, model: str | Path) -> Checkpoint:
+    def find(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
         """The files of a shipped model, a diffusers folder, a single file, or a hub id.
+
+        Without `weights`, the configuration alone of a model of the hub is fetched.
 
         Raises:
             ExpungeError: there is no such model, its family is not known, or a file is broken.
         """
-        found = source.find(model)
-        if found.path and found.is_file:
-            family = source.family_of_file(found.path)
-            return cls(
-                found.path, found.name, family, family.layout(list(files.read_header(found.path)))
-            )
-        folder = found.path or _snapshot(found.name)
-        family = source.family_of(str(source.read_index(folder)["_class_name"]))
-        return cls(folder, found.name, family, files.read_json(folder / family.denoiser / "config.json"))
+        found = source.fetched(source.find(model), weights=weights)
+        path = found.path
+        assert path
+        if found.is_file:
+            family = source.family_of_file(path)
+            return cls(path, found.name, family, family.layout(list(files.read_header(path))))
+        family = source.family_of(str(source.read_index(path)["_class_name"]))
+        return cls(path, found.name, family, files.read_json(path / family.denoiser / "config.json"))
 
-    def text_model(self, dtype: torch.dtype = torch.float32) -> Model:
+    def text_model(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
         """The model with its text encoders alone in memory, its denoiser left on the disk.
 
         Enough for a method that draws and trains nothing: its edit is then made, and exported, on a
@@ -89,26 +89,26 @@ class Checkpoint:
 
         Args:
             dtype: the number format of the text encoders.
+            device: where to put them.
 
         Raises:
             ExpungeError: it is a single file, or the text encoders cannot be read.
         """
         if self.is_file:
-            raise ExpungeError(
-                f"{self.path} is a single file, which diffusers reads whole; leave --stream out"
-            )
-        import diffusers
-        from accelerate import init_empty_weights
-
+            raise ExpungeError(f"{self.path} is a single file, which diffusers reads whole")
         denoiser = self.family.denoiser
-        _, name = source.read_index(self.path)[denoiser]
-        absent = {denoiser: None, "vae": None}
-        pipe = source.read_pipeline(source.Source(self.name, self.path), dtype, **absent)
-        with init_empty_weights():
-            network = getattr(diffusers, name).from_config(self.config)
+        found = source.Source(self.name, self.path)
+        pipe = source.read_pipeline(found, dtype, **{denoiser: None, "vae": None})
+        with source.quietly():
+            pipe.to(working_device(device))
+        network = source.empty(self.path, denoiser)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
         pipe.register_modules(**{denoiser: network})
-        model = self.family(pipe, self.name, source.settings(source.Source(self.name, self.path)))
+        source.check_whole(pipe, self.path)
+        for path in self.headers:
+            if path.parent.name in (denoiser, "vae"):
+                tensors.check_numbers(path)
+        model = self.family(pipe, self.name, source.settings(found))
         model.stored = self.read
         return model
 
@@ -183,10 +183,14 @@ class Checkpoint:
 
         changes = lora.read(path, getattr(diffusers, self.family.pipelines[0]), self.config, scale)
         for change in changes:
-            shape = self.shape(*change.layers)
+            try:
+                shape = self.shape(*change.layers)
+            except ExpungeError as error:
+                why = str(error).partition(": ")[2] or str(error)
+                raise ExpungeError(f"{path} is not a LoRA for this model: {why}") from None
             if not change.fits(torch.Size(shape)):
                 raise ExpungeError(
-                    f"{path} is not a LoRA for {self.name}: {change.layers[0]} is {shape}"
+                    f"{path} is not a LoRA for this model: {change.layers[0]} is {shape} in {self.name}"
                 )
         return changes
 
@@ -278,20 +282,3 @@ def _history(entries: Any, where: object) -> tuple[Erased, ...]:
         return tuple(Erased.from_dict(entry) for entry in entries)
     except (ValueError, KeyError, TypeError):
         raise ExpungeError(f"what {where} says about its erasures cannot be read") from None
-
-
-def _snapshot(model: str) -> Path:
-    """The folder of a hub model, fetched where it is not here yet."""
-    import huggingface_hub
-
-    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "README.md", "LICENSE*"]
-    variants = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # copies of what diffusers reads
-    try:
-        with source.quietly():
-            folder = huggingface_hub.snapshot_download(
-                model, allow_patterns=patterns, ignore_patterns=variants
-            )
-    except Exception as error:  # whatever the hub and the network come up with
-        raise refused(model, error) from error
-    files.check_weights(folder)
-    return Path(folder)

@@ -117,8 +117,6 @@ class Erase:
     """The number all random choices follow from."""
     ray: Annotated[str, arg(metavar="ADDRESS", help_behavior_hint="")] = ""
     """A Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT, auto, or local to start one."""
-    stream: bool = False
-    """Leave the denoiser on the disk, for methods that draw and train nothing: takes little memory."""
     loading: Loading = dataclasses.field(default_factory=Loading)
 
 
@@ -268,15 +266,14 @@ def erase_command(options: Erase, method: Any) -> None:
     from expunge import cluster, work
 
     cluster.check(options.ray)
+    from expunge.checkpoint import Checkpoint
     from expunge.edit import erase
 
+    method.check_family(Checkpoint.find(options.model, weights=False).family)
     if options.loading.dry_run:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
-    if options.stream:
-        model = commands.streamed(options.loading, options.model, method, method.work(problem, 1))
-    else:
-        model = options.loading.load(options.model)
+    model = options.loading.load(options.model, method.work(problem, 1))
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
@@ -664,13 +661,14 @@ def _sentence(said: str, command: str) -> str:
 
 def _fit(edit: Edit, model: str | None) -> str:
     """Whether an edit fits a model, in words."""
-    from expunge.model import load
+    from expunge.checkpoint import Checkpoint
+    from expunge.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = edit.fits(load(name))
+        same = fits(edit, Checkpoint.find(name))
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise

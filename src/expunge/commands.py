@@ -130,7 +130,7 @@ class Loading:
     device: str = "auto"
     """Where it works: auto, cpu, cuda, cuda:1, mps."""
     offload: bool = False
-    """Keep on the accelerator only the part of it that is at work."""
+    """Keep on the accelerator only the part of it that is at work; else the denoiser stays there."""
     config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """For a single file: a diffusers folder of a model built like it."""
     lora: Annotated[
@@ -149,11 +149,13 @@ class Loading:
         from expunge.checkpoint import Checkpoint
         from expunge.plan import plan
 
-        checkpoint = Checkpoint.find(name)
-        steps = int(source.settings(source.find(name)).get("num_inference_steps", 50))
-        made = plan(checkpoint, _dtype(self.dtype), self.device, offload=self.offload)
+        checkpoint = Checkpoint.find(name, weights=False)
+        found = source.settings(source.Source(name, checkpoint.path))
+        asked = work(int(found.get("num_inference_steps", 50)))
+        alone = self._reads_alone(asked, checkpoint.is_file)
+        made = plan(checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone)
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
-        for line in made.lines(work(steps)):
+        for line in made.lines(asked):
             print(line)
 
     def say_plan(self, model: Model, work: Work | None) -> None:
@@ -163,8 +165,13 @@ class Loading:
         _, memory, _, time = plan_of(model, offload=self.offload).lines(work)
         print(f"{memory}; {time}")
 
-    def load(self, name: str) -> Model:
-        """The model of this name."""
+    def load(self, name: str, work: Work | None = None) -> Model:
+        """The model of this name; of one whose text encoders are enough for the work, these alone."""
+        found = source.find(name)
+        if self._reads_alone(work, found.is_file):
+            from expunge.checkpoint import Checkpoint
+
+            return Checkpoint.find(name).text_model(_dtype(self.dtype), self.device)
         from expunge.model import load
 
         return load(
@@ -178,22 +185,9 @@ class Loading:
             attention_slicing=self.attention_slicing,
         )
 
-
-def streamed(loading: Loading, name: str, method: Any, work: Work | None) -> Model:
-    """The model of this name with its denoiser left on the disk, for a method that needs no more.
-
-    Raises:
-        ExpungeError: it needs more.
-    """
-    from expunge.checkpoint import Checkpoint
-
-    if work is None or work.predictions or work.gradients:
-        raise ExpungeError(
-            f"{type(method).__name__} draws or trains, and --stream leaves out what does both"
-        )
-    if loading.lora or loading.offload:
-        raise ExpungeError("--stream goes with neither --lora nor --offload")
-    return Checkpoint.find(name).text_model(_dtype(loading.dtype))
+    def _reads_alone(self, work: Work | None, is_file: bool) -> bool:
+        """Whether text encoders are enough; a single file is read whole, a LoRA is laid on a whole."""
+        return bool(work and work.reads_alone) and not (is_file or self.lora or self.offload)
 
 
 def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -237,7 +231,9 @@ def merge_command(options: Merge) -> None:
     edits = [Edit.load(path) for path in options.edits]
     if len(edits) < 2:
         raise ExpungeError("merging takes two edits or more")
-    model = options.loading.load(_base(edits[0], options.model))
+    from expunge.method import Work
+
+    model = options.loading.load(_base(edits[0], options.model), Work())
     edit = merge(model, edits, ridge=options.ridge, prior_scale=options.prior_scale)
     edit.save(options.output)
     erased = len(edit.record.problem.erase)

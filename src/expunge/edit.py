@@ -98,7 +98,7 @@ class Edit:
             )
 
     def fits(self, model: Model | Any) -> bool:
-        """Whether the edit was made from just these weights; a half-precision copy counts as them.
+        """Whether the edit was made from just these weights; half-precision copies count as them.
 
         Raises:
             ExpungeError: the model is of another family, or a layer is missing or has another shape:
@@ -108,7 +108,7 @@ class Edit:
         if isinstance(model, Model):
             self.require_family(type(model))
         check_fit(root, self.changes)
-        return base_hash(base(root), places(self.changes)) == self.record.base
+        return same_base(base(model), places(self.changes), self.record.base)
 
     def apply(self, pipe: Model | Any) -> Applied:
         """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
@@ -218,9 +218,9 @@ def erase(
     prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
     model.require_window(prompts)
     model.require_words(prompts)
-    method.check_family(model)
+    method.check_family(type(model))
     _warn_of_overlaps(problem)
-    read = model.stored or base(model.pipe)
+    read = base(model)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
@@ -279,8 +279,11 @@ Read = Callable[[str, str], torch.Tensor]
 """Gives a layer's parameter, by the names of both."""
 
 
-def base(root: Any) -> Read:
-    """Reads a pipeline's parameters, beneath whatever lies on them."""
+def base(model: Model | Any) -> Read:
+    """Reads the parameters of a model or a pipeline, beneath whatever lies on them."""
+    root = model.pipe if isinstance(model, Model) else model
+    if isinstance(model, Model) and model.stored:
+        return model.stored
     return lambda layer, parameter: base_parameter(root, layer, parameter)
 
 
@@ -294,6 +297,14 @@ def base_hash(read: Read, places: Iterable[tuple[str, str]]) -> str:
         tensor = read(layer, parameter)
         digest.update(f"{layer}.{parameter}".encode() + content(tensor.to(torch.float16)))
     return digest.hexdigest()
+
+
+def same_base(read: Read, places: Iterable[tuple[str, str]], base: str) -> bool:
+    """Whether a hash is that of some parameters, or of these in bfloat16, where edits are made, too."""
+    places = tuple(places)
+    if base_hash(read, places) == base:
+        return True
+    return base_hash(lambda *place: read(*place).to(torch.bfloat16), places) == base
 
 
 def places(changes: Changes) -> set[tuple[str, str]]:

@@ -19,7 +19,7 @@ from expunge import hub
 from expunge.card import LORAS, card
 from expunge.changes import Changes, WeightChange
 from expunge.checkpoint import NOTE, Checkpoint, Erased
-from expunge.edit import Edit, Read, base_hash, places
+from expunge.edit import Edit, Read, places, same_base
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import replacing
 from expunge.lora import Lora, Naming, Place
@@ -109,7 +109,13 @@ def export(
         original = checkpoint.read(layer, parameter)
         return fused[layer, parameter](original) if (layer, parameter) in fused else original
 
-    check_fits(edit, checkpoint, read)
+    if not fits(edit, checkpoint, read):
+        warnings.warn(
+            f"the edit was made from other weights ({edit.record.model or 'unnamed'}) than"
+            f" {checkpoint.name}; it fits, but it may erase less or harm more",
+            ExpungeWarning,
+            stacklevel=2,
+        )
     card_of = partial(card, edit, to, licence=licence, report=report)
     if to in LORAS:
         lora = Lora.of(read, changes, rank=rank, energy=energy)
@@ -188,17 +194,18 @@ def erased(edit: Edit) -> Erased:
     return Erased(edit.record, edit.hash, tuple(sorted(places(edit.changes))))
 
 
-def check_fits(edit: Edit, checkpoint: Checkpoint, read: Read) -> None:
-    """Check that an edit fits a model on the disk, and warn where it was made from other weights.
+def fits(edit: Edit, checkpoint: Checkpoint, read: Read | None = None) -> bool:
+    """Whether an edit was made from just these weights, as `Edit.fits`, of a model on the disk.
 
     Args:
         edit: the edit.
         checkpoint: the model.
-        read: gives the model's parameters, with what lies on them.
+        read: gives the model's parameters, with what lies on them; by default as they are stored.
 
     Raises:
-        ExpungeError: a layer is missing or has another shape.
+        ExpungeError: the model is of another family, or a layer is missing or has another shape.
     """
+    edit.require_family(checkpoint.family)
     for change in edit.changes:
         for layer in change.layers:
             shape = checkpoint.shape(layer, change.parameter)
@@ -208,13 +215,7 @@ def check_fits(edit: Edit, checkpoint: Checkpoint, read: Read) -> None:
                     f"the edit does not fit: {layer} is {shape} in {checkpoint.name},"
                     f" and its {change.kind} change has {found}"
                 )
-    if base_hash(read, places(edit.changes)) != edit.record.base:
-        warnings.warn(
-            f"the edit was made from other weights ({edit.record.model or 'unnamed'}) than"
-            f" {checkpoint.name}; it fits, but it may erase less or harm more",
-            ExpungeWarning,
-            stacklevel=3,
-        )
+    return same_base(read or checkpoint.read, places(edit.changes), edit.record.base)
 
 
 def push(done: Export, repository: str, *, private: bool = False) -> str:

@@ -106,10 +106,8 @@ def read_header(path: str | Path) -> dict:
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
         pickled = start.startswith((b"PK\3\4", b"\x80"))
-        why = (
-            " but pickled, and reading it could run a stranger's code; convert it to .safetensors first"
-        )
-        raise ExpungeError(f"{path} is not a whole safetensors file{why if pickled else ''}") from None
+        why = f" but {PICKLED}" if pickled else ""
+        raise ExpungeError(f"{path} is not a whole safetensors file{why}") from None
     if size != 8 + length + end:
         raise ExpungeError(
             f"{path} is not a whole safetensors file: {size:,} bytes where it should have"

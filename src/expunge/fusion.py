@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,22 @@ from expunge.run import Run, Tensors
 
 RETAINED = ("{}", "a photo of the {}", "a picture of a {}", "a drawing of {}")
 """The prompts in which what a problem retains is kept."""
+
+
+class Asked(Mapping[str, Tensor]):
+    """Tensors by name that are made when they are asked for, and not kept."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def kept(
@@ -48,8 +64,10 @@ def kept(
             stacklevel=5,
         )
     elif retain:
-        e = model.encode([template.format(text) for text in retain for template in RETAINED])
-        total += domain_weight * gram(e.embeddings.flatten(0, 1).cpu()) / len(e)
+        prompts = [template.format(text) for text in retain for template in RETAINED]
+        for start in range(0, len(prompts), 64):
+            e = model.encode(prompts[start : start + 64]).embeddings
+            total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
         total += prior(model, captions(captions_from), run).mean
     return total

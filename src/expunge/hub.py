@@ -30,6 +30,30 @@ def refused(name: str, error: Exception) -> ExpungeError:
     return ExpungeError(f"cannot load {name}: {reason}")
 
 
+def fetch(model: str, *, weights: bool = True) -> Path:
+    """The folder of a model of the hub, fetched where it is not on this machine yet.
+
+    Args:
+        model: OWNER/NAME.
+        weights: whether to fetch all that is read; otherwise, its configuration alone.
+
+    Raises:
+        ExpungeError: it cannot be had.
+    """
+    import huggingface_hub
+
+    patterns = ["model_index.json", "expunge.json", "*/config.json"]
+    if weights:
+        patterns = ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "README.md", "LICENSE*"]
+    variants = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # copies of what diffusers reads
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=variants)
+        )
+    except Exception as error:  # whatever the hub and the network come up with
+        raise refused(model, error) from error
+
+
 def absent(error: Exception) -> bool:
     """Whether something failed because it is not on this machine and could not be fetched."""
     return bool(_kinds(error) & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"})
@@ -46,12 +70,12 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     check_push(repository)
     try:
         hub = huggingface_hub.HfApi()
-        hub.create_repo(repository, private=private, exist_ok=True)
+        url = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the erased model")
     except Exception as error:  # whatever the hub and the network come up with
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExpungeError(f"cannot upload to {repository}: {reason}") from error
-    return f"https://huggingface.co/{repository}"
+    return str(url)
 
 
 def check_push(repository: str) -> None:

@@ -59,12 +59,8 @@ class Lora:
             energy: the share of each ‖Δ‖² to keep where no rank is given.
 
         Raises:
-            ExpungeError: nothing that changes can be held, or rank or energy are out of range.
+            ExpungeError: nothing that changes can be held.
         """
-        if rank is not None and rank < 1:
-            raise ExpungeError(f"the rank of a LoRA must be at least 1, not {rank}")
-        if not 0 < energy <= 1:
-            raise ExpungeError(f"the energy to keep must be above 0 and at most 1, not {energy:g}")
         found, shapes, left_out = {}, {}, []
         lost = total = 0.0
         for (layer, parameter), some in changes.items():

@@ -108,7 +108,7 @@ def merge(
         fields={"ridge": ridge, "prior_scale": prior_scale, "of": [edit.hash for edit in edits]},
         problem=problem,
         model=edits[0].record.model,
-        base=base_hash(base(model.pipe), places(changes)),
+        base=base_hash(base(model), places(changes)),
         seed=0,
         seconds=round(time.monotonic() - start, 3),
         versions=versions(),

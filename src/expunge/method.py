@@ -26,6 +26,11 @@ class Work:
     gradients: int = 0
     """Predictions with gradients."""
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether the text encoders are enough."""
+        return not (self.predictions or self.gradients)
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -43,8 +48,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check(self)
 
-    def check_family(self, model: Model) -> None:
-        """Check that the model has what this method needs, as its fields are.
+    def check_family(self, family: type[Model]) -> None:
+        """Check that models of a family have what this method needs, as its fields are.
 
         Raises:
             ExpungeError: it has not; the reason, and what of the method is left.
@@ -52,12 +57,12 @@ class Method(ABC):
         stages = getattr(self, "stages", tuple(self.needs))
         for stage in stages:
             need = self.needs.get(stage, "")
-            if need in model.lacks:
-                rest = [one for one in stages if self.needs.get(one) not in model.lacks]
+            if need in family.lacks:
+                rest = [one for one in stages if self.needs.get(one) not in family.lacks]
                 way = f"; left are the stages {', '.join(rest)}" if rest else ""
                 raise ExpungeError(
-                    f"{type(self).__name__}'s {stage} needs {need}, and {type(model).__name__} has none:"
-                    f" {model.lacks[need]}{way}"
+                    f"{type(self).__name__}'s {stage} needs {need}, and {family.__name__} has none:"
+                    f" {family.lacks[need]}{way}"
                 )
 
     @classmethod

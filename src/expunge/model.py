@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -132,6 +131,8 @@ class Model(ABC):
     """What diffusers calls the kinds of single-file checkpoints of this family."""
     mark: ClassVar[str] = ""
     """Part of a tensor's name that every single-file checkpoint of this family has."""
+    most_tokens: ClassVar[int] = 77
+    """How many tokens of a prompt its longest text encoder reads."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 
@@ -174,6 +175,10 @@ class Model(ABC):
 
         A prompt longer than the window is cut, as diffusers does, with an `ExpungeWarning`.
         """
+
+    def _encoded(self, prompts: Sequence[str]) -> Text:
+        """As `encode`, with gradients where they are enabled."""
+        raise NotImplementedError
 
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
@@ -261,8 +266,11 @@ class Model(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser works; with offloading it may lie elsewhere between its calls."""
-        return torch.device("cpu") if self.stored else self.pipe._execution_device
+        """Where the model works; some of its parts may lie elsewhere between their calls."""
+        if self.stored:
+            return next(p.device for p in self.parameters() if not p.is_meta)
+        device: torch.device = self.pipe._execution_device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -372,7 +380,7 @@ class Model(ABC):
         Raises:
             ExpungeError: it is more than one token.
         """
-        return [layer.weight[i].detach().clone() for layer, i in self._word(word)]
+        return [layers[0].weight[i].detach().clone() for layers, i in self._word(word)]
 
     def encode_with(self, prompts: Sequence[str], word: str, vectors: Sequence[Tensor]) -> Text:
         """The prompts, with other token embeddings in the place of a word's own.
@@ -383,20 +391,20 @@ class Model(ABC):
             ExpungeError: the word is more than one token.
         """
         with contextlib.ExitStack() as stack:
-            for (layer, i), vector in zip(self._word(word), vectors, strict=True):
+            for (layers, i), vector in zip(self._word(word), vectors, strict=True):
 
                 def spoken(
                     _: Any, given: tuple[Tensor, ...], output: Tensor, i: int = i, v: Tensor = vector
                 ) -> Tensor:
                     return torch.where((given[0] == i)[..., None], v.to(output), output)
 
-                stack.callback(layer.register_forward_hook(spoken).remove)
-            # What families wrap in `no_grad`, here without.
-            text: Text = inspect.unwrap(type(self).encode)(self, prompts)
-            return text
+                for layer in layers:
+                    stack.callback(layer.register_forward_hook(spoken).remove)
+            return self._encoded(prompts)
 
-    def _word(self, word: str) -> list[tuple[Any, int]]:
-        """For each text encoder the layer of its token embeddings, and the word's number."""
+    def _word(self, word: str) -> list[tuple[list[Any], int]]:
+        """For each text encoder the layers of its token embeddings (T5's is there twice), and the word's
+        number."""
         found = []
         for name, part in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and part is not None:
@@ -406,7 +414,9 @@ class Model(ABC):
                     raise ExpungeError(
                         f"{word!r} is {len(ids)} tokens to this model; take one of one token"
                     )
-                found.append((part.get_input_embeddings(), ids[0]))
+                weight = part.get_input_embeddings().weight
+                layers = [m for m in part.modules() if getattr(m, "weight", None) is weight]
+                found.append((layers, ids[0]))
         return found
 
     def denoise(
@@ -516,7 +526,8 @@ def load(
         config: for a single file: a diffusers folder or a hub id of a model built like it; by default
             what the hub has for its kind.
         lora: LoRA files to fuse into the weights, and their strengths.
-        offload: keep on the accelerator only the part that is at work.
+        offload: keep on an accelerator only the part that is at work. Without it, the denoiser stays
+            there, and text encoders and autoencoder come for their work and leave.
         gradient_checkpointing: compute twice what gradients need, instead of keeping it.
         attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
             a million pixels, or where PyTorch has no attention of its own that saves memory.
@@ -528,17 +539,21 @@ def load(
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
-    found, device = source.find(model), working_device(device)
-    if offload and device == "cpu":
-        raise ExpungeError("there is no accelerator to offload from: leave offload out")
+    found, device = source.find(model), working_device(device, offload)
+    found = source.fetched(found)
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
     for file, scale in lora:
         fuse(file, pipe, scale)
-    if offload:
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
+    with source.quietly():  # they tell of half precision on a CPU
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        elif device == "cpu":
+            pipe.to(device)
+        else:
+            from expunge.turns import take_turns  # slow to import
+
+            take_turns(pipe, family.denoiser, torch.empty(0, device=device).device)
     if gradient_checkpointing:
         getattr(pipe, family.denoiser).enable_gradient_checkpointing()
     if attention_slicing:
@@ -550,14 +565,16 @@ def load(
     return family(pipe, name=found.name, settings=source.settings(found))
 
 
-def working_device(name: str) -> str:
+def working_device(name: str, offload: bool = False) -> str:
     """The device of a name; of "auto", the accelerator if there is one, else the CPU.
 
     Raises:
-        ExpungeError: this machine has none of that name.
+        ExpungeError: this machine has none of that name, or none to offload from.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if offload and name == "cpu":
+        raise ExpungeError("there is no accelerator to offload from: leave offload out")
     try:
         torch.empty(1, device=name).cpu()
     except Exception as error:  # each kind of device has its own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -76,28 +76,54 @@ def plain(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return Plain(tuple(kept), 0.0, 0.0)
-    erased = [_prompts(problem, c.name) for c in problem.erase]
-    rows = [model.encode(prompts).embeddings.double() for prompts in erased]
     retained = [way.format(name) for name in problem.retain for way in RETAINED]
-    stays = model.encode(["", *retained]).embeddings.double()
-    held = retain_scale * gram(stays.flatten(0, 1)) / len(stays)
+    stays = model.encode(["", *retained]).embeddings
+    kept_whole = gram(stays.flatten(0, 1)).cpu()
+    held = retain_scale * kept_whole / len(stays)
     if captions_from and prior_scale:
-        held = held + prior_scale * prior(model, captions(captions_from)).mean.to(held)
+        held = held + prior_scale * prior(model, captions(captions_from)).mean
+    groups = _alike(gates)
+    sums = {layers: _Sums() for layers in groups}
+    for concept in problem.erase:  # the texts of all of them do not fit in memory
+        e = model.encode(_prompts(problem, concept.name)).embeddings.double()
+        for layers, stack in groups.items():
+            sums[layers].add(e, _through(stack, e))
     lost, moved = [], []
-    for layers, stack in _alike(gates).items():
-        target = [_through(stack, e) for e in rows]
-        cross = sum((_mean_outer(t, e) for t, e in zip(target, rows, strict=True)), 0 * held)
-        whole = sum((_mean_outer(e, e) for e in rows), 0 * held)
-        matrix = right_factor(cross, whole, held, ridge)
-        kept.append(Right(layers, matrix.float().cpu()))
+    for layers, found in sums.items():
+        matrix = right_factor(found.cross, found.whole, held, ridge)
+        kept.append(Right(layers, matrix.float()))
+        eye = torch.eye(len(matrix), dtype=matrix.dtype)
+        missed, wanted = found.missed_by(matrix), found.missed_by(eye)
+        drift = (matrix - eye) @ kept_whole @ (matrix - eye).T
         for layer in layers:
-            w = model.weight(layer).double()
-            lost.append(_squares(w, rows, [e @ matrix.T - t for e, t in zip(rows, target, strict=True)]))
-            lost[-1] /= _squares(w, rows, [t - e for e, t in zip(rows, target, strict=True)])
-            moved.append(
-                _squares(w, [stays], [stays @ matrix.T - stays]) / _squares(w, [stays], [stays])
-            )
+            w = model.weight(layer).cpu().double()
+            lost.append(_squares(w, missed) / _squares(w, wanted))
+            moved.append(_squares(w, drift) / _squares(w, kept_whole))
     return Plain(tuple(kept), *(float(torch.stack(x).mean()) for x in (lost, moved)))
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Over all tokens of the concepts' prompts, each concept's as a mean over its prompts."""
+
+    whole: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Σ e eᵀ"""
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Σ t eᵀ, where t is what the gates make of e."""
+    target: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Σ t tᵀ"""
+
+    def add(self, e: Tensor, t: Tensor) -> None:
+        """One concept's e and t, (prompts, tokens, width)."""
+        n, e, t = len(e), e.flatten(0, 1), t.flatten(0, 1)
+        self.whole = self.whole + gram(e).cpu() / n
+        self.cross = self.cross + outer(t, e).cpu() / n
+        self.target = self.target + gram(t).cpu() / n
+
+    def missed_by(self, matrix: Tensor) -> Tensor:
+        """Σ (M e − t) (M e − t)ᵀ"""
+        mixed = matrix @ self.cross.T
+        return matrix @ self.whole @ matrix.T - mixed - mixed.T + self.target
 
 
 def _prompts(problem: Problem, name: str) -> list[str]:
@@ -123,12 +149,6 @@ def _through(stack: Sequence[InputChange], e: Tensor) -> Tensor:
     return e
 
 
-def _mean_outer(left: Tensor, right: Tensor) -> Tensor:
-    return outer(left.flatten(0, 1), right.flatten(0, 1)) / len(left)
-
-
-def _squares(weight: Tensor, like: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """Σ ‖W x‖² over all rows, those of each concept as a mean over its prompts."""
-    return torch.stack(
-        [(x @ weight.T).square().sum() / len(e) for x, e in zip(rows, like, strict=True)]
-    ).sum()
+def _squares(weight: Tensor, sums: Tensor) -> Tensor:
+    """Σ ‖W x‖², from Σ x xᵀ."""
+    return ((weight @ sums) * weight).sum()

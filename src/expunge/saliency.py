@@ -169,6 +169,4 @@ def _add_map(
 
 
 def _hash(model: Model, parameters: Mapping[str, nn.Parameter]) -> str:
-    return base_hash(
-        base(model.pipe), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters)
-    )
+    return base_hash(base(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expunge import registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import check_weights, read_header, read_json
-from expunge.hub import absent, refused
+from expunge.hub import absent, fetch, offline
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ HELD = {
     "AutoencoderKL": ("first_stage_model.", "vae."),
 }
 """What a component's class begins with, and what its tensors begin with in a single file."""
+
+
+IDLE = ("safety_checker", "feature_extractor", "image_encoder")
+"""What a pipeline may have that nothing here asks."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,26 @@ def find(model: str | Path) -> Source:
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
     check_weights(path)
     return Source(str(model) if str(model) in shipped else path.resolve().name, path)
+
+
+def fetched(source: Source, *, weights: bool = True) -> Source:
+    """The same, on this machine; `weights` as in `hub.fetch`.
+
+    Raises:
+        ExpungeError: it cannot be had, or its weight files are missing or cut short.
+    """
+    if source.path:
+        return source
+    with quietly():
+        folder = fetch(source.name, weights=weights)
+    if weights:
+        check_weights(folder)
+        for config in sorted(folder.glob("*/config.json")):
+            part = config.parent
+            if not part.name.startswith(IDLE) and not any(part.glob("*.safetensors")):
+                why = ", and HF_HUB_OFFLINE forbids to fetch it" if offline() else ""
+                raise ExpungeError(f"the {part.name} of {source.name} is not here in .safetensors{why}")
+    return Source(source.name, folder)
 
 
 def on_hub(model: str | Path) -> bool:
@@ -145,7 +169,7 @@ def read_pipeline(
     """Read a pipeline with diffusers, quietly, weights from safetensors only.
 
     Args:
-        source: where it is.
+        source: where it is, on this machine.
         dtype: the number format of its weights.
         config: for a single file: a diffusers folder or a hub id of a model built like it.
         parts: components to use in place of the source's; None leaves one out.
@@ -155,9 +179,10 @@ def read_pipeline(
     """
     import diffusers
 
+    assert source.path
     try:
         with quietly():
-            if source.path and source.is_file:
+            if source.is_file:
                 family = family_of_file(source.path)
                 beside = _beside(source.path, config, family, dtype)
                 pipe = getattr(diffusers, family.pipelines[0]).from_single_file(
@@ -167,18 +192,17 @@ def read_pipeline(
                     **{**beside, **parts},
                 )
             else:
+                idle = {part: None for part in read_index(source.path) if part.startswith(IDLE)}
                 pipe = diffusers.DiffusionPipeline.from_pretrained(
-                    source.path or source.name,
+                    source.path,
                     torch_dtype=dtype,
                     use_safetensors=True,
-                    local_files_only=source.path is not None,
-                    **parts,
+                    local_files_only=True,
+                    **{**idle, **parts},
                 )
     except ExpungeError:
         raise
     except Exception as error:  # whatever diffusers, the hub and the files come up with
-        if source.path is None:
-            raise refused(source.name, error) from error
         if source.is_file and config is None and absent(error):
             raise ExpungeError(
                 f"a single file has no configuration, and the one for {source.path} is not on this"
@@ -188,7 +212,7 @@ def read_pipeline(
             raise ExpungeError(f"{source.path} is not whole: it lacks tensors of the model") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ExpungeError(f"cannot load {source.path}: {lines[0]}") from error
-    if source.path and not source.is_file:
+    if not source.is_file:
         check_whole(pipe, source.path)
     check_numbers(pipe.components, source.name)
     return pipe
@@ -235,6 +259,29 @@ def _beside(
     return {name: pipe.components[name] for name in left_out}
 
 
+def empty(folder: Path, part: str) -> Any:
+    """A component of a diffusers folder by its configuration alone: its tensors take no memory.
+
+    Raises:
+        ExpungeError: the configuration cannot be read.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    library, name = read_index(folder)[part]
+    config = read_json(folder / part / "config.json")
+    try:
+        with quietly(), torch.device("meta"):
+            if library == "diffusers":
+                return getattr(diffusers, name).from_config(config)
+            kind = getattr(transformers, name)
+            return kind(kind.config_class.from_dict(config))
+    except Exception as error:  # whatever the libraries come up with
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExpungeError(f"cannot read the configuration of {folder / part}: {reason}") from error
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silence diffusers, transformers and the hub for the length of a block."""
@@ -271,7 +318,7 @@ def check_whole(pipe: Any, folder: Path) -> None:
     import torch
 
     for part, module in pipe.components.items():
-        if not isinstance(module, torch.nn.Module) or part.startswith(("vae", "safety", "image")):
+        if not isinstance(module, torch.nn.Module) or part == "vae":
             continue
         there = {name for file in (folder / part).glob("*.safetensors") for name in read_header(file)}
         names: dict[int, list[str]] = {}

@@ -54,6 +54,19 @@ def read(path: str | Path, name: str) -> Tensor:
         return _finite(_read(file, header[name]), name, path)
 
 
+def check_numbers(path: str | Path) -> None:
+    """Read a file tensor by tensor.
+
+    Raises:
+        ExpungeError: as `read`, for any of its tensors.
+    """
+    header = read_header(path)
+    with Path(path).open("rb") as file:
+        for name, place in header.items():
+            if name != "__metadata__":
+                _finite(_read(file, place), name, path)
+
+
 def copy(
     source: str | Path,
     target: str | Path,

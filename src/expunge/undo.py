@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expunge.changes import HookedChange, LowRank, Right, Sparse, WeightChange
 from expunge.checkpoint import Checkpoint, Erased
-from expunge.edit import Edit, base_hash
+from expunge.edit import Edit, same_base
 from expunge.errors import ExpungeError
 from expunge.export import by_place, weights
 from expunge.lora import Place
@@ -66,7 +66,11 @@ def undo(
 
 def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Callable[[Tensor], Tensor]]:
     """The original's tensors in place of what is there."""
-    if base_hash(source.read, last.places) != last.record.base:
+    if last.record.family not in ("", source.family.__name__):
+        raise ExpungeError(
+            f"{source.name} is {source.family.__name__}, and what was erased was {last.record.family}"
+        )
+    if not same_base(source.read, last.places, last.record.base):
         raise ExpungeError(
             f"{source.name} has other weights than the model that was erased; it cannot be put back"
         )

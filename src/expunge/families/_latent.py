@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 from expunge.families import _text
-from expunge.model import Model, Text
+from expunge.model import Model, Text, warn_cut
 
 
 class LatentModel(Model):
@@ -27,6 +28,21 @@ class LatentModel(Model):
 
     def count_tokens(self, prompt: str) -> int:
         return _text.count(self.pipe.tokenizer, prompt)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        with torch.no_grad():
+            return self._encoded(prompts)
+
+    def _encoded(self, prompts: Sequence[str]) -> Text:
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:
+            if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
+                warn_cut(prompt, n, self.window)
+        return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
+
+    @abstractmethod
+    def _read(self, prompts: list[str]) -> Text:
+        """Distinct prompts as the denoiser sees them, with gradients where they are enabled."""
 
     def knows(self, prompt: str) -> bool:
         return _text.knows(self.pipe.tokenizer, prompt)
@@ -78,13 +94,14 @@ class LatentModel(Model):
         vae = self.pipe.vae
         dtype = vae.dtype
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        cast = partial(torch.nn.Module.to, vae)  # its own `to` warns
         if overflows:
-            vae.to(torch.float32)
+            cast(torch.float32)
         try:
             pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
         finally:
             if overflows:
-                vae.to(dtype)
+                cast(dtype)
         return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
 
     @torch.no_grad()

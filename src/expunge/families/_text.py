@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.model import warn_cut
-
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -58,13 +56,6 @@ def vocabulary(tokenizer: Any) -> tuple[str, ...]:
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = (token.removesuffix("</w>") for token, _ in tokens if token.endswith("</w>"))
     return tuple(word for word in words if len(word) > 2 and word.isascii() and word.isalpha())
-
-
-def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], window: int) -> None:
-    """Say of every prompt that is longer than the window that it will be cut."""
-    for prompt in prompts:
-        if len(prompt) > window and (n := count(tokenizer, prompt)) > window:
-            warn_cut(prompt, n, window)
 
 
 def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,7 @@ class Flux(FlowModel):
     """
 
     pipelines = ("FluxPipeline",)
+    most_tokens = 512
     lacks: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and picture attend to each other, and so each depends on the other"
     }
@@ -48,23 +49,19 @@ class Flux(FlowModel):
     def count_tokens(self, prompt: str) -> int:
         return _text.count(self.pipe.tokenizer_2, prompt)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
-        distinct = list(dict.fromkeys(prompts))
+    def _read(self, prompts: list[str]) -> Text:
         pipe = self.pipe
-        _text.warn_of_cuts(pipe.tokenizer_2, distinct, self.window)
-        clip = _text.tokenize(pipe.tokenizer, distinct, pipe.tokenizer.model_max_length)
+        clip = _text.tokenize(pipe.tokenizer, prompts, pipe.tokenizer.model_max_length)
         pooled = [pipe.text_encoder(ids.to(pipe.text_encoder.device)) for ids in clip.ids.split(64)]
-        tokens, states = t5(pipe.tokenizer_2, pipe.text_encoder_2, distinct, self.max_sequence_length)
-        text = Text(
-            tuple(distinct),
+        tokens, states = t5(pipe.tokenizer_2, pipe.text_encoder_2, prompts, self.max_sequence_length)
+        return Text(
+            tuple(prompts),
             states.to(self.device, self.dtype),
             tokens.own.to(self.device),
             tokens.ids.to(self.device),
             torch.cat([output.pooler_output for output in pooled]).to(self.device, self.dtype),
             end(tokens)[:, None].to(self.device),
         )
-        return text[[distinct.index(prompt) for prompt in prompts]]
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         return self._guided(latents, torch.as_tensor(t), text, 1.0)

@@ -28,6 +28,7 @@ class SD3(FlowModel):
     """
 
     pipelines = ("StableDiffusion3Pipeline",)
+    most_tokens = T5_TOKENS
     lacks: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and picture attend to each other, and so each depends on the other"
     }
@@ -35,19 +36,16 @@ class SD3(FlowModel):
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
     mark = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
-        distinct = list(dict.fromkeys(prompts))
+    def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
-        _text.warn_of_cuts(pipe.tokenizer, distinct, self.window)
-        first = _text.tokenize(pipe.tokenizer, distinct, length)
-        second = _text.tokenize(pipe.tokenizer_2, distinct, length)
+        first = _text.tokenize(pipe.tokenizer, prompts, length)
+        second = _text.tokenize(pipe.tokenizer_2, prompts, length)
         states, pooled = _text.penultimate(pipe.text_encoder, first.ids)
         more, also_pooled = _text.penultimate(pipe.text_encoder_2, second.ids)
-        third, t5_states = self._t5(distinct)
+        third, t5_states = self._t5(prompts)
         parts = (length, T5_TOKENS)
-        text = Text(
-            tuple(distinct),
+        return Text(
+            tuple(prompts),
             beside(torch.cat([states, more], -1), t5_states.to(states)).to(self.device, self.dtype),
             torch.cat([first.own, third.own], 1).to(self.device),
             torch.cat([first.ids, third.ids], 1).to(self.device),
@@ -55,7 +53,6 @@ class SD3(FlowModel):
             torch.stack([end(first), parts[0] + end(third)], 1).to(self.device),
             parts,
         )
-        return text[[distinct.index(prompt) for prompt in prompts]]
 
     def _t5(self, prompts: Sequence[str]) -> tuple[_text.Tokens, Tensor]:
         """T5's tokens and states; zeros, each prompt ending at once, where the pipeline has no T5."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,23 +29,19 @@ class SDXL(UNetModel):
     single_files = ("xl_base", "playground-v2-5", "v1")
     mark = "label_emb.0.0.weight"
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
-        distinct = list(dict.fromkeys(prompts))
+    def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
-        _text.warn_of_cuts(pipe.tokenizer, distinct, self.window)
-        tokens = _text.tokenize(pipe.tokenizer, distinct, length)
-        second = _text.tokenize(pipe.tokenizer_2, distinct, length)
+        tokens = _text.tokenize(pipe.tokenizer, prompts, length)
+        second = _text.tokenize(pipe.tokenizer_2, prompts, length)
         states, _ = _text.penultimate(pipe.text_encoder, tokens.ids)
         more, pooled = _text.penultimate(pipe.text_encoder_2, second.ids)
-        text = Text(
-            tuple(distinct),
+        return Text(
+            tuple(prompts),
             torch.cat([states, more], -1).to(self.device, self.dtype),
             tokens.own.to(self.device),
             tokens.ids.to(self.device),
             pooled.to(self.device, self.dtype),
         )
-        return text[[distinct.index(prompt) for prompt in prompts]]
 
     def unconditional(self, n: int) -> Text:
         text = super().unconditional(n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,24 +23,20 @@ class StableDiffusion(UNetModel):
     pipelines = ("StableDiffusionPipeline",)
     single_files = ("v1", "v2")
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
-        distinct = list(dict.fromkeys(prompts))
+    def _read(self, prompts: list[str]) -> Text:
         tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        _text.warn_of_cuts(tokenizer, distinct, self.window)
-        tokens = _text.tokenize(tokenizer, distinct, tokenizer.model_max_length)
+        tokens = _text.tokenize(tokenizer, prompts, tokenizer.model_max_length)
         asks = getattr(encoder.config, "use_attention_mask", False)
         embeddings = []
         for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):
             mask = mask.to(encoder.device) if asks else None
             embeddings.append(encoder(ids.to(encoder.device), attention_mask=mask)[0])
-        text = Text(
-            tuple(distinct),
+        return Text(
+            tuple(prompts),
             torch.cat(embeddings).to(self.device, self.dtype),
             tokens.own.to(self.device),
             tokens.ids.to(self.device),
         )
-        return text[[distinct.index(prompt) for prompt in prompts]]
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         return self.network(latents, t, encoder_hidden_states=text.embeddings, return_dict=False)[0]

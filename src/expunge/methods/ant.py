@@ -54,8 +54,8 @@ EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "preserve": 0.4, "uncond
 """What the emoji model's presets share: its own sampler draws, once."""
 
 EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
-              "steps": 60, "turn": -5.0, "trajectories": 4, "through_fusion": True,
-              "fuse_prior": 100.0, "domain_weight": 10.0}  # fmt: skip
+              "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
+              "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
 
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
                 "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
@@ -105,9 +105,12 @@ class ANT(Method):
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "objects of the emoji model; chosen on other words", **EMOJI_MANY},
-        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY},
-        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY},
-        "emoji-explicit": {"about": "weapons of the emoji model; tried on food", **EMOJI_MANY},
+        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
+                           "through_fusion": True, "strength": 1.0},
+        "emoji-style": {"about": "styles of the emoji model; tried on noto", **EMOJI_MANY,
+                        "strength": 3.0},
+        "emoji-explicit": {"about": "weapons of the emoji model; tried on food", **EMOJI_MANY,
+                           "fuse_prior": 3000.0},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
@@ -201,10 +204,15 @@ class ANT(Method):
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         many = len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
+        if many and (self.mask or self.augmentations):
+            what = "mask" if self.mask else "augmentations"
+            raise ExpungeError(
+                f"low-rank changes have no saliency mask: leave {what} out, or train weights"
+            )
         steering = Steering(model, self.course)
         if many:
-            kept = self._retained(model, problem, run)
-            return self.fuse(model, problem, self.train(model, problem, run, kept), kept)
+            sums = self._sums(model, problem, run)
+            return self.fuse(model, problem, self.train(model, problem, run, *sums), *sums)
         return self.train_masked(steering, problem, run)
 
     @property
@@ -277,17 +285,31 @@ class ANT(Method):
 
     # Many concepts: a low-rank change each, and their fusion.
 
-    def train(self, model: Model, problem: Problem, run: Run, kept: Tensor) -> dict[str, Tensors]:
+    def _sums(self, model: Model, problem: Problem, run: Run) -> tuple[Tensor, Tensor]:
+        """Σ e eᵀ over all tokens of the concepts' prompts, and the weighted prior: (d, d), float64."""
+        kept = fusion.kept(
+            model,
+            problem.retain,
+            run,
+            captions_from=self.captions,
+            weighs=self.fuse_prior > 0,
+            domain_weight=self.domain_weight,
+        )
+        whole = sum((gram(e) for e in self._rows(model, problem).values()), torch.zeros_like(kept))
+        return whole, self.fuse_prior * kept
+
+    def train(
+        self, model: Model, problem: Problem, run: Run, whole: Tensor, prior: Tensor
+    ) -> dict[str, Tensors]:
         """For each concept B and D of every key and value: `LAYER.up` (out, rank), `LAYER.down`.
 
         Args:
-            kept: as in `fuse`.
+            model, problem, run: as in `fit`.
+            whole: Σ e eᵀ over all tokens of the concepts' prompts, (d, d).
+            prior: the weighted prior, (d, d).
         """
-        inverse = None
-        if self.through_fusion:
-            whole = sum((gram(e) for e in self._rows(model, problem).values()), torch.zeros_like(kept))
-            eye = torch.eye(len(kept), dtype=torch.float64)
-            _, inverse = fused(eye, whole, self.fuse_prior * kept, self.ridge, eye)
+        eye = torch.eye(len(whole), dtype=torch.float64)
+        inverse = fused(eye, whole, prior, self.ridge, eye)[1] if self.through_fusion else None
         # Bound to plain data, so that it can run elsewhere, too.
         train = partial(self._train, model, problem, run.seed, inverse)
         title = Steering(model, self.course).title
@@ -325,45 +347,37 @@ class ANT(Method):
         )
 
     def fuse(
-        self, model: Model, problem: Problem, factors: Mapping[str, Tensors], kept: Tensor
+        self,
+        model: Model,
+        problem: Problem,
+        factors: Mapping[str, Tensors],
+        whole: Tensor,
+        prior: Tensor,
     ) -> Changes:
         """One weight that does to each concept's words what its own low-rank change does.
 
         Args:
-            model: the model.
-            problem: what is erased.
+            model, problem: as in `fit`.
             factors: what `train` found.
-            kept: (d, d), the prior without its weight.
+            whole, prior: as in `train`.
         """
-        rows = self._rows(model, problem)
-        whole: Tensor = sum((gram(e) for e in rows.values()), torch.zeros_like(kept))
-        matrix, fused = fusion.fuse(
+        matrix, fitted = fusion.fuse(
             factors,
-            rows,
-            matrix=torch.eye(len(kept), dtype=torch.float64),
+            self._rows(model, problem),
+            matrix=torch.eye(len(whole), dtype=torch.float64),
             whole=whole,
-            prior=self.fuse_prior * kept,
+            prior=prior,
             ridge=self.ridge,
         )
         layers = [entry.layer for entry in model.text_entries()]
-        return fusion.laid(layers, matrix, fused, self.strength)
+        return fusion.laid(layers, matrix, fitted, self.strength)
 
-    def _retained(self, model: Model, problem: Problem, run: Run) -> Tensor:
-        return fusion.kept(
-            model,
-            problem.retain,
-            run,
-            captions_from=self.captions,
-            weighs=self.fuse_prior > 0,
-            domain_weight=self.domain_weight,
+    def _rows(self, model: Model, problem: Problem) -> fusion.Asked:
+        """For each concept the tokens of its prompts, (n, d)."""
+        prompts = {concept.name: self._prompts(model, concept) for concept in problem.erase}
+        return fusion.Asked(
+            prompts, lambda name: model.encode(prompts[name]).embeddings.flatten(0, 1).cpu()
         )
-
-    def _rows(self, model: Model, problem: Problem) -> dict[str, Tensor]:
-        """The tokens of each concept's prompts, (n, d)."""
-        return {
-            concept.name: model.encode(self._prompts(model, concept)).embeddings.flatten(0, 1).cpu()
-            for concept in problem.erase
-        }
 
     @property
     def _kept(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from expunge.changes import Changes
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.ops.trajectory import Objective
@@ -102,6 +102,15 @@ class ESD(Method):
             self.trajectory_steps,
             self.trajectory_guidance,
         )
+
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        # Every step follows a trajectory to some place, half the way on average.
+        drawn = (
+            (self.trajectory_steps or num_inference_steps) * (1 + (self.trajectory_guidance > 1)) // 2
+        )
+        prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
+        points, asked = self.steps * self.samples, self.course.objective
+        return Work(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         names = [name for concept in problem.erase for name in concept.names]

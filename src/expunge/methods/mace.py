@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from expunge import examples, fusion, masks
 from expunge.changes import Changes, Right, find
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
+from expunge.fusion import Asked
 from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.attention import AttentionReader, energy, grid
@@ -58,10 +59,40 @@ def identities(domain: float) -> dict[str, float]:
 class Group:
     """The concepts that have one kind and one anchor, in words."""
 
-    anchored: Text
-    """The anchor in the templates, one row each."""
-    erased: Mapping[str, Text]
-    """For each concept its names in the templates, name after name, each row by row as `anchored`."""
+    read: Callable[[Sequence[str]], Text]
+    """What prompts become. Those of a concept at a time are read: all do not fit in memory."""
+    anchored: Sequence[str]
+    """The anchor in the templates."""
+    erased: Mapping[str, Sequence[str]]
+    """For each concept its names in the templates, name after name, each template by template."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What the closed forms need of all the prompts, (d, d) each, float64."""
+
+    whole: Tensor
+    """Σ e eᵀ over all tokens of the concepts' prompts."""
+    contexts: Tensor
+    """Σ eᶠ eᶠᵀ, over those of the words around a phrase."""
+    cross: Tensor
+    """Σ eᵍ eᶠᵀ."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Sums:
+        """Read every prompt once."""
+        whole, alone, cross = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for group in groups:
+            anchored = group.read(group.anchored)
+            goals = anchored.embeddings.cpu()
+            # What goes to the same rows is added up first: one product for all concepts of an anchor.
+            moved = torch.zeros(goals.shape, dtype=torch.float64)
+            for prompts in group.erased.values():
+                text = group.read(prompts)
+                whole = whole + gram(text.embeddings.flatten(0, 1).cpu())
+                alone = alone + gram(_align(text, anchored, moved))
+            cross = cross + outer(goals.flatten(0, 1), moved.flatten(0, 1))
+        return cls(whole, whole - alone, cross)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,42 +274,33 @@ class MACE(Method):
         prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
         if "suppress" not in self.stages:
             return Work(prompts)
-        drawn = (
-            0 if self.pictures_from else 2 * self.pictures * (self.picture_steps or num_inference_steps)
-        )
-        return Work(prompts, concepts * drawn, concepts * self.steps)
+        prompts *= 1 + ("fuse" in self.stages)  # those of what was trained are read again
+        drawn = 2 * (self.picture_steps or num_inference_steps)
+        of_one = 1 if self.pictures_from else drawn  # what is read is encoded
+        return Work(prompts, concepts * self.pictures * of_one, concepts * self.steps)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
-        groups = self._read(model, problem)
+        groups = self._groups(model, problem)
+        sums = Sums.of(groups)
         kept = self._kept(model, problem, run)
-        whole = sum((gram(e) for e in _rows(groups).values()), torch.zeros_like(kept))
         matrix, factors = torch.eye(len(kept), dtype=torch.float64), {}
         if "refine" in self.stages:
-            matrix = self.refine(groups, whole, kept)
+            matrix = self.refine(sums, kept)
         if "suppress" in self.stages:
             factors = self.suppress(model, problem, matrix, run)
         if "fuse" in self.stages:
-            matrix, factors = self.fuse(groups, whole, kept, matrix, factors)
+            matrix, factors = self.fuse(groups, sums, kept, matrix, factors)
         layers = [entry.layer for entry in model.text_entries()]
         return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors)
 
-    def refine(self, groups: Sequence[Group], whole: Tensor, kept: Tensor) -> Tensor:
+    def refine(self, sums: Sums, kept: Tensor) -> Tensor:
         """M, (d, d), float64: sends the words around a concept where its anchor's go.
 
         Args:
-            groups: the concepts' prompts.
-            whole: Σ e eᵀ over all their tokens.
+            sums: over the concepts' prompts.
             kept: the prior's sum, (d, d).
         """
-        contexts, cross = whole.clone(), torch.zeros_like(whole)
-        for group in groups:
-            goals = group.anchored.embeddings.cpu()
-            # What goes to the same rows is added up first: one product for all concepts of an anchor.
-            moved = torch.zeros(goals.shape, dtype=torch.float64)
-            for text in group.erased.values():
-                contexts -= gram(_align(text, group.anchored, moved))
-            cross += outer(goals.flatten(0, 1), moved.flatten(0, 1))
-        return right_factor(cross, contexts, self.refine_prior * kept, self.ridge)
+        return right_factor(sums.cross, sums.contexts, self.refine_prior * kept, self.ridge)
 
     def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: Run) -> dict[str, Tensors]:
         """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
@@ -296,7 +318,7 @@ class MACE(Method):
     def fuse(
         self,
         groups: Sequence[Group],
-        whole: Tensor,
+        sums: Sums,
         kept: Tensor,
         matrix: Tensor,
         factors: Mapping[str, Tensors],
@@ -304,7 +326,8 @@ class MACE(Method):
         """M₂, and the factors with D replaced by D G K: together they act on each concept alone.
 
         Args:
-            groups, whole, kept: as in `refine`.
+            groups: the concepts' prompts, of which those with factors are read.
+            sums, kept: as in `refine`.
             matrix: M.
             factors: what `suppress` found.
         """
@@ -312,7 +335,7 @@ class MACE(Method):
             factors,
             _rows(groups),
             matrix=matrix,
-            whole=whole,
+            whole=sums.whole,
             prior=self.fuse_prior * kept,
             ridge=self.ridge,
         )
@@ -324,8 +347,8 @@ class MACE(Method):
         templates = self.templates or TEMPLATES[concept.kind]
         return [template.format(name) for name in concept.names for template in templates]
 
-    def _read(self, model: Model, problem: Problem) -> list[Group]:
-        """The concepts and their anchors, in words, as the model reads them."""
+    def _groups(self, model: Model, problem: Problem) -> list[Group]:
+        """The concepts and their anchors, in words."""
         sorts: dict[tuple[str, str], list[Concept]] = {}
         for concept in problem.erase:
             sorts.setdefault((concept.kind, concept.anchor or ""), []).append(concept)
@@ -335,8 +358,7 @@ class MACE(Method):
             goals = [template.format(anchor) if anchor else "" for template in templates]
             prompts = {concept.name: self._prompts(concept) for concept in concepts}
             model.require_window([*goals, *(p for some in prompts.values() for p in some)])
-            erased = {name: model.encode(some) for name, some in prompts.items()}
-            groups.append(Group(model.encode(goals), erased))
+            groups.append(Group(model.encode, goals, prompts))
         return groups
 
     def _kept(self, model: Model, problem: Problem, run: Run) -> Tensor:
@@ -520,13 +542,10 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
     return torch.cat(alone)
 
 
-def _rows(groups: Sequence[Group]) -> dict[str, Tensor]:
+def _rows(groups: Sequence[Group]) -> Asked:
     """For each concept all its tokens, (n, width)."""
-    return {
-        name: text.embeddings.flatten(0, 1).cpu()
-        for group in groups
-        for name, text in group.erased.items()
-    }
+    of = {name: group for group in groups for name in group.erased}
+    return Asked(of, lambda name: of[name].read(of[name].erased[name]).embeddings.flatten(0, 1).cpu())
 
 
 def _resized(mask: Tensor, size: Sequence[int]) -> Tensor:

@@ -36,15 +36,15 @@ class InPlace:
         """The trained entries of a tensor, in the order of its flattened form: a copy, (n,)."""
         if self.masks is None:
             return tensor.flatten().clone()
-        return tensor.masked_select(self.masks[name])
+        return tensor.masked_select(self.masks[name].to(tensor.device))
 
     def _put(self, values: Sequence[Tensor]) -> None:
         for (name, parameter), value in zip(self.parameters.items(), values, strict=True):
-            value, data = value.detach().to(parameter.dtype), parameter.data
+            value, data = value.detach().to(parameter), parameter.data
             if self.masks is None:
                 data.copy_(value.reshape(data.shape))
             else:
-                data.masked_scatter_(self.masks[name], value)
+                data.masked_scatter_(self.masks[name].to(data.device), value)
 
     def write(self) -> None:
         """Let the network have the values."""
@@ -81,7 +81,7 @@ class InPlace:
 
         backward(loss, self.parameters, keep)
         return [
-            found[name].to(value.dtype) if name in found else torch.zeros_like(value)
+            found[name].to(value) if name in found else torch.zeros_like(value)
             for name, value in zip(self.parameters, self.values, strict=True)
         ]
 

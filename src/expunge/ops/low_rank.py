@@ -79,7 +79,7 @@ def _adding(
         if not switch.on:
             return output
         x = given[0]
-        d, b = downs[i].to(x.dtype), scale * up.to(x.dtype)
+        d, b = downs[i].to(x), scale * up.to(x)
         if isinstance(layer, nn.Conv2d):
             return output + _convolved(layer, x, d, b)
         x = x.unflatten(0, (-1, n))
