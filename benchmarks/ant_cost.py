@@ -59,7 +59,7 @@ def build(size: float, latents: int, dtype: torch.dtype) -> Model:
             attention_head_dim=8,
         ).to(dtype)
     pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()  # diffusers checkpoints gradients in this mode alone; nothing here has dropout
+    pipe.unet.train()  # where diffusers checkpoints; nothing here has dropout
     pipe.scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )

@@ -423,7 +423,7 @@ def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
 def _changes(trained: InPlace) -> Changes:
     """A sparse change of each parameter, or a dense one where all of it was trained."""
     changes: list[Change] = []
-    for name, (place, difference) in trained.differences().items():
+    for name, place, difference in trained.differences():
         layer, _, parameter = name.rpartition(".")
         if place is None:
             original = trained.parameters[name].detach()

@@ -85,14 +85,12 @@ class InPlace:
             for name, value in zip(self.parameters, self.values, strict=True)
         ]
 
-    def differences(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """For each parameter where its trained entries are, (n,) (None: everywhere), and by how much
-        they have changed, (n,)."""
-        found = {}
+    def differences(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+        """Of each parameter its name, where its trained entries are, (n,) (None: everywhere), and by
+        how much they have changed, (n,); one parameter at a time, since all take much memory."""
         for name, value, original in zip(self.parameters, self.values, self._originals, strict=True):
             place = None if self.masks is None else self.masks[name].flatten().nonzero().flatten()
-            found[name] = (place, value - original)
-        return found
+            yield name, place, value - original
 
 
 def backward(
