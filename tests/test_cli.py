@@ -446,6 +446,7 @@ def test_a_dry_run_prints_and_does_nothing(run, tmp_path):
         "erase mace --concept airplane=sky -o e.safetensors --dry-run",
         "erase ace --concept airplane=sky -o e.safetensors --dry-run",
         "erase esd --concept airplane=sky -o e.safetensors --dry-run",
+        "erase ant --concept airplane=sky -o e.safetensors --dry-run",
         "draw ship -n 2 -o x.png --dry-run",
     ):
         code, out, err = run(*command.split())

@@ -15,7 +15,7 @@ from expunge import fusion, saliency
 from expunge.changes import Changes
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
-from expunge.method import Method
+from expunge.method import Method, Work
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
@@ -203,8 +203,28 @@ class ANT(Method):
         if self.mask and not self.mask.endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
+    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+        many, asked = self._many(problem), self.course.objective
+        rows = 1 + (self.trajectory_guidance > 1)
+        whole = rows * (self.trajectory_steps or num_inference_steps)
+        names = sum(len(c.names) * len(self.templates or TEMPLATES[c.kind]) for c in problem.erase)
+        prompts = 3 * names + len(fusion.RETAINED) * len(problem.retain) if many else names
+        points = (len(problem.erase) if many else 1) * self.steps * self.samples
+        # Kept trajectories are foretold twice at every step; others end half the way on average.
+        drawn = self._kept * 2 * whole if self._kept else points * (whole // 2 + len(asked.of_original))
+        maps = 0 if many else self.maps
+        return Work(
+            prompts,
+            drawn * (len(problem.erase) if many and self._kept else 1) + maps * whole,
+            points * len(asked.of_student) + maps * self.map_samples,
+        )
+
+    def _many(self, problem: Problem) -> bool:
+        """Whether each concept gets a low-rank change, and these are fused."""
+        return len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
+
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
-        many = len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
+        many = self._many(problem)
         if many and (self.mask or self.augmentations):
             what = "mask" if self.mask else "augmentations"
             raise ExpungeError(
