@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import expunge
-from expunge import Edit
+from expunge import Edit, ExpungeError
 from expunge.cli import main
 from expunge.commands import Loading
 from expunge.method import Work
@@ -339,6 +339,17 @@ def test_an_anchor_of_no_known_word_is_said(run):
     assert err.count("\n") == 1
     assert run("erase", "uce", "--concept", "airplane=", "-o", "n.safetensors")[2] == ""
     assert "becomes what the empty prompt draws" in run("info", "n.safetensors")[1]
+
+
+def test_a_name_of_no_known_word_is_said(run):
+    code, _, err = run("erase", "uce", "--concept", "airplne=sky", "-o", "e.safetensors")
+    assert code == 0
+    assert "note: this model's tokenizer has no token for 'airplne': look whether it is spelled" in err
+
+
+def test_a_problem_of_texts():
+    with pytest.raises(ExpungeError, match="erase holds concepts, not 'airplane': write Concept\\("):
+        expunge.Problem(("airplane",))
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then():

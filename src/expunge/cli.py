@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import signal
 import sys
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
@@ -274,10 +276,21 @@ def erase_command(options: Erase, method: Any) -> None:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
     model = options.loading.load(options.model, method.work(problem, 1))
+    named = (
+        word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
+    )
+    if strange := list(dict.fromkeys(named)):
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        warnings.warn(
+            f"this model's tokenizer has no token for {', '.join(map(repr, strange[:3]))}{more}:"
+            " look whether it is spelled as you meant",
+            ExpungeWarning,
+            stacklevel=1,
+        )
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        elif strange := model.unfamiliar(concept.anchor):
+        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
             warnings.warn(
                 f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
                 f" {concept.anchor!r}: is it what {concept.name!r} should become?",
@@ -734,8 +747,14 @@ def _interrupts() -> Iterator[list[int]]:
     """The interrupts heard so far; each is raised as a KeyboardInterrupt, as ever."""
     heard: list[int] = []
 
-    def hear(number: int, _: object) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
         heard.append(number)
+        while frame:
+            if frame.f_globals.get("__name__") == "importlib._bootstrap":
+                # Raised in there, it could end in a library's own code and abort the process.
+                os.write(2, b"expunge: interrupted\n")
+                os._exit(130)
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -267,8 +267,8 @@ def undo_command(options: Undo) -> None:
 
 
 def is_model(path: str) -> bool:
-    """Whether a path is a model's, not an edit's: a folder, or a file that is no edit."""
-    if Path(path).is_dir():
+    """Whether a path is a model's, not an edit's: a shipped one, a folder, or a file that is no edit."""
+    if Path(path).is_dir() or path in registry.names("models"):
         return True
     return Path(path).is_file() and "expunge" not in files.read_header(path).get("__metadata__", {})
 

@@ -98,6 +98,7 @@ def look(
     lookers = {keys[name]: metrics[name] for name in keys}
     flat = [request for group in asked for request in group]
     found: dict[str, list[Tensor]] = {one: [] for one in lookers}
+    progress(label, 0, 100 * len(flat))  # what is read and what is drawn is not yet known
     for start in range(0, len(flat), CHUNK):
 
         def tell(_: str, done: int, total: int, at: int = start) -> None:

@@ -86,6 +86,9 @@ class Problem:
         if isinstance(self.erase, Concept):
             object.__setattr__(self, "erase", (self.erase,))
         object.__setattr__(self, "erase", tuple(self.erase))
+        for concept in self.erase:
+            if not isinstance(concept, Concept):
+                raise ExpungeError(f"erase holds concepts, not {concept!r}: write Concept({concept!r})")
         if isinstance(self.retain, str):
             raise ExpungeError(f"retain is a list of prompts, not the text {self.retain!r}")
         object.__setattr__(self, "retain", tuple(text.strip() for text in self.retain))
