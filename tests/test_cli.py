@@ -347,6 +347,12 @@ def test_a_name_of_no_known_word_is_said(run):
     assert "note: this model's tokenizer has no token for 'airplne': look whether it is spelled" in err
 
 
+def test_info_of_a_shipped_model(run):
+    code, out, _ = run("info", "emoji")
+    assert code == 0
+    assert "emoji, StableDiffusion" in out
+
+
 def test_a_problem_of_texts():
     with pytest.raises(ExpungeError, match="erase holds concepts, not 'airplane': write Concept\\("):
         expunge.Problem(("airplane",))
