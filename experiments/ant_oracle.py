@@ -59,6 +59,16 @@ def words() -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
+def look(
+    model: Model, detector: Detector, probe: Probe, wanted: list[tuple[str, ...]]
+) -> dict[str, float]:
+    """How often the word is seen, and a muddle, in the pictures of a probe."""
+    what = detector(model.draw(probe, batch_size=64))
+    seen = [label in those for label, those in zip(what.top(), wanted, strict=True)]
+    muddle = float(what.broken().float().mean())
+    return {"seen": sum(seen) / len(seen), "muddle": muddle, "n": len(seen)}
+
+
 def main() -> None:
     """Draw, look, and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -71,25 +81,12 @@ def main() -> None:
         wanted = [those for those in labels.values() for _ in range(each)]
         probe = Probe(prompts, tuple(range(len(prompts))))
         rows = found.setdefault(kind, [])
-
-        def look(
-            title: dict[str, float],
-            kind: str = kind,
-            probe: Any = probe,
-            wanted: Any = wanted,
-            rows: Any = rows,
-        ) -> None:
-            what = detector(model.draw(probe, batch_size=64))
-            seen = [label in those for label, those in zip(what.top(), wanted, strict=True)]
-            muddle = float(what.broken().float().mean())
-            rows.append({**title, "seen": sum(seen) / len(seen), "muddle": muddle, "n": len(seen)})
-            print(kind, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
-
         with model.autocasting(torch.bfloat16):
-            look({})
+            rows.append(look(model, detector, probe, wanted))
             for turn, eta in itertools.product(TURNS, ETAS):
                 model._guided = steered(model, turn, eta)  # type: ignore[attr-defined]
-                look({"turn": turn, "eta": eta})
+                rows.append({"turn": turn, "eta": eta, **look(model, detector, probe, wanted)})
+                print(kind, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
             del model._guided  # type: ignore[attr-defined]
     with replacing(HERE / "results" / "ant_oracle.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")

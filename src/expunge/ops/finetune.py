@@ -30,7 +30,7 @@ def minimise(
 
     Row b of every parameter belongs to problem b and to no other: its loss is `losses(step)[b]`, its
     gradient is clipped by its own norm, and AdamW treats every number by itself. So n problems in
-    one batch end where each would alone. One whose loss runs away ends where it last was sound, with
+    one batch end where each would end alone. One whose loss runs away ends where it last was sound, with
     a warning; the others go on.
 
     Args:
@@ -48,7 +48,7 @@ def minimise(
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
     sound: list[Tensor] = []
     history: list[list[float]] = [[] for _ in parameters[0]]
-    stopped: dict[int, int] = {}
+    stopped: set[int] = set()
     for parameter in parameters:
         parameter.requires_grad_()
     with torch.enable_grad():
@@ -61,7 +61,7 @@ def minimise(
                     says = f"training{who} broke off at step {step + 1}: the loss runs away"
                     if not sound:
                         raise ExpungeError(f"{says}; lower the rate")
-                    stopped[b] = step
+                    stopped.add(b)
                     kept = (step - 1) // KEEP_EVERY * KEEP_EVERY
                     warnings.warn(
                         f"{says}; its change is that of step {kept}; lower the rate",
