@@ -3,9 +3,9 @@
 No training: while the original model draws a word, its prediction is replaced by the objective's
 target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found in the pictures then is where training
 leads at the best: for each t' and η, how often the word is still seen, and how often the picture is a
-muddle. Sixteen words of `experiments/tune/many.toml`, which no suite reports, and the twenty flags of
-`experiments/ant/flags.toml`, from which no value was chosen. Writes
-`experiments/results/ant_oracle.json`.
+muddle. Sixteen words of `experiments/tune/many.toml` and the foods of `experiments/tune/explicit.toml`,
+where any food counts, which no suite reports; and the twenty flags of `experiments/ant/flags.toml`, from
+which no value was chosen. Writes `experiments/results/ant_oracle.json`.
 
     python experiments/ant_oracle.py [--each 4]
 """
@@ -49,12 +49,14 @@ def steered(model: Model, turn: float, eta: float) -> Any:
 
 
 def words() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The labels that count as each word: {"objects": …, "flags": …}."""
+    """The labels that count as each word: {"objects": …, "foods": …, "flags": …}."""
     objects, flags = suite("many").concepts, Suite.read("identity").concepts
     chosen = [concept.name for concept in many()[0].erase]
     flagged = [c.name for c in Experiment.read(HERE / "ant" / "flags.toml").problems[0].erase]
+    food = suite("explicit").concepts[0]
     return {
         "objects": {c.name: c.labels for c in objects if c.name in chosen},
+        "foods": dict.fromkeys(food.also, food.labels),
         "flags": {c.words: c.labels for c in flags if c.words in flagged},
     }
 

@@ -208,7 +208,31 @@ def table(results: Path) -> str:
             f" guidance {facts['guidance_scale']}; expunge {versions['expunge']},"
             f" torch {versions['torch']}."
         )
+    parts += under_attack(results)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def under_attack(results: Path) -> list[str]:
+    """What `attacked.py` found, in Markdown; nothing where it has not been run."""
+    file = results / "ace" / "attacked.json"
+    if not file.is_file():
+        return []
+    record = json.loads(file.read_text("utf8"))
+    means = record["means"]
+    budgets = list(next(iter(means.values())))
+    words, pictures = record["words"], record["pictures a word"] * len(record["words"])
+    lines = [
+        "\n## Under attack\n",
+        f"The share of pictures in which an erased word is seen again ({', '.join(words)};",
+        f"{pictures} pictures): without an attack (pre-ASR), and under two kinds, each with more and more to",
+        "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
+        "Made by `python experiments/attacked.py`.\n",
+        "| method | " + " | ".join(budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for method, row in means.items():
+        lines.append(f"| {method} | " + " | ".join(_percent(row[name]) for name in budgets) + " |")
+    return lines
 
 
 def _percent(one: dict[str, Any]) -> str:

@@ -27,17 +27,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Export:
     """Write an edit in the form that another program loads."""
 
-    edit: Positional[str]
+    edit: Annotated[Positional[str], arg(metavar="EDIT")]
     """The edit."""
     to: Annotated[str, arg(metavar="FORM")]
     """diffusers (a folder), safetensors (a single file in place of the one that came in), lora
     (diffusers' naming) or kohya (ComfyUI, A1111)."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
     """What to write: a new folder for diffusers, else a .safetensors file; a model card beside it."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model it is for: a diffusers folder, a single file, or a hub id; by default the one it was
     made from. It is never written to."""
-    rank: int | None = None
+    rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """A LoRA's rank; by default what --energy takes."""
     energy: float = 0.999
     """The share of each squared change that a LoRA keeps, where it cannot keep all."""
@@ -210,7 +210,7 @@ class Merge:
     """Two edits or more, of one model."""
     output: Annotated[str, arg(aliases=["-o"], metavar="EDIT")]
     """The file to write, ending in .safetensors."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model; by default the one that the first was made from."""
     ridge: float = 1.0
     """λ, pull of fused weights to the original ones, in units of a squared embedding."""
@@ -245,13 +245,13 @@ def merge_command(options: Merge) -> None:
 class Undo:
     """Take the last erasure off a model that export wrote."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A diffusers folder or a single file; it is never written to."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
     """What to write: a new folder for a folder, a file for a file."""
-    original: str | None = None
+    original: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The model it was made from: the changed tensors are copied from it, bit for bit."""
-    edit: str | None = None
+    edit: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
     """Without the original: the edit, taken off by arithmetic."""
 
 

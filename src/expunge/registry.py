@@ -75,7 +75,7 @@ def suits(method: str) -> str:
     if list(said) == [""]:
         return "every family"
     parts = [
-        f"{', '.join(families)}: {'all of it' if not missing else f'not {missing}'}"
+        f"{', '.join(families)}: {'all of it' if not missing else f'without its stage {missing}'}"
         for missing, families in sorted(said.items())
     ]
     return "; ".join(parts)

@@ -369,6 +369,7 @@ def train_weights(
             optimiser.zero_grad()
             trained.write()
             run.progress(steering.title, step + 1, steps)
+    del optimiser, good  # the edit is made where they were
     return _changes(trained)
 
 

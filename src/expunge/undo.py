@@ -57,7 +57,9 @@ def undo(
     elif edit is not None:
         back = _by_arithmetic(edit, last)
     else:
-        raise ExpungeError("undoing takes the original model, or the edit: name one of them")
+        raise ExpungeError(
+            "undoing takes the original model (--original MODEL) or the edit (--edit EDIT): name one"
+        )
     names = ", ".join(concept.name for concept in last.record.problem.erase)
     text = f"# {erased_model.name}, with {names} again\n\nWritten by `expunge undo`.\n"
     erased_model.copy(output, back, history[:-1], {"README.md": text})
