@@ -224,7 +224,7 @@ def under_attack(results: Path) -> list[str]:
     lines = [
         "\n## Under attack\n",
         f"The share of pictures in which an erased word is seen again ({', '.join(words)};",
-        f"{pictures} pictures): without an attack (pre-ASR), and under two kinds, each with ever more to",
+        f"{pictures} pictures): without attack (pre-ASR), and under two kinds, each with ever more to",
         "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
         "Made by `python experiments/attacked.py`.\n",
         "| method | " + " | ".join(budgets) + " |",
