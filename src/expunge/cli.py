@@ -441,6 +441,10 @@ def _show(report: Report) -> None:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
                 table.add_row(row.name, erased, *map(_score, numbers))
         _out().print(table)
+        left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
+        if left_out:
+            more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+            print(f"left out, for the original seldom draws them: {', '.join(left_out[:5])}{more}")
 
 
 def _score(estimate: Estimate | None) -> str:

@@ -211,8 +211,8 @@ class ACE(Method):
         assert isinstance(whole, Gated)
         counts = [sum(len(groups[c.name]) for c in members) for members in shared]
         parts = {m[0].name: part for m, part in zip(shared, _parted(whole, counts), strict=True)}
-        kept = torch.cat([background.retained, background.general]).float()[:, None]
-        train = partial(self._harden, model, [_one(m) for m in shared], parts, kept, run.seed)
+        rows = background.retained.float()[:, None], background.general.float()[:, None]
+        train = partial(self._harden, model, [_one(m) for m in shared], parts, *rows, run.seed)
         found = run.pieces(train, list(parts), label="hardening")
         hardened: dict[str, Any] = found
         return (_joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened]),)
@@ -425,7 +425,8 @@ class ACE(Method):
         model: Model,
         concepts: Sequence[Concept],
         parts: Mapping[str, Gated],
-        kept: Tensor,
+        retained: Tensor,
+        general: Tensor,
         seed: int,
         names: Sequence[str],
     ) -> dict[str, Tensors]:
@@ -433,11 +434,18 @@ class ACE(Method):
         run, found = Run(seed), {}
         for concept in concepts:
             if concept.name in names:
-                found[concept.name] = self.harden(model, concept, parts[concept.name], kept, run)
+                part = parts[concept.name]
+                found[concept.name] = self.harden(model, concept, part, retained, general, run)
         return found
 
     def harden(
-        self, model: Model, concept: Concept, gated: Gated, kept: Tensor, run: Run
+        self,
+        model: Model,
+        concept: Concept,
+        gated: Gated,
+        retained: Tensor,
+        general: Tensor,
+        run: Run,
     ) -> dict[str, Tensor]:
         """A concept's gates, directions and goals after attacks on them.
 
@@ -445,9 +453,12 @@ class ACE(Method):
             model: the model as it was.
             concept: the concept.
             gated: its closed form.
-            kept: (n, 1, d), tokens that must stay.
+            retained: (n, 1, d), tokens that must stay.
+            general: (n, 1, d), tokens that must, but for those the closed form opens on: other names of
+                the concept are among the words of a vocabulary.
             run: its seed.
         """
+        kept = torch.cat([retained, general[gated.gates(general).amax((1, 2)) < 0.5]])
         names, template = concept.names, self._templates(concept)[0]
         text = model.encode([template.format(name) for name in names])
         anchored = model.encode([template.format(concept.anchor) if concept.anchor else ""])
