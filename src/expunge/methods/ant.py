@@ -57,6 +57,10 @@ EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alph
               "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
               "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
 
+EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "strength": 1.0,
+               "rank": 16}  # fmt: skip
+"""One concept by a low-rank change: of a higher rank, and as the fusion will leave it."""
+
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
                 "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
 
@@ -104,13 +108,13 @@ class ANT(Method):
                   "turn": -4.58, **published(1e-12, 7e12)},
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
-        "emoji-object": {"about": "objects of the emoji model; chosen on other words", **EMOJI_MANY},
+        "emoji-object": {"about": "one object of the emoji model; chosen on other words", **EMOJI_MANY,
+                         **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0},
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
-        "emoji-style": {"about": "styles of the emoji model; chosen on noto", **EMOJI_MANY,
-                        "rank": 16, "steps": 200, "turn": -5.0, "negative_guidance": 1.0,
-                        "through_fusion": True, "strength": 1.0},
+        "emoji-style": {"about": "a style of the emoji model; chosen on noto", **EMOJI_MANY,
+                        **EMOJI_ALONE, "steps": 200},
         "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
                            "rank": 16, "steps": 120, "turn": -5.0, "strength": 1.5,
                            "fuse_prior": 10000.0},
