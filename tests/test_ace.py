@@ -226,6 +226,21 @@ class TestHarden:
         soft = expunge.erase(model, problem, dataclasses.replace(method, stages=("gate",)))
         assert expunge.erase(model, problem, method).hash == soft.hash
 
+    def test_other_names_among_the_general_words_are_not_held(self, worded, problem):
+        method = dataclasses.replace(HARDEN, rounds=1, steps=2, recovered=0.0)
+        (gated,) = expunge.erase(worded, problem, dataclasses.replace(method, stages=("gate",))).changes
+
+        there = worded.encode(["ship"]).embeddings.transpose(0, 1)
+        words = worded.encode([SHORT[0].format(name) for name in ("airplane", "cat")]).embeddings
+        airplane, cat = words[:, 5:, None]  # from the name on
+
+        def hardened(general):
+            return method.harden(worded, problem.erase[0], gated, there, general, Run())
+
+        alone, other, kept = hardened(cat[:0]), hardened(airplane), hardened(cat)
+        assert all(torch.equal(alone[name], other[name]) for name in FACTORS)
+        assert any(not torch.equal(alone[name], kept[name]) for name in FACTORS)
+
     def test_concepts_are_hardened_apart(self, model):
         method = dataclasses.replace(HARDEN, rounds=1, steps=2)
         two = Problem((Concept("airplane", "sky"), Concept("dog", "ground")))
