@@ -67,6 +67,13 @@ TASKS = (
     Task("pairs", "object"),
 )
 """The suites of the emoji model."""
+FULL = {
+    "ten objects in turn": "objects",
+    "20 flags": "flags-20",
+    "four styles in turn": "styles",
+    "weapons, told in two ways": "unsafe",
+}
+"""Experiments of `experiments/ace` that judge three methods at full size, by what their columns say."""
 LEAST_IN_TURN = 3  # of a list of identities so many are erased alone
 
 
@@ -208,8 +215,28 @@ def table(results: Path) -> str:
             f" guidance {facts['guidance_scale']}; expunge {versions['expunge']},"
             f" torch {versions['torch']}."
         )
-    parts += under_attack(results)
+    if (results / "ace").is_dir():
+        parts += ["\n## Full size\n", "The experiments of `experiments/ace`, drawn in bfloat16.\n"]
+        parts += [full_size(results), *under_attack(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def full_size(results: Path) -> str:
+    """The H of every method in the experiments at full size, in Markdown."""
+    columns: dict[str, dict[str, str]] = {}
+    for title, name in FULL.items():
+        file = results / "ace" / f"{name}.json"
+        if not file.is_file():
+            continue
+        record = json.loads(file.read_text("utf8"))
+        (found,) = record["methods"].values()
+        columns[title] = {recipe.partition(" (")[0]: _percent(one) for recipe, one in found.items()}
+    methods = dict.fromkeys(method for column in columns.values() for method in column)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in methods:
+        cells = [column.get(method, "–") for column in columns.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def under_attack(results: Path) -> list[str]:
@@ -258,6 +285,11 @@ def summary(results: Path) -> str:
         cells = [_percent(row[score]) if row else "–" for row, score in rows]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _both(results: Path) -> str:
+    """The README's tables."""
+    return f"{full_size(results)}\n\n{summary(results)}".strip()
 
 
 def put_between(text: str, inside: str) -> str:
@@ -360,7 +392,7 @@ def main() -> None:
     if options.readme:
         text = options.readme.read_text("utf8")
         with replacing(options.readme) as temporary:
-            temporary.write_text(put_between(text, summary(options.results)), "utf8")
+            temporary.write_text(put_between(text, _both(options.results)), "utf8")
 
 
 if __name__ == "__main__":
