@@ -231,6 +231,8 @@ def full_size(results: Path) -> str:
         record = json.loads(file.read_text("utf8"))
         (found,) = record["methods"].values()
         columns[title] = {recipe.partition(" (")[0]: _percent(one) for recipe, one in found.items()}
+    if not columns:
+        return ""
     methods = dict.fromkeys(method for column in columns.values() for method in column)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:
