@@ -284,7 +284,8 @@ class TestWeights:
 
     @pytest.mark.parametrize("drawn_by", ["current", "original"])
     def test_cut_short_and_given_again(self, model, tmp_path, drawn_by, monkeypatch):
-        monkeypatch.setattr("expunge.steering.KEEP_EVERY", 2)
+        for module in ("steering", "ops.finetune"):
+            monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT(**{**QUICK, "steps": 7}, drawn_by=drawn_by, part="text")
         whole = expunge.erase(model, PROBLEM, method)
 
@@ -314,7 +315,8 @@ class TestWeights:
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
 
     def test_the_last_good_state_counts(self, model, monkeypatch):
-        monkeypatch.setattr("expunge.steering.KEEP_EVERY", 2)
+        for module in ("steering", "ops.finetune"):
+            monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT(**{**QUICK, "steps": 3}, part="text")
         good = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=2))
         monkeypatch.setattr("expunge.steering.diverged", lambda losses: len(losses) > 3)

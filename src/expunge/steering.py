@@ -8,7 +8,6 @@ Drawn by the original, trajectories are drawn once and kept with all that it pre
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.changes import Change, Changes, Dense, Sparse, find
-from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.errors import ExpungeError
 from expunge.model import Model, Text
-from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, minimise
+from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimise
 from expunge.ops.in_place import InPlace
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Asked, Objective, Predictions
@@ -409,16 +408,9 @@ def _resumed(
 
 def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
     """Go back to the last good state, and say so."""
-    if not good:
-        raise ExpungeError(f"training broke off at step {step + 1}: the loss runs away; lower the rate")
+    broke_off(step, bool(good), "the edit", stacklevel=6)
     for value, before in zip(trained.values, good, strict=True):
         value.copy_(before)
-    warnings.warn(
-        f"training broke off at step {step + 1}: the loss runs away; the edit is that of step"
-        f" {(step - 1) // KEEP_EVERY * KEEP_EVERY}; lower the rate",
-        ExpungeWarning,
-        stacklevel=5,
-    )
 
 
 def _changes(trained: InPlace) -> Changes:

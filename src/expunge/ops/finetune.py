@@ -57,17 +57,8 @@ def minimise(
             for b, last in enumerate(loss.detach().tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
-                    who = f" of {names[b]!r}" if names else ""
-                    says = f"training{who} broke off at step {step + 1}: the loss runs away"
-                    if not sound:
-                        raise ExpungeError(f"{says}; lower the rate")
+                    broke_off(step, bool(sound), "its change", names[b] if names else "")
                     stopped.add(b)
-                    kept = (step - 1) // KEEP_EVERY * KEEP_EVERY
-                    warnings.warn(
-                        f"{says}; its change is that of step {kept}; lower the rate",
-                        ExpungeWarning,
-                        stacklevel=2,
-                    )
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 now = [parameter.detach().clone() for parameter in parameters]
                 _put_back(now, sound, stopped)
@@ -87,6 +78,28 @@ def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Itera
     for row in rows:
         for parameter, before in zip(parameters, sound, strict=True):
             parameter[row] = before[row]
+
+
+def broke_off(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
+    """Say that the loss runs away, and which state counts.
+
+    Args:
+        step: in which it showed, from 0.
+        sound: whether there is a state to go back to.
+        what: what is made of that state.
+        name: of the problem.
+        stacklevel: of the warning.
+
+    Raises:
+        ExpungeError: there is none.
+    """
+    who = f" of {name!r}" if name else ""
+    says = f"training{who} broke off at step {step + 1}: the loss runs away"
+    if not sound:
+        raise ExpungeError(f"{says}; lower the rate")
+    kept = (step - 1) // KEEP_EVERY * KEEP_EVERY
+    says = f"{says}; {what} is that of step {kept}; lower the rate"
+    warnings.warn(says, ExpungeWarning, stacklevel=stacklevel)
 
 
 def diverged(losses: Sequence[float], window: int = 10) -> bool:
