@@ -62,7 +62,7 @@ EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "
 """One concept by a low-rank change: of a higher rank, and as the fusion will leave it."""
 
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
-                "rate": 5e-4, "steps": 100, "maps": 40}  # fmt: skip
+                "rate": 1e-3, "steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
 
 
 @dataclass(frozen=True)
