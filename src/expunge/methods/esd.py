@@ -19,7 +19,7 @@ from expunge.steering import Course, Steering, Subject, part_of, train_weights
 
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
-EMOJI = {"trajectory_steps": 0, "rate": 1e-4, "steps": 100, "samples": 2, "turn": -2.5,
+EMOJI = {"trajectory_steps": 0, "rate": 3e-5, "steps": 100, "samples": 2, "turn": -2.5,
          "templates": ("{}", "a photo of the {}")}  # fmt: skip
 """Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
 
@@ -51,10 +51,10 @@ class ESD(Method):
         "style": {"about": "the paper's, on SD 1.x", "part": "x"},
         "object": {"about": "the paper's, on SD 1.x", "part": "u"},
         "explicit": {"about": "the paper's, on SD 1.x", "part": "u"},
-        "emoji-object": {"about": "objects of the emoji model; not tuned yet", **EMOJI, "part": "u"},
-        "emoji-identity": {"about": "flags of the emoji model; not tuned yet", **EMOJI, "part": "x"},
-        "emoji-style": {"about": "styles of the emoji model; not tuned yet", **EMOJI, "part": "x"},
-        "emoji-explicit": {"about": "weapons of the emoji model; not tuned yet", **EMOJI, "part": "u"},
+        "emoji-object": {"about": "objects of the emoji model; tried on other words", **EMOJI, "part": "u"},
+        "emoji-identity": {"about": "flags of the emoji model; tried on other words", **EMOJI, "part": "x"},
+        "emoji-style": {"about": "styles of the emoji model; tried on other words", **EMOJI, "part": "x"},
+        "emoji-explicit": {"about": "weapons of the emoji model; tried on other words", **EMOJI, "part": "u"},
         "fast": {"about": "a rough try in a few steps", "part": "x-strict", "steps": 10, "rate": 1e-3,
                  "trajectory_steps": 4, "unconditional": 3.0},
     }  # fmt: skip
