@@ -9,7 +9,7 @@ original and Adam on all weights, gradients multiplied by the mask; weights are 
 Diffusion 1.4's shapes at `--size 1` (0.86 billion), narrower below. Each runs in a process of its own;
 counted is the peak over what was there before the network (a GPU's allocator, or the resident set).
 Gradients are checkpointed, and trajectories have ten steps, in both; ours keeps its last good value from
-the second step on, as it does from the 26th else. Adds to `benchmarks/results/ant_cost.json`.
+the second step on, as it does from the 26th else. Writes `benchmarks/results/ant_cost.json`.
 
     python benchmarks/ant_cost.py [--size 0.25] [--latents 32] [--maps 10] [--dtype float32]
 """

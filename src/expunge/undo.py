@@ -58,7 +58,7 @@ def undo(
         back = _by_arithmetic(edit, last)
     else:
         raise ExpungeError(
-            "undoing takes the original model (--original MODEL) or the edit (--edit EDIT): name one"
+            "undoing takes the original model, or the edit: name one of them (--original or --edit)"
         )
     names = ", ".join(concept.name for concept in last.record.problem.erase)
     text = f"# {erased_model.name}, with {names} again\n\nWritten by `expunge undo`.\n"
