@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +73,7 @@ FULL = {
     "four styles in turn": "styles",
     "weapons, told in two ways": "unsafe",
 }
-"""Experiments of `experiments/ace` that judge three methods at full size, by what their columns say."""
+"""Experiments of `experiments/ace`, run at full size, by what their columns say."""
 LEAST_IN_TURN = 3  # of a list of identities so many are erased alone
 
 
@@ -195,20 +195,16 @@ def table(results: Path) -> str:
             score, found = one["score"], one["rows"]
             terms = TERMS[score]
             parts.append(f"### {suite}\n\n{one['about']}\n")
-            parts.append(
-                "| method | "
-                + " | ".join([score, *terms, "unrecognisable", "edits", "s an edit"])
-                + " |"
-            )
-            parts.append("|---" * (len(terms) + 5) + "|")
+            lines = []
             order = sorted(found, key=lambda m: (m != "original", -(found[m][score]["value"] or 0)))
             for method in order:
                 row = found[method]
                 cells = [_percent(row[name]) for name in (score, *terms, "unrecognisable")]
                 seconds = row["seconds an edit"]
                 cells += [str(row["edits"] or "–"), "–" if seconds is None else f"{seconds:g}"]
-                parts.append(f"| {method} | " + " | ".join(cells) + " |")
-            parts.append("")
+                lines.append([method, *cells])
+            heads = ["method", score, *terms, "unrecognisable", "edits", "s an edit"]
+            parts.append(grid(heads, lines) + "\n")
         facts, versions = record["made with"], record["made with"]["versions"]
         parts.append(
             f"Model {facts['model']}, {facts['num_inference_steps']} steps,"
@@ -219,6 +215,13 @@ def table(results: Path) -> str:
         parts += ["\n## Full size\n", "The experiments of `experiments/ace`, drawn in bfloat16.\n"]
         parts += [full_size(results), *under_attack(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = "|---" * len(heads) + "|"
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return "\n".join([head, rule, *lines])
 
 
 def full_size(results: Path) -> str:
@@ -234,11 +237,8 @@ def full_size(results: Path) -> str:
     if not columns:
         return ""
     methods = dict.fromkeys(method for column in columns.values() for method in column)
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in methods:
-        cells = [column.get(method, "–") for column in columns.values()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = ([m, *(column.get(m, "–") for column in columns.values())] for m in methods)
+    return grid(["", *columns], rows)
 
 
 def under_attack(results: Path) -> list[str]:
@@ -250,18 +250,15 @@ def under_attack(results: Path) -> list[str]:
     means = record["means"]
     budgets = list(next(iter(means.values())))
     words, pictures = record["words"], record["pictures a word"] * len(record["words"])
-    lines = [
+    rows = ([method, *(_percent(row[name]) for name in budgets)] for method, row in means.items())
+    return [
         "\n## Under attack\n",
         f"The share of pictures in which an erased word is seen again ({', '.join(words)};",
         f"{pictures} pictures): without attack (pre-ASR), and under two kinds, each with ever more to",
         "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
         "Made by `python experiments/attacked.py`.\n",
-        "| method | " + " | ".join(budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
+        grid(["method", *budgets], rows),
     ]
-    for method, row in means.items():
-        lines.append(f"| {method} | " + " | ".join(_percent(row[name]) for name in budgets) + " |")
-    return lines
 
 
 def _percent(one: dict[str, Any]) -> str:
@@ -280,13 +277,12 @@ def summary(results: Path) -> str:
             found |= {name: (size, one) for name, one in record["suites"].items()}
     suites = [task.suite for task in TASKS if task.suite in found]
     methods = list(dict.fromkeys(method for name in suites for method in found[name][1]["rows"]))
-    lines = ["| | " + " | ".join(f"{name}, {found[name][0]}" for name in suites) + " |"]
-    lines.append("|---" * (len(suites) + 1) + "|")
+    lines = []
     for method in methods:
         rows = [(found[name][1]["rows"].get(method), found[name][1]["score"]) for name in suites]
         cells = [_percent(row[score]) if row else "–" for row, score in rows]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return grid(["", *(f"{name}, {found[name][0]}" for name in suites)], lines)
 
 
 def _both(results: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from expunge import __version__
 from expunge.changes import summary
 from expunge.edit import Edit
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, listed
 from expunge.fields import spelled_out
 
 LIMITS = """\
@@ -74,8 +74,7 @@ LORAS = ("lora", "kohya")
 
 def _title(edit: Edit) -> str:
     names = [concept.name for concept in edit.record.problem.erase]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{edit.record.model or 'A model'} without {shown}"
+    return f"{edit.record.model or 'A model'} without {listed(names, 3)}"
 
 
 def _yaml(header: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from expunge import __version__, commands, concepts, files, registry, source
 from expunge.commands import Loading
-from expunge.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.errors import ExpungeError, ExpungeWarning, listed, unknown
 from expunge.fields import spelled_out
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -279,10 +279,9 @@ def erase_command(options: Erase, method: Any) -> None:
     named = (
         word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
     )
-    if strange := list(dict.fromkeys(named)):
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+    if strange := [repr(word) for word in dict.fromkeys(named)]:
         warnings.warn(
-            f"this model's tokenizer has no token for {', '.join(map(repr, strange[:3]))}{more}:"
+            f"this model's tokenizer has no token for {listed(strange, 3)}:"
             " look whether it is spelled as you meant",
             ExpungeWarning,
             stacklevel=1,
@@ -309,8 +308,7 @@ def erase_command(options: Erase, method: Any) -> None:
         raise
     edit.save(options.output)
     work.discard(folder)
-    names = ", ".join(c.name for c in problem.erase[:10])
-    names += f" and {len(problem.erase) - 10} more" if len(problem.erase) > 10 else ""
+    names = listed([concept.name for concept in problem.erase], 10)
     size = files.size(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
 
@@ -443,8 +441,7 @@ def _show(report: Report) -> None:
         _out().print(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
-            more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-            print(f"left out, for the original seldom draws them: {', '.join(left_out[:5])}{more}")
+            print(f"left out, for the original seldom draws them: {listed(left_out, 5)}")
 
 
 def _score(estimate: Estimate | None) -> str:

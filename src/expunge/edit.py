@@ -28,7 +28,7 @@ from expunge.changes import (
     content,
     from_spec,
 )
-from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.errors import ExpungeError, ExpungeWarning, listed
 from expunge.files import read_header, replacing
 from expunge.method import Method
 from expunge.model import Model
@@ -266,10 +266,9 @@ def _warn_of_overlaps(problem: Problem) -> None:
     pairs = problem.overlaps()
     if pairs:
         of = dict.fromkeys(problem.retain, "retained")
-        shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs[:3]]
-        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs]
         warnings.warn(
-            f"names that share words with an erased one may change with it: {', '.join(shown)}{more}",
+            f"names that share words with an erased one may change with it: {listed(shown, 3)}",
             ExpungeWarning,
             stacklevel=3,
         )

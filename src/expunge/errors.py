@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ExpungeError(ValueError):
@@ -12,6 +12,16 @@ class ExpungeError(ValueError):
 
 class ExpungeWarning(UserWarning):
     """Something that works, but perhaps not as the caller expects."""
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> listed(["cat", "dog", "ship"], 3), listed(["cat", "dog", "ship"], 1)
+    ('cat, dog, ship', 'cat and 2 more')
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ExpungeError:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from expunge.case import PUBLISHED, Case, Row, comparisons
+from expunge.errors import listed
 from expunge.looks import make
 from expunge.metric import Judge
 from expunge.pictures import image
@@ -217,8 +218,7 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
-        "erased": ", ".join(case.erased[:6])
-        + (f" and {len(case.erased) - 6} more" if len(case.erased) > 6 else ""),
+        "erased": listed(case.erased, 6),
         "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
         "left_out": case.left_out,
         "differences": [
