@@ -220,7 +220,7 @@ def table(results: Path) -> str:
 def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     rule = "|---" * len(heads) + "|"
-    head, *lines = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    head, *lines = ("| " + " | ".join(cells).lstrip() + " |" for cells in (heads, *rows))
     return "\n".join([head, rule, *lines])
 
 
