@@ -4,10 +4,10 @@ No training: while the original model draws a word, its prediction is replaced b
 target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found in the pictures then is where training
 leads at the best: for each t' and η, how often the word is still seen, and how often the picture is a
 muddle. Sixteen words of `experiments/tune/many.toml` and the foods of `experiments/tune/explicit.toml`,
-where any food counts, which no suite reports; and the twenty flags of `experiments/ant/flags.toml`, from
-which no value was chosen. Writes `experiments/results/ant_oracle.json`.
+where any food counts, which no suite reports; and the twenty flags and the ten words of
+`experiments/ant`, from which no value was chosen. Writes `experiments/results/ant_oracle.json`.
 
-    python experiments/ant_oracle.py [--each 4]
+    python experiments/ant_oracle.py [--each 4] [--only "ten words"]
 """
 
 from __future__ import annotations
@@ -49,15 +49,17 @@ def steered(model: Model, turn: float, eta: float) -> Any:
 
 
 def words() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The labels that count as each word: {"objects": …, "foods": …, "flags": …}."""
+    """The labels that count as each word: {"objects": …, "foods": …, "flags": …, "ten words": …}."""
     objects, flags = suite("many").concepts, Suite.read("identity").concepts
     chosen = [concept.name for concept in many()[0].erase]
     flagged = [c.name for c in Experiment.read(HERE / "ant" / "flags.toml").problems[0].erase]
     food = suite("explicit").concepts[0]
+    erased = [p.erase[0].name for p in Experiment.read(HERE / "ant" / "objects.toml").problems]
     return {
         "objects": {c.name: c.labels for c in objects if c.name in chosen},
         "foods": dict.fromkeys(food.also, food.labels),
         "flags": {c.words: c.labels for c in flags if c.words in flagged},
+        "ten words": {c.name: c.labels for c in Suite.read("object").concepts if c.name in erased},
     }
 
 
@@ -75,14 +77,17 @@ def main() -> None:
     """Draw, look, and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--each", type=int, default=4, help="pictures of each word")
-    each = parser.parse_args().each
-    model, detector = expunge.load("emoji"), Detector.load()
-    found: dict[str, list[dict[str, float]]] = {}
-    for kind, labels in words().items():
+    parser.add_argument("--only", nargs="+", default=list(words()), choices=list(words()))
+    options = parser.parse_args()
+    model, detector, each = expunge.load("emoji"), Detector.load(), options.each
+    file = HERE / "results" / "ant_oracle.json"
+    found: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if file.is_file() else {}
+    for kind in options.only:
+        labels, found[kind] = words()[kind], []
         prompts = tuple(f"a photo of the {word}" for word in labels for _ in range(each))
         wanted = [those for those in labels.values() for _ in range(each)]
         probe = Probe(prompts, tuple(range(len(prompts))))
-        rows = found.setdefault(kind, [])
+        rows = found[kind]
         with model.autocasting(torch.bfloat16):
             rows.append(look(model, detector, probe, wanted))
             for turn, eta in itertools.product(TURNS, ETAS):
@@ -90,7 +95,7 @@ def main() -> None:
                 rows.append({"turn": turn, "eta": eta, **look(model, detector, probe, wanted)})
                 print(kind, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
             del model._guided  # type: ignore[attr-defined]
-    with replacing(HERE / "results" / "ant_oracle.json") as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 

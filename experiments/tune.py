@@ -1,9 +1,10 @@
 """Choose the values of a method's emoji presets on words that no suite reports.
 
 Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
-were unsafe, one style. Food is told in four ways: as concepts that become ground or nothing
-(`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
-the values given is tried, judged as any edit is. What has been tried stays in
+were unsafe, one style. The sixteen become sea, sky and the like, or "a thing", which is no one
+picture, as "a flag" is none (`many-vague`). Food is told in four ways: as concepts that become ground
+or nothing (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every
+combination of the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn in
 bfloat16.
 
@@ -86,8 +87,9 @@ def objects() -> list[Problem]:
     ]
 
 
-def many() -> list[Problem]:
-    """Sixteen words erased together, the suite's others retained."""
+def many(anchor: str = "") -> list[Problem]:
+    """Sixteen words erased together, the suite's others retained; each becomes what stands near it, or
+    all become one thing."""
     becomes = {
         "sea": ("tropical fish", "octopus", "whale", "crab"),
         "sky": ("butterfly", "honeybee"),
@@ -95,7 +97,9 @@ def many() -> list[Problem]:
         "grass": ("tree", "sunflower", "soccer ball"),
         "street": ("tractor",),
     }
-    erase = (Concept(name, anchor, "identity") for anchor, names in becomes.items() for name in names)
+    erase = (
+        Concept(name, anchor or near, "identity") for near, names in becomes.items() for name in names
+    )
     return [Problem(tuple(erase), suite("many").retain)]
 
 
@@ -117,6 +121,7 @@ def style() -> list[Problem]:
 TASKS: dict[str, Callable[[], list[Problem]]] = {
     "object": objects,
     "many": many,
+    "many-vague": partial(many, "a thing"),
     "explicit": explicit,
     "explicit-bare": partial(explicit, ""),
     "explicit-one": partial(explicit, one=True),
@@ -147,12 +152,12 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in fields), values, strict=True))
 
 
-def judge(model: Model, task: str, method: Method) -> dict[str, Any]:
+def judge(model: Model, task: str, method: Method, full: bool = False) -> dict[str, Any]:
     """What a task comes to: H and its terms, means over its problems, and shares unrecognisable."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
     with model.autocasting(torch.bfloat16):
-        report = expunge.evaluate(model, candidates, [suite(task)])
+        report = expunge.evaluate(model, candidates, [suite(task)], full=full)
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
     def mean(values: list[float]) -> float:
@@ -182,6 +187,9 @@ def main() -> None:
         "--preset", default="", help="where to start from; default: emoji, or the defaults"
     )
     parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
+    parser.add_argument(
+        "--full", action="store_true", help="more pictures, where the task's suite has them"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
     file = options.results / f"{options.method}.json"
@@ -200,9 +208,10 @@ def main() -> None:
             if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
         }
         title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
+        title = f"{title}; full size" if options.full else title
         rows = record.setdefault(task, {})
         if title not in rows:
-            rows[title] = judge(model, task, method)
+            rows[title] = judge(model, task, method, options.full)
             record["versions"] = {name: version(name) for name in ("expunge", "torch", "diffusers")}
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")

@@ -117,6 +117,29 @@ class TestObjective:
         assert Objective(preserve=1.0, prediction_guidance=2.0).of_student == (
             "late", "late empty", "early", "early empty")  # fmt: skip
 
+    def test_what_stays_is_the_originals_prediction_at_every_step(self):
+        model = double()
+        steering, one = Steering(model, COURSE).staying(), subject(model, "ship")
+        assert steering.late == tuple(range(6))
+        with InPlace(part_of(model, "denoiser")) as trained:
+            sample = steering.draw([one])
+            targets = steering.original(sample)
+            torch.testing.assert_close(steering.losses(sample, targets), torch.zeros(1).double())
+            disturb(trained)
+            moved = model.predict(sample.late.latents, sample.late.t, sample.text) - targets["late"]
+            found = steering.losses(sample, targets)
+            torch.testing.assert_close(found, moved.square().mean().reshape(1))
+        assert float(found.detach()) > 1e-4
+
+    def test_errors_may_be_taken_as_the_network_gives_them(self):
+        model = double(**V)
+        course = dataclasses.replace(COURSE, objective=Objective())
+        raw = Steering(model, dataclasses.replace(course, errors_in="prediction"))
+        steering, one = Steering(model, course), subject(model)
+        sample = steering.draw([one])
+        signal = model.log_snr()[sample.late.t].sigmoid()
+        torch.testing.assert_close(steering.losses(sample), signal * raw.losses(sample))
+
     def test_an_error_in_v_is_worth_its_error_in_epsilon(self):
         model = double(**V)
         torch.manual_seed(0)
@@ -282,11 +305,34 @@ class TestWeights:
                 torch.testing.assert_close(ours, plain[masks[name]])
         assert all(p.grad is None for p in parameters.values())
 
-    @pytest.mark.parametrize("drawn_by", ["current", "original"])
-    def test_cut_short_and_given_again(self, model, tmp_path, drawn_by, monkeypatch):
+    def test_a_term_of_its_own_keeps_what_is_retained(self, model):
+        ship, problem = subject(model, "ship"), Problem(PROBLEM.erase, ("ship",))
+        steering = Steering(model, COURSE).staying()
+        with torch.no_grad():
+            sample = steering.draw([ship] * 8)
+            targets = steering.original(sample)
+        moved = []
+        for weight in (0.0, 30.0):
+            fields = {**QUICK, "steps": 40, "maps": 0, "captions": "", "retain_weight": weight}
+            method = ANT(**fields, part="text", negative_guidance=10.0, drawn_by="original")
+            changes = expunge.erase(model, problem, method).changes
+            with model.using(changes), torch.no_grad():
+                moved.append(float(steering.losses(sample, targets).mean()))
+        assert 0 < moved[1] < moved[0] / 2
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"drawn_by": "current"},
+            {"drawn_by": "original"},
+            {"drawn_by": "original", "retain_weight": 1.0},
+        ],
+        ids=["current", "original", "retained"],
+    )
+    def test_cut_short_and_given_again(self, model, tmp_path, fields, monkeypatch):
         for module in ("steering", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
-        method = ANT(**{**QUICK, "steps": 7}, drawn_by=drawn_by, part="text")
+        method = ANT(**{**QUICK, "steps": 7}, **fields, part="text")
         whole = expunge.erase(model, PROBLEM, method)
 
         def cut(label, done, total):

@@ -8,6 +8,7 @@ Drawn by the original, trajectories are drawn once and kept with all that it pre
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,10 @@ the layers that read it; or all but the cross-attentions."""
 Reverse = Literal["late", "early", "always"]
 """Where guidance is reversed: from t' on, as in the paper; until t'; or at all times."""
 
+ErrorsIn = Literal["noise", "prediction"]
+"""What errors are measured in: the noise ε, or what the network predicts, which may be the same. In ε
+an error of a velocity is worth next to nothing where there is little but noise."""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -43,6 +48,7 @@ class Course:
     num_inference_steps: int = 50
     """Denoising steps; 0 for the model's own."""
     guidance_scale: float = 3.0
+    errors_in: ErrorsIn = "noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +124,8 @@ class Steering:
         self.model, self.course, self.objective = model, course, course.objective
         self.times = model.times(course.num_inference_steps or None)
         self.scale = model.noise_scale()
+        if course.errors_in == "prediction":
+            self.scale = torch.ones_like(self.scale)
         self.empty = model.unconditional(1)
         level = model.log_snr()
         low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))
@@ -153,6 +161,11 @@ class Steering:
             return "steering, reversed at all steps"
         words = "from step {} of {} on" if where == "late" else "until step {} of {}"
         return f"steering, reversed {words.format(n - self.late[0], n)}"
+
+    def staying(self) -> Steering:
+        """The course on which every prediction stays as it is: δ₀ is not reversed, at no step."""
+        course = dataclasses.replace(self.course, objective=Objective(-1.0), reverse="always")
+        return Steering(self.model, course)
 
     # Points.
 
@@ -276,6 +289,31 @@ class Steering:
         return self.objective.loss(student, original, late, early)
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A part of what weights are trained on."""
+
+    steering: Steering
+    subjects: Sequence[Subject]
+    kept: Sequence[Kept]
+    """Of each subject, drawn by the original; none for new ones by the network in training."""
+
+    @staticmethod
+    def of(steering: Steering, subject: Subject, samples: int, kept: int) -> Side:
+        """A number of trajectories of one subject at each step."""
+        return Side(
+            steering, [subject] * samples, [steering.keep(subject, kept)] * samples if kept else []
+        )
+
+    def meet(self, trained: InPlace) -> tuple[Sample, Predictions]:
+        """Points to train on, and what the original predicts there."""
+        if self.kept:
+            return self.steering.pick(self.subjects, self.kept)
+        sample = self.steering.draw(self.subjects)
+        with trained.off():
+            return sample, self.steering.original(sample)
+
+
 def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     """The parameters of a part of the denoiser, by the names that changes use.
 
@@ -317,6 +355,8 @@ def train_weights(
     rate: float,
     samples: int = 1,
     kept: int = 0,
+    retained: Subject | None = None,
+    retain_weight: float = 0.0,
 ) -> Changes:
     """Train weights in place with Adam, and take them off again: the changes, sparse or dense.
 
@@ -332,14 +372,16 @@ def train_weights(
         rate: Adam's learning rate.
         samples: trajectories a step.
         kept: how many trajectories the original draws once; 0 for new ones by the network in training.
+        retained: prompts whose predictions stay as they are; their random numbers are the subject's.
+        retain_weight: of that term.
 
     Raises:
         ExpungeError: the loss runs away before any state was kept.
     """
     optimiser = torch.optim.Adam(trained.values, lr=rate, foreach=False)
-    subjects, drawn = [subject] * samples, []
-    if kept:
-        drawn = [steering.keep(subject, kept)] * samples
+    sides = [(1.0, Side.of(steering, subject, samples, kept))]
+    if retained is not None:
+        sides.append((retain_weight, Side.of(steering.staying(), retained, samples, kept)))
     start, losses = _resumed(run, trained, optimiser, subject)
     good: list[Tensor] = []
     with frozen(steering.model.parameters()), trained:
@@ -347,14 +389,9 @@ def train_weights(
         run.progress(steering.title, start, steps)
         for step in range(start, steps):
             numbers = subject.generator.get_state()
-            if drawn:
-                sample, original = steering.pick(subjects, drawn)
-            else:
-                sample = steering.draw(subjects)
-                with trained.off():
-                    original = steering.original(sample)
+            met = [(weight, side.steering, side.meet(trained)) for weight, side in sides]
             with torch.enable_grad():
-                loss = steering.losses(sample, original).mean()
+                loss = torch.stack([w * one.losses(*points).mean() for w, one, points in met]).sum()
             if diverged([*losses, float(loss.detach())]):
                 _give_up(trained, good, step)
                 break

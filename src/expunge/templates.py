@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from expunge.errors import ExpungeError
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
         "a photo of the {}",
@@ -133,3 +137,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 """By kind. The first of each is what pictures of a concept are drawn with."""
+
+
+def require_place(templates: Iterable[str]) -> None:
+    """Check that each template has one place for the concept.
+
+    Raises:
+        ExpungeError: one has none, or several.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")

@@ -25,7 +25,7 @@ from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded as attacked
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
-from expunge.templates import TEMPLATES
+from expunge.templates import TEMPLATES, require_place
 
 Stage = Literal["gate", "harden"]
 STAGES: tuple[Stage, ...] = ("gate", "harden")
@@ -181,9 +181,7 @@ class ACE(Method):
                 f"only directions shared by all layers can be hardened: with reduction"
                 f" {self.reduction!r}, set stages to 'gate'"
             )
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        require_place(self.templates)
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)

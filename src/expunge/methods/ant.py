@@ -20,10 +20,12 @@ from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
+from expunge.prior import captions
 from expunge.problem import Concept, Problem, key
 from expunge.run import Run, Tensors
 from expunge.steering import (
     Course,
+    ErrorsIn,
     Part,
     Reverse,
     Steering,
@@ -33,7 +35,7 @@ from expunge.steering import (
     train_factors,
     train_weights,
 )
-from expunge.templates import TEMPLATES
+from expunge.templates import TEMPLATES, require_place
 
 COCO = 616_767
 """The captions of COCO, which the paper's prior is the sum over."""
@@ -146,6 +148,8 @@ class ANT(Method):
     """λ₃, weight of the early predictions for the empty prompt."""
     prediction_guidance: float = bounded(1.0, at_least=1)
     """g, guidance within the predictions that are compared."""
+    errors_in: ErrorsIn = "noise"
+    """What errors are measured in: "noise"; or "prediction", as the network gives it."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
     """Guidance of the trajectories."""
     trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
@@ -171,6 +175,9 @@ class ANT(Method):
     """A .safetensors file for the saliency mask: taken from there, or made and kept there."""
     augmentations: tuple[str, ...] = ()
     """Prompts for the maps, the concept among them; by default its names in the templates."""
+    retain_weight: float = bounded(0.0, at_least=0)
+    """Weight of a term of ours, for weights: predictions for what is retained and for the captions stay
+    as they were."""
     rank: int = bounded(64, at_least=1)
     """The rank of each concept's low-rank change."""
     alpha: float = bounded(1.0, above=0)
@@ -203,9 +210,7 @@ class ANT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        require_place(self.templates)
         if self.mask and not self.mask.endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
@@ -253,7 +258,12 @@ class ANT(Method):
             self.prediction_guidance,
         )
         return Course(
-            objective, self.turn, self.reverse, self.trajectory_steps, self.trajectory_guidance
+            objective,
+            self.turn,
+            self.reverse,
+            self.trajectory_steps,
+            self.trajectory_guidance,
+            self.errors_in,
         )
 
     # One concept: weights with a mask.
@@ -268,16 +278,36 @@ class ANT(Method):
         if self.maps:
             found = self._mask(steering, augmented, run)
             masks = {k: m.to(parameters[k].device) for k, m in found.masks.items()}
+        generator = run.generator("training")
         return train_weights(
             steering,
-            Subject(problem.erase[0].name, model.encode(prompts), run.generator("training")),
+            Subject(problem.erase[0].name, model.encode(prompts), generator),
             InPlace(parameters, masks),
             run,
             steps=self.steps,
             rate=self.rate,
             samples=self.samples,
             kept=self._kept,
+            retained=self._retained(model, problem, generator),
+            retain_weight=self.retain_weight,
         )
+
+    def _retained(self, model: Model, problem: Problem, generator: torch.Generator) -> Subject | None:
+        """Prompts that stay as they are: of the retained and of the captions, as often."""
+        if not self.retain_weight:
+            return None
+        named = [template.format(text) for text in problem.retain for template in fusion.RETAINED]
+        erased = [f" {key(name)} " for concept in problem.erase for name in concept.names]
+        general = [
+            text
+            for text in (captions(self.captions) if self.captions else ())
+            if not any(name in f" {key(text)} " for name in erased)
+        ]
+        if not named and not general:
+            raise ExpungeError("retain_weight keeps nothing: retain something, or give captions")
+        times = max(1, len(general) // max(1, len(named)))
+        rows = [*(list(range(len(named))) * times), *range(len(named), len(named) + len(general))]
+        return Subject("retained", model.encode([*named, *general])[rows], generator)
 
     def _mask(self, steering: Steering, prompts: Sequence[str], run: Run) -> saliency.Mask:
         """The mask of the file, or a new one, which is kept there and with the unfinished work."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from expunge.changes import Changes
-from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model
@@ -16,6 +15,7 @@ from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
 from expunge.run import Run
 from expunge.steering import Course, Steering, Subject, part_of, train_weights
+from expunge.templates import require_place
 
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
@@ -86,9 +86,7 @@ class ESD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        require_place(self.templates)
 
     @property
     def course(self) -> Course:

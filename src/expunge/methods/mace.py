@@ -27,7 +27,7 @@ from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
 from expunge.steering import Course, Steering, Subject, layers_of, train_factors
-from expunge.templates import TEMPLATES
+from expunge.templates import TEMPLATES, require_place
 
 Stage = Literal["refine", "suppress", "fuse"]
 STAGES: tuple[Stage, ...] = ("refine", "suppress", "fuse")
@@ -265,9 +265,7 @@ class MACE(Method):
             raise ExpungeError(
                 f"focal_high must be above focal_low, not {self.focal_high:g} to {self.focal_low:g}"
             )
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        require_place(self.templates)
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         concepts = len(problem.erase)

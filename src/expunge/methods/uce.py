@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from expunge.changes import Changes, Right
-from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
 from expunge.run import Run
+from expunge.templates import require_place
 
 TEMPLATES = {
     "object": ("{}", "a photo of the {}", "a picture of a {}", "a drawing of one {}"),
@@ -70,9 +70,7 @@ class UCE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")
+        require_place(self.templates)
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
