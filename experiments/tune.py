@@ -37,6 +37,7 @@ from expunge.files import replacing
 from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
+from expunge.robust import robustness
 from expunge.run import Run, Tensors
 from expunge.suite import Suite
 
@@ -71,6 +72,9 @@ class RememberingANT(ANT):
             FACTORS[key] = super().train(model, problem, run, whole, prior)
         return FACTORS[key]
 
+
+ATTACKED = 4
+"""Pictures of each prompt that are attacked, which takes long."""
 
 LESSONS: dict[Any, Lesson] = {}
 FACTORS: dict[Any, dict[str, Tensors]] = {}
@@ -152,12 +156,18 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in fields), values, strict=True))
 
 
-def judge(model: Model, task: str, method: Method, full: bool = False) -> dict[str, Any]:
-    """What a task comes to: H and its terms, means over its problems, and shares unrecognisable."""
+def judge(
+    model: Model, task: str, method: Method, full: bool = False, attack: str = ""
+) -> dict[str, Any]:
+    """What a task comes to: H and its terms, means over its problems, shares unrecognisable, and what an
+    attack brings back."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
     with model.autocasting(torch.bfloat16):
         report = expunge.evaluate(model, candidates, [suite(task)], full=full)
+        quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
+        fewer = dataclasses.replace(suite(task), sizes={"quick": quick})
+        attacks = [robustness(model, edit, fewer, attack) for edit in edits if attack]
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
     def mean(values: list[float]) -> float:
@@ -172,6 +182,11 @@ def judge(model: Model, task: str, method: Method, full: bool = False) -> dict[s
             for role in rows[0][1].roles
         },
         "each": {case.erased[0]: round(row.h.value, 3) for case, row in rows},
+        **{
+            budget: mean([one.asr[budget].value for one in attacks])
+            for one in attacks
+            for budget in one.asr
+        },
         "pictures": sum(seen["seen"].n for _, row in rows for seen in row.roles.values()),
         "left out": sorted({words for case, _ in rows for _, words, _ in case.left_out}),
         "seconds": mean([edit.record.seconds for edit in edits]),
@@ -190,6 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="more pictures, where the task's suite has them"
     )
+    parser.add_argument("--attack", default="", choices=["", *registry.names("attacks")])
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
     file = options.results / f"{options.method}.json"
@@ -208,10 +224,10 @@ def main() -> None:
             if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
         }
         title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
-        title = f"{title}; full size" if options.full else title
+        title += "; full size" * options.full + f"; under {options.attack}" * bool(options.attack)
         rows = record.setdefault(task, {})
         if title not in rows:
-            rows[title] = judge(model, task, method, options.full)
+            rows[title] = judge(model, task, method, options.full, options.attack)
             record["versions"] = {name: version(name) for name in ("expunge", "torch", "diffusers")}
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")

@@ -131,15 +131,6 @@ class TestObjective:
             torch.testing.assert_close(found, moved.square().mean().reshape(1))
         assert float(found.detach()) > 1e-4
 
-    def test_errors_may_be_taken_as_the_network_gives_them(self):
-        model = double(**V)
-        course = dataclasses.replace(COURSE, objective=Objective())
-        raw = Steering(model, dataclasses.replace(course, errors_in="prediction"))
-        steering, one = Steering(model, course), subject(model)
-        sample = steering.draw([one])
-        signal = model.log_snr()[sample.late.t].sigmoid()
-        torch.testing.assert_close(steering.losses(sample), signal * raw.losses(sample))
-
     def test_an_error_in_v_is_worth_its_error_in_epsilon(self):
         model = double(**V)
         torch.manual_seed(0)

@@ -32,10 +32,6 @@ the layers that read it; or all but the cross-attentions."""
 Reverse = Literal["late", "early", "always"]
 """Where guidance is reversed: from t' on, as in the paper; until t'; or at all times."""
 
-ErrorsIn = Literal["noise", "prediction"]
-"""What errors are measured in: the noise ε, or what the network predicts, which may be the same. In ε
-an error of a velocity is worth next to nothing where there is little but noise."""
-
 
 @dataclass(frozen=True)
 class Course:
@@ -48,7 +44,6 @@ class Course:
     num_inference_steps: int = 50
     """Denoising steps; 0 for the model's own."""
     guidance_scale: float = 3.0
-    errors_in: ErrorsIn = "noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +119,6 @@ class Steering:
         self.model, self.course, self.objective = model, course, course.objective
         self.times = model.times(course.num_inference_steps or None)
         self.scale = model.noise_scale()
-        if course.errors_in == "prediction":
-            self.scale = torch.ones_like(self.scale)
         self.empty = model.unconditional(1)
         level = model.log_snr()
         low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))

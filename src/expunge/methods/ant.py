@@ -25,7 +25,6 @@ from expunge.problem import Concept, Problem, key
 from expunge.run import Run, Tensors
 from expunge.steering import (
     Course,
-    ErrorsIn,
     Part,
     Reverse,
     Steering,
@@ -111,7 +110,7 @@ class ANT(Method):
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "one object of the emoji model; chosen on other words", **EMOJI_MANY,
-                         **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0},
+                         **EMOJI_ALONE, "steps": 120, "samples": 4, "fuse_prior": 100.0},
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
@@ -148,8 +147,6 @@ class ANT(Method):
     """λ₃, weight of the early predictions for the empty prompt."""
     prediction_guidance: float = bounded(1.0, at_least=1)
     """g, guidance within the predictions that are compared."""
-    errors_in: ErrorsIn = "noise"
-    """What errors are measured in: "noise"; or "prediction", as the network gives it."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
     """Guidance of the trajectories."""
     trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
@@ -258,12 +255,7 @@ class ANT(Method):
             self.prediction_guidance,
         )
         return Course(
-            objective,
-            self.turn,
-            self.reverse,
-            self.trajectory_steps,
-            self.trajectory_guidance,
-            self.errors_in,
+            objective, self.turn, self.reverse, self.trajectory_steps, self.trajectory_guidance
         )
 
     # One concept: weights with a mask.
