@@ -465,10 +465,15 @@ class TestMany:
         assert not torch.equal(plain[up], double_[up])
         assert not none[up].any()  # what nothing will be left of has no gradient
 
-    @pytest.mark.parametrize("given", [{"mask": "m.safetensors"}, {"augmentations": ("an airplane",)}])
-    def test_without_a_mask(self, model, given):
+    @pytest.mark.parametrize(
+        "given",
+        [{"mask": "m.safetensors"}, {"augmentations": ("an airplane",)}, {"retain_weight": 1.0}],
+        ids=["mask", "augmentations", "retain_weight"],
+    )
+    def test_what_only_weights_have(self, model, given):
         method = ANT.preset("fast", **given)
-        with pytest.raises(ExpungeError, match=f"no saliency mask: leave {next(iter(given))} out"):
+        (what,) = given
+        with pytest.raises(ExpungeError, match=f"know no {what}: leave it out, or train weights"):
             expunge.erase(model, PROBLEM, method)
 
     def test_through_the_fusion_is_another_edit(self, model):
@@ -567,6 +572,7 @@ class TestESD:
         ({"augmentations": ("a ship", "an aircraft")}, "the augmentations names 'airplane'"),
         ({"mask": "mask.pt"}, "a mask is a .safetensors file; mask.pt should end so"),
         ({"templates": ("no place",)}, "one {} for the concept"),
+        ({"retain_weight": 1.0, "captions": ""}, "keeps nothing: retain something, or give captions"),
         ({"part": "attention"}, "part must be .*did you mean 'cross-attention'"),
     ],
 )

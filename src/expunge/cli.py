@@ -432,12 +432,16 @@ def _show(report: Report) -> None:
     for name in dict.fromkeys(case.suite.name for case in report.cases):
         cases = [case for case in report.cases if case.suite.name == name]
         terms = list(dict.fromkeys(term for case in cases for row in case.rows for term in row.terms))
-        table = Table(name, "erased", cases[0].suite.score, *terms, box=None, pad_edge=False)
-        for case in cases:
-            erased = ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "")
+        erased = [", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "") for case in cases]
+        several = len(set(erased)) > 1
+        heads = [name, "erased"] if several else [f"{name}: {erased[0]} erased"]
+        table = Table(*heads, box=None, pad_edge=False)
+        for term in (cases[0].suite.score, *terms):
+            table.add_column(term, no_wrap=True)
+        for case, words in zip(cases, erased, strict=True):
             for row in case.rows:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
-                table.add_row(row.name, erased, *map(_score, numbers))
+                table.add_row(row.name, *[words] * several, *map(_score, numbers))
         _out().print(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:

@@ -221,10 +221,12 @@ class ANT(Method):
         # Kept trajectories are foretold twice at every step; others end half the way on average.
         drawn = self._kept * 2 * whole if self._kept else points * (whole // 2 + len(asked.of_original))
         maps = 0 if many else self.maps
+        # What stays by a term of its own is met as often as the concept.
+        staying = bool(self.retain_weight)
         return Work(
             prompts,
-            drawn * (len(problem.erase) if many and self._kept else 1) + maps * whole,
-            points * len(asked.of_student) + maps * self.map_samples,
+            drawn * (len(problem.erase) if many and self._kept else 1 + staying) + maps * whole,
+            points * (len(asked.of_student) + staying) + maps * self.map_samples,
         )
 
     def _many(self, problem: Problem) -> bool:
@@ -233,11 +235,9 @@ class ANT(Method):
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         many = self._many(problem)
-        if many and (self.mask or self.augmentations):
-            what = "mask" if self.mask else "augmentations"
-            raise ExpungeError(
-                f"low-rank changes have no saliency mask: leave {what} out, or train weights"
-            )
+        for what in ("mask", "augmentations", "retain_weight"):
+            if many and getattr(self, what):
+                raise ExpungeError(f"low-rank changes know no {what}: leave it out, or train weights")
         steering = Steering(model, self.course)
         if many:
             sums = self._sums(model, problem, run)
