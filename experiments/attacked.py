@@ -3,7 +3,8 @@
 Every method erases each word as `experiments/ace/objects.toml` tells it; both attacks run at the object
 suite's budgets, anew against every edit. Only ACE knows a bounded attack from its training, and that one
 is on keys and values; textual inversion is in no method's training. Writes
-`experiments/results/ace/attacked.json`, after every edit.
+`experiments/results/ace/attacked.json`, after every edit, and `docs/images/ace-attacked.png`: each word
+before, and from each edit under attack, at radius 0.2 and after 150 steps.
 
     python experiments/attacked.py [--words airplane cat ship] [--pictures 6]
     python experiments/attacked.py --words airplane --methods "ace, wide gates" --to wide.json
@@ -27,7 +28,9 @@ from expunge.cache import model_hash
 from expunge.edit import Edit
 from expunge.experiment import Experiment
 from expunge.files import replacing
+from expunge.pictures import save
 from expunge.robust import Robustness, robustness
+from expunge.sheet import Band, sheet
 from expunge.statistics import Estimate
 
 HERE = Path(__file__).parent
@@ -40,6 +43,8 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "uce", "title": "uce"},
 )
 ATTACKS = ("embedding", "inversion")
+AT = {"embedding": -2, "inversion": -1}
+"""Which of a strip's rows is shown: radius 0.2, which is hardened against, and the longest inversion."""
 
 
 def summary(found: list[Robustness]) -> dict[str, dict[str, Estimate]]:
@@ -68,6 +73,15 @@ def differences(means: dict[str, dict[str, Estimate]], of: str = "ace") -> dict[
     }
 
 
+def band(title: str, found: list[Robustness]) -> Band:
+    """One word under one attack: before, and what each edit then draws."""
+    rows = [found[0].strip.rows[0]]
+    for one in found:
+        label, pictures = one.strip.rows[AT[one.attack]]
+        rows.append((f"{one.edit}, {label}", pictures))
+    return Band(title, found[0].strip.captions, rows, "seen, at the left")
+
+
 def main() -> None:
     """Erase, attack, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -77,6 +91,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=titles[:3], choices=titles)
     parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
+    images = HERE.parent / "docs" / "images"
+    parser.add_argument("--pictures-to", type=Path, default=images / "ace-attacked.png")
     options = parser.parse_args()
     experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
     (suite,) = experiment.suites
@@ -86,6 +102,7 @@ def main() -> None:
     methods = tuple(one for one in METHODS if one["title"] in options.methods)
     experiment = dataclasses.replace(experiment, methods=methods, problems=problems)
     found: list[Robustness] = []
+    strips: dict[str, list[Robustness]] = {}
     record: dict[str, Any] = {
         "model sha256": model_hash(model),
         "words": options.words,
@@ -102,6 +119,7 @@ def main() -> None:
             with model.autocasting(torch.bfloat16):
                 found.append(robustness(model, candidate.edit, suite, attack, name=job.title))
             record["edits"][job.name]["attacks"][attack] = found[-1].to_dict()
+            strips.setdefault(f"{job.problem.erase[0].name}, {attack}", []).append(found[-1])
         means = summary(found)
         record["means"] = {
             method: {budget: dataclasses.asdict(value.score) for budget, value in row.items()}
@@ -112,6 +130,7 @@ def main() -> None:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
         print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
+    save(sheet([band(title, some) for title, some in strips.items()], 96), options.pictures_to)
     table = Table("", *next(iter(means.values())))
     for method, row in means.items():
         table.add_row(method, *(f"{100 * value.value:.0f}" for value in row.values()))

@@ -383,8 +383,10 @@ def _attack(
     suites: Sequence[Suite],
     cache: Cache,
 ) -> None:
-    """Attack every edit on every suite: `robustness.json`, and a table."""
+    """Attack every edit on every suite: `robustness.json`, pictures, and a table."""
+    from expunge.pictures import save
     from expunge.robust import robustness
+    from expunge.sheet import sheet
 
     found = []
     with _progress() as progress:
@@ -398,11 +400,14 @@ def _attack(
     text = json.dumps([one.to_dict() for one in found], indent=1, ensure_ascii=False)
     with files.replacing(Path(options.output) / "robustness.json") as temporary:
         temporary.write_text(text + "\n", "utf8")
+    pictures = Path(options.output) / "robustness.png"
+    save(sheet([one.strip for one in found], 96), pictures)
     table = Table("suite", "edit", "attack", "pre-ASR", "ASR", box=None, pad_edge=False)
     for row in found:
         shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
         table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares)
     _out().print(table)
+    print(f"attacked pictures: {pictures}")
 
 
 def run_command(options: RunOptions) -> None:

@@ -29,6 +29,7 @@ from expunge.metric import Judge
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.run import Progress, Run, quiet
+from expunge.sheet import Band
 from expunge.statistics import Estimate
 from expunge.suite import Cell, Suite
 
@@ -37,6 +38,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "inversion": {"steps": [50, 150]},
 }
 """The budgets of a suite that names none."""
+
+SHOWN = 6
+"""Pictures in a strip."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,8 @@ class Robustness:
     """pre-ASR"""
     asr: Mapping[str, Estimate]
     """ASR, for each budget in words."""
+    strip: Band
+    """A few of the pictures: before, after, and attacked, with a row for each budget."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -116,7 +122,12 @@ def robustness(
         }
         return statistics.mean(counted, name=f"{attack} on {name}")
 
+    chosen = _spread(asked)
     pre, asr = share(), {}
+    shown = {
+        "before": cache.draw(original, _at(asked, chosen)),
+        f"after: {_percent(pre)}": cache.draw(edited, _at(asked, chosen)),
+    }
     for budget, one in ladder.items():
         rows = [
             _attacked(model, edit, one, cell, asks, Run(seed, progress))
@@ -125,9 +136,30 @@ def robustness(
         found = seen(edited, rows, f"{suite.name}, {attack} {budget}")
         reached = {key: torch.maximum(reached[key], x.nan_to_num(0)) for key, x in found.items()}
         asr[budget] = share()
+        shown[f"{budget}: {_percent(asr[budget])}"] = cache.draw(edited, _at(rows, chosen))
     first = dataclasses.asdict(next(iter(ladder.values())))
     plain = {key: value for key, value in first.items() if key != _grid(suite, attack)[0]}
-    return Robustness(suite.name, name or edit.record.method, attack, plain, pre, asr)
+    name = name or edit.record.method
+    captions = [one.prompt for one in _at(asked, chosen)]
+    strip = Band(
+        f"{attack} on {name}", captions, [(k, list(v)) for k, v in shown.items()], "seen, at the left"
+    )
+    return Robustness(suite.name, name, attack, plain, pre, asr, strip)
+
+
+def _spread(asked: Sequence[Sequence[Request]]) -> list[tuple[int, int]]:
+    """A few of all pictures, evenly taken: their cell, and their place in it."""
+    every = [(cell, place) for cell, row in enumerate(asked) for place in range(len(row))]
+    return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
+
+
+def _at(rows: Sequence[Sequence[Request]], chosen: Sequence[tuple[int, int]]) -> list[Request]:
+    return [rows[cell][place] for cell, place in chosen]
+
+
+def _percent(share: Estimate) -> str:
+    """In a few letters, for a label."""
+    return f"{100 * share.value:.0f} %"
 
 
 def budgets(suite: Suite, attack: str) -> dict[str, Attack]:

@@ -110,7 +110,7 @@ class ANT(Method):
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "one object of the emoji model; chosen on other words", **EMOJI_MANY,
-                         **EMOJI_ALONE, "steps": 120, "samples": 4, "fuse_prior": 100.0},
+                         **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0},
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
