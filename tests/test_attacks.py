@@ -212,6 +212,13 @@ class TestJudged:
         assert found.pre.value == float(after[bright.argmax()] > judge.threshold)
         shares = [found.pre.value, *(asr.value for asr in found.asr.values())]
         assert shares == sorted(shares)
+        rows = found.strip.rows
+        assert [name.partition(":")[0] for name, _ in rows] == [
+            "before", "after", "radius 0.1", "radius 0.4"]  # fmt: skip
+        with model.using(edit):
+            drawn_after = model.draw(probe)
+        for (_, pictures), drawn in zip(rows[:2], (model.draw(probe), drawn_after), strict=True):
+            torch.testing.assert_close(torch.stack(list(pictures)), drawn, atol=3e-3, rtol=0)
         drawn = cache.drawn
         robustness(model, edit, suite, "embedding", cache=cache)
         assert cache.drawn == drawn  # an attacked picture, too, is drawn once
