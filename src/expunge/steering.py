@@ -54,6 +54,8 @@ class Subject:
     text: Text
     """The concept's prompts."""
     generator: torch.Generator
+    anchor: Text | None = None
+    """The same prompts with the anchor in the concept's place, row for row; None for empty ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +77,12 @@ class Sample:
     late: Points
     early: Points | None
     """None where nothing is asked of early points."""
+    anchor: Text | None = None
+    """(n,) prompts of the anchor, or None for empty ones."""
 
     def points(self, asked: Asked) -> Points:
         """Where a prediction is asked for."""
-        points = self.late if asked in ("late", "late empty") else self.early
+        points = self.late if asked.startswith("late") else self.early
         assert points is not None
         return points
 
@@ -89,7 +93,8 @@ class Sample:
             rows = list(range(len(self.text)))[start : start + n]
             points = [p and Points(p.latents[rows], p.t[rows]) for p in (self.late, self.early)]
             assert points[0] is not None
-            parts.append(Sample(self.text[rows], points[0], points[1]))
+            anchor = self.anchor and self.anchor[rows]
+            parts.append(Sample(self.text[rows], points[0], points[1], anchor))
         return parts
 
 
@@ -105,6 +110,8 @@ class Kept:
     """ε₀ for the prompts, as `latents`."""
     empty: Tensor
     """ε₀ for the empty prompt, as `latents`."""
+    anchor: Tensor | None = None
+    """ε₀ for the anchor's prompts, as `latents`, where the objective asks for it."""
 
 
 class Steering:
@@ -169,6 +176,7 @@ class Steering:
         seeds = [self._below(s, 2**31) for s in subjects]
         places = [self._places(s) for s in subjects]
         text = Text.joined([s.text[[row]] for s, row in zip(subjects, rows, strict=True)])
+        anchor = [self._anchor(s)[[row]] for s, row in zip(subjects, rows, strict=True)]
         at = sorted({step for both in places for step in both})
         passed = dict(zip(at, self._run(text, seeds, at), strict=True))
         late, early = (
@@ -178,12 +186,14 @@ class Steering:
             )
             for steps in zip(*places, strict=True)
         )
-        return Sample(text, late, early if self.objective.meets_early else None)
+        met = early if self.objective.meets_early else None
+        return Sample(text, late, met, Text.joined(anchor))
 
     @torch.no_grad()
     def walk(self, subject: Subject, n: int) -> Sample:
         """n times two points of one trajectory of a subject, drawn by the network as it stands."""
-        text = subject.text[[self._below(subject, len(subject.text))]]
+        row = self._below(subject, len(subject.text))
+        text, anchor = subject.text[[row]], self._anchor(subject)[[row]]
         seed = self._below(subject, 2**31)
         places = [self._places(subject) for _ in range(n)]
         at = sorted({step for both in places for step in both})
@@ -192,21 +202,25 @@ class Steering:
             Points(torch.cat([passed[step] for step in steps]), self._times(steps, text))
             for steps in zip(*places, strict=True)
         )
-        return Sample(text[[0] * n], late, early if self.objective.meets_early else None)
+        met = early if self.objective.meets_early else None
+        return Sample(text[[0] * n], late, met, anchor[[0] * n])
 
     @torch.no_grad()
     def keep(self, subject: Subject, n: int) -> Kept:
         """Whole trajectories of a subject, drawn by the network as it stands, and its predictions."""
-        text = subject.text[[self._below(subject, len(subject.text)) for _ in range(n)]]
+        rows = [self._below(subject, len(subject.text)) for _ in range(n)]
+        text = subject.text[rows]
         seeds = [self._below(subject, 2**31) for _ in range(n)]
         latents = torch.stack(self._run(text, seeds, range(len(self.times))))
-        both = Text.joined([text, self.empty[[0] * n]])
+        asked = [text, self.empty[[0] * n]]
+        if self.objective.anchored:
+            asked.append(self._anchor(subject)[rows])
+        joined = Text.joined(asked)
         predicted = [
-            self.model.predict(x.repeat(2, 1, 1, 1), t, both)
+            self.model.predict(x.repeat(len(asked), 1, 1, 1), t, joined)
             for x, t in zip(latents, self.times, strict=True)
         ]
-        prompted, empty = torch.stack(predicted).chunk(2, 1)
-        return Kept(text, latents, prompted, empty)
+        return Kept(text, latents, *torch.stack(predicted).chunk(len(asked), 1))
 
     def pick(self, subjects: Sequence[Subject], kept: Sequence[Kept]) -> tuple[Sample, Predictions]:
         """Points of one kept trajectory of each subject, and the original's predictions there."""
@@ -223,10 +237,15 @@ class Steering:
         original: Predictions = {
             "late": at(late, "prompted"),
             "late empty": at(late, "empty"),
+            **({"late anchor": at(late, "anchor")} if self.objective.anchored else {}),
             "early": at(early, "prompted"),
             "early empty": at(early, "empty"),
         }
         return Sample(text, points[0], points[1] if self.objective.meets_early else None), original
+
+    def _anchor(self, subject: Subject) -> Text:
+        """The anchor's prompts, one for each of the subject's."""
+        return subject.anchor or self.empty[[0] * len(subject.text)]
 
     def _run(self, text: Text, seeds: Sequence[int], at: Sequence[int]) -> list[Tensor]:
         passed = self.model.passing(
@@ -255,9 +274,9 @@ class Steering:
 
     def ask(self, asked: Sequence[Asked], sample: Sample) -> Predictions:
         """The network's predictions, all in one batch."""
-        n, points = len(sample.text), [sample.points(one) for one in asked]
-        empty = self.empty[[0] * n]
-        text = Text.joined([empty if one.endswith("empty") else sample.text for one in asked])
+        points, empty = [sample.points(one) for one in asked], self.empty[[0] * len(sample.text)]
+        of = {"empty": empty, "anchor": sample.anchor or empty}
+        text = Text.joined([of.get(one.rpartition(" ")[2], sample.text) for one in asked])
         latents, t = (torch.cat([getattr(p, name) for p in points]) for name in ("latents", "t"))
         return dict(zip(asked, self.model.predict(latents, t, text).chunk(len(asked)), strict=True))
 

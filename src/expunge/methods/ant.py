@@ -16,7 +16,7 @@ from expunge.changes import Changes
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method, Work
-from expunge.model import Model
+from expunge.model import Model, Text
 from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
@@ -139,6 +139,9 @@ class ANT(Method):
     """Where guidance is reversed: "late", from t' on; "early", until t'; "always"."""
     negative_guidance: float = bounded(1.0, above=0)
     """η, how far past the empty prediction late guidance is turned."""
+    turn_to: Literal["empty", "anchor"] = "empty"
+    """What late predictions are turned to: the empty prompt's, as in the paper; or the anchor's, where
+    a concept has one, so that something is drawn in its place. Ours."""
     preserve: float = bounded(1.0, at_least=0)
     """λ₁, weight of the early predictions for the concept."""
     unconditional_late: float = bounded(0.5, at_least=0)
@@ -253,6 +256,7 @@ class ANT(Method):
             self.unconditional_late,
             self.unconditional_early,
             self.prediction_guidance,
+            self.turn_to == "anchor",
         )
         return Course(
             objective, self.turn, self.reverse, self.trajectory_steps, self.trajectory_guidance
@@ -273,7 +277,12 @@ class ANT(Method):
         generator = run.generator("training")
         return train_weights(
             steering,
-            Subject(problem.erase[0].name, model.encode(prompts), generator),
+            Subject(
+                problem.erase[0].name,
+                model.encode(prompts),
+                generator,
+                self._anchored(model, problem.erase),
+            ),
             InPlace(parameters, masks),
             run,
             steps=self.steps,
@@ -373,6 +382,7 @@ class ANT(Method):
                 concept.name,
                 model.encode(self._prompts(model, concept)),
                 run.generator("training", concept.name),
+                self._anchored(model, [concept]),
             )
             for concept in problem.erase
             if concept.name in names
@@ -431,6 +441,19 @@ class ANT(Method):
     @property
     def _kept(self) -> int:
         return self.trajectories if self.drawn_by == "original" else 0
+
+    def _anchored(self, model: Model, concepts: Sequence[Concept]) -> Text | None:
+        """For each of the concepts' prompts the one with the anchor in it, if it is asked for."""
+        if self.turn_to == "empty":
+            return None
+        prompts = [
+            template.format(concept.anchor) if concept.anchor else ""
+            for concept in concepts
+            for _ in concept.names
+            for template in self.templates or TEMPLATES[concept.kind]
+        ]
+        model.require_window(prompts)
+        return model.encode(prompts)
 
     def _prompts(self, model: Model, concept: Concept) -> list[str]:
         """A concept's names in its templates, name after name."""

@@ -9,7 +9,8 @@ So guidance keeps its direction early and is reversed late. With δ₀ = ε₀(z
       + λ₃ ‖ε(z_e, ∅) − ε₀(z_e, ∅)‖²                  early, without the concept
 
 ε is the denoiser in training, ε₀ the original; z_l and z_e are a late and an early point of one
-trajectory of c.
+trajectory of c. Where the concept has an anchor a, late guidance can be reversed from its prediction
+instead, so that the first target is ε₀(z_l, a) − η δ₀; that is ours.
 
 Source: ANT (Li et al., ACM MM 2025, arXiv 2504.12782). Its first term alone, at all times, is the
 objective of ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), eq. 7.
@@ -23,8 +24,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Asked = Literal["late", "late empty", "early", "early empty"]
-"""A prediction: at which point, and whether for the concept's prompt or for the empty one."""
+Asked = Literal["late", "late empty", "late anchor", "early", "early empty"]
+"""A prediction: at which point, and whether for the concept's prompt, the empty one, or the anchor's."""
 
 Predictions = Mapping[Asked, Tensor]
 """Predictions (n, c, h, w), raw as the network gives them."""
@@ -50,6 +51,8 @@ class Objective:
     prediction_guidance: float = 1.0
     """g, the guidance of the predictions: ε(z, c) becomes ε(z, ∅) + g (ε(z, c) − ε(z, ∅)), and η is
     multiplied by g."""
+    anchored: bool = False
+    """Whether late guidance is reversed from the anchor's prediction, not the empty one's; ours."""
 
     @property
     def meets_early(self) -> bool:
@@ -74,6 +77,7 @@ class Objective:
         needed: dict[Asked, bool] = {
             "late": True,
             "late empty": True,
+            "late anchor": self.anchored,
             "early": self.preserve > 0,
             "early empty": self.meets_early,
         }
@@ -89,7 +93,8 @@ class Objective:
         """
         push = self.negative_guidance * self.prediction_guidance
         empty = original["late empty"]
-        target = empty - push * (original["late"] - empty)
+        base = self._guided(original, "late anchor", "late empty") if self.anchored else empty
+        target = base - push * (original["late"] - empty)
         total = _error(self._guided(student, "late", "late empty"), target, late)
         if self.unconditional_late:
             total = total + self.unconditional_late * _error(student["late empty"], empty, late)
