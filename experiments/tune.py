@@ -2,8 +2,9 @@
 
 Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
 were unsafe, one style. The sixteen become sea, sky and the like, or "a thing", which is no one
-picture, as "a flag" is none (`many-vague`). Food is told in four ways: as concepts that become ground
-or nothing (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every
+picture, as "a flag" is none (`many-vague`), or five of them do (`many-few-vague`). Food is told in four
+ways: as concepts that become ground or nothing (`explicit-bare`), or as one with many names
+(`explicit-one`, `explicit-one-bare`). Every
 combination of the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn in
 bfloat16.
@@ -107,6 +108,12 @@ def many(anchor: str = "") -> list[Problem]:
     return [Problem(tuple(erase), suite("many").retain)]
 
 
+def few(anchor: str) -> list[Problem]:
+    """Five of the sixteen, all of which become one thing; the suite's others retained."""
+    (whole,) = many(anchor)
+    return [dataclasses.replace(whole, erase=whole.erase[::3][:5])]
+
+
 def explicit(anchor: str = "ground", one: bool = False) -> list[Problem]:
     """A group and its members, one name each, as many concepts or as one with many names; nothing is
     retained by name."""
@@ -126,6 +133,7 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "object": objects,
     "many": many,
     "many-vague": partial(many, "a thing"),
+    "many-few-vague": partial(few, "a thing"),
     "explicit": explicit,
     "explicit-bare": partial(explicit, ""),
     "explicit-one": partial(explicit, one=True),

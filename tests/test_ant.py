@@ -42,9 +42,9 @@ def double(**scheduler):
     return expunge.load(tiny_pipeline(**scheduler).to(torch.float64))
 
 
-def subject(model, name="airplane", seed=0):
-    text = model.encode([name, f"a photo of the {name}"])
-    return Subject(name, text, Run(seed).generator(name))
+def subject(model, name="airplane", seed=0, anchor=None):
+    text, anchored = (one and model.encode([one, f"a photo of the {one}"]) for one in (name, anchor))
+    return Subject(name, text, Run(seed).generator(name), anchored)
 
 
 def disturb(trained, size=0.02):
@@ -80,6 +80,9 @@ def slow_loss(model, unet, original, sample, course, row):
     early = (sample.early.latents[row], int(sample.early.t[row]))
     with torch.no_grad():
         away = guided(original, *late, -objective.negative_guidance * g)
+        if objective.anchored:
+            to = epsilon(model.pipe, original, *late, sample.anchor.embeddings[row])
+            away = away + g * (to - epsilon(model.pipe, original, *late, nothing))
         towards = guided(original, *early, objective.negative_guidance * g)
         still = [epsilon(model.pipe, original, *point, nothing) for point in (late, early)]
     return (
@@ -93,14 +96,15 @@ def slow_loss(model, unet, original, sample, course, row):
 class TestObjective:
     @pytest.mark.parametrize("scheduler", [EPSILON, V], ids=["epsilon", "v"])
     @pytest.mark.parametrize("guidance", [1.0, 3.0])
-    def test_against_a_slow_reading(self, scheduler, guidance):
+    @pytest.mark.parametrize("anchored", [False, True], ids=["empty", "anchor"])
+    def test_against_a_slow_reading(self, scheduler, guidance, anchored):
         model = double(**scheduler)
-        objective = dataclasses.replace(FOUR, prediction_guidance=guidance)
+        objective = dataclasses.replace(FOUR, prediction_guidance=guidance, anchored=anchored)
         course = dataclasses.replace(COURSE, objective=objective)
         steering, original = Steering(model, course), copy.deepcopy(model.pipe.unet)
         with InPlace(part_of(model, "denoiser")) as trained:
             disturb(trained)
-            sample = steering.draw([subject(model), subject(model, "ship")])
+            sample = steering.draw([subject(model, anchor="sky"), subject(model, "ship")])
             with trained.off():
                 targets = steering.original(sample)
             found = steering.losses(sample, targets)
@@ -109,6 +113,19 @@ class TestObjective:
             ]
         torch.testing.assert_close(found, torch.stack(plain).to(found.dtype), rtol=1e-5, atol=0)
         assert float(found.detach().min()) > 1e-4
+
+    def test_an_empty_anchor_is_the_papers_form(self):
+        model = double()
+        edits = {
+            (anchor, to): expunge.erase(
+                model, Problem((Concept("airplane", anchor),)),
+                ANT(**QUICK, trained="low-rank", drawn_by="original", turn_to=to),
+            ).hash
+            for anchor in ("", "sky")
+            for to in ("empty", "anchor")
+        }  # fmt: skip
+        assert edits["sky", "anchor"] != edits["sky", "empty"]
+        assert edits["", "anchor"] == edits["", "empty"]
 
     def test_a_term_without_weight_asks_for_nothing(self):
         assert Objective().of_student == ("late",)
@@ -190,13 +207,17 @@ class TestPoints:
         assert sum(rows) == plain - 2 * early
         assert len(passes) < plain / 2
 
-    def test_what_is_kept_is_what_the_original_says(self):
+    @pytest.mark.parametrize("anchored", [False, True], ids=["empty", "anchor"])
+    def test_what_is_kept_is_what_the_original_says(self, anchored):
         model = double()
-        steering, one = Steering(model, COURSE), subject(model)
+        objective = dataclasses.replace(FOUR, anchored=anchored)
+        steering = Steering(model, dataclasses.replace(COURSE, objective=objective))
+        one = subject(model, anchor="sky")
         kept = steering.keep(one, 2)
         sample, original = steering.pick([one] * 5, [kept] * 5)
         again = steering.original(sample)
-        for asked in FOUR.of_original:
+        assert ("late anchor" in original) == anchored
+        for asked in objective.of_original:
             torch.testing.assert_close(original[asked], again[asked], rtol=1e-9, atol=1e-9)
         assert set(sample.late.t.tolist()) <= {steering.times[i] for i in steering.late}
         assert set(sample.early.t.tolist()) <= {steering.times[i] for i in steering.early}

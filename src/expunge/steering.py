@@ -104,13 +104,15 @@ class Kept:
 
     text: Text
     """(trajectories,) prompts."""
+    anchor: Text
+    """(trajectories,) prompts of the anchor."""
     latents: Tensor
     """(steps, trajectories, c, h, w)"""
     prompted: Tensor
     """ε₀ for the prompts, as `latents`."""
     empty: Tensor
     """ε₀ for the empty prompt, as `latents`."""
-    anchor: Tensor | None = None
+    anchored: Tensor | None = None
     """ε₀ for the anchor's prompts, as `latents`, where the objective asks for it."""
 
 
@@ -209,24 +211,27 @@ class Steering:
     def keep(self, subject: Subject, n: int) -> Kept:
         """Whole trajectories of a subject, drawn by the network as it stands, and its predictions."""
         rows = [self._below(subject, len(subject.text)) for _ in range(n)]
-        text = subject.text[rows]
+        text, anchor = subject.text[rows], self._anchor(subject)[rows]
         seeds = [self._below(subject, 2**31) for _ in range(n)]
         latents = torch.stack(self._run(text, seeds, range(len(self.times))))
         asked = [text, self.empty[[0] * n]]
         if self.objective.anchored:
-            asked.append(self._anchor(subject)[rows])
+            asked.append(anchor)
         joined = Text.joined(asked)
         predicted = [
             self.model.predict(x.repeat(len(asked), 1, 1, 1), t, joined)
             for x, t in zip(latents, self.times, strict=True)
         ]
-        return Kept(text, latents, *torch.stack(predicted).chunk(len(asked), 1))
+        return Kept(text, anchor, latents, *torch.stack(predicted).chunk(len(asked), 1))
 
     def pick(self, subjects: Sequence[Subject], kept: Sequence[Kept]) -> tuple[Sample, Predictions]:
         """Points of one kept trajectory of each subject, and the original's predictions there."""
         rows = [self._below(s, len(k.text)) for s, k in zip(subjects, kept, strict=True)]
         places = [self._places(s) for s in subjects]
-        text = Text.joined([k.text[[row]] for k, row in zip(kept, rows, strict=True)])
+        text, anchor = (
+            Text.joined([getattr(k, what)[[row]] for k, row in zip(kept, rows, strict=True)])
+            for what in ("text", "anchor")
+        )
         late, early = zip(*places, strict=True)
 
         def at(steps: Sequence[int], what: str) -> Tensor:
@@ -237,11 +242,12 @@ class Steering:
         original: Predictions = {
             "late": at(late, "prompted"),
             "late empty": at(late, "empty"),
-            **({"late anchor": at(late, "anchor")} if self.objective.anchored else {}),
+            **({"late anchor": at(late, "anchored")} if self.objective.anchored else {}),
             "early": at(early, "prompted"),
             "early empty": at(early, "empty"),
         }
-        return Sample(text, points[0], points[1] if self.objective.meets_early else None), original
+        met = points[1] if self.objective.meets_early else None
+        return Sample(text, points[0], met, anchor), original
 
     def _anchor(self, subject: Subject) -> Text:
         """The anchor's prompts, one for each of the subject's."""
