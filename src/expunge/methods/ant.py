@@ -62,6 +62,9 @@ EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "
                "rank": 16}  # fmt: skip
 """One concept by a low-rank change: of a higher rank, and as the fusion will leave it."""
 
+EMOJI_ANCHORED = {"turn_to": "anchor", "negative_guidance": 0.25}
+"""Turned to the anchor, and little past it."""
+
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
                 "rate": 1e-3, "steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
 
@@ -114,6 +117,12 @@ class ANT(Method):
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
+        "emoji-object-anchored": {"about": "the same, turned to the anchor: ours", **EMOJI_MANY,
+                                  **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0, "samples": 4,
+                                  **EMOJI_ANCHORED},
+        "emoji-identity-anchored": {"about": "flags, turned to the anchor: ours", **EMOJI_MANY,
+                                    "turn": -5.0, "through_fusion": True, "strength": 1.0,
+                                    **EMOJI_ANCHORED},
         "emoji-style": {"about": "a style of the emoji model; chosen on noto", **EMOJI_MANY,
                         **EMOJI_ALONE, "steps": 200},
         "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
