@@ -128,8 +128,6 @@ class ANT(Method):
         "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
                            "rank": 16, "steps": 120, "turn": -5.0, "strength": 1.5,
                            "fuse_prior": 10000.0},
-        "emoji-explicit-anchored": {"about": "weapons, turned to the anchor: ours", **EMOJI_MANY,
-                                    **EMOJI_ALONE, "steps": 120, **EMOJI_ANCHORED},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
