@@ -117,7 +117,7 @@ class ANT(Method):
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
-        "emoji-object-anchored": {"about": "the same, turned to the anchor: ours", **EMOJI_MANY,
+        "emoji-object-anchored": {"about": "one object, turned to the anchor: ours", **EMOJI_MANY,
                                   **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0, "samples": 4,
                                   **EMOJI_ANCHORED},
         "emoji-identity-anchored": {"about": "flags, turned to the anchor: ours", **EMOJI_MANY,
