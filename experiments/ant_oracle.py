@@ -5,11 +5,9 @@ target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found i
 leads at the best: for each t' and η, how often the word is still seen, and how often the picture is a
 muddle. Sixteen words of `experiments/tune/many.toml` and the foods of `experiments/tune/explicit.toml`,
 where any food counts, which no suite reports; and the twenty flags and the ten words of
-`experiments/ant`, from which no value was chosen. `--to anchor` puts the anchor's prediction in the
-place of the empty prompt's, ε₀(a) − η (ε₀(c) − ε₀(∅)), which is ANT's `turn_to`. Writes
-`experiments/results/ant_oracle.json`.
+`experiments/ant`, from which no value was chosen. Writes `experiments/results/ant_oracle.json`.
 
-    python experiments/ant_oracle.py [--each 4] [--only "ten words"] [--to anchor]
+    python experiments/ant_oracle.py [--each 4] [--only "ten words"]
 """
 
 from __future__ import annotations
@@ -34,28 +32,18 @@ from expunge.suite import Suite
 
 HERE = Path(__file__).parent
 
-TRIED = {
-    "empty": tuple(itertools.product((-99.0, -5.0, -3.0, -2.0), (0.25, 1.0, 3.0))),
-    "anchor": tuple(itertools.product((-5.0, -3.0, -2.0), (0.25, 1.0))),
-}
-"""t' and η, for each that late predictions are turned to."""
+TURNS = (-99.0, -5.0, -3.0, -2.0)
+ETAS = (0.25, 1.0, 3.0)
 
 
-def steered(model: Model, turn: float, eta: float, anchors: dict[str, Text]) -> Any:
-    """In place of `model._guided`: the original's predictions, or the objective's where t ≤ t'.
-
-    `anchors` has the text to turn to for each prompt; without, it is the empty one.
-    """
+def steered(model: Model, turn: float, eta: float) -> Any:
+    """In place of `model._guided`: the original's predictions, or the objective's where t ≤ t'."""
     level = model.log_snr()
 
     def predict(latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
         empty, prompt = model.predict(latents, t, text).chunk(2)
-        if float(level[int(t)]) < turn:
-            return torch.cat([empty, prompt])
-        half = len(latents) // 2
-        to = Text.joined([anchors[p] for p in text.prompts[half:]]) if anchors else None
-        base = empty if to is None else model.predict(latents[half:], t, to)
-        return torch.cat([empty, base - eta * (prompt - empty)])
+        late = float(level[int(t)]) >= turn
+        return torch.cat([empty, empty - eta * (prompt - empty) if late else prompt])
 
     return predict
 
@@ -75,17 +63,6 @@ def words() -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
-def anchors() -> dict[str, str]:
-    """What each word becomes, where it is turned to that."""
-    told = [
-        many()[0],
-        *Experiment.read(HERE / "ant" / "flags.toml").problems,
-        *Experiment.read(HERE / "ant" / "objects.toml").problems,
-    ]
-    found = {c.name: c.anchor or "" for problem in told for c in problem.erase}
-    return dict.fromkeys(suite("explicit").concepts[0].also, "ground") | found
-
-
 def look(
     model: Model, detector: Detector, probe: Probe, wanted: list[tuple[str, ...]]
 ) -> dict[str, float]:
@@ -101,27 +78,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--each", type=int, default=4, help="pictures of each word")
     parser.add_argument("--only", nargs="+", default=list(words()), choices=list(words()))
-    parser.add_argument("--to", choices=tuple(TRIED), default="empty", help="what late steps turn to")
     options = parser.parse_args()
     model, detector, each = expunge.load("emoji"), Detector.load(), options.each
     file = HERE / "results" / "ant_oracle.json"
     found: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if file.is_file() else {}
     for kind in options.only:
-        kept = f"{kind}, to the anchor" if options.to == "anchor" else kind
-        labels, rows = words()[kind], []
+        labels, found[kind] = words()[kind], []
         prompts = tuple(f"a photo of the {word}" for word in labels for _ in range(each))
         wanted = [those for those in labels.values() for _ in range(each)]
         probe = Probe(prompts, tuple(range(len(prompts))))
-        to = {f"a photo of the {w}": model.encode([f"a photo of the {anchors()[w]}"]) for w in labels}
+        rows = found[kind]
         with model.autocasting(torch.bfloat16):
             rows.append(look(model, detector, probe, wanted))
-            for turn, eta in TRIED[options.to]:
-                guided = steered(model, turn, eta, to if options.to == "anchor" else {})
-                model._guided = guided  # type: ignore[attr-defined]
+            for turn, eta in itertools.product(TURNS, ETAS):
+                model._guided = steered(model, turn, eta)  # type: ignore[attr-defined]
                 rows.append({"turn": turn, "eta": eta, **look(model, detector, probe, wanted)})
                 print(kind, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
             del model._guided  # type: ignore[attr-defined]
-        found[kept] = rows
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 
