@@ -41,6 +41,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
     {"name": "ace", "preset": "emoji", "margin": 0.1, "title": "ace, wide gates"},
     {"name": "uce", "title": "uce"},
+    {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
 )
 ATTACKS = ("embedding", "inversion")
 AT = {"embedding": -2, "inversion": -1}
@@ -93,7 +94,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     images = HERE.parent / "docs" / "images"
     parser.add_argument("--pictures-to", type=Path, default=images / "ace-attacked.png")
+    parser.add_argument("--float32", action="store_true", help="draw without bfloat16")
     options = parser.parse_args()
+    dtype = None if options.float32 else torch.bfloat16
     experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.pictures)
@@ -107,7 +110,7 @@ def main() -> None:
         "model sha256": model_hash(model),
         "words": options.words,
         "pictures a word": options.pictures,
-        "autocast": "bfloat16",
+        "autocast": "" if options.float32 else "bfloat16",
         "edits": {},
     }
     jobs = experiment.jobs()
@@ -116,7 +119,7 @@ def main() -> None:
         assert isinstance(candidate.edit, Edit)
         record["edits"][job.name] = {"hash": candidate.edit.hash, "attacks": {}}
         for attack in ATTACKS:
-            with model.autocasting(torch.bfloat16):
+            with model.autocasting(dtype):
                 found.append(robustness(model, candidate.edit, suite, attack, name=job.title))
             record["edits"][job.name]["attacks"][attack] = found[-1].to_dict()
             strips.setdefault(f"{job.problem.erase[0].name}, {attack}", []).append(found[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def drawn(
     steps = num_inference_steps or model.num_inference_steps
     _, latents = model.denoise(model.encode([prompt] * n), seeds, until=steps, num_inference_steps=steps)
     return Examples(concept, prompt, latents)
+
+
+@torch.no_grad()
+def each(model: Model, label: str, prompts: Sequence[str], run: Run, batch: int = 16) -> Tensor:
+    """One picture of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
+    generator, steps = run.generator("examples", label), model.num_inference_steps
+    parts = []
+    for start in range(0, len(prompts), batch):
+        run.progress(f"drawing {label}", start, len(prompts))
+        text = model.encode(prompts[start : start + batch])
+        seeds = torch.randint(2**31, (len(text),), generator=generator).tolist()
+        parts.append(model.denoise(text, seeds, until=steps, num_inference_steps=steps)[1])
+    return torch.cat(parts)
 
 
 def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expunge import examples
+from expunge import fortify as fortifying
 from expunge.changes import Changes, Damped, Gated
 from expunge.errors import ExpungeError
 from expunge.fields import bounded
@@ -27,8 +28,14 @@ from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
 from expunge.templates import TEMPLATES, require_place
 
-Stage = Literal["gate", "harden"]
-STAGES: tuple[Stage, ...] = ("gate", "harden")
+Stage = Literal["gate", "harden", "fortify"]
+STAGES: tuple[Stage, ...] = ("gate", "harden", "fortify")
+
+SHOWN, WORDS = 24, 90
+"""To fortify: pictures of each concept, and of how many general words one is drawn to hold."""
+
+EMOJI = {"directions": "anchor", "general": 1000, "goal_ridge": 0.1, "hold": 3.0}
+"""What the emoji model's presets share."""
 
 BANDS = (0, 3, 9, 27)
 """Where the gates of the end and the padding begin, in tokens from the end token on: what these
@@ -87,6 +94,10 @@ class ACE(Method):
     the same units, the noise and keys and values. The denoiser sees the text through W alone, so the
     inner attack needs no denoiser.
 
+    *fortify*, ours and off unless asked for: a word learnt against the gates stands outside the region
+    they close. So the cross-attentions are trained, against attacks that start at other words' prompts
+    (`fortify.py`).
+
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
     and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
 
@@ -101,15 +112,16 @@ class ACE(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
-        "emoji": {"about": "the emoji model", "directions": "anchor", "general": 1000, "goal_ridge": 0.1,
-                  "hold": 3.0},
+        "emoji": {"about": "the emoji model", **EMOJI},
+        "emoji-fortified": {"about": "the emoji model, held against learnt words, too; minutes",
+                            "stages": STAGES, **EMOJI},
         "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
                  "most_overlap": 1.0,
                  "rounds": 1, "steps": 2, "attack_steps": 2},
     }  # fmt: skip
 
-    stages: tuple[Stage, ...] = STAGES
-    """Which to run; "harden" goes on from "gate", which always runs."""
+    stages: tuple[Stage, ...] = ("gate", "harden")
+    """Which to run; "harden" goes on from "gate", which always runs, and "fortify" from both."""
     reduction: Literal["shared", "layer", "damped"] = "shared"
     """Directions: one set for all layers; one for each layer; or the literal K ⊙ (1 − s gᵀ), which
     turns channels down."""
@@ -171,14 +183,23 @@ class ACE(Method):
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
     """Denoising steps for each of them; 0 for the model's own."""
 
+    fortify_steps: int = bounded(200, at_least=1)
+    """Training steps of the cross-attentions, for all concepts together."""
+    fortify_rate: float = bounded(3e-4, above=0)
+    """Adam's learning rate."""
+    fortify_radius: float = bounded(0.8, above=0)
+    """How far attacks may go from another word's prompt, as a share of each token's norm."""
+    fortify_retain: float = bounded(4.0, at_least=0)
+    """ρ there: large values keep more, and hold against less."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
         if "gate" not in self.stages:
             raise ExpungeError("stages must have 'gate': there is nothing to harden otherwise")
-        if "harden" in self.stages and self.reduction != "shared":
+        if len(self.stages) > 1 and self.reduction != "shared":
             raise ExpungeError(
-                f"only directions shared by all layers can be hardened: with reduction"
+                f"only directions shared by all layers can be hardened or fortified: with reduction"
                 f" {self.reduction!r}, set stages to 'gate'"
             )
         require_place(self.templates)
@@ -186,12 +207,18 @@ class ACE(Method):
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)
         prompts = told + 2 * (len(problem.retain) + len(problem.erase)) + self.general
-        if "harden" not in self.stages:
-            return Work(prompts)
-        drawn = 2 * self.pictures * ((self.picture_steps or num_inference_steps) + LEVELS)
-        trained = self.pictures * self.rounds * self.steps
-        # The anchor's noise is foretold at every step, too.
-        return Work(prompts, len(problem.erase) * (drawn + trained), len(problem.erase) * trained)
+        predictions = trained = 0
+        if "harden" in self.stages:
+            drawn = 2 * self.pictures * ((self.picture_steps or num_inference_steps) + LEVELS)
+            trained = len(problem.erase) * self.pictures * self.rounds * self.steps
+            # The anchor's noise is foretold at every step, too.
+            predictions = len(problem.erase) * drawn + trained
+        if "fortify" in self.stages:
+            shown = SHOWN * len(problem.erase) + WORDS + len(problem.retain) + len(problem.erase) + 1
+            batch = fortifying.BATCH
+            predictions += 2 * shown * num_inference_steps + 4 * batch * self.fortify_steps
+            trained += 4 * batch * self.fortify_steps
+        return Work(prompts, predictions, trained)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         staying = self._staying(model, problem)
@@ -203,8 +230,22 @@ class ACE(Method):
         groups = {c.name: groups[c.name] for members in shared for c in members}
         weights = {name: model.weight(name) for name in layers}
         changes = self.gate(groups, background, weights, [len(members) for members in shared])
-        if "harden" not in self.stages or not self.rounds:
-            return changes
+        if "harden" in self.stages and self.rounds:
+            changes = (self._hardened(model, changes, groups, shared, background, run),)
+        if "fortify" in self.stages:
+            changes = (*changes, *self.fortify(model, problem, changes, run))
+        return changes
+
+    def _hardened(
+        self,
+        model: Model,
+        changes: Changes,
+        groups: Mapping[str, Sequence[Group]],
+        shared: Sequence[Sequence[Concept]],
+        background: Background,
+        run: Run,
+    ) -> Gated:
+        """The closed form after attacks on it."""
         (whole,) = changes
         assert isinstance(whole, Gated)
         counts = [sum(len(groups[c.name]) for c in members) for members in shared]
@@ -213,7 +254,7 @@ class ACE(Method):
         train = partial(self._harden, model, [_one(m) for m in shared], parts, *rows, run.seed)
         found = run.pieces(train, list(parts), label="hardening")
         hardened: dict[str, Any] = found
-        return (_joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened]),)
+        return _joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened])
 
     def _shared(self, problem: Problem) -> list[list[Concept]]:
         """The concepts of each set of directions."""
@@ -361,14 +402,18 @@ class ACE(Method):
         self, model: Model, problem: Problem, staying: Mapping[str, Text], run: Run
     ) -> Background:
         """General words in the first template of their kind, and what is retained."""
-        taken = {w for c in problem.erase for name in c.names for w in name.lower().split()}
-        words = [word for word in model.vocabulary() if word not in taken]
-        order = torch.randperm(len(words), generator=run.generator("words"))
         template = self._templates(problem.erase[0])[0]
-        chosen = ["", *(template.format(words[i]) for i in order[: self.general].tolist())]
+        chosen = ["", *(template.format(word) for word in self._general(model, problem, run))]
         kept = torch.cat([_thinned(text) for text in staying.values()])
         shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
         return Background(self._tokens(model, chosen), kept, self.gate_ridge, self.deviations, shut)
+
+    def _general(self, model: Model, problem: Problem, run: Run) -> list[str]:
+        """Some words of the tokenizer's that are in no concept's name."""
+        taken = {w for c in problem.erase for name in c.names for w in name.lower().split()}
+        words = [word for word in model.vocabulary() if word not in taken]
+        order = torch.randperm(len(words), generator=run.generator("words"))
+        return [words[i] for i in order[: self.general].tolist()]
 
     def _tokens(self, model: Model, prompts: Sequence[str]) -> Tensor:
         """Those that tell a gate enough of the prompts, (n, d)."""
@@ -459,7 +504,7 @@ class ACE(Method):
         kept = torch.cat([retained, general[gated.gates(general).amax((1, 2)) < 0.5]])
         names, template = concept.names, self._templates(concept)[0]
         text = model.encode([template.format(name) for name in names])
-        anchored = model.encode([template.format(concept.anchor) if concept.anchor else ""])
+        anchored = model.encode([self._goal(concept)])
         shown = examples.drawn(
             model, concept.name, text.prompts[0], self.pictures, run, self.picture_steps or None
         ).latents
@@ -506,6 +551,50 @@ class ACE(Method):
             with frozen(model.parameters()):
                 minimise(list(shifts.values()), losses, steps=self.steps, rate=self.rate, weight_decay=0)
         return {name: getattr(now(), name).detach().cpu() for name in FACTORS}
+
+    # Stage 3.
+
+    def fortify(self, model: Model, problem: Problem, changes: Changes, run: Run) -> Changes:
+        """New weights of the cross-attentions, behind the gates.
+
+        Raises:
+            ExpungeError: this model has no cross-attentions apart from the rest.
+        """
+        (gates,) = changes
+        assert isinstance(gates, Gated)
+        words = self._general(model, problem, run)
+        ways = [self._templates(problem.erase[0])[0].format(word) for word in words]
+        own = model.encode(ways)
+        # Other names of a concept are among the words of a vocabulary.
+        closed = (gates.gates(own.embeddings).amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
+        retained = [RETAINED[1].format(name) for name in problem.retain]
+        anchors = [self._goal(concept) for concept in problem.erase]
+        texts = list(dict.fromkeys([*retained, *anchors, ""])) + [ways[i] for i in closed[:WORDS]]
+        held = examples.each(model, "what stays", texts, run)
+        return fortifying.fortify(
+            model,
+            gates,
+            [
+                fortifying.Target(
+                    concept.name,
+                    model.encode([told]),
+                    model.encode([goal]),
+                    examples.drawn(model, concept.name, told, SHOWN, run).latents,
+                )
+                for concept, goal in zip(problem.erase, anchors, strict=True)
+                for told in [self._templates(concept)[0].format(concept.name)]
+            ],
+            fortifying.Held(model.encode(texts), held, own[closed]),
+            run,
+            steps=self.fortify_steps,
+            rate=self.fortify_rate,
+            radius=self.fortify_radius,
+            retain_weight=self.fortify_retain,
+        )
+
+    def _goal(self, concept: Concept) -> str:
+        """The anchor's prompt."""
+        return self._templates(concept)[0].format(concept.anchor) if concept.anchor else ""
 
 
 def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> None:

@@ -1,0 +1,176 @@
+"""ACE's third stage: what attacks get from cross-attentions trained against them, and what stays."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import expunge
+from expunge import Concept, Edit, ExpungeError, Problem
+from expunge import fortify as fortifying
+from expunge.changes import Dense, Gated
+from expunge.fortify import AGE, POOL, Attacks
+from expunge.method import Method
+from expunge.methods.ace import ACE
+from expunge.run import Run
+from expunge.templates import TEMPLATES
+
+SHORT = TEMPLATES["object"][:2]
+FORTIFY = ACE(
+    stages=("gate", "fortify"),
+    templates=SHORT,
+    general=12,
+    most_overlap=1.0,
+    fortify_steps=60,
+    fortify_rate=3e-4,
+    fortify_retain=3.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Fewer pictures than the emoji model's."""
+    monkeypatch.setattr("expunge.methods.ace.SHOWN", 3)
+    monkeypatch.setattr("expunge.methods.ace.WORDS", 6)
+    monkeypatch.setattr("expunge.fortify.LEVELS", 6)
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return Problem((Concept("airplane", "sky"),), ("ship",))
+
+
+class TestAttacks:
+    def test_every_token_stays_in_its_ball_and_goes_down(self):
+        words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+        attacks = Attacks(words, 2, 0.5, torch.Generator().manual_seed(1))
+        rows, gradient = torch.tensor([1, 4]), torch.ones(2, 3, 4)
+        reach = 0.5 * attacks.start[rows].norm(dim=-1)
+        attacks.move(rows, gradient)
+        torch.testing.assert_close(attacks.shift[rows].norm(dim=-1), 0.1 * reach)
+        assert bool((attacks.shift[rows] < 0).all())
+        for _ in range(20):
+            attacks.move(rows, gradient)
+        torch.testing.assert_close(attacks.shift[rows].norm(dim=-1), reach)
+        assert attacks.shift.count_nonzero() == 2 * 3 * 4  # the others have not moved
+
+    def test_begins_anew_after_its_moves(self):
+        words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+        attacks = Attacks(words, 3, 0.5, torch.Generator().manual_seed(1))
+        assert len(attacks.start) == POOL
+        assert set(attacks.owner.tolist()) == {0, 1, 2}
+        before = attacks.begun.clone()
+        for _ in range(AGE):
+            attacks.move(torch.tensor([2]), torch.ones(1, 3, 4))
+            assert attacks.shift[2].any()
+        attacks.renew()
+        assert not attacks.shift.any()
+        assert int(attacks.moves[2]) == 0
+        others = [i for i in range(POOL) if i != 2]
+        assert torch.equal(attacks.begun[others], before[others])
+
+
+class TestFortify:
+    def test_attacks_get_less_and_the_rest_stays(self, worded, problem):
+        """Measured on attacks that training has not seen: other words, other noise, many moves."""
+        soft = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, stages=("gate",)))
+        hard = expunge.erase(worded, problem, FORTIFY)
+        gates, *rest = hard.changes
+        assert torch.equal(gates.direction, soft.changes[0].direction)
+        assert rest
+        assert all(isinstance(change, Dense) and ".attn2." in change.layers[0] for change in rest)
+
+        e, n, r = (worded.encode([SHORT[0].format(name)] * 4) for name in ("airplane", "sky", "ship"))
+        t = torch.full((4,), 600)
+        z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            concept, anchor, ship = (worded.predict(z, t, text) for text in (e, n, r))
+        far = (concept - anchor).square().mean()
+
+        def reached(edit: Edit) -> tuple[float, float, float]:
+            """How near an attack comes to the concept, and to the anchor; how far what stays moves."""
+            text = worded.encode([SHORT[0].format(name) for name in ("dog", "truck", "frog", "cat")])
+            attacks = Attacks(text.embeddings, 1, 0.8, torch.Generator().manual_seed(0))
+            attacks.begun, attacks.shift = torch.arange(4), attacks.shift[:4]
+            attacks.moves = attacks.moves[:4]
+            with worded.using(edit):
+                for _ in range(100):
+                    shift = attacks.shift.clone().requires_grad_()
+                    given = dataclasses.replace(text, embeddings=text.embeddings + shift)
+                    near = (worded.predict(z, t, given) - concept).square().mean()
+                    attacks.move(torch.arange(4), torch.autograd.grad(near, shift)[0])
+                given = dataclasses.replace(text, embeddings=text.embeddings + attacks.shift)
+                with torch.no_grad():
+                    found = worded.predict(z, t, given)
+                    moved = (worded.predict(z, t, r) - ship).square().mean() / far
+            off = [float((found - x).square().mean() / far) for x in (concept, anchor)]
+            return off[0], off[1], float(moved)
+
+        before, after = reached(soft), reached(hard)
+        assert (
+            before[0] < 0.5 * before[1]
+        )  # an attack on the gates alone finds the concept, not the anchor
+        # Of the fortified it gets what is less of the one and more of the other,
+        assert after[1] - after[0] < 0.9 * (before[1] - before[0])
+        assert after[1] < 0.9 * before[1]
+        # and what is retained stays.
+        assert after[2] < 0.1
+
+    def test_the_model_is_left_as_it_was(self, worded, problem):
+        before = [p.clone() for p in worded.parameters()]
+        expunge.erase(worded, problem, dataclasses.replace(FORTIFY, fortify_steps=2))
+        assert all(torch.equal(a, b) for a, b in zip(before, worded.parameters(), strict=True))
+        assert all(p.grad is None for p in worded.parameters())
+
+    def test_goes_on_from_its_checkpoint_and_ends_the_same(self, worded, problem, tmp_path):
+        method = dataclasses.replace(FORTIFY, fortify_steps=30)
+        whole = method.fit(worded, problem, Run())
+
+        class KilledError(Exception):
+            pass
+
+        def kill(label: str, done: int, total: int) -> None:
+            if label == "fortifying" and done == 28:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            method.fit(worded, problem, Run(0, kill, tmp_path))
+        seen: list[int] = []
+
+        def note(label: str, done: int, total: int) -> None:
+            if label == "fortifying":
+                seen.append(done)
+
+        again = method.fit(worded, problem, Run(0, note, tmp_path))
+        assert seen[0] == fortifying.KEEP_EVERY
+        for one, other in zip(whole[1:], again[1:], strict=True):
+            torch.testing.assert_close(one.value, other.value, rtol=0, atol=0)
+
+    def test_several_concepts_at_once(self, worded):
+        two = Problem((Concept("airplane", "sky"), Concept("dog", "")), ("ship",))
+        gates, *rest = expunge.erase(worded, two, dataclasses.replace(FORTIFY, fortify_steps=2)).changes
+        assert isinstance(gates, Gated)
+        assert rest
+
+    def test_follows_hardening(self, worded, problem):
+        fields = {"rounds": 1, "steps": 2, "pictures": 1, "picture_steps": 2, "recovered": 0.0}
+        method = dataclasses.replace(FORTIFY, fortify_steps=2, **fields)
+        hard = dataclasses.replace(method, stages=("gate", "harden"))
+        both = dataclasses.replace(method, stages=("fortify", "harden", "gate"))
+        assert both.stages == ("gate", "harden", "fortify")
+        (one,) = expunge.erase(worded, problem, hard).changes
+        other = expunge.erase(worded, problem, both).changes[0]
+        assert torch.equal(one.direction, other.direction)
+
+    def test_its_cost_is_in_the_plan(self, problem):
+        more = dataclasses.replace(FORTIFY, fortify_steps=500).work(problem, 12)
+        less = FORTIFY.work(problem, 12)
+        assert more.gradients > less.gradients > 0
+        assert more.predictions > less.predictions
+
+    def test_bad_input(self, worded, problem):
+        with pytest.raises(ExpungeError, match="hardened or fortified"):
+            ACE(stages=("gate", "fortify"), reduction="layer")
+        with pytest.raises(ExpungeError, match="fortify_radius"):
+            ACE(fortify_radius=0.0)
+        assert issubclass(ACE, Method)
