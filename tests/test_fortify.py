@@ -74,7 +74,7 @@ class TestFortify:
     def test_attacks_get_less_and_the_rest_stays(self, worded, problem):
         """Measured on attacks that training has not seen: other words, other noise, many moves."""
         soft = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, stages=("gate",)))
-        hard = expunge.erase(worded, problem, FORTIFY)
+        hard = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, fortify_steps=100))
         gates, *rest = hard.changes
         assert torch.equal(gates.direction, soft.changes[0].direction)
         assert rest
