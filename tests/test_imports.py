@@ -12,9 +12,9 @@ ORDER = [
     "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
     "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops",
     "turns", "lora", "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks",
-    "steering", "method", "edit", "saliency", "checkpoint", "card", "export", "merge", "undo", "attack",
-    "metric", "suite", "cache", "statistics", "looks", "robust", "distances", "case", "page", "report",
-    "experiment", "plan", "commands", "cli",
+    "steering", "fortify", "method", "edit", "saliency", "checkpoint", "card", "export", "merge",
+    "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
+    "case", "page", "report", "experiment", "plan", "commands", "cli",
 ]  # fmt: skip
 """The core, from the ground up."""
 

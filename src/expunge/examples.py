@@ -41,10 +41,8 @@ def drawn(
     model: Model, concept: str, prompt: str, n: int, run: Run, num_inference_steps: int | None = None
 ) -> Examples:
     """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
-    generator = run.generator("examples", concept)
-    seeds = torch.randint(2**31, (n,), generator=generator).tolist()
     steps = num_inference_steps or model.num_inference_steps
-    _, latents = model.denoise(model.encode([prompt] * n), seeds, until=steps, num_inference_steps=steps)
+    latents = _latents(model, [prompt] * n, run.generator("examples", concept), steps)
     return Examples(concept, prompt, latents)
 
 
@@ -55,10 +53,14 @@ def each(model: Model, label: str, prompts: Sequence[str], run: Run, batch: int 
     parts = []
     for start in range(0, len(prompts), batch):
         run.progress(f"drawing {label}", start, len(prompts))
-        text = model.encode(prompts[start : start + batch])
-        seeds = torch.randint(2**31, (len(text),), generator=generator).tolist()
-        parts.append(model.denoise(text, seeds, until=steps, num_inference_steps=steps)[1])
+        parts.append(_latents(model, prompts[start : start + batch], generator, steps))
     return torch.cat(parts)
+
+
+def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, steps: int) -> Tensor:
+    """A picture of each prompt, drawn in one batch, (n, c, h, w)."""
+    seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
+    return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
 
 
 def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:

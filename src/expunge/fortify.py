@@ -19,6 +19,7 @@ from expunge.changes import Changes, Dense, Gated
 from expunge.model import Model, Text
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen
 from expunge.ops.in_place import InPlace
+from expunge.ops.pgd import stepped
 from expunge.run import Run, Tensors
 from expunge.steering import part_of
 
@@ -207,10 +208,7 @@ class Attacks:
     def move(self, rows: Tensor, gradient: Tensor) -> None:
         """Take some of them one step down, every token within its ball."""
         reach = self.radius * self.start[rows].norm(dim=-1, keepdim=True)
-        length = gradient.norm(dim=-1, keepdim=True).clamp(min=1e-20)
-        moved = self.shift[rows].detach() - STRIDE * reach * gradient / length
-        size = moved.norm(dim=-1, keepdim=True).clamp(min=1e-20)
-        self.shift[rows] = moved * (reach / size).clamp(max=1)
+        self.shift[rows] = stepped(self.shift[rows].detach(), gradient, STRIDE * reach, reach)
         self.moves[rows] += 1
 
     def renew(self) -> None:
@@ -245,15 +243,12 @@ def _state(
     trained: InPlace, optimiser: torch.optim.Optimizer, attacks: Attacks, losses: Sequence[float]
 ) -> Tensors:
     """Everything that training goes on from."""
-    state = {
+    return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "numbers": attacks.generator.get_state(),
         **{name: getattr(attacks, name) for name in ("begun", "owner", "moves", "shift")},
+        **trained.state(optimiser),
     }
-    for i, value in enumerate(trained.values):
-        state[f"{i}.value"] = value
-        state |= {f"{i}.{key}": tensor for key, tensor in optimiser.state[value].items()}
-    return state
 
 
 def _resumed(
@@ -263,13 +258,7 @@ def _resumed(
     state = run.checkpoint("fortifying")
     if state is None:
         return 0, []
-    for i, value in enumerate(trained.values):
-        value.copy_(state[f"{i}.value"])
-        optimiser.state[value] = {
-            key.partition(".")[2]: tensor if key.endswith(".step") else tensor.to(value.device)
-            for key, tensor in state.items()
-            if key.startswith(f"{i}.") and key != f"{i}.value"
-        }
+    trained.go_on(optimiser, state)
     for name in ("begun", "owner", "moves", "shift"):
         getattr(attacks, name).copy_(state[name])
     attacks.generator.set_state(state["numbers"])

@@ -431,15 +431,11 @@ def _state(
     trained: InPlace, optimiser: torch.optim.Optimizer, numbers: Tensor, losses: Sequence[float]
 ) -> Tensors:
     """Everything that training goes on from; `numbers` is the state of its random numbers."""
-    state = {
+    return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "numbers": numbers,
+        **trained.state(optimiser),
     }
-    for i, value in enumerate(trained.values):
-        state[f"{i}.value"] = value
-        for key, tensor in optimiser.state[value].items():
-            state[f"{i}.{key}"] = tensor
-    return state
 
 
 def _resumed(
@@ -449,13 +445,7 @@ def _resumed(
     state = run.checkpoint("training")
     if state is None:
         return 0, []
-    for i, value in enumerate(trained.values):
-        value.copy_(state[f"{i}.value"])
-        optimiser.state[value] = {
-            key.partition(".")[2]: tensor if key.endswith(".step") else tensor.to(value.device)
-            for key, tensor in state.items()
-            if key.startswith(f"{i}.") and key != f"{i}.value"
-        }
+    trained.go_on(optimiser, state)
     subject.generator.set_state(state["numbers"])
     losses = state["losses"].tolist()
     return len(losses), losses

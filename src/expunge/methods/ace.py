@@ -120,6 +120,8 @@ class ACE(Method):
                  "rounds": 1, "steps": 2, "attack_steps": 2},
     }  # fmt: skip
 
+    needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
+
     stages: tuple[Stage, ...] = ("gate", "harden")
     """Which to run; "harden" goes on from "gate", which always runs, and "fortify" from both."""
     reduction: Literal["shared", "layer", "damped"] = "shared"

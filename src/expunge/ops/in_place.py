@@ -85,6 +85,25 @@ class InPlace:
             for name, value in zip(self.parameters, self.values, strict=True)
         ]
 
+    def state(self, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The values and the optimiser's state of each, to go on from; `go_on` takes it up."""
+        state = {}
+        for i, value in enumerate(self.values):
+            state[f"{i}.value"] = value
+            for key, tensor in optimiser.state[value].items():
+                state[f"{i}.{key}"] = tensor
+        return state
+
+    def go_on(self, optimiser: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave; other tensors may lie beside it."""
+        for i, value in enumerate(self.values):
+            value.copy_(state[f"{i}.value"])
+            optimiser.state[value] = {
+                key.partition(".")[2]: tensor if key.endswith(".step") else tensor.to(value.device)
+                for key, tensor in state.items()
+                if key.startswith(f"{i}.") and key != f"{i}.value"
+            }
+
     def differences(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         """Of each parameter its name, where its trained entries are, (n,) (None: everywhere), and by
         how much they have changed, (n,); one parameter at a time, since all take much memory."""

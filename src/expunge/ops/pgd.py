@@ -53,6 +53,18 @@ def bounded(
         if step == steps or radius == 0:
             break
         length = STRIDE * reach / (step + 1) ** 0.5
-        shift = shift - length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-20)
-        shift = shift * (reach / shift.norm(dim=-1, keepdim=True).clamp(min=1e-20)).clamp(max=1)
+        shift = stepped(shift, gradient, length, reach)
     return start + best, least
+
+
+def stepped(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor) -> Tensor:
+    """Shifts one step down, every token's within its ball.
+
+    Args:
+        shift: (n, tokens, d).
+        gradient: as `shift`; each token's is normalised.
+        length: of the step, (n, tokens, 1).
+        reach: of the ball, (n, tokens, 1).
+    """
+    shift = shift - length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+    return shift * (reach / shift.norm(dim=-1, keepdim=True).clamp(min=1e-20)).clamp(max=1)
