@@ -90,6 +90,15 @@ def test_erase_prints_the_anchor_it_chose(run):
     assert (record.fields["ridge"], record.seed, record.model) == (2.0, 7, "tiny")
 
 
+def test_erase_says_when_a_method_reads_no_anchor(run):
+    told = ("erase", "ant", "--preset", "fast", "--concept", "airplane=sky", "-o", "e.safetensors")
+    code, out, err = run(*told)
+    assert code == 0
+    assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err
+    assert "becomes" not in out
+    assert "reads no anchor" not in run(*told, "--turn-to", "anchor")[2]
+
+
 def test_erase_many_from_a_file(run, tmp_path):
     (tmp_path / "many.toml").write_text(
         'retain = ["bird"]\n[[concept]]\nname = "art"\nanchor = ""\nkind = "style"\n'

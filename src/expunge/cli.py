@@ -262,6 +262,20 @@ def _check_erase(options: Erase) -> Problem:
     return problem
 
 
+def _say_anchors(model: Model, problem: Problem) -> None:
+    """Those that were chosen, and those that the model may not know."""
+    for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
+        if concept.anchor is None:
+            print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
+        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
+            warnings.warn(
+                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
+                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
+                ExpungeWarning,
+                stacklevel=1,
+            )
+
+
 def erase_command(options: Erase, method: Any) -> None:
     """`expunge erase METHOD`."""
     problem = _check_erase(options)
@@ -286,16 +300,15 @@ def erase_command(options: Erase, method: Any) -> None:
             ExpungeWarning,
             stacklevel=1,
         )
-    for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
-        if concept.anchor is None:
-            print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
-            warnings.warn(
-                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
-                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
-                ExpungeWarning,
-                stacklevel=1,
-            )
+    if method.reads_anchor:
+        _say_anchors(model, problem)
+    elif told := [concept for concept in problem.erase if concept.anchor]:
+        warnings.warn(
+            f"{type(method).__name__}, as it is set, reads no anchor: what {told[0].name!r} becomes is"
+            f" left to the model, not {told[0].anchor!r}",
+            ExpungeWarning,
+            stacklevel=1,
+        )
     options.loading.say_plan(model, method.work(problem, model.num_inference_steps))
     folder = f"{options.output}.work"
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}

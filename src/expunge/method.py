@@ -48,6 +48,11 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def reads_anchor(self) -> bool:
+        """Whether it matters to this method, as its fields are, what a concept becomes."""
+        return True
+
     def check_family(self, family: type[Model]) -> None:
         """Check that models of a family have what this method needs, as its fields are.
 

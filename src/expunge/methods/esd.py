@@ -102,6 +102,10 @@ class ESD(Method):
             self.trajectory_guidance,
         )
 
+    @property
+    def reads_anchor(self) -> bool:
+        return False
+
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         # Every step follows a trajectory to some place, half the way on average.
         drawn = (
