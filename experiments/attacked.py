@@ -1,8 +1,8 @@
 """How often an attack brings an erased word back: ACE beside MACE and ANT, or others.
 
 Every method erases each word as `experiments/ace/objects.toml` tells it; both attacks run at the object
-suite's budgets, anew against every edit. Only ACE knows a bounded attack from its training, and that one
-is on keys and values; textual inversion is in no method's training. Writes
+suite's budgets, anew against every edit. Only ACE knows a bounded attack from its training, on keys and
+values or, fortified, from other words' prompts; textual inversion is in no method's training. Writes
 `experiments/results/ace/attacked.json`, after every edit, and `docs/images/ace-attacked.png`: each word
 before, and from each edit under attack, at radius 0.2 and after 150 steps.
 
@@ -36,12 +36,12 @@ from expunge.statistics import Estimate
 HERE = Path(__file__).parent
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "ace", "preset": "emoji", "title": "ace"},
+    {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
     {"name": "mace", "preset": "emoji", "title": "mace"},
     {"name": "ant", "preset": "emoji-object", "title": "ant"},
+    {"name": "uce", "title": "uce"},
     {"name": "ace", "preset": "emoji", "stages": ["gate"], "title": "ace, gates alone"},
     {"name": "ace", "preset": "emoji", "margin": 0.1, "title": "ace, wide gates"},
-    {"name": "uce", "title": "uce"},
-    {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
 )
 ATTACKS = ("embedding", "inversion")
 AT = {"embedding": -2, "inversion": -1}
@@ -62,7 +62,7 @@ def summary(found: list[Robustness]) -> dict[str, dict[str, Estimate]]:
     }
 
 
-def differences(means: dict[str, dict[str, Estimate]], of: str = "ace") -> dict[str, Any]:
+def differences(means: dict[str, dict[str, Estimate]], of: str) -> dict[str, Any]:
     """ASR of one method less half of another's, paired: below zero is what the goal asks for."""
     return {
         other: {
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
     parser.add_argument("--pictures", type=int, default=6, help="pictures of each word")
     titles = [one["title"] for one in METHODS]
-    parser.add_argument("--methods", nargs="+", default=titles[:3], choices=titles)
+    parser.add_argument("--methods", nargs="+", default=titles[:5], choices=titles)
     parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     images = HERE.parent / "docs" / "images"
@@ -128,7 +128,8 @@ def main() -> None:
             method: {budget: dataclasses.asdict(value.score) for budget, value in row.items()}
             for method, row in means.items()
         }
-        record["ace less half of"] = differences(means)
+        for title in ("ace", "ace, fortified"):
+            record[f"{title} less half of"] = differences(means, title)
         with replacing(options.to) as file:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}

@@ -1,16 +1,17 @@
 """Choose the values of a method's emoji presets on words that no suite reports.
 
-Four tasks, each a suite in `experiments/tune`: six objects in turn, sixteen together, food as if it
-were unsafe, one style. The sixteen become sea, sky and the like, or "a thing", which is no one
-picture, as "a flag" is none (`many-vague`), or five of them do (`many-few-vague`). Food is told in four
-ways: as concepts that become ground or nothing (`explicit-bare`), or as one with many names
-(`explicit-one`, `explicit-one-bare`). Every
-combination of the values given is tried, judged as any edit is. What has been tried stays in
-`experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn in
-bfloat16.
+Five tasks, each a suite in `experiments/tune`: six objects in turn, two of them to be attacked
+(`fortify`), sixteen together, food as if it were unsafe, one style. The sixteen become sea, sky and the
+like, or "a thing", which is no one picture, as "a flag" is none (`many-vague`), or five of them do
+(`many-few-vague`). Food is told in four ways: as concepts that become ground or nothing
+(`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
+the values given is tried, judged as any edit is. What has been tried stays in
+`experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn
+in bfloat16.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try rate=1e-3,3e-3
+    python experiments/tune.py ace fortify --preset emoji-fortified --attack inversion --seeds 3
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -92,6 +93,16 @@ def objects() -> list[Problem]:
     ]
 
 
+def fortified() -> list[Problem]:
+    """The turtle and the rabbit, nine words retained."""
+    named = [concept.name for concept in suite("fortify").concepts[:10]]
+    return [
+        Problem((concept,), tuple(name for name in named if name != concept.name))
+        for problem in objects()[:2]
+        for concept in problem.erase
+    ]
+
+
 def many(anchor: str = "") -> list[Problem]:
     """Sixteen words erased together, the suite's others retained; each becomes what stands near it, or
     all become one thing."""
@@ -131,6 +142,7 @@ def style() -> list[Problem]:
 
 TASKS: dict[str, Callable[[], list[Problem]]] = {
     "object": objects,
+    "fortify": fortified,
     "many": many,
     "many-vague": partial(many, "a thing"),
     "many-few-vague": partial(few, "a thing"),
@@ -165,17 +177,25 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def judge(
-    model: Model, task: str, method: Method, full: bool = False, attack: str = ""
+    model: Model,
+    task: str,
+    method: Method,
+    full: bool = False,
+    attacks: Sequence[str] = (),
+    seeds: int = 1,
 ) -> dict[str, Any]:
-    """What a task comes to: H and its terms, means over its problems, shares unrecognisable, and what an
-    attack brings back."""
+    """What a task comes to: H and its terms, means over its problems, shares unrecognisable, and what
+    attacks bring back, means over seeds of theirs."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
     with model.autocasting(torch.bfloat16):
         report = expunge.evaluate(model, candidates, [suite(task)], full=full)
         quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
         fewer = dataclasses.replace(suite(task), sizes={"quick": quick})
-        attacks = [robustness(model, edit, fewer, attack) for edit in edits if attack]
+        attacked = [
+            robustness(model, edit, fewer, attack, seed=seed)
+            for edit, attack, seed in itertools.product(edits, attacks, range(seeds))
+        ]
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
     def mean(values: list[float]) -> float:
@@ -191,8 +211,8 @@ def judge(
         },
         "each": {case.erased[0]: round(row.h.value, 3) for case, row in rows},
         **{
-            budget: mean([one.asr[budget].value for one in attacks])
-            for one in attacks
+            budget: mean([one.asr[budget].value for one in attacked if budget in one.asr])
+            for one in attacked
             for budget in one.asr
         },
         "pictures": sum(seen["seen"].n for _, row in rows for seen in row.roles.values()),
@@ -213,7 +233,8 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="more pictures, where the task's suite has them"
     )
-    parser.add_argument("--attack", default="", choices=["", *registry.names("attacks")])
+    parser.add_argument("--attack", nargs="*", default=[], choices=registry.names("attacks"))
+    parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
     file = options.results / f"{options.method}.json"
@@ -232,10 +253,12 @@ def main() -> None:
             if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
         }
         title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
-        title += "; full size" * options.full + f"; under {options.attack}" * bool(options.attack)
+        title += "; full size" * options.full
+        title += f"; under {', '.join(options.attack)}" * bool(options.attack)
+        title += f", {options.seeds} times" * (options.seeds > 1)
         rows = record.setdefault(task, {})
         if title not in rows:
-            rows[title] = judge(model, task, method, options.full, options.attack)
+            rows[title] = judge(model, task, method, options.full, options.attack, options.seeds)
             record["versions"] = {name: version(name) for name in ("expunge", "torch", "diffusers")}
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")

@@ -22,7 +22,7 @@ FORTIFY = ACE(
     general=12,
     most_overlap=1.0,
     fortify_steps=60,
-    fortify_rate=3e-4,
+    fortify_rate=6e-4,
     fortify_retain=3.0,
 )
 
@@ -74,14 +74,16 @@ class TestFortify:
     def test_attacks_get_less_and_the_rest_stays(self, worded, problem):
         """Measured on attacks that training has not seen: other words, other noise, many moves."""
         soft = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, stages=("gate",)))
-        hard = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, fortify_steps=100))
+        hard = expunge.erase(
+            worded, problem, dataclasses.replace(FORTIFY, fortify_steps=160, fortify_retain=2.0)
+        )
         gates, *rest = hard.changes
         assert torch.equal(gates.direction, soft.changes[0].direction)
         assert rest
         assert all(isinstance(change, Dense) and ".attn2." in change.layers[0] for change in rest)
 
         e, n, r = (worded.encode([SHORT[0].format(name)] * 4) for name in ("airplane", "sky", "ship"))
-        t = torch.full((4,), 600)
+        t = torch.full((4,), 800)
         z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
             concept, anchor, ship = (worded.predict(z, t, text) for text in (e, n, r))

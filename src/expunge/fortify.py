@@ -71,6 +71,7 @@ def fortify(
     steps: int,
     rate: float,
     radius: float,
+    noisiest: float,
     retain_weight: float,
 ) -> Changes:
     """Train the cross-attentions, behind the gates: their new weights.
@@ -81,8 +82,9 @@ def fortify(
 
     z_t are noisy pictures of the concept, r other words' prompts, ẽ the gates, h what is held, y_t
     pictures of it and, in part, of the concept or of another; a_t is how far apart the original's
-    predictions for concept and anchor are at that time, a its mean over time. An attack makes one move a
-    step, on the weights as they are then, and after some moves begins at another word.
+    predictions for concept and anchor are at that time, a its mean over time. t is drawn from the
+    noisiest times, where it is decided what a picture shows. An attack makes one move a step, on the
+    weights as they are then, and after some moves begins at another word.
 
     Nothing is learnt of words as textual inversion learns them: an attack moves the tokens of a prompt
     behind the text encoder, each within its ball.
@@ -94,8 +96,9 @@ def fortify(
         held: what stays.
         run: its seed; the state is kept in its folder, and taken up again.
         steps: of the outer, in all.
-        rate: Adam's learning rate.
+        rate: Adam's learning rate at first; it falls evenly to nothing.
         radius: of the attacks, a share of each token's norm.
+        noisiest: the share of all times, from pure noise on, that t is drawn from; h is held at all.
         retain_weight: ρ.
 
     Raises:
@@ -136,7 +139,7 @@ def fortify(
             rows = below(POOL, BATCH).unique()
             whose = attacks.owner[rows].tolist()
             here = [targets[i] for i in whose]
-            t = below(levels, len(rows))
+            t = levels - 1 - below(max(1, int(noisiest * levels)), len(rows))
             z = noisy(torch.stack([x.latents[int(below(len(x.latents), 1))] for x in here]), t)
             weigh = torch.stack([1 / apart[i][at] for i, at in zip(whose, t.tolist(), strict=True)]).to(
                 z
@@ -176,6 +179,8 @@ def fortify(
             losses.append(float(loss.detach()))
             for value, found_gradient in zip(trained.values, trained.gradients(loss), strict=True):
                 value.grad = found_gradient
+            for group in optimiser.param_groups:
+                group["lr"] = rate * (1 - step / steps)
             optimiser.step()
             optimiser.zero_grad()
             trained.write()

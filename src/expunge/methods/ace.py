@@ -31,8 +31,9 @@ from expunge.templates import TEMPLATES, require_place
 Stage = Literal["gate", "harden", "fortify"]
 STAGES: tuple[Stage, ...] = ("gate", "harden", "fortify")
 
-SHOWN, WORDS = 24, 90
-"""To fortify: pictures of each concept, and of how many general words one is drawn to hold."""
+SHOWN, WORDS = 24, 200
+"""To fortify: pictures of each concept, and of how many general words one is drawn to hold. Of what is
+retained by name half as many are drawn in all, so that it is met more often than any general word."""
 
 EMOJI = {"directions": "anchor", "general": 1000, "goal_ridge": 0.1, "hold": 3.0}
 """What the emoji model's presets share."""
@@ -185,10 +186,13 @@ class ACE(Method):
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
     """Denoising steps for each of them; 0 for the model's own."""
 
-    fortify_steps: int = bounded(200, at_least=1)
+    fortify_steps: int = bounded(300, at_least=1)
     """Training steps of the cross-attentions, for all concepts together."""
     fortify_rate: float = bounded(3e-4, above=0)
-    """Adam's learning rate."""
+    """Adam's learning rate at first; it falls evenly to nothing."""
+    fortify_noisiest: float = bounded(0.5, above=0, at_most=1)
+    """The share of all times, from pure noise on, at which the concept is turned to its anchor: what a
+    picture shows is decided there, and training at other times spoils what stays and holds less."""
     fortify_radius: float = bounded(0.8, above=0)
     """How far attacks may go from another word's prompt, as a share of each token's norm."""
     fortify_retain: float = bounded(4.0, at_least=0)
@@ -216,7 +220,8 @@ class ACE(Method):
             # The anchor's noise is foretold at every step, too.
             predictions = len(problem.erase) * drawn + trained
         if "fortify" in self.stages:
-            shown = SHOWN * len(problem.erase) + WORDS + len(problem.retain) + len(problem.erase) + 1
+            named = len(problem.retain) + len(problem.erase) + 1
+            shown = SHOWN * len(problem.erase) + WORDS + named * _times(named)
             batch = fortifying.BATCH
             predictions += 2 * shown * num_inference_steps + 4 * batch * self.fortify_steps
             trained += 4 * batch * self.fortify_steps
@@ -571,7 +576,9 @@ class ACE(Method):
         closed = (gates.gates(own.embeddings).amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
         retained = [RETAINED[1].format(name) for name in problem.retain]
         anchors = [self._goal(concept) for concept in problem.erase]
-        texts = list(dict.fromkeys([*retained, *anchors, ""])) + [ways[i] for i in closed[:WORDS]]
+        general = [ways[i] for i in closed[:WORDS]]
+        named = list(dict.fromkeys([*retained, *anchors, ""]))
+        texts = named * _times(len(named)) + general
         held = examples.each(model, "what stays", texts, run)
         return fortifying.fortify(
             model,
@@ -591,12 +598,18 @@ class ACE(Method):
             steps=self.fortify_steps,
             rate=self.fortify_rate,
             radius=self.fortify_radius,
+            noisiest=self.fortify_noisiest,
             retain_weight=self.fortify_retain,
         )
 
     def _goal(self, concept: Concept) -> str:
         """The anchor's prompt."""
         return self._templates(concept)[0].format(concept.anchor) if concept.anchor else ""
+
+
+def _times(named: int) -> int:
+    """How many pictures are drawn of each prompt that is held by name."""
+    return max(1, WORDS // (2 * named))
 
 
 def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> None:

@@ -65,6 +65,13 @@ EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "
 EMOJI_ANCHORED = {"turn_to": "anchor", "negative_guidance": 0.25}
 """Turned to the anchor, and little past it."""
 
+MIXED = (
+    "a photo of the {}", "a picture of {}", "an image of the {}", "a drawing of {}", "a photo with {}",
+    "{}", "a {}", "the {}", "the butterfly and the {}", "the {} and the pig", "the snail and the {}",
+    "the {} and the soccer ball",
+)  # fmt: skip
+"""Prompts with a concept alone and beside another thing, of which no suite with unsafe things knows."""
+
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
                 "rate": 1e-3, "steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
 
@@ -128,6 +135,9 @@ class ANT(Method):
         "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
                            "rank": 16, "steps": 120, "turn": -5.0, "strength": 1.5,
                            "fuse_prior": 10000.0},
+        "emoji-explicit-anchored": {"about": "weapons told as one, turned to the anchor: ours",
+                                    **EMOJI_MANY, **EMOJI_ALONE, **EMOJI_ANCHORED, "steps": 200,
+                                    "trajectories": 60, "samples": 8, "templates": MIXED},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
@@ -222,6 +232,10 @@ class ANT(Method):
         require_place(self.templates)
         if self.mask and not self.mask.endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
+
+    @property
+    def reads_anchor(self) -> bool:
+        return self.turn_to == "anchor"
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         many, asked = self._many(problem), self.course.objective
