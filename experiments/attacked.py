@@ -7,7 +7,7 @@ values or, fortified, from other words' prompts; textual inversion is in no meth
 before, and from each edit under attack, at radius 0.2 and after 150 steps.
 
     python experiments/attacked.py [--words airplane cat ship] [--pictures 6]
-    python experiments/attacked.py --words airplane --methods "ace, wide gates" --to wide.json
+    python experiments/attacked.py --methods "ace, fortified" --inversion 150 600 --to longer.json
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     images = HERE.parent / "docs" / "images"
     parser.add_argument("--pictures-to", type=Path, default=images / "ace-attacked.png")
+    parser.add_argument(
+        "--inversion", nargs="+", type=int, help="steps of inversion; default: the suite's"
+    )
     parser.add_argument("--float32", action="store_true", help="draw without bfloat16")
     options = parser.parse_args()
     dtype = None if options.float32 else torch.bfloat16
@@ -101,6 +104,10 @@ def main() -> None:
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.pictures)
     suite = dataclasses.replace(suite, sizes={"quick": few})
+    if options.inversion:
+        suite = dataclasses.replace(
+            suite, attacks={**suite.attacks, "inversion": {"steps": options.inversion}}
+        )
     problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
     methods = tuple(one for one in METHODS if one["title"] in options.methods)
     experiment = dataclasses.replace(experiment, methods=methods, problems=problems)

@@ -68,12 +68,20 @@ TASKS = (
 )
 """The suites of the emoji model."""
 FULL = {
-    "ten objects in turn": "objects",
-    "20 flags": "flags-20",
-    "four styles in turn": "styles",
-    "weapons, told in two ways": "unsafe",
+    "ten objects in turn": ("objects", ""),
+    "20 flags": ("flags-20", ""),
+    "four styles in turn": ("styles", ""),
+    "weapons told as nine": ("unsafe", "weapon, pistol, knife …"),
+    "weapons told as one": ("unsafe", "weapon"),
 }
-"""Experiments of `experiments/ace`, run at full size, by what their columns say."""
+"""Experiments of `experiments/ace`, run at full size, by what their columns say; where one problem of
+several is meant, what its rows are called."""
+ANCHORED = {
+    "ten objects in turn": "objects-anchored",
+    "20 flags": "flags-anchored",
+    "weapons told as one": "unsafe-anchored",
+}
+"""Experiments of `experiments/ant` with ANT turned to the anchor, by the columns they stand in."""
 LEAST_IN_TURN = 3  # of a list of identities so many are erased alone
 
 
@@ -227,18 +235,38 @@ def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def full_size(results: Path) -> str:
     """The H of every method in the experiments at full size, in Markdown."""
     columns: dict[str, dict[str, str]] = {}
-    for title, name in FULL.items():
+    for title, (name, problem) in FULL.items():
         file = results / "ace" / f"{name}.json"
         if not file.is_file():
             continue
         record = json.loads(file.read_text("utf8"))
-        (found,) = record["methods"].values()
-        columns[title] = {recipe.partition(" (")[0]: _percent(one) for recipe, one in found.items()}
+        columns[title] = _of_problem(record, problem) if problem else _of_methods(record)
+        anchored = results / "ant" / f"{ANCHORED.get(title, '')}.json"
+        if anchored.is_file():
+            of = _of_methods(json.loads(anchored.read_text("utf8")))
+            columns[title]["ant, anchored"] = of["ant"]
     if not columns:
         return ""
     methods = dict.fromkeys(method for column in columns.values() for method in column)
     rows = ([m, *(column.get(m, "–") for column in columns.values())] for m in methods)
     return grid(["", *columns], rows)
+
+
+def _of_methods(record: Any) -> dict[str, str]:
+    """The H of each method, the mean over all problems of an experiment."""
+    (found,) = record["methods"].values()
+    return {recipe.partition(" (")[0]: _percent(one) for recipe, one in found.items()}
+
+
+def _of_problem(record: Any, problem: str) -> dict[str, str]:
+    """The H of each method on one problem of an experiment."""
+    (case,) = record["cases"]
+    rows = {tuple(row["name"].split(": ", 1)): row for row in case["rows"]}
+    return {
+        key[0]: _percent(next(row[term] for term in TERMS if term in row))
+        for key, row in rows.items()
+        if key[1:] in ((), (problem,))
+    }
 
 
 def under_attack(results: Path) -> list[str]:
