@@ -8,7 +8,8 @@ import torch
 import expunge
 from conftest import tiny_pipeline
 from expunge import ExpungeError, ExpungeWarning
-from expunge.prior import BATCH, captions, prior
+from expunge.prior import BATCH, WORDS, captions, captions_for, prior, words
+from expunge.problem import Concept
 from expunge.run import Run
 
 SOME = ("a photo of the ship", "bird", "", "a cat and a dog on the street", "bird")
@@ -79,6 +80,19 @@ def test_long_captions_are_cut_with_one_warning(model, cache):
 def test_no_captions(model):
     with pytest.raises(ExpungeError, match="there is none"):
         prior(model, ())
+
+
+def test_the_words_of_a_vocabulary(worded):
+    erased = (Concept("airplane", synonyms=("cat dog",)),)
+    gone = {"airplane", "cat", "dog"}
+    assert gone < set(worded.vocabulary())
+    known = words(worded, erased)
+    assert known == [word for word in worded.vocabulary() if word not in gone]
+    found = captions_for(worded, "vocabulary", erased)
+    assert found == tuple(f"a photo of the {word}" for word in known[:WORDS])
+    assert captions_for(worded, "general", erased) == captions("general")
+    with pytest.raises(ExpungeError, match="did you mean 'vocabulary'"):
+        captions_for(worded, "vocabluary", erased)
 
 
 def test_the_shipped_captions():

@@ -13,7 +13,8 @@ from expunge.errors import ExpungeWarning
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, moved_by
 from expunge.ops.low_rank import balanced
-from expunge.prior import captions, prior
+from expunge.prior import captions_for, prior
+from expunge.problem import Problem
 from expunge.run import Run, Tensors
 
 RETAINED = ("{}", "a photo of the {}", "a picture of a {}", "a drawing of {}")
@@ -38,7 +39,7 @@ class Asked(Mapping[str, Tensor]):
 
 def kept(
     model: Model,
-    retain: Sequence[str],
+    problem: Problem,
     run: Run,
     *,
     captions_from: str,
@@ -49,27 +50,27 @@ def kept(
 
     Args:
         model: whose text encoder to read with.
-        retain: names and prompts that stay; each is read in four prompts.
+        problem: names and prompts that stay, each read in four prompts; and what is erased.
         run: told what is done.
-        captions_from: where the captions come from, as in `prior.captions`; "" for none.
+        captions_from: where the captions come from, as in `prior.captions_for`; "" for none.
         weighs: whether the sum will weigh anything; without, captions are not read.
         domain_weight: ω.
     """
     width = model.encode([""]).embeddings.shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64)
-    if retain and not (weighs and domain_weight):
+    if problem.retain and not (weighs and domain_weight):
         warnings.warn(
             "the retained weigh nothing: raise domain_weight, and the weight of the prior",
             ExpungeWarning,
             stacklevel=5,
         )
-    elif retain:
-        prompts = [template.format(text) for text in retain for template in RETAINED]
+    elif problem.retain:
+        prompts = [template.format(text) for text in problem.retain for template in RETAINED]
         for start in range(0, len(prompts), 64):
             e = model.encode(prompts[start : start + 64]).embeddings
             total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
-        total += prior(model, captions(captions_from), run).mean
+        total += prior(model, captions_for(model, captions_from, problem.erase), run).mean
     return total
 
 

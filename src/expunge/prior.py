@@ -19,10 +19,14 @@ from expunge.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.files import cache_folder, read_header, replacing
 from expunge.model import Model
 from expunge.ops.least_squares import gram
+from expunge.problem import Concept
 from expunge.run import Run
 
 BATCH = 64
 """Captions encoded together."""
+
+VOCABULARY, WORDS = "vocabulary", 2000
+"""The captions that are the tokenizer's own words, and how many at the most, the most frequent first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +110,30 @@ def captions(source: str) -> tuple[str, ...]:
     elif data_set:
         lines = _from_hub(source)
     else:
-        raise unknown("set of captions", source, shipped)
+        raise unknown("set of captions", source, [*shipped, VOCABULARY])
     found = tuple(filter(None, (line.strip() for line in lines)))
     if not found:
         raise ExpungeError(f"{source} has no captions")
     return found
+
+
+def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
+    """Captions as `captions` takes them, or for "vocabulary" a photo of each word that a model knows.
+
+    Args:
+        model: whose tokenizer knows words.
+        source: "vocabulary", or what `captions` takes.
+        erased: the concepts whose words are left out of a vocabulary.
+    """
+    if source != VOCABULARY:
+        return captions(source)
+    return tuple(f"a photo of the {word}" for word in words(model, erased)[:WORDS])
+
+
+def words(model: Model, erased: Sequence[Concept]) -> list[str]:
+    """The tokenizer's own words that are in no concept's name, in the order of their numbers."""
+    taken = {word for concept in erased for name in concept.names for word in name.lower().split()}
+    return [word for word in model.vocabulary() if word not in taken]
 
 
 def _prior(model: Model, captions: Sequence[str], run: Run) -> Prior:

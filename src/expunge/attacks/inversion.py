@@ -13,6 +13,7 @@ from expunge.edit import Edit
 from expunge.fields import bounded
 from expunge.model import Model
 from expunge.ops.finetune import frozen
+from expunge.prior import words
 from expunge.probe import Probe
 from expunge.run import Run
 
@@ -105,11 +106,11 @@ class Inversion(Attack):
 
     def _word(self, model: Model, edit: Edit) -> str:
         """A word that the tokenizer has as one token and no erased name uses."""
-        names = {w for c in edit.record.problem.erase for name in c.names for w in name.lower().split()}
-        words = [word for word in model.vocabulary() if word not in names]
-        wanted = [self.start, *(c.anchor or "" for c in edit.record.problem.erase)]
-        of_anchor = [w for text in wanted for w in reversed(text.lower().split()) if w in words]
-        return (of_anchor or words)[0]
+        erased = edit.record.problem.erase
+        known = words(model, erased)
+        wanted = [self.start, *(concept.anchor or "" for concept in erased)]
+        of_anchor = [w for text in wanted for w in reversed(text.lower().split()) if w in known]
+        return (of_anchor or known)[0]
 
 
 def renamed(prompt: str, edit: Edit, word: str) -> str:

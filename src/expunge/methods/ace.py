@@ -24,6 +24,7 @@ from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded as attacked
+from expunge.prior import words
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
 from expunge.templates import TEMPLATES, require_place
@@ -417,10 +418,9 @@ class ACE(Method):
 
     def _general(self, model: Model, problem: Problem, run: Run) -> list[str]:
         """Some words of the tokenizer's that are in no concept's name."""
-        taken = {w for c in problem.erase for name in c.names for w in name.lower().split()}
-        words = [word for word in model.vocabulary() if word not in taken]
-        order = torch.randperm(len(words), generator=run.generator("words"))
-        return [words[i] for i in order[: self.general].tolist()]
+        found = words(model, problem.erase)
+        order = torch.randperm(len(found), generator=run.generator("words"))
+        return [found[i] for i in order[: self.general].tolist()]
 
     def _tokens(self, model: Model, prompts: Sequence[str]) -> Tensor:
         """Those that tell a gate enough of the prompts, (n, d)."""
@@ -569,8 +569,8 @@ class ACE(Method):
         """
         (gates,) = changes
         assert isinstance(gates, Gated)
-        words = self._general(model, problem, run)
-        ways = [self._templates(problem.erase[0])[0].format(word) for word in words]
+        template = self._templates(problem.erase[0])[0]
+        ways = [template.format(word) for word in self._general(model, problem, run)]
         own = model.encode(ways)
         # Other names of a concept are among the words of a vocabulary.
         closed = (gates.gates(own.embeddings).amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()

@@ -20,7 +20,7 @@ from expunge.model import Model, Text
 from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
-from expunge.prior import captions
+from expunge.prior import captions_for
 from expunge.problem import Concept, Problem, key
 from expunge.run import Run, Tensors
 from expunge.steering import (
@@ -137,7 +137,8 @@ class ANT(Method):
                            "fuse_prior": 10000.0},
         "emoji-explicit-anchored": {"about": "weapons told as one, turned to the anchor: ours",
                                     **EMOJI_MANY, **EMOJI_ALONE, **EMOJI_ANCHORED, "steps": 200,
-                                    "trajectories": 60, "samples": 8, "templates": MIXED},
+                                    "trajectories": 60, "samples": 8, "templates": MIXED,
+                                    "captions": "vocabulary"},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
         "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
                  "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
@@ -221,7 +222,8 @@ class ANT(Method):
     domain_weight: float = bounded(0.0, at_least=0)
     """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
     captions: str = "general"
-    """The prior's captions: "general", a text file with one a line; "" for none, the retained alone."""
+    """The prior's captions: "general"; "vocabulary", the tokenizer's own words; a text file with one
+    a line; "" for none, the retained alone."""
     batch: int = bounded(4, at_least=1)
     """Concepts trained together, or points of a map at once; more is faster and takes more memory."""
     templates: tuple[str, ...] = ()
@@ -324,7 +326,7 @@ class ANT(Method):
         erased = [f" {key(name)} " for concept in problem.erase for name in concept.names]
         general = [
             text
-            for text in (captions(self.captions) if self.captions else ())
+            for text in (captions_for(model, self.captions, problem.erase) if self.captions else ())
             if not any(name in f" {key(text)} " for name in erased)
         ]
         if not named and not general:
@@ -370,7 +372,7 @@ class ANT(Method):
         """Σ e eᵀ over all tokens of the concepts' prompts, and the weighted prior: (d, d), float64."""
         kept = fusion.kept(
             model,
-            problem.retain,
+            problem,
             run,
             captions_from=self.captions,
             weighs=self.fuse_prior > 0,

@@ -213,8 +213,8 @@ class MACE(Method):
     domain_weight: float = bounded(0.0, at_least=0)
     """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
     captions: str = "general"
-    """The prior's captions: "general", a text file with one a line, or OWNER/NAME:COLUMN:SPLIT, a data
-    set of the Hub; "" for none, the retained alone."""
+    """The prior's captions: "general"; "vocabulary", the tokenizer's own words; a text file with one
+    a line, or OWNER/NAME:COLUMN:SPLIT, a data set of the Hub; "" for none, the retained alone."""
     rank: int = bounded(1, at_least=1)
     """The rank of each concept's change."""
     steps: int = bounded(50, at_least=0)
@@ -363,7 +363,7 @@ class MACE(Method):
         """P + ω P_retained, (d, d): means of Σ_positions e eᵀ over captions and retained prompts."""
         return fusion.kept(
             model,
-            problem.retain,
+            problem,
             run,
             captions_from=self.captions,
             weighs=self.refine_prior > 0 or self.fuse_prior > 0,
