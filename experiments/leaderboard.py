@@ -220,7 +220,11 @@ def table(results: Path) -> str:
             f" torch {versions['torch']}."
         )
     if (results / "ace").is_dir():
-        parts += ["\n## Full size\n", "The experiments of `experiments/ace`, drawn in bfloat16.\n"]
+        parts += [
+            "\n## Full size\n",
+            "The experiments of `experiments/ace`, drawn in bfloat16. *ant* reads no anchor, as in its",
+            "paper; *ant, anchored* does, in runs of its own (`experiments/ant`; flags in float32).\n",
+        ]
         parts += [full_size(results), *under_attack(results)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -275,18 +279,22 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    means = record["means"]
-    budgets = list(next(iter(means.values())))
     words, pictures = record["words"], record["pictures a word"] * len(record["words"])
-    rows = ([method, *(_percent(row[name]) for name in budgets)] for method, row in means.items())
     return [
         "\n## Under attack\n",
         f"The share of pictures in which an erased word is seen again ({', '.join(words)};",
         f"{pictures} pictures): without attack (pre-ASR), and under two kinds, each with ever more to",
         "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
         "Made by `python experiments/attacked.py`.\n",
-        grid(["method", *budgets], rows),
+        attacked(record["means"]),
     ]
+
+
+def attacked(means: dict[str, Any]) -> str:
+    """A row for each method, a column for each budget."""
+    budgets = list(next(iter(means.values())))
+    rows = ([method, *(_percent(row[name]) for name in budgets)] for method, row in means.items())
+    return grid(["seen again", *budgets], rows)
 
 
 def _percent(one: dict[str, Any]) -> str:
@@ -315,7 +323,7 @@ def summary(results: Path) -> str:
 
 def _both(results: Path) -> str:
     """The README's tables."""
-    return f"{full_size(results)}\n\n{summary(results)}".strip()
+    return "\n\n".join(filter(None, [full_size(results), *under_attack(results)[-1:], summary(results)]))
 
 
 def put_between(text: str, inside: str) -> str:

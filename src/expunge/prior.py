@@ -25,7 +25,7 @@ from expunge.run import Run
 BATCH = 64
 """Captions encoded together."""
 
-VOCABULARY, WORDS = "vocabulary", 2000
+VOCABULARY, WORDS = "vocabulary", 3000
 """The captions that are the tokenizer's own words, and how many at the most, the most frequent first."""
 
 
