@@ -4,7 +4,7 @@ Edits are those of an experiment of ACE's, made if they are not there; the suite
 Writes `experiments/results/ace/plain.json`, and adds to it.
 
     python experiments/ace_plain.py objects [--only airplane cat ship]
-    python experiments/ace_plain.py styles --only noto
+    python experiments/ace_plain.py objects-fortified
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     record: dict[str, Any] = json.loads(options.to.read_text("utf8")) if options.to.is_file() else {}
     for job in experiment.jobs():
         name = job.problem.erase[0].name
-        if job.title != "ace" or (options.only and name not in options.only):
+        if job.method_name != "ace" or (options.only and name not in options.only):
             continue
         edit = job.done(model, folder).edit
         assert isinstance(edit, Edit)
