@@ -96,6 +96,9 @@ def test_erase_says_when_a_method_reads_no_anchor(run):
     assert code == 0
     assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err
     assert "becomes" not in out
+    shown = run("info", "e.safetensors")[1]
+    assert "its method read no anchor" in shown
+    assert "becomes" not in shown
     assert "reads no anchor" not in run(*told, "--turn-to", "anchor")[2]
 
 

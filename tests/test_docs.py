@@ -65,7 +65,7 @@ def test_use_elsewhere(tmp_path, monkeypatch, capsys):
     assert not notes(err)
     for said in (
         "memory: ",
-        "in all 513 prompts: at least",
+        "in all 513 prompts: about",
         "rank 32",
         "of their norm is lost",
         "airplane (becomes 'sky') by uce",

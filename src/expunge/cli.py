@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             # An interrupt in the middle of an import comes out as some other error.
             if heard or isinstance(error, KeyboardInterrupt):
-                errors.print("expunge: interrupted; no unfinished file was left")
+                errors.print("expunge: interrupted; no incomplete file was written")
                 return 130
             if isinstance(error, ExpungeError):
                 errors.print(f"expunge: {error}", markup=False)
@@ -509,7 +509,8 @@ def info_command(options: Info) -> None:
     for concept in record.problem.erase:
         also = f" and {', '.join(concept.synonyms)}" if concept.synonyms else ""
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
-        table.add_row("erases", f"{concept.name}{also} ({concept.kind}); becomes {becomes}")
+        becomes = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
+        table.add_row("erases", f"{concept.name}{also} ({concept.kind}); {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
     table.add_row("method", f"{record.method}: {spelled_out(record.fields)}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")

@@ -288,7 +288,10 @@ def info_of_model(path: str) -> None:
         history = checkpoint.erased()
     for erased in history:
         record = erased.record
-        concepts = ", ".join(f"{c.name} (becomes {c.anchor!r})" for c in record.problem.erase)
+        concepts = ", ".join(
+            f"{c.name} (becomes {c.anchor!r})" if record.reads_anchor else c.name
+            for c in record.problem.erase
+        )
         rows.append(("erased", f"{concepts} by {record.method}, seed {record.seed}"))
         rows.append(("", f"{len(erased.places)} tensors, edit {erased.edit[:16]}"))
     if not history:

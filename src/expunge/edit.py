@@ -29,6 +29,7 @@ from expunge.changes import (
     from_spec,
 )
 from expunge.errors import ExpungeError, ExpungeWarning, listed
+from expunge.fields import build
 from expunge.files import read_header, replacing
 from expunge.method import Method
 from expunge.model import Model
@@ -61,6 +62,14 @@ class Record:
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
         """The inverse of `dataclasses.asdict`."""
         return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+
+    @property
+    def reads_anchor(self) -> bool:
+        """Whether it mattered to the method what a concept becomes; True for one not known here."""
+        try:
+            return bool(build(registry.get("methods", self.method), self.fields).reads_anchor)
+        except ExpungeError:
+            return True
 
 
 @dataclass(frozen=True, eq=False)

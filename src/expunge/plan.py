@@ -80,7 +80,7 @@ class Plan:
                             (work.gradients, "predictions with gradients"))
             if n
         ]  # fmt: skip
-        return [*lines, f"in all {', '.join(counts)}: at least {_time(self.seconds(work))}"]
+        return [*lines, f"in all {', '.join(counts)}: about {_time(self.seconds(work))}"]
 
 
 def plan(
