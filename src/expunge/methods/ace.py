@@ -193,7 +193,7 @@ class ACE(Method):
     """Adam's learning rate at first; it falls evenly to nothing."""
     fortify_noisiest: float = bounded(0.5, above=0, at_most=1)
     """The share of all times, from pure noise on, at which the concept is turned to its anchor: what a
-    picture shows is decided there, and training at other times spoils what stays and holds less."""
+    picture shows is decided there, and training spread over all times holds less."""
     fortify_radius: float = bounded(0.8, above=0)
     """How far attacks may go from another word's prompt, as a share of each token's norm."""
     fortify_retain: float = bounded(4.0, at_least=0)
