@@ -111,8 +111,8 @@ class TestFortify:
         assert (
             before[0] < 0.5 * before[1]
         )  # an attack on the gates alone finds the concept, not the anchor
-        # Of the fortified it gets what is nearer to the anchor. That it gets less of the concept does not
-        # show on random weights, which any text moves about: experiments/attacked.py shows it.
+        # Of the fortified it gets what is nearer to the anchor. That it gets less of the concept does
+        # not show on random weights, which any text moves about: experiments/attacked.py shows it.
         assert after[1] < 0.9 * before[1]
         # What is retained stays.
         assert after[2] < 0.1
