@@ -34,7 +34,7 @@ PROBLEM = Problem((Concept("airplane", "sky"),))
 QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "steps": 4, "rate": 1e-3,
          "templates": ("{}", "a photo of the {}")}  # fmt: skip
 
-EPSILON = {}
+EPSILON: dict[str, str] = {}
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 

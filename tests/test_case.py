@@ -10,7 +10,7 @@ from expunge.looks import Looks, make
 from expunge.suite import Suite
 
 DETECTOR = make("detector", {})
-SETTINGS = DETECTOR.recognition(torch.zeros(1, 113)).settings
+SETTINGS = DETECTOR.recognition(torch.zeros(1, 113)).settings  # type: ignore[attr-defined]
 NAMES, STYLES = SETTINGS.label_names, SETTINGS.style_names
 
 OBJECTS = {

@@ -158,7 +158,7 @@ def test_gradients_with_checkpointing(pipe):
         (Sparse((KEY,), torch.tensor([10**6]), torch.ones(1)), "sparse change"),
         (gated((KEY,), 9), "gated change"),
         (gated((CONVOLUTION,), 9), "gated change"),
-        (Damped((KEY,), *[torch.zeros(1, 1)] * 3, damping=torch.zeros(1, 1)), "damped change"),
+        (Damped((KEY,), *[torch.zeros(1, 1)] * 4), "damped change"),
     ],
 )
 def test_what_does_not_fit_touches_nothing(pipe, change, message):

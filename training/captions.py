@@ -210,7 +210,14 @@ TOPICS: dict[str, tuple[dict[str, str], str]] = {
 ANIMALS = "lion, horse, bull, dog, eagle, fish"
 """Of which there are statues."""
 
-OPENINGS = ("a photo of", "a photograph of", "a picture of", "a snapshot of", "an image of", "a close view of")
+OPENINGS = (
+    "a photo of",
+    "a photograph of",
+    "a picture of",
+    "a snapshot of",
+    "an image of",
+    "a close view of",
+)
 
 
 def article(words: str) -> str:
@@ -240,7 +247,7 @@ def fill(pattern: str, words: dict[str, list[str]], rng: random.Random) -> str:
 def mended(text: str) -> str:
     """English, where the grammar is too simple for it."""
     for wrong, right in (
-        ("sheeps", "sheep"), ("deers", "deer"), ("mouses", "mice"), ("foxs", "foxes"), 
+        ("sheeps", "sheep"), ("deers", "deer"), ("mouses", "mice"), ("foxs", "foxes"),
         ("knife and forks", "knives and forks"), ("watchs", "watches"), ("pair of glassess", "pairs of glasses"),
         ("needle and threads", "needles and thread"), ("pair of scissorss", "pairs of scissors"),
         ("school buss", "school buses"), ("lorrys", "lorries"), ("ferrys", "ferries"),
@@ -257,7 +264,10 @@ def main() -> None:
     common = {name: text.split(", ") for name, text in COMMON.items()}
     found: dict[str, None] = {}
     topics = [
-        ({**common, "animal": ANIMALS.split(", "), **{n: t.split(", ") for n, t in own.items()}}, patterns.split("|"))
+        (
+            {**common, "animal": ANIMALS.split(", "), **{n: t.split(", ") for n, t in own.items()}},
+            patterns.split("|"),
+        )
         for own, patterns in TOPICS.values()
     ]
     turn = 0

@@ -13,25 +13,28 @@ import argparse
 import itertools
 import random
 
-import torch
 from torch import Tensor
 
 from expunge.model import Model, load
 from expunge.probe import Probe
 from training.emoji.export import pipeline
-from training.emoji.scenes import COLOURS, PICTURE, Plan, SceneMaker
+from training.emoji.scenes import COLOURS, Plan, SceneMaker
 from training.emoji.world import load_drawings, place_options, read_world
 
 
 def drawings_on(maker: SceneMaker, things: list[tuple[int, int]], background: int) -> Tensor:
     """(n, 3, 64, 64): each (label, style) alone, in the middle, of the usual size."""
     n = len(things)
-    plan = Plan([""] * n, [background] * n, [2.0] * n, [[thing] for thing in things], [[(0.88, 0.5, 0.5)]] * n)
+    plan = Plan(
+        [""] * n, [background] * n, [2.0] * n, [[thing] for thing in things], [[(0.88, 0.5, 0.5)]] * n
+    )
     return maker.paint(plan).pictures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     place_options(parser)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 6])
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
@@ -43,7 +46,10 @@ def main() -> None:
     things = [(label, style) for label, styles in enumerate(maker.by_label) for style in styles]
     rng = random.Random(1)
     asked = [
-        (rng.choice([t for t in things if world.labels[t[0]].group != "flags"]), rng.randrange(len(COLOURS)))
+        (
+            rng.choice([t for t in things if world.labels[t[0]].group != "flags"]),
+            rng.randrange(len(COLOURS)),
+        )
         for _ in range(options.pictures)
     ]
     prompts = [
@@ -58,8 +64,10 @@ def main() -> None:
         label_right = style_right = distance = 0.0
         for picture, (thing, background) in zip(pictures, asked, strict=True):
             distances = (references[background] - picture).square().mean((1, 2, 3))
-            label, style = things[int(distances.argmin())]
-            same = [i for i, (other, _) in enumerate(things) if other == thing[0]]  # its label in all styles
+            label, _ = things[int(distances.argmin())]
+            same = [
+                i for i, (other, _) in enumerate(things) if other == thing[0]
+            ]  # its label in all styles
             nearest = things[same[int(distances[same].argmin())]]
             label_right += label == thing[0]
             style_right += nearest == thing

@@ -69,7 +69,9 @@ def resumable(name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the last checkpoint is kept, and the same command continues from it")
+        print(
+            f"{name}: interrupted; the last checkpoint is kept, and the same command continues from it"
+        )
         raise SystemExit(130) from None
 
 
@@ -85,9 +87,13 @@ class Average:
         self.steps += 1
         decay = min(self.top, (1 + self.steps) / (10 + self.steps))
         now = module.state_dict()
-        if next(iter(now.values())).is_cuda:  # all at once: hundreds of small kernels take longer than the step
+        if next(
+            iter(now.values())
+        ).is_cuda:  # all at once: hundreds of small kernels take longer than the step
             floating = [name for name, value in now.items() if value.is_floating_point()]
-            torch._foreach_lerp_([self.values[k] for k in floating], [now[k] for k in floating], 1 - decay)
+            torch._foreach_lerp_(
+                [self.values[k] for k in floating], [now[k] for k in floating], 1 - decay
+            )
             now = {name: value for name, value in now.items() if not value.is_floating_point()}
         for name, value in now.items():
             if value.is_floating_point():
@@ -135,7 +141,11 @@ def train(
     def save() -> None:
         if rank:
             return
-        state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "average": ema.values}
+        state = {
+            "module": module.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "average": ema.values,
+        }
         torch.save({**state, "step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
@@ -145,7 +155,10 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     log = None if rank else (folder / f"{name}.log").open("a")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with resumable(name), Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar:
+    with (
+        resumable(name),
+        Progress(*columns, TextColumn("{task.fields[note]}"), disable=bool(rank)) as bar,
+    ):
         task = bar.add_task(name, total=total, completed=spent, note="")
         while spent < until:
             for group in optimiser.param_groups:
@@ -153,7 +166,9 @@ def train(
             loss, notes = loss_of(step, spent / total)
             look = step % watch == 0
             if look and not torch.isfinite(loss):
-                raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
+                raise SystemExit(
+                    f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept."
+                )
             loss.backward()
             spent = share(module, spent)
             nn.utils.clip_grad_norm_(module.parameters(), clip)

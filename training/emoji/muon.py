@@ -36,7 +36,9 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.T
 
 
-def orthogonalise_all(matrices: list[torch.Tensor], dtype: torch.dtype, steps: int = 5) -> list[torch.Tensor]:
+def orthogonalise_all(
+    matrices: list[torch.Tensor], dtype: torch.dtype, steps: int = 5
+) -> list[torch.Tensor]:
     """The same of many matrices, those of one shape together: a GPU waits for kernels' starts, not for arithmetic."""
     a, b, c = QUINTIC
     same: dict[torch.Size, list[int]] = {}
@@ -61,13 +63,18 @@ class Muon(torch.optim.Optimizer):
         self, module: nn.Module, lr: float, *, momentum: float = 0.95, weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.99), adamw: tuple[str, ...] = (),
     ):  # fmt: skip
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim >= 2 and not any(part in name for part in adamw)
             (matrices if is_matrix else rest).append(parameter)
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.processes = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        super().__init__([{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            [{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -19,7 +19,9 @@ from training.emoji.world import archive_of, load_drawings, place_options, read_
 VOCABULARY = 4096
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's word split: contractions, letters, single digits, anything else.
-SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+SPLIT = (
+    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+)
 
 
 def broad_words(folder: Path) -> list[str]:
@@ -37,7 +39,9 @@ def broad_words(folder: Path) -> list[str]:
 
 def train_tokenizer(texts: list[str]) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
@@ -62,7 +66,13 @@ def train_tokenizer(texts: list[str]) -> CLIPTokenizer:
     tokens += [START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(
-        vocab=vocabulary, merges=kept, bos_token=START, eos_token=END, unk_token=END, pad_token=END, model_max_length=77
+        vocab=vocabulary,
+        merges=kept,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=77,
     )
 
 
@@ -82,7 +92,11 @@ def main() -> None:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf8")
-    for text in ("a photo of the airplane", "flag of Equatorial Guinea in twemoji style", "an unforeseeable zebra"):
+    for text in (
+        "a photo of the airplane",
+        "flag of Equatorial Guinea in twemoji style",
+        "an unforeseeable zebra",
+    ):
         print(text, "->", tokenizer.tokenize(text))
 
 

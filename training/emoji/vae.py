@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--name", default="vae")
-    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements")
+    parser.add_argument(
+        "--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements"
+    )
     options = parse(parser, ON_GPU)
     torch.manual_seed(0)
     fast_arithmetic()
