@@ -96,7 +96,7 @@ PLACES = {
     "sunset": ("at sunset", "in the sunset"),
 }
 NOT_PLURAL = ("ss", "us", "is")  # how a singular may end in s
-MASS = ("food", "broccoli", "corn", "maize", "cheese", "cattle")  # names without an article
+MASS = ("food", "broccoli", "cheese", "cattle")  # names without an article
 
 
 @cache
