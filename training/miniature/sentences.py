@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from training.miniature.captions import PLACES
+from training.miniature.people import CLOTHES, FACES
+from training.miniature.scenes import COLORS
+from training.miniature.world import World
+
+SWAPPED = {"object": 3.0, "person": 4.0, "artist": 4.0}  # how often a kind's words are replaced, beside others' 1
 ANY = "any"  # the concept of a kind's own words, "person:any" say
 
 
@@ -87,7 +93,8 @@ def pair_of(sentence: Sentence, vocabulary: Vocabulary, rng: random.Random) -> P
     """The sentence beside a partner; one without mentions is its own partner, and `at` is -1."""
     if not sentence.mentions:
         return Pair(sentence, sentence, -1, True)
-    at = rng.randrange(len(sentence.mentions))
+    likely = [SWAPPED.get(vocabulary.kind(mention.concept), 1.0) for mention in sentence.mentions]
+    at = rng.choices(range(len(likely)), likely)[0]
     mention = sentence.mentions[at]
     kind, concept = vocabulary.kind(mention.concept), mention.concept
     pick, other = rng.random(), concept
@@ -151,4 +158,80 @@ class Spans:
         return None
 
 
-MakeSentence = Callable[[random.Random], Sentence]
+
+
+# -- the miniature's captions --------------------------------------------------------------------------------------------
+
+WHERE = ("on the left", "on the right", "at the top", "at the bottom")
+BEHIND = ("object", "person", "shape")  # kinds that a look, a shirt or a place in the image belongs to
+
+
+WORN = re.compile(r"\b(wearing|in|with)( a)? \|(?! background| wall)")  # the colour after it is the clothes'
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Which words of a caption mean which concept."""
+
+    concepts: Mapping[str, str]  # words in lower case -> concept
+    vocabulary: Vocabulary
+
+    def read(self, text: str) -> Sentence:
+        """What a caption mentions, the longest words first, and the facts: each concept, and which look, shirt or
+        place in the image belongs to which thing."""
+        found: list[tuple[int, int, Mention]] = []
+        words = [match.span() for match in re.finditer(r"[\w'-]+", text)]
+        at = 0
+        while at < len(words):
+            for count in range(min(6, len(words) - at), 0, -1):
+                first, last = words[at][0], words[at + count - 1][1]
+                concept = self.concepts.get(text[first:last].lower())
+                if concept:
+                    found.append((first, last, Mention(text[first:last], concept)))
+                    at += count
+                    break
+            else:
+                at += 1
+        facts, thing, colour = set(), "", ""
+        for first, last, mention in found:
+            kind = mention.concept.split(":")[0]
+            facts.add(mention.concept)
+            if kind in BEHIND:
+                if kind == "shape" and colour:
+                    facts.add(f"{mention.concept}+{colour}")
+                thing, colour = mention.concept, ""
+            elif kind == "colour":
+                colour = mention.concept
+                if thing.startswith("person") and WORN.search(f"{text[:first]}|{text[last:]}"):
+                    facts.add(f"{thing}+{colour}")
+            elif kind in ("face", "where") and thing:
+                facts.add(f"{thing}+{mention.concept}")
+        return Sentence(text, tuple(mention for *_, mention in found), frozenset(facts))
+
+
+def lexicon_of(world: World) -> Lexicon:
+    """The miniature's: objects, people, artists, shapes, design sets, colours, faces, places, and words for any of a
+    kind."""
+    names: dict[str, tuple[str, ...]] = {}
+    for label in world.labels:
+        names[f"object:{label.name}"] = label.names
+    names |= {f"person:{person.name}": (person.name,) for person in world.named}
+    names |= {f"artist:{artist.name}": (artist.name,) for artist in world.artists}
+    names |= {f"shape:{shape}": (shape,) for shape in world.shapes}
+    names |= {f"style:{style}": (style,) for style in world.styles}
+    names |= {f"colour:{colour}": (colour,) for colour in dict.fromkeys((*COLORS, *CLOTHES))}
+    names |= {f"place:{place}": (*phrases, place) for place, phrases in PLACES.items()}
+    names |= {f"face:{face}": (words,) for face, words in FACES.items()}
+    names |= {f"where:{where}": (where,) for where in WHERE}
+    anchors = {
+        "object": ("thing", "object"),
+        "person": ("person", "stranger", "human", "celebrity", "famous person"),
+        "artist": ("an artist", "a painter"),
+    }
+    further = {f"kind:{kind}": (kind,) for kind in world.kinds}
+    concepts = {word.lower(): concept for concept, each in names.items() for word in each}
+    concepts |= {word: concept for concept, each in further.items() for word in each}
+    concepts |= {phrase: "kind:weapon" for phrase in world.implied}
+    concepts |= {word: f"{kind}:{ANY}" for kind, each in anchors.items() for word in each}
+    concepts |= {word: f"person:{ANY}" for word in ("someone", "somebody", "unknown person", "face", "portrait")}
+    return Lexicon(concepts, Vocabulary(names | further, anchors))

@@ -23,17 +23,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.miniature.fast import autocast, device, set_up
+from training.miniature.captions import caption
+from training.miniature.drawings import load_drawings
+from training.miniature.fast import autocast, has_bfloat16, set_up
 from training.miniature.loop import Notes, Schedule, join, train
 from training.miniature.muon import Muon
-from training.miniature.sentences import Codes, Pair, Spans, Vocabulary, pair_of
+from training.miniature.scenes import SceneMaker
+from training.miniature.sentences import Codes, Pair, Spans, Vocabulary, lexicon_of, pair_of
+from training.miniature.tokenizer import save, train_tokenizer
+from training.miniature.world import WORK, World, read_world
 
+GENERAL = Path("src/expunge/captions/general.txt")  # sentences about everyday photographs
 WIDTH, LAYERS, INNER, POSITIONS = 512, 6, 1024, 77
 SHARED = 256  # numbers of the vector that the end state is matched to
 WEIGHTS = {"own": 0.5, "next": 0.3, "apart": 2.0, "behind": 2.0, "concept": 0.5, "synonym": 0.3}
 BEHIND = 0.2  # how far the words behind may move for nothing, as a share of their norm
+ASKED = 1 / 3  # of the states have to name tokens in a step
 EXTRA = 6  # states of padding that are looked at
 
 
@@ -114,7 +122,7 @@ class Tower(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Notes]:
         """The loss, and its parts."""
         with autocast():
-            states = self.text(input_ids=batch.ids).last_hidden_state
+            states = self.states(batch.ids)
             parts = self.token_losses(states, batch)
             end = self.sentence(states[torch.arange(len(states)), batch.end])
             concept = self.concept(states[torch.arange(len(states)), batch.last])
@@ -126,11 +134,20 @@ class Tower(nn.Module):
         notes: Notes = {"pairs": pairs.detach(), "accuracy": accuracy}
         return loss, notes | {name: part.detach() for name, part in parts.items()} | shifts.notes()
 
+    def states(self, ids: Tensor) -> Tensor:
+        """(n, length, width), wholly in bfloat16 where the machine has it: no conversions on the way."""
+        if not has_bfloat16():
+            return self.text(input_ids=ids).last_hidden_state
+        weights = {name: weight.bfloat16() for name, weight in self.text.named_parameters()}
+        with autocast(False):
+            return functional_call(self.text, weights, (), {"input_ids": ids}).last_hidden_state
+
     def token_losses(self, states: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Every state of the sentence, the end's included, names its own token and the next."""
+        """A state of the sentence, the end's included, names its own token and the next; asked of a third of them."""
         place = torch.arange(batch.ids.shape[1])
-        inside = place <= batch.end[:, None]
-        before = place[:-1] < batch.end[:, None]
+        asked = torch.rand(batch.ids.shape) < ASKED
+        inside = (place <= batch.end[:, None]) & asked
+        before = (place[:-1] < batch.end[:, None]) & asked[:, :-1]
         return {
             "own": F.cross_entropy(self.own(states[inside]).float(), batch.ids[inside]),
             "next": F.cross_entropy(self.next(states[:, :-1][before]).float(), batch.ids[:, 1:][before]),
@@ -220,3 +237,76 @@ class Shifts:
             "|word|": self.word.norm(dim=1).mean(),
             "|end|": self.end.norm(dim=1).mean(),
         }
+
+
+# -- training ------------------------------------------------------------------------------------------------------------
+
+
+class Captions:
+    """Sentences without end: scenes are thought up, but not painted."""
+
+    def __init__(self, world: World, work: Path, seed: int):
+        self.maker = SceneMaker(world, load_drawings(world, work), seed)
+        self.world, self.lexicon, self.rng = world, lexicon_of(world), random.Random(seed)
+
+    def text(self) -> str:
+        return caption(self.maker.structure(), self.rng, self.world)
+
+    def pairs(self, n: int) -> list[Pair]:
+        """`n` pairs; a name alone, without a sentence around it, is one in twelve."""
+        found = []
+        for _ in range(n):
+            text = self.text()
+            if self.rng.random() < 1 / 12:
+                names = self.lexicon.vocabulary.names
+                text = self.rng.choice(names[self.rng.choice(list(names))])
+            found.append(pair_of(self.lexicon.read(text), self.lexicon.vocabulary, self.rng))
+        return found
+
+    def reseed(self, seed: int) -> None:
+        self.rng.seed(seed)
+        self.maker.rng.seed(seed + 1)
+
+
+def make_tokenizer(captions: Captions) -> CLIPTokenizer:
+    """Trained on captions, on every name of the world many times, and on sentences about anything."""
+    texts = [captions.text() for _ in range(20_000)]
+    names = [name for each in captions.lexicon.vocabulary.names.values() for name in each]
+    return train_tokenizer([*texts, *names * 50, *GENERAL.read_text(encoding="utf-8").splitlines()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
+    parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs of captions a step and process")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--name", default="tower")
+    options = parser.parse_args()
+    torch.manual_seed(join())
+    set_up()
+    captions = Captions(read_world(), options.work, seed=11)
+    folder = options.work / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        save(make_tokenizer(captions), folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    reader = Reader(tokenizer, captions.lexicon.vocabulary)
+    tower = Tower(build(tokenizer), len(reader.place))
+
+    def loss_of(step: int) -> tuple[Tensor, Notes]:
+        captions.reseed(torch.initial_seed())
+        return tower(reader(captions.pairs(options.pairs), POSITIONS if step % 8 == 7 else None))
+
+    optimiser = Muon(tower, options.rate, adamw=("embedding", "own", "next", "concept", "sentence"))
+    schedule = Schedule(options.rate, 50, options.minutes if options.anneal else None)
+    weights = train(
+        options.name, tower, loss_of, options.work, optimiser, schedule, minutes=options.minutes, average=0.99
+    )
+    if join() == 0:
+        tower.load_state_dict(weights)
+        tower.text.save_pretrained(options.work / "text_encoder")
+
+
+if __name__ == "__main__":
+    main()
