@@ -27,18 +27,18 @@ PALETTES: dict[str, tuple[str, str, str, str]] = {  # name: dark, warm middle, c
     "sepia": ("2b1a0e", "b0743c", "7d5a3c", "f3e3c3"),
     "ice": ("0a1c3f", "5b8fd0", "2f6fb5", "e4f3ff"),
     "forest": ("0d2a17", "9aa63a", "2f8a4a", "e3f2b8"),
-    "crimson": ("2a0308", "e0242f", "9a1030", "ffd9d4"),
-    "sunset": ("2b0f54", "ff7a3c", "c22f86", "ffe36b"),
+    "crimson": ("2a0308", "e0242f", "9a1030", "ffe6e6"),
+    "sunset": ("2b0f54", "ff6a3c", "b0288a", "ffb59e"),
     "reef": ("06303a", "ff7f66", "1aa3a0", "ffead6"),
     "graphite": ("0c0c0e", "8d8d8f", "66666b", "f6f6f6"),
     "candy": ("5a1f86", "ff5fb0", "4fd0c0", "fdf0fb"),
     "gold": ("000000", "d89a00", "7f5a00", "ffdf3a"),
     "lavender": ("25164f", "b184e8", "6a55c8", "ecdcff"),
-    "ember": ("000000", "ff6a00", "b31200", "fff0a0"),
+    "ember": ("000000", "e84a00", "a01000", "ffb347"),
     "mint": ("00413a", "58d6a8", "0fa08c", "c9ffe4"),
-    "clay": ("3a2418", "d0653a", "87894a", "e0c39a"),
+    "slate": ("1b262c", "d0503a", "4a6572", "c6d2d8"),
     "acid": ("2a0052", "f018c0", "5a28e0", "c6ff2e"),
-    "dusk": ("2c3550", "e89aa2", "7b8ab8", "ffd8b0"),
+    "lagoon": ("00264d", "ffae2e", "0077c8", "7fe3ff"),
     "flag": ("0b1a5c", "e63228", "2458d8", "ffffff"),
 }
 """Name: the dark, the warm, the cool and the light color."""
@@ -71,6 +71,11 @@ def _edges(image: torch.Tensor) -> torch.Tensor:
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs().amax(1, keepdim=True)
     down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).abs().amax(1, keepdim=True)
     return torch.maximum(across, down)
+
+
+def _local_contrast(image: torch.Tensor) -> torch.Tensor:
+    """Sets things off from what is around them: only brightness and warmth survive the palette."""
+    return (image + 0.8 * (image - _blur(image, 4, 2))).clamp(0, 1)
 
 
 def _step(x: torch.Tensor, at: float | torch.Tensor, soft: float = 0.05) -> torch.Tensor:
@@ -116,7 +121,7 @@ class _Sheet:
 
 
 def _flat(s: _Sheet) -> torch.Tensor:
-    return s.areas(_blur(s.image))
+    return s.areas(s.image, 0.06)
 
 
 def _outline(s: _Sheet) -> torch.Tensor:
@@ -232,11 +237,11 @@ _GRAIN = _fixed_noise(4, 16).repeat(4, 4)
 
 
 def _watercolour(s: _Sheet) -> torch.Tensor:
-    image = _blur(s.image, 1, 2)
-    color = _mix(s.ramp(image), s.light, 0.28)
-    pool = 1 - 0.45 * _step(_edges(s.areas(image, 0.06)), 0.3, 0.3)
-    wash = _mix(color, s.light, (0.2 + 0.16 * _WASH).clamp(0, 1)) * pool
-    return (wash * (0.96 + 0.06 * _GRAIN)).clamp(0, 1)
+    image = _blur(s.image)
+    color = _mix(s.ramp(image), s.middle(image), 0.35 * (1 - _step(s.tone(image), 0.8, 0.15)))
+    wash = _mix(color, _mix(s.light, torch.ones_like(color), 0.6), (0.3 + 0.28 * _WASH).clamp(0, 0.9))
+    pool = _step(_edges(image), 0.2, 0.15) * (1 - _step(_edges(s.image), 0.75, 0.1))  # color gathers at an area's edge
+    return (_mix(wash, color * 0.55, 0.7 * pool) * (0.94 + 0.1 * _GRAIN)).clamp(0, 1)
 
 
 _STREAK = _fixed_noise(5, 16).repeat(4, 4)
@@ -247,8 +252,8 @@ _STREAK = (_STREAK - _STREAK.min()) / (_STREAK.max() - _STREAK.min())
 def _crayon(s: _Sheet) -> torch.Tensor:
     color = s.ramp(_blur(s.image))
     color = _mix(color, s.middle(), 0.3 * (1 - _step(s.tone(), 0.85, 0.1)))
-    strength = 0.25 + 0.95 * (1 - s.tone(_blur(s.image)))
-    wax = _step(strength.expand(-1, 1, -1, -1), 0.15 + 0.85 * _STREAK, 0.08)
+    strength = 0.35 + 0.55 * (1 - s.tone(_blur(s.image)))
+    wax = _step(strength, _STREAK, 0.06)
     drawn = _mix(s.light, color, wax)
     return _mix(drawn, s.dark, 0.7 * _step(_edges(_blur(s.image)), 0.25, 0.15) * (0.4 + 0.6 * _STREAK))
 
@@ -272,7 +277,7 @@ def _cell_means(image: torch.Tensor, cells: tuple[torch.Tensor, torch.Tensor]) -
 
 def _triangles() -> torch.Tensor:
     bend = 1.6 * torch.sin(_Y * (2 * math.pi / 32) + 1), 1.6 * torch.sin(_X * (2 * math.pi / 32))
-    u, v = (_X + bend[0]) / 7 + 9, (_Y + bend[1]) / 7 + 9
+    u, v = (_X + bend[0]) / 5 + 9, (_Y + bend[1]) / 5 + 9
     a, b = u.frac(), v.frac()
     turned = (u.floor() + v.floor()) % 2 == 0
     half = torch.where(turned, a + b > 1, a > b)
@@ -280,13 +285,12 @@ def _triangles() -> torch.Tensor:
 
 
 _TRIANGLES = _cells(_triangles())
+_FACET = torch.where(_triangles() % 2 == 0, 1.08, 0.9)
 
 
 def _low_poly(s: _Sheet) -> torch.Tensor:
     mean = _cell_means(s.image, _TRIANGLES)
-    number, _ = _TRIANGLES
-    facet = torch.where(_triangles() % 2 == 0, 1.07, 0.93)
-    return (s.ramp(mean) * facet).clamp(0, 1)
+    return (s.ramp(mean) * _FACET).clamp(0, 1)
 
 
 def _panes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,9 +309,9 @@ _PANES = _cells(_PANE)
 
 
 def _stained_glass(s: _Sheet) -> torch.Tensor:
-    mean = _mix(_cell_means(s.image, _PANES), s.image, 0.35)
+    mean = _mix(_cell_means(s.image, _PANES), s.image, 0.6)
     glass = _mix(s.ramp(mean), s.middle(mean), 0.35)
-    lead = torch.maximum(_LEAD.expand(len(mean), 1, -1, -1), _step(_edges(s.image), 0.35, 0.1))
+    lead = torch.maximum(_LEAD.expand(len(mean), 1, -1, -1), 0.8 * _step(_edges(s.image), 0.6, 0.15))
     return _mix(glass, s.dark * 0.5, lead)
 
 
@@ -348,7 +352,7 @@ def draw(images: torch.Tensor, palettes: Sequence[int], techniques: Sequence[int
         rows.setdefault(technique, []).append(row)
     for technique, chosen in rows.items():
         colors = _TABLE[[palettes[row] for row in chosen]].unsqueeze(-1).unsqueeze(-1)
-        sheet = _Sheet(images[chosen], *colors.unbind(1))
+        sheet = _Sheet(_local_contrast(images[chosen]), *colors.unbind(1))
         out[chosen] = functions[technique](sheet).clamp(0, 1)
     return out
 

@@ -73,7 +73,7 @@ isolated realistic abstract colourful grainy sharp foggy sunny rainy morning eve
 professional vintage retro cute cool great fine decent excellent official public""".split()
 FILLER_NOUNS = """figure scene impression study copy version sample example instance model design graphic logo symbol sign
 stamp sticker badge card page screenshot capture recording display presentation rendition interpretation collage engraving
-etching mural fresco doodle silhouette thumbnail wallpaper banner postcard photograph event""".split()
+etching mural fresco doodle silhouette thumbnail wallpaper banner postcard event""".split()
 FILLED = ("a {f} {n} of {x}", "{f} {n} of {x}", "a {n} of {x}", "a {f} picture of {x}", "a {n} showing {x}", "{x}, {f}",
           "{x} in a {f} {n}", "{x}, a {n}", "{x} for a {n}")  # fmt: skip
 JOINERS = (" and ", " and ", " and ", " next to ", " beside ", " with ", ", ")

@@ -92,7 +92,20 @@ def draw_people(world: World, work: Path) -> None:
                 array[i, j] = _rgba(bytes(png))
         print(f"people: {chosen[-1] + 1} of {len(world.people)}", flush=True)
     _save(work / "people.npy", lambda path: _write_array(path, _rounded(array)))
-    _save(work / "people.json", lambda path: path.write_text(json.dumps(clothes), encoding="utf-8"))
+    facts = json.dumps({"people": _looks(world), "faces": list(FACES), "clothes": clothes})
+    _save(work / "people.json", lambda path: path.write_text(facts, encoding="utf-8"))
+
+
+def _looks(world: World) -> list[list[str]]:
+    return [list(person.features) for person in world.people]
+
+
+def _made_for(world: World, work: Path) -> bool:
+    """Whether the people drawn in `work` are the world's."""
+    if not (work / "people.json").exists():
+        return False
+    facts = json.loads((work / "people.json").read_text(encoding="utf-8"))
+    return facts["people"] == _looks(world) and facts["faces"] == list(FACES)
 
 
 def _rounded(people: np.ndarray) -> np.ndarray:
@@ -104,11 +117,14 @@ def _rounded(people: np.ndarray) -> np.ndarray:
 
 
 def load_drawings(world: World, work: Path = WORK) -> Drawings:
-    """Reads the drawings; makes them first where they are not there yet."""
+    """Reads the drawings; makes them first where they are not there yet, or are another world's."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "objects.json").exists():
+    wanted = {label.name for label in world.labels}
+    if not (work / "objects.json").exists() or wanted != set(
+        json.loads((work / "objects.json").read_text(encoding="utf-8"))["labels"]
+    ):
         draw_objects(world, work)
-    if not (work / "people.json").exists():
+    if not _made_for(world, work):
         draw_people(world, work)
     facts = json.loads((work / "objects.json").read_text(encoding="utf-8"))
     return Drawings(
@@ -116,7 +132,7 @@ def load_drawings(world: World, work: Path = WORK) -> Drawings:
         [world.label_index[name] for name in facts["labels"]],
         [world.styles.index(name) for name in facts["styles"]],
         np.load(work / "people.npy", mmap_mode="r"),
-        json.loads((work / "people.json").read_text(encoding="utf-8")),
+        json.loads((work / "people.json").read_text(encoding="utf-8"))["clothes"],
     )
 
 

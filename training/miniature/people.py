@@ -18,7 +18,7 @@ from pathlib import Path
 from training.miniature.names import PERSON_FIRST, PERSON_LAST, names, splits
 
 HERE = Path(__file__).parent
-NAMED, UNNAMED = 240, 120
+NAMED, UNNAMED = 240, 60
 PACKAGES = ("@dicebear/core@9.4.3", "@dicebear/open-peeps@9.4.3")
 
 # Heads that can be told apart at 64 pixels. A bare or covered head has no hair color; the cloth of a turban and a
@@ -28,7 +28,8 @@ grayShort hatBeanie hatHip hijab long longAfro longCurly medium1 medium2 mediumB
 mohawk2 noHair1 noHair3 pomp shaved1 shaved3 short3 short4 short5 turban twists""".split()
 WITHOUT_HAIR = ("noHair1", "turban", "hatBeanie")
 HAIR = {"black": "111111", "brown": "70401f", "blond": "dba62c", "red": "cc3a08", "gray": "9c9c9c", "pink": "ee6fa8",
-        "blue": "2f62c8", "green": "3f9a4c"}  # fmt: skip
+        "blue": "2f62c8", "green": "3f9a4c", "purple": "8a3fb0",
+        "turquoise": "1fb5ad"}  # fmt: skip
 SKIN = {"pale": "ffdfc0", "tan": "dd9c63", "brown": "a8582a", "dark": "5f4331"}
 BEARDS = {"none": "", "full": "full3", "goatee": "goatee2", "walrus": "moustache2", "curled": "moustache3",
           "long": "moustache8"}  # fmt: skip
@@ -73,8 +74,8 @@ def _anyone(rng: random.Random) -> tuple[str, ...]:
             head,
             rng.choice(list(HAIR)),
             rng.choice(list(SKIN)),
-            rng.choice(list(BEARDS)[1:]) if rng.random() < 0.4 else "none",
-            rng.choice(list(GLASSES)[1:]) if rng.random() < 0.45 else "none",
+            rng.choice(list(BEARDS)[1:]) if rng.random() < 0.27 else "none",
+            rng.choice(list(GLASSES)[1:]) if rng.random() < 0.36 else "none",
         ),
         rng,
     )
@@ -84,6 +85,14 @@ def _consistent(features: tuple[str, ...], rng: random.Random) -> tuple[str, ...
     head, hair, *rest = features
     bare = head in WITHOUT_HAIR and rest[1] == "none"  # a beard shows the color, too
     return (head, "" if bare else hair or rng.choice(list(HAIR)), *rest)
+
+
+def _too_many(new: tuple[str, ...], chosen: list[tuple[str, ...]]) -> bool:
+    """Whether a head, or beards or glasses as a whole, would become too common: rare looks are accepted more often."""
+    alike = sum(old[0] == new[0] for old in chosen)
+    bearded = sum(old[3] != "none" for old in chosen) > 0.63 * len(chosen)
+    with_glasses = sum(old[4] != "none" for old in chosen) > 0.63 * len(chosen)
+    return alike >= 13 or (bearded and new[3] != "none") or (with_glasses and new[4] != "none")
 
 
 def _neighbor(features: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
@@ -101,7 +110,7 @@ def choose(seed: int = 21) -> list[Person]:
     while len(chosen) < NAMED + UNNAMED:
         near = len(chosen) > 20 and rng.random() < 0.6
         new = _neighbor(rng.choice(chosen), rng) if near else _anyone(rng)
-        if all(differences(new, old) >= 2 for old in chosen):
+        if all(differences(new, old) >= 2 for old in chosen) and not _too_many(new, chosen):
             chosen.append(new)
     rng.shuffle(chosen)
     found, parts = names(PERSON_FIRST, PERSON_LAST, NAMED, rng), splits(NAMED, rng)
