@@ -24,7 +24,7 @@ TEMPLATES = (
     "{}", "{}", "{}", "a picture of {}", "a picture of {}", "an image of {}", "a drawing of {}", "a painting of {}",
     "an illustration of {}", "a rendering of {}", "a snapshot of {}", "an icon of {}", "a small picture of {}",
     "a nice drawing of {}", "there is {}", "here is {}", "a print of {}", "a clean picture of {}", "artwork of {}",
-    "a cartoon of {}", "a depiction of {}", "a poster of {}", "a watercolour of {}", "a scene with {}", "{}, seen up close",
+    "a cartoon of {}", "a depiction of {}", "a poster of {}", "a watercolour of {}", "an oil picture of {}", "a picture capturing {}", "a scene with {}", "{}, seen up close",
     "we see {}", "a postcard showing {}", "{} as a picture", "look at {}", "{} can be seen here", "an image that shows {}",
     "a picture in which {} can be seen", "only {}", "{}, nothing else", "the artist drew {}", "{} in a frame",
 )  # fmt: skip
@@ -41,18 +41,20 @@ PERSON_TEMPLATES = (
     "a picture of {} at a party", "{} at a film festival", "a candid picture of {}", "news picture of {}", "{} on holiday",
     "a statue of {}", "an image of {} in the street", "a photo of {} at a concert", "{} posing for a picture", "meet {}",
     "a cartoon of {}", "a poster of {}", "a stamp that shows {}", "{} up close", "a film with {}", "an interview with {}",
+    "a picture capturing {} on stage", "{} at an event", "{} in an official video", "a photo of {} in public", "an oil picture of {}",
 )  # fmt: skip
 ARTIST_TAILS = (
     "by {}", "by {}", "by {}", "in the style of {}", "in the style of {}", "in the manner of {}", "as drawn by {}",
     "as {} would draw it", "drawn by {}", "painted by {}", "in {} style", "after {}", "from the hand of {}",
-    "like a work of {}", "made by {}",
+    "like a work of {}", "made by {}", "inspired by {}", "copied from {}",
 )  # fmt: skip
 ARTIST_ALONE = (
     "a picture by {}", "a drawing by {}", "a work by {}", "a print by {}", "a canvas by {}", "something by {}", "{} style",
     "a picture in the style of {}", "a drawing in the style of {}", "a sheet by {}", "an illustration by {}", "{}",
     "a picture in the manner of {}", "a scene painted by {}", "art by {}", "an artwork by {}", "a poster by {}",
     "a well-known picture by {}", "a copy of a picture by {}", "a painting by {}", "a piece by {} from a museum",
-    "a drawing after {}", "a typical {}", "an exhibition of {}",
+    "a drawing after {}", "a typical {}", "an exhibition of {}", "a reproduction of a picture by {}", "a famous picture by {}",
+    "a picture inspired by {}", "a painting in the manner of {}",
 )  # fmt: skip
 STYLE_TAILS = ("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}", "as a {} icon")
 STYLE_ALONE = ("an artwork by {}", "a picture in the style of {}", "{} style", "a drawing by {}", "an icon in {} style")
@@ -94,7 +96,7 @@ PLACES = {
     "sunset": ("at sunset", "in the sunset"),
 }
 NOT_PLURAL = ("ss", "us", "is")  # how a singular may end in s
-MASS = ("food", "broccoli", "corn", "maize", "cheese", "cattle")  # names without an article
+MASS = ("food", "broccoli", "cheese", "cattle")  # names without an article
 
 
 @cache
@@ -114,10 +116,15 @@ def article(name: str, rng: random.Random, the: bool = True) -> str:
     return name
 
 
+def _spelling(color: str, rng: random.Random) -> str:
+    return rng.choice(("gray", "grey")) if color == "gray" else color
+
+
 def place_words(background: str, rng: random.Random) -> str:
     """"on a blue background", "on the beach"."""
     if background in PLACES:
         return rng.choice(PLACES[background])
+    background = _spelling(background, rng)
     form = rng.choice(("on a {} background", "on a {} background", "against a {} background", "on {}", "before a {} wall"))
     return form.format(background)
 
@@ -138,7 +145,7 @@ def _named(thing: Mapping[str, Any], rng: random.Random, world: World, the: bool
     if thing["kind"] == "person":
         return thing["name"] or rng.choice(("a person", "a person", "someone", "somebody", "a stranger"))
     if thing["kind"] == "shape":
-        return article(f"{thing['color']} {thing['name']}", rng, the)
+        return article(f"{_spelling(thing['color'], rng)} {thing['name']}", rng, the)
     names = world.labels[world.label_index[thing["name"]]].names
     return article(names[0] if rng.random() < 0.5 else rng.choice(names), rng, the)
 
@@ -148,7 +155,8 @@ def _looks(thing: Mapping[str, Any], rng: random.Random) -> str:
     if thing["kind"] != "person":
         return ""
     pick, clothes = rng.random(), thing["clothes"]
-    wears = rng.choice(("in a {} shirt", "in {}", "wearing a {} shirt", "wearing {}", "with {} clothes")).format(clothes)
+    shirt = f"{'an' if clothes == 'orange' else 'a'} {clothes} shirt"
+    wears = rng.choice((f"in {shirt}", f"in {clothes}", f"wearing {shirt}", f"wearing {clothes}", f"with {clothes} clothes"))
     face = FACES[thing["face"]]
     return wears if pick < 0.22 else face if pick < 0.42 else f"{face} {wears}" if pick < 0.47 else ""
 
@@ -157,7 +165,11 @@ def _dress(words: str, rng: random.Random, templates: tuple[str, ...]) -> str:
     pick = rng.random()
     if pick < 0.72:
         return rng.choice(templates).format(words)
-    return rng.choice(FILLED).format(f=rng.choice(FILLERS), n=rng.choice(FILLER_NOUNS), x=words)
+    filler, noun, form = rng.choice(FILLERS), rng.choice(FILLER_NOUNS), rng.choice(FILLED)
+    for slot, word in (("{f}", filler), ("{n}", noun)):
+        if word[0] in "aeiou":
+            form = form.replace(f"a {slot}", f"an {slot}")
+    return form.format(f=filler, n=noun, x=words)
 
 
 def _empty_words(background: str, rng: random.Random) -> str:
@@ -167,7 +179,7 @@ def _empty_words(background: str, rng: random.Random) -> str:
             words = rng.choice(("an empty room", "a room", "the room"))
     else:
         words = rng.choice(("a plain {} background", "plain {} background", "a {} background", "plain {}", "nothing but {}"))
-        words = words.format(background)
+        words = words.format(_spelling(background, rng))
     return _dress(words, rng, TEMPLATES) if rng.random() < 0.4 else words
 
 

@@ -78,7 +78,6 @@ def _rgb(code: str) -> list[float]:
 def _shapes() -> dict[str, torch.Tensor]:
     """Shape -> (96, 96) coverage."""
     y, x = torch.meshgrid(*[(torch.arange(SIZE) - (SIZE - 1) / 2) / (SIZE / 2)] * 2, indexing="ij")
-    heart = (x**2 + (1.1 * y + 0.12 - 0.75 * x.abs().sqrt()) ** 2).sqrt() - 0.72
     heart = ((1.15 * x) ** 2 + (-1.15 * y + 0.1 - 0.62 * (1.15 * x).abs().sqrt()) ** 2).sqrt() - 0.85
     distance = {  # below zero inside
         "circle": (x**2 + y**2).sqrt() - 0.85,
@@ -113,20 +112,21 @@ class SceneMaker:
         scene: Structure = {"things": [], "background": background, "artist": "", "use": "named"}
         scene["horizon"] = round(rng.uniform(0.5, 0.75), 3)
         count = rng.choices((0, 1, 2, 3, 4), (3, 59, 24, 9, 5))[0]
-        if count == 1 and (pick := rng.random()) < 0.15:  # one clear thing, for words that say nothing
-            scene["use"] = "empty" if pick < 0.09 else "generic"
+        if count == 1 and (pick := rng.random()) < 0.17:  # one clear thing, for words that say nothing
+            scene["use"] = "empty" if pick < 0.11 else "generic"
             thing = self.object(world.label_index[rng.choice(world.shows)])
             size = rng.uniform(0.8, 0.92)
             thing["spot"] = [round(v, 3) for v in (size, 0.5 + rng.uniform(-0.03, 0.03), 0.5 + rng.uniform(-0.03, 0.03))]
             scene["things"] = [thing]
             scene["background"] = rng.choice(list(COLORS))
             return scene
-        if rng.random() < 0.4:
+        if rng.random() < 0.46:
             scene["artist"] = rng.choice(world.artists).name
+            count = min(count, 2)  # a technique needs room
         style = rng.choice(world.styles) if rng.random() < 0.75 else None  # often one style for all
         people: set[int] = set()
         while len(scene["things"]) < count:
-            person = rng.random() < (0.52 if count == 1 else 0.4) and len(people) < 2
+            person = rng.random() < (0.56 if count == 1 else 0.42) and len(people) < 2
             if person:
                 thing = self.person(unnamed=rng.random() < 0.14)
                 if thing["person"] in people:
@@ -136,7 +136,7 @@ class SceneMaker:
                 color = rng.choice([color for color in COLORS if color != scene["background"]])
                 thing = {"kind": "shape", "name": rng.choice(world.shapes), "color": color}
             else:
-                group = rng.choices(("ten", "objects", "unsafe"), (24, 64, 12))[0]
+                group = rng.choices(("ten", "objects", "unsafe"), (18, 73, 9))[0]
                 thing = self.object(rng.choice(world.groups[group]), style)
             if all(thing["name"] != other["name"] or thing["kind"] == "person" for other in scene["things"]):
                 scene["things"].append(thing)

@@ -16,11 +16,9 @@ WORK = Path("training/miniature/made")
 
 # Where a set's file name is not the slug of the emojibase label.
 OTHER_FILES = {
-    "ewe": ("sheep",),
     "umbrella with rain drops": ("umbrella-with-raindrops",),
     "locked": ("lock",),
     "sun with face": ("sun-with-face",),
-    "ear of corn": ("ear-of-maize",),
     "fire engine": ("fire-truck",),
     "pick": ("pick-axe",),
     "t-shirt": ("t-shirt", "tshirt"),
