@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expunge import files, lora, source, tensors
-from expunge.changes import LowRank
+from expunge.changes import WeightChange
 from expunge.edit import Record
 from expunge.errors import ExpungeError
 from expunge.lora import Place
@@ -173,7 +173,7 @@ class Checkpoint:
         component, _, inside = layer.partition(".")
         return self.family.kohya(inside, self.config) if self._denoises(component) else None
 
-    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[LowRank, ...]:
+    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[WeightChange, ...]:
         """A LoRA file for this model, as changes.
 
         Raises:

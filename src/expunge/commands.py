@@ -5,6 +5,7 @@ Nothing here imports torch before there is work for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,14 +192,26 @@ class Loading:
 
 
 def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:
-    """FILE or FILE=STRENGTH, one after the other."""
+    """FILE or FILE=STRENGTH, one after the other; a file may have = in its name.
+
+    Raises:
+        ExpungeError: a strength is no finite number.
+    """
     found = []
     for text in loras:
         file, equals, strength = text.rpartition("=")
+        if not equals or Path(text).is_file() or text.lower().endswith(".safetensors"):
+            found.append((text, 1.0))
+            continue
         try:
-            found.append((file, float(strength)) if equals else (text, 1.0))
+            number = float(strength)
         except ValueError:
             raise ExpungeError(f"a LoRA is given as FILE or FILE=STRENGTH, not {text!r}") from None
+        if not math.isfinite(number):
+            raise ExpungeError(
+                f"the strength of a LoRA must be a finite number, not {strength} (in {text!r})"
+            )
+        found.append((file, number))
     return found
 
 
@@ -279,7 +292,11 @@ def info_of_model(path: str) -> None:
 
     header = files.read_header(path) if Path(path).is_file() else {}
     if any("lora" in name for name in header):
-        rows = [("lora", path)]
+        from expunge.lora import about
+
+        said = about(path)
+        rows = [("lora", f"{path}, rank {said.rank} on {said.layers} layers")]
+        rows.append(("for", said.base or "it does not say which base"))
         history = noted(header)
     else:
         checkpoint = Checkpoint.find(path)

@@ -6,18 +6,24 @@ it.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from expunge import lora_names, source
 from expunge.changes import LowRank, WeightChange, check_fit, find
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, ExpungeWarning, listed
 from expunge.files import check_space, read_header, replacing
 from expunge.ops.low_rank import balanced, truncated
 
@@ -97,14 +103,17 @@ class Lora:
             kernel = self.shapes[layer][2:]
             up = up.reshape(*up.shape, *(1 for _ in kernel)).to(dtype).contiguous()
             down = down.reshape(down.shape[0], self.shapes[layer][1], *kernel).to(dtype).contiguous()
-            if naming == "diffusers":
+            if naming == "diffusers" and layer.startswith("unet."):
+                stem, join = lora_names.diffusers_stem(layer)
+                tensors |= {f"{stem}{join}.down.weight": down, f"{stem}{join}.up.weight": up}
+            elif naming == "diffusers":
                 tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
             else:
                 name = kohya(layer)
                 if name is None:
                     raise ExpungeError(f"kohya's naming has no name for {layer}; export to lora instead")
                 tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-                tensors[f"{name}.alpha"] = torch.tensor(float(self.rank), dtype=dtype)
+                tensors[f"{name}.alpha"] = torch.tensor(float(self.rank))  # halves round it
         return tensors
 
     def save(
@@ -130,13 +139,54 @@ class Lora:
             }
         check_space(Path(path).parent, sum(t.numel() * t.element_size() for t in tensors.values()))
         with replacing(path) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors, dict(metadata)))
+            temporary.write_bytes(_file(tensors, metadata))
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed(WeightChange):
+    """DoRA: W + s (m ⊙ V / ‖V‖ − W) with V = W + up · down, norms of its rows or of its inputs.
+
+    PEFT and LyCORIS train it so. It is laid on weights alone and never kept in an edit.
+    """
+
+    kind: ClassVar[str] = "dora"
+    up: Tensor
+    """(out, rank)"""
+    down: Tensor
+    """(rank, in), or (rank, in · kernel height · kernel width)"""
+    magnitude: Tensor
+    """m, (out,) for norms of rows, (in,) for norms of what belongs to an input."""
+    of_rows: bool = True
+    """Whose norms: the rows' or the inputs'."""
+    strength: float = 1.0
+    """s, how far from W to the trained weight."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        rows, columns = shape[0], shape[1:].numel()
+        norms = shape[0] if self.of_rows else shape[1]
+        return (self.up.shape[0], self.down.shape[1], len(self.magnitude)) == (rows, columns, norms)
+
+    def weight(self, original: Tensor) -> Tensor:
+        wide = torch.promote_types(original.dtype, torch.float32)
+        up, down, magnitude = (t.to(original.device, wide) for t in (self.up, self.down, self.magnitude))
+        given = original.to(wide)
+        moved = given + (up @ down).reshape(given.shape)
+        side = 0 if self.of_rows else 1
+        norms = moved.transpose(0, side).flatten(1).norm(dim=1).clamp_min(torch.finfo(wide).tiny)
+        shape = [1] * moved.ndim
+        shape[side] = -1
+        trained = moved * (magnitude / norms).reshape(shape)
+        return (given + self.strength * (trained - given)).to(original.dtype)
 
 
 def read(
     path: str | Path, pipeline: type[Any], config: Mapping[str, Any], scale: float = 1.0
-) -> tuple[LowRank, ...]:
-    """A LoRA file, in any naming that diffusers reads, as changes of a pipeline's layers.
+) -> tuple[WeightChange, ...]:
+    """A LoRA file, in any naming that is known, as changes of a pipeline's layers.
+
+    Its own scale is kept, whether it stands in the file (`alpha`) or in its metadata
+    (`lora_adapter_metadata`, as diffusers and PEFT write it, rsLoRA too). What is no LoRA of a layer is
+    left out with a warning.
 
     Args:
         path: the file.
@@ -145,33 +195,62 @@ def read(
         scale: the LoRA's strength.
 
     Raises:
-        ExpungeError: the file is not a whole LoRA of that class.
+        ExpungeError: the file is not a whole LoRA of that class, holds numbers that are none, or names
+            two LoRAs; or the strength is no finite number.
+    """
+    if not math.isfinite(scale):
+        raise ExpungeError(f"the strength of a LoRA must be a finite number, not {scale} ({path})")
+    header = read_header(path)
+    raw = _loaded(path)
+    modules, others = _modules(raw, path)
+    if not modules and any("lora" in name for name in raw):
+        raw, others = _in_diffusers_names(raw, pipeline, config, path), []
+        modules, _ = _modules(raw, path)
+    if not modules:
+        if any("lora" in name or "hada_" in name or "lokr_" in name for name in others):
+            shown = listed([_short(name) for name in others], 2)
+            raise ExpungeError(f"{path} is not a LoRA that can be read: nothing here reads {shown}")
+        raise ExpungeError(f"{path} is not a LoRA: no tensor of it is named so")
+    family = source.family_of(pipeline.__name__)
+    scales = _Scales.of(header.get("__metadata__", {}), path)
+    changes: dict[str, WeightChange] = {}
+    for stem, parts in modules.items():
+        for change in _changes(stem, parts, family, config, scales, scale, path):
+            (layer,) = change.layers
+            if layer in changes:
+                raise ExpungeError(f"{path} is not one LoRA: it changes {layer} twice")
+            changes[layer] = change
+    if others:
+        shown = listed([_short(name) for name in others], 2)
+        warnings.warn(
+            f"{path}: {len(others)} of {len(raw)} tensors are left out, being no LoRA of a layer: {shown}",
+            ExpungeWarning,
+            stacklevel=3,
+        )
+    return tuple(changes.values())
+
+
+@dataclass(frozen=True)
+class About:
+    """What a LoRA file says of itself."""
+
+    base: str
+    """Which model it is for; "" where it does not say."""
+    rank: int
+    """The largest."""
+    layers: int
+
+
+def about(path: str | Path) -> About:
+    """What a LoRA file says of itself.
+
+    Raises:
+        ExpungeError: it is no whole LoRA, or holds numbers that are none.
     """
     header = read_header(path)
-    if not any("lora" in name for name in header):
-        raise ExpungeError(f"{path} is not a LoRA: no tensor of it is named so")
-    raw = safetensors.torch.load_file(path)
-    for name in [name for name in raw if name.endswith(".alpha")]:
-        stem = name.removesuffix("alpha")
-        own = [f"{stem}{part}.weight" for part in ("lora_down", "lora_A", "lora.down")]
-        found = [key for key in own if key in raw]
-        if not found:
-            raise ExpungeError(f"{path} is not a whole LoRA: {name} belongs to no factors")
-        # What alpha scales is done here, so that no converter need be asked about it.
-        rank = raw[found[0]].shape[0]
-        raw[found[0]] = raw[found[0]].float() * float(raw[name]) / rank
-        raw[name] = torch.tensor(float(rank))
-    try:
-        factors = _in_diffusers_names(raw, pipeline, config)
-    except Exception as error:  # whatever the converters come up with
-        raise ExpungeError(f"{path} is not a LoRA for {pipeline.__name__}: {error}") from error
-    changes = []
-    for name, factor in factors.items():
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            up = factors[f"{layer}.lora_B.weight"].flatten(1).float()
-            changes.append(LowRank((layer,), scale * up, factor.flatten(1).float()))
-    return tuple(changes)
+    modules, _ = _modules(_loaded(path), path)
+    ranks = [parts["down"].shape[0] for parts in modules.values()]
+    return About(lora_names.base_named(header.get("__metadata__", {})), max(ranks, default=0), len(ranks))
 
 
 def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
@@ -189,30 +268,213 @@ def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
         raise ExpungeError(f"{path} is not a LoRA for this model: {reason}") from None
     for change in changes:
         module: Any = find(pipe, *change.layers)
-        module.weight.data = change.weight(module.weight.detach())
+        after = change.weight(module.weight.detach())
+        if not bool(after.isfinite().all()):
+            raise ExpungeError(
+                f"{path} at strength {scale:g} makes numbers of {change.layers[0]} that are none"
+            )
+        module.weight.data = after
+
+
+def _loaded(path: str | Path) -> dict[str, Tensor]:
+    """A LoRA file's tensors.
+
+    Raises:
+        ExpungeError: one holds numbers that are none, or a type of number that torch has not.
+    """
+    try:
+        raw = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ExpungeError(f"{path} is not a whole safetensors file: {error}") from None
+    for name, tensor in raw.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ExpungeError(f"{path} holds numbers that are none (nan or infinite): {_short(name)}")
+    return raw
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else f"{name[:40]}…{name[-36:]}"
+
+
+Parts = dict[lora_names.Role, Tensor]
+
+
+def _modules(
+    raw: Mapping[str, Tensor], path: str | Path
+) -> tuple[dict[str, Parts], list[str]]:
+    """The parts of every layer, by what the file calls it, and the tensors that are no such parts.
+
+    Raises:
+        ExpungeError: a layer has half of a LoRA, two of them, or factors of different ranks.
+    """
+    found: dict[str, Parts] = {}
+    others = []
+    for name, tensor in raw.items():
+        split = lora_names.split(name)
+        if split is None:
+            others.append(name)
+            continue
+        stem, role = split
+        parts = found.setdefault(stem, {})
+        if role in parts:
+            raise ExpungeError(f"{path} is not one LoRA: {_short(stem)} has two parts {role!r}")
+        parts[role] = tensor
+    for stem, parts in found.items():
+        if "up" in parts and "down" in parts:
+            inner, outer = parts["up"].flatten(1).shape[1], parts["down"].shape[0]
+            if parts["up"].ndim < 2 or parts["down"].ndim < 2 or inner != outer:
+                raise ExpungeError(
+                    f"{path} is not a whole LoRA: {_short(stem)} has factors of ranks {inner} and {outer}"
+                )
+        elif "up" in parts or "down" in parts:
+            there, missing = ("up", "down") if "up" in parts else ("down", "up")
+            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)} has {there} and no {missing}")
+    # What belongs to another kind of adapter (LoHa and the like) is no LoRA, its alpha neither.
+    alien = {
+        key.rpartition(".hada_")[0] or key.rpartition(".lokr_")[0] or key.rpartition(".")[0]
+        for key in others
+    }
+    for stem in [stem for stem, parts in found.items() if "up" not in parts]:
+        if stem not in alien:
+            part = next(iter(found[stem]))
+            raise ExpungeError(
+                f"{path} is not a whole LoRA: {_short(stem)}.{part} belongs to no factors"
+            )
+        others += [name for name in raw if (split := lora_names.split(name)) and split[0] == stem]
+        del found[stem]
+    return found, others
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """What diffusers wrote of PEFT's configuration beside a LoRA."""
+
+    fields: Mapping[str, Any]
+    path: str | Path
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], path: str | Path) -> _Scales:
+        try:
+            fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ExpungeError(f"{path}: its lora_adapter_metadata cannot be read")
+        return cls(fields, path)
+
+    def field(self, component: str, name: str) -> Any:
+        """A field of a component's configuration, or of the only one there is."""
+        return self.fields.get(f"{component}.{name}", self.fields.get(name))
+
+    def decomposed(self, component: str) -> bool:
+        return bool(self.field(component, "use_dora"))
+
+    def scale(self, layer: str, rank: int) -> float:
+        """What multiplies the factors of a layer."""
+        component, _, inside = layer.partition(".")
+        alpha = self._number(component, "alpha_pattern", "lora_alpha", inside)
+        if alpha is None:
+            return 1.0
+        declared = self._number(component, "rank_pattern", "r", inside)
+        if declared is not None and declared != rank:
+            raise ExpungeError(
+                f"{self.path}: its metadata say rank {declared:g} of {_short(layer)}, whose rank is {rank}"
+            )
+        return alpha / (rank**0.5 if self.field(component, "use_rslora") else rank)
+
+    def _number(self, component: str, pattern: str, name: str, inside: str) -> float | None:
+        """A layer's own value where a pattern names it, as PEFT looks it up; else that of all."""
+        patterns = self.field(component, pattern)
+        value = self.field(component, name)
+        if isinstance(patterns, dict):
+            for key, own in patterns.items():
+                try:
+                    matches = re.fullmatch(rf"(.*\.)?({key})", inside)
+                except re.error:
+                    raise ExpungeError(f"{self.path}: {pattern} of its metadata has no pattern {key!r}") from None
+                if matches:
+                    value = own
+                    break
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ExpungeError(f"{self.path}: {name} of its metadata is {value!r}, and should be a number")
+        return float(value)
+
+
+def _changes(
+    stem: str,
+    parts: Parts,
+    family: type[Any],
+    config: Mapping[str, Any],
+    scales: _Scales,
+    strength: float,
+    path: str | Path,
+) -> list[WeightChange]:
+    """What one module of a LoRA file does to a pipeline's layers."""
+    up, down = parts["up"].flatten(1).float(), parts["down"].float()
+    rank = down.shape[0]
+    inputs = down.shape[1]
+    if "mid" in parts:  # LyCORIS's convolutions: Σ up · mid · down over two ranks
+        mid = parts["mid"].float()
+        if mid.ndim < 2 or mid.shape[:2] != (rank, rank):
+            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)} has a middle of another rank")
+        down = torch.einsum("rs...,si->ri...", mid, down.flatten(1))
+    down = down.flatten(1)
+    found = lora_names.layers(stem, family, config)
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)}.alpha is no number")
+        own = float(parts["alpha"]) / rank
+    else:
+        own = scales.scale(found[0][0], rank)
+    magnitude = parts.get("magnitude", parts.get("scale"))
+    if magnitude is None and scales.decomposed(found[0][0].partition(".")[0]):
+        raise ExpungeError(f"{path} is not a whole LoRA: it is a DoRA, and {_short(stem)} has no magnitude")
+    # The strength goes with the numbers; in halves, large factors keep their place.
+    changes: list[WeightChange] = []
+    for layer, pick in found:
+        rows = up if pick is None else pick(up, inputs)
+        if magnitude is None:
+            changes.append(LowRank((layer,), strength * own * rows, down))
+            continue
+        of_rows = "magnitude" in parts or magnitude.ndim < 2 or magnitude.numel() == magnitude.shape[0]
+        norms = magnitude.flatten().float()
+        if len(norms) != (len(up) if of_rows else inputs):
+            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)} has {len(norms)} magnitudes")
+        if pick is not None:
+            if not of_rows:
+                raise ExpungeError(
+                    f"{path}: {_short(stem)} is a DoRA of a layer that is several here, and cannot be split"
+                )
+            norms = pick(norms, inputs)
+        changes.append(Decomposed((layer,), own * rows, down, norms, of_rows, strength))
+    for change in changes:
+        if not all(bool(tensor.isfinite().all()) for tensor in change.tensors.values()):
+            raise ExpungeError(f"{path} at strength {strength:g} makes numbers that are none: {_short(stem)}")
+    return changes
 
 
 def _in_diffusers_names(
-    raw: dict[str, Tensor], pipeline: type[Any], config: Mapping[str, Any]
+    raw: Mapping[str, Tensor], pipeline: type[Any], config: Mapping[str, Any], path: str | Path
 ) -> dict[str, Tensor]:
-    """`LAYER.lora_A.weight` and `LAYER.lora_B.weight`, the layers named as changes name them."""
-    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    """A naming that is not known here, by diffusers' converters.
 
+    Raises:
+        ExpungeError: they know it neither, or leave out a part of it.
+    """
     denoiser = getattr(pipeline, "unet_name", None) or pipeline.transformer_name
     options = {"unet_config": SimpleNamespace(**config)} if denoiser == "unet" else {}
-    found = pipeline.lora_state_dict(raw, **options)
-    state = found[0] if isinstance(found, tuple) else found
-    # Some converters leave out which part of the pipeline a layer is in: then it is the denoiser's.
-    known = (f"{denoiser}.", "text_encoder")
-    state = {k if k.startswith(known) else f"{denoiser}.{k}": tensor for k, tensor in state.items()}
-    factors: dict[str, Tensor] = {}
-    for part in sorted({key.partition(".")[0] for key in state}):
-        own = {k.removeprefix(f"{part}."): t for k, t in state.items() if k.startswith(f"{part}.")}
-        if not all("lora_A" in key or "lora_B" in key for key in own):
-            convert = convert_unet_state_dict_to_peft if part == denoiser else convert_state_dict_to_peft
-            own = convert(own)
-        factors |= {f"{part}.{key}": tensor for key, tensor in own.items()}
-    return factors
+    try:
+        found = pipeline.lora_state_dict(dict(raw), **options)
+        state = found[0] if isinstance(found, tuple) else found
+    except Exception as error:  # whatever the converters come up with
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise ExpungeError(f"{path} is not a LoRA for {pipeline.__name__}: {reason}") from None
+    # What went in comes out, in however many layers: nothing of it may be left behind.
+    if sum(t.numel() for t in state.values()) < sum(t.numel() for t in raw.values() if t.ndim):
+        raise ExpungeError(f"{path} is not a LoRA that can be read whole for {pipeline.__name__}")
+    return state
 
 
 def _factors(
@@ -229,6 +491,17 @@ def _factors(
     for change in changes:
         after = change.weight(after)
     return truncated((after - original).flatten(1), rank, energy)
+
+
+def _file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: the same bytes for the same content, and the hash of its tensors in it."""
+    data = safetensors.torch.save(dict(tensors))
+    length = 8 + int.from_bytes(data[:8], "little")
+    said = {**metadata, "modelspec.hash_sha256": f"0x{hashlib.sha256(data[length:]).hexdigest()}"}
+    header = {"__metadata__": dict(sorted(said.items())), **json.loads(data[8:length])}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[length:]
 
 
 def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_numbers
 from expunge.edit import Edit, Record, base, base_hash, places, versions
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.export import by_place, weights
@@ -71,12 +71,13 @@ def merge(
         raise ExpungeError("merging takes two edits or more")
     if len({edit.hash for edit in edits}) < len(edits):
         raise ExpungeError("two of the edits to merge are the same one")
-    if not ridge > 0 or not prior_scale >= 0:
+    if not 0 < ridge < float("inf") or not 0 <= prior_scale < float("inf"):
         raise ExpungeError(
-            f"ridge must be above 0 and prior_scale at least 0, not {ridge}, {prior_scale}"
+            f"ridge must be above 0 and prior_scale at least 0, and both finite, not {ridge}, {prior_scale}"
         )
     start = time.monotonic()
-    for edit in edits:
+    for number, edit in enumerate(edits, 1):
+        check_numbers(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
