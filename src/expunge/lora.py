@@ -12,25 +12,41 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from expunge import lora_names, source
-from expunge.changes import LowRank, WeightChange, check_fit, find
+from expunge.changes import Dense, LowRank, Right, WeightChange, check_fit, find
 from expunge.errors import ExpungeError, ExpungeWarning, listed
 from expunge.files import check_space, read_header, replacing
-from expunge.ops.low_rank import balanced, truncated
+from expunge.ops.low_rank import balanced, compressed, noise, probes, shared, truncated
+
+if TYPE_CHECKING:
+    from expunge.seen import Seen
 
 Place = tuple[str, str]
 """A layer and one of its parameters."""
 
 Naming = Literal["diffusers", "kohya"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What of an edit factors of small rank leave out, as shares."""
+
+    norm: float = 0.0
+    """‖Δ − B D‖ / ‖Δ‖ over all layers."""
+    erasure: float | None = None
+    """Σ ‖(Δ − B D) e‖² / Σ ‖Δ e‖² over the erased prompts' tokens; None where they were not read."""
+    drift: float | None = None
+    """The same over captions and what is retained: how much of the edit's harm is lost with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +58,14 @@ class Lora:
     shapes: Mapping[str, tuple[int, ...]]
     """Each layer's weight's shape."""
     rank: int
-    error: float
-    """‖Δ − B D‖ / ‖Δ‖ over all layers; 0 where the edit was of this rank."""
+    lost: Lost
     left_out: tuple[Place, ...]
     """Changed parameters that a LoRA cannot hold: biases and norms."""
+
+    @property
+    def error(self) -> float:
+        """‖Δ − B D‖ / ‖Δ‖ over all layers; 0 where the edit was of this rank."""
+        return self.lost.norm
 
     @classmethod
     def of(
@@ -55,35 +75,39 @@ class Lora:
         *,
         rank: int | None = None,
         energy: float = 0.999,
+        seen: Callable[[], Mapping[str, Seen]] = dict,
     ) -> Lora:
         """The changes of weights as factors: exact where they are low-rank, else the nearest ones.
+
+        Nearest in what they do to text, where that is known of a layer, else in norm. Layers whose
+        weights become W M with one M share the decomposition of M − I.
 
         Args:
             read: gives a parameter as it was, by the names of its layer and its own.
             changes: for each parameter its changes, in order.
             rank: at least 1; None for the smallest that keeps the energy.
-            energy: the share of each ‖Δ‖² to keep where no rank is given.
+            energy: the share of each layer's squared change to keep where no rank is given.
+            seen: gives what layers are given of text; asked once, if anything must be truncated.
 
         Raises:
             ExpungeError: nothing that changes can be held.
         """
-        found, shapes, left_out = {}, {}, []
-        lost = total = 0.0
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        left_out: list[Place] = []
+        cutter = _Cutter(rank, energy, seen)
         for (layer, parameter), some in changes.items():
             weight = read(layer, parameter)
             if parameter != "weight" or weight.ndim < 2:
                 left_out.append((layer, parameter))
                 continue
             shapes[layer] = tuple(weight.shape)
-            up, down, missed, square = _factors(weight, some, rank, energy)
-            found[layer] = balanced(up, down)
-            lost, total = lost + missed, total + square
+            found[layer] = balanced(*cutter.factors(layer, weight, some))
         if not found:
             raise ExpungeError("a LoRA holds changes of weights, and this edit changes none")
         most = max(up.shape[1] for up, _ in found.values())
         padded = {layer: _padded(up, down, most) for layer, (up, down) in found.items()}
-        error = (lost / total) ** 0.5 if total else 0.0
-        return cls(padded, shapes, most, error, tuple(left_out))
+        return cls(padded, shapes, most, cutter.lost(), tuple(left_out))
 
     def tensors(
         self, naming: Naming, kohya: Callable[[str], str | None], dtype: torch.dtype
@@ -477,20 +501,200 @@ def _in_diffusers_names(
     return state
 
 
-def _factors(
-    weight: Tensor, changes: Sequence[WeightChange], rank: int | None, energy: float
-) -> tuple[Tensor, Tensor, float, float]:
-    """B and D of one layer, what of ‖Δ‖² they miss, and ‖Δ‖²."""
-    low = [change for change in changes if isinstance(change, LowRank)]
-    if len(low) == len(changes) and (rank is None or rank >= sum(c.up.shape[1] for c in low)):
-        up = torch.cat([change.up.double() for change in low], 1)
-        down = torch.cat([change.down.double() for change in low])
-        return up, down, 0.0, float((up @ down).square().sum())
-    original = weight.double()
-    after = original
+def composed(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """R, B and D such that changes make of W the weight W R + B D."""
+    matrices = [change.matrix.double() for change in changes if isinstance(change, Right)]
+    right = matrices[0] if matrices else torch.eye(inputs, dtype=torch.float64)
+    for matrix in matrices[1:]:
+        right = right @ matrix
+    return right, *_added(changes, inputs)
+
+
+def _added(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor, Tensor]:
+    """B and D of `composed`."""
+    ups: list[Tensor] = []
+    downs: list[Tensor] = []
     for change in changes:
-        after = change.weight(after)
-    return truncated((after - original).flatten(1), rank, energy)
+        if isinstance(change, Right):
+            downs = [down @ change.matrix.double() for down in downs]
+        elif isinstance(change, LowRank):
+            ups.append(change.up.double())
+            downs.append(change.down.double())
+    if not ups:
+        return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, inputs, dtype=torch.float64)
+    return torch.cat(ups, 1), torch.cat(downs)
+
+
+@dataclass(eq=False)
+class _Group:
+    """What layers share that are given the same and are multiplied by the same matrices."""
+
+    right: Tensor
+    """R, of all its right factors."""
+    up: Tensor
+    """P, (d, n), and Q, (n, d), with R − I ≈ P Q."""
+    down: Tensor
+    moments: Tensor
+    """Q S Qᵀ"""
+
+
+@dataclass(eq=False)
+class _Cutter:
+    """Cuts layers' changes to small rank, and counts what is lost."""
+
+    rank: int | None
+    energy: float
+    ask: Callable[[], Mapping[str, Seen]]
+    groups: dict[tuple[Any, ...], _Group] = field(default_factory=dict)
+    probes: dict[tuple[Any, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 6)
+    """‖(Δ − B D) Z‖² and ‖Δ Z‖² for the plain norm, the erased and the kept."""
+    complete: bool = True
+    """Whether text was known of every layer that was cut."""
+    whole: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    """The layers whose factors are exact."""
+    wide: dict[tuple[Any, ...], Seen] = field(default_factory=dict)
+
+    @cached_property
+    def seen(self) -> Mapping[str, Seen]:
+        return self.ask()
+
+    def factors(
+        self, layer: str, weight: Tensor, changes: Sequence[WeightChange]
+    ) -> tuple[Tensor, Tensor]:
+        """B and D of one layer."""
+        low = [change for change in changes if isinstance(change, LowRank)]
+        if len(low) == len(changes) and (
+            self.rank is None or self.rank >= sum(change.up.shape[1] for change in low)
+        ):
+            up = torch.cat([change.up.double() for change in low], 1)
+            down = torch.cat([change.down.double() for change in low])
+            self.whole.append((layer, up, down))
+            return up, down
+        linear = weight.ndim == 2 and all(isinstance(change, (Right, LowRank)) for change in changes)
+        if linear:
+            return self._of_matrix(layer, weight, changes)
+        original = weight.double()
+        after = original
+        for change in changes:
+            after = change.weight(after)
+        delta = (after - original).flatten(1)
+        metric = self._metric(layer, delta.shape[1])
+        dense = [change.value for change in changes if isinstance(change, Dense)]
+        floor = noise(original.flatten(1), metric, _unit(dense[-1])) if dense else 0.0
+        up, down = truncated(delta, self.rank, self.energy, metric, floor)
+        self._count(layer, delta.shape[1], lambda z: delta @ z, (up, down))
+        return up, down
+
+    def _of_matrix(
+        self, layer: str, weight: Tensor, changes: Sequence[WeightChange]
+    ) -> tuple[Tensor, Tensor]:
+        """Of W R + B D, by what is shared of R and by small matrices alone."""
+        inputs = weight.shape[1]
+        metric = self._metric(layer, inputs)
+        rights = [change for change in changes if isinstance(change, Right)]
+        group = self._group(layer, rights, inputs, metric)
+        own = _added(changes, inputs) if len(rights) < len(changes) else None
+        w = weight.to(_worker(weight))
+        up, down, moments = (w @ group.up.to(w)).double(), group.down, group.moments
+        if own:
+            own_up, own_down = own
+            seen = own_down if metric is None else own_down @ metric
+            mixed = seen @ group.down.T
+            moments = torch.cat([
+                torch.cat([moments, mixed.T], 1), torch.cat([mixed, seen @ own_down.T], 1),
+            ])  # fmt: skip
+            up, down = torch.cat([up, own_up], 1), torch.cat([down, own_down])
+        up, down = compressed(up, down, moments, self.rank, self.energy)
+
+        def whole(z: Tensor) -> Tensor:
+            answer = w @ self._moved(group, z).to(w)
+            if own:
+                answer = answer + (own[0] @ (own[1] @ z)).to(answer)
+            return answer
+
+        self._count(layer, inputs, whole, (up, down))
+        return up, down
+
+    def _moved(self, group: _Group, z: Tensor) -> Tensor:
+        """(R − I) Z, once for all layers."""
+        key = ("moved", id(group), id(z))
+        if key not in self.probes:
+            self.probes[key] = (group.right @ z - z,)
+        return self.probes[key][0]
+
+    def _group(
+        self, layer: str, rights: Sequence[Right], inputs: int, metric: Tensor | None
+    ) -> _Group:
+        key = (*map(id, rights), inputs, id(self.seen.get(layer)))
+        if key not in self.groups:
+            right, _, _ = composed(rights, inputs)
+            unit = max((_unit(change.matrix) for change in rights), default=0.0)
+            most = None if self.rank is None else max(4 * self.rank, 64)
+            if rights:
+                up, down = shared(right, most, self.energy, metric, unit)
+            else:
+                up, down = right[:, :0], right[:0]
+            seen = down if metric is None else down @ metric
+            self.groups[key] = _Group(right, up, down, seen @ down.T)
+        return self.groups[key]
+
+    def _metric(self, layer: str, inputs: int) -> Tensor | None:
+        seen = self._seen(layer, inputs)
+        return seen.metric if seen else None
+
+    def _seen(self, layer: str, inputs: int) -> Seen | None:
+        found = self.seen.get(layer)
+        if found is None:
+            return None
+        key = ("seen", id(found), inputs)
+        if key not in self.wide:
+            self.wide[key] = found.widened(inputs)
+        return self.wide[key]
+
+    def _count(
+        self,
+        layer: str,
+        inputs: int,
+        change: Callable[[Tensor], Tensor],
+        factors: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Add up what one layer loses; nothing where its factors are exact."""
+        seen = self._seen(layer, inputs)
+        if seen is None and factors:
+            self.complete = False
+        key = (id(seen), inputs)
+        if key not in self.probes:
+            draw = torch.Generator().manual_seed(0)
+            moments = (None, seen.erased, seen.kept) if seen else (None,)
+            self.probes[key] = tuple(probes(each, inputs, draw) for each in moments)
+        for i, z in enumerate(self.probes[key]):
+            wanted = change(z).double()
+            self.sums[2 * i + 1] += float(wanted.square().sum())
+            if factors:
+                up, down = factors
+                self.sums[2 * i] += float((wanted - up @ (down @ z)).square().sum())
+
+    def lost(self) -> Lost:
+        """What all layers together lose; call it once, at the end."""
+        if not self.groups and not self.probes:  # all of it is exact
+            return Lost()
+        for layer, up, down in self.whole:
+            self._count(layer, down.shape[1], lambda z, up=up, down=down: up @ (down @ z), None)
+        missed, total = self.sums[0::2], self.sums[1::2]
+        shares = [m / t if t else 0.0 for m, t in zip(missed, total, strict=True)]
+        known = self.complete and total[1] > 0
+        return Lost(shares[0] ** 0.5, *(shares[1:] if known else (None, None)))
+
+
+def _unit(kept: Tensor) -> float:
+    """Half the distance of 1 to the next number of a tensor's format."""
+    return torch.finfo(kept.dtype).eps / 2
+
+
+def _worker(weight: Tensor) -> torch.dtype:
+    """What products with a weight are computed in: large ones in single precision."""
+    return torch.float64 if weight.numel() <= 1 << 16 else torch.float32
 
 
 def _file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

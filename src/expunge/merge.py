@@ -16,7 +16,7 @@ from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightC
 from expunge.edit import Edit, Record, base, base_hash, places, versions
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.export import by_place, weights
-from expunge.lora import Place
+from expunge.lora import Place, composed
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
@@ -201,7 +201,7 @@ def _fused(
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
             k = _reaching(k, inputs)
-            right, up, down = _composed(each, inputs)
+            right, up, down = composed(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
                 ups.append(up)
@@ -214,23 +214,6 @@ def _fused(
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in alike.items()]
     return [*shared, *changes]
-
-
-def _composed(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """R, B and D such that changes make of W the weight W R + B D."""
-    right = torch.eye(inputs, dtype=torch.float64)
-    ups: list[Tensor] = []
-    downs: list[Tensor] = []
-    for change in changes:
-        if isinstance(change, Right):
-            matrix = change.matrix.double()
-            right, downs = right @ matrix, [down @ matrix for down in downs]
-        elif isinstance(change, LowRank):
-            ups.append(change.up.double())
-            downs.append(change.down.double())
-    if not ups:
-        return right, torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, inputs, dtype=torch.float64)
-    return right, torch.cat(ups, 1), torch.cat(downs)
 
 
 def _dense(
