@@ -36,6 +36,7 @@ from expunge.families.sdxl import SDXL
 from expunge.merge import merge
 from expunge.plain import plain
 from expunge.plan import plan, plan_of, together
+from expunge.seen import seen
 from expunge.undo import undo
 from tiny import PIPELINES, sdxl, single_file
 
@@ -172,7 +173,7 @@ def test_the_strength_is_the_erasures_strength(folder, uce, tmp_path):
     torch.testing.assert_close(half.weight(layer), middle, rtol=1e-4, atol=1e-5)
 
 
-def test_a_right_factor_leaves_as_its_nearest_lora(folder, uce, tmp_path):
+def test_a_right_factor_leaves_as_the_lora_nearest_to_text(folder, uce, tmp_path):
     model, edit = uce
     path = tmp_path / "x.safetensors"
     whole = export(edit, "lora", folder, path, energy=1.0, dtype=torch.float32)
@@ -180,18 +181,26 @@ def test_a_right_factor_leaves_as_its_nearest_lora(folder, uce, tmp_path):
     fused = expunge.load(folder, lora=[(path, 1.0)])
     torch.testing.assert_close(fused.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
     done = export(edit, "lora", folder, path, rank=2, dtype=torch.float32)
-    lost = total = 0.0
-    factors = load_file(path)
-    for layer, _ in places(edit.changes):
+    known = seen(model, edit.record.problem)
+    sums = torch.zeros(3, 2, dtype=torch.float64)
+    for change in Checkpoint.find(folder).lora(path):
+        (layer,) = change.layers
         w = model.weight(layer).double()
-        delta = edit.changes[0].weight(w) - w
-        up, down = (factors[f"{layer}.lora_{x}.weight"].double() for x in "BA")
-        values = torch.linalg.svdvals(delta)
-        assert down.shape[0] == 2
-        missed = (delta - up @ down).square().sum()
-        torch.testing.assert_close(missed, values[2:].square().sum(), rtol=1e-4, atol=1e-10)
-        lost, total = lost + missed, total + values.square().sum()
-    assert done.error == pytest.approx(float((lost / total).sqrt()), rel=1e-4)
+        delta, kept = edit.changes[0].weight(w) - w, change.up.double() @ change.down.double()
+        assert change.down.shape[0] == 2
+        best = (
+            torch.linalg.svdvals(delta @ torch.linalg.cholesky(known[layer].metric))[2:].square().sum()
+        )
+        missed = ((delta - kept) @ known[layer].metric * (delta - kept)).sum()
+        torch.testing.assert_close(missed, best, rtol=1e-4, atol=1e-10)
+        for i, moments in enumerate((torch.eye(len(w.T)), known[layer].erased, known[layer].kept)):
+            for k, some in enumerate((delta - kept, delta)):
+                sums[i, k] += (some @ moments.double() * some).sum()
+    shares = (sums[:, 0] / sums[:, 1]).tolist()
+    assert done.error == pytest.approx(shares[0] ** 0.5, rel=1e-4)
+    assert done.erasure_lost == pytest.approx(shares[1], rel=1e-4)
+    assert done.drift_lost == pytest.approx(shares[2], rel=1e-4)
+    assert 0 < done.erasure_lost < done.error**2
     assert f"{done.error:.2%}" in done.notes[1]
     assert done.notes[1] in path.with_suffix(".md").read_text()
 
@@ -202,7 +211,7 @@ def test_energy_sets_the_rank(folder, uce, tmp_path):
     for energy in (0.5, 0.9, 1.0):
         done = export(edit, "lora", folder, tmp_path / "x.safetensors", energy=energy)
         ranks.append(int(re.search(r"rank (\d+)", done.notes[0])[1]))
-        assert done.error <= (1 - energy) ** 0.5 + 1e-6
+        assert done.erasure_lost + done.drift_lost <= 2 * (1 - energy) + 1e-6
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[2]
 
@@ -217,8 +226,8 @@ def test_convolutions_and_what_a_lora_cannot_hold(folder, tmp_path):
     edit = edited(model, changes)
     path = tmp_path / "x.safetensors"
     done = export(edit, "lora", folder, path, dtype=torch.float32)
-    assert "Left out" in done.notes[-1]
-    assert load_file(path)[f"{conv}.lora_A.weight"].shape == (2, *w.shape[1:])
+    assert "Left out, since a LoRA cannot hold them: 1 biases and norms." in done.notes
+    assert load_file(path)[f"{conv}.lora.down.weight"].shape == (2, *w.shape[1:])
     fused = expunge.load(folder, lora=[(path, 1.0)])
     torch.testing.assert_close(fused.weight(conv), changes[0].weight(w), rtol=1e-4, atol=1e-5)
 
@@ -338,7 +347,7 @@ def test_a_single_file_in_and_out(single, folder, tmp_path):
     assert len(differing) == 14
     assert all(".attn2.to_" in key for key in differing)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.title"] == "tiny"
+        assert file.metadata()["modelspec.title"] == "tiny without airplane"
     again = expunge.load(tmp_path / "out.safetensors", config=folder)
     torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
     (erased,) = Checkpoint.find(tmp_path / "out.safetensors").erased()

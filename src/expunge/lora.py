@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -154,6 +154,9 @@ class Lora:
             ExpungeError: it cannot be written, or a layer has no name in kohya's naming.
         """
         tensors = self.tensors(naming, kohya, dtype)
+        if not all(bool(tensor.float().isfinite().all()) for tensor in tensors.values()):
+            format = str(dtype).removeprefix("torch.")
+            raise ExpungeError(f"the changes are too large for {format}; write the LoRA in float32")
         if naming == "kohya":
             metadata = {
                 "ss_network_module": "networks.lora",
@@ -247,7 +250,7 @@ def read(
     if others:
         shown = listed([_short(name) for name in others], 2)
         warnings.warn(
-            f"{path}: {len(others)} of {len(raw)} tensors are left out, being no LoRA of a layer: {shown}",
+            f"{path}: {len(others)} of {len(raw)} tensors left out, being no LoRA of a layer: {shown}",
             ExpungeWarning,
             stacklevel=3,
         )
@@ -274,7 +277,9 @@ def about(path: str | Path) -> About:
     header = read_header(path)
     modules, _ = _modules(_loaded(path), path)
     ranks = [parts["down"].shape[0] for parts in modules.values()]
-    return About(lora_names.base_named(header.get("__metadata__", {})), max(ranks, default=0), len(ranks))
+    return About(
+        lora_names.base_named(header.get("__metadata__", {})), max(ranks, default=0), len(ranks)
+    )
 
 
 def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
@@ -323,9 +328,7 @@ def _short(name: str) -> str:
 Parts = dict[lora_names.Role, Tensor]
 
 
-def _modules(
-    raw: Mapping[str, Tensor], path: str | Path
-) -> tuple[dict[str, Parts], list[str]]:
+def _modules(raw: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, Parts], list[str]]:
     """The parts of every layer, by what the file calls it, and the tensors that are no such parts.
 
     Raises:
@@ -348,11 +351,14 @@ def _modules(
             inner, outer = parts["up"].flatten(1).shape[1], parts["down"].shape[0]
             if parts["up"].ndim < 2 or parts["down"].ndim < 2 or inner != outer:
                 raise ExpungeError(
-                    f"{path} is not a whole LoRA: {_short(stem)} has factors of ranks {inner} and {outer}"
+                    f"{path} is not a whole LoRA: {_short(stem)} has factors of ranks {inner} and"
+                    f" {outer}"
                 )
         elif "up" in parts or "down" in parts:
             there, missing = ("up", "down") if "up" in parts else ("down", "up")
-            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)} has {there} and no {missing}")
+            raise ExpungeError(
+                f"{path} is not a whole LoRA: {_short(stem)} has {there} and no {missing}"
+            )
     # What belongs to another kind of adapter (LoHa and the like) is no LoRA, its alpha neither.
     alien = {
         key.rpartition(".hada_")[0] or key.rpartition(".lokr_")[0] or key.rpartition(".")[0]
@@ -402,7 +408,7 @@ class _Scales:
         declared = self._number(component, "rank_pattern", "r", inside)
         if declared is not None and declared != rank:
             raise ExpungeError(
-                f"{self.path}: its metadata say rank {declared:g} of {_short(layer)}, whose rank is {rank}"
+                f"{self.path}: its metadata say rank {declared:g} of {_short(layer)}, which has {rank}"
             )
         return alpha / (rank**0.5 if self.field(component, "use_rslora") else rank)
 
@@ -415,14 +421,18 @@ class _Scales:
                 try:
                     matches = re.fullmatch(rf"(.*\.)?({key})", inside)
                 except re.error:
-                    raise ExpungeError(f"{self.path}: {pattern} of its metadata has no pattern {key!r}") from None
+                    raise ExpungeError(
+                        f"{self.path}: {pattern} of its metadata has no pattern {key!r}"
+                    ) from None
                 if matches:
                     value = own
                     break
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ExpungeError(f"{self.path}: {name} of its metadata is {value!r}, and should be a number")
+            raise ExpungeError(
+                f"{self.path}: {name} of its metadata is {value!r}, and should be a number"
+            )
         return float(value)
 
 
@@ -442,7 +452,9 @@ def _changes(
     if "mid" in parts:  # LyCORIS's convolutions: Σ up · mid · down over two ranks
         mid = parts["mid"].float()
         if mid.ndim < 2 or mid.shape[:2] != (rank, rank):
-            raise ExpungeError(f"{path} is not a whole LoRA: {_short(stem)} has a middle of another rank")
+            raise ExpungeError(
+                f"{path} is not a whole LoRA: {_short(stem)} has a middle of another rank"
+            )
         down = torch.einsum("rs...,si->ri...", mid, down.flatten(1))
     down = down.flatten(1)
     found = lora_names.layers(stem, family, config)
@@ -454,7 +466,9 @@ def _changes(
         own = scales.scale(found[0][0], rank)
     magnitude = parts.get("magnitude", parts.get("scale"))
     if magnitude is None and scales.decomposed(found[0][0].partition(".")[0]):
-        raise ExpungeError(f"{path} is not a whole LoRA: it is a DoRA, and {_short(stem)} has no magnitude")
+        raise ExpungeError(
+            f"{path} is not a whole LoRA: it is a DoRA, and {_short(stem)} has no magnitude"
+        )
     # The strength goes with the numbers; in halves, large factors keep their place.
     changes: list[WeightChange] = []
     for layer, pick in found:
@@ -469,13 +483,15 @@ def _changes(
         if pick is not None:
             if not of_rows:
                 raise ExpungeError(
-                    f"{path}: {_short(stem)} is a DoRA of a layer that is several here, and cannot be split"
+                    f"{path}: {_short(stem)} is a DoRA of a layer that is several here; it cannot be split"
                 )
             norms = pick(norms, inputs)
         changes.append(Decomposed((layer,), own * rows, down, norms, of_rows, strength))
     for change in changes:
         if not all(bool(tensor.isfinite().all()) for tensor in change.tensors.values()):
-            raise ExpungeError(f"{path} at strength {strength:g} makes numbers that are none: {_short(stem)}")
+            raise ExpungeError(
+                f"{path} at strength {strength:g} makes numbers that are none: {_short(stem)}"
+            )
     return changes
 
 
@@ -623,9 +639,7 @@ class _Cutter:
             self.probes[key] = (group.right @ z - z,)
         return self.probes[key][0]
 
-    def _group(
-        self, layer: str, rights: Sequence[Right], inputs: int, metric: Tensor | None
-    ) -> _Group:
+    def _group(self, layer: str, rights: Sequence[Right], inputs: int, metric: Tensor | None) -> _Group:
         key = (*map(id, rights), inputs, id(self.seen.get(layer)))
         if key not in self.groups:
             right, _, _ = composed(rights, inputs)
@@ -680,11 +694,15 @@ class _Cutter:
         if not self.groups and not self.probes:  # all of it is exact
             return Lost()
         for layer, up, down in self.whole:
-            self._count(layer, down.shape[1], lambda z, up=up, down=down: up @ (down @ z), None)
+            self._count(layer, down.shape[1], partial(_product, up, down), None)
         missed, total = self.sums[0::2], self.sums[1::2]
         shares = [m / t if t else 0.0 for m, t in zip(missed, total, strict=True)]
         known = self.complete and total[1] > 0
         return Lost(shares[0] ** 0.5, *(shares[1:] if known else (None, None)))
+
+
+def _product(up: Tensor, down: Tensor, z: Tensor) -> Tensor:
+    return up @ (down @ z)
 
 
 def _unit(kept: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from expunge.errors import ExpungeError
 
 Role = Literal["down", "up", "mid", "alpha", "scale", "magnitude"]
-"""What a tensor of a LoRA file is to its layer; "scale" is LyCORIS's `dora_scale`, "magnitude" PEFT's."""
+"""What a tensor of a LoRA is to its layer; "scale" is LyCORIS's `dora_scale`, "magnitude" PEFT's."""
 
 Pick = Callable[[Tensor, int], Tensor]
 """The rows of a larger layer's tensor that belong to one of ours; it is told the layer's inputs."""
@@ -69,7 +69,7 @@ PREFIXES: tuple[tuple[str, str, bool], ...] = (
     ("text_encoder_2.", "text_encoder_2", False),
     ("text_encoder_3.", "text_encoder_3", False),
 )
-"""How layers' names begin: of which component ("" the denoiser), and whether underscores stand for dots."""
+"""How layers' names begin: of which component ("" the denoiser), and whether _ stands for dots."""
 
 PEFT = ("base_model.model.", "base_model.")
 """What PEFT puts before a layer's name."""
@@ -150,7 +150,9 @@ def _inverse(
     from expunge.families import flux, sd3  # which import what imports this
 
     table, joined = (
-        (flux.ORIGINALS, FLUX_JOINED) if "FluxPipeline" in family.pipelines else (sd3.ORIGINALS, SD3_JOINED)
+        (flux.ORIGINALS, FLUX_JOINED)
+        if "FluxPipeline" in family.pipelines
+        else (sd3.ORIGINALS, SD3_JOINED)
     )
     for pattern, original in table:
         layer = _backwards(name, pattern, original)
@@ -218,7 +220,8 @@ def _thirds(stem: str, names: str) -> tuple[tuple[str, Pick | None], ...]:
 Joined = tuple[tuple[str, tuple[tuple[str, Pick | None], ...]], ...]
 
 SD3_JOINED: Joined = (
-    (r"joint_blocks\.(\d+)\.x_block\.attn\.qkv", _thirds(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
+    (r"joint_blocks\.(\d+)\.x_block\.attn\.qkv",
+     _thirds(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
     (r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv",
      _thirds(r"transformer_blocks.\1.attn2", "to_q to_k to_v")),
     (r"joint_blocks\.(\d+)\.context_block\.attn\.qkv",
@@ -291,7 +294,9 @@ def loads_in(form: str, family: str) -> str:
     """In a sentence, which programs read a LoRA of this form, and which do not."""
     whole = [CALLED[p] for p in PROGRAMS if reads(form, family, p) == ALL]
     parts = [
-        f"{CALLED[p]} reads {text}" for p in PROGRAMS if (text := reads(form, family, p)) not in (ALL, NONE)
+        f"{CALLED[p]} reads {text}"
+        for p in PROGRAMS
+        if (text := reads(form, family, p)) not in (ALL, NONE)
     ]
     none = [CALLED[p] for p in PROGRAMS if reads(form, family, p) == NONE]
     text = f"Loads whole in {_and(whole)}" if whole else "Loads whole nowhere"
@@ -309,6 +314,8 @@ def form_for(program: str, family: str, has_names: bool) -> str:
     Raises:
         ExpungeError: it reads none; says what else there is.
     """
+    if (program, family) == ("a1111", "Flux"):
+        raise ExpungeError("A1111 does not draw with FLUX.1 at all; Forge and ComfyUI do")
     forms = ("kohya", "lora") if has_names else ("lora",)
     for form in forms:
         if reads(form, family, program) == ALL:

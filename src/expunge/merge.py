@@ -73,7 +73,8 @@ def merge(
         raise ExpungeError("two of the edits to merge are the same one")
     if not 0 < ridge < float("inf") or not 0 <= prior_scale < float("inf"):
         raise ExpungeError(
-            f"ridge must be above 0 and prior_scale at least 0, and both finite, not {ridge}, {prior_scale}"
+            f"ridge must be above 0 and prior_scale at least 0, and both finite,"
+            f" not {ridge}, {prior_scale}"
         )
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):

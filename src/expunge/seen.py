@@ -24,6 +24,7 @@ WORK = 4e12
 LARGEST = 1.5e9
 """Text encoders with more parameters than this are not read for the sake of a LoRA's rank."""
 
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """The second moments of what layers are given."""

@@ -198,9 +198,9 @@ def compressed(
 
 
 def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
-    """Twice the largest singular value, in a metric, of what rounding to a number format does to a matrix.
+    """Twice the largest singular value, in a metric, of what rounding to a format does to a matrix.
 
-    Measured on a drawn one, E = unit |value| u with u even between -1 and 1: ‖E S^½‖ by power iteration.
+    Measured on a drawn one, E = unit |value| u with u even between -1 and 1: ‖E S^½‖, by powers.
     """
     draw = torch.Generator().manual_seed(0)
     even = torch.rand(value.shape, generator=draw, dtype=torch.float64) * 2 - 1
