@@ -348,8 +348,12 @@ def _modules(raw: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, Par
         parts[role] = tensor
     for stem, parts in found.items():
         if "up" in parts and "down" in parts:
+            if parts["up"].ndim < 2 or parts["down"].ndim < 2:
+                raise ExpungeError(
+                    f"{path} is not a whole LoRA: factors of {_short(stem)} are no matrices"
+                )
             inner, outer = parts["up"].flatten(1).shape[1], parts["down"].shape[0]
-            if parts["up"].ndim < 2 or parts["down"].ndim < 2 or inner != outer:
+            if inner != outer:
                 raise ExpungeError(
                     f"{path} is not a whole LoRA: {_short(stem)} has factors of ranks {inner} and"
                     f" {outer}"
@@ -483,7 +487,8 @@ def _changes(
         if pick is not None:
             if not of_rows:
                 raise ExpungeError(
-                    f"{path}: {_short(stem)} is a DoRA of a layer that is several here; it cannot be split"
+                    f"{path}: {_short(stem)} is a DoRA of a layer that is several here and cannot be"
+                    " split"
                 )
             norms = pick(norms, inputs)
         changes.append(Decomposed((layer,), own * rows, down, norms, of_rows, strength))

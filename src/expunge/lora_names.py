@@ -279,7 +279,7 @@ READS: Mapping[tuple[str, str], tuple[str, str, str, str, str]] = {
     ("kohya", "StableDiffusion"): (ALL, ALL, ALL, ALL, ALL),
     ("kohya", "SDXL"): (ALL, ALL, ALL, ALL, "all but the pooled text's layer"),
     ("kohya", "SD3"): (NONE, ALL, NONE, ALL, ALL),
-    ("kohya", "Flux"): (NONE, ALL, NONE, ALL, ALL),
+    ("kohya", "Flux"): ("none of the layers through which text enters", ALL, NONE, ALL, ALL),
 }
 """For each form of a LoRA and each family what every one of `PROGRAMS` reads of it."""
 
@@ -399,3 +399,15 @@ def base_named(metadata: Mapping[str, str]) -> str:
     if metadata.get("ss_v2") == "True":
         return "Stable Diffusion 2.x"
     return "Stable Diffusion 1.x" if version or metadata.get("ss_v2") == "False" else architecture
+
+
+def table() -> str:
+    """Which program reads which form of a LoRA, in Markdown."""
+    names = {"StableDiffusion": "SD 1.x, 2.x", "SDXL": "SDXL", "SD3": "SD 3, 3.5", "Flux": "FLUX.1"}
+    heads = ["family", "`--to`", *(CALLED[program] for program in PROGRAMS)]
+    rows = [heads, ["---"] * len(heads)]
+    for family, name in names.items():
+        for form in ("lora", "kohya"):
+            cells = [text or "–" for text in READS[form, family]]
+            rows.append([name, f"`{form}`", *("yes" if cell == ALL else cell for cell in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
