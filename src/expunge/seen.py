@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeWarning
+from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.files import cache_folder, read_header, replacing
 from expunge.model import Model
 from expunge.ops.least_squares import gram
-from expunge.prior import captions
+from expunge.prior import captions, text_hash
 from expunge.problem import Problem
 from expunge.templates import TEMPLATES
 
@@ -74,29 +77,50 @@ def seen(model: Model, problem: Problem) -> dict[str, Seen]:
     most = max(1, count // max(len(spread), 1))
     spread = [_some(prompts, most) for prompts in spread]
     plain = ["", *_some(list(captions("general")), count), *_some(list(problem.retain), count)]
+    encoders = text_hash(model, ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExpungeWarning)  # captions that are cut
-        erased = [_moments(model, prompts) for prompts in spread]
-        kept = _moments(model, plain)
+        erased = _moments(model, spread, encoders)
+        kept = _moments(model, [plain], encoders)
     found: dict[str, Seen] = {}
-    for entries, which in ((model.text_entries(), 0), (model.pooled_entries(), 1)):
-        own, of_erased = kept[which], [each[which] for each in erased]
-        if own is not None and entries:
-            one = Seen(torch.stack([each for each in of_erased if each is not None]).sum(0), own)
+    for name, entries in (("tokens", model.text_entries()), ("pooled", model.pooled_entries())):
+        if name in kept and entries:
+            one = Seen(erased[name].double(), kept[name].double())
             found |= {entry.layer: one for entry in entries}
     return found
 
 
-def _moments(model: Model, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """The mean over prompts of Σ e eᵀ, of tokens and of pooled vectors."""
-    tokens: Any = 0
-    pooled: Any = None
-    for start in range(0, len(prompts), 32):
-        text = model.encode(prompts[start : start + 32])
-        tokens = tokens + gram(text.embeddings.flatten(0, 1).cpu())
-        if text.pooled is not None:
-            pooled = (0 if pooled is None else pooled) + gram(text.pooled.cpu())
-    return tokens / len(prompts), None if pooled is None else pooled / len(prompts)
+def _moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> dict[str, Tensor]:
+    """Of "tokens" and "pooled" the sum over groups of the mean over prompts of Σ e eᵀ, in float32.
+
+    They are kept in the cache folder: another export of the edit reads no text.
+    """
+    key = hashlib.sha256(json.dumps([encoders, [list(group) for group in groups]]).encode())
+    file = cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
+    if file.is_file():
+        try:
+            read_header(file)
+            return safetensors.torch.load_file(file)
+        except (ExpungeError, safetensors.SafetensorError):
+            pass  # broken: made again
+    sums: dict[str, Tensor] = {}
+    for prompts in groups:
+        for start in range(0, len(prompts), 32):
+            text = model.encode(prompts[start : start + 32])
+            rows = {"tokens": text.embeddings.flatten(0, 1), "pooled": text.pooled}
+            for name, some in rows.items():
+                if some is not None:
+                    part = gram(some.cpu()) / len(prompts)
+                    sums[name] = sums[name] + part if name in sums else part
+    found = {name: total.float() for name, total in sums.items()}
+    try:
+        with replacing(file) as temporary:
+            temporary.write_bytes(safetensors.torch.save(found))
+    except ExpungeError as error:
+        warnings.warn(
+            f"what was read is not kept for another time: {error}", ExpungeWarning, stacklevel=2
+        )
+    return found
 
 
 def _some(items: Sequence[str], most: int) -> list[str]:

@@ -263,5 +263,5 @@ def probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> T
     noise = torch.randn(inputs, PROBES, generator=generator, dtype=torch.float64) / PROBES**0.5
     if moments is None:
         return noise
-    jitter = 1e-9 * moments.trace() / inputs * torch.eye(inputs, dtype=torch.float64)
+    jitter = 1e-6 * moments.trace() / inputs * torch.eye(inputs, dtype=torch.float64)
     return torch.linalg.cholesky(moments + jitter) @ noise
