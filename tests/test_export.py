@@ -238,7 +238,7 @@ def test_convolutions_and_what_a_lora_cannot_hold(folder, tmp_path):
 
 
 def test_rounding_takes_no_rank(folder, tmp_path):
-    """A matrix kept in single precision differs from the identity everywhere; two directions are real."""
+    """A matrix in single precision differs from the identity everywhere; two directions are real."""
     model = expunge.load(folder)
     layers = tuple(entry.layer for entry in model.text_entries())
     torch.manual_seed(0)

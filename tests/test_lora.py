@@ -100,7 +100,8 @@ def test_the_scale_in_the_metadata(tmp_path, fields, scale):
 
 def test_a_lora_that_diffusers_saved_has_diffusers_strength(tmp_path):
     mod = pytest.importorskip("peft")
-    config = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["attn2.to_k", "attn2.to_q"],
+    config = {"r": 4, "lora_alpha": 6, "use_rslora": True,
+              "target_modules": ["attn2.to_k", "attn2.to_q"],
               "alpha_pattern": {"up_blocks.*to_k": 3}, "rank_pattern": {"mid_block.*to_q": 2},
               "init_lora_weights": False}  # fmt: skip
     pipe = tiny_pipeline()
@@ -165,7 +166,8 @@ def test_tuckers_convolutions(tmp_path):
     torch.manual_seed(0)
     up, mid, down = torch.randn(8, 2, 1, 1), torch.randn(2, 2, 3, 3), torch.randn(2, 4, 1, 1)
     state = {"lora_unet_conv_in.lora_up.weight": up, "lora_unet_conv_in.lora_mid.weight": mid,
-             "lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.alpha": torch.tensor(1.0)}  # fmt: skip
+             "lora_unet_conv_in.lora_down.weight": down,
+             "lora_unet_conv_in.alpha": torch.tensor(1.0)}  # fmt: skip
     save_file(state, tmp_path / "x.safetensors")
     x = torch.randn(1, 4, 5, 5)
     conv = torch.nn.functional.conv2d
@@ -353,7 +355,8 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
 
 
 @pytest.mark.parametrize("values", [{"ridge": float("nan")}, {"ridge": float("inf")},
-                                    {"prior_scale": float("nan")}, {"prior_scale": float("inf")}])  # fmt: skip
+                                    {"prior_scale": float("nan")},
+                                    {"prior_scale": float("inf")}])  # fmt: skip
 def test_merging_with_numbers_that_are_none(model, values):
     one, other = low_rank(model)[:2]
     with pytest.raises(ExpungeError, match="both finite, not"):

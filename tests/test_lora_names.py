@@ -1,4 +1,4 @@
-"""What other programs read of our LoRAs: their maps of names, written down from their published sources."""
+"""What other programs read of our LoRAs: their maps of names, after their published sources."""
 
 import re
 
@@ -206,7 +206,7 @@ def network_of(pipe):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """For each family its network, and a LoRA of its text's layers in both forms, with what each moves."""
+    """For each family its network, and a LoRA of its text's layers in both forms, with what it moves."""
     made = {}
     for name, make in PIPELINES.items():
         pipe = make()
@@ -221,7 +221,8 @@ def written(tmp_path_factory):
             files[form] = tmp_path_factory.mktemp(name) / f"{form}.safetensors"
             naming = "kohya" if form == "kohya" else "diffusers"
             lora.save(
-                files[form], naming, lambda x, f=family, n=network: f.kohya(x.partition(".")[2], n.config),
+                files[form], naming,
+                lambda x, f=family, n=network: f.kohya(x.partition(".")[2], n.config),
                 torch.float32, {},
             )  # fmt: skip
         deltas = {c.layers[0].partition(".")[2]: c.up @ c.down for c in changes}
@@ -297,7 +298,8 @@ def test_layers_that_are_one_in_the_first_code_are_split(tmp_path):
     width, rank = 32, 3
     hidden = len(pipe.transformer.single_transformer_blocks[0].proj_mlp.weight)
     state = {}
-    for stem, rows in (("double_blocks_0_img_attn_qkv", 3 * width), ("single_blocks_0_linear1", 3 * width + hidden),
+    for stem, rows in (("double_blocks_0_img_attn_qkv", 3 * width),
+                       ("single_blocks_0_linear1", 3 * width + hidden),
                        ("final_layer_adaLN_modulation_1", 2 * width)):  # fmt: skip
         state[f"lora_unet_{stem}.lora_up.weight"] = torch.randn(rows, rank)
         state[f"lora_unet_{stem}.lora_down.weight"] = torch.randn(rank, width)
@@ -383,7 +385,8 @@ def test_the_page_has_the_table():
     ("family", "variant", "version", "second", "architecture", "named"),
     [
         ("StableDiffusion", "", "sd_v1", "False", "stable-diffusion-v1/lora", "Stable Diffusion 1.x"),
-        ("StableDiffusion", "2", "sd_v2", "True", "stable-diffusion-v2-512/lora", "Stable Diffusion 2.x"),
+        ("StableDiffusion", "2", "sd_v2", "True", "stable-diffusion-v2-512/lora",
+         "Stable Diffusion 2.x"),
         ("StableDiffusion", "2-v", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora",
          "Stable Diffusion 2.x, predicting v"),
         ("SDXL", "", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "SDXL"),
