@@ -47,7 +47,7 @@ def card(
     }
     if record.model.count("/") == 1:
         header["base_model"] = record.model
-    lines = ["---", *_yaml(header), "---", "", f"# {_title(edit)}", ""]
+    lines = ["---", *_yaml(header), "---", "", f"# {title(edit)}", ""]
     lines += ["| erased | kind | becomes |", "| --- | --- | --- |"]
     for concept in record.problem.erase:
         also = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
@@ -59,7 +59,7 @@ def card(
         f"* Method: {record.method} ({spelled_out(record.fields)}), seed {record.seed}.",
         f"* Base: {record.model or 'unnamed'}; the changed tensors' hash there is `{record.base[:16]}`.",
         f"* Changes: {summary(edit.changes)}; edit `{edit.hash[:16]}`.",
-        f"* Written by expunge {__version__} as {target}.",
+        f"{MARK}{__version__} as {target}.",
         *(f"* {note}" for note in notes),
         f"* Licence: {licence or 'that of the base model'}.",
     ]
@@ -68,11 +68,24 @@ def card(
     return "\n".join(lines)
 
 
+MARK = "* Written by expunge "
+"""How a line of every card begins."""
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file is a card that this module wrote."""
+    try:
+        return any(line.startswith(MARK) for line in Path(path).read_text("utf8").splitlines())
+    except (OSError, ValueError):
+        return False
+
+
 LORAS = ("lora", "kohya")
 """The targets that are LoRA files."""
 
 
-def _title(edit: Edit) -> str:
+def title(edit: Edit) -> str:
+    """What to call a model that an edit lies on."""
     names = [concept.name for concept in edit.record.problem.erase]
     return f"{edit.record.model or 'A model'} without {listed(names, 3)}"
 

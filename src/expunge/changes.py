@@ -304,10 +304,14 @@ def find(root: Any, layer: str) -> nn.Module:
     """
     component, _, inside = layer.partition(".")
     module: Any = getattr(root, component, None)
+    found: Any
     # Up to transformers 5.5 CLIP's layers lie in `text_model`, from 5.6 on they do not.
     for name in (inside, f"text_model.{inside}", inside.removeprefix("text_model.")):
         with contextlib.suppress(AttributeError):
-            return module.get_submodule(name)
+            found = module.get_submodule(name)
+            while isinstance(base := getattr(found, "base_layer", None), nn.Module):
+                found = base  # where PEFT has laid a LoRA around the layer
+            return found
     raise ExpungeError(f"the edit does not fit: this model has no layer {layer}")
 
 
@@ -323,6 +327,21 @@ def content(tensor: Tensor) -> bytes:
     """What a hash of a tensor is taken of: its dtype, its shape and its values."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def check_numbers(changes: Changes, what: str) -> None:
+    """Check that changes hold numbers.
+
+    Raises:
+        ExpungeError: a tensor of `what` has nan or infinity in it.
+    """
+    for change in changes:
+        for name, tensor in change.tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ExpungeError(
+                    f"{what} holds numbers that are none (nan or infinite): {name} of its {change.kind}"
+                    f" change of {change.layers[0]}"
+                )
 
 
 def check_fit(root: Any, changes: Changes) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from expunge import files, lora, source, tensors
-from expunge.changes import LowRank
+from expunge.changes import WeightChange
 from expunge.edit import Record
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, listed
 from expunge.lora import Place
 from expunge.model import Model, working_device
 
@@ -81,7 +81,9 @@ class Checkpoint:
         family = source.family_of(str(source.read_index(path)["_class_name"]))
         return cls(path, found.name, family, files.read_json(path / family.denoiser / "config.json"))
 
-    def text_model(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    def text_model(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu", *, check: bool = True
+    ) -> Model:
         """The model with its text encoders alone in memory, its denoiser left on the disk.
 
         Enough for a method that draws and trains nothing: its edit is then made, and exported, on a
@@ -90,6 +92,7 @@ class Checkpoint:
         Args:
             dtype: the number format of the text encoders.
             device: where to put them.
+            check: look for numbers that are none in what stays on the disk, too.
 
         Raises:
             ExpungeError: it is a single file, or the text encoders cannot be read.
@@ -106,7 +109,7 @@ class Checkpoint:
         pipe.register_modules(**{denoiser: network})
         source.check_whole(pipe, self.path)
         for path in self.headers:
-            if path.parent.name in (denoiser, "vae"):
+            if check and path.parent.name in (denoiser, "vae"):
                 tensors.check_numbers(path)
         model = self.family(pipe, self.name, source.settings(found))
         model.stored = self.read
@@ -173,7 +176,7 @@ class Checkpoint:
         component, _, inside = layer.partition(".")
         return self.family.kohya(inside, self.config) if self._denoises(component) else None
 
-    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[LowRank, ...]:
+    def lora(self, path: str | Path, scale: float = 1.0) -> tuple[WeightChange, ...]:
         """A LoRA file for this model, as changes.
 
         Raises:
@@ -210,7 +213,7 @@ class Checkpoint:
         output: str | Path,
         changed: Mapping[Place, Callable[[Tensor], Tensor]],
         erased: Sequence[Erased],
-        beside: Mapping[str, str] | None = None,
+        beside: Mapping[str, str | Callable[[], str]] | None = None,
     ) -> None:
         """Write the model to `output` with some parameters changed, one at a time in memory.
 
@@ -218,7 +221,7 @@ class Checkpoint:
             output: a file for a file, a new folder for a folder.
             changed: what becomes of parameters; everything else is copied byte for byte.
             erased: what the copy says has been erased from it.
-            beside: texts of further files in the folder, by their names.
+            beside: texts of further files in the folder, by their names; a function is asked at the end.
 
         Raises:
             ExpungeError: a parameter is missing, the disk is too full, or `output` cannot be written.
@@ -229,7 +232,10 @@ class Checkpoint:
                 by_file.setdefault(path, {})[name] = change
         note = json.dumps([dataclasses.asdict(one) for one in erased])
         if self.is_file:
-            tensors.copy(self.path, output, by_file.get(self.path, {}), {NOTE: note})
+            said = self.headers[self.path].get("__metadata__", {})
+            tensors.copy(
+                self.path, output, by_file.get(self.path, {}), {NOTE: note, **_renewed(said, erased)}
+            )
             return
         others = [path for path in self._files() if path not in by_file]
         needed = sum(path.stat().st_size for path in [*others, *by_file])
@@ -246,7 +252,7 @@ class Checkpoint:
             settings["erased"] = json.loads(note)
             file.write_text(json.dumps(settings, indent=1), "utf8")
             for name, text in (beside or {}).items():
-                (folder / name).write_text(text, "utf8")
+                (folder / name).write_text(text() if callable(text) else text, "utf8")
 
     def _files(self) -> list[Path]:
         """The files that make a diffusers folder: its components' and those beside them, weights that
@@ -262,6 +268,28 @@ class Checkpoint:
             if (place := path.relative_to(self.path)).parts[0] in parts
             or (len(place.parts) == 1 and path.suffix != ".safetensors")
         ]
+
+
+WAS = "expunge.was"
+"""Where a file's metadata keeps what they said of the model before anything was erased."""
+
+OUTDATED = ("modelspec.title", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""What metadata say of a file that an erasure makes untrue."""
+
+
+def _renewed(said: Mapping[str, str], erased: Sequence[Erased]) -> dict[str, str | None]:
+    """What a file's metadata say once this has been erased from it; None takes an entry away."""
+    try:
+        was = json.loads(said[WAS]) if WAS in said else {k: said[k] for k in OUTDATED if k in said}
+    except ValueError:
+        was = {}
+    if not erased:
+        return {WAS: None, **was}
+    new: dict[str, str | None] = {name: None for name in OUTDATED if name in said}
+    if "modelspec.title" in was:
+        names = [concept.name for one in erased for concept in one.record.problem.erase]
+        new["modelspec.title"] = f"{was['modelspec.title']} without {listed(names, 3)}"
+    return {**new, **({WAS: json.dumps(was)} if was else {})}
 
 
 def noted(header: Mapping[str, Any]) -> tuple[Erased, ...]:

@@ -5,6 +5,7 @@ Nothing here imports torch before there is work for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,9 @@ class Export:
     edit: Annotated[Positional[str], arg(metavar="EDIT")]
     """The edit."""
     to: Annotated[str, arg(metavar="FORM")]
-    """diffusers (a folder), safetensors (a single file in place of the one that came in), lora
-    (diffusers' naming) or kohya (ComfyUI, A1111)."""
+    """diffusers (a folder), safetensors (a single file in place of the one that came in), a LoRA in
+    diffusers' naming (lora) or in kohya's (kohya), or the one that a program reads whole: comfyui,
+    a1111, forge, sd-scripts."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
     """What to write: a new folder for diffusers, else a .safetensors file; a model card beside it."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
@@ -40,11 +42,13 @@ class Export:
     rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """A LoRA's rank; by default what --energy takes."""
     energy: float = 0.999
-    """The share of each squared change that a LoRA keeps, where it cannot keep all."""
+    """The share of each squared change that a LoRA keeps, in what it does to text, where it cannot keep
+    all."""
     dtype: str = "float16"
     """A LoRA's number format: float32, float16 or bfloat16."""
     config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """For an edit with gates and a single file: a diffusers folder of a model built like it."""
+    """For a single file, and an edit with gates or a LoRA of small rank: a diffusers folder of a model
+    built like it, whose text encoders read."""
     lora: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]", help_behavior_hint="")
     ] = ()
@@ -86,7 +90,7 @@ def export_command(options: Export) -> None:
         licence=options.licence,
         report=options.report,
     )
-    print(f"{done.path}: {options.to}, {_size(done.path)}")
+    print(f"{done.path}: {done.form}, {_size(done.path)}")
     for note in done.notes:
         print(note)
     if options.push_to_hub:
@@ -191,14 +195,26 @@ class Loading:
 
 
 def strengths(loras: tuple[str, ...]) -> list[tuple[str, float]]:
-    """FILE or FILE=STRENGTH, one after the other."""
+    """FILE or FILE=STRENGTH, one after the other; a file may have = in its name.
+
+    Raises:
+        ExpungeError: a strength is no finite number.
+    """
     found = []
     for text in loras:
         file, equals, strength = text.rpartition("=")
+        if not equals or Path(text).is_file() or text.lower().endswith(".safetensors"):
+            found.append((text, 1.0))
+            continue
         try:
-            found.append((file, float(strength)) if equals else (text, 1.0))
+            number = float(strength)
         except ValueError:
             raise ExpungeError(f"a LoRA is given as FILE or FILE=STRENGTH, not {text!r}") from None
+        if not math.isfinite(number):
+            raise ExpungeError(
+                f"the strength of a LoRA must be a finite number, not {strength} (in {text!r})"
+            )
+        found.append((file, number))
     return found
 
 
@@ -279,7 +295,11 @@ def info_of_model(path: str) -> None:
 
     header = files.read_header(path) if Path(path).is_file() else {}
     if any("lora" in name for name in header):
-        rows = [("lora", path)]
+        from expunge.lora import about
+
+        said = about(path)
+        rows = [("lora", f"{path}, rank {said.rank} on {said.layers} layers")]
+        rows.append(("for", said.base or "it does not say which base"))
         history = noted(header)
     else:
         checkpoint = Checkpoint.find(path)

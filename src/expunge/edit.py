@@ -25,6 +25,7 @@ from expunge.changes import (
     Changes,
     base_parameter,
     check_fit,
+    check_numbers,
     content,
     from_spec,
 )
@@ -145,8 +146,9 @@ class Edit:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.
 
         Raises:
-            ExpungeError: the file cannot be written.
+            ExpungeError: the file cannot be written, or the edit holds nan or infinity.
         """
+        check_numbers(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
@@ -163,7 +165,7 @@ class Edit:
         """Read an edit.
 
         Raises:
-            ExpungeError: the file is missing, cut short, or is not an edit.
+            ExpungeError: the file is missing, cut short, is not an edit, or holds nan or infinity.
         """
         header = read_header(path)
         text = header.get("__metadata__", {}).get("expunge")
@@ -185,6 +187,7 @@ class Edit:
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
+        check_numbers(changes, str(path))
         return cls(changes, record)
 
 

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from expunge import hub
-from expunge.card import LORAS, card
-from expunge.changes import Changes, WeightChange
+from expunge import hub, lora_names
+from expunge.card import LORAS, card, is_ours, title
+from expunge.changes import Changes, WeightChange, check_numbers
 from expunge.checkpoint import NOTE, Checkpoint, Erased
 from expunge.edit import Edit, Read, places, same_base
 from expunge.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.files import replacing
+from expunge.files import cache_folder, read_header, read_json, replacing
 from expunge.lora import Lora, Naming, Place
-from expunge.model import load
-from expunge.plain import plain
+from expunge.model import Model, load
+from expunge.ops.rounding import Cost, rounded
+from expunge.plain import Plain, plain
+from expunge.prior import text_hash
+from expunge.problem import Problem
+from expunge.seen import Seen, seen
 
-Target = Literal["diffusers", "safetensors", "lora", "kohya"]
-TARGETS: tuple[Target, ...] = ("diffusers", "safetensors", "lora", "kohya")
+Target = Literal["diffusers", "safetensors", "lora", "kohya", "comfyui", "a1111", "forge", "sd-scripts"]
+FORMS = ("diffusers", "safetensors", "lora", "kohya")
+"""What is written."""
+TARGETS: tuple[Target, ...] = (
+    "diffusers", "safetensors", "lora", "kohya", "comfyui", "a1111", "forge", "sd-scripts",
+)  # fmt: skip
+"""The forms, and the programs for which one is chosen."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,14 @@ class Export:
     """What was lost, and the like: one sentence each."""
     error: float = 0.0
     """‖Δ − Δ'‖ / ‖Δ‖, over all changed weights; 0 but for truncated LoRAs."""
+    form: str = ""
+    """Which of the forms it is."""
+    card: Path | None = None
+    """Where its model card lies."""
+    erasure_lost: float | None = None
+    """Of a truncated LoRA, Σ ‖(Δ − Δ') e‖² / Σ ‖Δ e‖² over the erased prompts; None where unknown."""
+    drift_lost: float | None = None
+    """The same over captions and retained prompts: what else the edit did that is lost with it."""
 
 
 def export(
@@ -60,8 +79,10 @@ def export(
     * "diffusers": a copy of the model's diffusers folder, erased.
     * "safetensors": a copy of the model's single file, erased: same names, same dtypes.
     * "lora", "kohya": a LoRA in diffusers' naming or in kohya's. At strength s it erases s times.
+    * "comfyui", "a1111", "forge", "sd-scripts": the LoRA that this program reads whole.
 
-    The model itself is read one tensor at a time and never written to.
+    The model itself is read one tensor at a time and never written to, and nothing that somebody else
+    wrote is overwritten: neither a file at `output` nor one where the card would lie.
 
     Args:
         edit: what to export.
@@ -69,9 +90,11 @@ def export(
         model: the model that the edit is for; "diffusers" needs a folder, "safetensors" a single file.
         output: a folder for "diffusers", else a `.safetensors` file.
         rank: a LoRA's rank; None for the smallest that keeps the energy.
-        energy: the share of each weight's squared change to keep, where that takes a rank.
+        energy: the share of each weight's squared change to keep, where that takes a rank; of what the
+            change does to text, where that is known.
         dtype: a LoRA's number format.
-        config: for an edit with gates and a single file: a diffusers folder of a model built like it.
+        config: for a single file and an edit with gates, or a LoRA of small rank: a diffusers folder of
+            a model built like it, whose text encoders read.
         beneath: LoRA files that lay on the model when the edit was made, and their strengths. Copies of
             the model have them fused; a LoRA holds the erasure alone.
         licence: for the card.
@@ -88,8 +111,10 @@ def export(
     if not 0 < energy <= 1:
         raise ExpungeError(f"the energy to keep must be above 0 and at most 1, not {energy:g}")
     output = Path(output)
-    if to != "diffusers" and output.suffix != ".safetensors":
+    if to != "diffusers" and output.suffix.lower() != ".safetensors":
         raise ExpungeError(f"{to} is a .safetensors file; {output} should end so")
+    check_numbers(edit.changes, "the edit")
+    _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     if to == "diffusers" and checkpoint.is_file:
         raise ExpungeError(
@@ -100,7 +125,8 @@ def export(
             f"{checkpoint.path} is a diffusers folder: export to diffusers, or give the single file"
         )
     edit.require_family(checkpoint.family)
-    fitted, lost = plain_weights(edit, checkpoint, config)
+    texts = _Texts(checkpoint, config)
+    fitted, lost = plain_weights(edit, checkpoint, config, texts)
     changes = by_place(fitted)
     below = by_place([change for file, scale in beneath for change in checkpoint.lora(file, scale)])
     fused = after(below)
@@ -116,40 +142,140 @@ def export(
             ExpungeWarning,
             stacklevel=2,
         )
+    if to not in FORMS:
+        named = all(checkpoint.kohya(layer) for layer, name in changes if name == "weight")
+        to = lora_names.form_for(to, checkpoint.family.__name__, named)
     card_of = partial(card, edit, to, licence=licence, report=report)
+    place, moved = _card_place(output)
     if to in LORAS:
-        lora = Lora.of(read, changes, rank=rank, energy=energy)
-        done = Export(output, (*lost, *_notes(lora, dtype)), lora.error)
-        text = card_of(notes=done.notes)
+        lora = Lora.of(
+            read, changes, rank=rank, energy=energy, seen=lambda: texts.seen(edit.record.problem)
+        )
+        base = lora_names.base_of(checkpoint.family.__name__, variant(checkpoint, lora.shapes))
+        about = {**base, "modelspec.title": title(edit), NOTE: _note([erased(edit)])}
+        where = lora_names.loads_in(to, checkpoint.family.__name__)
+        notes = (*lost, *_notes(lora, dtype), f"For {lora_names.base_named(base)}. {where}", *moved)
         naming = cast(Naming, "kohya" if to == "kohya" else "diffusers")
-        lora.save(output, naming, checkpoint.kohya, dtype, {NOTE: _note([erased(edit)])})
-        _write(output.with_suffix(".md"), text)
-        return done
-    text = card_of(notes=lost)
+        text = card_of(notes=notes)
+        lora.save(output, naming, checkpoint.kohya, dtype, about)
+        _write(place, text)
+        return Export(output, notes, lora.error, to, place, lora.lost.erasure, lora.lost.drift)
     history = (*checkpoint.erased(), erased(edit))
     together = by_place([*_all(below), *fitted])
-    checkpoint.copy(output, after(together), history, {"README.md": text})
+    cost = Cost()
+
+    def said() -> tuple[str, ...]:
+        """The notes, once everything is written."""
+        return (*lost, *filter(None, [cost.note()]), *moved)
+
+    checkpoint.copy(
+        output, after(together, edit.hash, cost), history, {"README.md": lambda: card_of(notes=said())}
+    )
     if to == "safetensors":
-        _write(output.with_suffix(".md"), text)
-    return Export(output, lost)
+        _write(place, card_of(notes=said()))
+    return Export(output, said(), 0.0, to, place)
+
+
+def variant(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Which model of its family a checkpoint is, as `lora_names.base_of` takes it.
+
+    Args:
+        checkpoint: the model.
+        shapes: of some of its weights, by their layers' names.
+    """
+    config, family = checkpoint.config, checkpoint.family.__name__
+    names = [name for header in checkpoint.headers.values() for name in header]
+    if family == "StableDiffusion":
+        widths = [
+            shape[1] for layer, shape in shapes.items() if layer.endswith(("attn2.to_k", "attn2.to_v"))
+        ]
+        width = widths[0] if widths else config.get("cross_attention_dim")
+        file = checkpoint.path / "scheduler" / "scheduler_config.json"
+        velocity = file.is_file() and read_json(file).get("prediction_type") == "v_prediction"
+        return "" if width != 1024 else "2-v" if velocity else "2"
+    if family == "SD3":
+        normed = bool(config.get("qk_norm")) or any(".ln_q." in name for name in names)
+        blocks = {
+            found[2]
+            for name in names
+            if (found := re.search(r"(joint|transformer)_blocks\.(\d+)\.", name))
+        }
+        return "m" if not normed else "5-large" if len(blocks) > 30 else "5-medium"
+    if family == "Flux":
+        told = any(
+            name.startswith(("guidance_in.", "time_text_embed.guidance")) or ".guidance_in." in name
+            for name in names
+        )
+        return "dev" if told or config.get("guidance_embeds") else "schnell"
+    return ""
+
+
+@dataclass(eq=False)
+class _Texts:
+    """A checkpoint's text encoders, read when they are first asked for."""
+
+    checkpoint: Checkpoint
+    config: str | Path | None
+
+    @cached_property
+    def model(self) -> Model:
+        """The model with its text encoders, at least.
+
+        Raises:
+            ExpungeError: it is a single file, and no folder says how it is built.
+        """
+        if self.checkpoint.is_file:  # which diffusers cannot read in part
+            return load(self.checkpoint.path, config=self.config)
+        return self.checkpoint.text_model(check=False)  # every tensor is checked where it is read
+
+    def seen(self, problem: Problem) -> Mapping[str, Seen]:
+        """What layers are given of text; nothing where no text encoders are at hand."""
+        if self.checkpoint.is_file and self.config is None:
+            return {}
+        try:
+            return seen(self.model, problem)
+        except ExpungeError:  # a folder without text encoders: the LoRA is cut in norm, and says so
+            return {}
 
 
 def plain_weights(
-    edit: Edit, checkpoint: Checkpoint, config: str | Path | None = None
+    edit: Edit,
+    checkpoint: Checkpoint,
+    config: str | Path | None = None,
+    texts: _Texts | None = None,
 ) -> tuple[Sequence[WeightChange], tuple[str, ...]]:
     """An edit's changes as weights, which other programs know alone, and what was lost on the way.
 
-    Weights are fitted to changes that look at what a layer is given (`expunge.plain`).
+    Weights are fitted to changes that look at what a layer is given (`expunge.plain`). The fit is kept
+    in the cache folder: another export of the edit finds it there.
 
     Raises:
         ExpungeError: no weights can be fitted.
     """
     if all(isinstance(change, WeightChange) for change in edit.changes):
         return weights(edit.changes), ()
-    whole = checkpoint.is_file  # which diffusers cannot read in part
-    model = load(checkpoint.path, config=config) if whole else checkpoint.text_model()
-    fit = plain(model, edit.changes, edit.record.problem)
+    fit = _fitted((texts or _Texts(checkpoint, config)).model, edit)
     return weights(fit.changes), (f"gates became weights: {fit}",)
+
+
+def _fitted(model: Model, edit: Edit) -> Plain:
+    """The weights fitted to an edit's gates, found in the cache folder or kept there."""
+    problem = json.dumps(dataclasses.asdict(edit.record.problem), sort_keys=True)
+    command = "\n".join([text_hash(model, ()), edit.hash, edit.record.base, problem])
+    file = cache_folder() / "plain" / f"{hashlib.sha256(command.encode()).hexdigest()}.safetensors"
+    if file.is_file():
+        try:
+            kept = Edit.load(file)
+            return Plain(kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved")))
+        except (ExpungeError, KeyError, TypeError, ValueError):
+            pass  # broken: made again
+    fit = plain(model, edit.changes, edit.record.problem)
+    fields = {"lost": fit.lost, "moved": fit.moved}
+    try:
+        Edit(tuple(fit.changes), dataclasses.replace(edit.record, fields=fields)).save(file)
+    except ExpungeError as error:
+        warnings.warn(f"the fit is not kept for another time: {error}", ExpungeWarning, stacklevel=2)
+    return fit
 
 
 def weights(changes: Changes) -> Sequence[WeightChange]:
@@ -177,16 +303,29 @@ def by_place(changes: Sequence[WeightChange]) -> dict[Place, list[WeightChange]]
     return found
 
 
-def after(changes: Mapping[Place, Sequence[WeightChange]]) -> dict[Place, Callable[[Tensor], Tensor]]:
-    """What each parameter becomes, in its own dtype."""
+def after(
+    changes: Mapping[Place, Sequence[WeightChange]], seed: str = "", cost: Cost | None = None
+) -> dict[Place, Callable[[Tensor], Tensor]]:
+    """What each parameter becomes, in its own dtype.
 
-    def changed(original: Tensor, some: Sequence[WeightChange]) -> Tensor:
+    Args:
+        changes: of every parameter, in order.
+        seed: what the random rounding to eight bits follows from, beside the parameter's name.
+        cost: told what rounding does to every change.
+    """
+
+    def changed(original: Tensor, place: Place, some: Sequence[WeightChange]) -> Tensor:
         value = original.to(torch.promote_types(_wide(original.dtype), torch.float32))
         for change in some:
             value = change.weight(value)
-        return value.to(original.dtype)
+        digest = hashlib.sha256(f"{seed}.{place[0]}.{place[1]}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        written = rounded(value, original.dtype, draw)
+        if cost is not None and original.dtype.itemsize < 4:
+            cost.add(original, value, written)
+        return written
 
-    return {place: partial(changed, some=some) for place, some in changes.items()}
+    return {place: partial(changed, place=place, some=some) for place, some in changes.items()}
 
 
 def erased(edit: Edit) -> Erased:
@@ -230,7 +369,8 @@ def push(done: Export, repository: str, *, private: bool = False) -> str:
     with tempfile.TemporaryDirectory(dir=done.path.parent) as place:
         folder = Path(place)
         (folder / done.path.name).hardlink_to(done.path)
-        (folder / "README.md").write_text(done.path.with_suffix(".md").read_text("utf8"), "utf8")
+        own = done.card or done.path.with_suffix(".md")
+        (folder / "README.md").write_text(own.read_text("utf8"), "utf8")
         return hub.push(folder, repository, private=private)
 
 
@@ -242,7 +382,18 @@ def _notes(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:
     format = str(dtype).removeprefix("torch.")
     notes = [f"A LoRA of rank {lora.rank} on {len(lora.factors)} layers, in {format}."]
     if lora.error > 1e-6:
-        notes.append(f"The changes were of higher rank; {lora.error:.2%} of their norm is lost.")
+        lost = lora.lost
+        if lost.erasure is None or lost.drift is None:
+            notes.append(
+                f"The changes were of higher rank; {lora.error:.2%} of their norm is lost (no text"
+                " was read to choose what to keep)."
+            )
+        else:
+            notes.append(
+                f"The changes were of higher rank: {lost.erasure:.2%} of the erasure is lost,"
+                f" {lost.drift:.2%} of what the edit does to other text, and"
+                f" {lora.error:.2%} of their norm."
+            )
     if lora.left_out:
         notes.append(f"Left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms.")
     return tuple(notes)
@@ -255,6 +406,38 @@ def _note(history: Sequence[Erased]) -> str:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """A dtype that can be computed in: eight-bit floats cannot."""
     return torch.float32 if dtype.itemsize == 1 else dtype
+
+
+def _check_output(output: Path) -> None:
+    """Check that nothing at the output was written by somebody else.
+
+    Raises:
+        ExpungeError: a file is there that is no export.
+    """
+    if not output.is_file():
+        return
+    try:
+        ours = NOTE in read_header(output).get("__metadata__", {})
+    except ExpungeError:
+        ours = False
+    if not ours:
+        raise ExpungeError(
+            f"{output} is there already and is no export of ours; choose another name, or move it away"
+        )
+
+
+def _card_place(output: Path) -> tuple[Path, tuple[str, ...]]:
+    """Where the card of an export goes, and what to say of it: nobody else's file is overwritten."""
+    wanted = output.with_suffix(".md")
+    if output.is_dir() or output.suffix.lower() != ".safetensors":
+        return output / "README.md", ()
+    place, number = wanted, 1
+    while (place.exists() or place.is_symlink()) and not is_ours(place):
+        place = output.with_name(f"{output.stem}.card{'' if number == 1 else f'-{number}'}.md")
+        number += 1
+    if place == wanted:
+        return place, ()
+    return place, (f"{wanted.name} is not a card of ours and stays as it is; the card is {place.name}.",)
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_numbers
 from expunge.edit import Edit, Record, base, base_hash, places, versions
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.export import by_place, weights
-from expunge.lora import Place
+from expunge.lora import Place, composed
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
@@ -71,12 +71,14 @@ def merge(
         raise ExpungeError("merging takes two edits or more")
     if len({edit.hash for edit in edits}) < len(edits):
         raise ExpungeError("two of the edits to merge are the same one")
-    if not ridge > 0 or not prior_scale >= 0:
+    if not 0 < ridge < float("inf") or not 0 <= prior_scale < float("inf"):
         raise ExpungeError(
-            f"ridge must be above 0 and prior_scale at least 0, not {ridge}, {prior_scale}"
+            f"ridge must be above 0 and prior_scale at least 0, and both finite,"
+            f" not {ridge}, {prior_scale}"
         )
     start = time.monotonic()
-    for edit in edits:
+    for number, edit in enumerate(edits, 1):
+        check_numbers(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
@@ -200,7 +202,7 @@ def _fused(
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
             k = _reaching(k, inputs)
-            right, up, down = _composed(each, inputs)
+            right, up, down = composed(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
                 ups.append(up)
@@ -213,23 +215,6 @@ def _fused(
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in alike.items()]
     return [*shared, *changes]
-
-
-def _composed(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """R, B and D such that changes make of W the weight W R + B D."""
-    right = torch.eye(inputs, dtype=torch.float64)
-    ups: list[Tensor] = []
-    downs: list[Tensor] = []
-    for change in changes:
-        if isinstance(change, Right):
-            matrix = change.matrix.double()
-            right, downs = right @ matrix, [down @ matrix for down in downs]
-        elif isinstance(change, LowRank):
-            ups.append(change.up.double())
-            downs.append(change.down.double())
-    if not ups:
-        return right, torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, inputs, dtype=torch.float64)
-    return right, torch.cat(ups, 1), torch.cat(downs)
 
 
 def _dense(

@@ -537,6 +537,10 @@ def load(
             numbers, or no accelerator to offload from.
     """
     if not isinstance(model, (str, Path)):
+        if lora:
+            raise ExpungeError(
+                "a pipeline in memory is taken as it is: lay LoRAs on it with expunge.lora.fuse"
+            )
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
     found, device = source.find(model), working_device(device, offload)

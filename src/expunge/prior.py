@@ -63,7 +63,7 @@ def prior(model: Model, captions: Sequence[str], run: Run | None = None) -> Prio
     run = run or Run()
     if not captions:
         raise ExpungeError("a prior needs captions, and there is none")
-    file = cache_folder() / "priors" / f"{_key(model, captions)}.safetensors"
+    file = cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
     if file.is_file():
         try:
             count = int(read_header(file)["__metadata__"]["count"])
@@ -156,7 +156,7 @@ def _prior(model: Model, captions: Sequence[str], run: Run) -> Prior:
     return Prior(total / len(captions), len(captions))
 
 
-def _key(model: Model, captions: Sequence[str]) -> str:
+def text_hash(model: Model, captions: Sequence[str]) -> str:
     """The hash of all that a prior follows from: captions, text encoders' weights, tokenizers."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:

@@ -71,14 +71,14 @@ def copy(
     source: str | Path,
     target: str | Path,
     changed: Mapping[str, Change],
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write `source` to `target` with some tensors changed; `target` is whole or stays as it was.
 
     Args:
         source, target: two files; never the same.
         changed: what becomes of the tensors of these names.
-        metadata: what is said beside what the file's own metadata says.
+        metadata: what is said beside what the file's own metadata says; None takes an entry away.
 
     Raises:
         ExpungeError: `source` is no whole safetensors file, a tensor is missing or holds a number that
@@ -87,7 +87,8 @@ def copy(
     if Path(source).resolve() == Path(target).resolve():
         raise ExpungeError(f"{source} is read from and never written to; choose another output")
     header = read_header(source)
-    said = {**header.pop("__metadata__", {}), **(metadata or {})}
+    whole = {**header.pop("__metadata__", {}), **(metadata or {})}
+    said = {name: text for name, text in whole.items() if text is not None}
     for name in changed:
         if name not in header:
             raise ExpungeError(f"{source} has no tensor {name}")

@@ -111,31 +111,157 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * scale, down / scale[:, None]
 
 
-def truncated(change: Tensor, rank: int | None, energy: float) -> tuple[Tensor, Tensor, float, float]:
-    """The nearest B D of small rank to a change of a weight.
+def truncated(
+    change: Tensor,
+    rank: int | None,
+    energy: float,
+    metric: Tensor | None = None,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The nearest B D of small rank to a change of a weight, in the metric of what it is given.
 
-        min ‖Δ − B D‖²  over rank r;   B = Δ V, D = Vᵀ for the r leading right singular vectors V
+        min ‖(Δ − B D) S^½‖²  over rank r;   B = U, D = Uᵀ Δ
 
-    One symmetric eigenvalue problem of the smaller side, in float64.
+    for the r leading left singular vectors U of Δ S^½. With S the second moment Σ e eᵀ of a layer's
+    inputs e this is Σ ‖(Δ − B D) e‖²: what counts is what happens to them, not to directions that
+    none of them has. One symmetric eigenvalue problem of the smaller side, in float64.
 
     Args:
         change: Δ, (out, in).
         rank: r; None for the smallest that keeps the energy.
-        energy: the share of ‖Δ‖² to keep, above 0 and at most 1.
+        energy: the share of ‖Δ S^½‖² to keep, above 0 and at most 1.
+        metric: S, (in, in), positive; None for the identity.
+        floor: the size of singular values that rounding alone makes; none so small is kept.
 
     Returns:
-        B, (out, r), and D, (r, in), float64; ‖Δ − B D‖² and ‖Δ‖².
+        B, (out, r), and D, (r, in), float64.
 
     Source: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """
     delta = change.double()
-    wide = delta.shape[0] < delta.shape[1]
-    values, vectors = torch.linalg.eigh(delta @ delta.T if wide else delta.T @ delta)
-    squares, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    total = float(delta.square().sum())
+    if delta.shape[0] <= delta.shape[1]:
+        seen = delta if metric is None else delta @ metric
+        squares, left = _descending(seen @ delta.T)
+    else:
+        root = delta if metric is None else delta @ torch.linalg.cholesky(metric)
+        squares, right = _descending(root.T @ root)
+        left = root @ right / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    kept = left[:, : leading(squares, rank, energy, floor)]
+    return kept, kept.T @ delta
+
+
+def shared(
+    matrix: Tensor, most: int | None, energy: float, metric: Tensor | None, unit: float
+) -> tuple[Tensor, Tensor]:
+    """P Q, the leading part of M − I, for all layers that become W M at once: Δ = W (M − I) ≈ (W P) Q.
+
+    Args:
+        matrix: M, (d, d).
+        most: how many directions are ever asked for; None for what the energy takes.
+        energy: as of `truncated`; a hundredth of what it gives away is given away here.
+        metric: S, (d, d), or None.
+        unit: the rounding unit of the number format that M was kept in; what its rounding alone
+            would look like is left out.
+
+    Returns:
+        P, (d, n), and Q, (n, d), float64.
+    """
+    m = matrix.double()
+    change = m - torch.eye(len(m), dtype=m.dtype)
+    floor = noise(m, metric, unit)
+    tight = 1 - (1 - energy) / 100
+    return truncated(change, most, tight, metric, floor)
+
+
+def compressed(
+    up: Tensor, down: Tensor, moments: Tensor, rank: int | None, energy: float
+) -> tuple[Tensor, Tensor]:
+    """B D of smaller rank, the nearest in a metric, without ever forming the product.
+
+    Args:
+        up: B, (out, n).
+        down: D, (n, in).
+        moments: D S Dᵀ, (n, n).
+        rank, energy: as of `truncated`.
+
+    Returns:
+        the smaller B and D, float64.
+    """
+    values, vectors = _descending(moments)
+    root = vectors * values.sqrt()
+    gram = up.T @ up
+    squares, right = _descending(root.T @ gram @ root)
+    r = leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
+    sides = right[:, :r] / squares[:r].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    turn = root @ sides
+    return up @ turn, turn.T @ gram @ down
+
+
+def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
+    """Twice the largest singular value, in a metric, of what rounding to a format does to a matrix.
+
+    Measured on a drawn one, E = unit |value| u with u even between -1 and 1: ‖E S^½‖, by powers.
+    """
+    draw = torch.Generator().manual_seed(0)
+    even = torch.rand(value.shape, generator=draw, dtype=torch.float64) * 2 - 1
+    wrong = unit * value.double().abs() * even
+    vector = torch.randn(len(wrong), generator=draw, dtype=torch.float64)
+    size = 0.0
+    for _ in range(20):
+        back = wrong.T @ vector
+        vector = wrong @ (back if metric is None else metric @ back)
+        norm = float(vector.norm())
+        if not norm:
+            return 0.0
+        vector, size = vector / norm, norm
+    return 2 * size**0.5
+
+
+def leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> int:
+    """How many singular values are kept, by their squares in descending order; at least 1.
+
+    Args:
+        squares: (n,), in descending order.
+        rank: this many; None for as few as keep the energy.
+        energy: the share of their sum to keep.
+        floor: none is kept that is not larger.
+    """
+    real = int((squares > max(floor**2, float(squares[0]) * 1e-15)).sum())
     if rank is None:
-        short = squares.cumsum(0) < energy * squares.sum() * (1 - 1e-15)
-        rank = min(int(short.sum()) + 1, int((squares > squares[0] * 1e-15).sum()))
-    leading = vectors[:, :rank]
-    up, down = (leading, leading.T @ delta) if wide else (delta @ leading, leading.T)
-    return up, down, float((delta - up @ down).square().sum()), total
+        # From the small end: what is given away may be far below the unit of the sum.
+        given = squares.flip(0).cumsum(0).flip(0)
+        rank = int((given > (1 - energy) * given[0]).sum())
+    return max(1, min(rank, real))
+
+
+def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below 0, and eigenvectors, the largest first."""
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+EXACT = 1024
+"""Up to this width losses are measured exactly, beyond it along `PROBES` random directions."""
+
+PROBES = 96
+
+
+def probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> Tensor:
+    """Z, (inputs, n), such that ‖A Z‖² is ‖A G^½‖² for any A: exactly, or in the mean where it is wide.
+
+    Args:
+        moments: G, (inputs, inputs); None for the identity.
+        inputs: the layer's.
+        generator: of the random directions.
+    """
+    if inputs <= EXACT:
+        if moments is None:
+            return torch.eye(inputs, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(moments)
+        there = values > values[-1] * 1e-14
+        return vectors[:, there] * values[there].sqrt()
+    noise = torch.randn(inputs, PROBES, generator=generator, dtype=torch.float64) / PROBES**0.5
+    if moments is None:
+        return noise
+    jitter = 1e-6 * moments.trace() / inputs * torch.eye(inputs, dtype=torch.float64)
+    return torch.linalg.cholesky(moments + jitter) @ noise

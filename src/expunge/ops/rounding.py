@@ -1,0 +1,70 @@
+"""Rounding to few bits: at random and right in the mean, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A tensor in another number format; below 16 bits up or down at random, by how near either is.
+
+    To the nearest, a change smaller than half a step would vanish everywhere; so its mean stays.
+    What lies beyond the format becomes its largest number.
+
+    Args:
+        value: the tensor.
+        dtype: a floating-point format.
+        generator: of the random numbers; what needs no rounding hangs on none.
+    """
+    if dtype.itemsize > 1 or not dtype.is_floating_point:
+        return value.to(dtype)
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    grid = every[every.isfinite()].unique(sorted=True)
+    wide = value.detach().cpu().float().clamp(float(grid[0]), float(grid[-1]))
+    above = torch.bucketize(wide, grid, right=True).clamp(1, len(grid) - 1)
+    low, high = grid[above - 1], grid[above]
+    draw = torch.rand(wide.shape, generator=generator)
+    return torch.where(draw < (wide - low) / (high - low), high, low).to(dtype).to(value.device)
+
+
+@dataclass
+class Cost:
+    """What rounding does to changes, added up over tensors."""
+
+    formats: set[str] = field(default_factory=set)
+    missed: float = 0.0
+    """Σ ‖rounded − wanted‖²"""
+    along: float = 0.0
+    """Σ ⟨rounded − original, Δ⟩"""
+    total: float = 0.0
+    """Σ ‖Δ‖²"""
+
+    def add(self, original: Tensor, wanted: Tensor, written: Tensor) -> None:
+        """One tensor as it was, as it should be, and as it is written."""
+        change = wanted.double() - original.double()
+        self.missed += float((written.double() - wanted.double()).square().sum())
+        self.along += float(((written.double() - original.double()) * change).sum())
+        self.total += float(change.square().sum())
+        self.formats.add(str(written.dtype).removeprefix("torch."))
+
+    @property
+    def error(self) -> float:
+        """‖rounded − wanted‖ / ‖Δ‖"""
+        return (self.missed / self.total) ** 0.5 if self.total else 0.0
+
+    @property
+    def kept(self) -> float:
+        """How much of the changes, along themselves, is left: 1 is all."""
+        return self.along / self.total if self.total else 1.0
+
+    def note(self) -> str:
+        """In a sentence; "" where it costs less than a thousandth."""
+        if self.error < 1e-3:
+            return ""
+        return (
+            f"Rounding to {' and '.join(sorted(self.formats))} keeps {self.kept:.1%} of the change and"
+            f" adds noise of {self.error:.1%} of its norm."
+        )
