@@ -44,7 +44,8 @@ def test_gates_and_directions_against_a_slow_reading(worded):
     assert len(change.centre) == 1 + len(BANDS)
     weights = [model.weight(e.layer).double() for e in model.text_entries()]
     read = [slow_groups(model, name, "sky", t) for name in ("airplane", "jet") for t in templates]
-    background = method._background(model, problem, method._staying(model, problem), Run())
+    grounds = method._backgrounds(model, problem, method._staying(model, problem), Run())
+    background = grounds["airplane"].tokens
     for i, place in enumerate(("phrase", *BANDS)):
         pairs = [[(e.double(), n.double()) for e, n in one[place]] for one in read]
         rows = torch.stack([e for one in pairs for e, _ in one])
