@@ -382,8 +382,11 @@ class ACE(Method):
                 else torch.stack([damping[name][layer] for name in of])
                 for layer, weight in weights.items()
             }
+            numbers = {name: i for i, name in enumerate(groups)}
+            concepts = [numbers[name] for name in of]
             return tuple(
-                Damped((layer,), **_own(switch), damping=g, whole=whole) for layer, g in found.items()
+                Damped((layer,), **_own(switch), damping=g, concept=torch.tensor(concepts), whole=whole)
+                for layer, g in found.items()
             )
         roots = (
             {tuple(weights): stacked(list(weights.values()))}
