@@ -267,7 +267,8 @@ class ACE(Method):
             batch = fortifying.BATCH
             predictions += 2 * shown * num_inference_steps + 4 * batch * self.fortify_steps
             trained += 4 * batch * self.fortify_steps
-        return Work(prompts, predictions, trained)
+        # The spread of the general words and its root, for each kind; directions for each concept.
+        return Work(prompts, predictions, trained, products=40 + 10 * sorts + 8 * len(problem.erase))
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         staying = self._staying(model, problem)
