@@ -2,7 +2,7 @@
 
 The same MACE edit of the emoji model, captions and all, is made in turn: alone, and with a loop that
 never ends on one of two cores; with the threads that `expunge erase` chooses, and with as many as there
-are cores, as PyTorch would. To reach: at most three times the time alone, and an estimate within twice
+are cores, as PyTorch would, round after round. To reach: at most three times the time alone, and an estimate within twice
 the outcome. All that else runs on the machine is in the figures, so the load is written beside them, and
 the processor time that the edit itself took. Writes `benchmarks/results/busy.json`.
 
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -116,11 +115,9 @@ def main() -> None:
                     print(name, row, flush=True)
             record: dict[str, Any] = {"runs": found}
             for kind in ("chosen", "all"):
-                alone, beside = (
-                    statistics.median(row["seconds"] for row in found[f"{kind} threads, {where}"])
-                    for where in ("alone", "busy")
-                )
-                record[f"busy over alone, {kind} threads"] = round(beside / alone, 2)
+                pairs = zip(*(found[f"{kind} threads, {w}"] for w in ("alone", "busy")), strict=False)
+                ratios = [round(busy["seconds"] / alone["seconds"], 2) for alone, busy in pairs]
+                record[f"busy over alone, {kind} threads"] = ratios
             record["made with"] = {
                 "torch": torch.__version__,
                 "cores": len(cores),

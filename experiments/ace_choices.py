@@ -123,6 +123,8 @@ def main() -> None:
     fields = tuple(dict.fromkeys((*CLOSED, *HARDENED)))
     parser.add_argument("--only", nargs="*", default=[], choices=fields, help="fields to try")
     parser.add_argument("--gates", action="store_true", help="gates alone, without hardening")
+    parser.add_argument("--rows", nargs="*", default=[], help="titles of rows to try alone")
+    parser.add_argument("--damping", type=float, default=1.0, help="how far QᵀΔAttn turns channels down")
     parser.add_argument("--preset", default="emoji", help="where to start from")
     parser.add_argument("--attack", type=float, nargs="*", default=[], help="radii to attack with")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
@@ -135,7 +137,10 @@ def main() -> None:
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
-    for title, method in settings(Remembering.preset(options.preset), options.only, options.gates):
+    base = Remembering.preset(options.preset, damping=options.damping)
+    for title, method in settings(base, options.only, options.gates):
+        if options.rows and title not in options.rows:
+            continue
         results = turns.run(method)
         row: dict[str, Any] = {"method": results["method"], "mean": results["mean"]}
         row["attacked"] = {

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples
-from expunge.changes import find
+from expunge.changes import Damped, find
 from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
 from expunge.ops.gates import stacked
 from expunge.ops.pgd import bounded
@@ -255,6 +255,7 @@ class TestAttention:
         for change in edit.changes[:2]:
             assert len(change.damping) == len(change.centre)
             assert change.damping.amax(1).tolist() == [1.0] * len(change.centre)
+            assert set(change.concept.tolist()) == {0, 1}
             layer = find(worded.pipe, change.layers[0])
             text = worded.encode(["a photo of the airplane", "a photo of the ship"]).embeddings
             before = layer(text)
@@ -265,6 +266,27 @@ class TestAttention:
             off = after[0, word] - before[0, word] * (1 - g)
             assert off.norm() < 0.05 * before[0, word].norm()
             assert (after[1] - before[1]).norm() < 0.01 * before[1].norm()
+
+    def test_how_far_channels_are_turned_down(self, model, problem):
+        method = ACE(stages=("gate",), reduction="attention-by-head", templates=SHORT, pictures=1,
+                     picture_steps=2)  # fmt: skip
+        one, four = (
+            dataclasses.replace(method, damping=by).attended(model, problem, Run())["airplane"]
+            for by in (1.0, 4.0)
+        )
+        for layer, g in one.items():
+            torch.testing.assert_close(four[layer], (4 * g).clamp(max=1))
+
+    def test_gates_of_one_concept_turn_down_once(self):
+        shared = {
+            "direction": torch.eye(2), "centre": torch.zeros(2), "slope": torch.full((2,), 50.0),
+            "damping": torch.tensor([[0.5, 0.2], [0.4, 0.0]]),
+        }  # fmt: skip
+        x, y = torch.ones(1, 1, 2), torch.ones(1, 1, 2)
+        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).output(x, y)
+        twice = Damped(("a",), **shared).output(x, y)
+        torch.testing.assert_close(once[0, 0], torch.tensor([0.5, 0.8]))
+        torch.testing.assert_close(twice[0, 0], torch.tensor([0.3, 0.8]))
 
     def test_a_model_without_cross_attention_says_so(self):
         method = ACE(stages=("gate",), reduction="attention")

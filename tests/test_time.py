@@ -30,7 +30,7 @@ FAST = {
     "ace": {"general": 20, "pictures": 1, "picture_steps": 2, "rounds": 2, "steps": 2,
             "attack_steps": 2, "recovered": 0.0, "most_overlap": 1.0},
     "uce": {"general": 20},
-    "esd": {"steps": 8, "trajectory_steps": 4, "unconditional": 1.0},
+    "esd": {"steps": 8, "trajectory_steps": 6, "unconditional": 1.0},
 }  # fmt: skip
 
 

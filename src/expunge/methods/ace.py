@@ -155,6 +155,8 @@ class ACE(Method):
     """Directions: one set for all layers; one for each layer; or K ⊙ (1 − s gᵀ), which turns channels
     down: those that tell concept and anchor apart; or, literally, those of QᵀΔAttn in drawn pictures,
     summed over a layer's heads or each head's own."""
+    damping: float = bounded(1.0, above=0)
+    """The largest channel of QᵀΔAttn's g, before g is cut at 1; larger turns more channels down."""
     pooled: bool = True
     """Edit the vector of the whole prompt, too, where the model has one."""
     projections: Literal["both", "keys", "values"] = "both"
@@ -383,10 +385,12 @@ class ACE(Method):
                 else torch.stack([damping[name][layer] for name in of])
                 for layer, weight in weights.items()
             }
+            # Literally, m is 0 or 1 on a token, however many of a concept's gates open there.
             numbers = {name: i for i, name in enumerate(groups)}
-            concepts = [numbers[name] for name in of]
+            concepts = torch.tensor([numbers[name] for name in of])
+            own = {} if damping is None else {"concept": concepts}
             return tuple(
-                Damped((layer,), **_own(switch), damping=g, concept=torch.tensor(concepts), whole=whole)
+                Damped((layer,), **_own({**switch, **own}), damping=g, whole=whole)
                 for layer, g in found.items()
             )
         roots = (
@@ -662,7 +666,7 @@ class ACE(Method):
             g = total if self.reduction == "attention-by-head" else total.sum(0).expand_as(total)
             size = g.abs().flatten()
             layer = next(name for name, module in named.items() if module is attention.key)
-            found[layer] = size / size.max().clamp(min=1e-20)
+            found[layer] = (self.damping * size / size.max().clamp(min=1e-20)).clamp(max=1)
         return found
 
     def _told_apart(
