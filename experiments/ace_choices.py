@@ -1,4 +1,4 @@
-"""The measurement behind each of ACE's choices, on concepts that no suite erases.
+r"""The measurement behind each of ACE's choices, on concepts that no suite erases.
 
 Each field is tried by itself, from the preset as it stands; those of the closed form with gates alone,
 those of hardening with it. Words are erased in turn, with the synonyms that the method is not told of,
@@ -7,6 +7,8 @@ own word. Writes `experiments/results/ace_choices.json`.
 
     python experiments/ace_choices.py --attack 0.1 0.2 [--pictures 4] [--words rocket bicycle]
     python experiments/ace_choices.py --only reduction energy
+    python experiments/ace_choices.py --gates --only reduction --attack 0.2 --pictures 2 \
+        --words rocket bicycle rabbit doughnut --to experiments/results/ace/attention.json
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ WORDS = (
 BYSTANDERS = tuple(SuiteConcept(name) for name in ("butterfly", "helicopter", "strawberry", "camera"))
 
 CLOSED: dict[str, tuple[Any, ...]] = {
-    "reduction": ("layer", "damped"),
+    "reduction": ("layer", "damped", "attention", "attention-by-head"),
     "projections": ("keys", "values"),
     "gate_on": ("phrase", "prompt"),
     "directions": ("gate",),
@@ -64,7 +66,7 @@ HARDENED: dict[str, tuple[Any, ...]] = {
 SHOWN = ("erased", "synonyms", "retained", "beside", "unrecognisable", "H")
 
 
-TEXTS: dict[Any, Tensor] = {}
+TEXTS: dict[Any, tuple[Tensor, Tensor | None]] = {}
 FOUND: dict[Any, Changes] = {}
 
 
@@ -72,10 +74,12 @@ FOUND: dict[Any, Changes] = {}
 class Remembering(ACE):
     """ACE that reads general words once, and erases once, however often it is asked."""
 
-    def _tokens(self, model: Model, prompts: Sequence[str]) -> Tensor:
+    def _tokens(
+        self, model: Model, prompts: Sequence[str], label: str, run: Run
+    ) -> tuple[Tensor, Tensor | None]:
         key = tuple(prompts)
         if key not in TEXTS:
-            TEXTS[key] = super()._tokens(model, prompts)
+            TEXTS[key] = super()._tokens(model, prompts, label, run)
         return TEXTS[key]
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
@@ -85,9 +89,9 @@ class Remembering(ACE):
         return FOUND[key]
 
 
-def settings(base: ACE, only: list[str]) -> Iterator[tuple[str, ACE]]:
+def settings(base: ACE, only: list[str], gates: bool) -> Iterator[tuple[str, ACE]]:
     """(what is tried, the method); each base comes before what is tried on it."""
-    for start, tried in (("gates alone", CLOSED), ("hardened", HARDENED)):
+    for start, tried in (("gates alone", CLOSED), ("hardened", HARDENED))[: 1 if gates else 2]:
         method = dataclasses.replace(base, stages=("gate",) if tried is CLOSED else ("gate", "harden"))
         yield start, method
         for field, values in tried.items():
@@ -118,6 +122,9 @@ def main() -> None:
     )
     fields = tuple(dict.fromkeys((*CLOSED, *HARDENED)))
     parser.add_argument("--only", nargs="*", default=[], choices=fields, help="fields to try")
+    parser.add_argument("--gates", action="store_true", help="gates alone, without hardening")
+    parser.add_argument("--rows", nargs="*", default=[], help="titles of rows to try alone")
+    parser.add_argument("--damping", type=float, default=1.0, help="how far QᵀΔAttn turns channels down")
     parser.add_argument("--preset", default="emoji", help="where to start from")
     parser.add_argument("--attack", type=float, nargs="*", default=[], help="radii to attack with")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
@@ -130,7 +137,10 @@ def main() -> None:
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
-    for title, method in settings(Remembering.preset(options.preset), options.only):
+    base = Remembering.preset(options.preset, damping=options.damping)
+    for title, method in settings(base, options.only, options.gates):
+        if options.rows and title not in options.rows:
+            continue
         results = turns.run(method)
         row: dict[str, Any] = {"method": results["method"], "mean": results["mean"]}
         row["attacked"] = {

@@ -1,17 +1,23 @@
 """ACE: its closed form against a slow reading, what hardening gains, its variants, and bad input."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import expunge
-from expunge import Concept, ExpungeError, Problem
-from expunge.methods.ace import ACE, BANDS, FACTORS, _apart, _noises_apart, check_memory
+from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples
+from expunge.changes import Damped, find
+from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
 from expunge.ops.gates import stacked
 from expunge.ops.pgd import bounded
+from expunge.plain import plain
 from expunge.run import Run
 from expunge.templates import TEMPLATES
+from tiny import flux, sd3, sdxl
 
 SHORT = TEMPLATES["object"][:4]
 GATE = ACE(stages=("gate",), templates=SHORT, general=40)
@@ -44,7 +50,8 @@ def test_gates_and_directions_against_a_slow_reading(worded):
     assert len(change.centre) == 1 + len(BANDS)
     weights = [model.weight(e.layer).double() for e in model.text_entries()]
     read = [slow_groups(model, name, "sky", t) for name in ("airplane", "jet") for t in templates]
-    background = method._background(model, problem, method._staying(model, problem), Run())
+    grounds = method._backgrounds(model, problem, method._staying(model, problem), Run())
+    background = grounds["airplane"].tokens
     for i, place in enumerate(("phrase", *BANDS)):
         pairs = [[(e.double(), n.double()) for e, n in one[place]] for one in read]
         rows = torch.stack([e for one in pairs for e, _ in one])
@@ -175,6 +182,242 @@ class TestVariants:
     def test_presets_and_stages(self):
         assert ACE.preset("gate").stages == ("gate",)
         assert ACE(stages=("harden", "gate")).stages == ("gate", "harden")
+
+
+def slow_attention(model, pictures, times, noises):
+    """Σ Qᵀ (A_concept − A_anchor), (heads, width), for each attention: from its own layers, by hand."""
+    asked = ("a photo of the airplane", "a photo of the sky")
+    first = 1 + len(model.pipe.tokenizer("a photo of the", add_special_tokens=False).input_ids)
+    ends = [len(model.pipe.tokenizer(prompt).input_ids) - 1 for prompt in asked]
+    modules = [m for name, m in model.pipe.unet.named_modules() if name.endswith("attn2")]
+    sums = [0] * len(modules)
+    for picture in pictures:
+        for t, noise in zip(times, noises, strict=True):
+            noisy = model.pipe.scheduler.add_noise(picture, noise, torch.tensor([t]))
+            seen = []
+            for prompt in asked:
+                heard = {}
+                hooks = [
+                    layer.register_forward_hook(lambda _, __, out, k=k, h=heard: h.__setitem__(k, out))
+                    for i, m in enumerate(modules)
+                    for k, layer in (((i, "q"), m.to_q), ((i, "k"), m.to_k))
+                ]
+                text = model.encode([prompt]).embeddings
+                model.pipe.unet(noisy, t, encoder_hidden_states=text)
+                for hook in hooks:
+                    hook.remove()
+                seen.append(heard)
+            for i, m in enumerate(modules):
+                total = []
+                for h in range(m.heads):
+                    width = m.to_q.out_features // m.heads
+                    part = slice(h * width, (h + 1) * width)
+                    a, n = (
+                        (x[i, "q"][0, :, part] @ x[i, "k"][0, :, part].T * m.scale)
+                        .softmax(-1)[:, first:end]
+                        .sum(-1)
+                        for x, end in zip(seen, ends, strict=True)
+                    )
+                    total.append(seen[0][i, "q"][0, :, part].T @ (a - n))
+                sums[i] = sums[i] + torch.stack(total)
+    return sums
+
+
+class TestAttention:
+    @pytest.mark.parametrize("reduction", ["attention", "attention-by-head"])
+    @torch.no_grad()
+    def test_against_a_slow_reading(self, model, problem, monkeypatch, reduction):
+        """The same noise for every picture, so that the order of the drawing of numbers is no matter."""
+        run, noise = Run(), torch.randn(1, 4, 8, 8)
+        monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.expand(shape))
+        method = ACE(stages=("gate",), reduction=reduction, templates=SHORT, pictures=1, picture_steps=2)
+        found = method.attended(model, problem, run)["airplane"]
+        drawn = [
+            examples.drawn(model, "airplane", f"a photo of the {name}", 1, run, 2).latents
+            for name in ("airplane", "sky")
+        ]
+        times = [62 + 125 * i for i in range(LEVELS)]
+        sums = slow_attention(model, drawn, times, [noise] * LEVELS)
+        names = [e.layer for e in model.text_entries() if e.role == "key"]
+        assert len(found) == 2 * len(names) == 2 * len(sums)
+        for name, total in zip(names, sums, strict=True):
+            heads = total if reduction == "attention-by-head" else total.sum(0).expand_as(total)
+            slow = heads.abs().flatten() / heads.abs().max()
+            torch.testing.assert_close(found[name], slow, rtol=1e-3, atol=1e-3)
+            assert torch.equal(found[name.replace("to_k", "to_v")], found[name])
+
+    def test_channels_are_turned_down_where_the_gate_opens_and_nowhere_else(self, worded):
+        problem = Problem((Concept("airplane", "sky"), Concept("dog", "ground")), ("ship",))
+        method = dataclasses.replace(GATE, reduction="attention", pictures=1, picture_steps=2)
+        edit = expunge.erase(worded, problem, method)
+        assert {change.kind for change in edit.changes} == {"damped"}
+        assert len(edit.changes) == 14
+        for change in edit.changes[:2]:
+            assert len(change.damping) == len(change.centre)
+            assert change.damping.amax(1).tolist() == [1.0] * len(change.centre)
+            assert set(change.concept.tolist()) == {0, 1}
+            layer = find(worded.pipe, change.layers[0])
+            text = worded.encode(["a photo of the airplane", "a photo of the ship"]).embeddings
+            before = layer(text)
+            with worded.using(edit):
+                after = layer(text)
+            word = worded.count_tokens("a photo of the airplane")
+            g = change.damping[0]
+            off = after[0, word] - before[0, word] * (1 - g)
+            assert off.norm() < 0.05 * before[0, word].norm()
+            assert (after[1] - before[1]).norm() < 0.01 * before[1].norm()
+
+    def test_how_far_channels_are_turned_down(self, model, problem):
+        method = ACE(stages=("gate",), reduction="attention-by-head", templates=SHORT, pictures=1,
+                     picture_steps=2)  # fmt: skip
+        one, four = (
+            dataclasses.replace(method, damping=by).attended(model, problem, Run())["airplane"]
+            for by in (1.0, 4.0)
+        )
+        for layer, g in one.items():
+            torch.testing.assert_close(four[layer], (4 * g).clamp(max=1))
+
+    def test_gates_of_one_concept_turn_down_once(self):
+        shared = {
+            "direction": torch.eye(2), "centre": torch.zeros(2), "slope": torch.full((2,), 50.0),
+            "damping": torch.tensor([[0.5, 0.2], [0.4, 0.0]]),
+        }  # fmt: skip
+        x, y = torch.ones(1, 1, 2), torch.ones(1, 1, 2)
+        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).output(x, y)
+        twice = Damped(("a",), **shared).output(x, y)
+        torch.testing.assert_close(once[0, 0], torch.tensor([0.5, 0.8]))
+        torch.testing.assert_close(twice[0, 0], torch.tensor([0.3, 0.8]))
+
+    def test_a_model_without_cross_attention_says_so(self):
+        method = ACE(stages=("gate",), reduction="attention")
+        with pytest.raises(ExpungeError, match="'attention' needs cross-attention, and SD3 has none"):
+            expunge.erase(expunge.load(sd3()), Problem((Concept("airplane", "sky"),)), method)
+
+
+def test_general_words_are_of_each_concepts_own_kind(worded):
+    both = Problem((Concept("airplane", "sky"), Concept("noto", "art", "style")), ("ship",))
+    method = ACE(stages=("gate",), general=20)
+    run = Run()
+
+    def general(problem):
+        grounds = method._backgrounds(worded, problem, method._staying(worded, problem), run)
+        return {name: ground.tokens.general for name, ground in grounds.items()}
+
+    of_both = general(both)
+    words = method._general(worded, both, run)
+    for concept in both.erase:
+        told = [TEMPLATES[concept.kind][0].format(word) for word in words]
+        text = worded.encode(["", *told])
+        ends = text.embeddings[range(len(text)), text.own.sum(1) + 1].double()  # end tokens
+        near = torch.cdist(ends, of_both[concept.name]).amin(1)
+        other = next(found for name, found in of_both.items() if name != concept.name)
+        assert near.max() < 1e-3
+        assert torch.cdist(ends[1:], other).amin(1).min() > 1e-2
+    # What is retained is kept in the ways of both kinds.
+    kept = method._staying(worded, both)["ship"].prompts
+    assert set(kept) == {"ship", "a photo of the ship", TEMPLATES["style"][0].format("ship")}
+
+
+@pytest.fixture(scope="module")
+def vectored():
+    """A tiny SDXL whose text encoders are trained and tell words apart: the emoji model's."""
+    folder = Path(expunge.__file__).parent / "emoji" / "pipeline"
+    torch.manual_seed(0)
+    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    second = CLIPTextModelWithProjection(encoder.config).eval()
+    second.load_state_dict(
+        {k if k.startswith("text_model.") or k == "text_projection.weight" else f"text_model.{k}": v
+         for k, v in encoder.state_dict().items()},
+        strict=False,
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    pipe, config = sdxl(), encoder.config
+    sizes = {
+        "cross_attention_dim": 2 * config.hidden_size,
+        "projection_class_embeddings_input_dim": 48 + config.projection_dim,
+    }
+    pipe.register_modules(
+        unet=UNet2DConditionModel.from_config({**pipe.unet.config, **sizes}).eval(),
+        text_encoder=encoder,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+    )
+    return expunge.load(pipe)
+
+
+@torch.no_grad()
+def vector_left(model, change, name, anchor, templates):
+    """The share of ‖W (p − p_anchor)‖ that a layer is still told of a prompt's vector p."""
+    (entry,) = model.pooled_entries()
+    assert change.layers == (entry.layer,)
+    layer = find(model.pipe, entry.layer)
+    e, n = (model.encode([t.format(x) for t in templates]).pooled for x in (name, anchor))
+    sizes = torch.randn(len(e), layer.in_features - e.shape[1])
+
+    def answer(x):
+        return layer(torch.cat([x, sizes], 1))
+
+    goal, before = answer(n), answer(e)
+    with model.using([change]):
+        after = answer(e)
+    return float(((after - goal).square().sum() / (before - goal).square().sum()).sqrt())
+
+
+class TestVectorsOfWholePrompts:
+    def test_edited_where_the_concept_is_named_and_nowhere_else(self, vectored):
+        problem = Problem((Concept("airplane", "sky"), Concept("dog", "ground")), ("ship",))
+        edit = expunge.erase(vectored, problem, GATE)
+        *_, change = edit.changes
+        assert len(edit.changes) == 2
+        assert vector_left(vectored, change, "airplane", "sky", SHORT) < 0.25
+        assert vector_left(vectored, change, "dog", "ground", SHORT) < 0.25
+        for name, most in (("ship", 0.02), ("cat", 0.1)):  # the second, nobody told it of
+            assert vector_left(vectored, change, name, "sky", SHORT) == pytest.approx(1, abs=most)
+        # Guidance leads away from zeros: gates are shut on these.
+        nothing = torch.zeros(1, change.direction.shape[1])
+        assert change.gates(nothing).max() < 0.02
+
+    def test_hardening_sees_it_and_leaves_it(self, vectored):
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        soft = expunge.erase(vectored, problem, GATE).changes
+        hard = expunge.erase(
+            vectored, problem, dataclasses.replace(HARDEN, rounds=1, steps=1, recovered=0.0, general=40)
+        ).changes
+        assert len(soft) == len(hard) == 2
+        assert not torch.equal(soft[0].centre, hard[0].centre)
+        assert all(torch.equal(getattr(soft[1], n), getattr(hard[1], n)) for n in FACTORS)
+
+    def test_left_alone_and_said(self, vectored):
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        with pytest.warns(ExpungeWarning, match="whole prompt keeps 100 % of what parts 'airplane'"):
+            edit = expunge.erase(vectored, problem, dataclasses.replace(GATE, pooled=False))
+        assert len(edit.changes) == 1
+
+    @pytest.mark.parametrize("tiny", [sdxl, sd3, flux])
+    def test_what_is_left_is_said_in_every_family(self, tiny):
+        """Random text encoders scatter a concept's prompts, so that much is left: as much as is said."""
+        model = expunge.load(tiny())
+        method = ACE(stages=("gate",), general=20, most_overlap=1.0)
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        with pytest.warns(ExpungeWarning, match="whole prompt keeps") as said:
+            edit = expunge.erase(model, problem, method)
+        told = next(str(w.message) for w in said if "whole prompt" in str(w.message))
+        (share,) = (int(word) for word in told.split() if word.isdigit())
+        left = vector_left(model, edit.changes[-1], "airplane", "sky", TEMPLATES["object"])
+        assert share == pytest.approx(100 * left, abs=0.6)
+
+    def test_as_plain_weights(self, vectored):
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        edit = expunge.erase(vectored, problem, GATE)
+        made = plain(vectored, edit.changes, problem, captions_from="", ridge=1.0)
+        *_, change = made.changes
+        assert {c.kind for c in made.changes} == {"right"}
+        assert vector_left(vectored, change, "airplane", "sky", SHORT) < 0.4
+        assert vector_left(vectored, change, "ship", "sky", SHORT) == pytest.approx(1, abs=0.1)
+        inputs = change.matrix.shape[0]
+        sizes = torch.eye(inputs)[-48:]  # SDXL's sizes, behind the vector
+        assert torch.equal(sizes @ change.matrix.T, sizes)
 
 
 class TestHarden:

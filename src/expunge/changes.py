@@ -266,21 +266,37 @@ class Gated(Switch, InputChange):
 
 @dataclass(frozen=True, eq=False)
 class Damped(Switch, OutputChange):
-    """y ⊙ Π_i (1 − s_i(x) g_i): each gate turns down some channels of a layer's answer."""
+    """y ⊙ Π_c (1 − max_i s_i(x) g_i), i over the gates of concept c: channels of a layer's answer are
+    turned down, by no two gates of one concept twice."""
 
     kind: ClassVar[str] = "damped"
     damping: Tensor
     """g, (gates, out), each between 0, untouched, and 1, silent."""
+    concept: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    """(gates,), int64: the concept of each gate, counted from 0; by default one for each."""
+
+    def __post_init__(self) -> None:
+        if self.concept is None:
+            object.__setattr__(self, "concept", torch.arange(len(self.centre)))
 
     def fits(self, shape: torch.Size) -> bool:
         n = self.direction.shape[0]
-        return len(shape) == 2 and self._switches(shape[1]) and self.damping.shape == (n, shape[0])
+        return (
+            len(shape) == 2
+            and self._switches(shape[1])
+            and self.damping.shape == (n, shape[0])
+            and self.concept.shape == (n,)
+        )
 
     def output(self, given: Tensor, output: Tensor) -> Tensor:
         wide = given.to(torch.promote_types(given.dtype, torch.float32))
         gates, damping = self.gates(wide), self.damping.to(wide)
-        for i in range(len(damping)):  # one after the other: all at once would need gates · out numbers
-            output = output * (1 - gates[..., i, None] * damping[i]).to(output.dtype)
+        concept = self.concept.to(given.device)
+        for c in concept.unique().tolist():
+            most = torch.zeros(())  # one after the other: all at once would need gates · out numbers
+            for i in (concept == c).nonzero()[:, 0].tolist():
+                most = torch.maximum(most.to(wide), gates[..., i, None] * damping[i])
+            output = output * (1 - most).to(output.dtype)
         return output
 
 

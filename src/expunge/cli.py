@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     from expunge.cache import Cache
     from expunge.case import Candidate
     from expunge.edit import Edit
-    from expunge.method import Method
+    from expunge.method import Method, Work
     from expunge.model import Model
+    from expunge.pace import Pace
+    from expunge.plan import Plan
     from expunge.report import Report
     from expunge.run import Progress
     from expunge.statistics import Estimate
     from expunge.suite import Suite
+    from expunge.threads import Threads
 
 T = TypeVar("T")
 
@@ -318,11 +321,20 @@ def erase_command(options: Erase, method: Any) -> None:
             ExpungeWarning,
             stacklevel=1,
         )
-    options.loading.say_plan(model, method.work(problem, model.num_inference_steps))
+    asked = method.work(problem, model.num_inference_steps)
     folder = f"{options.output}.work"
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
-        with _progress() as progress:
+        with contextlib.ExitStack() as stack:
+            threads = stack.enter_context(_threads(model))
+            plan = options.loading.say_plan(model, asked, problem.erase)
+            pace = _pace(model, plan, asked) if asked and not options.ray else None
+            tell = stack.enter_context(_progress(pace))
+            if pace:
+                pace.tell = tell
+                pace.listeners.append(lambda *_: threads.look())
+                stack.enter_context(pace)
+            progress = pace.progress if pace else tell
             edit = erase(model, problem, method, progress=progress, **how)
     except KeyboardInterrupt:
         if Path(folder).is_dir():
@@ -746,21 +758,56 @@ def _fit(edit: Edit, model: str | None) -> str:
     return f"{name}, made from it" if same else f"{name}, though made from other weights"
 
 
+def _threads(model: Model) -> Threads:
+    """The CPU's threads for some work with a model."""
+    from expunge.plan import operations
+    from expunge.threads import SMALL, Threads
+
+    return Threads(small=operations(model) < SMALL)
+
+
+def _pace(model: Model, plan: Plan, work: Work) -> Pace:
+    """What counts the work of a model, and says how long the rest of it takes."""
+    from expunge.pace import Pace
+
+    return Pace(model, plan.totals(work), plan.foretold, plan.beside(work))
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(pace: Pace | None = None) -> Iterator[Progress]:
     """A progress bar on the terminal, gone when the work is done; elsewhere a line now and then.
 
-    Work that starts with some of it done goes on from an earlier command, and this is said.
+    Work that starts with some of it done goes on from an earlier command, and this is said. With the
+    pace of a whole piece of work, its end is told, too, as far as the work so far tells of it.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
-        yield _lines(lambda line: print(line, file=sys.stderr, flush=True))
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        if pace is None:
+            yield _lines(say)
+            return
+        from expunge.pace import lines
+
+        pace.listeners.append(lines(pace, say))
+        yield _only_what_was_there()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
+        if pace is not None:
+            from expunge.pace import said
+
+            whole = bars.add_task("in all", total=1.0)
+            pace.listeners.append(
+                lambda left, done: bars.update(
+                    whole, completed=done, description=f"about {said(left)} left in all"
+                )
+            )
 
         def tell(label: str, done: int, total: int) -> None:
             if label not in tasks:
@@ -790,6 +837,18 @@ def _lines(
         said, rest = now, (now - start) * (total - done) / (done - before)
         left = f"{rest / 60:.0f} min" if rest >= 90 else f"{rest:.0f} s"
         say(f"{label}: {100 * done // total} % done, about {left} left")
+
+    return tell
+
+
+def _only_what_was_there() -> Progress:
+    """Progress that says nothing but what was finished before."""
+    met: set[str] = set()
+
+    def tell(label: str, done: int, total: int) -> None:
+        if label not in met:
+            met.add(label)
+            _say_what_was_there(label, done, total)
 
     return tell
 

@@ -6,7 +6,7 @@ Nothing here imports torch before there is work for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from expunge.edit import Edit
     from expunge.method import Work
     from expunge.model import Model
+    from expunge.plan import Plan
+    from expunge.problem import Concept
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -162,12 +164,14 @@ class Loading:
         for line in made.lines(asked):
             print(line)
 
-    def say_plan(self, model: Model, work: Work | None) -> None:
+    def say_plan(self, model: Model, work: Work | None, erased: Sequence[Concept] = ()) -> Plan:
         """Print in a line what some work with a model will take."""
         from expunge.plan import plan_of
 
-        _, memory, _, time = plan_of(model, offload=self.offload).lines(work)
-        print(f"{memory}; {time}")
+        made = plan_of(model, offload=self.offload, work=work, erased=erased)
+        _, memory, _, time = made.lines(work)
+        print(f"{memory}; {time}", flush=True)
+        return made
 
     def load(self, name: str, work: Work | None = None) -> Model:
         """The model of this name; of one whose text encoders are enough for the work, these alone."""

@@ -25,6 +25,10 @@ class Work:
     """Predictions of the denoiser, for one picture each."""
     gradients: int = 0
     """Predictions with gradients."""
+    captions: str = ""
+    """Where the captions of a prior come from, as `prior.captions_for` takes it; "" for none."""
+    products: int = 0
+    """What its equations cost, in products of two matrices as wide as the text embeddings, float64."""
 
     @property
     def reads_alone(self) -> bool:

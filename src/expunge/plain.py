@@ -10,13 +10,15 @@ from torch import Tensor
 
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
 from expunge.errors import ExpungeError
-from expunge.model import Model
-from expunge.ops.least_squares import gram, outer, right_factor
+from expunge.model import Model, Text
+from expunge.ops.least_squares import gram, outer, right_factor, widened
+from expunge.pooled import through
 from expunge.prior import captions, prior
 from expunge.problem import Problem
 from expunge.templates import TEMPLATES
 
-RETAINED = ("{}", "a photo of the {}")
+VECTORS = 500
+"""How many captions the vector of a whole prompt is held on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,9 @@ def plain(
     gates stand before. The sums run over all tokens of the concepts' prompts, a concept's as a mean
     over its prompts. A gate is no linear map: `lost` and `moved` say what this costs.
 
+    Before layers that read the vector of a whole prompt, e runs over those vectors, and λ is in
+    proportion to them.
+
     Args:
         model: the model that the changes are for, without them.
         changes: an edit's.
@@ -76,27 +81,40 @@ def plain(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return Plain(tuple(kept), 0.0, 0.0)
-    retained = [way.format(name) for name in problem.retain for way in RETAINED]
-    stays = model.encode(["", *retained]).embeddings
-    kept_whole = gram(stays.flatten(0, 1)).cpu()
-    held = retain_scale * kept_whole / len(stays)
-    if captions_from and prior_scale:
-        held = held + prior_scale * prior(model, captions(captions_from)).mean
+    ways = ["{}", *(TEMPLATES[concept.kind][0] for concept in problem.erase)]
+    retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
+    stays = model.encode(["", *retained])
     groups = _alike(gates)
+    whole_prompts = {entry.layer for entry in model.pooled_entries()}
     sums = {layers: _Sums() for layers in groups}
     for concept in problem.erase:  # the texts of all of them do not fit in memory
-        e = model.encode(_prompts(problem, concept.name)).embeddings.double()
+        text = model.encode(_prompts(problem, concept.name))
         for layers, stack in groups.items():
-            sums[layers].add(e, _through(stack, e))
+            e = _rows(text, whole_prompts.issuperset(layers)).double()
+            inputs = model.weight(layers[0]).shape[1]
+            sums[layers].add(e, _through(stack, e, inputs))
+    tokens = [found.whole.trace() for layers, found in sums.items() if not whole_prompts & set(layers)]
     lost, moved = [], []
     for layers, found in sums.items():
-        matrix = right_factor(found.cross, found.whole, held, ridge)
-        kept.append(Right(layers, matrix.float()))
+        vectors = whole_prompts.issuperset(layers)
+        kept_whole = gram(_rows(stays, vectors).flatten(0, 1)).cpu()
+        held = retain_scale * kept_whole / len(stays)
+        if captions_from and prior_scale:
+            told = captions(captions_from)
+            if vectors:
+                some = _rows(model.encode(told[:VECTORS]), vectors)
+                held = held + prior_scale * gram(some.flatten(0, 1)).cpu() / len(some)
+            else:
+                held = held + prior_scale * prior(model, told).mean
+        # A vector of the whole prompt is one row where its tokens are many.
+        share = float(found.whole.trace() / torch.stack(tokens).mean()) if vectors and tokens else 1.0
+        matrix = right_factor(found.cross, found.whole, held, share * ridge)
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
         missed, wanted = found.missed_by(matrix), found.missed_by(eye)
         drift = (matrix - eye) @ kept_whole @ (matrix - eye).T
+        kept.append(Right(layers, widened(matrix.float(), model.weight(layers[0]).shape[1])))
         for layer in layers:
-            w = model.weight(layer).cpu().double()
+            w = model.weight(layer).cpu().double()[:, : len(matrix)]
             lost.append(_squares(w, missed) / _squares(w, wanted))
             moved.append(_squares(w, drift) / _squares(w, kept_whole))
     return Plain(tuple(kept), *(float(torch.stack(x).mean()) for x in (lost, moved)))
@@ -143,9 +161,18 @@ def _alike(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChan
     return {tuple(layers): before[layers[0]] for layers in groups.values()}
 
 
-def _through(stack: Sequence[InputChange], e: Tensor) -> Tensor:
+def _rows(text: Text, vectors: bool) -> Tensor:
+    """The tokens of a text, (n, tokens, width), or the vectors of its prompts, (n, 1, width)."""
+    if not vectors:
+        return text.embeddings
+    assert text.pooled is not None
+    return text.pooled[:, None]
+
+
+def _through(stack: Sequence[InputChange], e: Tensor, inputs: int) -> Tensor:
+    """What a stack of changes makes of rows that are the first of a layer's inputs."""
     for change in stack:
-        e = change.given(e)
+        e = through(change, e, inputs)
     return e
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,10 +16,22 @@ from expunge.checkpoint import Checkpoint
 from expunge.files import size
 from expunge.method import Work
 from expunge.model import Model, working_device
+from expunge.pace import measured
+from expunge.prior import unread
+from expunge.problem import Concept
 from expunge.source import empty, read_index
 
 EFFICIENCY = 0.4
 """The share of a large product's speed that a network reaches, about."""
+
+CALL = 0.002
+"""Seconds of a prediction that hang on the number of layers alone, for each of a few pictures."""
+
+SAVING, HASHED = 0.1, 5e8
+"""Seconds to write an edit, and bytes a second that are hashed, about."""
+
+TRIED = {"prompts": 20, "predictions": 40}
+"""How much of each a trial of a model costs, in units of its own."""
 
 TEXT = ("CLIP", "T5")
 """The parts that read."""
@@ -49,6 +62,14 @@ class Plan:
     """Seconds to read a prompt."""
     prediction: float
     """Seconds of one prediction of the denoiser, for one picture."""
+    gradient: float | None = None
+    """Seconds of one with gradients; by default three times those without."""
+    product: float = 0.0
+    """Seconds of a product of two matrices as wide as the text embeddings, float64."""
+    captions: int | None = None
+    """How many captions have to be read for a prior, where that is known."""
+    saving: float = 0.0
+    """Seconds to hash what changes, twice, and to write it."""
 
     @property
     def memory(self) -> float:
@@ -57,9 +78,29 @@ class Plan:
             sum(self.parameters.get(part, 0) for part in parts) for parts in self.together
         )
 
+    @property
+    def foretold(self) -> dict[str, float]:
+        """Seconds of each kind of work, by the names of `Work`'s fields."""
+        gradient = 3 * self.prediction if self.gradient is None else self.gradient
+        return {"prompts": self.prompt, "predictions": self.prediction, "gradients": gradient}
+
+    def totals(self, work: Work) -> dict[str, float]:
+        """How much there is of each, a prior's captions among the prompts."""
+        captions = unread(None, work.captions) if self.captions is None else self.captions
+        return {
+            "prompts": work.prompts + captions,
+            "predictions": work.predictions,
+            "gradients": work.gradients,
+        }
+
+    def beside(self, work: Work) -> float:
+        """Seconds for what is no work of the model: equations, and saving."""
+        return work.products * self.product + self.saving
+
     def seconds(self, work: Work) -> float:
-        """How long some work takes; a gradient costs two predictions more."""
-        return work.prompts * self.prompt + (work.predictions + 3 * work.gradients) * self.prediction
+        """How long some work takes, from the first prompt until it is saved."""
+        each = self.foretold
+        return self.beside(work) + sum(n * each[kind] for kind, n in self.totals(work).items())
 
     def lines(self, work: Work | None) -> list[str]:
         """The plan in words; the last line says how long."""
@@ -76,10 +117,13 @@ class Plan:
             return [*lines, "this method does not say how much of them it needs"]
         counts = [
             f"{n} {what}"
-            for n, what in ((work.prompts, "prompts"), (work.predictions, "predictions"),
-                            (work.gradients, "predictions with gradients"))
+            for n, what in zip(
+                self.totals(work).values(),
+                ("prompts", "predictions", "predictions with gradients"),
+                strict=True,
+            )
             if n
-        ]  # fmt: skip
+        ]
         return [*lines, f"in all {', '.join(counts)}: about {_time(self.seconds(work))}"]
 
 
@@ -117,15 +161,49 @@ def plan(
     return _plan(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
 
 
-def plan_of(model: Model, *, offload: bool = False) -> Plan:
-    """Plan work with a model in memory; the device is timed for a moment."""
+def plan_of(
+    model: Model,
+    *,
+    offload: bool = False,
+    work: Work | None = None,
+    erased: Sequence[Concept] = (),
+) -> Plan:
+    """Plan work with a model in memory; the device is timed for a moment.
+
+    Where the work takes much longer than that, the model itself is timed, on a few prompts and pictures.
+
+    Args:
+        model: the model.
+        offload: as in `load`.
+        work: what it will be asked.
+        erased: whose words a vocabulary is read without.
+    """
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module):
             there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
             parameters[_part(type(model), name, type(module).__name__)] += sum(there)
     found = +parameters  # without what has none
-    return _plan(found, type(model), model.network.config, str(model.device), model.dtype, offload)
+    made = _plan(found, type(model), model.network.config, str(model.device), model.dtype, offload)
+    if work is None:
+        return made
+    entries = [model.weight(entry.layer) for entry in model.text_entries()]
+    made = dataclasses.replace(
+        made,
+        captions=unread(model, work.captions, erased),
+        saving=SAVING + 2 * sum(2 * w.numel() for w in entries) / HASHED,
+        product=_product(entries[0].shape[1]),
+    )
+    trial = TRIED["prompts"] * made.prompt + TRIED["predictions"] * made.prediction
+    if trial > 1 + 0.05 * made.seconds(work):
+        return made
+    times = measured(model)
+    return dataclasses.replace(
+        made,
+        prompt=times["prompts"],
+        prediction=times.get("predictions", made.prediction),
+        gradient=times.get("gradients"),
+    )
 
 
 def _plan(
@@ -143,8 +221,30 @@ def _plan(
         dtype.itemsize,
         together(device, offload),
         2 * (77 * clip + family.most_tokens * t5) / speed,
-        2 * denoiser * _tokens(config) / speed,
+        2 * denoiser * _tokens(config) / speed + CALL,
+        product=_product(_text_width(config)),
+        saving=SAVING,
     )
+
+
+def operations(model: Model) -> float:
+    """Those of one prediction of a model's denoiser, for one picture, about."""
+    return 2.0 * sum(p.numel() for p in model.network.parameters()) * _tokens(model.network.config)
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    """The width of the text embeddings that a denoiser takes."""
+    width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 768
+    return int(max(width) if isinstance(width, (list, tuple)) else width)
+
+
+def _product(width: int) -> float:
+    """Seconds of a product of two square matrices of this width, float64, on the CPU."""
+    a = torch.randn(256, 256, dtype=torch.float64)
+    start = time.perf_counter()
+    for _ in range(4):
+        float((a @ a)[0, 0])
+    return (time.perf_counter() - start) / 4 * (width / 256) ** 3
 
 
 def together(device: str, offload: bool) -> tuple[tuple[str, ...], ...]:

@@ -130,6 +130,29 @@ def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[
     return tuple(f"a photo of the {word}" for word in words(model, erased)[:WORDS])
 
 
+def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
+    """How many captions of a source have to be read, for want of a prior that was kept.
+
+    Those of a data set of the hub are not known before it has been fetched, and count nothing.
+
+    Args:
+        model: who would read them; None for one that is not in memory: all have to be read.
+        source: as `captions_for` takes it; "" for none.
+        erased: as in `captions_for`.
+    """
+    if not source:
+        return 0
+    if source == VOCABULARY and model is None:
+        return WORDS
+    if source != VOCABULARY and not Path(source).is_file() and "/" in source:
+        return 0
+    found = captions(source) if model is None else captions_for(model, source, erased)
+    kept = cache_folder() / "priors"
+    if model is not None and kept.is_dir() and any(kept.iterdir()):
+        return 0 if (kept / f"{_key(model, found)}.safetensors").is_file() else len(found)
+    return len(found)
+
+
 def words(model: Model, erased: Sequence[Concept]) -> list[str]:
     """The tokenizer's own words that are in no concept's name, in the order of their numbers."""
     taken = {word for concept in erased for name in concept.names for word in name.lower().split()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge import examples
+from expunge import examples, pooled
 from expunge import fortify as fortifying
-from expunge.changes import Changes, Damped, Gated
-from expunge.errors import ExpungeError
+from expunge.changes import Changes, Damped, Gated, find
+from expunge.errors import ExpungeError, ExpungeWarning, listed
 from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model, Text
+from expunge.ops.attention import read_with_queries
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.gates import Background, affine, directions, gate, stacked
@@ -44,8 +46,11 @@ BANDS = (0, 3, 9, 27)
 tokens say of a prompt fades as they go on, so that one gate for all would fit none. The phrase's own
 tokens and the words behind it have a gate each, too."""
 
-RETAINED = ("{}", "a photo of the {}")
-"""The prompts in which a gate is kept closed on what a problem retains."""
+REMAINDER = 0.3
+"""The share of a concept that may be left in the vector of a whole prompt without a word."""
+
+ATTENDED = ("attention", "attention-by-head")
+"""The reductions that look at attention in drawn pictures."""
 
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
@@ -71,6 +76,16 @@ class Group:
         return bool(self.differences.norm(dim=1).max() > 1e-3 * self.neutral.norm(dim=1).mean())
 
 
+@dataclass(frozen=True, eq=False)
+class Grounds:
+    """What a concept's gates stay shut on."""
+
+    tokens: Background
+    """Tokens."""
+    vectors: Background | None
+    """Vectors of whole prompts, where the model has them."""
+
+
 @dataclass(frozen=True)
 class ACE(Method):
     """Attentional concept erasure: in keys and values, take a concept away where its tokens are met.
@@ -84,6 +99,16 @@ class ACE(Method):
 
     This is one small change of e itself, shared by all layers (`changes.Gated`): what a gate costs
     does not grow with the layers, and a drawing asks it once. No pictures, no gradients.
+
+    Where a vector of the whole prompt enters too (SDXL, SD 3, FLUX), it gets a gate and directions of
+    its own, in the same closed form; what they leave is said, as a share.
+
+    With *reduction* "attention" the published K ⊙ (1 − m gᵀ), V ⊙ (1 − m gᵀ) are taken literally:
+
+        g ∝ |Σ Qᵀ (A_concept − A_anchor)|,    1 in its largest channel,
+
+    over heads, times and pictures of the concept and of its anchor, Q and A the queries and the
+    attention to the phrase, for every layer its own; m is the gate.
 
     *harden*: as long as a bounded attack brings the concept back,
 
@@ -126,9 +151,14 @@ class ACE(Method):
 
     stages: tuple[Stage, ...] = ("gate", "harden")
     """Which to run; "harden" goes on from "gate", which always runs, and "fortify" from both."""
-    reduction: Literal["shared", "layer", "damped"] = "shared"
-    """Directions: one set for all layers; one for each layer; or the literal K ⊙ (1 − s gᵀ), which
-    turns channels down."""
+    reduction: Literal["shared", "layer", "damped", "attention", "attention-by-head"] = "shared"
+    """Directions: one set for all layers; one for each layer; or K ⊙ (1 − s gᵀ), which turns channels
+    down: those that tell concept and anchor apart; or, literally, those of QᵀΔAttn in drawn pictures,
+    summed over a layer's heads or each head's own."""
+    damping: float = bounded(1.0, above=0)
+    """The largest channel of QᵀΔAttn's g, before g is cut at 1; larger turns more channels down."""
+    pooled: bool = True
+    """Edit the vector of the whole prompt, too, where the model has one."""
     projections: Literal["both", "keys", "values"] = "both"
     """What is changed."""
     gate_on: Literal["end", "phrase", "prompt"] = "end"
@@ -183,7 +213,7 @@ class ACE(Method):
     """η, weight of what the closed form has made of the concept's own prompts, where nobody attacks:
     an anchor that draws no picture of one kind is no good guide."""
     pictures: int = bounded(4, at_least=1)
-    """Pictures drawn of a concept, from which z_t is made."""
+    """Pictures drawn of a concept, from which z_t is made; for QᵀΔAttn as many of its anchor."""
     picture_steps: int = bounded(10, at_least=0, at_most=1000)
     """Denoising steps for each of them; 0 for the model's own."""
 
@@ -211,38 +241,56 @@ class ACE(Method):
             )
         require_place(self.templates)
 
+    def check_family(self, family: type[Model]) -> None:
+        super().check_family(family)
+        if self.reduction in ATTENDED and "cross-attention" in family.lacks:
+            raise ExpungeError(
+                f"ACE's reduction {self.reduction!r} needs cross-attention, and {family.__name__} has"
+                f" none: {family.lacks['cross-attention']}; set reduction to 'shared'"
+            )
+
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)
-        prompts = told + 2 * (len(problem.retain) + len(problem.erase)) + self.general
+        ways, sorts = len(self._ways(problem)), len({c.kind for c in problem.erase})
+        staying = ways * (len(problem.retain) + len({c.anchor for c in problem.erase}))
+        prompts = told + staying + self.general * sorts
         predictions = trained = 0
+        if self.reduction in ATTENDED:
+            guided = 2 * (self.picture_steps or num_inference_steps)
+            predictions = 2 * len(problem.erase) * self.pictures * (guided + 2 * LEVELS)
         if "harden" in self.stages:
             drawn = 2 * self.pictures * ((self.picture_steps or num_inference_steps) + LEVELS)
             trained = len(problem.erase) * self.pictures * self.rounds * self.steps
             # The anchor's noise is foretold at every step, too.
-            predictions = len(problem.erase) * drawn + trained
+            predictions += len(problem.erase) * drawn + trained
         if "fortify" in self.stages:
             named = len(problem.retain) + len(problem.erase) + 1
             shown = SHOWN * len(problem.erase) + WORDS + named * _times(named)
             batch = fortifying.BATCH
             predictions += 2 * shown * num_inference_steps + 4 * batch * self.fortify_steps
             trained += 4 * batch * self.fortify_steps
-        return Work(prompts, predictions, trained)
+        # The spread of the general words and its root, for each kind; directions for each concept.
+        return Work(prompts, predictions, trained, products=40 + 10 * sorts + 8 * len(problem.erase))
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         staying = self._staying(model, problem)
-        groups = self.read(model, problem, staying)
+        groups, vectors = self._read(model, problem, staying)
         layers = self._layers(model)
-        background = self._background(model, problem, staying, run)
-        groups = self._told_apart(problem, groups, background, staying)
+        grounds = self._backgrounds(model, problem, staying, run)
+        groups = self._told_apart(problem, groups, {n: g.tokens for n, g in grounds.items()}, staying)
         shared = self._shared(problem)
         groups = {c.name: groups[c.name] for members in shared for c in members}
         weights = {name: model.weight(name) for name in layers}
-        changes = self.gate(groups, background, weights, [len(members) for members in shared])
+        tokens = {name: ground.tokens for name, ground in grounds.items()}
+        damping = self.attended(model, problem, run) if self.reduction in ATTENDED else None
+        counts = [len(members) for members in shared]
+        changes = self.gate(groups, tokens, weights, counts, damping)
+        whole = self._of_whole_prompts(model, problem, vectors, grounds)
         if "harden" in self.stages and self.rounds:
-            changes = (self._hardened(model, changes, groups, shared, background, run),)
+            changes = (self._hardened(model, changes, groups, shared, tokens, whole, run),)
         if "fortify" in self.stages:
             changes = (*changes, *self.fortify(model, problem, changes, run))
-        return changes
+        return (*changes, *whole.values())
 
     def _hardened(
         self,
@@ -250,16 +298,21 @@ class ACE(Method):
         changes: Changes,
         groups: Mapping[str, Sequence[Group]],
         shared: Sequence[Sequence[Concept]],
-        background: Background,
+        backgrounds: Mapping[str, Background],
+        whole: Mapping[str, Gated],
         run: Run,
     ) -> Gated:
         """The closed form after attacks on it."""
-        (whole,) = changes
-        assert isinstance(whole, Gated)
+        (closed,) = changes
+        assert isinstance(closed, Gated)
         counts = [sum(len(groups[c.name]) for c in members) for members in shared]
-        parts = {m[0].name: part for m, part in zip(shared, _parted(whole, counts), strict=True)}
-        rows = background.retained.float()[:, None], background.general.float()[:, None]
-        train = partial(self._harden, model, [_one(m) for m in shared], parts, *rows, run.seed)
+        parts = {m[0].name: part for m, part in zip(shared, _parted(closed, counts), strict=True)}
+        rows = {
+            m[0].name: (ground.retained.float()[:, None], ground.general.float()[:, None])
+            for m in shared
+            for ground in [backgrounds[m[0].name]]
+        }
+        train = partial(self._harden, model, [_one(m) for m in shared], parts, rows, whole, run.seed)
         found = run.pieces(train, list(parts), label="hardening")
         hardened: dict[str, Any] = found
         return _joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened])
@@ -279,35 +332,66 @@ class ACE(Method):
         self, model: Model, problem: Problem, staying: Mapping[str, Text]
     ) -> dict[str, list[Group]]:
         """For each concept the tokens of each of its gates, in its prompts and its anchor's."""
+        return self._read(model, problem, staying)[0]
+
+    def _read(
+        self, model: Model, problem: Problem, staying: Mapping[str, Text]
+    ) -> tuple[dict[str, list[Group]], dict[str, Group]]:
+        """As `read`, and for each concept the vectors of its whole prompts, where there are any."""
         known = torch.cat([text.embeddings[text.own] for text in staying.values()]).double()
-        return {concept.name: self._groups(model, concept, known) for concept in problem.erase}
+        groups, vectors = {}, {}
+        for concept in problem.erase:
+            text, anchored = self._encoded(model, concept)
+            groups[concept.name] = self._groups(model, concept, known, text, anchored)
+            if text.pooled is not None and anchored.pooled is not None:
+                goals = anchored.pooled.repeat(len(concept.names), 1)
+                pairs = zip(text.pooled.double().split(1), goals.double().split(1), strict=True)
+                vectors[concept.name] = _group(list(pairs))
+        return groups, vectors
 
     def gate(
         self,
         groups: Mapping[str, Sequence[Group]],
-        background: Background,
+        background: Background | Mapping[str, Background],
         weights: Mapping[str, Tensor],
         shared: Sequence[int] = (),
+        damping: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Changes:
         """The closed form: one `Gated` change of all layers, or one a layer.
 
         Args:
             groups: for each concept the tokens of its gates.
-            background: what the gates stay shut on.
+            background: what the gates stay shut on; for all concepts, or for each its own.
             weights: W of each layer.
             shared: of how many concepts, one after the other, each set of directions is; by default one.
+            damping: g of each layer, (out,), for each concept, where it comes from attention.
         """
         flat = [group for members in groups.values() for group in members]
-        gates = [gate(g.rows, background, margin=self.margin, leak=self.leak) for g in flat]
+        of = [name for name, members in groups.items() for _ in members]
+        grounds = [background[n] if isinstance(background, Mapping) else background for n in of]
+        gates = [
+            gate(g.rows, ground, margin=self.margin, leak=self.leak)
+            for g, ground in zip(flat, grounds, strict=True)
+        ]
         switch = {
             name: torch.stack([getattr(one, name) for one in gates]).float().cpu()
             for name in ("direction", "centre", "slope")
         }
         whole = self.gate_on == "prompt"
-        if self.reduction == "damped":
-            return tuple(
-                Damped((layer,), **_own(switch), damping=_damping(weight, flat), whole=whole)
+        if self.reduction == "damped" or self.reduction in ATTENDED:
+            found = {
+                layer: _damping(weight, flat)
+                if damping is None
+                else torch.stack([damping[name][layer] for name in of])
                 for layer, weight in weights.items()
+            }
+            # Literally, m is 0 or 1 on a token, however many of a concept's gates open there.
+            numbers = {name: i for i, name in enumerate(groups)}
+            concepts = torch.tensor([numbers[name] for name in of])
+            own = {} if damping is None else {"concept": concepts}
+            return tuple(
+                Damped((layer,), **_own({**switch, **own}), damping=g, whole=whole)
+                for layer, g in found.items()
             )
         roots = (
             {tuple(weights): stacked(list(weights.values()))}
@@ -322,8 +406,8 @@ class ACE(Method):
             together = [[group] for group in flat]
         changes = []
         for layers, root in roots.items():
-            found = [self._factors(root, members) for members in together]
-            up, down, toward, goal = zip(*found, strict=True)
+            factors = [self._factors(root, members) for members in together]
+            up, down, toward, goal = zip(*factors, strict=True)
             owner = [i for i, one in enumerate(down) for _ in one]
             concept = [i for i, members in enumerate(together) for _ in members]
             changes.append(
@@ -365,17 +449,23 @@ class ACE(Method):
     def _templates(self, concept: Concept) -> tuple[str, ...]:
         return self.templates or TEMPLATES[concept.kind]
 
-    def _groups(self, model: Model, concept: Concept, known: Tensor) -> list[Group]:
+    def _encoded(self, model: Model, concept: Concept) -> tuple[Text, Text]:
+        """A concept's prompts, name after name, and its anchor's, one a template."""
+        templates = self._templates(concept)
+        prompts = [template.format(name) for name in concept.names for template in templates]
+        goals = [template.format(concept.anchor) if concept.anchor else "" for template in templates]
+        model.require_window([*prompts, *goals])
+        return model.encode(prompts), model.encode(goals)
+
+    def _groups(
+        self, model: Model, concept: Concept, known: Tensor, text: Text, anchored: Text
+    ) -> list[Group]:
         """The tokens of a concept's gates: its phrase's, the words' behind it, each band's.
 
         Raises:
             ExpungeError: the concept is its anchor to the model.
         """
         templates = self._templates(concept)
-        prompts = [template.format(name) for name in concept.names for template in templates]
-        goals = [template.format(concept.anchor) if concept.anchor else "" for template in templates]
-        model.require_window([*prompts, *goals])
-        text, anchored = model.encode(prompts), model.encode(goals)
         phrase = _phrases(model, templates, text, len(concept.names))
         theirs = _phrases(model, templates, anchored, 1)
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(2 + len(BANDS))]
@@ -406,15 +496,32 @@ class ACE(Method):
             )
         return groups
 
-    def _background(
+    def _backgrounds(
         self, model: Model, problem: Problem, staying: Mapping[str, Text], run: Run
-    ) -> Background:
-        """General words in the first template of their kind, and what is retained."""
-        template = self._templates(problem.erase[0])[0]
-        chosen = ["", *(template.format(word) for word in self._general(model, problem, run))]
+    ) -> dict[str, Grounds]:
+        """For each concept general words in the first template of its own kind, and what is retained."""
         kept = torch.cat([_thinned(text) for text in staying.values()])
         shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
-        return Background(self._tokens(model, chosen), kept, self.gate_ridge, self.deviations, shut)
+        whole = [text.pooled for text in staying.values() if text.pooled is not None]
+        # Guidance may lead away from another text than the empty prompt: gates are shut on that, too.
+        nothing = model.unconditional(1)
+        if nothing.pooled is not None:
+            whole.append(nothing.pooled)
+        if not torch.equal(nothing.embeddings, model.encode([""]).embeddings):
+            shut = torch.cat([shut, nothing.embeddings[0]])
+        general, found = self._general(model, problem, run), dict[str, Grounds]()
+        for concept in problem.erase:
+            if concept.kind not in found:
+                template = self._templates(concept)[0]
+                chosen = ["", *(template.format(word) for word in general)]
+                tokens, vectors = self._tokens(model, chosen, f"reading {concept.kind} words", run)
+                found[concept.kind] = Grounds(
+                    Background(tokens, kept, self.gate_ridge, self.deviations, shut),
+                    None
+                    if vectors is None
+                    else Background(vectors, torch.cat(whole), self.gate_ridge, self.deviations),
+                )
+        return {concept.name: found[concept.kind] for concept in problem.erase}
 
     def _general(self, model: Model, problem: Problem, run: Run) -> list[str]:
         """Some words of the tokenizer's that are in no concept's name."""
@@ -422,24 +529,151 @@ class ACE(Method):
         order = torch.randperm(len(found), generator=run.generator("words"))
         return [found[i] for i in order[: self.general].tolist()]
 
-    def _tokens(self, model: Model, prompts: Sequence[str]) -> Tensor:
-        """Those that tell a gate enough of the prompts, (n, d)."""
-        parts = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
-        return torch.cat([_thinned(model.encode(part)) for part in parts])
+    def _tokens(
+        self, model: Model, prompts: Sequence[str], label: str, run: Run
+    ) -> tuple[Tensor, Tensor | None]:
+        """Those that tell a gate enough of the prompts, (n, d), and the vectors of whole prompts."""
+        tokens, vectors = [], []
+        for start in range(0, len(prompts), 64):
+            run.progress(label, start, len(prompts))
+            text = model.encode(prompts[start : start + 64])
+            tokens.append(_thinned(text))
+            if text.pooled is not None:
+                vectors.append(text.pooled)
+        run.progress(label, len(prompts), len(prompts))
+        return torch.cat(tokens), torch.cat(vectors) if vectors else None
+
+    def _ways(self, problem: Problem) -> list[str]:
+        """The prompts in which gates are kept closed on what a problem retains: those of its kinds."""
+        return list(dict.fromkeys(["{}", *(self._templates(c)[0] for c in problem.erase)]))
 
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
-        """What is retained, and the anchors, in a prompt or two each."""
+        """What is retained, and the anchors, in a few prompts each."""
         names = dict.fromkeys((*problem.retain, *(c.anchor or "" for c in problem.erase)))
-        ways = {name: [way.format(name) for way in RETAINED] if name else [""] for name in names}
+        told = self._ways(problem)
+        ways = {name: [way.format(name) for way in told] if name else [""] for name in names}
         text = model.encode([prompt for prompts in ways.values() for prompt in prompts])
         rows = iter(range(len(text)))
         return {name: text[[next(rows) for _ in prompts]] for name, prompts in ways.items()}
+
+    def _of_whole_prompts(
+        self,
+        model: Model,
+        problem: Problem,
+        vectors: Mapping[str, Group],
+        grounds: Mapping[str, Grounds],
+    ) -> dict[str, Gated]:
+        """The changes of the vectors of whole prompts, by layer; says what of a concept they leave."""
+        changes: dict[str, Gated] = {}
+        for entry in model.pooled_entries() if vectors else ():
+            weight = model.weight(entry.layer)
+            groups, left = {}, {}
+            for name, group in vectors.items():
+                ground = grounds[name].vectors
+                assert ground is not None
+                # One that cannot be told from what is retained stays as it is.
+                apart = ground.reach(ground.direction(group.rows), ground.retained) <= self.most_overlap
+                if self.pooled and group.differs and apart:
+                    groups[name] = [group]
+            width = next(iter(vectors.values())).rows.shape[1]
+            narrow: Gated | None = None
+            if groups:
+                found = {name: g for name in groups if (g := grounds[name].vectors) is not None}
+                method = dataclasses.replace(
+                    self, stages=("gate",), reduction="shared", gate_on="end", directions="concept"
+                )
+                (made,) = method.gate(groups, found, {entry.layer: weight[:, :width]})
+                assert isinstance(made, Gated)
+                narrow = made
+                changes[entry.layer] = pooled.widened(made, weight.shape[1])
+            for name, group in vectors.items():
+                if group.differs:
+                    left[name] = pooled.remainder(weight[:, :width], group.rows, group.neutral, narrow)
+            told = [
+                f"{100 * share:.0f} % of what parts {name!r} from its anchor"
+                for name, share in left.items()
+                if share > REMAINDER
+            ]
+            if told:
+                warnings.warn(
+                    f"the vector of the whole prompt keeps {listed(told, 3)}",
+                    ExpungeWarning,
+                    stacklevel=4,
+                )
+        return changes
+
+    # QᵀΔAttn.
+
+    def attended(self, model: Model, problem: Problem, run: Run) -> dict[str, dict[str, Tensor]]:
+        """g of each concept and layer, (out,), at least 0 and at most 1.
+
+            g ∝ |Σ Qᵀ (A_concept − A_anchor)|
+
+        A is the attention to the phrase's own tokens, in the concept's prompt and in its anchor's (0
+        where there is none), Q the queries beside the first; the sum runs over pixels, over `LEVELS`
+        times and over pictures drawn with either prompt; with reduction "attention" over heads, too.
+
+        Args:
+            model: the original.
+            problem: the concepts.
+            run: its seed.
+        """
+        layers, found = self._layers(model), {}
+        for place, concept in enumerate(problem.erase):
+            run.progress("reading attention", place, len(problem.erase))
+            summed = self._attended(model, concept, run)
+            found[concept.name] = {
+                layer: next(g for key, g in summed.items() if _attention_of(key) == _attention_of(layer))
+                for layer in layers
+            }
+        run.progress("reading attention", len(problem.erase), len(problem.erase))
+        return found
+
+    @torch.no_grad()
+    def _attended(self, model: Model, concept: Concept, run: Run) -> dict[str, Tensor]:
+        """g of each attention, (heads · width,), by the name of its layer of keys."""
+        template = self._templates(concept)[0]
+        prompts = template.format(concept.name), self._goal(concept)
+        text = model.encode(prompts)
+        before, after = (model.count_tokens(side.strip()) for side in template.split("{}"))
+        counted = phrase_positions([before] * 2, [after] * 2, text.own).float()
+        if not concept.anchor:
+            counted[1] = 0
+        n, steps = self.pictures, self.picture_steps or None
+        drawn = [examples.drawn(model, concept.name, p, n, run, steps).latents for p in prompts]
+        shown = torch.cat(drawn)
+        attentions = model.cross_attentions()
+        sums = [torch.zeros(()) for _ in attentions]
+        levels, generator = len(model.log_snr()), run.generator("attention", concept.name)
+        for at in range(LEVELS):
+            noise = torch.randn(shown.shape, generator=generator).to(shown)
+            t = torch.full((len(shown),), (2 * at + 1) * levels // (2 * LEVELS))
+            noisy, t = model.add_noise(shown, noise, t), t.to(shown.device)
+            heard = [
+                read_with_queries(
+                    attentions,
+                    partial(_attention_to, counted[row]),
+                    partial(model.predict, noisy, t, text[[row] * len(shown)]),
+                )
+                for row in (0, 1)
+            ]
+            for i, ((q, one), (_, other)) in enumerate(zip(*heard, strict=True)):
+                sums[i] = sums[i] + torch.einsum("nhpw,nhp->hw", q, one - other).cpu()
+        keys = [entry.layer for entry in model.text_entries() if entry.role == "key"]
+        named = {layer: find(model.pipe, layer) for layer in keys}
+        found = {}
+        for attention, total in zip(attentions, sums, strict=True):
+            g = total if self.reduction == "attention-by-head" else total.sum(0).expand_as(total)
+            size = g.abs().flatten()
+            layer = next(name for name, module in named.items() if module is attention.key)
+            found[layer] = (self.damping * size / size.max().clamp(min=1e-20)).clamp(max=1)
+        return found
 
     def _told_apart(
         self,
         problem: Problem,
         groups: Mapping[str, Sequence[Group]],
-        background: Background,
+        backgrounds: Mapping[str, Background],
         staying: Mapping[str, Text],
     ) -> dict[str, list[Group]]:
         """The groups that can be told from what is retained; of the padding, that may not be all.
@@ -450,7 +684,7 @@ class ACE(Method):
         """
         apart: dict[str, list[Group]] = {}
         for concept, members in groups.items():
-            apart[concept] = []
+            apart[concept], background = [], backgrounds[concept]
             for group in members:
                 way = background.direction(group.rows)
                 overlaps = {
@@ -465,7 +699,8 @@ class ACE(Method):
                         f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
                         f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most allowed"
                     )
-        check_memory(sum(map(len, apart.values())), self.rank or 8, len(background.mean))
+        width = len(next(iter(backgrounds.values())).mean)
+        check_memory(sum(map(len, apart.values())), self.rank or 8, width)
         return apart
 
     # Stage 2.
@@ -475,8 +710,8 @@ class ACE(Method):
         model: Model,
         concepts: Sequence[Concept],
         parts: Mapping[str, Gated],
-        retained: Tensor,
-        general: Tensor,
+        rows: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Mapping[str, Gated],
         seed: int,
         names: Sequence[str],
     ) -> dict[str, Tensors]:
@@ -484,8 +719,8 @@ class ACE(Method):
         run, found = Run(seed), {}
         for concept in concepts:
             if concept.name in names:
-                part = parts[concept.name]
-                found[concept.name] = self.harden(model, concept, part, retained, general, run)
+                part, staying = parts[concept.name], rows[concept.name]
+                found[concept.name] = self.harden(model, concept, part, *staying, run, whole)
         return found
 
     def harden(
@@ -496,6 +731,7 @@ class ACE(Method):
         retained: Tensor,
         general: Tensor,
         run: Run,
+        whole: Mapping[str, Gated] | None = None,
     ) -> dict[str, Tensor]:
         """A concept's gates, directions and goals after attacks on them.
 
@@ -507,6 +743,7 @@ class ACE(Method):
             general: (n, 1, d), tokens that must, but for those the closed form opens on: other names of
                 the concept are among the words of a vocabulary.
             run: its seed.
+            whole: what lies on the layers that read the vector of a whole prompt; it stays as it is.
         """
         kept = torch.cat([retained, general[gated.gates(general).amax((1, 2)) < 0.5]])
         names, template = concept.names, self._templates(concept)[0]
@@ -535,6 +772,7 @@ class ACE(Method):
             return _apart(root, now().given(e), text.embeddings) * weigh
 
         levels, closed = model.log_snr(), gated.given(text.embeddings)
+        vectors = pooled.given(whole or {}, text)
         for done in range(self.rounds):
             run.progress(f"hardening {concept.name}", done, self.rounds)
             hard, missing = attacked(lack, text.embeddings, self.radius, self.attack_steps)
@@ -549,7 +787,11 @@ class ACE(Method):
                 with torch.no_grad():
                     goal = model.predict(noisy, t, anchored[[0] * len(shown)])
                 step = now()
-                given = dataclasses.replace(text[rows], embeddings=step.given(hard[rows]))
+                given = dataclasses.replace(
+                    text[rows],
+                    embeddings=step.given(hard[rows]),
+                    pooled=None if vectors is None else vectors[rows],
+                )
                 error = (model.predict(noisy, t, given) - goal).square().mean() * noises
                 harm = _apart(root, step.given(kept), kept).mean() * weigh
                 lost = _apart(root, step.given(text.embeddings), closed).mean() * weigh
@@ -569,16 +811,18 @@ class ACE(Method):
         """
         (gates,) = changes
         assert isinstance(gates, Gated)
-        template = self._templates(problem.erase[0])[0]
-        ways = [template.format(word) for word in self._general(model, problem, run)]
+        kinds = {concept.kind: self._templates(concept)[0] for concept in problem.erase}
+        told = list(dict.fromkeys(kinds.values()))
+        # Kind after kind in turn, so that each has as many.
+        general = enumerate(self._general(model, problem, run))
+        ways = [told[i % len(told)].format(word) for i, word in general]
         own = model.encode(ways)
         # Other names of a concept are among the words of a vocabulary.
         closed = (gates.gates(own.embeddings).amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
-        retained = [RETAINED[1].format(name) for name in problem.retain]
+        retained = [way.format(name) for name in problem.retain for way in told]
         anchors = [self._goal(concept) for concept in problem.erase]
-        general = [ways[i] for i in closed[:WORDS]]
         named = list(dict.fromkeys([*retained, *anchors, ""]))
-        texts = named * _times(len(named)) + general
+        texts = named * _times(len(named)) + [ways[i] for i in closed[:WORDS]]
         held = examples.each(model, "what stays", texts, run)
         return fortifying.fortify(
             model,
@@ -586,12 +830,12 @@ class ACE(Method):
             [
                 fortifying.Target(
                     concept.name,
-                    model.encode([told]),
+                    model.encode([prompt]),
                     model.encode([goal]),
-                    examples.drawn(model, concept.name, told, SHOWN, run).latents,
+                    examples.drawn(model, concept.name, prompt, SHOWN, run).latents,
                 )
                 for concept, goal in zip(problem.erase, anchors, strict=True)
-                for told in [self._templates(concept)[0].format(concept.name)]
+                for prompt in [self._templates(concept)[0].format(concept.name)]
             ],
             fortifying.Held(model.encode(texts), held, own[closed]),
             run,
@@ -605,6 +849,16 @@ class ACE(Method):
     def _goal(self, concept: Concept) -> str:
         """The anchor's prompt."""
         return self._templates(concept)[0].format(concept.anchor) if concept.anchor else ""
+
+
+def _attention_of(layer: str) -> str:
+    """What layers of one attention have in common."""
+    return layer.rpartition(".")[0]
+
+
+def _attention_to(counted: Tensor, attention: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (n, heads, pixels, width), and the attention to some tokens (n, heads, pixels)."""
+    return query.float(), attention.float() @ counted
 
 
 def _times(named: int) -> int:

@@ -255,6 +255,8 @@ class ANT(Method):
             prompts,
             drawn * (len(problem.erase) if many and self._kept else 1 + staying) + maps * whole,
             points * (len(asked.of_student) + staying) + maps * self.map_samples,
+            self.captions if many else "",
+            16 * many,
         )
 
     def _many(self, problem: Problem) -> bool:

@@ -270,12 +270,21 @@ class MACE(Method):
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         concepts = len(problem.erase)
         prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
+        told = {(c.kind, c.anchor): len(self.templates or TEMPLATES[c.kind]) for c in problem.erase}
+        weighs = self.refine_prior > 0 or self.fuse_prior > 0
+        staying = len(fusion.RETAINED) * len(problem.retain) if weighs and self.domain_weight else 0
+        products = 8 * (1 + ("fuse" in self.stages)) + concepts
+        captions = self.captions if weighs else ""
+        prompts += sum(told.values()) + staying
         if "suppress" not in self.stages:
-            return Work(prompts)
-        prompts *= 1 + ("fuse" in self.stages)  # those of what was trained are read again
+            return Work(prompts, captions=captions, products=products)
+        # Those of what is trained are read for it, and again to fuse.
+        prompts += sum(len(self._prompts(c)) for c in problem.erase) * (1 + ("fuse" in self.stages))
         drawn = 2 * (self.picture_steps or num_inference_steps)
         of_one = 1 if self.pictures_from else drawn  # what is read is encoded
-        return Work(prompts, concepts * self.pictures * of_one, concepts * self.steps)
+        of_one += len(masks.LOG_SNRS) if self.masks == "attention" else 0
+        predictions = concepts * self.pictures * of_one
+        return Work(prompts, predictions, concepts * self.steps, captions, products)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         groups = self._groups(model, problem)

@@ -75,7 +75,7 @@ class UCE(Method):
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
         retained = 4 * (len(problem.retain) + len(problem.erase)) + 1
-        return Work(prompts=2 * sum(templates) + retained + self.general)
+        return Work(prompts=2 * sum(templates) + retained + self.general, products=8)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
         tokens, pooled = _Sums(), _Sums()

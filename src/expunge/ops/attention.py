@@ -48,7 +48,7 @@ class AttentionReader:
 
     def __init__(self, attentions: Sequence[CrossAttention], *, whole: bool = False) -> None:
         self.attentions, self.whole = attentions, whole
-        self._read: Callable[[Tensor], Any] = lambda attention: attention
+        self._read: Callable[[Tensor, Tensor], Any] = lambda attention, _: attention
         self._found: dict[int, Any] | None = None
         self._waiting: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -72,6 +72,17 @@ class AttentionReader:
             read: gets a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
             forward: runs the denoiser.
         """
+        return self.read_with_queries(lambda attention, _: read(attention), forward)
+
+    def read_with_queries(
+        self, read: Callable[[Tensor, Tensor], T], forward: Callable[[], object]
+    ) -> list[T]:
+        """As `read`, for what needs the queries Q beside the map.
+
+        Args:
+            read: gets a map (n, heads, pixels, tokens), and its queries (n, heads, pixels, width).
+            forward: runs the denoiser.
+        """
         found: dict[int, T] = {}
         self._read, self._found, self._waiting = read, found, {}
         try:
@@ -88,7 +99,8 @@ class AttentionReader:
             return
         other = self._waiting.pop(i)
         query, key = (output, other) if is_query else (other, output)
-        heard = self._read(attention_map(query, key, self.attentions[i]))
+        attention = self.attentions[i]
+        heard = self._read(attention_map(query, key, attention), by_head(query, attention.heads))
         if self._found is None:  # a second run, for gradients
             return
         self._found[i] = heard
@@ -104,12 +116,25 @@ def read_attention(
         return reader.read(read, forward)
 
 
+def read_with_queries(
+    attentions: Sequence[CrossAttention],
+    read: Callable[[Tensor, Tensor], T],
+    forward: Callable[[], object],
+) -> list[T]:
+    """As `read_attention`, for what needs the queries beside the map."""
+    with AttentionReader(attentions) as reader:
+        return reader.read_with_queries(read, forward)
+
+
 def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tensor:
     """A = softmax(scale · Q Kᵀ) for every head: (n, heads, pixels, tokens), float32 or finer."""
-    q = query.unflatten(-1, (attention.heads, -1)).transpose(1, 2) * attention.scale
-    k = key.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    scores = q @ k.mT
+    scores = (by_head(query, attention.heads) * attention.scale) @ by_head(key, attention.heads).mT
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+
+
+def by_head(projected: Tensor, heads: int) -> Tensor:
+    """Queries or keys (n, rows, heads · width) as (n, heads, rows, width)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def energy(attention: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
