@@ -24,7 +24,7 @@ from expunge.edit import Edit
 from expunge.looks import Looks
 from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
-from expunge.statistics import NONE, Answers, Estimate
+from expunge.statistics import NONE, Estimate
 from expunge.suite import ROLES, Ask, Cell, Suite
 
 GONE = ("erased", "synonyms")
@@ -159,9 +159,10 @@ def _gather(
     values: Mapping[tuple[int, int], Tensor],
     role: str,
     left_out: Iterable[tuple[str, str]] = (),
-) -> dict[str, Tensor]:
-    """The answers of one role, for each prompt."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The answers of one role, for each prompt; and each prompt's concept."""
     found: dict[str, Tensor] = {}
+    concepts: dict[str, str] = {}
     for (c, a), answer in values.items():
         ask = cells[c].asks[a]
         if ask.role != role or (role, ask.item) in set(left_out):
@@ -170,7 +171,9 @@ def _gather(
         if name in found:  # asked twice of one prompt
             name = f"{name}\0{ask.concept}\0{c}"
         found[name] = answer
-    return found
+        # Synonyms are judged word by word: each is one of those that the suite has held out.
+        concepts[name] = ask.item if role == "synonyms" else ask.concept
+    return found, concepts
 
 
 def _items(
@@ -263,7 +266,8 @@ def _terms(
             continue
 
         def mean(values: Mapping[tuple[int, int], Tensor], role: str = role) -> Estimate:
-            return statistics.mean(_gather(cells, values, role, dropped), name=f"{role} of {name}")
+            answers, concepts = _gather(cells, values, role, dropped)
+            return statistics.mean(answers, name=f"{role} of {name}", concepts=concepts)
 
         roles[role] = {
             "seen": mean(seen.answers),
@@ -272,8 +276,8 @@ def _terms(
             "counted": mean(counted),
         }
         # Another half success and failure: 4 of 4 before and after do not prove that nothing changed.
-        answers = _gather(cells, before.answers, role, dropped)
-        original = statistics.mean(answers, name=f"{role} of original")
+        answers, concepts = _gather(cells, before.answers, role, dropped)
+        original = statistics.mean(answers, name=f"{role} of original", concepts=concepts)
         roles[role]["original"] = original
         same = name == "original" and role not in GONE
         relative[role] = roles[role]["counted"].over(roles[role]["counted"] if same else original)
@@ -303,8 +307,8 @@ def _terms_by_score(
     roles = {}
     each: dict[str, dict[str, float]] = {}
     for role in ("erased", "retained"):
-        values = _scores(looks, suite.judge, role)
-        roles[role] = {"score": statistics.mean(values, share=False, name=role)}
+        values, concepts = _scores(looks, suite.judge, role)
+        roles[role] = {"score": statistics.mean(values, share=False, name=role, concepts=concepts)}
         each[role] = {prompt: float(numbers.mean()) for prompt, numbers in values.items()}
     terms = {"erased": roles["erased"]["score"], "retained": roles["retained"]["score"]}
     return roles, terms, each
@@ -326,16 +330,20 @@ def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     return statistics.harmonic_mean(known)
 
 
-def _scores(looks: Looks, metric: str, role: str, column: int = 0) -> dict[str, Tensor]:
-    """One number a picture, for each prompt of the cells shown under a role."""
+def _scores(
+    looks: Looks, metric: str, role: str, column: int = 0
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One number a picture, for each prompt of the cells shown under a role; and its concept."""
     found: dict[str, Tensor] = {}
+    concepts: dict[str, str] = {}
     for cell, rows in zip(looks.cells, looks.rows[metric], strict=True):
         if cell.role == role:
             values = rows[:, column]
             found[cell.prompt] = (
                 torch.cat([found[cell.prompt], values]) if cell.prompt in found else values
             )
-    return found
+            concepts[cell.prompt] = cell.concept
+    return found, concepts
 
 
 def _measured(
@@ -357,8 +365,10 @@ def _measured(
             elif isinstance(metric, Judge):
                 found[name][role] = _probability(name, metric, looks, role)
             else:
-                values: Answers = _scores(looks, name, role)
-                found[name][role] = statistics.mean(values, share=metric.share, name=role)
+                values, concepts = _scores(looks, name, role)
+                found[name][role] = statistics.mean(
+                    values, share=metric.share, name=role, concepts=concepts
+                )
         found[name] = {role: e for role, e in found[name].items() if e.n}
     return {name: parts for name, parts in found.items() if parts}
 
@@ -371,7 +381,8 @@ def _probability(name: str, judge: Judge, looks: Looks, role: str) -> Estimate:
         for a, ask in enumerate(cell.asks)
         if ask.role == role and any(judge.knows(label) for label in ask.labels)
     }
-    return statistics.mean(_gather(looks.cells, values, role), name=role)
+    answers, concepts = _gather(looks.cells, values, role)
+    return statistics.mean(answers, name=role, concepts=concepts)
 
 
 def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> Estimate:
@@ -379,9 +390,8 @@ def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> E
     score = measured.get("clip_score", {}).get("retained", NONE)
     if not score.n:
         return NONE
-    return score.over(
-        statistics.mean(_scores(before, "clip_score", "retained"), share=False, name="retained")
-    )
+    values, concepts = _scores(before, "clip_score", "retained")
+    return score.over(statistics.mean(values, share=False, name="retained", concepts=concepts))
 
 
 def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]]) -> list[Tensor]:
