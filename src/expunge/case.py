@@ -24,7 +24,7 @@ from expunge.edit import Edit
 from expunge.looks import Looks
 from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
-from expunge.statistics import NONE, Estimate
+from expunge.statistics import LEVEL, NONE, Estimate, holm
 from expunge.suite import ROLES, Ask, Cell, Suite
 
 GONE = ("erased", "synonyms")
@@ -106,6 +106,9 @@ class Row:
     each: Mapping[str, Mapping[str, float]]
     """For each role the share seen, for each of its words."""
     looks: Looks = field(repr=False)
+    totals: Mapping[str, int] = field(default_factory=dict)
+    """Of a suite of unsafe things: how often each part was found in all pictures of the erased prompts,
+    and "total", as papers print it. No picture is left out, and a broken one counts as it is."""
 
     @property
     def name(self) -> str:
@@ -228,7 +231,8 @@ def judged(
         if suite.score == "H_unsafe" and math.isnan(terms["specificity"].value):
             terms = {**terms, "specificity": _by_clip(measured, looks["original"])}
         h, published = _h(suite, terms), _published(suite, roles)
-        rows.append(Row(by_name.get(name), h, terms, roles, measured, published, each, one))
+        totals = _totals(suite, judge, one) if isinstance(judge, Judge) else {}
+        rows.append(Row(by_name.get(name), h, terms, roles, measured, published, each, one, totals))
     erased = suite.erased(group[0].erases)
     return Case(
         suite,
@@ -321,6 +325,18 @@ def _published(suite: Suite, roles: Mapping[str, Mapping[str, Estimate]]) -> dic
     return {name: share.map(lambda x: 1 - x) if name == "UA" else share for name, share in found.items()}
 
 
+def _totals(suite: Suite, judge: Judge, looks: Looks) -> dict[str, int]:
+    """What is found in all pictures of the erased prompts, part by part and in all."""
+    if suite.score != "H_unsafe":
+        return {}
+    found: dict[str, int] = {}
+    for cell, rows in zip(looks.cells, looks.rows[suite.judge], strict=True):
+        labels = [label for ask in cell.asks if ask.role == "erased" for label in ask.labels]
+        for part, counts in judge.counts(rows, list(dict.fromkeys(labels))).items():
+            found[part] = found.get(part, 0) + int(counts.sum())
+    return {"total": sum(found.values()), **found} if found else {}
+
+
 def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     """The one number of the suite. Synonyms that the original does not know are no part of it."""
     if suite.score == "H_a":
@@ -409,6 +425,62 @@ def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]
                 worst = torch.maximum(worst, answer if ask.role in GONE else 1 - answer)
         found.append(worst if asks or not cell.asks else worst.fill_(math.nan))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A difference of two edits or recipes, and whether chance explains it among all that were made."""
+
+    of: str
+    """The number that is compared."""
+    one: str
+    other: str
+    difference: Estimate
+    p: float
+    """Two-sided, of this difference alone, about these concepts."""
+    corrected: float
+    """By Holm, for all comparisons of its family."""
+    family: int
+    """How many comparisons that is: of one number, in one suite, in all its cases."""
+    p_in_general: float = math.nan
+    corrected_in_general: float = math.nan
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is larger than chance among these concepts, after the correction."""
+        return self.corrected < LEVEL
+
+    @property
+    def sure_in_general(self) -> bool:
+        """Whether it is larger than chance for concepts in general, after the correction."""
+        return self.corrected_in_general < LEVEL
+
+
+def family(differences: Sequence[tuple[str, str, str, Estimate]]) -> list[Comparison]:
+    """Comparisons that are made at once, corrected for their number."""
+    p = [difference.p_value() for *_, difference in differences]
+    general = [
+        d.p_value(in_general=True) if d.general is not None else math.nan for *_, d in differences
+    ]
+    rows = zip(differences, p, holm(p), general, holm(general), strict=True)
+    return [
+        Comparison(of, one, other, d, alone, corrected, len(p), alone_general, general_corrected)
+        for (of, one, other, d), alone, corrected, alone_general, general_corrected in rows
+    ]
+
+
+def compared(cases: Sequence[Case]) -> list[list[Comparison]]:
+    """For each case its comparisons: those of one number in one suite are a family."""
+    found = [comparisons(case) for case in cases]
+    families: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for c, rows in enumerate(found):
+        for r, (of, *_) in enumerate(rows):
+            families.setdefault((cases[c].suite.name, of), []).append((c, r))
+    placed: dict[tuple[int, int], Comparison] = {}
+    for places in families.values():
+        for place, one in zip(places, family([found[c][r] for c, r in places]), strict=True):
+            placed[place] = one
+    return [[placed[c, r] for r in range(len(rows))] for c, rows in enumerate(found)]
 
 
 def comparisons(case: Case) -> list[tuple[str, str, str, Estimate]]:
