@@ -201,11 +201,7 @@ def evaluate(
     read = [suite if isinstance(suite, Suite) else Suite.read(suite) for suite in suites]
     if len({suite.name for suite in read}) < len(read):
         raise ExpungeError("a suite is named twice")
-    original = Source(model)
-    sources = {
-        c.name: Source(c.model) if c.model else Source(model, (c.edit,) if c.edit else ())
-        for c in candidates
-    }
+    drawing = _drawing(model, candidates, [suite.scheduler for suite in read])
     for candidate in candidates:
         if candidate.edit is not None:
             candidate.edit.fits(model)  # raises where it cannot be laid on at all
@@ -223,6 +219,7 @@ def evaluate(
             plans.append((known, used, group, cells))
     cases = []
     for known, used, group, cells in plans:
+        original, sources = drawing[known.scheduler]
         asked = requests(model, cells, known.num_inference_steps, known.guidance_scale)
         looks = {"original": look(cache, original, None, cells, asked, used, progress, known.name)}
         for candidate in group:
@@ -240,6 +237,30 @@ def evaluate(
         here = {"original": original, **{c.name: sources[c.name] for c in group}}
         cases.append(judged(known, used, group, looks, here, anchored))
     return Report(tuple(cases), full, _provenance(model, plans), cache)
+
+
+def _drawing(
+    model: Model, candidates: Sequence[Candidate], schedulers: Sequence[str]
+) -> dict[str, tuple[Source, dict[str, Source]]]:
+    """For each scheduler what draws the original, and what each candidate, by name.
+
+    Raises:
+        ExpungeError: a model cannot use one of them.
+    """
+    found = {}
+    model_hash(model)  # once for all: copies of the model know it
+    for scheduler in dict.fromkeys(schedulers):
+        sampled = model.sampled_by(scheduler)
+        found[scheduler] = (
+            Source(sampled),
+            {
+                c.name: Source(c.model.sampled_by(scheduler))
+                if c.model
+                else Source(sampled, (c.edit,) if c.edit else ())
+                for c in candidates
+            },
+        )
+    return found
 
 
 def _anchored(
@@ -353,6 +374,7 @@ def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
         },
         "erased": list(case.erased),
         "retained": list(case.retained),
+        "sampler": _drawn_with(case),
         "pictures": sum(len(cell.seeds) for cell in case.rows[0].looks.cells),
         "seeds": [suite.first_seed, max(max(cell.seeds) for cell in case.rows[0].looks.cells)],
         "left out": [
@@ -380,6 +402,16 @@ def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
+def _drawn_with(case: Case) -> dict[str, Any]:
+    """The scheduler with its settings, the steps and the guidance of a case's pictures."""
+    first = case.rows[0].looks.requests[0][0]
+    return {
+        **sampler(case.sources["original"].model),
+        "num_inference_steps": first.num_inference_steps,
+        "guidance_scale": first.guidance_scale,
+    }
+
+
 def _provenance(
     model: Model, plans: Sequence[tuple[Suite, Mapping[str, Metric], Any, Sequence[Cell]]]
 ) -> dict[str, Any]:
@@ -394,7 +426,7 @@ def _provenance(
     return {
         "model": model.name,
         "model sha256": model_hash(model),
-        "sampler": sampler(model),
+        "sampler": sampler(model.sampled_by(plans[0][0].scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),

@@ -100,6 +100,7 @@ def robustness(
         ExpungeError: no such attack, a budget it does not take, or a suite without a judge.
     """
     cache = Cache() if cache is None else cache
+    model = model.sampled_by(suite.scheduler)
     ladder = budgets(suite, attack)
     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
     if not isinstance(judge, Judge):

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from expunge import fields, registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import read_toml
+from expunge.sampling import scheduler_name
 
 FORMAT = 1
 """The version of the file's layout."""
@@ -218,6 +219,8 @@ class Settings:
     """Denoising steps; by default the model's own."""
     guidance_scale: float | None = None
     """Guidance; by default the model's own."""
+    scheduler: str = ""
+    """The sampler, by diffusers' class, such as DDIM; by default the model's own."""
     first_seed: int = 0
     """Every prompt's pictures have this seed and those after it."""
     anchor: str | None = None
@@ -236,6 +239,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         fields.check(self)
+        object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
 
 
 @dataclass(frozen=True)
