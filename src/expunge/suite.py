@@ -265,7 +265,7 @@ class Suite(Settings):
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The fields of metrics, by their names."""
     attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """For each attack its fields; one of them is a list, the budgets (`robust`)."""
+    """For each attack, "NAME" or "NAME:LADDER", its fields; one is a list, the budgets (`robust`)."""
     folder: Path = Path()
     """Where it was read."""
 
@@ -369,8 +369,8 @@ class Suite(Settings):
             if metric not in registry.names("metrics"):
                 raise unknown("metric", metric, registry.names("metrics"))
         for attack in self.attacks:
-            if attack not in registry.names("attacks"):
-                raise unknown("attack", attack, registry.names("attacks"))
+            if attack.partition(":")[0] not in registry.names("attacks"):
+                raise unknown("attack", attack.partition(":")[0], registry.names("attacks"))
         for concept in self.concepts:
             for name in concept.retain:
                 if name not in names:

@@ -252,7 +252,7 @@ class ANT(Method):
     """Concepts trained together, or points of a map at once; more is faster and takes more memory."""
     micro_batch: int = bounded(4, at_least=0)
     """Rows of the denoiser that have gradients at once; 0 for all. It changes memory and speed alone: at
-    Stable Diffusion's size a row takes about 3 GB."""
+    Stable Diffusion's size a row takes 2 to 3 GB."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
     training_templates: tuple[str, ...] = ()
