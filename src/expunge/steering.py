@@ -303,12 +303,12 @@ class Steering:
 
     def parts(
         self, sample: Sample, original: Predictions, most: int, together: int = 1
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """The loss of each row, in parts that ask the network for few rows at a time.
+    ) -> Iterator[Tensor]:
+        """The losses of rows, in parts that ask the network for few rows at a time.
 
-        A part is one of the two points of some of the sample's rows; the losses of a row's parts sum to
-        its loss, and so do their gradients. What cannot be parted is not: the prompt's and the empty
-        prediction at one point, and rows that belong together.
+        A part is one of the two points of some of the sample's rows, in their order; the losses of a
+        row's parts sum to its loss, and so do their gradients. What cannot be parted is not: the
+        prompt's and the empty prediction at one point, and rows that belong together.
 
         Args:
             sample: (n,) trajectories.
@@ -317,18 +317,18 @@ class Steering:
             together: rows come in groups of so many, which are not parted.
 
         Returns:
-            which rows of the sample, and their losses so far.
+            of each part the losses of its rows.
         """
         n, sides = len(sample.text), self.objective.sides
         if not most or n * len(self.objective.of_student) <= most:
-            yield slice(0, n), self.losses(sample, original)
+            yield self.losses(sample, original)
             return
         for side in sides:
             rows = max(1, sum(asked.startswith(side) for asked in self.objective.of_student))
             size = max(1, most // (rows * together)) * together
             for start, part in zip(range(0, n, size), sample.split(size), strict=True):
                 at = slice(start, min(start + size, n))
-                yield at, self.losses(part, {k: x[at] for k, x in original.items()}, (side,))
+                yield self.losses(part, {k: x[at] for k, x in original.items()}, (side,))
 
     def losses(
         self,
@@ -495,7 +495,7 @@ def train_weights(
             gradients: list[Tensor] = []
             for weight, one, (sample, original) in met:
                 with torch.enable_grad():
-                    for _, part in one.parts(sample, original, micro_batch):
+                    for part in one.parts(sample, original, micro_batch):
                         summed = weight * part.sum() / len(sample.text)
                         loss += float(summed.detach())
                         found = trained.gradients(summed)
@@ -634,8 +634,7 @@ def train_factors(
 
             def losses(_: int) -> Iterator[Tensor]:
                 lay()
-                parts = steering.parts(*met(), micro_batch, n)
-                for _, part in parts:
+                for part in steering.parts(*met(), micro_batch, n):
                     yield part.unflatten(0, (-1, n)).sum(0) / samples
                     lay()
 
