@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 import expunge
+import tiny
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
 from expunge.experiment import Experiment
@@ -531,6 +533,220 @@ class TestMany:
         assert one.hash != two.hash
 
 
+class Rows:
+    """How many rows a network was asked for at once while gradients were kept."""
+
+    def __init__(self, model):
+        self.most, self.calls = 0, 0
+        model.network.register_forward_hook(self._hear)
+
+    def _hear(self, network, given, output):
+        out = output[0] if isinstance(output, tuple) else output.sample
+        if out.requires_grad:
+            self.most, self.calls = max(self.most, len(out)), self.calls + 1
+
+
+GUIDED = dataclasses.replace(FOUR, prediction_guidance=7.5)
+
+
+class TestMicroBatches:
+    """A few rows with gradients at a time: the same gradients, and so the same edit, in less memory."""
+
+    @pytest.mark.parametrize("objective", [FOUR, GUIDED], ids=["plain", "guided"])
+    @pytest.mark.parametrize("kept", [0, 2], ids=["new", "kept"])
+    def test_of_low_rank_changes(self, objective, kept):
+        layers = layers_of(double(), "all")
+        eye = torch.eye(32, dtype=torch.float64)
+        how = {"rank": 2, "alpha": 3.0, "steps": 3, "rate": 1e-2, "weight_decay": 0.01, "clip": 1.0,
+               "samples": 3, "kept": kept, "by_original": True, "through": [eye, 0.5 * eye]}  # fmt: skip
+
+        def train(micro_batch):
+            model = double()
+            steering = Steering(model, dataclasses.replace(COURSE, objective=objective))
+            rows = Rows(model)
+            both = [subject(model, name) for name in ("airplane", "ship")]
+            return train_factors(steering, both, layers, Run(2), micro_batch=micro_batch, **how), rows
+
+        (whole, all_rows), (parts, few), (least, fewest) = (train(m) for m in (0, 8, 1))
+        assert (all_rows.most, few.most, fewest.most) == (24, 8, 4)  # 2 concepts, 3 samples, 4 rows
+        for name, tensors in whole.items():
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(parts[name][key], tensor, rtol=1e-8, atol=1e-11)
+                torch.testing.assert_close(least[name][key], tensor, rtol=1e-8, atol=1e-11)
+
+    def test_of_weights(self):
+        def train(micro_batch):
+            model = double()
+            rows = Rows(model)
+            parameters = part_of(model, "text")
+            steering = Steering(model, COURSE)
+            text = model.encode(["airplane", "a photo of the airplane"])
+            one, other = (Subject(n, text, Run(0).generator(n)) for n in ("airplane", "retained"))
+            changes = train_weights(
+                steering, one, InPlace(parameters), Run(0), steps=3, rate=1e-3, samples=3,
+                micro_batch=micro_batch, retained=other, retain_weight=0.5)  # fmt: skip
+            return [change.value for change in changes], rows.most
+
+        (whole, all_rows), (parts, few) = train(0), train(2)
+        assert (all_rows, few) == (12, 2)
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+    @pytest.mark.parametrize("preset", ["identity", "style", "explicit", "explicit-as-released"])
+    def test_the_papers_presets_keep_few_rows(self, model, preset):
+        """At Stable Diffusion's size four rows with gradients take about 12 GB; 32 took 100."""
+        problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky"), Concept("ship", "sky")))
+        rows = Rows(model)
+        few = {"steps": 1, "maps": 1, "trajectory_steps": 12, "turn": -2.0, "captions": ""}
+        few |= {"rank": 2} if preset in ("identity", "style") else {"map_samples": 5}
+        expunge.erase(model, problem, ANT.preset(preset, **few))
+        assert 0 < rows.most <= 4
+
+
+class TestAsReleased:
+    def test_the_empty_prompts_terms_carry_no_gradient(self):
+        """The loss is the same; its gradient is that of the two other terms."""
+        model = double()
+        steering = Steering(model, COURSE)
+        sample = steering.draw([subject(model)])
+        weight = next(iter(part_of(model, "text").values()))
+        original = {k: v + 0.1 for k, v in steering.original(sample).items()}
+
+        def found(**fields):
+            objective = dataclasses.replace(FOUR, **fields)
+            one = Steering(model, dataclasses.replace(COURSE, objective=objective))
+            loss = one.losses(sample, original).sum()
+            return float(loss.detach()), torch.autograd.grad(loss, weight)[0]
+
+        (loss, with_them), (same, without) = found(), found(unconditional_gradient=False)
+        _, alone = found(unconditional_late=0.0, unconditional_early=0.0)
+        assert loss == pytest.approx(same, rel=1e-12)
+        torch.testing.assert_close(without, alone, rtol=1e-9, atol=1e-14)
+        assert float((with_them - without).norm()) > 1e-6 * float(without.norm())
+
+    def test_the_smallest_halves(self):
+        model = double()
+        how = {**QUICK, "maps": 2, "map_samples": 2, "augmentations": ("airplane", "a jet")}
+        masks = [
+            ANT(**how, mask_half=half)._mask(
+                Steering(model, ANT(**how).course), how["augmentations"], Run(4)
+            )
+            for half in ("largest", "smallest")
+        ]
+        for name, large in masks[0].masks.items():
+            assert not (large & masks[1].masks[name]).any()
+        assert all(mask.counts[0] > 0 for mask in masks)
+        total = sum(m.numel() for m in masks[0].masks.values())
+        assert masks[0].counts[0] + masks[1].counts[0] > 0.9 * total  # one map: all but the medians
+        one = expunge.erase(model, PROBLEM, ANT.preset("explicit-as-released", **{**QUICK, "maps": 1}))
+        assert one.record.fields["mask_half"] == "smallest"
+
+    @pytest.mark.parametrize("trained", ["weights", "low-rank"])
+    def test_the_original_draws_anew_at_each_step(self, model, monkeypatch, trained):
+        """While trajectories are drawn, the network is the original, whatever it has learnt."""
+        probe = (torch.randn(1, 4, 8, 8), 500, model.encode(["airplane"]))
+        with torch.no_grad():
+            first, seen = model.predict(*probe), []
+        draw = Steering.draw
+
+        def spy(self, subjects):
+            with torch.no_grad():
+                rows = len(subjects)
+                z, t, text = probe
+                now = self.model.predict(z.repeat(rows, 1, 1, 1), t, text[[0] * rows])
+            seen.append((now - first).abs().max())
+            return draw(self, subjects)
+
+        monkeypatch.setattr(Steering, "draw", spy)
+        fields = {**QUICK, "trained": trained, "maps": 0, "steps": 3, "rate": 0.05, "captions": ""}
+
+        def erase(drawn_by):
+            seen.clear()
+            expunge.erase(model, PROBLEM, ANT(**fields, drawn_by=drawn_by, trajectories=0))
+            return torch.stack(seen).tolist()
+
+        assert max(erase("original")) < 1e-5
+        current = erase("current")
+        assert len(current) == 3
+        assert current[2] > 1e-4
+
+    def test_trained_in_the_bare_name_and_fused_for_its_prompts(self, model, monkeypatch):
+        told = []
+        train = train_factors
+
+        def spy(steering, subjects, layers, run, **how):
+            told.append((subjects[0].text.prompts, layers, how["kept"], how["by_original"]))
+            return train(steering, subjects, layers, run, **how)
+
+        monkeypatch.setattr("expunge.methods.ant.train_factors", spy)
+        method = ANT.preset("identity", steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions="")
+        expunge.erase(model, PROBLEM, method)
+        ((prompts, layers, kept, by_original),) = told
+        assert (prompts, kept, by_original) == (("airplane",), 0, True)
+        assert layers == layers_of(model, "blocks")
+        (rows,) = method._rows(model, PROBLEM).values()
+        assert len(rows) == 77 * len(method._prompts(model, PROBLEM.erase[0]))
+        assert len(method._prompts(model, PROBLEM.erase[0])) > 20
+
+    def test_which_layers(self, model):
+        every, blocks = set(layers_of(model, "all")), set(layers_of(model, "blocks"))
+        outside = {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1",
+                   "unet.time_embedding.linear_2"}  # fmt: skip
+        assert every - blocks == outside
+        assert blocks < every
+        assert set(layers_of(model, "text")) < blocks
+        with pytest.raises(ExpungeError, match="no transformer, residual and sampler blocks"):
+            layers_of(expunge.load(tiny.sd3()), "blocks")
+
+    @pytest.mark.parametrize(
+        ("preset", "retain"), [("identity", ()), ("identity", ("ship", "dog")), ("style", ("ship",))]
+    )
+    @pytest.mark.parametrize("told", [False, True], ids=["no captions", "few captions"])
+    def test_the_fusion_is_never_singular(self, worded, preset, retain, told, tmp_path, recwarn):
+        """The published scales, on an encoder that ships: nothing is said, and words apart stay."""
+        names = ("airplane", "cat", "horse")
+        problem = Problem(tuple(Concept(name, "sky") for name in names), retain)
+        (tmp_path / "captions.txt").write_text("a man on a bench\na red bus\n", encoding="utf-8")
+        captions = str(tmp_path / "captions.txt") if told else ""
+        method = ANT.preset(preset, captions=captions)
+        sums = method._sums(worded, problem, Run(0))
+        torch.manual_seed(0)
+        factors = {name: {} for name in names}
+        for tensors in factors.values():
+            for entry in worded.text_entries():
+                out, width = worded.weight(entry.layer).shape
+                tensors[f"{entry.layer}.up"] = torch.randn(out, 2)
+                tensors[f"{entry.layer}.down"] = torch.randn(2, width)
+        right, *_ = method.fuse(worded, problem, factors, *sums)
+        assert right.matrix.isfinite().all()
+        apart = worded.encode(["a photo of the castle"]).embeddings[0]
+        moved = (apart @ right.matrix.T - apart).norm() / apart.norm()
+        assert moved < 0.05
+        assert not [w for w in recwarn if "singular" in str(w.message)]
+
+
+class TestSchedulers:
+    def test_trajectories_are_ddims_whatever_the_model_has(self):
+        pipe = tiny_pipeline()
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+        model, ddim = expunge.load(pipe), expunge.load(tiny_pipeline())
+        course = ANT(**QUICK).course
+        own = Steering(model, dataclasses.replace(course, scheduler=""))
+        steering, expected = Steering(model, course), Steering(ddim, course)
+        assert steering.times == expected.times != own.times
+        torch.testing.assert_close(
+            steering.draw([subject(model)]).late.latents, expected.draw([subject(ddim)]).late.latents
+        )
+        assert type(model.pipe.scheduler) is PNDMScheduler
+
+    def test_a_flow_keeps_its_own_and_refuses_ddim(self):
+        model = expunge.load(tiny.sd3())
+        course = dataclasses.replace(ANT(**QUICK).course, turn=0.0)
+        assert Steering(model, course).times == model.times(4)
+        with pytest.raises(ExpungeError, match="DDIM is for models that predict noise"):
+            Steering(model, dataclasses.replace(course, scheduler="DDIM"))
+
+
 class TestESD:
     def test_against_a_slow_reading(self):
         model = double()
@@ -593,6 +809,10 @@ class TestESD:
         ({"augmentations": ("a ship", "an aircraft")}, "the augmentations names 'airplane'"),
         ({"mask": "mask.pt"}, "a mask is a .safetensors file; mask.pt should end so"),
         ({"templates": ("no place",)}, "one {} for the concept"),
+        ({"training_templates": ("no place",), "trained": "low-rank"}, "one {} for the concept"),
+        ({"training_templates": ("{}",)}, "weights know no training_templates"),
+        ({"scheduler": "DIMM"}, "no scheduler 'DIMM'; did you mean 'DDIM'"),
+        ({"mask_half": "smaller"}, "mask_half must be .*did you mean 'smallest'"),
         ({"retain_weight": 1.0, "captions": ""}, "keeps nothing: retain something, or give captions"),
         ({"part": "attention"}, "part must be .*did you mean 'cross-attention'"),
     ],

@@ -122,12 +122,30 @@ class TestEmbedding:
         assert bool(((found - text).norm(dim=-1) <= 0.05 * text.norm(dim=-1) * (1 + 1e-4)).all())
         assert bool(((found - text).norm(dim=-1) > 0).any())
 
-    def test_rows_know_nothing_of_one_another(self, model, edit):
+    @pytest.mark.parametrize("restarts", [1, 2])
+    def test_rows_know_nothing_of_one_another(self, model, edit, restarts):
         one, two = (
-            Embedding(steps=2, batch=batch).run(model, edit, PROBE, Run()).text.embeddings
+            Embedding(steps=2, batch=batch, restarts=restarts)
+            .run(model, edit, PROBE, Run())
+            .text.embeddings
             for batch in (1, 2)
         )
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+    def test_restarts_never_do_worse_and_stay_in_the_ball(self, model, swapped):
+        attack = Embedding(radius=0.5, steps=1)
+        found = [
+            dataclasses.replace(attack, restarts=n).run(model, swapped, PROBE, Run()) for n in (1, 3)
+        ]
+        lacks = torch.stack([self.lack(model, swapped, attack, probe) for probe in found])
+        assert bool((lacks.diff(dim=0) <= 1e-6).all())
+        assert bool((lacks[-1] < lacks[0] - 1e-6).any())  # one step from somewhere else got further
+        text = model.encode(PROBE.prompts).embeddings
+        for probe in found:
+            away = (probe.text.embeddings - text).norm(dim=-1)
+            assert bool((away <= 0.5 * text.norm(dim=-1) * (1 + 1e-4)).all())
+        again = dataclasses.replace(attack, restarts=3).run(model, swapped, PROBE, Run())
+        assert torch.equal(again.text.embeddings, found[-1].text.embeddings)
 
 
 class TestInversion:
@@ -141,6 +159,28 @@ class TestInversion:
             far = (model.draw(dataclasses.replace(PROBE, text=plain)) - before).square().mean()
             near = (model.draw(found) - before).square().mean()
         assert near < far
+
+    def test_the_best_of_several_words_counts(self, model, problem, monkeypatch):
+        edit = expunge.erase(model, problem, "uce")
+        attack = Inversion(steps=4, pictures=2, rate=0.1, restarts=3)
+        told = {}
+        errors = Inversion._errors
+
+        def spy(self, *given):
+            told["errors"], told["learnt"] = errors(self, *given), given[-1]
+            return told["errors"]
+
+        monkeypatch.setattr(Inversion, "_errors", spy)
+        found = attack.run(model, edit, PROBE, Run())
+        assert len({round(e, 9) for e in told["errors"]}) == 3  # three words of their own
+        best = told["learnt"][told["errors"].index(min(told["errors"]))]
+        prompts = [renamed(p, edit, "sky") for p in PROBE.prompts]
+        text = model.encode_with(prompts, "sky", best)
+        torch.testing.assert_close(found.text.embeddings, text.embeddings)
+        # The first is the one that there would be alone.
+        alone = dataclasses.replace(attack, restarts=1).run(model, edit, PROBE, Run())
+        first = model.encode_with(prompts, "sky", told["learnt"][0])
+        torch.testing.assert_close(alone.text.embeddings, first.embeddings)
 
     def test_vectors_take_the_place_of_one_word(self, model):
         (own,) = model.word_vectors("sky")
@@ -191,6 +231,45 @@ class TestJudged:
         suite = Suite.from_table({**TABLE, "attacks": {"embedding": table}}, "told")
         with pytest.raises(ExpungeError, match=message):
             budgets(suite, "embedding")
+
+    def test_dearer_ladders_are_asked_for_by_name(self):
+        suite = Suite.read("object")
+        assert list(budgets(suite, "inversion")) == ["steps 50", "steps 150"]
+        (longest,) = budgets(suite, "inversion:cce").values()
+        assert (longest.steps, longest.batch) == (5000, 16)
+        assert [one.restarts for one in budgets(suite, "embedding:restarts").values()] == [1, 4, 8]
+        bare = Suite.from_table({**TABLE, "attacks": {}}, "told")  # one that names none has them, too
+        assert budgets(bare, "inversion:cce").keys() == {"steps 5000"}
+        with pytest.raises(ExpungeError, match='"inversion:ccee".*there are some for.* inversion:cce'):
+            budgets(suite, "inversion:ccee")
+        with pytest.raises(ExpungeError, match="no attack 'invrsion'; did you mean 'inversion'"):
+            Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
+
+    def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path, monkeypatch):
+        """Of two pictures one is always broken: beside ASR stands how many such there are."""
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        seen = []
+
+        @dataclasses.dataclass(frozen=True)
+        class Breaks(Bright):
+            def measure(self, pictures, prompts, references=None):
+                seen.append(len(pictures))
+                first = len(seen) > 1  # all but the original's pictures
+                rows = torch.ones(len(pictures), 2)
+                rows[0, 1] = float(first) + 1
+                return rows
+
+            def broken(self, rows):
+                return rows[:, 1] > 1.5
+
+        monkeypatch.setattr("expunge.robust.make", lambda *_: Breaks(0.5))
+        found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
+        assert found.pre.value == 0.5
+        assert [asr.value for asr in found.asr.values()] == [0.5, 0.5]
+        assert found.pre_broken.value == 0.5
+        assert [one.value for one in found.broken.values()] == [0.5, 0.5]
+        table = json.loads(json.dumps(found.to_dict()))["unrecognisable"]
+        assert table.keys() == {"unattacked", "radius 0.1", "radius 0.4"}
 
     def test_an_attack_that_is_none(self):
         with pytest.raises(ExpungeError, match="no attack 'embeding'; did you mean 'embedding'"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from expunge.case import Candidate, comparisons, judged
+from expunge.case import Candidate, compared, comparisons, judged
 from expunge.looks import Looks, make
 from expunge.suite import Suite
 
@@ -200,6 +200,37 @@ def test_unsafe_is_a_count_against_the_originals():
     terms = {name: term.value for name, term in case.rows[1].terms.items()}
     assert terms == {"efficacy": pytest.approx(1 - 2 / 8), "specificity": pytest.approx(0.9)}
     assert case.rows[1].h.value == pytest.approx(2 / (1 / 0.75 + 1 / 0.9))
+    assert case.rows[0].totals == {"total": 8, "axe": 8, "bomb": 0}
+    assert case.rows[1].totals == {"total": 2, "axe": 0, "bomb": 2}
+
+
+def test_parts_are_totalled_as_papers_count_them():
+    """Detections, not pictures: NudeNet's rows hold how often each part is seen."""
+    nudenet = make("nudenet", {})
+    rows = torch.zeros(3, 11)
+    rows[0, 2], rows[1, 2], rows[1, 9] = 2, 1, 3
+    counts = nudenet.counts(rows, ["exposed"])
+    assert len(counts) == 9
+    assert int(counts["FEMALE_BREAST_EXPOSED"].sum()) == 3
+    assert sum(int(c.sum()) for c in counts.values()) == 6
+    only = nudenet.counts(rows, ["BELLY_EXPOSED", "axe"])
+    assert {part: c.tolist() for part, c in only.items()} == {"BELLY_EXPOSED": [0, 3, 0]}
+
+
+def test_comparisons_are_corrected_for_their_number():
+    """Three edits and two cases: each number is compared six times, and its p-values know it."""
+    good = {**ORIGINAL, "the cat": DOG, "feline": DOG, "kitty": DOG}
+    fair = {**good, "the cat": [CAT] * 3 + [DOG] * 7}
+    poor = {**good, "the cat": [CAT] * 7 + [DOG] * 3}
+    case = judge(OBJECTS, ["cat"], original=ORIGINAL, good=good, fair=fair, poor=poor)
+    alone, both = compared([case]), compared([case, case])
+    assert {one.family for one in alone[0]} == {3}
+    assert {one.family for one in both[0]} == {6}
+    for few, many in zip(alone[0], both[0], strict=True):
+        assert many.p == few.p <= few.corrected <= many.corrected <= 1
+    (worst,) = (c for c in alone[0] if (c.of, c.one, c.other) == ("efficacy", "good", "poor"))
+    assert worst.sure
+    assert worst.corrected == pytest.approx(3 * worst.p)
 
 
 def test_two_in_one_prompt_ask_two_questions():

@@ -152,6 +152,11 @@ def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path
         case["rows"][1]["terms"]["efficacy"]["value"], abs=1e-5
     )
     assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
+    numbers = {one["of"]: one for one in case["differences"]}
+    assert numbers.keys() >= {"H_c", "efficacy", "specificity"}
+    assert {one["comparisons"] for one in numbers.values()} == {1}
+    assert all(one["p"] <= one["p corrected"] for one in numbers.values())
+    assert "Holm" in facts["comparisons"]
 
 
 def test_the_folder_of_another_suite_is_left_alone(report, tmp_path):
@@ -381,12 +386,18 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     fewer = [dataclasses.replace(report.cases[0], rows=report.cases[0].rows[:2]), report.cases[1]]
     assert not dataclasses.replace(report, cases=tuple(fewer)).differences()
     monkeypatch.setattr("expunge.experiment.erase", None)  # nothing is left to erase
+    table = report.to_dict()["differences between methods"]
+    assert [one["comparisons"] for one in table] == [1]
+    assert table[0].keys() >= {"general low", "p corrected", "larger than chance in general"}
     drawn = cache.drawn
     again = read.run(model, tmp_path / "out", cache=cache)
     assert cache.drawn == drawn
     assert again.to_dict() == report.to_dict()
     page = (tmp_path / "out" / "index.html").read_text()
     assert "averaged over what was erased" in page
+    assert "for concepts in general" in page
+    assert "1 comparison, corrected for their number" in page
+    assert "counting the 2 comparisons of" in page  # one in each of two cases
     for ridge in (5.0, UCE().ridge):  # what two recipes have in common is not said
         assert f">uce (ridge {ridge}):" in page
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expunge import statistics
-from expunge.statistics import NONE, average, corrected, harmonic, harmonic_mean, mean, resample
+from expunge.statistics import NONE, average, corrected, harmonic, harmonic_mean, holm, mean, resample
 
 # Acc_e, Acc_s and perhaps Acc_g as printed, and the H beside them.
 PUBLISHED = [
@@ -156,3 +156,132 @@ def test_the_same_numbers_every_time():
     answers = {"a": torch.tensor([1.0, 0.0, 1.0]), "b": torch.tensor([0.0, 1.0])}
     assert mean(answers).score == mean(answers).score
     assert len(mean(answers).draws) == statistics.DRAWS
+
+
+def worlds(concepts, pictures, accuracy, counts, trials=120):
+    """Trials of a mean over concepts that differ: (the estimate, these concepts' true mean)."""
+    torch.manual_seed(concepts * pictures)
+    level = torch.full((concepts,), accuracy, dtype=torch.float64)
+    for _ in range(trials):
+        each = torch.distributions.Beta(level * counts, (1 - level) * counts).sample()
+        seen = (torch.rand(concepts, pictures, dtype=torch.float64) < each[:, None]).double()
+        answers = {f"a photo of {c}": row for c, row in enumerate(seen)}
+        found = mean(answers, name="m", concepts={prompt: prompt for prompt in answers})
+        yield found, float(each.mean())
+
+
+def held(score, truth):
+    return score.low <= truth <= score.high
+
+
+@pytest.mark.parametrize(("concepts", "pictures", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
+def test_both_readings_cover_their_own_truth(concepts, pictures, accuracy):
+    """A thousand trials of 40 worlds are in experiments/results/coverage.json; this is a few of two."""
+    found = list(worlds(concepts, pictures, accuracy, 6.0))
+    these = sum(held(estimate.score, truth) for estimate, truth in found) / len(found)
+    general = sum(held(estimate.in_general, accuracy) for estimate, _ in found) / len(found)
+    narrow = sum(held(estimate.score, accuracy) for estimate, _ in found) / len(found)
+    assert these >= 0.89  # 0.95 less three standard errors of 120 trials
+    assert general >= 0.89
+    assert narrow < 0.8  # what is said of these says too much of concepts in general
+
+
+def test_one_concept_says_nothing_of_others():
+    answers = {"a cat": torch.tensor([1.0, 0.0]), "the cat": torch.tensor([1.0, 1.0])}
+    one = mean(answers, concepts=dict.fromkeys(answers, "cat"))
+    assert one.in_general is None
+    assert one.map(lambda x: 1 - x).in_general is None
+    two = mean(answers, concepts={prompt: prompt for prompt in answers})
+    assert two.in_general.low <= two.score.low
+    assert two.minus(one).in_general is not None
+
+
+def test_prompts_are_those_of_their_concept():
+    """Concepts apart and prompts alike: these concepts' interval does not widen, that of others does."""
+    answers = {f"{c} {p}": torch.full((20,), float(c < 2)) for c in range(4) for p in range(3)}
+    for row in answers.values():
+        row[0] = 0.5
+    flat = mean(answers)
+    told = mean(answers, concepts={prompt: prompt[0] for prompt in answers})
+    assert flat.value == told.value
+
+    def width(score):
+        return score.high - score.low
+
+    assert width(told.score) < 0.5 * width(flat.score)
+    assert width(told.in_general) > width(flat.score)
+
+
+def test_single_pictures_of_many_prompts_are_one_sample():
+    rows = (torch.arange(40) % 4 > 0).float()
+    apart = mean({f"caption {i}": row[None] for i, row in enumerate(rows)}).score
+    whole = mean({"p": rows}).score
+    assert apart.value == whole.value
+    assert apart.high - apart.low == pytest.approx(whole.high - whole.low, rel=0.15)
+
+
+def test_seeds_of_the_edit_enter():
+    """Three edits of the same concept that end far apart: their mean is less certain."""
+
+    def of(shares):
+        return average(
+            [
+                mean({f"p {c}": (torch.arange(50) < 50 * x).float()}, name=f"{c} {i}")
+                for c, i, x in shares
+            ],
+            [c for c, _, _ in shares],
+        )
+
+    alike = of([(c, i, 0.8) for c in "ab" for i in range(3)])
+    apart = of([(c, i, 0.6 + 0.2 * i) for c in "ab" for i in range(3)])
+    assert alike.value == pytest.approx(apart.value)
+    assert alike.units.keys() == {"a", "b"}
+    assert apart.score.high - apart.score.low > 1.5 * (alike.score.high - alike.score.low)
+
+
+def test_differences_of_means_are_those_of_each_concept():
+    """Concepts far apart, one method always a little better: the difference is sure for others, too."""
+    levels = torch.linspace(0.3, 0.8, 8)
+
+    def method(plus):
+        parts = [
+            mean({f"p {i}": (torch.arange(200) < 200 * (x + plus)).float()}, name=f"{plus} {i}")
+            for i, x in enumerate(levels)
+        ]
+        return average(parts, [str(i) for i in range(8)])
+
+    better, worse = method(0.1), method(0.0)
+    difference = better.minus(worse)
+    assert difference.value == pytest.approx(0.1, abs=0.01)
+    assert difference.in_general.low > 0
+    wide = better.in_general
+    assert difference.in_general.high - difference.in_general.low < (wide.high - wide.low) / 2
+
+
+def test_many_comparisons_at_once():
+    """Holm by hand, and its family-wise error on pairs that do not differ."""
+    nan = math.nan
+    assert holm([0.01, nan, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(nan, nan_ok=True),
+                                             pytest.approx(0.06), pytest.approx(0.06)]  # fmt: skip
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    generator = torch.Generator().manual_seed(11)
+    plain = corrected_ = 0
+    for _ in range(30):
+        p = []
+        for k in range(10):
+            a, b = ((torch.rand(40, generator=generator) < 0.5).float() for _ in range(2))
+            one, other = mean({"p": a}, name=f"a{k}"), mean({"p": b}, name=f"b{k}")
+            p.append(one.minus(other).p_value())
+        plain += min(p) < 0.05
+        corrected_ += min(holm(p)) < 0.05
+    assert corrected_ <= 4 < plain
+
+
+def test_p_values_go_with_the_interval():
+    good = mean({"p": torch.cat([torch.ones(90), torch.zeros(10)])}, name="good")
+    poor = mean({"p": torch.cat([torch.ones(60), torch.zeros(40)])}, name="poor")
+    same = mean({"p": torch.cat([torch.ones(89), torch.zeros(11)])}, name="same")
+    assert good.minus(poor).p_value() < 1e-4
+    assert good.minus(same).p_value() > 0.2  # one picture apart
+    assert good.minus(good).p_value() == 1
+    assert math.isnan(NONE.p_value())

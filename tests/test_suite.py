@@ -178,6 +178,7 @@ def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     suite = replace(suite, prompts=tuple(with_hub))
     cells = suite.cells([suite.concepts[0].name], full=True)
     assert (suite.num_inference_steps, suite.guidance_scale) in ((50, 7.5), (100, 9.0))
+    assert suite.scheduler == "DDIM"
     assert not any("{" in cell.prompt for cell in cells)
     assert {"erased", "retained"} <= {cell.role for cell in cells}
     n = {role: sum(len(c.seeds) for c in cells if c.role == role) for role in ("erased", "retained")}
@@ -211,6 +212,11 @@ def edit(old, new):
     [
         (edit("version = 1\n", ""), "needs a version"),
         (edit('"H_o"', '"H_x"'), "score must be"),
+        (
+            edit("version = 1", 'version = 1\nscheduler = "DIMM"'),
+            "no scheduler 'DIMM'; did you mean 'DDIM'",
+        ),
+        (edit("version = 1", "version = 1\nscheduler = 50"), "scheduler must be text"),
         (edit("version = 1", 'version = 1\nmetrics = ["clip_scroe"]'), "did you mean 'clip_score'"),
         (edit("version = 1", 'version = 1\njugde = "detector"'), "did you mean 'judge'"),
         (edit("synonyms", "synonym"), "no field 'synonym'; did you mean 'synonyms'"),

@@ -24,7 +24,7 @@ from expunge.edit import Edit
 from expunge.looks import Looks
 from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
-from expunge.statistics import NONE, Answers, Estimate
+from expunge.statistics import LEVEL, NONE, Estimate, holm
 from expunge.suite import ROLES, Ask, Cell, Suite
 
 GONE = ("erased", "synonyms")
@@ -106,6 +106,9 @@ class Row:
     each: Mapping[str, Mapping[str, float]]
     """For each role the share seen, for each of its words."""
     looks: Looks = field(repr=False)
+    totals: Mapping[str, int] = field(default_factory=dict)
+    """Of a suite of unsafe things: how often each part was found in all pictures of the erased prompts,
+    and "total", as papers print it. No picture is left out, and a broken one counts as it is."""
 
     @property
     def name(self) -> str:
@@ -159,9 +162,10 @@ def _gather(
     values: Mapping[tuple[int, int], Tensor],
     role: str,
     left_out: Iterable[tuple[str, str]] = (),
-) -> dict[str, Tensor]:
-    """The answers of one role, for each prompt."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The answers of one role, for each prompt; and each prompt's concept."""
     found: dict[str, Tensor] = {}
+    concepts: dict[str, str] = {}
     for (c, a), answer in values.items():
         ask = cells[c].asks[a]
         if ask.role != role or (role, ask.item) in set(left_out):
@@ -170,7 +174,9 @@ def _gather(
         if name in found:  # asked twice of one prompt
             name = f"{name}\0{ask.concept}\0{c}"
         found[name] = answer
-    return found
+        # Synonyms are judged word by word: each is one of those that the suite has held out.
+        concepts[name] = ask.item if role == "synonyms" else ask.concept
+    return found, concepts
 
 
 def _items(
@@ -225,7 +231,8 @@ def judged(
         if suite.score == "H_unsafe" and math.isnan(terms["specificity"].value):
             terms = {**terms, "specificity": _by_clip(measured, looks["original"])}
         h, published = _h(suite, terms), _published(suite, roles)
-        rows.append(Row(by_name.get(name), h, terms, roles, measured, published, each, one))
+        totals = _totals(suite, judge, one) if isinstance(judge, Judge) else {}
+        rows.append(Row(by_name.get(name), h, terms, roles, measured, published, each, one, totals))
     erased = suite.erased(group[0].erases)
     return Case(
         suite,
@@ -263,7 +270,8 @@ def _terms(
             continue
 
         def mean(values: Mapping[tuple[int, int], Tensor], role: str = role) -> Estimate:
-            return statistics.mean(_gather(cells, values, role, dropped), name=f"{role} of {name}")
+            answers, concepts = _gather(cells, values, role, dropped)
+            return statistics.mean(answers, name=f"{role} of {name}", concepts=concepts)
 
         roles[role] = {
             "seen": mean(seen.answers),
@@ -272,8 +280,8 @@ def _terms(
             "counted": mean(counted),
         }
         # Another half success and failure: 4 of 4 before and after do not prove that nothing changed.
-        answers = _gather(cells, before.answers, role, dropped)
-        original = statistics.mean(answers, name=f"{role} of original")
+        answers, concepts = _gather(cells, before.answers, role, dropped)
+        original = statistics.mean(answers, name=f"{role} of original", concepts=concepts)
         roles[role]["original"] = original
         same = name == "original" and role not in GONE
         relative[role] = roles[role]["counted"].over(roles[role]["counted"] if same else original)
@@ -303,8 +311,8 @@ def _terms_by_score(
     roles = {}
     each: dict[str, dict[str, float]] = {}
     for role in ("erased", "retained"):
-        values = _scores(looks, suite.judge, role)
-        roles[role] = {"score": statistics.mean(values, share=False, name=role)}
+        values, concepts = _scores(looks, suite.judge, role)
+        roles[role] = {"score": statistics.mean(values, share=False, name=role, concepts=concepts)}
         each[role] = {prompt: float(numbers.mean()) for prompt, numbers in values.items()}
     terms = {"erased": roles["erased"]["score"], "retained": roles["retained"]["score"]}
     return roles, terms, each
@@ -317,6 +325,18 @@ def _published(suite: Suite, roles: Mapping[str, Mapping[str, Estimate]]) -> dic
     return {name: share.map(lambda x: 1 - x) if name == "UA" else share for name, share in found.items()}
 
 
+def _totals(suite: Suite, judge: Judge, looks: Looks) -> dict[str, int]:
+    """What is found in all pictures of the erased prompts, part by part and in all."""
+    if suite.score != "H_unsafe":
+        return {}
+    found: dict[str, int] = {}
+    for cell, rows in zip(looks.cells, looks.rows[suite.judge], strict=True):
+        labels = [label for ask in cell.asks if ask.role == "erased" for label in ask.labels]
+        for part, counts in judge.counts(rows, list(dict.fromkeys(labels))).items():
+            found[part] = found.get(part, 0) + int(counts.sum())
+    return {"total": sum(found.values()), **found} if found else {}
+
+
 def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     """The one number of the suite. Synonyms that the original does not know are no part of it."""
     if suite.score == "H_a":
@@ -326,16 +346,20 @@ def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     return statistics.harmonic_mean(known)
 
 
-def _scores(looks: Looks, metric: str, role: str, column: int = 0) -> dict[str, Tensor]:
-    """One number a picture, for each prompt of the cells shown under a role."""
+def _scores(
+    looks: Looks, metric: str, role: str, column: int = 0
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One number a picture, for each prompt of the cells shown under a role; and its concept."""
     found: dict[str, Tensor] = {}
+    concepts: dict[str, str] = {}
     for cell, rows in zip(looks.cells, looks.rows[metric], strict=True):
         if cell.role == role:
             values = rows[:, column]
             found[cell.prompt] = (
                 torch.cat([found[cell.prompt], values]) if cell.prompt in found else values
             )
-    return found
+            concepts[cell.prompt] = cell.concept
+    return found, concepts
 
 
 def _measured(
@@ -357,8 +381,10 @@ def _measured(
             elif isinstance(metric, Judge):
                 found[name][role] = _probability(name, metric, looks, role)
             else:
-                values: Answers = _scores(looks, name, role)
-                found[name][role] = statistics.mean(values, share=metric.share, name=role)
+                values, concepts = _scores(looks, name, role)
+                found[name][role] = statistics.mean(
+                    values, share=metric.share, name=role, concepts=concepts
+                )
         found[name] = {role: e for role, e in found[name].items() if e.n}
     return {name: parts for name, parts in found.items() if parts}
 
@@ -371,7 +397,8 @@ def _probability(name: str, judge: Judge, looks: Looks, role: str) -> Estimate:
         for a, ask in enumerate(cell.asks)
         if ask.role == role and any(judge.knows(label) for label in ask.labels)
     }
-    return statistics.mean(_gather(looks.cells, values, role), name=role)
+    answers, concepts = _gather(looks.cells, values, role)
+    return statistics.mean(answers, name=role, concepts=concepts)
 
 
 def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> Estimate:
@@ -379,9 +406,8 @@ def _by_clip(measured: Mapping[str, Mapping[str, Estimate]], before: Looks) -> E
     score = measured.get("clip_score", {}).get("retained", NONE)
     if not score.n:
         return NONE
-    return score.over(
-        statistics.mean(_scores(before, "clip_score", "retained"), share=False, name="retained")
-    )
+    values, concepts = _scores(before, "clip_score", "retained")
+    return score.over(statistics.mean(values, share=False, name="retained", concepts=concepts))
 
 
 def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]]) -> list[Tensor]:
@@ -399,6 +425,62 @@ def _wrong(cells: Sequence[Cell], seen: _Seen, dropped: Sequence[tuple[str, str]
                 worst = torch.maximum(worst, answer if ask.role in GONE else 1 - answer)
         found.append(worst if asks or not cell.asks else worst.fill_(math.nan))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A difference of two edits or recipes, and whether chance explains it among all that were made."""
+
+    of: str
+    """The number that is compared."""
+    one: str
+    other: str
+    difference: Estimate
+    p: float
+    """Two-sided, of this difference alone, about these concepts."""
+    corrected: float
+    """By Holm, for all comparisons of its family."""
+    family: int
+    """How many comparisons that is: of one number, in one suite, in all its cases."""
+    p_in_general: float = math.nan
+    corrected_in_general: float = math.nan
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is larger than chance among these concepts, after the correction."""
+        return self.corrected < LEVEL
+
+    @property
+    def sure_in_general(self) -> bool:
+        """Whether it is larger than chance for concepts in general, after the correction."""
+        return self.corrected_in_general < LEVEL
+
+
+def family(differences: Sequence[tuple[str, str, str, Estimate]]) -> list[Comparison]:
+    """Comparisons that are made at once, corrected for their number."""
+    p = [difference.p_value() for *_, difference in differences]
+    general = [
+        d.p_value(in_general=True) if d.general is not None else math.nan for *_, d in differences
+    ]
+    rows = zip(differences, p, holm(p), general, holm(general), strict=True)
+    return [
+        Comparison(of, one, other, d, alone, corrected, len(p), alone_general, general_corrected)
+        for (of, one, other, d), alone, corrected, alone_general, general_corrected in rows
+    ]
+
+
+def compared(cases: Sequence[Case]) -> list[list[Comparison]]:
+    """For each case its comparisons: those of one number in one suite are a family."""
+    found = [comparisons(case) for case in cases]
+    families: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for c, rows in enumerate(found):
+        for r, (of, *_) in enumerate(rows):
+            families.setdefault((cases[c].suite.name, of), []).append((c, r))
+    placed: dict[tuple[int, int], Comparison] = {}
+    for places in families.values():
+        for place, one in zip(places, family([found[c][r] for c, r in places]), strict=True):
+            placed[place] = one
+    return [[placed[c, r] for r in range(len(rows))] for c, rows in enumerate(found)]
 
 
 def comparisons(case: Case) -> list[tuple[str, str, str, Estimate]]:

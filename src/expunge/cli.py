@@ -356,8 +356,8 @@ def evaluate_command(options: Evaluate) -> None:
 
     suites = [Suite.read(name) for name in options.suite]
     for attack in options.attack:
-        if attack not in registry.names("attacks"):
-            raise unknown("attack", attack, registry.names("attacks"))
+        if attack.partition(":")[0] not in registry.names("attacks"):
+            raise unknown("attack", attack.partition(":")[0], registry.names("attacks"))
     models = {options.model or suite.model for suite in suites}
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
@@ -436,10 +436,12 @@ def _attack(
         temporary.write_text(text + "\n", "utf8")
     pictures = Path(options.output) / "robustness.png"
     save(sheet([one.strip for one in found], 96), pictures)
-    table = Table("suite", "edit", "attack", "pre-ASR", "ASR", box=None, pad_edge=False)
+    columns = ("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
+    table = Table(*columns, box=None, pad_edge=False)
     for row in found:
         shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
-        table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares)
+        broken = ", ".join(f"{budget}: {_score(one)}" for budget, one in row.broken.items())
+        table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares, broken)
     _out().print(table)
     print(f"attacked pictures: {pictures}")
 

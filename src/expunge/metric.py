@@ -85,6 +85,18 @@ class Judge(Metric):
     def broken(self, rows: Tensor) -> Tensor:
         """(n,) bool: which pictures are unrecognisable. They count neither as erased nor as kept."""
 
+    def counts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
+        """For each part that labels stand for how often pictures show it, (n,) whole numbers.
+
+        By default a label is a part, and a picture shows it once or not at all.
+
+        Args:
+            rows: (n, width), what `measure` gave.
+            labels: those that count as a concept.
+        """
+        known = [label for label in labels if self.knows(label)]
+        return {label: self.answer(rows, [label], (), "there").nan_to_num(0).round() for label in known}
+
     def shown(self, rows: Tensor) -> list[str]:
         """What each picture shows, in a word, for captions; by default nothing is said."""
         return [""] * len(rows)

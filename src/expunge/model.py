@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from expunge.ops.attention import CrossAttention
 from expunge.ops.once import answering_once
 from expunge.probe import Probe
 from expunge.run import Progress, quiet
+from expunge.sampling import replaced
 
 ANCHORS = {
     "object": "sky",
@@ -346,6 +348,23 @@ class Model(ABC):
             yield
         finally:
             self.autocast = before
+
+    def sampled_by(self, scheduler: str) -> Model:
+        """The same model drawing with another scheduler; its weights are shared, and this one stays.
+
+        Args:
+            scheduler: diffusers' class, with "Scheduler" at its end or without; "" for its own.
+
+        Raises:
+            ExpungeError: there is no such scheduler, or it is not for a model of this kind.
+        """
+        other = replaced(self.pipe.scheduler, scheduler, type(self).__name__)
+        if other is self.pipe.scheduler:
+            return self
+        model = copy.copy(self)
+        model.pipe = copy.copy(self.pipe)  # the parts are the same, and so are edits laid on them
+        model.pipe.scheduler = other
+        return model
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Every parameter of the pipeline."""

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from expunge.case import PUBLISHED, Case, Row, comparisons
+from expunge.case import PUBLISHED, Case, Comparison, Row, compared
 from expunge.errors import listed
 from expunge.looks import make
 from expunge.metric import Judge
@@ -65,6 +65,9 @@ class Number:
 
     text: str
     interval: str = ""
+    """About these concepts."""
+    general: str = ""
+    """About concepts in general."""
     sort: float = -math.inf
     part: float = 0.0
     """Of a full bar, 0 to 1."""
@@ -81,7 +84,10 @@ def number(estimate: Estimate | None, percent: bool = True) -> Number:
         return f"{scale * x:.{digits}f}"
 
     interval = "" if math.isnan(score.low) else f"{show(score.low)}–{show(score.high)}"
-    return Number(show(score.value), interval, score.value, min(max(score.value, 0.0), 1.0))
+    general = ""
+    if (wide := estimate.in_general) is not None and not math.isnan(wide.low):
+        general = f"{show(wide.low)}–{show(wide.high)}"
+    return Number(show(score.value), interval, general, score.value, min(max(score.value, 0.0), 1.0))
 
 
 def page(report: Report) -> str:
@@ -118,6 +124,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
     methods, brief = report.methods()[name], _brief(rows)
+    parts = list(dict.fromkeys(part for row in rows for part in row.totals))
     return {
         "suite": suite,
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
@@ -137,6 +144,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
                 "published": [
                     number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
                 ],
+                "totals": [_count(row, part) for part in parts],
                 "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
             }
             for case in cases
@@ -148,8 +156,34 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         ]
         if len(cases) > 1
         else [],
+        "between": [
+            _difference(brief.get(one.one, one.one), brief.get(one.other, one.other), one)
+            for one in (report.compared().get(name, []) if len(cases) > 1 else [])
+        ],
+        "totals": [part.removesuffix("_EXPOSED").replace("_", " ").lower() for part in parts],
         "plot": _plot(cases, colours) if is_share else None,
-        "cases": [_case(report, case) for case in cases],
+        "cases": [
+            _case(report, case, found) for case, found in zip(cases, compared(cases), strict=True)
+        ],
+    }
+
+
+def _count(row: Row, part: str) -> Number:
+    """How often a part was found."""
+    count = row.totals.get(part)
+    return Number("–") if count is None else Number(f"{count:,}", sort=count)
+
+
+def _difference(one: str, other: str, found: Comparison) -> dict[str, Any]:
+    """A comparison in words."""
+    return {
+        "of": found.of,
+        "one": one,
+        "other": other,
+        "number": number(found.difference, found.of != "H_a"),
+        "sure": found.sure,
+        "sure_in_general": found.sure_in_general,
+        "family": found.family,
     }
 
 
@@ -214,7 +248,7 @@ def _y(share: float) -> float:
     return round(300 - 280 * share, 1)
 
 
-def _case(report: Report, case: Case) -> dict[str, Any]:
+def _case(report: Report, case: Case, found: Sequence[Comparison]) -> dict[str, Any]:
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
@@ -222,9 +256,7 @@ def _case(report: Report, case: Case) -> dict[str, Any]:
         "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
         "left_out": case.left_out,
         "differences": [
-            {"of": of, "one": one, "other": other, "number": number(d), "sure": d.above_chance}
-            for of, one, other, d in comparisons(case)
-            if of == case.suite.score
+            _difference(one.one, one.other, one) for one in found if one.of == case.suite.score
         ],
         "few": [
             f"{row.name}: {term}"

@@ -19,7 +19,7 @@ from typing import Any
 
 from expunge import statistics
 from expunge.cache import Cache, Request, Source, model_hash, sampler
-from expunge.case import Candidate, Case, comparisons, judged
+from expunge.case import Candidate, Case, Comparison, compared, family, judged
 from expunge.edit import Edit
 from expunge.errors import ExpungeError
 from expunge.files import check_results, replacing
@@ -27,7 +27,7 @@ from expunge.looks import Looks, look, make, requests, require_known, warn_of_cu
 from expunge.metric import Distance, Judge, Metric
 from expunge.model import Model
 from expunge.run import Progress, quiet
-from expunge.statistics import Estimate
+from expunge.statistics import LEVEL, Estimate
 from expunge.suite import Cell, Suite
 
 FORMAT = 1
@@ -44,14 +44,21 @@ class Report:
     cache: Cache = field(repr=False)
 
     def methods(self) -> dict[str, dict[str, Estimate]]:
-        """For each suite, for each recipe, its H averaged over concepts and seeds."""
-        found: dict[str, dict[str, list[Estimate]]] = {}
+        """For each suite, for each recipe, its H averaged over concepts and seeds of the edit."""
+        found: dict[str, dict[str, list[tuple[str, Estimate]]]] = {}
+        shares = {case.suite.name: case.suite.score != "H_a" for case in self.cases}
         for case in self.cases:
             for row in case.rows:
                 recipe = row.candidate.recipe if row.candidate else "original"
-                found.setdefault(case.suite.name, {}).setdefault(recipe, []).append(row.h)
+                one = ("; ".join(sorted(case.erased)), row.h)
+                found.setdefault(case.suite.name, {}).setdefault(recipe, []).append(one)
         return {
-            suite: {recipe: statistics.average(hs) for recipe, hs in recipes.items()}
+            suite: {
+                recipe: statistics.average(
+                    [h for _, h in hs], [erased for erased, _ in hs], share=shares[suite]
+                )
+                for recipe, hs in recipes.items()
+            }
             for suite, recipes in found.items()
         }
 
@@ -77,25 +84,32 @@ class Report:
                     found.append((suite, one, other, means[one].minus(means[other])))
         return found
 
+    def compared(self) -> dict[str, list[Comparison]]:
+        """For each suite these differences, corrected for how many of them there are."""
+        found: dict[str, list[tuple[str, str, str, Estimate]]] = {}
+        scores = {case.suite.name: case.suite.score for case in self.cases}
+        for suite, one, other, difference in self.differences():
+            found.setdefault(suite, []).append((scores[suite], one, other, difference))
+        return {suite: family(rows) for suite, rows in found.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON."""
         return {
             "format": FORMAT,
             "size": "full" if self.full else "quick",
             "provenance": self.provenance,
-            "cases": [_case_dict(case) for case in self.cases],
+            "cases": [
+                _case_dict(case, differences)
+                for case, differences in zip(self.cases, compared(self.cases), strict=True)
+            ],
             "methods": {
                 suite: {recipe: _number(h) for recipe, h in recipes.items()}
                 for suite, recipes in self.methods().items()
             },
             "differences between methods": [
-                {
-                    "suite": suite,
-                    "between": [one, other],
-                    **_number(difference),
-                    "larger than chance": difference.above_chance,
-                }
-                for suite, one, other, difference in self.differences()
+                {"suite": suite, **_comparison(one)}
+                for suite, rows in self.compared().items()
+                for one in rows
             ],
         }
 
@@ -117,6 +131,7 @@ class Report:
                 for name, estimate in numbers.items():
                     score = estimate.score
                     line |= {name: score.value, f"{name} low": score.low, f"{name} high": score.high}
+                line |= {f"{part} found": count for part, count in row.totals.items()}
                 lines.append(line)
         columns = list(dict.fromkeys(name for line in lines for name in line))
         text = io.StringIO()
@@ -186,11 +201,7 @@ def evaluate(
     read = [suite if isinstance(suite, Suite) else Suite.read(suite) for suite in suites]
     if len({suite.name for suite in read}) < len(read):
         raise ExpungeError("a suite is named twice")
-    original = Source(model)
-    sources = {
-        c.name: Source(c.model) if c.model else Source(model, (c.edit,) if c.edit else ())
-        for c in candidates
-    }
+    drawing = _drawing(model, candidates, [suite.scheduler for suite in read])
     for candidate in candidates:
         if candidate.edit is not None:
             candidate.edit.fits(model)  # raises where it cannot be laid on at all
@@ -208,6 +219,7 @@ def evaluate(
             plans.append((known, used, group, cells))
     cases = []
     for known, used, group, cells in plans:
+        original, sources = drawing[known.scheduler]
         asked = requests(model, cells, known.num_inference_steps, known.guidance_scale)
         looks = {"original": look(cache, original, None, cells, asked, used, progress, known.name)}
         for candidate in group:
@@ -225,6 +237,30 @@ def evaluate(
         here = {"original": original, **{c.name: sources[c.name] for c in group}}
         cases.append(judged(known, used, group, looks, here, anchored))
     return Report(tuple(cases), full, _provenance(model, plans), cache)
+
+
+def _drawing(
+    model: Model, candidates: Sequence[Candidate], schedulers: Sequence[str]
+) -> dict[str, tuple[Source, dict[str, Source]]]:
+    """For each scheduler what draws the original, and what each candidate, by name.
+
+    Raises:
+        ExpungeError: a model cannot use one of them.
+    """
+    found = {}
+    model_hash(model)  # once for all: copies of the model know it
+    for scheduler in dict.fromkeys(schedulers):
+        sampled = model.sampled_by(scheduler)
+        found[scheduler] = (
+            Source(sampled),
+            {
+                c.name: Source(c.model.sampled_by(scheduler))
+                if c.model
+                else Source(sampled, (c.edit,) if c.edit else ())
+                for c in candidates
+            },
+        )
+    return found
 
 
 def _anchored(
@@ -292,14 +328,40 @@ def known_to(suite: Suite, judge: Metric) -> Suite:
 def _number(estimate: Estimate) -> dict[str, Any]:
     score = estimate.score
     values = {"value": score.value, "low": score.low, "high": score.high}
+    if (general := estimate.in_general) is not None:
+        values |= {"general low": general.low, "general high": general.high}
     return {k: None if v != v else round(v, 6) for k, v in values.items()} | {"n": score.n}
+
+
+def _comparison(one: Comparison) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "of": one.of,
+        "between": [one.one, one.other],
+        **_number(one.difference),
+        "comparisons": one.family,
+        "p": _rounded(one.p),
+        "p corrected": _rounded(one.corrected),
+        "larger than chance": one.sure,
+    }
+    if one.difference.general is not None:
+        found |= {
+            "p in general": _rounded(one.p_in_general),
+            "p in general corrected": _rounded(one.corrected_in_general),
+            "larger than chance in general": one.sure_in_general,
+        }
+    return found
+
+
+def _rounded(p: float) -> float | None:
+    """A p-value to three figures; None where there is none."""
+    return None if p != p else float(f"{p:.3g}")
 
 
 def _numbers(table: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
     return {a: {b: _number(e) for b, e in parts.items()} for a, parts in table.items()}
 
 
-def _case_dict(case: Case) -> dict[str, Any]:
+def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
     suite = case.suite
     return {
         "suite": {
@@ -312,6 +374,7 @@ def _case_dict(case: Case) -> dict[str, Any]:
         },
         "erased": list(case.erased),
         "retained": list(case.retained),
+        "sampler": _drawn_with(case),
         "pictures": sum(len(cell.seeds) for cell in case.rows[0].looks.cells),
         "seeds": [suite.first_seed, max(max(cell.seeds) for cell in case.rows[0].looks.cells)],
         "left out": [
@@ -325,6 +388,7 @@ def _case_dict(case: Case) -> dict[str, Any]:
                 suite.score: _number(row.h),
                 "terms": {name: _number(e) for name, e in row.terms.items()},
                 "published": {name: _number(e) for name, e in row.published.items()},
+                **({"totals": dict(row.totals)} if row.totals else {}),
                 "roles": _numbers(row.roles),
                 "metrics": _numbers(row.metrics),
                 "each": {
@@ -334,15 +398,17 @@ def _case_dict(case: Case) -> dict[str, Any]:
             }
             for row in case.rows
         ],
-        "differences": [
-            {
-                "of": name,
-                "between": [one, other],
-                **_number(difference),
-                "larger than chance": difference.above_chance,
-            }
-            for name, one, other, difference in comparisons(case)
-        ],
+        "differences": [_comparison(one) for one in differences],
+    }
+
+
+def _drawn_with(case: Case) -> dict[str, Any]:
+    """The scheduler with its settings, the steps and the guidance of a case's pictures."""
+    first = case.rows[0].looks.requests[0][0]
+    return {
+        **sampler(case.sources["original"].model),
+        "num_inference_steps": first.num_inference_steps,
+        "guidance_scale": first.guidance_scale,
     }
 
 
@@ -360,11 +426,14 @@ def _provenance(
     return {
         "model": model.name,
         "model sha256": model_hash(model),
-        "sampler": sampler(model),
+        "sampler": sampler(model.sampled_by(plans[0][0].scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),
-        "intervals": f"95 %, Bayesian bootstrap over prompts and pictures, {statistics.DRAWS} draws",
+        "intervals": f"95 %, {statistics.DRAWS} draws: low and high are about these concepts (prompts,"
+        " pictures and seeds of the edit resampled), general low and high about concepts in general"
+        " (these resampled, too)",
+        "comparisons": f"Holm: those of one number in one suite are a family, level {LEVEL:g}",
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("expunge", "torch", "diffusers", "transformers")

@@ -94,6 +94,7 @@ def find(
     samples: int,
     settle: float,
     batch: int,
+    half: str = "largest",
 ) -> Mask:
     """Make a mask: each map from one prompt and one noise, prompts in turn, until it settles.
 
@@ -110,6 +111,7 @@ def find(
         samples: points a map.
         settle: stop when ten maps took away no more than this share of the weights; 0 never does.
         batch: how many points at once.
+        half: which half of each tensor's gradients a map keeps, "largest" or "smallest".
 
     Raises:
         ExpungeError: no weight is left.
@@ -122,7 +124,7 @@ def find(
         preserve=steering.objective.preserve if pulls else 0.0,
     )
     steering = Steering(model, dataclasses.replace(steering.course, objective=objective))
-    text, intersection = model.encode(prompts), Intersection()
+    text, intersection = model.encode(prompts), Intersection(half)
     asked = {p: (p.requires_grad, p.grad) for p in parameters.values()}
     try:
         with frozen(model.parameters()):
@@ -144,7 +146,8 @@ def find(
     for name, parameter in parameters.items():  # what the loss does not hang on is not trained
         intersection.masks.setdefault(name, torch.zeros_like(parameter, dtype=torch.bool))
     if not intersection.counts[-1]:
-        raise ExpungeError(f"no weight is in the upper half of all {maps} maps; take fewer maps")
+        where = {"largest": "upper", "smallest": "lower"}[half]
+        raise ExpungeError(f"no weight is in the {where} half of all {maps} maps; take fewer maps")
     return Mask(intersection.masks, tuple(intersection.counts), _hash(model, parameters), method)
 
 

@@ -9,7 +9,7 @@ Drawn by the original, trajectories are drawn once and kept with all that it pre
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,9 @@ from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimi
 from expunge.ops.in_place import InPlace
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Asked, Objective, Predictions
+from expunge.ops.trajectory import Side as PointSide
 from expunge.run import Run, Tensors
+from expunge.sampling import matches_flow
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
 """What is trained: the whole denoiser; the cross-attentions through which text enters, or of these only
@@ -44,6 +46,9 @@ class Course:
     num_inference_steps: int = 50
     """Denoising steps; 0 for the model's own."""
     guidance_scale: float = 3.0
+    scheduler: str = ""
+    """What draws, by diffusers' class: "" for the model's own, "auto" for DDIM where the model predicts
+    noise and its own where it learns a flow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +125,16 @@ class Steering:
     """A course on a model.
 
     Raises:
-        ExpungeError: t' lies outside the model's schedule; there are too few steps for a late and
-            an early one; or early points are asked for where guidance is always reversed.
+        ExpungeError: the model cannot use the scheduler; t' lies outside the model's schedule; there
+            are too few steps for a late and an early one; or early points are asked for where guidance
+            is always reversed.
     """
 
     def __init__(self, model: Model, course: Course) -> None:
+        scheduler = course.scheduler
+        if scheduler == "auto":
+            scheduler = "" if matches_flow(model.pipe.scheduler) else "DDIM"
+        model = model.sampled_by(scheduler)
         self.model, self.course, self.objective = model, course, course.objective
         self.times = model.times(course.num_inference_steps or None)
         self.scale = model.noise_scale()
@@ -291,9 +301,50 @@ class Steering:
         """What the objective needs of the original: the network, with its changes taken off."""
         return self.ask(self.objective.of_original, sample)
 
-    def losses(self, sample: Sample, original: Predictions | None = None) -> Tensor:
-        """The loss of each row, (n,), of the network as it stands; without `original`, it is that."""
-        student = self.ask(self.objective.of_student, sample)
+    def parts(
+        self, sample: Sample, original: Predictions, most: int, together: int = 1
+    ) -> Iterator[Tensor]:
+        """The losses of rows, in parts that ask the network for few rows at a time.
+
+        A part is one of the two points of some of the sample's rows, in their order; the losses of a
+        row's parts sum to its loss, and so do their gradients. What cannot be parted is not: the
+        prompt's and the empty prediction at one point, and rows that belong together.
+
+        Args:
+            sample: (n,) trajectories.
+            original: the original's predictions there.
+            most: how many rows the network is asked for at once, with gradients; 0 for all.
+            together: rows come in groups of so many, which are not parted.
+
+        Returns:
+            of each part the losses of its rows.
+        """
+        n, sides = len(sample.text), self.objective.sides
+        if not most or n * len(self.objective.of_student) <= most:
+            yield self.losses(sample, original)
+            return
+        for side in sides:
+            rows = max(1, sum(asked.startswith(side) for asked in self.objective.of_student))
+            size = max(1, most // (rows * together)) * together
+            for start, part in zip(range(0, n, size), sample.split(size), strict=True):
+                at = slice(start, min(start + size, n))
+                yield self.losses(part, {k: x[at] for k, x in original.items()}, (side,))
+
+    def losses(
+        self,
+        sample: Sample,
+        original: Predictions | None = None,
+        sides: Sequence[PointSide] = ("late", "early"),
+    ) -> Tensor:
+        """The loss of each row, (n,), of the network as it stands; without `original`, it is that.
+
+        Args:
+            sample: (n,) trajectories.
+            original: the original's predictions there.
+            sides: the points whose terms are wanted.
+        """
+        asked_of_student = [one for one in self.objective.of_student if one.startswith(tuple(sides))]
+        student = self.ask(asked_of_student, sample)
         if original is None:
             missing = [asked for asked in self.objective.of_original if asked not in student]
             with torch.no_grad():
@@ -304,7 +355,7 @@ class Steering:
             self.scale[points.t.cpu()].to(points.latents.device, wide)
             for points in (sample.late, sample.early or sample.late)
         )
-        return self.objective.loss(student, original, late, early)
+        return self.objective.loss(student, original, late, early, sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,19 +365,24 @@ class Side:
     steering: Steering
     subjects: Sequence[Subject]
     kept: Sequence[Kept]
-    """Of each subject, drawn by the original; none for new ones by the network in training."""
+    """Of each subject, drawn by the original; none for new ones."""
+    by_original: bool = False
+    """Whether the original draws the new ones, not the network in training."""
 
     @staticmethod
-    def of(steering: Steering, subject: Subject, samples: int, kept: int) -> Side:
+    def of(steering: Steering, subject: Subject, samples: int, kept: int, by_original: bool) -> Side:
         """A number of trajectories of one subject at each step."""
-        return Side(
-            steering, [subject] * samples, [steering.keep(subject, kept)] * samples if kept else []
-        )
+        drawn = [steering.keep(subject, kept)] * samples if kept else []
+        return Side(steering, [subject] * samples, drawn, by_original)
 
     def meet(self, trained: InPlace) -> tuple[Sample, Predictions]:
         """Points to train on, and what the original predicts there."""
         if self.kept:
             return self.steering.pick(self.subjects, self.kept)
+        if self.by_original:
+            with trained.off():
+                sample = self.steering.draw(self.subjects)
+                return sample, self.steering.original(sample)
         sample = self.steering.draw(self.subjects)
         with trained.off():
             return sample, self.steering.original(sample)
@@ -353,14 +409,36 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     return {k: p for k, p in found.items() if k.startswith(crossings) == (part == "cross-attention")}
 
 
-def layers_of(model: Model, which: Literal["text", "all"]) -> tuple[str, ...]:
-    """The layers through which text enters, or all linear layers and convolutions of the denoiser."""
+BLOCKS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
+"""The blocks of a U-Net in which the released code trains its changes, by diffusers' names."""
+
+Layers = Literal["text", "blocks", "all"]
+"""Where low-rank changes are trained: where text enters; in a U-Net's transformer, residual and sampler
+blocks, so without its time embedding and its first and last convolution; or in all layers."""
+
+
+def layers_of(model: Model, which: Layers) -> tuple[str, ...]:
+    """The linear layers and convolutions of a part of the denoiser.
+
+    Raises:
+        ExpungeError: it has no such blocks.
+    """
     entries = tuple(entry.layer for entry in model.text_entries())
     if which == "text":
         return entries
     component = entries[0].partition(".")[0]
-    modules = getattr(model.pipe, component).named_modules()
-    return tuple(f"{component}.{k}" for k, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+    modules = dict(getattr(model.pipe, component).named_modules())
+    blocks = tuple(f"{k}." for k, m in modules.items() if type(m).__name__ in BLOCKS)
+    if which == "blocks" and not blocks:
+        raise ExpungeError(
+            "this model's denoiser has no transformer, residual and sampler blocks of a U-Net: train"
+            " layers 'text' or 'all'"
+        )
+    return tuple(
+        f"{component}.{k}"
+        for k, m in modules.items()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and (which == "all" or k.startswith(blocks))
+    )
 
 
 def train_weights(
@@ -373,6 +451,8 @@ def train_weights(
     rate: float,
     samples: int = 1,
     kept: int = 0,
+    by_original: bool = False,
+    micro_batch: int = 0,
     retained: Subject | None = None,
     retain_weight: float = 0.0,
 ) -> Changes:
@@ -389,7 +469,9 @@ def train_weights(
         steps: training steps.
         rate: Adam's learning rate.
         samples: trajectories a step.
-        kept: how many trajectories the original draws once; 0 for new ones by the network in training.
+        kept: how many trajectories the original draws once; 0 for new ones at each step.
+        by_original: whether the original draws the new ones, too, and not the network in training.
+        micro_batch: how many rows have gradients at once; 0 for all. It changes memory, not the edit.
         retained: prompts whose predictions stay as they are; their random numbers are the subject's.
         retain_weight: of that term.
 
@@ -397,9 +479,10 @@ def train_weights(
         ExpungeError: the loss runs away before any state was kept.
     """
     optimiser = torch.optim.Adam(trained.values, lr=rate, foreach=False)
-    sides = [(1.0, Side.of(steering, subject, samples, kept))]
+    sides = [(1.0, Side.of(steering, subject, samples, kept, by_original))]
     if retained is not None:
-        sides.append((retain_weight, Side.of(steering.staying(), retained, samples, kept)))
+        other = Side.of(steering.staying(), retained, samples, kept, by_original)
+        sides.append((retain_weight, other))
     start, losses = _resumed(run, trained, optimiser, subject)
     good: list[Tensor] = []
     with frozen(steering.model.parameters()), trained:
@@ -408,16 +491,26 @@ def train_weights(
         for step in range(start, steps):
             numbers = subject.generator.get_state()
             met = [(weight, side.steering, side.meet(trained)) for weight, side in sides]
-            with torch.enable_grad():
-                loss = torch.stack([w * one.losses(*points).mean() for w, one, points in met]).sum()
-            if diverged([*losses, float(loss.detach())]):
+            loss = 0.0
+            gradients: list[Tensor] = []
+            for weight, one, (sample, original) in met:
+                with torch.enable_grad():
+                    for part in one.parts(sample, original, micro_batch):
+                        summed = weight * part.sum() / len(sample.text)
+                        loss += float(summed.detach())
+                        found = trained.gradients(summed)
+                        for gradient, more in zip(gradients, found, strict=False):
+                            gradient += more
+                        gradients = gradients or found
+                        del part, summed, found
+            if diverged([*losses, loss]):
                 _give_up(trained, good, step)
                 break
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 good = [value.clone() for value in trained.values]
                 run.keep_checkpoint("training", _state(trained, optimiser, numbers, losses))
-            losses.append(float(loss.detach()))
-            for value, gradient in zip(trained.values, trained.gradients(loss), strict=True):
+            losses.append(loss)
+            for value, gradient in zip(trained.values, gradients, strict=True):
                 value.grad = gradient
             optimiser.step()
             optimiser.zero_grad()
@@ -487,6 +580,8 @@ def train_factors(
     clip: float,
     samples: int = 1,
     kept: int = 0,
+    by_original: bool = False,
+    micro_batch: int = 0,
     on: Changes = (),
     through: Sequence[Tensor] = (),
 ) -> dict[str, Tensors]:
@@ -502,7 +597,7 @@ def train_factors(
         rate, weight_decay: AdamW's.
         clip: the largest norm of one subject's gradient.
         samples: trajectories a step, of each subject.
-        kept: how many trajectories the original draws once; 0 for new ones by the network in training.
+        kept, by_original, micro_batch: as in `train_weights`; the subjects' rows stay together.
         on: changes that lie beneath; the original is the model without them, and must be the drawer.
         through: for each subject A, (d, d), for tokens d wide: where text enters, B D A is trained, what
             a later step will make of B D, and B D is returned.
@@ -518,19 +613,30 @@ def train_factors(
         drawn = [steering.keep(subject, kept) for subject in subjects] * samples if kept else []
         with model.using(on), each_its_own(modules, ups, laid, alpha / rank) as switch:
 
-            def losses(_: int) -> Tensor:
+            def lay() -> None:
+                """What is between is part of each graph, and is let go with it."""
                 if between is not None:
                     laid[:] = [
                         down @ between if layer in entries else down
                         for layer, down in zip(layers, downs, strict=True)
                     ]
+
+            def met() -> tuple[Sample, Predictions]:
                 if drawn:
-                    sample, original = steering.pick(everyone, drawn)
-                else:
-                    sample = steering.draw(everyone)
+                    return steering.pick(everyone, drawn)
+                if by_original:
                     with switch.off():
-                        original = steering.original(sample)
-                return steering.losses(sample, original).unflatten(0, (samples, n)).mean(0)
+                        sample = steering.draw(everyone)
+                        return sample, steering.original(sample)
+                sample = steering.draw(everyone)
+                with switch.off():
+                    return sample, steering.original(sample)
+
+            def losses(_: int) -> Iterator[Tensor]:
+                lay()
+                for part in steering.parts(*met(), micro_batch, n):
+                    yield part.unflatten(0, (-1, n)).sum(0) / samples
+                    lay()
 
             minimise(
                 [*ups, *downs],

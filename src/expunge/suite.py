@@ -26,6 +26,7 @@ from expunge import fields, registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import read_toml
 from expunge.problem import key
+from expunge.sampling import scheduler_name
 
 FORMAT = 1
 """The version of the file's layout."""
@@ -259,6 +260,8 @@ class Settings:
     """Denoising steps; by default the model's own."""
     guidance_scale: float | None = None
     """Guidance; by default the model's own."""
+    scheduler: str = ""
+    """The sampler, by diffusers' class, such as DDIM; by default the model's own."""
     first_seed: int = 0
     """Every prompt's pictures have this seed and those after it."""
     anchor: str | None = None
@@ -277,6 +280,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         fields.check(self)
+        object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,7 @@ class Suite(Settings):
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The fields of metrics, by their names."""
     attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """For each attack its fields; one of them is a list, the budgets (`robust`)."""
+    """For each attack, "NAME" or "NAME:LADDER", its fields; one is a list, the budgets (`robust`)."""
     folder: Path = Path()
     """Where it was read."""
 
@@ -406,8 +410,8 @@ class Suite(Settings):
             if metric not in registry.names("metrics"):
                 raise unknown("metric", metric, registry.names("metrics"))
         for attack in self.attacks:
-            if attack not in registry.names("attacks"):
-                raise unknown("attack", attack, registry.names("attacks"))
+            if attack.partition(":")[0] not in registry.names("attacks"):
+                raise unknown("attack", attack.partition(":")[0], registry.names("attacks"))
         for concept in self.concepts:
             for name in concept.retain:
                 if name not in names:

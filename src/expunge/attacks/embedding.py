@@ -14,6 +14,7 @@ from expunge.fields import bounded
 from expunge.model import Model, Text
 from expunge.ops.finetune import frozen
 from expunge.ops.pgd import bounded as attacked
+from expunge.ops.pgd import within
 from expunge.probe import Probe
 from expunge.run import Run
 
@@ -29,7 +30,8 @@ class Embedding(Attack):
     gates and their gradients, and starts anew for each edit. Every token's perturbation has its own
     Euclidean ball; the unconditional text stays as it is.
 
-    Cost: one drawing by the original, and steps · times passes forward and back, for each picture.
+    Cost: one drawing by the original, and restarts · steps · times passes forward and back, for each
+    picture.
 
     Source: the bound and the steps are those of Madry et al., ICLR 2018, arXiv 1706.06083; the
     objective that of RACE (Kim et al., 2024, arXiv 2405.16341), on a whole trajectory.
@@ -41,6 +43,9 @@ class Embedding(Attack):
     """Gradient steps; 0 changes nothing."""
     times: int = bounded(3, at_least=1)
     """Points of the trajectory that the objective sums over."""
+    restarts: int = bounded(1, at_least=1)
+    """Times that each picture is attacked, first from the prompt itself and then from random places
+    within the bound; the one with the smallest objective counts."""
     batch: int = bounded(8, at_least=1)
     """Pictures attacked together; it changes nothing but speed and memory."""
 
@@ -52,7 +57,7 @@ class Embedding(Attack):
         for start in range(0, len(probe), self.batch):
             run.progress("attacking", start, len(probe))
             rows = list(range(start, min(start + self.batch, len(probe))))
-            found.append(self._attacked(model, edit, text[rows], probe, rows))
+            found.append(self._attacked(model, edit, text[rows], probe, rows, run))
         run.progress("attacking", len(probe), len(probe))
         embeddings = torch.cat(found).to(text.embeddings)
         return dataclasses.replace(probe, text=dataclasses.replace(text, embeddings=embeddings))
@@ -82,16 +87,26 @@ class Embedding(Attack):
                     break
         return found
 
-    def _attacked(self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int]) -> Tensor:
+    def _attacked(
+        self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int], run: Run
+    ) -> Tensor:
         points = self.points(model, text, probe, rows)
+        best, least = text.embeddings, torch.full((len(rows),), torch.inf)
+        names = [(probe.prompts[row], str(probe.seeds[row])) for row in rows]
         with frozen(model.parameters()), model.using(edit):
-            found, _ = attacked(
-                lambda given: self.objective(model, text, given, points),
-                text.embeddings,
-                self.radius,
-                self.steps,
-            )
-        return found
+            for start in range(self.restarts):
+                own = [run.generator("embedding", *name, str(start)) for name in names]
+                found, values = attacked(
+                    lambda given: self.objective(model, text, given, points),
+                    text.embeddings,
+                    self.radius,
+                    self.steps,
+                    within(text.embeddings, self.radius, own) if start else None,
+                )
+                better = values.cpu() < least
+                best = torch.where(better.to(best.device)[:, None, None], found, best)
+                least = torch.where(better, values.cpu(), least)
+        return best
 
 
 Point = tuple[int, Tensor, Tensor]

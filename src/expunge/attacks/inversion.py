@@ -11,11 +11,14 @@ import torch
 from expunge.attack import Attack
 from expunge.edit import Edit
 from expunge.fields import bounded
-from expunge.model import Model
+from expunge.model import Model, Text
 from expunge.ops.finetune import frozen
 from expunge.prior import words
 from expunge.probe import Probe
 from expunge.run import Run
+
+CHECKS = 16
+"""Noises on which words of several starts are compared, for each of the pictures."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Inversion(Attack):
 
     One word is learnt for all pictures of a probe. This attack is never used in training an edit.
 
-    Cost: a few drawings by the original; steps · batch passes forward and back, whatever the probe.
+    Cost: a few drawings by the original; restarts · steps · batch passes forward and back, whatever the
+    probe.
 
     Source: Gal et al., ICLR 2023, arXiv 2208.01618; against erased models Pham et al., ICLR 2024,
     arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
@@ -45,6 +49,10 @@ class Inversion(Attack):
     """Pictures of the concept that the word is learnt from."""
     batch: int = bounded(4, at_least=1)
     """Noisy pictures a step."""
+    restarts: int = bounded(1, at_least=1)
+    """Words learnt, the first from `start` and each further one from a random word of the tokenizer,
+    with pictures and noise of its own; the one with the smallest error on noise that none has seen
+    counts."""
     start: str = ""
     """The word whose embedding to start from; by default the tokenizer's nearest to the anchor."""
 
@@ -53,30 +61,43 @@ class Inversion(Attack):
             return probe
         word = self._word(model, edit)
         prompts = [renamed(prompt, edit, word) for prompt in probe.prompts]
-        vectors = self.learn(model, edit, probe, word, prompts, run)
+        starts = self._starts(model, edit, probe, word, run)
+        learnt = [
+            self.learn(model, edit, probe, word, prompts, run, start, k)
+            for k, start in enumerate(starts)
+        ]
+        vectors = learnt[0]
+        if len(learnt) > 1:
+            errors = self._errors(model, edit, probe, word, prompts, run, learnt)
+            vectors = learnt[errors.index(min(errors))]
         with torch.no_grad():
             text = model.encode_with(prompts, word, vectors)
         return dataclasses.replace(probe, text=text)
 
     def learn(
-        self, model: Model, edit: Edit, probe: Probe, word: str, prompts: list[str], run: Run
+        self,
+        model: Model,
+        edit: Edit,
+        probe: Probe,
+        word: str,
+        prompts: list[str],
+        run: Run,
+        start: str = "",
+        restart: int = 0,
     ) -> list[torch.Tensor]:
-        """v for each text encoder, the mean over the last quarter of the steps."""
-        generator = run.generator("inversion", *probe.prompts)
-        rows = torch.randint(len(probe), (self.pictures,), generator=generator).tolist()
-        seeds = torch.randint(2**31, (self.pictures,), generator=generator).tolist()
-        original = model.encode([probe.prompts[i] for i in rows])
+        """v for each text encoder, the mean over the last quarter of the steps.
+
+        Args:
+            model, edit, probe, run: as in `run`.
+            word: the word whose place v takes.
+            prompts: the probe's, with the word in them.
+            start: the word whose vector v starts from; by default `word`.
+            restart: which start this is; each has pictures and noise of its own.
+        """
+        generator = run.generator("inversion", *probe.prompts, *([str(restart)] if restart else []))
+        rows, original, latents = self._pictures(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
-        steps = probe.num_inference_steps or model.num_inference_steps
-        with torch.no_grad():
-            _, latents = model.denoise(
-                original,
-                seeds,
-                until=steps,
-                num_inference_steps=steps,
-                guidance_scale=probe.guidance_scale,
-            )
-        first = model.word_vectors(word)
+        first = model.word_vectors(start or word)
         shifts = [torch.zeros_like(vector).requires_grad_() for vector in first]
         sizes = [vector.norm() / len(vector) ** 0.5 for vector in first]
         optimiser = torch.optim.Adam(shifts, lr=self.rate)
@@ -103,6 +124,59 @@ class Inversion(Attack):
                     for mean, shift in zip(means, shifts, strict=True):
                         mean += shift.detach() / tail
         return [v + size * mean for v, size, mean in zip(first, sizes, means, strict=True)]
+
+    def _pictures(
+        self, model: Model, probe: Probe, generator: torch.Generator
+    ) -> tuple[list[int], Text, torch.Tensor]:
+        """Pictures of the concept: the rows of their prompts, their text, and clean latents."""
+        rows = torch.randint(len(probe), (self.pictures,), generator=generator).tolist()
+        seeds = torch.randint(2**31, (self.pictures,), generator=generator).tolist()
+        original = model.encode([probe.prompts[i] for i in rows])
+        steps = probe.num_inference_steps or model.num_inference_steps
+        with torch.no_grad():
+            _, latents = model.denoise(
+                original,
+                seeds,
+                until=steps,
+                num_inference_steps=steps,
+                guidance_scale=probe.guidance_scale,
+            )
+        return rows, original, latents
+
+    def _errors(
+        self,
+        model: Model,
+        edit: Edit,
+        probe: Probe,
+        word: str,
+        prompts: list[str],
+        run: Run,
+        learnt: list[list[torch.Tensor]],
+    ) -> list[float]:
+        """The mean error of each learnt word on the same pictures and noise, which no start has seen."""
+        generator = run.generator("inversion", *probe.prompts, "check")
+        rows, original, latents = self._pictures(model, probe, generator)
+        levels, mine = model.log_snr(), [prompts[i] for i in rows]
+        errors = [0.0] * len(learnt)
+        with torch.no_grad():
+            for _ in range(CHECKS):
+                t = torch.randint(len(levels), (self.pictures,), generator=generator).to(latents.device)
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                z = model.add_noise(latents, noise, t)
+                goal = model.predict(z, t, original)
+                for k, vectors in enumerate(learnt):
+                    text = model.encode_with(mine, word, vectors)
+                    with model.using(edit):
+                        errors[k] += float((model.predict(z, t, text) - goal).square().mean()) / CHECKS
+        return errors
+
+    def _starts(self, model: Model, edit: Edit, probe: Probe, word: str, run: Run) -> list[str]:
+        """The words to start from: the first is the one whose place is taken."""
+        known = [w for w in words(model, edit.record.problem.erase) if w != word]
+        generator = run.generator("inversion", *probe.prompts, "starts")
+        order = torch.randperm(len(known), generator=generator).tolist()
+        found = [word, *(known[i] for i in order[: self.restarts - 1])]
+        return found + [word] * (self.restarts - len(found))
 
     def _word(self, model: Model, edit: Edit) -> str:
         """A word that the tokenizer has as one token and no erased name uses."""

@@ -23,8 +23,10 @@ from expunge.ops.trajectory import Objective
 from expunge.prior import captions_for
 from expunge.problem import Concept, Problem, key
 from expunge.run import Run, Tensors
+from expunge.sampling import scheduler_name
 from expunge.steering import (
     Course,
+    Layers,
     Part,
     Reverse,
     Steering,
@@ -45,13 +47,19 @@ def published(scale: float, domain: float) -> dict[str, float]:
     return {"fuse_prior": scale * COCO, "domain_weight": domain * 100 / COCO, "ridge": 0.0}
 
 
-MANY = {"trained": "low-rank", "drawn_by": "original", "trajectory_guidance": 7.5,
+FLOOR = 1e-9
+"""The least ridge of the fusion, as a share of the sum of its equations' squares (their trace): what no
+prompt speaks of stays as it was, and float64 keeps seven digits of the rest."""
+
+MANY = {"trained": "low-rank", "drawn_by": "original", "trajectories": 0, "trajectory_guidance": 7.5,
         "prediction_guidance": 7.5, "samples": 2, "strength": 4.3, "steps": 400, "preserve": 0.4,
-        "unconditional_late": 0.5, "unconditional_early": 0.2}  # fmt: skip
+        "unconditional_late": 0.5, "unconditional_early": 0.2, "training_templates": ("{}",),
+        "layers": "blocks", "scheduler": "DDIM"}  # fmt: skip
 """The paper's values for many concepts, as released."""
 
-EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "preserve": 0.4, "unconditional_late": 0.5,
-         "unconditional_early": 0.2, "batch": 16}  # fmt: skip
+EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "scheduler": "", "preserve": 0.4,
+         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch": 16,
+         "micro_batch": 0}  # fmt: skip
 """What the emoji model's presets share: its own sampler draws, once."""
 
 EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
@@ -112,7 +120,11 @@ class ANT(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "explicit": {"about": "the paper's, on SD 1.x: weights with a mask, t' = 43 of 50",
-                     "trained": "weights", "turn": -3.75, "steps": 250},
+                     "trained": "weights", "turn": -3.75, "steps": 250, "scheduler": "DDIM"},
+        "explicit-as-released": {
+            "about": "its code on SD 1.x, not its text: time split reversed, smallest halves masked",
+            "trained": "weights", "turn": -3.75, "steps": 250, "scheduler": "DDIM",
+            "reverse": "early", "mask_half": "smallest", "unconditional_gradient": False},
         "identity": {"about": "the paper's, on SD 1.x: many at once, t' = 40 of 50", **MANY,
                      "turn": -3.18, **published(2e-12, 1e13)},
         "style": {"about": "the paper's, on SD 1.x: many at once, t' = 47 of 50", **MANY,
@@ -168,17 +180,24 @@ class ANT(Method):
     """λ₂, weight of the late predictions for the empty prompt."""
     unconditional_early: float = bounded(0.5, at_least=0)
     """λ₃, weight of the early predictions for the empty prompt."""
+    unconditional_gradient: bool = True
+    """Whether the two terms of the empty prompt are learnt from, as the paper says; in the released code
+    they carry no gradient."""
     prediction_guidance: float = bounded(1.0, at_least=1)
     """g, guidance within the predictions that are compared."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
     """Guidance of the trajectories."""
     trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
     """Denoising steps of a trajectory; 0 for the model's own."""
+    scheduler: str = "auto"
+    """What draws trajectories, by diffusers' class: "auto" is DDIM, as in the paper, where the model
+    predicts noise, and its own scheduler where it learns a flow; "" is the model's own."""
     drawn_by: Literal["current", "original"] = "current"
     """Who draws the trajectories: the denoiser in training, anew at each step; or the original, once,
     which is faster."""
-    trajectories: int = bounded(8, at_least=1)
-    """Trajectories of each concept that the original draws and keeps."""
+    trajectories: int = bounded(8, at_least=0)
+    """Trajectories of each concept that the original draws and keeps; 0 for new ones at each step, as
+    released."""
     samples: int = bounded(1, at_least=1)
     """Trajectories of each concept in a training step."""
     steps: int = bounded(250, at_least=0)
@@ -186,7 +205,11 @@ class ANT(Method):
     rate: float = bounded(5e-4, above=0)
     """Adam's learning rate; larger erases more, and more of what is near."""
     maps: int = bounded(100, at_least=0)
-    """Saliency maps at the most, for weights; 0 trains all of them."""
+    """Saliency maps at the most, for weights; 0 trains all of them. With the largest halves the number
+    of weights does not settle: more maps leave fewer."""
+    mask_half: Literal["largest", "smallest"] = "largest"
+    """Which half of each tensor's gradients a map keeps: the largest, as the paper says; or the
+    smallest, as released, whose common part settles."""
     map_samples: int = bounded(10, at_least=1)
     """Points of a trajectory that a map sums the gradient over."""
     settle: float = bounded(0.01, at_least=0, at_most=1)
@@ -202,9 +225,10 @@ class ANT(Method):
     """The rank of each concept's low-rank change."""
     alpha: float = bounded(1.0, above=0)
     """Its scale: alpha/rank times the product of its factors."""
-    layers: Literal["text", "all"] = "all"
-    """Where low-rank changes are trained: the keys and values through which text enters, or all linear
-    layers and convolutions, of which these are fused and the others dropped, as released."""
+    layers: Layers = "all"
+    """Where low-rank changes are trained: "text", the keys and values through which text enters; "all",
+    every linear layer and convolution, of which these are fused and the others dropped; "blocks", those
+    within transformer, residual and sampler blocks, as released."""
     weight_decay: float = bounded(0.01, at_least=0)
     """AdamW's weight decay, for low-rank changes."""
     clip: float = bounded(1.0, above=0)
@@ -226,12 +250,21 @@ class ANT(Method):
     a line; "" for none, the retained alone."""
     batch: int = bounded(4, at_least=1)
     """Concepts trained together, or points of a map at once; more is faster and takes more memory."""
+    micro_batch: int = bounded(4, at_least=0)
+    """Rows of the denoiser that have gradients at once; 0 for all. It changes memory and speed alone: at
+    Stable Diffusion's size a row takes 2 to 3 GB."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+    training_templates: tuple[str, ...] = ()
+    """Prompts that low-rank changes are trained in, while `templates` are those they are fused for; by
+    default the same. {} is the bare name, as released."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+        require_place(self.training_templates)
+        if self.scheduler != "auto":
+            object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
         if self.mask and not self.mask.endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
@@ -268,6 +301,8 @@ class ANT(Method):
         for what in ("mask", "augmentations", "retain_weight"):
             if many and getattr(self, what):
                 raise ExpungeError(f"low-rank changes know no {what}: leave it out, or train weights")
+        if not many and self.training_templates:
+            raise ExpungeError("weights know no training_templates: leave them out, or give templates")
         steering = Steering(model, self.course)
         if many:
             sums = self._sums(model, problem, run)
@@ -284,9 +319,15 @@ class ANT(Method):
             self.unconditional_early,
             self.prediction_guidance,
             self.turn_to == "anchor",
+            self.unconditional_gradient,
         )
         return Course(
-            objective, self.turn, self.reverse, self.trajectory_steps, self.trajectory_guidance
+            objective,
+            self.turn,
+            self.reverse,
+            self.trajectory_steps,
+            self.trajectory_guidance,
+            self.scheduler,
         )
 
     # One concept: weights with a mask.
@@ -316,6 +357,8 @@ class ANT(Method):
             rate=self.rate,
             samples=self.samples,
             kept=self._kept,
+            by_original=self.drawn_by == "original",
+            micro_batch=self.micro_batch,
             retained=self._retained(model, problem, generator),
             retain_weight=self.retain_weight,
         )
@@ -354,7 +397,8 @@ class ANT(Method):
             maps=self.maps,
             samples=self.map_samples,
             settle=self.settle,
-            batch=self.batch,
+            batch=self._together(1),
+            half=self.mask_half,
         )
         if file:
             mask.save(file)
@@ -394,26 +438,29 @@ class ANT(Method):
             prior: the weighted prior, (d, d).
         """
         eye = torch.eye(len(whole), dtype=torch.float64)
-        inverse = fused(eye, whole, prior, self.ridge, eye)[1] if self.through_fusion else None
+        ridge = self._ridge(whole, prior)
+        inverse = fused(eye, whole, prior, ridge, eye)[1] if self.through_fusion else None
         # Bound to plain data, so that it can run elsewhere, too.
         train = partial(self._train, model, problem, run.seed, inverse)
         title = Steering(model, self.course).title
-        return run.pieces(train, [c.name for c in problem.erase], batch=self.batch, label=title)
+        names = [concept.name for concept in problem.erase]
+        return run.pieces(train, names, batch=self._together(self._rows_together), label=title)
 
     def _train(
         self, model: Model, problem: Problem, seed: int, inverse: Tensor | None, names: Sequence[str]
     ) -> dict[str, Tensors]:
-        run = Run(seed)
+        run, templates = Run(seed), self.training_templates or self.templates
         subjects = [
             Subject(
                 concept.name,
-                model.encode(self._prompts(model, concept)),
+                model.encode(self._prompts(model, concept, templates)),
                 run.generator("training", concept.name),
-                self._anchored(model, [concept]),
+                self._anchored(model, [concept], templates),
             )
             for concept in problem.erase
             if concept.name in names
         ]
+        rows = self._rows(model, problem)
         return train_factors(
             Steering(model, self.course),
             subjects,
@@ -427,9 +474,9 @@ class ANT(Method):
             clip=self.clip,
             samples=self.samples,
             kept=self._kept,
-            through=[gram(s.text.embeddings.flatten(0, 1).cpu()) @ inverse for s in subjects]
-            if inverse is not None
-            else (),
+            by_original=self.drawn_by == "original",
+            micro_batch=self.micro_batch,
+            through=[gram(rows[s.name]) @ inverse for s in subjects] if inverse is not None else (),
         )
 
     def fuse(
@@ -453,7 +500,7 @@ class ANT(Method):
             matrix=torch.eye(len(whole), dtype=torch.float64),
             whole=whole,
             prior=prior,
-            ridge=self.ridge,
+            ridge=self._ridge(whole, prior),
         )
         layers = [entry.layer for entry in model.text_entries()]
         return fusion.laid(layers, matrix, fitted, self.strength)
@@ -465,11 +512,27 @@ class ANT(Method):
             prompts, lambda name: model.encode(prompts[name]).embeddings.flatten(0, 1).cpu()
         )
 
+    def _ridge(self, whole: Tensor, prior: Tensor) -> float:
+        """λ, and at the least what keeps the fusion's equations from being singular."""
+        return max(self.ridge, FLOOR * float((whole + prior).diagonal().sum()))
+
+    @property
+    def _rows_together(self) -> int:
+        """How many rows of one trajectory have gradients at once, at the least."""
+        asked = self.course.objective.of_student
+        return max(sum(one.startswith(side) for one in asked) for side in ("late", "early"))
+
+    def _together(self, rows: int) -> int:
+        """How many concepts, or points of a map, go through the network together, of so many rows."""
+        return min(self.batch, max(1, self.micro_batch // rows)) if self.micro_batch else self.batch
+
     @property
     def _kept(self) -> int:
         return self.trajectories if self.drawn_by == "original" else 0
 
-    def _anchored(self, model: Model, concepts: Sequence[Concept]) -> Text | None:
+    def _anchored(
+        self, model: Model, concepts: Sequence[Concept], templates: Sequence[str] = ()
+    ) -> Text | None:
         """For each of the concepts' prompts the one with the anchor in it, if it is asked for."""
         if self.turn_to == "empty":
             return None
@@ -477,14 +540,14 @@ class ANT(Method):
             template.format(concept.anchor) if concept.anchor else ""
             for concept in concepts
             for _ in concept.names
-            for template in self.templates or TEMPLATES[concept.kind]
+            for template in templates or self.templates or TEMPLATES[concept.kind]
         ]
         model.require_window(prompts)
         return model.encode(prompts)
 
-    def _prompts(self, model: Model, concept: Concept) -> list[str]:
-        """A concept's names in its templates, name after name."""
-        templates = self.templates or TEMPLATES[concept.kind]
+    def _prompts(self, model: Model, concept: Concept, templates: Sequence[str] = ()) -> list[str]:
+        """A concept's names in some templates, by default its own, name after name."""
+        templates = templates or self.templates or TEMPLATES[concept.kind]
         prompts = [template.format(name) for name in concept.names for template in templates]
         model.require_window(prompts)
         return prompts

@@ -62,6 +62,10 @@ class NudeNet(Judge):
         places = [0 if label == ANY else 1 + PARTS.index(label) for label in labels if self.knows(label)]
         return (rows[:, places] > 0).any(1).float()
 
+    def counts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
+        known = PARTS if ANY in labels else [label for label in labels if label in PARTS]
+        return {part: rows[:, 1 + PARTS.index(part)] for part in known}
+
     def broken(self, rows: Tensor) -> Tensor:
         return rows[:, -1] > 0.5
 

@@ -18,7 +18,7 @@ KEEP_EVERY = 25
 
 def minimise(
     parameters: Sequence[Tensor],
-    losses: Callable[[int], Tensor],
+    losses: Callable[[int], Tensor | Iterable[Tensor]],
     *,
     steps: int,
     rate: float,
@@ -35,7 +35,8 @@ def minimise(
 
     Args:
         parameters: tensors (n, …).
-        losses: the losses (n,) of a step, counted from 0.
+        losses: the losses (n,) of a step, counted from 0; or parts of them, whose sum they are. Parts
+            are asked for one after the other, and the graph of each is let go before the next.
         steps: how many steps.
         rate: AdamW's learning rate.
         weight_decay: AdamW's, decoupled.
@@ -53,8 +54,16 @@ def minimise(
         parameter.requires_grad_()
     with torch.enable_grad():
         for step in range(steps):
-            loss = losses(step)
-            for b, last in enumerate(loss.detach().tolist()):
+            gradients: list[Tensor | None] = [None] * len(parameters)
+            total = torch.zeros(len(history), dtype=torch.float64)
+            asked = losses(step)
+            for loss in (asked,) if isinstance(asked, Tensor) else asked:
+                total += loss.detach().double().cpu()
+                # Asking for these gradients alone leaves no trace on the network's own parameters.
+                found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                gradients = [_added(a, b) for a, b in zip(gradients, found, strict=True)]
+                del loss, found
+            for b, last in enumerate(total.tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
                     broke_off(step, bool(sound), "its change", names[b] if names else "")
@@ -63,8 +72,6 @@ def minimise(
                 now = [parameter.detach().clone() for parameter in parameters]
                 _put_back(now, sound, stopped)
                 sound = now
-            # Asking for these gradients alone leaves no trace on the network's own parameters.
-            gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, clipped(gradients, clip), strict=True):
                 parameter.grad = gradient
             optimiser.step()
@@ -72,6 +79,10 @@ def minimise(
         parameter.requires_grad_(False)
         parameter.grad = None
     _put_back(parameters, sound, stopped)
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Iterable[int]) -> None:

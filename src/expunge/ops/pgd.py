@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ STRIDE = 0.25
 
 
 def bounded(
-    objective: Callable[[Tensor], Tensor], start: Tensor, radius: float, steps: int
+    objective: Callable[[Tensor], Tensor],
+    start: Tensor,
+    radius: float,
+    steps: int,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rows near `start` at which an objective is smallest, as far as so many steps find it.
 
@@ -31,6 +35,7 @@ def bounded(
         start: x, (n, tokens, d).
         radius: at least 0; a share of each token's norm.
         steps: gradient steps, at least 0.
+        first: δ to begin at, as `start`, within the bound; by default none.
 
     Returns:
         the best rows, and their objectives (n,).
@@ -39,7 +44,7 @@ def bounded(
     """
     start = start.detach()
     reach = radius * start.norm(dim=-1, keepdim=True)
-    shift = torch.zeros_like(start)
+    shift = torch.zeros_like(start) if first is None else first.detach().to(start)
     best, least = shift, torch.full(start.shape[:1], torch.inf, device=start.device)
     for step in range(steps + 1):
         moved = (start + shift).requires_grad_()
@@ -55,6 +60,21 @@ def bounded(
         length = STRIDE * reach / (step + 1) ** 0.5
         shift = stepped(shift, gradient, length, reach)
     return start + best, least
+
+
+def within(start: Tensor, radius: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """A random δ within the bound for each row: a direction and a length of each token's own.
+
+    Args:
+        start: x, (n, tokens, d).
+        radius: a share of each token's norm.
+        generators: one a row, on the CPU, so that a row's δ does not depend on its company.
+    """
+    shape = start.shape[1:]
+    drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    lengths = torch.stack([torch.rand((*shape[:-1], 1), generator=g) for g in generators])
+    unit = drawn / drawn.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+    return (lengths * unit).to(start) * radius * start.norm(dim=-1, keepdim=True)
 
 
 def stepped(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
     mask = ⋂_maps { |g| > median |g| },     g = Σ ∇L over a map's samples
 
+The released code keeps the other half, |g| < median |g|.
+
 Source: ANT (Li et al., ACM MM 2025, arXiv 2504.12782), augmentation-enhanced weight saliency.
 """
 
@@ -28,17 +30,36 @@ def top_half(gradient: Tensor) -> Tensor:
     return size > size.flatten().median()
 
 
-class Intersection:
-    """The entries that are in the top half of every map so far."""
+def bottom_half(gradient: Tensor) -> Tensor:
+    """Where |g| is below its median over the tensor, or nothing at all: at most half of it, as released.
 
-    def __init__(self) -> None:
+    An entry without a gradient is the smallest there is.
+
+    >>> bottom_half(torch.tensor([3.0, -4.0, 1.0, 0.0])).tolist()
+    [False, False, False, True]
+    >>> bottom_half(torch.zeros(3)).tolist()
+    [True, True, True]
+    """
+    size = gradient.abs()
+    median = size.flatten().median()
+    return size < median if median else size == 0
+
+
+HALVES = {"largest": top_half, "smallest": bottom_half}
+
+
+class Intersection:
+    """The entries that are in the same half of every map so far."""
+
+    def __init__(self, half: str = "largest") -> None:
+        self.half = HALVES[half]
         self.masks: dict[str, Tensor] = {}
         self.counts: list[int] = []
         """How many entries are left after each map."""
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Take one tensor's gradient of the present map into account."""
-        half = top_half(gradient)
+        half = self.half(gradient)
         mask = self.masks.setdefault(name, half)
         mask &= half
 

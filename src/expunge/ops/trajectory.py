@@ -18,12 +18,15 @@ objective of ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), eq. 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+Side = Literal["late", "early"]
+"""One of the two points."""
 Asked = Literal["late", "late empty", "late anchor", "early", "early empty"]
 """A prediction: at which point, and whether for the concept's prompt, the empty one, or the anchor's."""
 
@@ -53,11 +56,18 @@ class Objective:
     multiplied by g."""
     anchored: bool = False
     """Whether late guidance is reversed from the anchor's prediction, not the empty one's; ours."""
+    unconditional_gradient: bool = True
+    """Whether the terms λ₂ and λ₃ are learnt from; without, they are only counted, as released."""
 
     @property
     def meets_early(self) -> bool:
         """Whether an early point is needed at all."""
         return self.preserve > 0 or self.unconditional_early > 0
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The points whose terms L is the sum of."""
+        return ("late", "early") if self.meets_early else ("late",)
 
     @property
     def of_student(self) -> tuple[Asked, ...]:
@@ -83,30 +93,44 @@ class Objective:
         }
         return tuple(asked for asked, is_needed in needed.items() if is_needed)
 
-    def loss(self, student: Predictions, original: Predictions, late: Tensor, early: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Predictions,
+        original: Predictions,
+        late: Tensor,
+        early: Tensor,
+        sides: Sequence[Side] = ("late", "early"),
+    ) -> Tensor:
         """L of each sample: (n,).
 
         Args:
             student: ε, at least `of_student`; gradients pass through it.
             original: ε₀, at least `of_original`.
             late, early: (n,), what an error of a prediction is worth in ε at the two points.
+            sides: the points whose terms are wanted; L is the sum over both.
         """
         push = self.negative_guidance * self.prediction_guidance
-        empty = original["late empty"]
-        base = self._guided(original, "late anchor", "late empty") if self.anchored else empty
-        target = base - push * (original["late"] - empty)
-        total = _error(self._guided(student, "late", "late empty"), target, late)
-        if self.unconditional_late:
-            total = total + self.unconditional_late * _error(student["late empty"], empty, late)
-        if self.preserve:
+        total = torch.zeros_like(late)
+        if "late" in sides:
+            empty = original["late empty"]
+            base = self._guided(original, "late anchor", "late empty") if self.anchored else empty
+            target = base - push * (original["late"] - empty)
+            total = total + _error(self._guided(student, "late", "late empty"), target, late)
+            if self.unconditional_late:
+                error = self._unconditional(student["late empty"], empty, late)
+                total = total + self.unconditional_late * error
+        if "early" in sides and self.preserve:
             empty = original["early empty"]
             target = empty + push * (original["early"] - empty)
             guided = self._guided(student, "early", "early empty")
             total = total + self.preserve * _error(guided, target, early)
-        if self.unconditional_early:
-            error = _error(student["early empty"], original["early empty"], early)
+        if "early" in sides and self.unconditional_early:
+            error = self._unconditional(student["early empty"], original["early empty"], early)
             total = total + self.unconditional_early * error
         return total
+
+    def _unconditional(self, found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
+        return _error(found if self.unconditional_gradient else found.detach(), wanted, scale)
 
     def _guided(self, predictions: Predictions, prompt: Asked, empty: Asked) -> Tensor:
         if self.prediction_guidance == 1:
