@@ -16,7 +16,7 @@ from expunge.prior import captions, prior
 from expunge.problem import Problem
 from expunge.templates import TEMPLATES
 
-RETAINED = ("{}", "a photo of the {}")
+RETAINED = ("{}", "here is the {}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ BANDS = (0, 3, 9, 27)
 tokens say of a prompt fades as they go on, so that one gate for all would fit none. The phrase's own
 tokens and the words behind it have a gate each, too."""
 
-RETAINED = ("{}", "a photo of the {}")
+RETAINED = ("{}", "here is the {}")
 """The prompts in which a gate is kept closed on what a problem retains."""
 
 LEVELS = 8

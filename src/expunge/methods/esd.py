@@ -20,7 +20,7 @@ from expunge.templates import require_place
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
 EMOJI = {"trajectory_steps": 0, "rate": 3e-5, "steps": 100, "samples": 2, "turn": -2.5,
-         "templates": ("{}", "a photo of the {}")}  # fmt: skip
+         "templates": ("{}", "an image of the {}", "the {} in a picture")}  # fmt: skip
 """Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
 
 

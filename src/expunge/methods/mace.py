@@ -21,7 +21,7 @@ from expunge.model import Model, Text
 from expunge.ops.attention import AttentionReader, energy, grid
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import gram, outer, right_factor
+from expunge.ops.least_squares import FLOOR, floored, gram, outer, right_factor
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
@@ -39,12 +39,12 @@ COCO = 616_767
 def published(scale: float, domain: float = 0.0) -> dict[str, float]:
     """The paper's scales of a prior that is a sum, for one that is a mean.
 
-    Its second prior, scale · Σ_captions, is scale · 616,767 times the mean per caption. Its code
-    multiplies the first by the scale twice. Within both stands domain · Σ_names, over 100 names
-    and one prompt each as far as is known: 100 times the mean, to 616,767.
+    Both priors, scale · Σ_captions, are scale · 616,767 times the mean per caption. Within both stands
+    domain · Σ_names, over 100 names and one prompt each as far as is known: 100 times the mean, to
+    616,767.
     """
     return {
-        "refine_prior": scale**2 * COCO,
+        "refine_prior": scale * COCO,
         "fuse_prior": scale * COCO,
         "domain_weight": domain * 100 / COCO,
     }
@@ -167,7 +167,7 @@ class MACE(Method):
         min_W*  Σᵢ Σ ‖W* eᶠ − (W' + BᵢDᵢ) eᶠ‖² + λ₂ (as above) + λ ‖W* − W'‖²
 
     with W* = W M₂ + Σᵢ Bᵢ (DᵢGᵢK): one matrix and one low-rank change a layer, however many concepts.
-    Without *fuse*, the changes are added up as they are.
+    Without *fuse*, the changes are averaged, as in the second row of the paper's ablation (`combine`).
 
     The paper's "target", "destination" and "preservation" are our erase, anchor and retain. λ and the
     sums are as published: a sum over templates and names, each of 77 tokens.
@@ -206,8 +206,14 @@ class MACE(Method):
     ridge: float = bounded(100.0, at_least=0)
     """λ, pull to the weight before, in units of a squared embedding (about 600 for one token of a
     CLIP); the sums it stands against run over all tokens of 30 prompts. Larger erases less."""
+    ridge_floor: float = bounded(FLOOR, at_least=0, at_most=1)
+    """The least λ, as a share of the mean of the diagonal of what it stands against, prompts and
+    prior. With 0, λ is the ridge alone, as in the paper, and few prompts can leave too few equations."""
     refine_prior: float = bounded(0.0, at_least=0)
     """λ₁, weight of the prior in *refine*, for a mean per caption."""
+    refine_scale: Literal["once", "as-released"] = "once"
+    """Whether λ₁ is the prior's scale, as in equation 2, or its square, as the released first stage has
+    it for few concepts. The square leaves the prior next to no weight."""
     fuse_prior: float = bounded(0.0, at_least=0)
     """λ₂, weight of the prior in *fuse*, for a mean per caption."""
     domain_weight: float = bounded(0.0, at_least=0)
@@ -217,6 +223,9 @@ class MACE(Method):
     a line, or OWNER/NAME:COLUMN:SPLIT, a data set of the Hub; "" for none, the retained alone."""
     rank: int = bounded(1, at_least=1)
     """The rank of each concept's change."""
+    combine: Literal["average", "sum"] = "average"
+    """What becomes of the concepts' changes without *fuse*: W' + Σ BᵢDᵢ / n, weights that sum to one;
+    or W' + Σ BᵢDᵢ, each as strong as alone."""
     steps: int = bounded(50, at_least=0)
     """Training steps a concept."""
     rate: float = bounded(1e-5, above=0)
@@ -289,7 +298,9 @@ class MACE(Method):
         if "fuse" in self.stages:
             matrix, factors = self.fuse(groups, sums, kept, matrix, factors)
         layers = [entry.layer for entry in model.text_entries()]
-        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors)
+        averaged = factors and "fuse" not in self.stages and self.combine == "average"
+        scale = 1 / len(factors) if averaged else 1.0
+        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors, scale)
 
     def refine(self, sums: Sums, kept: Tensor) -> Tensor:
         """M, (d, d), float64: sends the words around a concept where its anchor's go.
@@ -298,7 +309,9 @@ class MACE(Method):
             sums: over the concepts' prompts.
             kept: the prior's sum, (d, d).
         """
-        return right_factor(sums.cross, sums.contexts, self.refine_prior * kept, self.ridge)
+        prior = self.refine_weight * kept
+        ridge = floored(self.ridge, self.ridge_floor, sums.contexts, prior)
+        return right_factor(sums.cross, sums.contexts, prior, ridge)
 
     def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: Run) -> dict[str, Tensors]:
         """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
@@ -336,7 +349,14 @@ class MACE(Method):
             whole=sums.whole,
             prior=self.fuse_prior * kept,
             ridge=self.ridge,
+            floor=self.ridge_floor,
         )
+
+    @property
+    def refine_weight(self) -> float:
+        """λ₁, for a mean per caption."""
+        # Its scale s for COCO's sum is λ₁ / 616,767; s² for the sum is s² · 616,767 for the mean.
+        return self.refine_prior**2 / COCO if self.refine_scale == "as-released" else self.refine_prior
 
     # What the stages stand on.
 
