@@ -94,7 +94,7 @@ def all_pairs(model, problem):
 
 
 def test_refine_against_a_slow_reading_of_its_equation(model, captions):
-    method = MACE(stages=("refine",), ridge=0.7, refine_prior=2.0, domain_weight=3.0,
+    method = MACE(stages=("refine",), ridge=0.7, ridge_floor=0.0, refine_prior=2.0, domain_weight=3.0,
                   captions=captions, templates=SHORT)  # fmt: skip
     (change,) = fit(model, PROBLEM, method)
     kept = plain_prior(model, PROBLEM, method, ["a cat with the truck", "a frog of art", "ground"])
@@ -551,7 +551,7 @@ def test_what_is_retained_must_weigh_something(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ridge": 0.0}, r"equations are .*singular.*: raise the ridge from 0, or retain more prompts"),
+        ({"ridge": 0.0, "ridge_floor": 0.0}, r"equations are .*singular.*: raise the ridge from 0, or retain more prompts"),
         ({"refine_prior": 1.0, "captions": "{empty}"}, "empty.txt has no captions"),
         ({"refine_prior": 1.0, "captions": "{absent}"}, "cannot read .*absent.txt: there is no such"),
     ],
@@ -593,7 +593,10 @@ def test_presets_are_methods_and_templates_are_thirty():
         assert values["about"]
         MACE(**{name: value for name, value in values.items() if name != "about"})
     assert MACE.presets["explicit"]["fuse_prior"] == pytest.approx(0.4317, rel=1e-3)
-    assert MACE.presets["identity-100"]["refine_prior"] == pytest.approx(6.168e-3, rel=1e-3)
+    for name, values in MACE.presets.items():  # λ₁ is λ₂, the scale once
+        assert values["fuse_prior"] == values["refine_prior"], name
+    assert MACE.presets["identity-100"]["refine_prior"] == pytest.approx(61.68, rel=1e-3)
+    assert MACE.presets["identity-100"]["domain_weight"] == pytest.approx(2e5 * 100 / 616_767)
     assert set(TEMPLATES) == {"object", "identity", "style", "explicit"}
     for templates in TEMPLATES.values():
         assert len(set(templates)) == 30

@@ -101,7 +101,7 @@ def fuse(
     }
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
     moved += [moved_by(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()]
-    ridge = floored(ridge, floor, whole, prior)
+    ridge = floored(ridge, floor, whole)
     matrix, solved = fused(matrix, whole, prior, ridge, torch.cat(moved))
     answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
     return matrix, {
