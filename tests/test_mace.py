@@ -335,17 +335,78 @@ def test_half_precision_keeps_the_edit(double):
     assert untrained == 1  # the last value, which comes after the last map
 
 
-def test_without_fuse_the_changes_are_added_up(model):
+@pytest.mark.parametrize(("combine", "weight"), [("average", 0.5), ("sum", 1.0)])
+def test_without_fuse_the_changes_are_averaged_or_added_up(model, combine, weight):
     problem = Problem(PROBLEM.erase[:2])
-    changes = fit(model, problem, MACE(**FAST, stages=("suppress",)))
+    method = MACE(**FAST, stages=("suppress",), combine=combine)
+    changes = fit(model, problem, method)
     assert {change.kind for change in changes} == {"low-rank"}
-    refined = fit(model, problem, MACE(**FAST, stages=("suppress", "refine")))
-    assert [change.kind for change in refined] == ["right"] + 14 * ["low-rank"]
-    one, two = (fit(model, Problem((c,)), MACE(**FAST, stages=("suppress",))) for c in problem.erase)
+    one, two = (fit(model, Problem((c,)), method) for c in problem.erase)  # alone, both are the same
     for both, first, second in zip(changes, one, two, strict=True):
         w = model.weight(both.layers[0])
-        added = first.weight(w) + second.weight(w) - w
-        torch.testing.assert_close(both.weight(w), added, rtol=1e-3, atol=1e-4)
+        moved = weight * (first.weight(w) + second.weight(w) - 2 * w)
+        assert moved.abs().max() > 1e-4
+        torch.testing.assert_close(both.weight(w) - w, moved, rtol=1e-2, atol=1e-4)
+
+
+def test_without_fuse_the_changes_are_averaged_on_what_was_refined(model):
+    assert MACE().combine == "average"  # the second row of the paper's ablation
+    changes = fit(model, Problem(PROBLEM.erase[:2]), MACE(**FAST, stages=("suppress", "refine")))
+    assert [change.kind for change in changes] == ["right"] + 14 * ["low-rank"]
+
+
+def test_the_floor_is_in_the_first_stage(model):
+    """λ is what the floor says, wherever the ridge is less."""
+    problem, floor = Problem(PROBLEM.erase[:1]), 0.2
+    sums = Sums.of(MACE(templates=SHORT)._groups(model, problem))
+    least = floor * float(sums.contexts.trace()) / 32
+    made = [
+        fit(model, problem, MACE(stages=("refine",), templates=SHORT, **fields))[0].matrix
+        for fields in (
+            {"ridge": 0.0, "ridge_floor": floor},
+            {"ridge": least, "ridge_floor": 0.0},
+            {"ridge": 2 * least, "ridge_floor": floor},
+            {"ridge": 2 * least, "ridge_floor": 0.0},
+        )
+    ]
+    torch.testing.assert_close(made[0], made[1])
+    torch.testing.assert_close(made[2], made[3])
+    assert (made[0] - made[2]).norm() > 1e-3
+
+
+def test_concepts_have_anchors_of_their_own(model):
+    """Each goes where its own anchor stands, in one edit."""
+    concepts = (Concept("airplane", "sky", "identity"), Concept("horse", "ship art", "identity"))
+    method = MACE(stages=("refine",), templates=("{} in the street",), ridge=1e-3, ridge_floor=0.0)
+    (change,) = fit(model, Problem(concepts), method)
+    for concept, other in (concepts, concepts[::-1]):
+        e, goal, wrong = (
+            model.encode([f"{name} in the street"]).embeddings[0, -40:].double()
+            for name in (concept.name, concept.anchor, other.anchor)
+        )
+        moved = e @ change.matrix.double().T
+        assert (moved - goal).norm() < 0.2 * (e - goal).norm()
+        assert (moved - goal).norm() < 0.5 * (moved - wrong).norm()
+
+
+def test_what_stands_before_a_phrase_holds_still(model):
+    """A causal text encoder says nothing of it there: the rows are the anchor's already."""
+    e, g = (model.encode([f"a photo of the {x}"]) for x in ("airplane", "sky"))
+    before = 1 + model.count_tokens("a photo of the")
+    assert torch.equal(e.embeddings[0, :before], g.embeddings[0, :before])
+    assert not torch.allclose(e.embeddings[0, -1], g.embeddings[0, -1])
+
+
+def test_a_window_moves_with_the_size_of_the_latents(model):
+    """On latents of half the side the same noise hides more: the window lies at less of it."""
+    wide = {"focal_high": 1.0, "focal_low": -1.0}
+    here = model.latents_side
+    assert here == 8
+    level, plain = model.log_snr(), MACE(**wide)._chances(model)
+    for side, shift in ((here, 0.0), (2 * here, 2 * math.log(2)), (here // 2, -2 * math.log(2))):
+        chances = MACE(**wide, focal_side=side)._chances(model)
+        moved = float((chances * level).sum() - (plain * level).sum())
+        assert moved == pytest.approx(shift, abs=0.05)
 
 
 def test_fuse_without_suppress_is_one_matrix(model):
