@@ -612,7 +612,10 @@ def test_what_is_retained_must_weigh_something(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ridge": 0.0, "ridge_floor": 0.0}, r"equations are .*singular.*: raise the ridge from 0, or retain more prompts"),
+        (
+            {"ridge": 0.0, "ridge_floor": 0.0},
+            r"equations are .*singular.*: raise the ridge from 0, or retain more prompts",
+        ),
         ({"refine_prior": 1.0, "captions": "{empty}"}, "empty.txt has no captions"),
         ({"refine_prior": 1.0, "captions": "{absent}"}, "cannot read .*absent.txt: there is no such"),
     ],

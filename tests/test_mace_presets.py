@@ -8,19 +8,19 @@ from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import Detector
 from expunge.methods.mace import COCO, MACE
 
-WORDS = "pizza penguin guitar crown strawberry mushroom bell balloon turtle bicycle owl elephant".split()
-STEPS = 6
+WORDS = "pizza penguin guitar crown strawberry mushroom turtle owl".split()
+STEPS = 5
 
-FLAGS = [Concept(f"flag of {name}", "a flag", "identity") for name in ("France", "Italy", "Nepal", "Cuba")]
-KEPT = tuple(f"flag of {name}" for name in ("Germany", "Spain", "Chile", "India", "Kenya", "Greece"))
+FLAGS = [Concept(f"flag of {name}", "a flag", "identity") for name in ("France", "Italy", "Nepal")]
+KEPT = tuple(f"flag of {name}" for name in ("Germany", "Spain", "Chile", "India"))
 WEAPONS = tuple(Concept(name, "ground", "explicit") for name in ("pistol", "knife", "bomb"))
-PLANE = Problem((Concept("airplane", "sky"),), ("bird", "ship"))
+PLANE = (Concept("airplane", "sky"),)
 PROBLEMS = {
-    "object": PLANE,
-    "emoji": PLANE,
-    "fast": PLANE,
+    "object": Problem(PLANE),  # without a prior, so that nothing is retained by name
+    "emoji": Problem(PLANE, ("bird", "ship")),
+    "fast": Problem(PLANE, ("bird", "ship")),
     "identity-1": Problem(tuple(FLAGS[:1]), KEPT),
-    "identity-5": Problem(tuple(FLAGS[:3]), KEPT),
+    "identity-5": Problem(tuple(FLAGS[:2]), KEPT),
     "identity-10": Problem(tuple(FLAGS), KEPT),
     "identity-100": Problem(tuple(FLAGS), KEPT),
     "style": Problem((Concept("twemoji", "art", "style"),), ("noto", "fluent")),

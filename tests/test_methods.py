@@ -134,7 +134,9 @@ def test_uce_against_a_slow_reading_of_its_equation(model, positions):
 
 
 @pytest.mark.parametrize("retain", [("ship", "dog"), ()])
-@pytest.mark.parametrize(("preset", "last", "retain_scale"), [("original", False, 0.1), ("rewrite", True, 1.0)])
+@pytest.mark.parametrize(
+    ("preset", "last", "retain_scale"), [("original", False, 0.1), ("rewrite", True, 1.0)]
+)
 def test_uce_as_published(model, preset, last, retain_scale, retain):
     """λ = 0.5; every name is one prompt with the weight 1 and an anchor of its concept's own."""
     concepts = (

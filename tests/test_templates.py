@@ -22,7 +22,9 @@ HOLE = "§"
 
 def wording(template: str, hole: str = "{}") -> str:
     """A template without what does not make it another: case, punctuation, articles."""
-    words = re.findall(r"[\w§\-]+", template.replace(hole, HOLE).replace("{other}", "¤").casefold() + " ")
+    words = re.findall(
+        r"[\w§\-]+", template.replace(hole, HOLE).replace("{other}", "¤").casefold() + " "
+    )
     left = " ".join(word for word in words if word not in ("a", "an", "the"))
     return NAME_ALONE if left == HOLE else left
 
@@ -36,17 +38,26 @@ def judged() -> dict[str, str]:
     for file in SUITES:
         suite = Suite.read(file)
         names = sorted(
-            (words for c in suite.concepts for words in (c.name, c.words, *c.also, *c.synonyms) if words),
+            (
+                words
+                for c in suite.concepts
+                for words in (c.name, c.words, *c.also, *c.synonyms)
+                if words
+            ),
             key=len,
             reverse=True,
         )
         texts = [text for part in suite.templates.values() for text in part]
         for prompts in suite.prompts:  # lists of whole prompts: those that name a concept are templates
             for text in prompts.texts:
-                named = next((name for name in names if re.search(rf"\b{re.escape(name)}\b", text)), None)
+                named = next(
+                    (name for name in names if re.search(rf"\b{re.escape(name)}\b", text)), None
+                )
                 texts.append(text.replace(named, "{}") if named else text)
         for text in texts:
-            pattern = re.escape(text).replace(re.escape("{other}"), "OTHER").replace(re.escape("{}"), "{}")
+            pattern = (
+                re.escape(text).replace(re.escape("{other}"), "OTHER").replace(re.escape("{}"), "{}")
+            )
             found[pattern] = f"{file.stem}: {text}"
     return {
         re.escape(wording(pattern)).replace("other", r"[\w\- ]+"): where

@@ -21,7 +21,12 @@ from expunge.run import Run
 from expunge.templates import RETAINED, require_place
 
 TEMPLATES = {
-    "object": ("an image of the {}", "a snapshot of a {}", "one {} on a plain background", "a {} in a picture"),
+    "object": (
+        "an image of the {}",
+        "a snapshot of a {}",
+        "one {} on a plain background",
+        "a {} in a picture",
+    ),
     "identity": ("an image of {}", "a snapshot of {}", "{} on a plain background", "{} in a picture"),
     "style": ("{} style", "a picture in the style of {}", "art by {}", "a drawing in {} style"),
     "explicit": ("an image of {}", "a photo with {}", "{} on a plain background", "{} in a picture"),
@@ -106,7 +111,9 @@ class UCE(Method):
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
-        retained = len(self.retain_templates) * len([text for text in self._retained(problem) if text]) + 1
+        retained = (
+            len(self.retain_templates) * len([text for text in self._retained(problem) if text]) + 1
+        )
         return Work(prompts=2 * sum(templates) + retained + self.general)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
