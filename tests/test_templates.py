@@ -17,14 +17,12 @@ PACKAGE = Path(expunge.__file__).parent
 HERE = Path(__file__).parent.parent
 SUITES = [*sorted((PACKAGE / "suites").glob("*.toml")), *sorted(HERE.glob("experiments/tune/*.toml"))]
 NAME_ALONE = ""  # what is left of "{}": a concept's name is no phrasing
-HOLE = "§"
+HOLE, OTHER = "§", "otherthing"
 
 
-def wording(template: str, hole: str = "{}") -> str:
+def wording(template: str) -> str:
     """A template without what does not make it another: case, punctuation, articles."""
-    words = re.findall(
-        r"[\w§\-]+", template.replace(hole, HOLE).replace("{other}", "¤").casefold() + " "
-    )
+    words = re.findall(rf"[\w{HOLE}-]+", template.replace("{}", HOLE).casefold())
     left = " ".join(word for word in words if word not in ("a", "an", "the"))
     return NAME_ALONE if left == HOLE else left
 
@@ -32,37 +30,20 @@ def wording(template: str, hole: str = "{}") -> str:
 def judged() -> dict[str, str]:
     """Every wording that a suite judges by, as a pattern, and where it stands.
 
-    What a template says of another thing, its {other}, may be any words.
+    What a template says of another thing, its {other}, may be any words. Of a list of whole prompts,
+    those that name a concept are templates, too.
     """
     found = {}
     for file in SUITES:
         suite = Suite.read(file)
-        names = sorted(
-            (
-                words
-                for c in suite.concepts
-                for words in (c.name, c.words, *c.also, *c.synonyms)
-                if words
-            ),
-            key=len,
-            reverse=True,
-        )
+        names = {words for c in suite.concepts for words in (c.name, c.words, *c.also, *c.synonyms)}
+        named = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in sorted(names - {""}, key=len)[::-1]))
+        listed = [text for prompts in suite.prompts for text in prompts.texts]
         texts = [text for part in suite.templates.values() for text in part]
-        for prompts in suite.prompts:  # lists of whole prompts: those that name a concept are templates
-            for text in prompts.texts:
-                named = next(
-                    (name for name in names if re.search(rf"\b{re.escape(name)}\b", text)), None
-                )
-                texts.append(text.replace(named, "{}") if named else text)
-        for text in texts:
-            pattern = (
-                re.escape(text).replace(re.escape("{other}"), "OTHER").replace(re.escape("{}"), "{}")
-            )
-            found[pattern] = f"{file.stem}: {text}"
-    return {
-        re.escape(wording(pattern)).replace("other", r"[\w\- ]+"): where
-        for pattern, where in ((text.replace("\\", ""), where) for text, where in found.items())
-    }
+        for text in [*texts, *(named.sub("{}", text, count=1) for text in listed)]:
+            words = wording(text.replace("{other}", OTHER))
+            found[re.escape(words).replace(OTHER, r"[\w\- ]+")] = f"{file.stem}: {text}"
+    return found
 
 
 def is_judged(template: str, patterns: dict[str, str]) -> str:
