@@ -119,7 +119,7 @@ def captions(source: str) -> tuple[str, ...]:
 
 
 def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions as `captions` takes them, or for "vocabulary" a depiction of each word that a model knows.
+    """Captions as `captions` takes them, or for "vocabulary" a depiction of each word known.
 
     Args:
         model: whose tokenizer knows words.

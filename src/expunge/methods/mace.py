@@ -228,8 +228,9 @@ class MACE(Method):
     domain_weight: float = bounded(0.0, at_least=0)
     """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
     captions: str = "general"
-    """The prior's captions: "general", 1,040 that ship, where the paper has COCO's 616,767; "vocabulary", the tokenizer's own words; a text file with one
-    a line, or OWNER/NAME:COLUMN:SPLIT, a data set of the Hub; "" for none, the retained alone."""
+    """The prior's captions: "general", 1,040 that ship, where the paper has COCO's 616,767;
+    "vocabulary", the tokenizer's own words; a text file with one a line, or OWNER/NAME:COLUMN:SPLIT, a
+    data set of the Hub; "" for none, the retained alone."""
     rank: int = bounded(1, at_least=1)
     """The rank of each concept's change."""
     combine: Literal["average", "sum"] = "average"

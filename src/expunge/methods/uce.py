@@ -49,12 +49,13 @@ class UCE(Method):
     e runs over the embeddings of the erased prompts, a over those of the same prompts with the
     anchor in the concept's place. One matrix M = (C + P + λI)(G + P + λI)⁻¹ solves it for every key
     and value projection at once, W' = W M. A concept's sum is a mean over its prompts, so more
-    templates do not weigh more. The empty prompt and the anchors are always retained.
+    templates do not weigh more (`weigh`). The empty prompt and the anchors are retained, too
+    (`also_retain`).
 
     Where a vector of the whole prompt enters too, the same is solved for it, λ in proportion to it.
 
-    The defaults are ours; `original` and `rewrite` are what was published. Every concept has an anchor of
-    its own.
+    The defaults are ours; the presets `original` and `rewrite` are what was published. Every concept has
+    an anchor of its own.
 
     The paper's "edit", "preserve" and "destination" are our erase, retain and anchor.
 
