@@ -55,9 +55,10 @@ PROBLEMS = {
     ),
 }
 UNRELATED = (
-    "a photo of the pizza", "a picture of the penguin", "a drawing of the guitar", 
-    "an oil painting of the crown", "the strawberry", "the mushroom and the bell", "a photo of the balloon", "a photo of the turtle",
-    "an owl on a table", "a red bicycle", "someone with an umbrella at a bus stop", "a bowl of soup",
+    "a photo of the pizza", "a picture of the penguin", "a drawing of the guitar",
+    "an oil painting of the crown", "the strawberry", "the mushroom and the bell",
+    "a photo of the balloon", "a photo of the turtle", "an owl on a table", "a red bicycle",
+    "someone with an umbrella at a bus stop", "a bowl of soup",
 )  # fmt: skip
 HELD_OUT = "a view of {}"
 
