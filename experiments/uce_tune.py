@@ -35,7 +35,7 @@ TRIED: dict[str, tuple[Any, ...]] = {
     "general_scale": (0.0, 0.2, 1.0, 5.0),
     "general": (200, 500, 2000),
     "positions": ("last-and-after", "last"),
-    "templates": ((), ("{}",), ("{}", "a photo of the {}", "the {}", "a {}", "{} style", "on {}")),
+    "templates": ((), ("{}",), ("{}", "an image of the {}", "the {} in a picture")),
     "anchor": (None, "", "an object", "a picture", "sky", "ground"),
 }
 SHOWN = ("erased", "retained", "beside", "unrecognisable", "H")

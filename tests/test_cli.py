@@ -197,7 +197,9 @@ def test_erase_many_from_a_file(run, tmp_path):
 def test_presets(run, monkeypatch):
     from expunge.methods.uce import UCE
 
-    assert "uce has no presets" in run("erase", "uce", "--preset", "list", model=False)[1]
+    with monkeypatch.context() as without:
+        without.setattr(UCE, "presets", {})
+        assert "uce has no presets" in run("erase", "uce", "--preset", "list", model=False)[1]
     presets = {
         "soft": {"about": "for little things", "ridge": 500.0, "general": 3, "templates": ("a {}",)}
     }

@@ -11,6 +11,7 @@ import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem, registry
 from expunge.methods.uce import TEMPLATES, UCE
+from expunge.templates import RETAINED
 
 METHODS = registry.names("methods")
 
@@ -123,7 +124,7 @@ def test_uce_against_a_slow_reading_of_its_equation(model, positions):
     (change,) = expunge.erase(model, problem, method).changes
     erased = [t.format(name) for name in ("airplane", "jet") for t in TEMPLATES["object"]]
     anchored = [t.format("the blue sky") for _ in range(2) for t in TEMPLATES["object"]]
-    kept = [[t.format(name) for t in TEMPLATES["object"]] for name in ("ship", "the blue sky")]
+    kept = [[t.format(name) for t in RETAINED] for name in ("ship", "the blue sky")]
     words = [word for word in model.vocabulary() if word not in ("airplane", "jet")]
     assert len(words) > 20
     solved = plain_uce(model, erased, anchored, [[""], *kept], words, method)
@@ -132,6 +133,45 @@ def test_uce_against_a_slow_reading_of_its_equation(model, positions):
         w = model.pipe.unet.get_submodule(layer.removeprefix("unet.")).weight.detach()
         ours = change.weight(w).double()
         assert (ours - plain).norm() / plain.norm() < 1e-5
+
+
+@pytest.mark.parametrize("retain", [("ship", "dog"), ()])
+@pytest.mark.parametrize(
+    ("preset", "last", "retain_scale"), [("original", False, 0.1), ("rewrite", True, 1.0)]
+)
+def test_uce_as_published(model, preset, last, retain_scale, retain):
+    """λ = 0.5; every name is one prompt with the weight 1 and an anchor of its concept's own."""
+    concepts = (
+        Concept("airplane", "the blue sky", "identity", ("jet",)),
+        Concept("horse", "", "object"),
+        Concept("white bird", "art", "style"),
+    )
+    (change,) = expunge.erase(model, Problem(concepts, retain), UCE.preset(preset)).changes
+
+    def own(prompt):
+        text = model.encode([prompt])
+        rows, i = text.embeddings[0].double(), int(text.own.sum())
+        return rows[i : i + 1] if last else rows[i:]
+
+    left = right = 0.5 * torch.eye(32, dtype=torch.float64)
+    for name, anchor in (("airplane", "the blue sky"), ("jet", "the blue sky"), ("horse", ""),
+                         ("white bird", "art")):  # fmt: skip
+        e, a = own(name), own(anchor)
+        n = min(len(e), len(a))
+        left, right = left + a[:n].T @ e[:n], right + e[:n].T @ e[:n]
+    for prompt in retain or (() if last else ("",)):
+        r = own(prompt) if last else model.encode([prompt]).embeddings[0].double()
+        left, right = left + retain_scale * r.T @ r, right + retain_scale * r.T @ r
+    solution = left @ torch.linalg.inv(right)
+    assert (solution - torch.eye(32)).norm() > 0.1
+    torch.testing.assert_close(change.matrix.double(), solution, rtol=1e-4, atol=1e-4)
+
+
+def test_uce_needs_a_prompt_for_what_is_retained():
+    with pytest.raises(ExpungeError, match="retain_templates is empty"):
+        UCE(retain_templates=())
+    with pytest.raises(ExpungeError, match="one {} for the concept"):
+        UCE(retain_templates=("no place",))
 
 
 def test_uce_stores_one_matrix_for_all_layers(model, problem):
@@ -189,7 +229,7 @@ def test_presets():
         Preset.preset("wrong")
     with pytest.raises(ExpungeError, match="ridge must be above 0"):
         Preset.preset("soft", ridge=-1)
-    with pytest.raises(ExpungeError, match="no preset 'soft'; known: none"):
+    with pytest.raises(ExpungeError, match="no preset 'soft'; known: original, rewrite"):
         UCE.preset("soft")
 
 

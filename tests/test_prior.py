@@ -89,7 +89,7 @@ def test_the_words_of_a_vocabulary(worded):
     known = words(worded, erased)
     assert known == [word for word in worded.vocabulary() if word not in gone]
     found = captions_for(worded, "vocabulary", erased)
-    assert found == tuple(f"a photo of the {word}" for word in known[:WORDS])
+    assert found == tuple(f"a depiction of the {word}" for word in known[:WORDS])
     assert captions_for(worded, "general", erased) == captions("general")
     with pytest.raises(ExpungeError, match="did you mean 'vocabulary'"):
         captions_for(worded, "vocabluary", erased)

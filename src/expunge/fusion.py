@@ -11,14 +11,12 @@ from torch import Tensor
 from expunge.changes import Change, Changes, LowRank, Right
 from expunge.errors import ExpungeWarning
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram, moved_by
+from expunge.ops.least_squares import floored, fused, gram, moved_by
 from expunge.ops.low_rank import balanced
 from expunge.prior import captions_for, prior
 from expunge.problem import Problem
 from expunge.run import Run, Tensors
-
-RETAINED = ("{}", "a photo of the {}", "a picture of a {}", "a drawing of {}")
-"""The prompts in which what a problem retains is kept."""
+from expunge.templates import RETAINED
 
 
 class Asked(Mapping[str, Tensor]):
@@ -82,6 +80,7 @@ def fuse(
     whole: Tensor,
     prior: Tensor,
     ridge: float,
+    floor: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensors]]:
     """M₂, and the factors with each D replaced by D G K: together they act on each concept alone.
 
@@ -94,6 +93,7 @@ def fuse(
         whole: Σ e eᵀ over all the rows.
         prior: P, (d, d), already weighted.
         ridge: λ.
+        floor: the least λ, as in `ops.least_squares.floored`.
     """
     downs = {
         name: [(key, tensor) for key, tensor in tensors.items() if key.endswith(".down")]
@@ -101,6 +101,7 @@ def fuse(
     }
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
     moved += [moved_by(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()]
+    ridge = floored(ridge, floor, whole)
     matrix, solved = fused(matrix, whole, prior, ridge, torch.cat(moved))
     answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
     return matrix, {

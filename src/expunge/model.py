@@ -220,6 +220,11 @@ class Model(ABC):
         same log-SNR.
         """
 
+    @property
+    def latents_side(self) -> int:
+        """Height and width of the latents that are drawn; of oblong ones, the root of their product."""
+        raise NotImplementedError
+
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Clean latents (n, c, h, w) as they are at the times t (n,), as `predict` takes them."""

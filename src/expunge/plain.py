@@ -20,6 +20,8 @@ from expunge.templates import TEMPLATES
 VECTORS = 500
 """How many captions the vector of a whole prompt is held on."""
 
+RETAINED = ("{}", "here is the {}")
+
 
 @dataclass(frozen=True, eq=False)
 class Plain:

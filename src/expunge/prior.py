@@ -21,6 +21,7 @@ from expunge.model import Model
 from expunge.ops.least_squares import gram
 from expunge.problem import Concept
 from expunge.run import Run
+from expunge.templates import GENERAL
 
 BATCH = 64
 """Captions encoded together."""
@@ -118,7 +119,7 @@ def captions(source: str) -> tuple[str, ...]:
 
 
 def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions as `captions` takes them, or for "vocabulary" a photo of each word that a model knows.
+    """Captions as `captions` takes them, or for "vocabulary" a depiction of each word known.
 
     Args:
         model: whose tokenizer knows words.
@@ -127,7 +128,7 @@ def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[
     """
     if source != VOCABULARY:
         return captions(source)
-    return tuple(f"a photo of the {word}" for word in words(model, erased)[:WORDS])
+    return tuple(GENERAL.format(word) for word in words(model, erased)[:WORDS])
 
 
 def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
@@ -149,7 +150,7 @@ def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> 
     found = captions(source) if model is None else captions_for(model, source, erased)
     kept = cache_folder() / "priors"
     if model is not None and kept.is_dir() and any(kept.iterdir()):
-        return 0 if (kept / f"{_key(model, found)}.safetensors").is_file() else len(found)
+        return 0 if (kept / f"{text_hash(model, found)}.safetensors").is_file() else len(found)
     return len(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -122,6 +123,10 @@ class LatentModel(Model):
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         """Lay a sampler out for so many steps."""
         scheduler.set_timesteps(steps, device=self.device)
+
+    @property
+    def latents_side(self) -> int:
+        return round(math.prod(self._latent_shape[1:]) ** 0.5)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:

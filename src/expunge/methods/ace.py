@@ -52,6 +52,9 @@ REMAINDER = 0.3
 ATTENDED = ("attention", "attention-by-head")
 """The reductions that look at attention in drawn pictures."""
 
+RETAINED = ("{}", "here is the {}")
+"""The prompts in which a gate is kept closed on what a problem retains."""
+
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
 

@@ -74,9 +74,10 @@ EMOJI_ANCHORED = {"turn_to": "anchor", "negative_guidance": 0.25}
 """Turned to the anchor, and little past it."""
 
 MIXED = (
-    "a photo of the {}", "a picture of {}", "an image of the {}", "a drawing of {}", "a photo with {}",
-    "{}", "a {}", "the {}", "the butterfly and the {}", "the {} and the pig", "the snail and the {}",
-    "the {} and the soccer ball",
+    "an image of the {}", "a snapshot of {}", "a painting of the {}", "a watercolor of {}",
+    "a photo with {}", "one {} and nothing else", "the {} in a picture", "the {} in the middle",
+    "the butterfly beside the {}", "the {} beside the pig", "the snail next to the {}",
+    "the {} next to the soccer ball",
 )  # fmt: skip
 """Prompts with a concept alone and beside another thing, of which no suite with unsafe things knows."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_level import on_latents
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
 from expunge.run import Run
@@ -20,7 +22,7 @@ from expunge.templates import require_place
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
 EMOJI = {"trajectory_steps": 0, "rate": 3e-5, "steps": 100, "samples": 2, "turn": -2.5,
-         "templates": ("{}", "a photo of the {}")}  # fmt: skip
+         "templates": ("{}", "an image of the {}", "the {} in a picture")}  # fmt: skip
 """Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
 
 
@@ -69,6 +71,9 @@ class ESD(Method):
     ANT has 0.5 late and 0.2 early."""
     turn: float = -3.75
     """t' of ANT's objective, as a log-SNR."""
+    turn_side: int = bounded(0, at_least=0)
+    """The side of the latents that `turn` is meant for, 64 for Stable Diffusion 1.x: on larger ones it
+    comes earlier, see `ops.noise_level`. 0 takes it as it stands on every size."""
     negative_guidance: float = bounded(1.0, above=0)
     """η, how far past the empty prediction guidance is turned."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
@@ -119,8 +124,9 @@ class ESD(Method):
         names = [name for concept in problem.erase for name in concept.names]
         prompts = [template.format(name) for name in names for template in self.templates]
         model.require_window(prompts)
+        turn = on_latents(self.turn, self.turn_side, model.latents_side)
         return train_weights(
-            Steering(model, self.course),
+            Steering(model, dataclasses.replace(self.course, turn=turn)),
             Subject(names[0], model.encode(prompts), run.generator("training")),
             InPlace(part_of(model, PARTS[self.part])),
             run,

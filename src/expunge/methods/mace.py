@@ -1,4 +1,4 @@
-"""MACE: refit the words around a concept, lower the attention to it, fuse it all in closed form."""
+"""MACE: refit what a concept leaves around it, lower the attention to it, fuse it all in closed form."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from expunge.model import Model, Text
 from expunge.ops.attention import AttentionReader, energy, grid
 from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import gram, outer, right_factor
+from expunge.ops.least_squares import FLOOR, SOLVABLE, floored, gram, outer, right_factor
 from expunge.ops.low_rank import each_its_own, first_factors
+from expunge.ops.noise_level import on_latents
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
@@ -39,12 +40,12 @@ COCO = 616_767
 def published(scale: float, domain: float = 0.0) -> dict[str, float]:
     """The paper's scales of a prior that is a sum, for one that is a mean.
 
-    Its second prior, scale · Σ_captions, is scale · 616,767 times the mean per caption. Its code
-    multiplies the first by the scale twice. Within both stands domain · Σ_names, over 100 names
-    and one prompt each as far as is known: 100 times the mean, to 616,767.
+    Both priors, scale · Σ_captions, are scale · 616,767 times the mean per caption. Within both stands
+    domain · Σ_names, over 100 names and one prompt each as far as is known: 100 times the mean, to
+    616,767.
     """
     return {
-        "refine_prior": scale**2 * COCO,
+        "refine_prior": scale * COCO,
         "fuse_prior": scale * COCO,
         "domain_weight": domain * 100 / COCO,
     }
@@ -52,7 +53,11 @@ def published(scale: float, domain: float = 0.0) -> dict[str, float]:
 
 def identities(domain: float) -> dict[str, float]:
     """The paper's values for identities and styles: they differ in what the retained weigh."""
-    return {"ridge": 0.0, "rate": 1e-4, **published(1e-4, domain)}
+    return {"ridge": 0.0, "rate": 1e-4, "focal_side": 64, **published(1e-4, domain)}
+
+
+OURS = "1,040 captions of ours stand in for COCO's (captions)"
+NO_PRIOR = "no prior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,7 @@ class Sums:
     whole: Tensor
     """Σ e eᵀ over all tokens of the concepts' prompts."""
     contexts: Tensor
-    """Σ eᶠ eᶠᵀ, over those of the words around a phrase."""
+    """Σ eᶠ eᶠᵀ, over those around a phrase."""
     cross: Tensor
     """Σ eᵍ eᶠᵀ."""
 
@@ -147,8 +152,10 @@ class Lesson:
 class MACE(Method):
     """Mass concept erasure: a hundred concepts at once, each with a low-rank change of its own.
 
-    *refine*: the words around a concept's phrase carry it too, so keys and values W are refitted to
-    send them (eᶠ) where they go (eᵍ) when the anchor stands in the phrase's place:
+    *refine*: what stands around a concept's phrase carries it too: the words behind it, the end and the
+    padding. (A causal text encoder, as CLIP's is, says nothing of it in the words before; these are
+    the same with the anchor and hold still.) So keys and values W are refitted to send all that is
+    around it (eᶠ) where it goes (eᵍ) when the anchor stands in the phrase's place:
 
         min_W'  Σ ‖W' eᶠ − W eᵍ‖² + λ₁ (E_captions ‖(W' − W) e‖² + ω E_retained ‖…‖²) + λ ‖W' − W‖²
 
@@ -167,7 +174,7 @@ class MACE(Method):
         min_W*  Σᵢ Σ ‖W* eᶠ − (W' + BᵢDᵢ) eᶠ‖² + λ₂ (as above) + λ ‖W* − W'‖²
 
     with W* = W M₂ + Σᵢ Bᵢ (DᵢGᵢK): one matrix and one low-rank change a layer, however many concepts.
-    Without *fuse*, the changes are added up as they are.
+    Without *fuse*, the changes are averaged, as in the second row of the paper's ablation (`combine`).
 
     The paper's "target", "destination" and "preservation" are our erase, anchor and retain. λ and the
     sums are as published: a sum over templates and names, each of 77 tokens.
@@ -183,17 +190,19 @@ class MACE(Method):
     )
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "object": {"about": "the paper's, on SD 1.x; ridge 10 to 1000 by object", "ridge": 100.0,
-                   "rate": 1e-5, **published(0)},
-        "identity-1": {"about": "the paper's, on SD 1.x, for one", **identities(8e3)},
-        "identity-5": {"about": "the paper's, on SD 1.x, for about 5", **identities(5e4)},
-        "identity-10": {"about": "the paper's, on SD 1.x, for about 10", **identities(8e4)},
-        "identity-100": {"about": "the paper's, on SD 1.x, for about 100", **identities(2e5)},
-        "style": {"about": "the paper's, on SD 1.x", **identities(8e4)},
-        "explicit": {"about": "the paper's, on SD 1.x", "ridge": 0.0, "rate": 1e-5, "steps": 120,
-                     "focal": False, **published(7e-7)},
-        "emoji": {"about": "everything on the emoji model", "ridge": 100.0, "rate": 1e-4,
-                  "refine_prior": 100.0, "fuse_prior": 100.0, "domain_weight": 10.0, "batch": 16},
+        "object": {"about": f"the paper's, on SD 1.x; ridge 10 to 1000 by object; {NO_PRIOR}",
+                   "ridge": 100.0, "rate": 1e-5, "focal_side": 64, **published(0)},
+        "identity-1": {"about": f"the paper's, on SD 1.x, for one; {OURS}", **identities(8e3)},
+        "identity-5": {"about": f"the paper's, on SD 1.x, for about 5; {OURS}", **identities(5e4)},
+        "identity-10": {"about": f"the paper's, on SD 1.x, for about 10; {OURS}", **identities(8e4)},
+        "identity-100": {"about": f"the paper's, on SD 1.x, for about 100; {OURS}", **identities(2e5)},
+        "style": {"about": f"the paper's, on SD 1.x; {OURS}", **identities(8e4)},
+        "explicit": {"about": f"the paper's, on SD 1.x, but for a floor under its ridge of 0; {OURS}",
+                     "ridge": 0.0, "ridge_floor": 3.0, "rate": 1e-5, "steps": 120, "focal": False,
+                     **published(7e-7)},
+        "emoji": {"about": "everything on the emoji model; refine erases, suppress is all but off",
+                  "ridge": 100.0, "rate": 1e-4, "refine_prior": 100.0, "fuse_prior": 100.0,
+                  "domain_weight": 10.0, "batch": 16},
         "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
                  "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
                  "pictures": 2, "picture_steps": 3},
@@ -206,17 +215,27 @@ class MACE(Method):
     ridge: float = bounded(100.0, at_least=0)
     """λ, pull to the weight before, in units of a squared embedding (about 600 for one token of a
     CLIP); the sums it stands against run over all tokens of 30 prompts. Larger erases less."""
+    ridge_floor: float = bounded(FLOOR, at_least=0)
+    """The least λ in *refine*, as a share of the mean of the diagonal of Σ eᶠ eᶠᵀ, so that a small ridge
+    and a light prior do not let go of everything else. With 0, λ is the ridge alone, as in the paper."""
     refine_prior: float = bounded(0.0, at_least=0)
     """λ₁, weight of the prior in *refine*, for a mean per caption."""
+    refine_scale: Literal["once", "as-released"] = "once"
+    """Whether λ₁ is the prior's scale, as in equation 2, or its square, as the released first stage has
+    it for few concepts. The square leaves the prior next to no weight."""
     fuse_prior: float = bounded(0.0, at_least=0)
     """λ₂, weight of the prior in *fuse*, for a mean per caption."""
     domain_weight: float = bounded(0.0, at_least=0)
     """ω, how much more than the mean of the captions the mean of the retained prompts weighs."""
     captions: str = "general"
-    """The prior's captions: "general"; "vocabulary", the tokenizer's own words; a text file with one
-    a line, or OWNER/NAME:COLUMN:SPLIT, a data set of the Hub; "" for none, the retained alone."""
+    """The prior's captions: "general", 1,040 that ship, where the paper has COCO's 616,767;
+    "vocabulary", the tokenizer's own words; a text file with one a line, or OWNER/NAME:COLUMN:SPLIT, a
+    data set of the Hub; "" for none, the retained alone."""
     rank: int = bounded(1, at_least=1)
     """The rank of each concept's change."""
+    combine: Literal["average", "sum"] = "average"
+    """What becomes of the concepts' changes without *fuse*: W' + Σ BᵢDᵢ / n, weights that sum to one;
+    or W' + Σ BᵢDᵢ, each as strong as alone."""
     steps: int = bounded(50, at_least=0)
     """Training steps a concept."""
     rate: float = bounded(1e-5, above=0)
@@ -240,6 +259,9 @@ class MACE(Method):
     """Where that ends, as a log-SNR: t₂ = 400."""
     focal_slope: float = bounded(7.0, above=0)
     """How sharply, per unit of log-SNR: γ = 0.05 a time."""
+    focal_side: int = bounded(0, at_least=0)
+    """The side of the latents that the window is meant for, 64 for Stable Diffusion 1.x: on larger ones
+    it moves to more noise, see `ops.noise_level`. 0 takes it as it stands on every size."""
     pictures: int = bounded(8, at_least=1)
     """Pictures drawn of a concept."""
     picture_steps: int = bounded(0, at_least=0, at_most=1000)
@@ -298,16 +320,20 @@ class MACE(Method):
         if "fuse" in self.stages:
             matrix, factors = self.fuse(groups, sums, kept, matrix, factors)
         layers = [entry.layer for entry in model.text_entries()]
-        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors)
+        averaged = factors and "fuse" not in self.stages and self.combine == "average"
+        scale = 1 / len(factors) if averaged else 1.0
+        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors, scale)
 
     def refine(self, sums: Sums, kept: Tensor) -> Tensor:
-        """M, (d, d), float64: sends the words around a concept where its anchor's go.
+        """M, (d, d), float64: sends what is around a concept where it goes around its anchor.
 
         Args:
             sums: over the concepts' prompts.
             kept: the prior's sum, (d, d).
         """
-        return right_factor(sums.cross, sums.contexts, self.refine_prior * kept, self.ridge)
+        prior = self.refine_weight * kept
+        ridge = floored(self.ridge, self.ridge_floor, sums.contexts)
+        return right_factor(sums.cross, sums.contexts, prior, ridge)
 
     def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: Run) -> dict[str, Tensors]:
         """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
@@ -345,7 +371,14 @@ class MACE(Method):
             whole=sums.whole,
             prior=self.fuse_prior * kept,
             ridge=self.ridge,
+            floor=SOLVABLE if self.ridge_floor else 0.0,
         )
+
+    @property
+    def refine_weight(self) -> float:
+        """λ₁, for a mean per caption."""
+        # Its scale s for COCO's sum is λ₁ / 616,767; s² for the sum is s² · 616,767 for the mean.
+        return self.refine_prior**2 / COCO if self.refine_scale == "as-released" else self.refine_prior
 
     # What the stages stand on.
 
@@ -401,7 +434,7 @@ class MACE(Method):
         course = Course(
             # ANT's weights for identities and styles; it turns at step 40 of 50.
             Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
-            turn=-3.18,
+            turn=on_latents(-3.18, self.focal_side, model.latents_side),
             num_inference_steps=self.picture_steps,
             guidance_scale=model.guidance_scale,
         )
@@ -429,7 +462,7 @@ class MACE(Method):
         generators = [run.generator("factors", lesson.concept) for lesson in lessons]
         ups, downs = first_factors(modules, self.rank, generators)
         refined = [Right(layers, matrix)] if "refine" in self.stages else []
-        chances = self._chances(model.log_snr())
+        chances = self._chances(model)
 
         def losses(_: int) -> Tensor:
             return self._attention(model, reader, [lesson.sample(chances) for lesson in lessons])
@@ -506,11 +539,16 @@ class MACE(Method):
         # A root has no slope at 0, where a small mask misses a whole layer.
         return (parts.clamp_min(1e-30).sqrt() if self.norm == "joint" else parts).sum(0)
 
-    def _chances(self, log_snr: Tensor) -> Tensor:
+    def _chances(self, model: Model) -> Tensor:
         """How likely each time is: (T,), summing to 1."""
+        log_snr = model.log_snr()
         if not self.focal:
             return torch.full_like(log_snr, 1 / len(log_snr))
-        return focal(log_snr, self.focal_high, self.focal_low, self.focal_slope)
+        high, low = (
+            on_latents(level, self.focal_side, model.latents_side)
+            for level in (self.focal_high, self.focal_low)
+        )
+        return focal(log_snr, high, low, self.focal_slope)
 
 
 def focal(log_snr: Tensor, high: float, low: float, slope: float) -> Tensor:

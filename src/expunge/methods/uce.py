@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from expunge.changes import Changes, Right
+from expunge.errors import ExpungeError
 from expunge.fields import bounded
 from expunge.method import Method, Work
 from expunge.model import Model, Text
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
 from expunge.run import Run
-from expunge.templates import require_place
+from expunge.templates import RETAINED, require_place
 
 TEMPLATES = {
-    "object": ("{}", "a photo of the {}", "a picture of a {}", "a drawing of one {}"),
-    "identity": ("{}", "a photo of {}", "a portrait of {}", "a drawing of {}"),
-    "style": ("{}", "{} style", "a picture in the style of {}", "art by {}"),
-    "explicit": ("{}", "a photo of {}", "a picture with {}", "a drawing of {}"),
+    "object": (
+        "an image of the {}",
+        "a snapshot of a {}",
+        "one {} on a plain background",
+        "a {} in a picture",
+    ),
+    "identity": ("an image of {}", "a snapshot of {}", "{} on a plain background", "{} in a picture"),
+    "style": ("{} style", "a picture in the style of {}", "art by {}", "a drawing in {} style"),
+    "explicit": ("an image of {}", "a photo with {}", "{} on a plain background", "{} in a picture"),
 }
-"""The prompts in which a concept of each kind is erased."""
+"""The prompts in which a concept of each kind is erased: none that a suite judges by, half of them with
+words behind the concept."""
+
+NAME = ("{}",)
+"""The concept's name and nothing else: what the paper's code reads."""
+
+Also = Literal["empty", "empty-if-alone", "anchors"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,13 @@ class UCE(Method):
     e runs over the embeddings of the erased prompts, a over those of the same prompts with the
     anchor in the concept's place. One matrix M = (C + P + λI)(G + P + λI)⁻¹ solves it for every key
     and value projection at once, W' = W M. A concept's sum is a mean over its prompts, so more
-    templates do not weigh more. The empty prompt and the anchors are always retained.
+    templates do not weigh more (`weigh`). The empty prompt and the anchors are retained, too
+    (`also_retain`).
 
     Where a vector of the whole prompt enters too, the same is solved for it, λ in proportion to it.
+
+    The defaults are ours; the presets `original` and `rewrite` are what was published. Every concept has
+    an anchor of its own.
 
     The paper's "edit", "preserve" and "destination" are our erase, retain and anchor.
 
@@ -53,11 +69,24 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "original": {"about": "as first published, on SD 1.x", "ridge": 0.5, "retain_scale": 0.1,
+                     "general": 0, "templates": NAME, "retain_templates": NAME, "weigh": "prompt",
+                     "also_retain": ("empty-if-alone",)},
+        "rewrite": {"about": "as published again in 2025, on SD 1.x: one token of each prompt",
+                    "ridge": 0.5, "retain_scale": 1.0, "general": 0, "templates": NAME,
+                    "retain_templates": NAME, "weigh": "prompt", "positions": "last",
+                    "retain_positions": "last", "also_retain": ()},
+    }  # fmt: skip
+
     ridge: float = bounded(50.0, above=0)
     """λ, pull to the original weights in every direction, in units of a squared embedding (about 600
     for one token of a CLIP); larger erases less and harms less."""
     retain_scale: float = bounded(1.0, at_least=0)
     """ρ, weight of each retained prompt, of each anchor, and of the empty prompt."""
+    also_retain: tuple[Also, ...] = ("empty", "anchors")
+    """What is retained beside the problem's own: the empty prompt, or that only where nothing else is;
+    and the anchors."""
     general: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are kept; more keeps more and takes longer to encode."""
     general_scale: float = bounded(1.0, at_least=0)
@@ -65,16 +94,26 @@ class UCE(Method):
     positions: Literal["last-and-after", "last"] = "last-and-after"
     """Tokens to move: the concept's last own token and the end and padding after it, or that one
     alone. The end and padding carry the concept too; moving them erases more."""
+    retain_positions: Literal["all", "last"] = "all"
+    """Tokens of the retained prompts that stay where they go: all, or the last own one alone."""
+    weigh: Literal["concept", "prompt"] = "concept"
+    """What has the weight 1: all prompts of a concept together, or each of them."""
     templates: tuple[str, ...] = ()
     """Prompts to erase the concept in, with {} in its place; by default those of its kind."""
+    retain_templates: tuple[str, ...] = RETAINED
+    """Prompts to keep what is retained in, with {} in its place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+        require_place(self.retain_templates)
+        if not self.retain_templates:
+            raise ExpungeError("retain_templates is empty: what is retained needs a prompt, such as {}")
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
-        retained = 4 * (len(problem.retain) + len(problem.erase)) + 1
+        texts = [text for text in self._retained(problem) if text]
+        retained = len(self.retain_templates) * len(texts) + 1
         return Work(prompts=2 * sum(templates) + retained + self.general, products=8)
 
     def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
@@ -84,15 +123,16 @@ class UCE(Method):
             erased, anchored = self._prompts(concept)
             model.require_window(erased + anchored)
             e, a = model.encode(erased), model.encode(anchored)
-            tokens.move(*self._aligned(e, a), 1 / len(erased))
-            pooled.move(e.pooled, a.pooled, 1 / len(erased))
+            weight = 1 / len(erased) if self.weigh == "concept" else 1.0
+            tokens.move(*self._aligned(e, a), weight)
+            pooled.move(e.pooled, a.pooled, weight)
 
-        retained = dict.fromkeys(("", *problem.retain, *(c.anchor or "" for c in problem.erase)))
-        for text in retained:
-            prompts = [template.format(text) for template in TEMPLATES["object"]] if text else [""]
+        for text in self._retained(problem):
+            prompts = [template.format(text) for template in self.retain_templates] if text else [""]
             r = model.encode(prompts)
-            tokens.keep(r.embeddings.flatten(0, 1), self.retain_scale / len(prompts))
-            pooled.keep(r.pooled, self.retain_scale / len(prompts))
+            weight = self.retain_scale / (len(prompts) if self.weigh == "concept" else 1)
+            tokens.keep(self._kept(r), weight)
+            pooled.keep(r.pooled, weight)
 
         words = self._words(model, problem, run)
         for start in range(0, len(words), 64):
@@ -111,6 +151,21 @@ class UCE(Method):
             inputs = model.weight(entry.layer).shape[1]
             changes.append(Right((entry.layer,), widened(matrix, inputs)))
         return tuple(changes)
+
+    def _retained(self, problem: Problem) -> list[str]:
+        """What stays, each once: names, prompts, and "" for the empty prompt."""
+        texts = list(problem.retain)
+        if "anchors" in self.also_retain:
+            texts += [concept.anchor or "" for concept in problem.erase]
+        if "empty" in self.also_retain or ("empty-if-alone" in self.also_retain and not texts):
+            texts.insert(0, "")
+        return list(dict.fromkeys(texts))
+
+    def _kept(self, text: Text) -> Tensor:
+        """The embeddings that stay where they go, (n, width)."""
+        if self.retain_positions == "all":
+            return text.embeddings.flatten(0, 1)
+        return torch.cat([rows[:1] for i in range(len(text)) for rows in _from_last(text, i)])
 
     def _prompts(self, concept: Concept) -> tuple[list[str], list[str]]:
         """The erased prompts and, one for one, the same with the anchor."""

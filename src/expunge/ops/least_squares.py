@@ -19,6 +19,12 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 
+FLOOR = 0.03
+"""The least ridge of an erasure that asks for one: see `floored`."""
+
+SOLVABLE = 1e-6
+"""A floor that changes no result to be seen, and leaves no equations singular."""
+
 LARGEST_CONDITION = 1e13
 """Beyond this, less than three digits of a float64 solution are right."""
 
@@ -40,6 +46,23 @@ def gram(rows: Tensor, blocks: int = 6) -> Tensor:
         start, end = int(place[0]), int(place[-1]) + 1
         below[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
     return below.tril() + below.tril(-1).T
+
+
+def floored(ridge: float, floor: float, gram: Tensor) -> float:
+    """λ, at least `floor` times the mean of G's diagonal.
+
+    Few prompts leave most directions of a text space empty. Without λ, what such a direction does
+    follows from round-off and from what little of the prompts reaches it; a floor keeps it in place.
+
+    >>> floored(0.5, 1e-3, 6000 * torch.eye(3))
+    6.0
+
+    Args:
+        ridge: λ, in units of a squared embedding.
+        floor: a share, at least 0; with 0, λ stays as it is.
+        gram: G, (d, d), the sum over what is erased.
+    """
+    return max(ridge, floor * float(gram.diagonal().double().mean()))
 
 
 def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:

@@ -1,0 +1,152 @@
+"""Phrasings to train in, to keep in and to judge in: no two of these share one."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import expunge
+from expunge import registry
+from expunge.methods import uce
+from expunge.prior import captions
+from expunge.suite import Suite
+from expunge.templates import GENERAL, RETAINED, TEMPLATES
+
+PACKAGE = Path(expunge.__file__).parent
+HERE = Path(__file__).parent.parent
+SUITES = [*sorted((PACKAGE / "suites").glob("*.toml")), *sorted(HERE.glob("experiments/tune/*.toml"))]
+NAME_ALONE = ""  # what is left of "{}": a concept's name is no phrasing
+HOLE, OTHER = "§", "otherthing"
+
+
+def wording(template: str) -> str:
+    """A template without what does not make it another: case, punctuation, articles."""
+    words = re.findall(rf"[\w{HOLE}-]+", template.replace("{}", HOLE).casefold())
+    left = " ".join(word for word in words if word not in ("a", "an", "the"))
+    return NAME_ALONE if left == HOLE else left
+
+
+def judged() -> dict[str, str]:
+    """Every wording that a suite judges by, as a pattern, and where it stands.
+
+    What a template says of another thing, its {other}, may be any words. Of a list of whole prompts,
+    those that name a concept are templates, too.
+    """
+    found = {}
+    for file in SUITES:
+        suite = Suite.read(file)
+        names = {words for c in suite.concepts for words in (c.name, c.words, *c.also, *c.synonyms)}
+        named = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in sorted(names - {""}, key=len)[::-1]))
+        listed = [text for prompts in suite.prompts for text in prompts.texts]
+        texts = [text for part in suite.templates.values() for text in part]
+        for text in [*texts, *(named.sub("{}", text, count=1) for text in listed)]:
+            words = wording(text.replace("{other}", OTHER))
+            found[re.escape(words).replace(OTHER, r"[\w\- ]+")] = f"{file.stem}: {text}"
+    return found
+
+
+def is_judged(template: str, patterns: dict[str, str]) -> str:
+    """Where a wording is judged by; "" where none is."""
+    words = wording(template)
+    if words == NAME_ALONE:
+        return ""
+    return next((where for pattern, where in patterns.items() if re.fullmatch(pattern, words)), "")
+
+
+def trained() -> dict[str, set[str]]:
+    """All that a method erases in: the shared lists, its own, its defaults' and its presets'."""
+    lists = {f"{kind}": set(texts) for kind, texts in TEMPLATES.items()}
+    lists |= {f"UCE {kind}": set(texts) for kind, texts in uce.TEMPLATES.items()}
+    for name in registry.names("methods"):
+        cls = registry.get("methods", name)
+        for preset in ("", *cls.presets):
+            method = cls.preset(preset) if preset else cls()
+            lists[f"{name} {preset}"] = set(getattr(method, "templates", ()))
+    return lists
+
+
+def held() -> set[str]:
+    """All that what stays is kept in."""
+    some = {*RETAINED, GENERAL}
+    for name in registry.names("methods"):
+        cls = registry.get("methods", name)
+        for preset in ("", *cls.presets):
+            method = cls.preset(preset) if preset else cls()
+            some |= set(getattr(method, "retain_templates", ()))
+    return some
+
+
+def literals() -> dict[str, str]:
+    """Every text with one {} in a list of texts anywhere in the package, and where it stands."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf8"))):
+            if not isinstance(node, (ast.Tuple, ast.List)):
+                continue
+            for one in node.elts:
+                if isinstance(one, ast.Constant) and isinstance(one.value, str) and "{}" in one.value:
+                    found[one.value] = file.name
+    return found
+
+
+def test_what_counts_as_one_wording():
+    assert wording("A Photo of {}.") == wording("a photo of the {}") == "photo of §"
+    assert wording("the {}") == wording("{}") == NAME_ALONE
+    assert wording("a photo of one {}") != wording("a photo of a {}")
+
+
+def test_the_suites_are_read_whole():
+    patterns = judged()
+    assert len(patterns) > 30
+    for text in (
+        "An image capturing {} at a public event",  # celebrities
+        "{} in an official photo",
+        "a famous artwork by the {}",  # styles
+        "the photo of a house in {} style",  # with another thing in it
+        "the {} and the soccer ball",
+        "a photo of a {}.",  # objects
+        "an oil painting of {}",  # flags
+        "a plate of {}",  # a prompt of a list
+    ):
+        assert is_judged(text, patterns), text
+    assert not is_judged("a photo of the {} outside", patterns)
+
+
+def test_training_retaining_and_judging_are_disjoint():
+    patterns = judged()
+    wordings = {wording(text) for texts in trained().values() for text in texts} - {NAME_ALONE}
+    kept = {wording(text) for text in held()} - {NAME_ALONE}
+    assert len(wordings) > 80
+    assert len(kept) >= 4
+    assert not wordings & kept
+    for what, texts in {**trained(), "retained": held(), "package": set(literals())}.items():
+        both = {text: is_judged(text, patterns) for text in texts if is_judged(text, patterns)}
+        assert not both, f"{what}: {both}"
+
+
+def test_captions_are_no_judged_prompts():
+    """The prior's captions name things, too: none of them is what a suite draws."""
+    patterns = {pattern: where for pattern, where in judged().items() if "[" not in pattern}
+    names = {
+        words.casefold()
+        for file in SUITES
+        for c in Suite.read(file).concepts
+        for words in (c.name, c.words, *c.synonyms)
+        if words
+    }
+    for caption in captions("general"):
+        plain = caption.casefold().rstrip(".")
+        for name in names:
+            if re.search(rf"\b{re.escape(name)}\b", plain):
+                template = re.sub(rf"\b{re.escape(name)}\b", "{}", plain, count=1)
+                assert not is_judged(template, patterns), caption
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_third_of_the_phrasings_has_words_behind_the_concept(kind):
+    for texts in (TEMPLATES[kind], uce.TEMPLATES[kind]):
+        behind = [text for text in texts if re.search(r"\w", text.partition("{}")[2])]
+        assert 3 * len(behind) >= len(texts)
+        assert len(behind) < len(texts)  # what is before a concept is asked, too
+        assert len({wording(text) for text in texts}) == len(texts)
