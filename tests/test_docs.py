@@ -67,7 +67,9 @@ def test_use_elsewhere(tmp_path, monkeypatch, capsys):
         "memory: ",
         "in all 513 prompts: about",
         "rank 32",
-        "of their norm is lost",
+        "of their norm is lost, but",
+        "of the erasure and",
+        "Loads whole in diffusers, ComfyUI, A1111, Forge and sd-scripts.",
         "airplane (becomes 'sky') by uce",
         "airplane back",
     ):

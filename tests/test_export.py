@@ -35,6 +35,7 @@ from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.merge import merge
+from expunge.ops.low_rank import shared
 from expunge.ops.rounding import rounded
 from expunge.plain import plain
 from expunge.plan import plan, plan_of, together
@@ -258,21 +259,19 @@ def test_rounding_takes_no_rank(folder, tmp_path):
 
 
 def test_layers_of_one_matrix_are_decomposed_once(folder, uce, tmp_path, monkeypatch):
-    from expunge.ops import low_rank as ops
+    asked = []
 
-    sizes = []
-    eigh = torch.linalg.eigh
+    def counted(matrix, *given):
+        asked.append(matrix)
+        return shared(matrix, *given)
 
-    def counted(matrix):
-        sizes.append(len(matrix))
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    monkeypatch.setattr("expunge.lora.shared", counted)
     _, edit = uce
-    assert len(edit.changes) == 1
-    monkeypatch.setattr(ops, "EXACT", 0)  # the measuring has decompositions of its own
-    export(edit, "kohya", folder, tmp_path / "x.safetensors", rank=2)
-    assert sizes.count(32) == 1
+    (change,) = edit.changes
+    done = export(edit, "kohya", folder, tmp_path / "x.safetensors", rank=2)
+    assert "rank 2 on 14 layers" in done.notes[0]
+    assert len(asked) == 1
+    assert torch.equal(asked[0], change.matrix.double())
 
 
 def test_mixed_changes_are_cut_in_the_same_metric(folder, tmp_path):

@@ -11,7 +11,8 @@ ROOT = Path(expunge.__file__).parent
 ORDER = [
     "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
     "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops",
-    "turns", "lora", "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks",
+    "turns", "lora_names", "lora", "model", "prior", "seen", "fusion", "plain", "examples",
+    "grounded_sam", "masks",
     "steering", "fortify", "method", "edit", "saliency", "checkpoint", "card", "export", "merge",
     "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
     "case", "page", "report", "experiment", "plan", "commands", "cli",

@@ -390,9 +390,9 @@ def _notes(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:
             )
         else:
             notes.append(
-                f"The changes were of higher rank: {lost.erasure:.2%} of the erasure is lost,"
-                f" {lost.drift:.2%} of what the edit does to other text, and"
-                f" {lora.error:.2%} of their norm."
+                f"The changes were of higher rank; {lora.error:.2%} of their norm is lost, but"
+                f" {lost.erasure:.2%} of the erasure and {lost.drift:.2%} of what the edit does to"
+                " other text."
             )
     if lora.left_out:
         notes.append(f"Left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms.")

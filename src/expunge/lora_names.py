@@ -7,6 +7,7 @@ they tell apart, and what of a file they leave out.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -145,15 +146,10 @@ def _inverse(
 ) -> tuple[tuple[str, Pick | None], ...]:
     """The layers that the first code calls by this name; none where it knows no such name."""
     if family.denoiser == "unet":
-        layer = _of_unet(name, config)
+        layer = _of_unet(name, config, _beside(family, "OUTSIDE"), _beside(family, "RESNET"))
         return ((layer, None),) if layer else ()
-    from expunge.families import flux, sd3  # which import what imports this
-
-    table, joined = (
-        (flux.ORIGINALS, FLUX_JOINED)
-        if "FluxPipeline" in family.pipelines
-        else (sd3.ORIGINALS, SD3_JOINED)
-    )
+    joined = FLUX_JOINED if "FluxPipeline" in family.pipelines else SD3_JOINED
+    table = _beside(family, "ORIGINALS")
     for pattern, original in table:
         layer = _backwards(name, pattern, original)
         if layer is not None:
@@ -173,15 +169,21 @@ def _backwards(name: str, pattern: str, original: str) -> str | None:
     return None
 
 
-def _of_unet(name: str, config: Mapping[str, Any]) -> str | None:
-    from expunge.families._unet import OUTSIDE, RESNET
+def _beside(family: type[Any], name: str) -> Any:
+    """A table of names that stands in the file of a family, or of a class that it is built on."""
+    modules = (sys.modules[cls.__module__] for cls in family.__mro__)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
-    for layer, original in OUTSIDE.items():
+
+def _of_unet(
+    name: str, config: Mapping[str, Any], outside: Mapping[str, str], inside_of: Mapping[str, str]
+) -> str | None:
+    for layer, original in outside.items():
         if name == original:
             return layer
     each = config.get("layers_per_block", 2)
     a_block = (each if isinstance(each, int) else each[0]) + 1
-    resnet = {original: ours for ours, original in RESNET.items()}
+    resnet = {original: ours for ours, original in inside_of.items()}
     found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)|middle_block\.(\d+)\.(.+)", name)
     if not found:
         return None

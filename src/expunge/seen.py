@@ -49,6 +49,8 @@ class Seen:
 
     def widened(self, inputs: int) -> Seen:
         """The same for a layer that is given something else behind the text."""
+        if inputs <= len(self.kept):
+            return self
         return Seen(*(_widened(part, inputs) for part in (self.erased, self.kept)))
 
 
@@ -132,7 +134,5 @@ def _some(items: Sequence[str], most: int) -> list[str]:
 
 def _widened(moments: Tensor, inputs: int) -> Tensor:
     more = inputs - len(moments)
-    if more <= 0:
-        return moments
     mean = moments.trace() / len(moments)
     return torch.block_diag(moments, mean * torch.eye(more, dtype=moments.dtype))

@@ -254,14 +254,13 @@ def probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> T
         inputs: the layer's.
         generator: of the random directions.
     """
-    if inputs <= EXACT:
-        if moments is None:
-            return torch.eye(inputs, dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(moments)
-        there = values > values[-1] * 1e-14
-        return vectors[:, there] * values[there].sqrt()
-    noise = torch.randn(inputs, PROBES, generator=generator, dtype=torch.float64) / PROBES**0.5
+    noise = None
+    if inputs > EXACT:
+        noise = torch.randn(inputs, PROBES, generator=generator, dtype=torch.float64) / PROBES**0.5
     if moments is None:
-        return noise
-    jitter = 1e-6 * moments.trace() / inputs * torch.eye(inputs, dtype=torch.float64)
-    return torch.linalg.cholesky(moments + jitter) @ noise
+        return torch.eye(inputs, dtype=torch.float64) if noise is None else noise
+    # Moments of few texts are singular, and rounding has made some of their eigenvalues negative.
+    values, vectors = torch.linalg.eigh(moments)
+    there = values > values[-1] * 1e-14
+    root = vectors[:, there] * values[there].sqrt()
+    return root if noise is None else root @ noise[: root.shape[1]]
