@@ -2,9 +2,10 @@
 
 The same MACE edit of the emoji model, captions and all, is made in turn: alone, and with a loop that
 never ends on one of two cores; with the threads that `expunge erase` chooses, and with as many as there
-are cores, as PyTorch would, round after round. To reach: at most three times the time alone, and an estimate within twice
-the outcome. All that else runs on the machine is in the figures, so the load is written beside them, and
-the processor time that the edit itself took. Writes `benchmarks/results/busy.json`.
+are cores, as PyTorch would, round after round. To reach: at most three times the time alone, and an
+estimate within twice the outcome. All that else runs on the machine is in the figures, so the load is
+written beside them, and the processor time that the edit itself took. Writes
+`benchmarks/results/busy.json`.
 
     python benchmarks/busy.py [--rounds 3]
 """

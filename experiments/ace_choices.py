@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=fields, help="fields to try")
     parser.add_argument("--gates", action="store_true", help="gates alone, without hardening")
     parser.add_argument("--rows", nargs="*", default=[], help="titles of rows to try alone")
-    parser.add_argument("--damping", type=float, default=1.0, help="how far QᵀΔAttn turns channels down")
+    parser.add_argument("--damping", type=float, default=4.0, help="how far QᵀΔAttn turns channels down")
     parser.add_argument("--preset", default="emoji", help="where to start from")
     parser.add_argument("--attack", type=float, nargs="*", default=[], help="radii to attack with")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")

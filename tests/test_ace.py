@@ -230,7 +230,8 @@ class TestAttention:
         """The same noise for every picture, so that the order of the drawing of numbers is no matter."""
         run, noise = Run(), torch.randn(1, 4, 8, 8)
         monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.expand(shape))
-        method = ACE(stages=("gate",), reduction=reduction, templates=SHORT, pictures=1, picture_steps=2)
+        method = ACE(stages=("gate",), reduction=reduction, damping=1.0, templates=SHORT, pictures=1,
+                     picture_steps=2)  # fmt: skip
         found = method.attended(model, problem, run)["airplane"]
         drawn = [
             examples.drawn(model, "airplane", f"a photo of the {name}", 1, run, 2).latents

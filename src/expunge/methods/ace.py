@@ -108,10 +108,11 @@ class ACE(Method):
 
     With *reduction* "attention" the published K ⊙ (1 − m gᵀ), V ⊙ (1 − m gᵀ) are taken literally:
 
-        g ∝ |Σ Qᵀ (A_concept − A_anchor)|,    1 in its largest channel,
+        g ∝ |Σ Qᵀ (A_concept − A_anchor)|
 
     over heads, times and pictures of the concept and of its anchor, Q and A the queries and the
-    attention to the phrase, for every layer its own; m is the gate.
+    attention to the phrase, for every layer its own, `damping` in its largest channel and cut at 1;
+    m is the gate.
 
     *harden*: as long as a bounded attack brings the concept back,
 
@@ -158,8 +159,9 @@ class ACE(Method):
     """Directions: one set for all layers; one for each layer; or K ⊙ (1 − s gᵀ), which turns channels
     down: those that tell concept and anchor apart; or, literally, those of QᵀΔAttn in drawn pictures,
     summed over a layer's heads or each head's own."""
-    damping: float = bounded(1.0, above=0)
-    """The largest channel of QᵀΔAttn's g, before g is cut at 1; larger turns more channels down."""
+    damping: float = bounded(4.0, above=0)
+    """The largest channel of QᵀΔAttn's g, before g is cut at 1: larger turns more channels down, and 1
+    leaves most of a concept."""
     pooled: bool = True
     """Edit the vector of the whole prompt, too, where the model has one."""
     projections: Literal["both", "keys", "values"] = "both"
