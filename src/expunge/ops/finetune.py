@@ -55,14 +55,15 @@ def minimise(
     with torch.enable_grad():
         for step in range(steps):
             gradients: list[Tensor | None] = [None] * len(parameters)
-            total = torch.zeros(len(history), dtype=torch.float64)
+            total: Tensor | None = None
             asked = losses(step)
             for loss in (asked,) if isinstance(asked, Tensor) else asked:
-                total += loss.detach().double().cpu()
+                total = _added(total, loss.detach().double().cpu())
                 # Asking for these gradients alone leaves no trace on the network's own parameters.
                 found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
                 gradients = [_added(a, b) for a, b in zip(gradients, found, strict=True)]
                 del loss, found
+            assert total is not None
             for b, last in enumerate(total.tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
