@@ -338,7 +338,7 @@ def test_a_single_file_in_and_out(single, folder, tmp_path):
     assert len(differing) == 14
     assert all(".attn2.to_" in key for key in differing)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.title"] == "tiny"
+        assert file.metadata()["modelspec.title"] == "tiny without airplane"
     again = expunge.load(tmp_path / "out.safetensors", config=folder)
     torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
     (erased,) = Checkpoint.find(tmp_path / "out.safetensors").erased()

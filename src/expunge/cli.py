@@ -217,7 +217,7 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
-    source.find(options.model)
+    source.find(options.model, options.loading.variant)
     for path in options.edit:
         files.read_header(path)
     from expunge.cache import Cache, Request, Source
@@ -258,7 +258,7 @@ def _check_erase(options: Erase) -> Problem:
     if not options.output.endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    source.find(options.model)
+    source.find(options.model, options.loading.variant)
     return problem
 
 
@@ -285,7 +285,9 @@ def erase_command(options: Erase, method: Any) -> None:
     from expunge.checkpoint import Checkpoint
     from expunge.edit import erase
 
-    method.check_family(Checkpoint.find(options.model, weights=False).family)
+    method.check_family(
+        Checkpoint.find(options.model, weights=False, variant=options.loading.variant).family
+    )
     if options.loading.dry_run:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return

@@ -513,6 +513,7 @@ def load(
     offload: bool = False,
     gradient_checkpointing: bool = False,
     attention_slicing: bool = False,
+    variant: str | None = None,
 ) -> Model:
     """Load a model.
 
@@ -531,6 +532,8 @@ def load(
         gradient_checkpointing: compute twice what gradients need, instead of keeping it.
         attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
             a million pixels, or where PyTorch has no attention of its own that saves memory.
+        variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
+            default the plain ones, or the only ones.
 
     Raises:
         ExpungeError: no such model, a family that is not known, weights missing, broken, or not
@@ -539,7 +542,7 @@ def load(
     if not isinstance(model, (str, Path)):
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
-    found, device = source.find(model), working_device(device, offload)
+    found, device = source.find(model, variant), working_device(device, offload)
     found = source.fetched(found)
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
