@@ -12,7 +12,7 @@ ORDER = [
     "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
     "cluster", "run", "work", "registry", "hub", "variants", "source", "pictures", "sheet", "changes", "ops",
     "turns", "lora", "model", "prior", "fusion", "plain", "examples", "grounded_sam", "masks",
-    "steering", "fortify", "method", "edit", "saliency", "checkpoint", "card", "export", "merge",
+    "steering", "fortify", "method", "fingerprint", "edit", "saliency", "checkpoint", "card", "export", "merge",
     "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
     "case", "page", "report", "experiment", "plan", "commands", "cli",
 ]  # fmt: skip

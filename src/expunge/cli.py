@@ -312,7 +312,7 @@ def erase_command(options: Erase, method: Any) -> None:
             stacklevel=1,
         )
     options.loading.say_plan(model, method.work(problem, model.num_inference_steps))
-    folder = f"{options.output}.work"
+    folder = work.beside(options.output)
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
         with _progress() as progress:

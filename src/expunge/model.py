@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge import source
-from expunge.changes import Applied, Change, Changes, find
+from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.lora import fuse
 from expunge.ops.attention import CrossAttention
@@ -261,16 +261,18 @@ class Model(ABC):
 
     @property
     def network(self) -> Any:
-        """The denoiser."""
-        return getattr(self.pipe, self.denoiser)
+        """The denoiser, whole: never spread over several devices."""
+        network = getattr(self.pipe, self.denoiser)
+        return network.module if isinstance(network, PARALLEL) else network
 
     @property
     def device(self) -> torch.device:
         """Where the model works; some of its parts may lie elsewhere between their calls."""
         if self.stored:
             return next(p.device for p in self.parameters() if not p.is_meta)
-        device: torch.device = self.pipe._execution_device
-        return device
+        # A pipeline has none where its denoiser is spread over several.
+        device: torch.device | None = getattr(self.pipe, "_execution_device", None)
+        return device or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -499,6 +501,8 @@ class Model(ABC):
     def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
         entries = (*self.text_entries(), *self.pooled_entries())
+        if any(compiled(module) for entry in entries for module in path_to(self.pipe, entry.layer)):
+            return contextlib.nullcontext()  # what was compiled is left as it is
         layers = [entry.layer.rpartition(".") for entry in entries]
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from expunge.changes import Change, Changes, Dense, Sparse, find
+from expunge.changes import Change, Changes, Dense, Sparse, find, named_layers
 from expunge.errors import ExpungeError
 from expunge.model import Model, Text
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimise
@@ -340,7 +340,11 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     """
     entries = [entry.layer for entry in model.text_entries()]
     component = entries[0].partition(".")[0]
-    found = {f"{component}.{k}": p for k, p in getattr(model.pipe, component).named_parameters()}
+    found = {
+        f"{component}.{layer}.{name}": parameter
+        for layer, module in named_layers(getattr(model.pipe, component))
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     if part == "denoiser":
         return found
     if part == "text":
@@ -359,7 +363,7 @@ def layers_of(model: Model, which: Literal["text", "all"]) -> tuple[str, ...]:
     if which == "text":
         return entries
     component = entries[0].partition(".")[0]
-    modules = getattr(model.pipe, component).named_modules()
+    modules = named_layers(getattr(model.pipe, component))
     return tuple(f"{component}.{k}" for k, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
