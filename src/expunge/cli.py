@@ -201,10 +201,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, ExpungeError):
                 errors.print(f"expunge: {error}", markup=False)
                 return 2
+            if isinstance(error, OSError) and (what := _of_the_system(error)):
+                errors.print(f"expunge: {what}", markup=False)
+                return 2
             raise
         except SystemExit as done:  # from --help
             return int(done.code or 0)
     return 0
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the file system has against a command, in a sentence; "" where it is something else."""
+    if error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    try:
+        os.getcwd()
+    except OSError:
+        return "the working directory is not there any more: go to another one, or name whole paths"
+    return ""
 
 
 def draw_command(options: Draw) -> None:
@@ -238,7 +252,8 @@ def draw_command(options: Draw) -> None:
         for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
     ]
     with _progress() as progress:
-        drawn = Cache().draw(Source(model, edits), asked, progress)
+        # The pictures are wanted, not the cache: without one they are drawn all the same.
+        drawn = Cache(required=False).draw(Source(model, edits), asked, progress)
     if to_folder:
         name = files.slug(options.prompt) or "picture"
         for picture, seed in zip(drawn, probe.seeds, strict=True):
@@ -255,7 +270,7 @@ def _check_erase(options: Erase) -> Problem:
     named = tuple(Concept.parse(text, options.kind) for text in options.concept)
     listed, retain = concepts.read(options.concepts, options.kind) if options.concepts else ((), ())
     problem = Problem(named + listed, options.retain + retain)
-    if not options.output.endswith(".safetensors"):
+    if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
     source.find(options.model, options.loading.variant)

@@ -228,7 +228,7 @@ class Merge:
 
 def merge_command(options: Merge) -> None:
     """`expunge merge`."""
-    if not options.output.endswith(".safetensors"):
+    if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
     from expunge.changes import summary
@@ -275,9 +275,9 @@ def undo_command(options: Undo) -> None:
 
 def is_model(path: str) -> bool:
     """Whether a path is a model's, not an edit's: a shipped one, a folder, or a file that is no edit."""
-    if Path(path).is_dir() or path in registry.names("models"):
+    if files.is_dir(path) or path in registry.names("models"):
         return True
-    return Path(path).is_file() and "expunge" not in files.read_header(path).get("__metadata__", {})
+    return files.is_file(path) and "expunge" not in files.read_header(path).get("__metadata__", {})
 
 
 def info_of_model(path: str) -> None:

@@ -122,7 +122,8 @@ class Experiment:
         table = read_toml(path)
         head = fields.build(_Head, {k: v for k, v in table.items() if k in _Head.known()} | _rest(table))
         suites = tuple(
-            Suite.read(path.parent / name if name.endswith(".toml") else name) for name in head.suites
+            Suite.read(path.parent / name if name.lower().endswith(".toml") else name)
+            for name in head.suites
         )
         methods = table.get("methods", [])
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):

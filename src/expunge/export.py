@@ -88,7 +88,7 @@ def export(
     if not 0 < energy <= 1:
         raise ExpungeError(f"the energy to keep must be above 0 and at most 1, not {energy:g}")
     output = Path(output)
-    if to != "diffusers" and output.suffix != ".safetensors":
+    if to != "diffusers" and output.suffix.lower() != ".safetensors":
         raise ExpungeError(f"{to} is a .safetensors file; {output} should end so")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     if to == "diffusers" and checkpoint.is_file:

@@ -63,7 +63,8 @@ class Text:
 
     def stretches(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
-        assert self.ends is not None
+        if self.ends is None:
+            raise TypeError("ends must be a tensor (n, parts), not None")
         found, start = [], 0
         for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
             found.append((slice(start, start + length), end))
@@ -295,6 +296,7 @@ class Model(ABC):
         Raises:
             ExpungeError: one would.
         """
+        require_unicode(prompts)
         for prompt in dict.fromkeys(prompts):
             if (n := self.count_tokens(prompt)) > self.window:
                 shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
@@ -589,6 +591,20 @@ def working_device(name: str, offload: bool = False) -> str:
             f"this machine has no device {name!r}; give auto or cpu, or cuda, cuda:1 or mps where it is"
         ) from error
     return name
+
+
+def require_unicode(prompts: Sequence[str]) -> None:
+    """Check that every prompt is text: bytes that are no UTF-8 come from a command line as surrogates.
+
+    Raises:
+        ExpungeError: one is not.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = prompt.encode("utf-8", "backslashreplace").decode()
+            raise ExpungeError(f"'{shown}' is not text in UTF-8; see what encoding it is in") from None
 
 
 def warn_cut(prompt: str, tokens: int, window: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -242,6 +243,11 @@ def read_pipeline(
     except ExpungeError:
         raise
     except Exception as error:  # whatever diffusers, the hub and the files come up with
+        if sys.flags.optimize > 1 and "docstring" in str(error):
+            raise ExpungeError(
+                "Python's -OO leaves docstrings out, and transformers cannot be imported without them:"
+                " start Python with -O"
+            ) from error
         if source.is_file and config is None and absent(error):
             raise ExpungeError(
                 f"a single file has no configuration, and the one for {source.path} is not on this"

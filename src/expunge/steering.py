@@ -83,7 +83,8 @@ class Sample:
     def points(self, asked: Asked) -> Points:
         """Where a prediction is asked for."""
         points = self.late if asked.startswith("late") else self.early
-        assert points is not None
+        if points is None:
+            raise TypeError(f"early must be Points where {asked!r} is asked for, not None")
         return points
 
     def split(self, n: int) -> list[Sample]:
@@ -92,7 +93,8 @@ class Sample:
         for start in range(0, len(self.text), n):
             rows = list(range(len(self.text)))[start : start + n]
             points = [p and Points(p.latents[rows], p.t[rows]) for p in (self.late, self.early)]
-            assert points[0] is not None
+            if points[0] is None:
+                raise TypeError("late must be Points, not None")
             anchor = self.anchor and self.anchor[rows]
             parts.append(Sample(self.text[rows], points[0], points[1], anchor))
         return parts

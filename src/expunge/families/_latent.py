@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 from expunge.families import _text
-from expunge.model import Model, Text, warn_cut
+from expunge.model import Model, Text, require_unicode, warn_cut
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 """Numbers of steps to try where a sampler cannot take more."""
@@ -38,6 +38,7 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
+        require_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
                 warn_cut(prompt, n, self.window)

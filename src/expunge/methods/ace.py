@@ -255,7 +255,8 @@ class ACE(Method):
     ) -> Gated:
         """The closed form after attacks on it."""
         (whole,) = changes
-        assert isinstance(whole, Gated)
+        if not isinstance(whole, Gated):
+            raise TypeError(f"a Gated change is expected, not a {type(whole).__name__}")
         counts = [sum(len(groups[c.name]) for c in members) for members in shared]
         parts = {m[0].name: part for m, part in zip(shared, _parted(whole, counts), strict=True)}
         rows = background.retained.float()[:, None], background.general.float()[:, None]
@@ -568,7 +569,8 @@ class ACE(Method):
             ExpungeError: this model has no cross-attentions apart from the rest.
         """
         (gates,) = changes
-        assert isinstance(gates, Gated)
+        if not isinstance(gates, Gated):
+            raise TypeError(f"a Gated change is expected, not a {type(gates).__name__}")
         template = self._templates(problem.erase[0])[0]
         ways = [template.format(word) for word in self._general(model, problem, run)]
         own = model.encode(ways)
@@ -638,7 +640,7 @@ def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> 
 def _free() -> int:
     """The bytes of memory that could be had; without limit where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 2**62

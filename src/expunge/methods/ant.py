@@ -232,7 +232,7 @@ class ANT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
-        if self.mask and not self.mask.endswith(".safetensors"):
+        if self.mask and not self.mask.lower().endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
     @property
