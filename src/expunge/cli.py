@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     with _interrupts() as heard, _notes(errors):
         try:
+            _check_directory()
             _run(arguments)
         except (Exception, KeyboardInterrupt) as error:
             # An interrupt in the middle of an import comes out as some other error.
@@ -210,15 +211,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _of_the_system(error: OSError) -> str:
-    """What the file system has against a command, in a sentence; "" where it is something else."""
-    if error.filename is not None:
-        return f"cannot use {error.filename}: {error.strerror}"
+def _check_directory() -> None:
+    """Check that there is a working directory: without one, torch ends the process when it is imported.
+
+    Raises:
+        ExpungeError: it has been deleted.
+    """
     try:
         os.getcwd()
     except OSError:
-        return "the working directory is not there any more: go to another one, or name whole paths"
-    return ""
+        raise ExpungeError("the working directory is not there any more: go to another one") from None
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the file system has against a command, in a sentence; "" where it is something else."""
+    return f"cannot use {error.filename}: {error.strerror}" if error.filename is not None else ""
 
 
 def draw_command(options: Draw) -> None:
