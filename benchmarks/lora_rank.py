@@ -23,6 +23,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def by_rank(
     ways = {"norm": in_plain_norm(known), "text": known}
     for how, moments in ways.items():
         for rank in (*RANKS, *([None] if how == "text" else [])):
-            lora = Lora.of(read, by_place(changes), rank=rank, seen=lambda m=moments: m)
+            lora = Lora.of(read, by_place(changes), rank=rank, seen=partial(dict, moments))
             lost = lora.lost
             row = {"edit": name, "layers": len(lora.factors), "chosen by": how, "rank": lora.rank,
                    "asked": rank or "energy 0.999", "erasure lost": lost.erasure,

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import expunge
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, weights
 from expunge import Concept, Problem, registry
 from expunge.cli import main
 from expunge.export import export
@@ -20,7 +20,9 @@ HERE = Path(__file__).parents[1]
 
 
 def blocks(file: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (HERE / file).read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (HERE / file).read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 def notes(err: str) -> list[str]:
@@ -131,7 +133,7 @@ def test_judging(tmp_path):
         assert f"`{key}`" in schema or f".{key}" in schema or f"[].{key}" in schema
 
 
-def test_extending(model, problem):
+def test_extending(model, problem, tmp_path):
     (block,) = blocks("docs/extending.md", "python")
     names: dict = {"__name__": "dim"}
     exec(block, names)
@@ -140,6 +142,19 @@ def test_extending(model, problem):
     edit = expunge.erase(model, problem, method)
     edit.apply(model).remove()
     assert len(edit.changes) == 14
+    # Saved and loaded it does the same, and it keeps what every method promises.
+    edit.save(tmp_path / "dim.safetensors")
+    again = expunge.Edit.load(tmp_path / "dim.safetensors")
+    assert again.hash == edit.hash
+    assert again.record.fields == edit.record.fields
+    assert again.fits(model)
+    assert expunge.erase(model, problem, method).hash == edit.hash
+    before = weights(model.pipe)
+    with again.apply(model):
+        after = weights(model.pipe)
+    changed = {key for key in before if not before[key].equal(after[key])}
+    assert changed == {f"{layer}.weight" for change in edit.changes for layer in change.layers}
+    assert all(tensor.equal(before[key]) for key, tensor in weights(model.pipe).items())
 
 
 def test_make_targets_are_there():

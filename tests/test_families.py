@@ -1,6 +1,7 @@
 """The family's answers, against diffusers' own pipeline."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -248,3 +249,52 @@ def test_a_trajectory_yields_what_the_denoiser_is_given(pipe):
     assert all(torch.equal(a, b) for (_, a), b in zip(points, given, strict=False))
     assert float(points[0][1].std()) == pytest.approx(1, abs=0.1)
     assert [t for t, _ in points[:-1]] == list(model.times(3))
+
+
+def samplers():
+    import diffusers
+
+    names = ["DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler",
+             "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"]  # fmt: skip
+    return [getattr(diffusers, name) for name in names]
+
+
+@pytest.mark.parametrize("sampler", samplers(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_extreme_numbers_of_steps(pipe, sampler, spacing):
+    more = {"skip_prk_steps": True} if "PNDM" in sampler.__name__ else {}
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config, timestep_spacing=spacing, **more)
+    model = expunge.load(pipe)
+    model.predict = lambda latents, t, text: torch.zeros_like(latents)
+    text, taken = model.encode(["cat"]), []
+    for steps in (1, 1000):
+        refused = None
+        try:
+            with torch.no_grad():
+                *_, (t, latents) = model.trajectory(text, [0], num_inference_steps=steps)
+        except ExpungeError as error:
+            refused = str(error)
+        if refused:
+            said = re.fullmatch(
+                rf"this model's sampler, {sampler.__name__}, cannot take {steps} steps?; (\d+) it can",
+                refused,
+            )
+            assert said, refused
+            with torch.no_grad():
+                *_, (t, latents) = model.trajectory(text, [0], num_inference_steps=int(said[1]))
+        else:
+            taken.append(steps)
+        assert t == 0
+        assert bool(latents.isfinite().all())
+    assert taken[0] == 1
+
+
+def test_a_thousand_steps_of_ddim_is_one_sentence(folder, tmp_path, capsys):
+    from expunge.cli import main
+
+    command = ["draw", "a cat", "--model", str(folder), "-o", str(tmp_path / "x.png")]
+    assert main([*command, "--steps", "1000"]) == 2
+    assert capsys.readouterr().err == (
+        "expunge: this model's sampler, DDIMScheduler, cannot take 1000 steps; 999 it can\n"
+    )
+    assert not (tmp_path / "x.png").exists()

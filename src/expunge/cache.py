@@ -31,7 +31,7 @@ from torch import Tensor
 from expunge.changes import content
 from expunge.edit import Edit
 from expunge.errors import ExpungeError, ExpungeWarning
-from expunge.files import cache_folder, replacing
+from expunge.files import cache_folder, check_writable, is_dir, is_file, replacing
 from expunge.model import Model, Text
 from expunge.probe import Probe
 from expunge.run import Progress, quiet
@@ -111,9 +111,37 @@ class Cache:
     >>> pictures = cache.draw(Source(model), requests)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path | None = None, limit: int | None = None) -> None:
-        """`limit` is how many bytes it may hold, give or take a twentieth."""
-        self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        limit: int | None = None,
+        *,
+        required: bool = True,
+    ) -> None:
+        """Open the cache; nothing is written yet.
+
+        Args:
+            folder: where it is; by default `EXPUNGE_CACHE`, or among the user's caches.
+            limit: how many bytes it may hold, give or take a twentieth.
+            required: whether the work needs it; otherwise what cannot be kept is drawn all the same.
+
+        Raises:
+            ExpungeError: it is required, and there is no folder for it, and none can be made.
+        """
+        self.folder = Path(os.devnull) / "pictures"  # where nothing can be
+        self.required = required
+        self.trouble = ""
+        """Why pictures cannot be kept; "" where they can."""
+        try:
+            self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
+            check_writable(self.folder / "ab" / "x.png")
+        except ExpungeError as error:
+            self.trouble = (
+                f"the picture cache cannot be kept ({error}): set EXPUNGE_CACHE to a folder that can be"
+                " written"
+            )
+            if required and not is_dir(self.folder):
+                raise ExpungeError(self.trouble) from None
         self.limit = limit
         self.drawn = 0
         """How many pictures had to be drawn so far."""
@@ -141,6 +169,8 @@ class Cache:
                 key = (request.num_inference_steps, request.guidance_scale, request.stand_in, attacked)
                 missing.setdefault(key, {})[address] = request
         total = sum(map(len, missing.values()))
+        if total and self.trouble and self.required:
+            raise ExpungeError(self.trouble)  # now, and not when a batch is drawn
         done = 0
         for group in missing.values():
             items = list(group.items())
@@ -152,7 +182,8 @@ class Cache:
 
                 drawn = quantised(source.draw([request for _, request in part], tell))
                 for (address, _), picture in zip(part, drawn, strict=True):
-                    self._fresh += self._write(address, picture)
+                    if not self.trouble:
+                        self._fresh += self._write(address, picture)
                     pictures[address] = picture
                 if self.limit is not None and self._fresh > self.limit / 20:
                     self.prune(self.limit)
@@ -184,6 +215,8 @@ class Cache:
         Returns:
             how many pictures went.
         """
+        if self.trouble:
+            return 0
         found: dict[Path, tuple[float, int]] = {}
         for path in self.folder.glob("*/*"):
             with contextlib.suppress(OSError):
@@ -203,7 +236,7 @@ class Cache:
     def _read(self, address: str, request: Request) -> Tensor | None:
         """A whole picture (3, height, width), uint8, or nan-marked; None if it is to be drawn."""
         path = self.path(address)
-        if not path.is_file():
+        if not is_file(path):
             return None
         try:
             with Image.open(path) as file:
@@ -212,7 +245,8 @@ class Cache:
                 if file.info.get("pixels") != _digest(array):
                     raise ValueError("its pixels are not those that were drawn")
                 broken = file.info.get("broken") == "yes"
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                os.utime(path)
         except (OSError, ValueError, SyntaxError) as error:
             warnings.warn(
                 f"a cached picture of {request.prompt!r}, seed {request.seed}, is damaged; drawn again",

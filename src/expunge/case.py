@@ -74,7 +74,8 @@ class Candidate:
     def record(self) -> dict[str, Any]:
         """Where it comes from."""
         if self.edit is None:
-            assert self.model is not None
+            if self.model is None:
+                raise TypeError("a candidate must have an edit or a model, and this has neither")
             return {"kind": "model", "model": self.model.name, "hash": model_hash(self.model)}
         return {"kind": "edit", "hash": self.edit.hash, **dataclasses.asdict(self.edit.record)}
 

@@ -8,7 +8,6 @@ layer meets runs as a forward hook.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -312,23 +311,108 @@ def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
     return KINDS[spec["kind"]](**{**plain, "layers": tuple(plain["layers"]), **tensors})
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer or network inside what others have put around it.
+
+    That is `torch.compile`, data parallelism, or peft, which loads LoRAs so. Names and weights are those
+    inside: an edit made on a wrapped pipeline fits the bare one.
+    """
+    while True:
+        inner = module._modules.get("_orig_mod")  # of torch.compile
+        if inner is None:
+            inner = module._modules.get("base_layer")  # of peft
+        if inner is None and isinstance(module, PARALLEL):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""What spreads a network over several devices."""
+
+
+def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a network by its own name, whatever has been put around it or parts of it."""
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}.{key}" if name else key)
+
+    return walk(network, "")
+
+
 def find(root: Any, layer: str) -> nn.Module:
-    """The module of a pipeline that a layer's name stands for.
+    """The module of a pipeline that a layer's name stands for, without what is around it.
+
+    Raises:
+        ExpungeError: there is none.
+    """
+    return unwrapped(path_to(root, layer)[-1])
+
+
+def path_to(root: Any, layer: str) -> list[nn.Module]:
+    """The modules of a pipeline on the way to a layer, each with what is around it; the layer is last.
 
     Raises:
         ExpungeError: there is none.
     """
     component, _, inside = layer.partition(".")
-    module: Any = getattr(root, component, None)
-    found: Any
+    start = getattr(root, component, None)
     # Up to transformers 5.5 CLIP's layers lie in `text_model`, from 5.6 on they do not.
     for name in (inside, f"text_model.{inside}", inside.removeprefix("text_model.")):
-        with contextlib.suppress(AttributeError):
-            found = module.get_submodule(name)
-            while isinstance(base := getattr(found, "base_layer", None), nn.Module):
-                found = base  # where PEFT has laid a LoRA around the layer
-            return found
+        path: list[Any] = [start]
+        for key in name.split("."):
+            module = unwrapped(path[-1])._modules.get(key) if path[-1] is not None else None
+            path.append(module)
+        if path[-1] is not None:
+            return path
     raise ExpungeError(f"the edit does not fit: this model has no layer {layer}")
+
+
+FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""The projections that `fuse_qkv_projections()` puts into one layer, and asks no more."""
+
+
+def check_asked(root: Any, layer: str, *, hooked: bool = False) -> None:
+    """Check that a layer's own weight, and hooks on it, have a say in what the pipeline answers.
+
+    Args:
+        root: the pipeline.
+        layer: the layer's name.
+        hooked: whether hooks are what matters.
+
+    Raises:
+        ExpungeError: the pipeline asks another layer in its place, or skips hooks.
+    """
+    path = path_to(root, layer)
+    if layer.rpartition(".")[2] in FUSED and _fused(unwrapped(path[-2])):
+        raise ExpungeError(
+            f"{layer} is fused with its neighbours and not asked: undo it first, with"
+            " unfuse_qkv_projections()"
+        )
+    if hooked and any(map(compiled, path)):
+        raise ExpungeError(
+            f"{layer} is compiled, and compiled code may skip what is hooked to a layer: use the"
+            " pipeline without torch.compile"
+        )
+
+
+def _fused(attention: nn.Module) -> bool:
+    """Whether an attention asks its projections fused into one."""
+    if "Fused" in type(getattr(attention, "processor", None)).__name__:
+        return True
+    # The older attentions keep their mark when they are unfused, and change their processor.
+    marked = getattr(attention, "fused_projections", False)
+    return bool(marked) and hasattr(attention, "unfuse_projections")
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether a module runs as compiled code."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def base_parameter(root: Any, layer: str, parameter: str) -> Tensor:
@@ -364,19 +448,29 @@ def check_fit(root: Any, changes: Changes) -> None:
     """Check the names and shapes of everything that changes.
 
     Raises:
-        ExpungeError: a layer is missing or has another shape.
+        ExpungeError: a layer is missing, has another shape, or holds its weight in a form of its own.
     """
     for change in changes:
         for layer in change.layers:
-            found = getattr(find(root, layer), change.parameter, None)
+            module = find(root, layer)
+            found = getattr(module, change.parameter, None)
             if not isinstance(found, Tensor):
                 raise ExpungeError(f"the edit does not fit: {layer} has no {change.parameter}")
+            if change.parameter not in module._parameters or not found.is_floating_point():
+                raise ExpungeError(
+                    f"the edit does not fit: {layer} is a {type(module).__name__} that keeps its"
+                    f" {change.parameter} in a form of its own ({_form(found)})"
+                )
             if not change.fits(found.shape):
                 shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in change.tensors.items())
                 raise ExpungeError(
                     f"the edit does not fit: {layer} is {tuple(found.shape)},"
                     f" and its {change.kind} change has {shapes}"
                 )
+
+
+def _form(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class Applied:
@@ -386,11 +480,20 @@ class Applied:
     `backward()` inside the block: gradients then equal those of a real copy.
 
     Raises:
-        ExpungeError: a layer is missing or has another shape.
+        ExpungeError: a layer is missing, has another shape, or is not asked by the pipeline as it is set
+            up.
     """
 
     def __init__(self, root: Any, changes: Changes) -> None:
         check_fit(root, changes)
+        for change in changes:
+            for layer in change.layers:
+                check_asked(root, layer, hooked=isinstance(change, HookedChange))
+                if getattr(find(root, layer), change.parameter).is_meta:
+                    raise ExpungeError(
+                        f"the weights of {layer} are not in memory: where they are offloaded layer by"
+                        " layer, use enable_model_cpu_offload() in place of the sequential one"
+                    )
         self._swapped: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
@@ -398,14 +501,16 @@ class Applied:
                 self._swap(module, name, weights)
             for change in changes:
                 if isinstance(change, HookedChange):
-                    self._hooks += _hooks([find(root, layer) for layer in change.layers], change)
+                    # On the outside: what a loaded LoRA adds is given, and answers, the same.
+                    self._hooks += _hooks([path_to(root, layer)[-1] for layer in change.layers], change)
         except BaseException:
             self.remove()
             raise
 
     def _swap(self, module: nn.Module, name: str, changes: Sequence[WeightChange]) -> None:
         original = module._parameters[name]
-        assert original is not None  # check_fit saw it
+        if original is None:
+            raise TypeError(f"{type(module).__name__} has no parameter {name}, which check_fit found")
         value = original.detach()
         for change in changes:
             value = change.weight(value)
@@ -468,7 +573,8 @@ def _hooks(
                 return change.output(given[0], output)
 
         return [module.register_forward_hook(after) for module in modules]
-    assert isinstance(change, InputChange)
+    if not isinstance(change, InputChange):
+        raise TypeError(f"an InputChange or an OutputChange is expected, not a {type(change).__name__}")
     changed = _Once(change.given)
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ Tensors go by the layer's name and the parameter's, as changes name them, whatev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -23,9 +24,14 @@ from expunge.edit import Record
 from expunge.errors import ExpungeError, listed
 from expunge.lora import Place
 from expunge.model import Model, working_device
+from expunge.tensors import Change
+from expunge.variants import PICKLES, components, read_variants, weight_files
 
 PREFIX = "model.diffusion_model."
 """What the denoiser's tensors begin with in a single file that holds more than the denoiser."""
+
+EMA = "model_ema."
+"""What the running mean of the denoiser's tensors begins with, where a single file has it too."""
 
 NOTE = "expunge.erased"
 """Where a file's metadata says what has been erased from it."""
@@ -62,24 +68,31 @@ class Checkpoint:
     family: type[Model]
     config: Mapping[str, Any]
     """The denoiser's configuration, or what of it a single file tells."""
+    variant: str | None = None
+    """The variant of a folder's weights that is read where it is there; else the plain ones."""
 
     @classmethod
-    def find(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
+    def find(cls, model: str | Path, *, weights: bool = True, variant: str | None = None) -> Checkpoint:
         """The files of a shipped model, a diffusers folder, a single file, or a hub id.
 
-        Without `weights`, the configuration alone of a model of the hub is fetched.
+        Args:
+            model: its name.
+            weights: whether to fetch a model of the hub whole; otherwise, its configuration alone.
+            variant: which of a folder's weights to read, as in `load`.
 
         Raises:
             ExpungeError: there is no such model, its family is not known, or a file is broken.
         """
-        found = source.fetched(source.find(model), weights=weights)
+        found = source.fetched(source.find(model, variant), weights=weights)
         path = found.path
-        assert path
+        if path is None:
+            raise TypeError(f"a model on this machine is expected, and {found.name} is one of the hub")
         if found.is_file:
             family = source.family_of_file(path)
             return cls(path, found.name, family, family.layout(list(files.read_header(path))))
         family = source.family_of(str(source.read_index(path)["_class_name"]))
-        return cls(path, found.name, family, files.read_json(path / family.denoiser / "config.json"))
+        config = files.read_json(path / family.denoiser / "config.json")
+        return cls(path, found.name, family, config, variant)
 
     def text_model(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu", *, check: bool = True
@@ -100,16 +113,16 @@ class Checkpoint:
         if self.is_file:
             raise ExpungeError(f"{self.path} is a single file, which diffusers reads whole")
         denoiser = self.family.denoiser
-        found = source.Source(self.name, self.path)
+        found = source.Source(self.name, self.path, self.variant)
         pipe = source.read_pipeline(found, dtype, **{denoiser: None, "vae": None})
         with source.quietly():
             pipe.to(working_device(device))
         network = source.empty(self.path, denoiser)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
         pipe.register_modules(**{denoiser: network})
-        source.check_whole(pipe, self.path)
-        for path in self.headers:
-            if check and path.parent.name in (denoiser, "vae"):
+        source.check_whole(pipe, self.path, self.variant)
+        for part in (denoiser, "vae") if check else ():
+            for path in next(iter(self._weights.get(part, {"": ()}).values())):
                 tensors.check_numbers(path)
         model = self.family(pipe, self.name, source.settings(found))
         model.stored = self.read
@@ -121,40 +134,88 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[Path, dict[str, Any]]:
-        """The header of every weight file."""
-        paths = [self.path] if self.is_file else sorted(self.path.glob("*/*.safetensors"))
-        return {path: files.read_header(path) for path in paths}
+        """The header of every weight file that is read, or would be of another variant."""
+        if self.is_file:
+            return {self.path: files.read_header(self.path)}
+        paths = [path for there in self._weights.values() for some in there.values() for path in some]
+        return {path: files.read_header(path) for path in dict.fromkeys(paths)}
+
+    @cached_property
+    def _weights(self) -> dict[str, dict[str, tuple[Path, ...]]]:
+        """Of every component of a folder the weight files by variant, the one that is read first.
+
+        Variants that are not read and could not be, cut short or pointers of Git LFS, are none.
+        """
+        found = {}
+        kinds = components(self.path)
+        for part, read in read_variants(self.path, self.variant).items():
+            there = weight_files(self.path / part, kinds[part][0])
+            found[part] = {read: there.pop(read)}
+            for variant, paths in there.items():
+                with contextlib.suppress(ExpungeError):
+                    for path in paths:
+                        files.read_header(path)
+                    found[part][variant] = paths
+        return found
 
     def size(self, component: str = "") -> int:
-        """The bytes of all weights, or of one component's."""
-        found = (path for path in self.headers if not component or path.parent.name == component)
-        return sum(path.stat().st_size for path in found)
+        """The bytes of all weights that are read, or of one component's."""
+        if self.is_file:
+            return self.path.stat().st_size
+        parts = [component] if component else list(self._weights)
+        read = (next(iter(self._weights.get(part, {"": ()}).values())) for part in parts)
+        return sum(path.stat().st_size for some in read for path in some)
 
     def places(self, layer: str, parameter: str) -> list[tuple[Path, str]]:
         """The files that hold a parameter, and what they call it: one a variant of the weights.
 
+        The first is the one that is read. A single file may hold a running mean beside it.
+
         Raises:
             ExpungeError: none does.
         """
+        return list(self.by_variant(layer, parameter).values())
+
+    def by_variant(self, layer: str, parameter: str) -> dict[str, tuple[Path, str]]:
+        """As `places`, by variant: "" is the plain one, "model_ema" the running mean in a single file.
+
+        Raises:
+            ExpungeError: no file holds the parameter, or not that of the variant that is read.
+        """
         component, _, inside = layer.partition(".")
         if self.is_file:
+            header = self.headers[self.path]
             original = self.family.original(inside, self.config) if self._denoises(component) else None
             if original is None:
                 raise ExpungeError(
                     f"{layer} has no place of its own in a single file; export to a diffusers folder"
                 )
-            wanted = {f"{PREFIX}{original}.{parameter}", f"{original}.{parameter}"}
+            inner = f"{original}.{parameter}"
+            wanted = {
+                "": [f"{PREFIX}{inner}", inner],
+                # The running mean's names have no dots: a name with one could be no buffer's.
+                EMA.strip("."): [EMA + f"{PREFIX}{inner}".removeprefix("model.").replace(".", "")],
+            }
+            found = {
+                variant: (self.path, name)
+                for variant, names in wanted.items()
+                for name in names
+                if name in header
+            }
         else:
             # Where transformers keeps a tower inside a model, and where it does not any more.
-            wanted = {f"{inside}.{parameter}", f"text_model.{inside}.{parameter}"}
-            wanted.add(f"{inside.removeprefix('text_model.')}.{parameter}")
-        found = [
-            (path, name)
-            for path, header in self.headers.items()
-            if self.is_file or path.parent.name == component
-            for name in wanted & header.keys()
-        ]
-        if not found:
+            inner = f"{inside}.{parameter}"
+            names = {inner, f"text_model.{inner}", inner.removeprefix("text_model.")}
+            weights = self._weights.get(component, {})
+            found = {
+                variant: (path, name)
+                for variant, paths in weights.items()
+                for path in paths
+                for name in names & self.headers[path].keys()
+            }
+            if not found.keys() >= set(list(weights)[:1]):
+                found = {}
+        if not found or (self.is_file and "" not in found):
             raise ExpungeError(f"the edit does not fit: {self.name} has no {layer}.{parameter}")
         return found
 
@@ -162,9 +223,22 @@ class Checkpoint:
         return component == self.family.denoiser
 
     def read(self, layer: str, parameter: str = "weight") -> Tensor:
-        """A parameter as it is stored."""
+        """A parameter as it is stored; a scaled one multiplied by its scale."""
         path, name = self.places(layer, parameter)[0]
         return tensors.read(path, name)
+
+    def stored(self, layer: str, parameter: str, variant: str | None = None) -> tensors.Stored:
+        """A parameter of a variant as its file has it, with its scale; by default of what is read.
+
+        Raises:
+            ExpungeError: there is no such parameter, or none of that variant.
+        """
+        found = self.by_variant(layer, parameter)
+        if variant is None:
+            variant = next(iter(found))
+        if variant not in found:
+            raise ExpungeError(f"{self.name} has no {variant or 'plain'} weights of {layer}.{parameter}")
+        return tensors.stored(*found[variant])
 
     def shape(self, layer: str, parameter: str = "weight") -> tuple[int, ...]:
         """The shape of a parameter."""
@@ -211,25 +285,31 @@ class Checkpoint:
     def copy(
         self,
         output: str | Path,
-        changed: Mapping[Place, Callable[[Tensor], Tensor]],
+        changed: Mapping[Place, Change],
         erased: Sequence[Erased],
         beside: Mapping[str, str | Callable[[], str]] | None = None,
+        of_variants: Mapping[str, Mapping[Place, Change]] | None = None,
     ) -> None:
         """Write the model to `output` with some parameters changed, one at a time in memory.
+
+        Every variant of the weights is changed, and so is a single file's running mean: none keeps what
+        was erased.
 
         Args:
             output: a file for a file, a new folder for a folder.
             changed: what becomes of parameters; everything else is copied byte for byte.
             erased: what the copy says has been erased from it.
             beside: texts of further files in the folder, by their names; a function is asked at the end.
+            of_variants: what becomes of the parameters of a variant, where it is something else.
 
         Raises:
             ExpungeError: a parameter is missing, the disk is too full, or `output` cannot be written.
         """
-        by_file: dict[Path, dict[str, Callable[[Tensor], Tensor]]] = {}
-        for (layer, parameter), change in changed.items():
-            for path, name in self.places(layer, parameter):
-                by_file.setdefault(path, {})[name] = change
+        by_file: dict[Path, dict[str, Change]] = {}
+        for place, change in changed.items():
+            for variant, (path, name) in self.by_variant(*place).items():
+                own = (of_variants or {}).get(variant, {}).get(place, change)
+                by_file.setdefault(path, {})[name] = own
         note = json.dumps([dataclasses.asdict(one) for one in erased])
         if self.is_file:
             said = self.headers[self.path].get("__metadata__", {})
@@ -255,19 +335,27 @@ class Checkpoint:
                 (folder / name).write_text(text() if callable(text) else text, "utf8")
 
     def _files(self) -> list[Path]:
-        """The files that make a diffusers folder: its components' and those beside them, weights that
-        are not safetensors left out."""
-        left_out = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
+        """The files that make a diffusers folder: its components' and those beside them.
+
+        Left out are weights that are not safetensors, weights of a component that no variant reads (they
+        would keep what is erased), and what is hidden.
+        """
+        left_out = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5")
         parts = {
             name for name in files.read_json(self.path / "model_index.json") if not name.startswith("_")
         }
-        return [
-            path
-            for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.suffix not in left_out
-            if (place := path.relative_to(self.path)).parts[0] in parts
-            or (len(place.parts) == 1 and path.suffix != ".safetensors")
-        ]
+
+        def belongs(path: Path) -> bool:
+            place = path.relative_to(self.path).parts
+            if path.suffix.lower() in left_out or any(name.startswith(".") for name in place):
+                return False
+            weights = path.suffix.lower() == ".safetensors"
+            if len(place) == 1:
+                return not weights
+            return place[0] in parts and not (weights and place[0] in self._weights and path not in read)
+
+        read = set(self.headers)
+        return [path for path in sorted(self.path.rglob("*")) if path.is_file() and belongs(path)]
 
 
 WAS = "expunge.was"

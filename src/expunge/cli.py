@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with _interrupts() as heard, _notes(errors), _tolerant_output() as output:
         try:
+            _check_directory()
             _run(arguments)
             output.finish()
         except (Exception, KeyboardInterrupt) as error:
@@ -205,10 +206,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, ExpungeError):
                 errors.print(f"expunge: {error}", markup=False)
                 return 2
+            if isinstance(error, OSError) and (what := _of_the_system(error)):
+                errors.print(f"expunge: {what}", markup=False)
+                return 2
             raise
         except SystemExit as done:  # from --help
             return int(done.code or 0)
     return 0
+
+
+def _check_directory() -> None:
+    """Check that there is a working directory: without one, torch ends the process when it is imported.
+
+    Raises:
+        ExpungeError: it has been deleted.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise ExpungeError("the working directory is not there any more: go to another one") from None
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the file system has against a command, in a sentence; "" where it is something else."""
+    return f"cannot use {error.filename}: {error.strerror}" if error.filename is not None else ""
 
 
 def draw_command(options: Draw) -> None:
@@ -221,7 +242,7 @@ def draw_command(options: Draw) -> None:
     if not to_folder:
         pictures.check_ending(output)
     files.check_writable(output / "0.png" if to_folder else output)
-    source.find(options.model)
+    source.find(options.model, options.loading.variant)
     for path in options.edit:
         files.read_header(path)
     from expunge.cache import Cache, Request, Source
@@ -243,7 +264,8 @@ def draw_command(options: Draw) -> None:
     ]
     drawer = Source(model, edits)
     with _progress() as progress:
-        drawn = Cache().draw(drawer, asked, progress)
+        # The pictures are wanted, not the cache: without one they are drawn all the same.
+        drawn = Cache(required=False).draw(drawer, asked, progress)
     if to_folder:
         for picture, request in zip(drawn, asked, strict=True):
             # The address tells apart what the legible part does not: steps, models, edits, scripts.
@@ -267,10 +289,10 @@ def _check_erase(options: Erase) -> Problem:
     named = tuple(Concept.parse(text, options.kind) for text in options.concept)
     listed, retain = concepts.read(options.concepts, options.kind) if options.concepts else ((), ())
     problem = Problem(named + listed, options.retain + retain)
-    if not options.output.endswith(".safetensors"):
+    if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    source.find(options.model)
+    source.find(options.model, options.loading.variant)
     return problem
 
 
@@ -297,7 +319,9 @@ def erase_command(options: Erase, method: Any) -> None:
     from expunge.checkpoint import Checkpoint
     from expunge.edit import erase
 
-    method.check_family(Checkpoint.find(options.model, weights=False).family)
+    method.check_family(
+        Checkpoint.find(options.model, weights=False, variant=options.loading.variant).family
+    )
     if options.loading.dry_run:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
@@ -322,7 +346,7 @@ def erase_command(options: Erase, method: Any) -> None:
             stacklevel=1,
         )
     asked = method.work(problem, model.num_inference_steps)
-    folder = f"{options.output}.work"
+    folder = work.beside(options.output)
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
         with contextlib.ExitStack() as stack:

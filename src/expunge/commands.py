@@ -57,6 +57,8 @@ class Export:
     """A LoRA that lay on the model when the edit was made."""
     licence: Annotated[str, arg(metavar="ID", help_behavior_hint="")] = ""
     """The licence's identifier for the model card."""
+    variant: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The variant of a folder's weights that the edit was made from: fp16, non_ema; all are erased."""
     report: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """A report of expunge evaluate, whose figures the card shows."""
     push_to_hub: Annotated[str | None, arg(metavar="OWNER/NAME", help_behavior_hint="")] = None
@@ -69,6 +71,7 @@ def export_command(options: Export) -> None:
     """`expunge export`."""
     dtype = _dtype(options.dtype)
     from expunge import hub
+    from expunge.checkpoint import Checkpoint
     from expunge.edit import Edit
     from expunge.export import TARGETS, export, push
 
@@ -82,7 +85,7 @@ def export_command(options: Export) -> None:
     done = export(
         edit,
         options.to,
-        _base(edit, options.model),
+        Checkpoint.find(_base(edit, options.model), variant=options.variant),
         options.output,
         rank=options.rank,
         energy=options.energy,
@@ -139,6 +142,8 @@ class Loading:
     """Keep on the accelerator only the part of it that is at work; else the denoiser stays there."""
     config: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """For a single file: a diffusers folder of a model built like it."""
+    variant: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The variant of a folder's weights to read: fp16, non_ema; by default the plain ones."""
     lora: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="FILE[=STRENGTH]", help_behavior_hint="")
     ] = ()
@@ -155,7 +160,7 @@ class Loading:
         from expunge.checkpoint import Checkpoint
         from expunge.plan import plan
 
-        checkpoint = Checkpoint.find(name, weights=False)
+        checkpoint = Checkpoint.find(name, weights=False, variant=self.variant)
         found = source.settings(source.Source(name, checkpoint.path))
         asked = work(int(found.get("num_inference_steps", 50)))
         alone = self._reads_alone(asked, checkpoint.is_file)
@@ -175,11 +180,12 @@ class Loading:
 
     def load(self, name: str, work: Work | None = None) -> Model:
         """The model of this name; of one whose text encoders are enough for the work, these alone."""
-        found = source.find(name)
+        found = source.find(name, self.variant)
         if self._reads_alone(work, found.is_file):
             from expunge.checkpoint import Checkpoint
 
-            return Checkpoint.find(name).text_model(_dtype(self.dtype), self.device)
+            checkpoint = Checkpoint.find(name, variant=self.variant)
+            return checkpoint.text_model(_dtype(self.dtype), self.device)
         from expunge.model import load
 
         return load(
@@ -191,6 +197,7 @@ class Loading:
             offload=self.offload,
             gradient_checkpointing=self.gradient_checkpointing,
             attention_slicing=self.attention_slicing,
+            variant=self.variant,
         )
 
     def _reads_alone(self, work: Work | None, is_file: bool) -> bool:
@@ -241,7 +248,7 @@ class Merge:
 
 def merge_command(options: Merge) -> None:
     """`expunge merge`."""
-    if not options.output.endswith(".safetensors"):
+    if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
     from expunge.changes import summary
@@ -288,9 +295,9 @@ def undo_command(options: Undo) -> None:
 
 def is_model(path: str) -> bool:
     """Whether a path is a model's, not an edit's: a shipped one, a folder, or a file that is no edit."""
-    if Path(path).is_dir() or path in registry.names("models"):
+    if files.is_dir(path) or path in registry.names("models"):
         return True
-    return Path(path).is_file() and "expunge" not in files.read_header(path).get("__metadata__", {})
+    return files.is_file(path) and "expunge" not in files.read_header(path).get("__metadata__", {})
 
 
 def info_of_model(path: str) -> None:

@@ -55,7 +55,7 @@ def read(path: str | Path, kind: Kind = "object") -> tuple[tuple[Concept, ...], 
         ExpungeError: the file cannot be read, a line does not fit, or a concept stands there twice.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
+    if path.suffix.lower() not in _READERS:
         raise ExpungeError(f"concepts are read from a .txt, .csv or .toml file, not from {path}")
     try:
         text = path.read_text("utf-8-sig")
@@ -63,10 +63,10 @@ def read(path: str | Path, kind: Kind = "object") -> tuple[tuple[Concept, ...], 
         raise ExpungeError(f"{path} is not text in UTF-8") from None
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-    retain = _retained(path, text) if path.suffix == ".toml" else ()
+    retain = _retained(path, text) if path.suffix.lower() == ".toml" else ()
     concepts = []
     seen: dict[str, str] = {}
-    for where, concept in _READERS[path.suffix](path, text, kind):
+    for where, concept in _READERS[path.suffix.lower()](path, text, kind):
         for name in concept.names:
             if key(name) in seen:
                 raise ExpungeError(f"{path}, {where}: {name!r} was there on {seen[key(name)]}")

@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from expunge import cluster, registry
+from expunge import cluster, fingerprint, registry
 from expunge.changes import (
     KINDS,
     Applied,
@@ -152,8 +152,9 @@ class Edit:
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
+        # Cloned: a file cannot hold two tensors that share their memory, and changes may.
         tensors = {
-            f"{i}.{name}": tensor.detach().cpu().contiguous()
+            f"{i}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for i, change in enumerate(self.changes)
             for name, tensor in change.tensors.items()
         }
@@ -224,7 +225,10 @@ def erase(
     cluster.check(ray)
     if isinstance(method, str):
         method = registry.get("methods", method)()
-    assert isinstance(method, Method)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method must be a Method with its fields set, or the name of one, not {method!r}"
+        )
     problem = problem.with_anchors(model.anchors)
     anchors = (concept.anchor for concept in problem.erase if concept.anchor)
     prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
@@ -237,7 +241,8 @@ def erase(
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
         "problem": dataclasses.asdict(problem),
-        "model": base_hash(read, ((entry.layer, "weight") for entry in model.text_entries())),
+        # What was finished with one model is not gone on with in another: all of it counts.
+        "model": fingerprint.of_model(model) if work is not None else "",
         "seed": seed,
     }
     if named := _files(command["fields"]):

@@ -44,7 +44,7 @@ from expunge.problem import KINDS, Concept, Kind, Problem
 from expunge.report import Report, evaluate
 from expunge.run import Progress, quiet
 from expunge.suite import Suite
-from expunge.work import discard
+from expunge.work import beside, discard
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Job:
         """The edit, made if it is not in the folder yet, going on where an earlier try stopped."""
         file = folder / self.file(model)
         if not file.is_file():
-            place = f"{file}.work"
+            place = beside(file)
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
             discard(place)
@@ -122,7 +122,8 @@ class Experiment:
         table = read_toml(path)
         head = fields.build(_Head, {k: v for k, v in table.items() if k in _Head.known()} | _rest(table))
         suites = tuple(
-            Suite.read(path.parent / name if name.endswith(".toml") else name) for name in head.suites
+            Suite.read(path.parent / name if name.lower().endswith(".toml") else name)
+            for name in head.suites
         )
         methods = table.get("methods", [])
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from expunge.errors import ExpungeError
 PICKLED = "pickled, and reading it could run a stranger's code; convert it to .safetensors first"
 """What is wrong with files that are not safetensors."""
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""What Git LFS begins the small text with that stands for a file it has not fetched."""
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to that becomes `path` when the block ends well, and vanishes otherwise.
 
-    A file that was at `path` stays as it was until then. Missing parent folders are made.
+    A file that was at `path` stays as it was until then. Missing parent folders are made. A symbolic
+    link stays one: what it points to is replaced.
 
     Raises:
         ExpungeError: the folder cannot be made or written, or `path` is a folder.
@@ -31,17 +36,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
-        if path.is_dir():
+        target = _target(path)
+        if target.is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Half of a long name's ending would be another ending: keep short ones alone.
+        suffix = path.suffix if len(path.suffix) <= 16 else ""
+        handle, name = tempfile.mkstemp(prefix=".", suffix=suffix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -56,14 +64,54 @@ def check_writable(path: str | Path) -> None:
         ExpungeError: it cannot.
     """
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        if path.is_dir():
+        target = _target(path)
+        if target.is_dir():
             raise IsADirectoryError(21, "it is a folder")
+        folder = next(parent for parent in target.absolute().parents if parent.exists())
         with tempfile.NamedTemporaryFile(prefix=".", dir=folder):
             pass
     except OSError as error:
         raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _target(path: Path) -> Path:
+    """What is written in the end: a symbolic link's target, or the path itself.
+
+    Raises:
+        OSError: the links go round, or the working directory is gone.
+    """
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, "its symbolic links go round")
+    return target
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of this name.
+
+    Raises:
+        ExpungeError: that cannot be told: the name is too long, or its folder may not be searched.
+    """
+    return _is(Path(path).is_file, path)
+
+
+def is_dir(path: str | Path) -> bool:
+    """Whether there is a folder of this name.
+
+    Raises:
+        ExpungeError: as `is_file`.
+    """
+    return _is(Path(path).is_dir, path)
+
+
+def _is(ask: Callable[[], bool], path: str | Path) -> bool:
+    try:
+        return ask()
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def check_results(folder: str | Path, suites: Iterable[str]) -> None:
@@ -73,7 +121,7 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
         ExpungeError: it holds those of others, or something that is no report.
     """
     file = Path(folder) / "results.json"
-    if not file.is_file():
+    if not is_file(file):
         return
     try:
         there = {case["suite"]["name"] for case in json.loads(file.read_text("utf8"))["cases"]}
@@ -89,8 +137,8 @@ def read_header(path: str | Path) -> dict:
     """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
 
     Raises:
-        ExpungeError: the file is missing, is no safetensors file (but pickled, say), or is shorter than
-            it says.
+        ExpungeError: the file is missing, is no safetensors file (but pickled, say, or a pointer of Git
+            LFS), or is shorter than it says.
     """
     path = Path(path)
     try:
@@ -101,6 +149,8 @@ def read_header(path: str | Path) -> dict:
             text = file.read(length) if 0 < length <= size - 8 else b""
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    if start == POINTER[:8]:
+        check_pointer(path)
     try:
         header = json.loads(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
@@ -116,10 +166,28 @@ def read_header(path: str | Path) -> dict:
     return header
 
 
-def check_weights(folder: str | Path) -> None:
-    """Check that every weight file of a diffusers folder is there and whole.
+def check_pointer(path: Path) -> None:
+    """Check that a file holds what it should, and not where Git LFS keeps it.
 
-    Only headers and lengths are read.
+    Raises:
+        ExpungeError: it is a pointer, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    if start == POINTER:
+        raise ExpungeError(
+            f"{path} is a pointer of Git LFS in place of the file: run `git lfs pull` in its folder"
+        )
+
+
+def check_weights(folder: str | Path) -> None:
+    """Check that every weight file beneath a folder is there and whole.
+
+    Only headers and lengths are read. Of a diffusers folder to load, `variants.check_read` checks what
+    is read alone.
 
     Raises:
         ExpungeError: a shard named by an index is missing, or a file is cut short, or there are none but
@@ -128,7 +196,7 @@ def check_weights(folder: str | Path) -> None:
     folder = Path(folder)
     for index in sorted(folder.rglob("*.safetensors.index.json")):
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise ExpungeError(f"{index} is not an index of weight files") from None
         for shard in shards:
@@ -151,10 +219,21 @@ def slug(text: str, longest: int = 60) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches."""
+    """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches.
+
+    Raises:
+        ExpungeError: nothing says where: there is no home folder.
+    """
     if chosen := os.environ.get("EXPUNGE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expunge"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "expunge"
+    try:
+        return Path.home() / ".cache" / "expunge"
+    except RuntimeError:
+        raise ExpungeError(
+            "there is no home folder to keep the cache in: set EXPUNGE_CACHE to a folder"
+        ) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -207,8 +286,11 @@ def check_space(folder: str | Path, needed: int) -> None:
         ExpungeError: it does not.
     """
     folder = Path(folder).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise ExpungeError(f"cannot write {folder}: {error.strerror or error}") from error
     if free < needed:
         raise ExpungeError(
             f"the disk of {folder} has {size(free)} free; {size(needed)} are to be written"
@@ -223,17 +305,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         ExpungeError: something is at `path` already, or the folder cannot be made or written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ExpungeError(f"{path} is there already; choose another folder, or move it away")
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", dir=path.parent))
+        target = _target(path)
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ExpungeError(f"{path} is there already; choose another folder, or move it away")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise ExpungeError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

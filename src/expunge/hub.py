@@ -30,12 +30,13 @@ def refused(name: str, error: Exception) -> ExpungeError:
     return ExpungeError(f"cannot load {name}: {reason}")
 
 
-def fetch(model: str, *, weights: bool = True) -> Path:
+def fetch(model: str, *, weights: bool = True, variant: str | None = None) -> Path:
     """The folder of a model of the hub, fetched where it is not on this machine yet.
 
     Args:
         model: OWNER/NAME.
         weights: whether to fetch all that is read; otherwise, its configuration alone.
+        variant: a variant of the weights to fetch beside the plain ones; "*" for every one.
 
     Raises:
         ExpungeError: it cannot be had.
@@ -45,7 +46,9 @@ def fetch(model: str, *, weights: bool = True) -> Path:
     patterns = ["model_index.json", "expunge.json", "*/config.json"]
     if weights:
         patterns = ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "README.md", "LICENSE*"]
-    variants = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # copies of what diffusers reads
+    # Copies of what diffusers reads, whole and in shards.
+    others = [name for name in ("fp16", "bf16", "fp32", "non_ema", "ema") if variant not in (name, "*")]
+    variants = [pattern for name in others for pattern in (f"*.{name}.*", f"*.{name}-*")]
     try:
         return Path(
             huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=variants)

@@ -152,7 +152,8 @@ def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Pro
     def total(prompts: Sequence[str]) -> Tensor:
         text = model.encode(prompts)
         rows = text.pooled if pooled else text.embeddings.flatten(0, 1)
-        assert rows is not None
+        if rows is None:
+            raise TypeError("a pooled vector is expected of every text, and this model has none")
         return gram(rows.cpu()) / len(prompts)
 
     erased = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expunge import source
-from expunge.changes import Applied, Change, Changes, find
+from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.errors import ExpungeError, ExpungeWarning
 from expunge.lora import fuse
 from expunge.ops.attention import CrossAttention
@@ -65,7 +65,8 @@ class Text:
 
     def stretches(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
-        assert self.ends is not None
+        if self.ends is None:
+            raise TypeError("ends must be a tensor (n, parts), not None")
         found, start = [], 0
         for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
             found.append((slice(start, start + length), end))
@@ -268,16 +269,18 @@ class Model(ABC):
 
     @property
     def network(self) -> Any:
-        """The denoiser."""
-        return getattr(self.pipe, self.denoiser)
+        """The denoiser, whole: never spread over several devices."""
+        network = getattr(self.pipe, self.denoiser)
+        return network.module if isinstance(network, PARALLEL) else network
 
     @property
     def device(self) -> torch.device:
         """Where the model works; some of its parts may lie elsewhere between their calls."""
         if self.stored:
             return next(p.device for p in self.parameters() if not p.is_meta)
-        device: torch.device = self.pipe._execution_device
-        return device
+        # A pipeline has none where its denoiser is spread over several.
+        device: torch.device | None = getattr(self.pipe, "_execution_device", None)
+        return device or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -300,6 +303,7 @@ class Model(ABC):
         Raises:
             ExpungeError: one would.
         """
+        require_unicode(prompts)
         for prompt in dict.fromkeys(prompts):
             if (n := self.count_tokens(prompt)) > self.window:
                 shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
@@ -523,6 +527,8 @@ class Model(ABC):
     def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
         entries = (*self.text_entries(), *self.pooled_entries())
+        if any(compiled(module) for entry in entries for module in path_to(self.pipe, entry.layer)):
+            return contextlib.nullcontext()  # what was compiled is left as it is
         layers = [entry.layer.rpartition(".") for entry in entries]
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
 
@@ -537,6 +543,7 @@ def load(
     offload: bool = False,
     gradient_checkpointing: bool = False,
     attention_slicing: bool = False,
+    variant: str | None = None,
 ) -> Model:
     """Load a model.
 
@@ -555,6 +562,8 @@ def load(
         gradient_checkpointing: compute twice what gradients need, instead of keeping it.
         attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
             a million pixels, or where PyTorch has no attention of its own that saves memory.
+        variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
+            default the plain ones, or the only ones.
 
     Raises:
         ExpungeError: no such model, a family that is not known, weights missing, broken, or not
@@ -567,7 +576,7 @@ def load(
             )
         name = Path(getattr(model, "name_or_path", None) or "").name
         return source.family_of(type(model).__name__)(model, name=name)
-    found, device = source.find(model), working_device(device, offload)
+    found, device = source.find(model, variant), working_device(device, offload)
     found = source.fetched(found)
     pipe = source.read_pipeline(found, dtype, config)
     family = source.family_of(type(pipe).__name__)
@@ -610,6 +619,20 @@ def working_device(name: str, offload: bool = False) -> str:
             f"this machine has no device {name!r}; give auto or cpu, or cuda, cuda:1 or mps where it is"
         ) from error
     return name
+
+
+def require_unicode(prompts: Sequence[str]) -> None:
+    """Check that every prompt is text: bytes that are no UTF-8 come from a command line as surrogates.
+
+    Raises:
+        ExpungeError: one is not.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = prompt.encode("utf-8", "backslashreplace").decode()
+            raise ExpungeError(f"'{shown}' is not text in UTF-8; see what encoding it is in") from None
 
 
 def warn_cut(prompt: str, tokens: int, window: int) -> None:

@@ -269,7 +269,8 @@ def _case(report: Report, case: Case, found: Sequence[Comparison]) -> dict[str, 
 
 def _asked(row: Row) -> dict[str, Any]:
     """What was asked of an edit, and the answers in plain numbers."""
-    assert row.candidate is not None
+    if row.candidate is None:
+        raise TypeError("a row with a candidate is expected, and the original has none")
     asked, made = "erase " + ", ".join(row.candidate.erases[:6]), "a model of its own"
     if row.candidate.edit is not None:
         record = row.candidate.edit.record

@@ -106,7 +106,7 @@ def captions(source: str) -> tuple[str, ...]:
             raise ExpungeError(f"{source} is not text in UTF-8") from None
         except OSError as error:
             raise ExpungeError(f"cannot read {source}: {error.strerror or error}") from error
-    elif file.suffix == ".txt":
+    elif file.suffix.lower() == ".txt":
         raise ExpungeError(f"cannot read {source}: there is no such file")
     elif data_set:
         lines = _from_hub(source)
@@ -176,7 +176,8 @@ def _prior(model: Model, captions: Sequence[str], run: Run) -> Prior:
             e = model.encode(captions[start : start + BATCH]).embeddings.flatten(0, 1).cpu()
             total = gram(e) if total is None else total + gram(e)
     run.progress("reading captions", len(captions), len(captions))
-    assert total is not None
+    if total is None:
+        raise TypeError("captions must be a sequence of texts, not an empty one")
     return Prior(total / len(captions), len(captions))
 
 

@@ -39,10 +39,10 @@ def names(kind: str) -> list[str]:
 def describe(kind: str, name: str) -> str:
     """The first line a plug-in says about itself."""
     if kind == "suites":
-        first = (HERE / kind / f"{name}.toml").read_text().splitlines()[0]
+        first = (HERE / kind / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
         return first.lstrip("# ")
     file = HERE / name / "__init__.py" if kind == "models" else HERE / kind / f"{name}.py"
-    text = ast.get_docstring(ast.parse(file.read_text())) if file.exists() else None
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else None
     return (text or "").splitlines()[0] if text else ""
 
 
@@ -52,7 +52,7 @@ def declared(kind: str, name: str, attribute: str) -> dict[str, str]:
     >>> declared("methods", "mace", "needs")
     {'suppress': 'cross-attention'}
     """
-    for node in ast.walk(ast.parse((HERE / kind / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((HERE / kind / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id == attribute and node.value is not None:

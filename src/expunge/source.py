@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge import registry
+from expunge import files, registry, tensors
 from expunge.errors import ExpungeError, unknown
-from expunge.files import check_weights, read_header, read_json
+from expunge.files import read_header, read_json
 from expunge.hub import absent, fetch, offline
+from expunge.variants import IDLE, check_read, components, read_variants, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +29,8 @@ HELD = {
 }
 """What a component's class begins with, and what its tensors begin with in a single file."""
 
-
-IDLE = ("safety_checker", "feature_extractor", "image_encoder")
-"""What a pipeline may have that nothing here asks."""
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".toml", ".txt", ".csv")
+"""How files end, and models of the hub are not called."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +41,52 @@ class Source:
     """What to call it."""
     path: Path | None
     """A diffusers folder or a single file; None for a model of the hub."""
+    variant: str | None = None
+    """The variant of a folder's weights to read where it is there; else the plain ones."""
 
     @property
     def is_file(self) -> bool:
         return self.path is not None and self.path.is_file()
 
 
-def find(model: str | Path) -> Source:
+def find(model: str | Path, variant: str | None = None) -> Source:
     """The source that a name stands for: a shipped model, a diffusers folder, a single file, a hub id.
 
+    Args:
+        model: its name.
+        variant: which of a folder's weights to read: "fp16", "non_ema"; by default the plain ones.
+
     Raises:
-        ExpungeError: there is none, or its weight files are pickled, missing, or cut short.
+        ExpungeError: there is none, it has no such variant, or its weight files are pickled, missing, or
+            cut short.
     """
     shipped = registry.names("models")
     path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
-    if path.is_file():
+    if files.is_file(path):
+        if variant:
+            raise ExpungeError(f"{path} is a single file; only a folder has the variant {variant!r}")
         check_single_file(path)
         return Source(path.stem, path)
-    if not path.is_dir():
+    if not files.is_dir(path):
         if on_hub(model):
-            return Source(str(model), None)
+            return Source(str(model), None, variant)
         if "/" in str(model) or path.suffix:
-            raise ExpungeError(f"there is no file or folder {model}")
+            raise ExpungeError(f"there is no file or folder {model}{_near(path)}")
         raise unknown("model", str(model), shipped)
-    if not (path / "model_index.json").is_file():
+    if not files.is_file(path / "model_index.json"):
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
-    check_weights(path)
-    return Source(str(model) if str(model) in shipped else path.resolve().name, path)
+    check_read(path, variant)
+    return Source(str(model) if str(model) in shipped else path.resolve().name, path, variant)
+
+
+def _near(path: Path) -> str:
+    """A question after what lies beside a path that is not there and is called nearly so."""
+    try:
+        beside = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def fetched(source: Source, *, weights: bool = True) -> Source:
@@ -75,20 +98,33 @@ def fetched(source: Source, *, weights: bool = True) -> Source:
     if source.path:
         return source
     with quietly():
-        folder = fetch(source.name, weights=weights)
+        folder = fetch(source.name, weights=weights, variant=source.variant)
     if weights:
-        check_weights(folder)
-        for config in sorted(folder.glob("*/config.json")):
-            part = config.parent
-            if not part.name.startswith(IDLE) and not any(part.glob("*.safetensors")):
-                why = ", and HF_HUB_OFFLINE forbids to fetch it" if offline() else ""
-                raise ExpungeError(f"the {part.name} of {source.name} is not here in .safetensors{why}")
-    return Source(source.name, folder)
+        if lacking := _lacking(folder):
+            # Some repositories hold half-precision weights and nothing else.
+            with quietly():
+                folder = fetch(source.name, variant="*")
+            lacking = _lacking(folder)
+        if lacking:
+            why = ", and HF_HUB_OFFLINE forbids to fetch it" if offline() else ""
+            raise ExpungeError(f"the {lacking} of {source.name} is not here in .safetensors{why}")
+        check_read(folder, source.variant)
+    return replace(source, path=folder)
+
+
+def _lacking(folder: Path) -> str:
+    """The first component of a folder that should have weights there and has none; "" for none."""
+    for name, (library, _) in components(folder).items():
+        if (folder / name / "config.json").is_file() and not weight_files(folder / name, library):
+            return name
+    return ""
 
 
 def on_hub(model: str | Path) -> bool:
-    """Whether a name can be that of a model of the hub."""
-    return isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    """Whether a name can be that of a model of the hub: OWNER/NAME, and no file's."""
+    if not isinstance(model, str) or model.lower().endswith(ENDINGS) or len(model) > 96 + 1:
+        return False
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) is not None
 
 
 def check_single_file(path: Path) -> None:
@@ -179,30 +215,39 @@ def read_pipeline(
     """
     import diffusers
 
-    assert source.path
+    if source.path is None:
+        raise TypeError(f"a source on this machine is expected, and {source.name} is one of the hub")
     try:
         with quietly():
             if source.is_file:
                 family = family_of_file(source.path)
                 beside = _beside(source.path, config, family, dtype)
-                pipe = getattr(diffusers, family.pipelines[0]).from_single_file(
-                    str(source.path),
-                    torch_dtype=dtype,
-                    config=config and str(config),
-                    **{**beside, **parts},
-                )
+                with _as_diffusers_reads(source.path, dtype) as file:
+                    pipe = getattr(diffusers, family.pipelines[0]).from_single_file(
+                        str(file),
+                        torch_dtype=dtype,
+                        config=config and str(config),
+                        **{**beside, **parts},
+                    )
             else:
                 idle = {part: None for part in read_index(source.path) if part.startswith(IDLE)}
+                given = {**idle, **parts}
+                given |= _variants(source, dtype, leave=tuple(given))
                 pipe = diffusers.DiffusionPipeline.from_pretrained(
                     source.path,
                     torch_dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
-                    **{**idle, **parts},
+                    **given,
                 )
     except ExpungeError:
         raise
     except Exception as error:  # whatever diffusers, the hub and the files come up with
+        if sys.flags.optimize > 1 and "docstring" in str(error):
+            raise ExpungeError(
+                "Python's -OO leaves docstrings out, and transformers cannot be imported without them:"
+                " start Python with -O"
+            ) from error
         if source.is_file and config is None and absent(error):
             raise ExpungeError(
                 f"a single file has no configuration, and the one for {source.path} is not on this"
@@ -213,9 +258,66 @@ def read_pipeline(
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ExpungeError(f"cannot load {source.path}: {lines[0]}") from error
     if not source.is_file:
-        check_whole(pipe, source.path)
+        check_whole(pipe, source.path, source.variant)
     check_numbers(pipe.components, source.name)
     return pipe
+
+
+def _variants(source: Source, dtype: torch.dtype, leave: tuple[str, ...]) -> dict[str, Any]:
+    """The components of a folder whose weights to read are not the plain ones.
+
+    A pipeline's own `variant` goes by what files in a component's folder begin with, and is one for all
+    components; this one is each component's own.
+
+    Raises:
+        ExpungeError: a component holds scaled weights, which the libraries read without their scales.
+    """
+    import diffusers
+    import transformers
+
+    folder = source.path
+    if folder is None:
+        raise TypeError(f"a source on this machine is expected, and {source.name} is one of the hub")
+    kinds, found = components(folder), {}
+    for part, variant in read_variants(folder, source.variant).items():
+        if part in leave:
+            continue
+        library, name = kinds[part]
+        for path in weight_files(folder / part, library)[variant]:
+            if tensors.scaled(read_header(path)):
+                raise ExpungeError(
+                    f"{path} holds scaled eight-bit weights, which {library} reads without their"
+                    " scales: give the model in another format"
+                )
+        if variant and library == "diffusers":
+            found[part] = getattr(diffusers, name).from_pretrained(
+                folder / part, variant=variant, torch_dtype=dtype, use_safetensors=True
+            )
+        elif variant and library == "transformers":
+            found[part] = getattr(transformers, name).from_pretrained(
+                folder / part, variant=variant, dtype=dtype, use_safetensors=True
+            )
+    return found
+
+
+@contextmanager
+def _as_diffusers_reads(path: Path, dtype: torch.dtype) -> Iterator[Path]:
+    """A single file as diffusers reads one: its ending in small letters, and its weights unscaled.
+
+    Raises:
+        ExpungeError: the scales are of a kind that is not known, or the disk is too full.
+    """
+    scaled = tensors.scaled(read_header(path))
+    if not scaled and path.suffix == ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="expunge-") as place:
+        file = Path(place) / f"{path.stem}.safetensors"
+        if scaled:
+            tensors.unscale(path, file, dtype)
+        else:
+            file.symlink_to(path.resolve())
+        yield file
 
 
 def _beside(
@@ -228,12 +330,12 @@ def _beside(
     """
     import diffusers
 
-    tensors = list(read_header(path))
+    names = list(read_header(path))
     folder = Path(config or "")
     if config is None or not folder.is_dir():
         if config is not None and not on_hub(config):
             raise ExpungeError(f"there is no folder {config}")
-        if not any(name.startswith(HELD["CLIPText"]) for name in tensors):
+        if not any(name.startswith(HELD["CLIPText"]) for name in names):
             raise ExpungeError(
                 f"{path} holds no text encoders; give --config a diffusers folder of a model built like"
                 " it that has them"
@@ -244,19 +346,20 @@ def _beside(
         raise ExpungeError(f"{path} is of {family.__name__}, and {folder} of {index['_class_name']}")
     kinds = {name: str(value[1]) for name, value in index.items() if isinstance(value, list)}
     left_out = [
-        name
-        for name, kind in kinds.items()
+        part
+        for part, kind in kinds.items()
         for beginning, prefixes in HELD.items()
-        if kind.startswith(beginning) and not any(tensor.startswith(prefixes) for tensor in tensors)
+        if kind.startswith(beginning) and not any(name.startswith(prefixes) for name in names)
     ]
     if not left_out:
         return {}
-    others = dict.fromkeys(name for name in kinds if name not in left_out)
+    others = dict.fromkeys(part for part in kinds if part not in left_out)
+    given = {**others, **_variants(Source(folder.name, folder), dtype, leave=tuple(others))}
     pipe = getattr(diffusers, family.pipelines[0]).from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **others
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **given
     )
     check_whole(pipe, folder)
-    return {name: pipe.components[name] for name in left_out}
+    return {part: pipe.components[part] for part in left_out}
 
 
 def empty(folder: Path, part: str) -> Any:
@@ -307,7 +410,7 @@ def quietly() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def check_whole(pipe: Any, folder: Path) -> None:
+def check_whole(pipe: Any, folder: Path, variant: str | None = None) -> None:
     """Check that the text encoders and the denoiser were all in their files.
 
     Loaders fill in random numbers for what is missing.
@@ -317,10 +420,12 @@ def check_whole(pipe: Any, folder: Path) -> None:
     """
     import torch
 
+    kinds, picked = components(folder), read_variants(folder, variant)
     for part, module in pipe.components.items():
-        if not isinstance(module, torch.nn.Module) or part == "vae":
+        if not isinstance(module, torch.nn.Module) or part == "vae" or part not in picked:
             continue
-        there = {name for file in (folder / part).glob("*.safetensors") for name in read_header(file)}
+        read = weight_files(folder / part, kinds[part][0])[picked[part]]
+        there = {name for file in read for name in read_header(file)}
         names: dict[int, list[str]] = {}
         for name, tensor in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from expunge.changes import Change, Changes, Dense, Sparse, find
+from expunge.changes import Change, Changes, Dense, Sparse, find, named_layers
 from expunge.errors import ExpungeError
 from expunge.model import Model, Text
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimise
@@ -88,7 +88,8 @@ class Sample:
     def points(self, asked: Asked) -> Points:
         """Where a prediction is asked for."""
         points = self.late if asked.startswith("late") else self.early
-        assert points is not None
+        if points is None:
+            raise TypeError(f"early must be Points where {asked!r} is asked for, not None")
         return points
 
     def split(self, n: int) -> list[Sample]:
@@ -97,7 +98,8 @@ class Sample:
         for start in range(0, len(self.text), n):
             rows = list(range(len(self.text)))[start : start + n]
             points = [p and Points(p.latents[rows], p.t[rows]) for p in (self.late, self.early)]
-            assert points[0] is not None
+            if points[0] is None:
+                raise TypeError("late must be Points, not None")
             anchor = self.anchor and self.anchor[rows]
             parts.append(Sample(self.text[rows], points[0], points[1], anchor))
         return parts
@@ -396,7 +398,11 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     """
     entries = [entry.layer for entry in model.text_entries()]
     component = entries[0].partition(".")[0]
-    found = {f"{component}.{k}": p for k, p in getattr(model.pipe, component).named_parameters()}
+    found = {
+        f"{component}.{layer}.{name}": parameter
+        for layer, module in named_layers(getattr(model.pipe, component))
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     if part == "denoiser":
         return found
     if part == "text":
@@ -427,7 +433,7 @@ def layers_of(model: Model, which: Layers) -> tuple[str, ...]:
     if which == "text":
         return entries
     component = entries[0].partition(".")[0]
-    modules = dict(getattr(model.pipe, component).named_modules())
+    modules = dict(named_layers(getattr(model.pipe, component)))
     blocks = tuple(f"{k}." for k, m in modules.items() if type(m).__name__ in BLOCKS)
     if which == "blocks" and not blocks:
         raise ExpungeError(

@@ -321,7 +321,7 @@ class Suite(Settings):
             ExpungeError: there is none, or something in it is wrong.
         """
         path = Path(name)
-        if path.suffix != ".toml":
+        if path.suffix.lower() != ".toml":
             if str(name) not in registry.names("suites"):
                 raise unknown("suite", str(name), registry.names("suites"))
             path = registry.HERE / "suites" / f"{name}.toml"
@@ -359,7 +359,7 @@ class Suite(Settings):
             other = settings.known_as
             if Path(other).stem == name:
                 raise ExpungeError(f"known_as names the suite itself, {other!r}")
-            said = cls.read(folder / other if other.endswith(".toml") else other).concepts
+            said = cls.read(folder / other if other.lower().endswith(".toml") else other).concepts
             told = {concept.name: concept for concept in said}
             concepts, more = (
                 tuple(_known_as(concept, told.get(concept.name)) for concept in group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from expunge.edit import Edit, same_base
 from expunge.errors import ExpungeError
 from expunge.export import by_place, weights
 from expunge.lora import Place
+from expunge.tensors import Change, Stored
 
 LARGEST_CONDITION = 1e6
 """Beyond this, a matrix that was multiplied onto float32 weights cannot be divided out again."""
@@ -51,9 +52,12 @@ def undo(
     if not history:
         raise ExpungeError(f"{erased_model.path} says of no erasure; there is nothing to undo")
     last = history[-1]
+    of_variants: dict[str, dict[Place, Change]] = {}
+    back: Mapping[Place, Change]
     if original is not None:
         source = original if isinstance(original, Checkpoint) else Checkpoint.find(original)
         back = _from_original(source, last)
+        of_variants = _of_variants(erased_model, source, last)
     elif edit is not None:
         back = _by_arithmetic(edit, last)
     else:
@@ -62,11 +66,11 @@ def undo(
         )
     names = ", ".join(concept.name for concept in last.record.problem.erase)
     text = f"# {erased_model.name}, with {names} again\n\nWritten by `expunge undo`.\n"
-    erased_model.copy(output, back, history[:-1], {"README.md": text})
+    erased_model.copy(output, back, history[:-1], {"README.md": text}, of_variants)
     return last
 
 
-def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Callable[[Tensor], Tensor]]:
+def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Change]:
     """The original's tensors in place of what is there."""
     if last.record.family not in ("", source.family.__name__):
         raise ExpungeError(
@@ -77,13 +81,41 @@ def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Callable[[Te
             f"{source.name} has other weights than the model that was erased; it cannot be put back"
         )
 
-    def copied(there: Tensor, place: Place) -> Tensor:
-        return source.read(*place).to(there.dtype)
-
-    return {place: partial(copied, place=place) for place in last.places}
+    return {place: partial(_copied, source=source, place=place, variant=None) for place in last.places}
 
 
-def _by_arithmetic(edit: Edit, last: Erased) -> dict[Place, Callable[[Tensor], Tensor]]:
+def _of_variants(
+    erased_model: Checkpoint, source: Checkpoint, last: Erased
+) -> dict[str, dict[Place, Change]]:
+    """For each variant of the erased weights what the original's same variant has.
+
+    Raises:
+        ExpungeError: the original has not all of the variants that are to be put back.
+    """
+    found: dict[str, dict[Place, Change]] = {}
+    for place in last.places:
+        there, ours = erased_model.by_variant(*place), source.by_variant(*place)
+        for variant in there:
+            if variant in ours:
+                back = partial(_copied, source=source, place=place, variant=variant)
+                found.setdefault(variant, {})[place] = back
+            elif len(there) > 1:
+                raise ExpungeError(
+                    f"{source.name} has no {variant or 'plain'} weights of {place[0]}, which"
+                    f" {erased_model.name} has: give the original that has them, or the edit"
+                )
+    return found
+
+
+def _copied(there: Tensor, source: Checkpoint, place: Place, variant: str | None) -> Tensor | Stored:
+    """The original's tensor in place of another: bit for bit where both are stored alike."""
+    stored = source.stored(*place, variant)
+    if stored.scale is not None or stored.value.dtype == there.dtype:
+        return stored
+    return stored.value.to(there.dtype)
+
+
+def _by_arithmetic(edit: Edit, last: Erased) -> dict[Place, Change]:
     """The inverse of every change, the last first."""
     if edit.hash != last.edit:
         raise ExpungeError("this is not the edit that was laid on the model last")

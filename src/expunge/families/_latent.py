@@ -14,7 +14,10 @@ from torch import Tensor
 
 from expunge.errors import ExpungeError
 from expunge.families import _text
-from expunge.model import Model, Text, warn_cut
+from expunge.model import Model, Text, require_unicode, warn_cut
+
+FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
+"""Numbers of steps to try where a sampler cannot take more."""
 
 
 class LatentModel(Model):
@@ -36,6 +39,7 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
+        require_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
                 warn_cut(prompt, n, self.window)
@@ -53,8 +57,7 @@ class LatentModel(Model):
 
     def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
         """The times at which `trajectory` asks the denoiser, from noise on."""
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        self._set_timesteps(scheduler, num_inference_steps or self.num_inference_steps)
+        scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         return tuple(round(float(t)) for t in scheduler.timesteps)
 
     def trajectory(
@@ -69,8 +72,7 @@ class LatentModel(Model):
         guided = self.contrasts and guidance > 1
         if guided:
             text = Text.joined([self.unconditional(len(seeds)), text])
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        self._set_timesteps(scheduler, num_inference_steps or self.num_inference_steps)
+        scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         # One generator a picture, on the CPU: its noise depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.randn((1, *self._latent_shape), generator=g) for g in generators])
@@ -90,6 +92,49 @@ class LatentModel(Model):
                 output = empty + guidance * (prompt - empty)
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
+
+    def _sampler(self, steps: int) -> Any:
+        """The model's sampler, laid out for so many steps.
+
+        Raises:
+            ExpungeError: it cannot take so many.
+        """
+        asked = (type(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        known: dict[Any, bool] = self.__dict__.setdefault("_samplers", {})
+        if (asked, steps) not in known:
+            known[asked, steps] = self._takes(steps)
+        if not known[asked, steps]:
+            fewer = (n for n in (*range(steps - 1, steps - 6, -1), *FEWER) if 0 < n < steps)
+            near = next((n for n in fewer if self._takes(n)), None)
+            raise ExpungeError(
+                f"this model's sampler, {type(self.pipe.scheduler).__name__}, cannot take {steps}"
+                f" step{'s' * (steps != 1)}" + (f"; {near} it can" if near else "")
+            )
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        self._set_timesteps(scheduler, steps)
+        return scheduler
+
+    @torch.no_grad()
+    def _takes(self, steps: int) -> bool:
+        """Whether the sampler can take so many steps and ends with numbers, tried on one small latent.
+
+        Samplers fail in their own ways, and some not before the last step, or with nan alone.
+        """
+        try:
+            scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+            self._set_timesteps(scheduler, steps)
+            scales = hasattr(scheduler, "scale_model_input")
+            takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+            extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
+            latents = torch.ones((1, self._latent_shape[0], 2, 2), device=self.device)
+            for t in scheduler.timesteps:
+                if scales:
+                    scheduler.scale_model_input(latents, t)
+                none = torch.zeros_like(latents)
+                latents = scheduler.step(none, t, latents, **extra, return_dict=False)[0]
+        except Exception:  # index errors, assertions, divisions by zero
+            return False
+        return bool(latents.isfinite().all())
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

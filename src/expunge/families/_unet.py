@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.changes import check_asked, named_layers
 from expunge.families._latent import LatentModel
 from expunge.model import TextEntry
 from expunge.ops.attention import CrossAttention
@@ -32,16 +33,19 @@ class UNetModel(LatentModel):
         return signal.sqrt().to(latents.dtype) * latents + (1 - signal).sqrt().to(latents.dtype) * noise
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        found: list[tuple[str, Any]] = [
+            (name, module) for name, module in named_layers(self.network) if name.endswith("attn2")
+        ]
+        for name, _ in found:
+            check_asked(self.pipe, f"unet.{name}.to_k", hooked=True)
         return tuple(
-            CrossAttention(module.to_q, module.to_k, module.heads, module.scale)
-            for name, module in self.network.named_modules()
-            if name.endswith("attn2")
+            CrossAttention(module.to_q, module.to_k, module.heads, module.scale) for _, module in found
         )
 
     def text_entries(self) -> tuple[TextEntry, ...]:
         return tuple(
             TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
-            for name, _ in self.network.named_modules()
+            for name, _ in named_layers(self.network)
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         )
 

@@ -47,7 +47,8 @@ class SDXL(UNetModel):
         text = super().unconditional(n)
         if not self.pipe.config.force_zeros_for_empty_prompt:
             return text
-        assert text.pooled is not None
+        if text.pooled is None:
+            raise TypeError("text must have a pooled vector, not None")
         zeros, pooled = torch.zeros_like(text.embeddings), torch.zeros_like(text.pooled)
         return Text(text.prompts, zeros, text.own, text.ids, pooled)
 

@@ -309,7 +309,8 @@ class ACE(Method):
     ) -> Gated:
         """The closed form after attacks on it."""
         (closed,) = changes
-        assert isinstance(closed, Gated)
+        if not isinstance(closed, Gated):
+            raise TypeError(f"a Gated change is expected, not a {type(closed).__name__}")
         counts = [sum(len(groups[c.name]) for c in members) for members in shared]
         parts = {m[0].name: part for m, part in zip(shared, _parted(closed, counts), strict=True)}
         rows = {
@@ -815,7 +816,8 @@ class ACE(Method):
             ExpungeError: this model has no cross-attentions apart from the rest.
         """
         (gates,) = changes
-        assert isinstance(gates, Gated)
+        if not isinstance(gates, Gated):
+            raise TypeError(f"a Gated change is expected, not a {type(gates).__name__}")
         kinds = {concept.kind: self._templates(concept)[0] for concept in problem.erase}
         told = list(dict.fromkeys(kinds.values()))
         # Kind after kind in turn, so that each has as many.
@@ -897,7 +899,7 @@ def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> 
 def _free() -> int:
     """The bytes of memory that could be had; without limit where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 2**62

@@ -266,7 +266,7 @@ class ANT(Method):
         require_place(self.training_templates)
         if self.scheduler != "auto":
             object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
-        if self.mask and not self.mask.endswith(".safetensors"):
+        if self.mask and not self.mask.lower().endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
     @property

@@ -40,7 +40,8 @@ class Lpips(Metric):
     def measure(
         self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        assert references is not None
+        if references is None:
+            raise TypeError("references must be a tensor of pictures, not None")
         distance, rows = _distance(self.network), []
         for one, other in zip(pictures.nan_to_num(), references.nan_to_num(), strict=True):
             rows.append(distance(one[None], other[None]).reshape(1))

@@ -25,6 +25,7 @@ class PixelDistance(Metric):
     def measure(
         self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        assert references is not None
+        if references is None:
+            raise TypeError("references must be a tensor of pictures, not None")
         difference = pictures.nan_to_num() - references.nan_to_num()
         return difference.flatten(1).square().mean(1, keepdim=True).sqrt()

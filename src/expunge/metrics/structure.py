@@ -33,7 +33,8 @@ class Structure(Metric):
     def measure(
         self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        assert references is not None
+        if references is None:
+            raise TypeError("references must be a tensor of pictures, not None")
         a, b = (
             functional.adaptive_avg_pool2d(p.nan_to_num(), self.size).flatten(1)
             for p in (pictures, references)

@@ -122,7 +122,8 @@ def backward(
 
     def listen(name: str) -> Callable[[Tensor], None]:
         def heard(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                raise TypeError(f"{name} must have a gradient after backward, not None")
             hear(name, parameter.grad)
             parameter.grad = None
 

@@ -1,0 +1,67 @@
+"""What a model is, in one hash: everything that can play a part in what a method makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from expunge.changes import content
+from expunge.model import Model
+
+SETTINGS = ("num_inference_steps", "guidance_scale", "sample_size", "max_sequence_length", "autocast")
+"""How a model draws, beside its weights and configurations."""
+
+
+def of_model(model: Model) -> str:
+    """The hash of a model's weights, configurations, tokenizers, scheduler and settings.
+
+    Parameters that were left on the disk count by what of them a method can ask: the layers through
+    which text enters. It takes a second or two a GB.
+
+    Args:
+        model: the model as it stands, with whatever lies on it.
+    """
+    digest = hashlib.sha256()
+
+    def add(*what: object) -> None:
+        digest.update(json.dumps(what, sort_keys=True, default=str).encode())
+
+    add(type(model).__name__, {name: str(getattr(model, name, None)) for name in SETTINGS})
+    for name, part in sorted(model.pipe.components.items()):
+        add(name, type(part).__name__, _plain(getattr(part, "config", None)))
+        if isinstance(part, torch.nn.Module):
+            for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+                add(key, tuple(tensor.shape), str(tensor.dtype))
+                if not tensor.is_meta:
+                    digest.update(content(tensor))
+        elif hasattr(part, "get_vocab"):
+            add(*_of_tokenizer(part))
+    if model.stored:
+        for entry in (*model.text_entries(), *model.pooled_entries()):
+            add(entry.layer)
+            digest.update(content(model.stored(entry.layer, "weight")))
+    return digest.hexdigest()
+
+
+def _of_tokenizer(tokenizer: Any) -> tuple[object, ...]:
+    """What a tokenizer makes of texts hangs on: its vocabulary, rules and special tokens."""
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        rules.to_str() if rules is not None else sorted(tokenizer.get_vocab().items()),
+        tokenizer.model_max_length,
+        tokenizer.padding_side,
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+    )
+
+
+def _plain(config: object) -> dict[str, str]:
+    """A configuration without the names of files and versions."""
+    if config is None:
+        return {}
+    items = config.items() if isinstance(config, Mapping) else vars(config).items()
+    dropped = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    return {key: str(v) for key, v in items if not key.startswith("_") and key not in dropped}

@@ -1,0 +1,484 @@
+"""Folders with several copies of their weights, with files nobody reads, and with scaled weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import expunge
+from conftest import tiny_pipeline
+from expunge import Concept, ExpungeError, Probe, Problem, source, tensors
+from expunge.checkpoint import Checkpoint
+from expunge.cli import main
+from expunge.export import export, fits
+from expunge.undo import undo
+from expunge.variants import check_read, read_variants, weight_files
+from tiny import single_file
+
+PROBLEM = Problem((Concept("airplane", "sky"),), ("ship",))
+UNET = "unet/diffusion_pytorch_model"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A folder as Stable Diffusion 1.5's own: plain, .fp16 and .non_ema, the last with other weights."""
+    path = tmp_path_factory.mktemp("several") / "sd"
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(path)
+    tiny_pipeline(seed=5).unet.save_pretrained(path / "unet", variant="non_ema")
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        name = {pipe.unet: "unet", pipe.vae: "vae"}.get(part, "text_encoder")
+        part.half().save_pretrained(path / name, variant="fp16")
+    return path
+
+
+def sharded(path, variant=None):
+    """The same U-Net in shards, with an index."""
+    unet = tiny_pipeline().unet
+    (path / f"{UNET}{'.' + variant if variant else ''}.safetensors").unlink(missing_ok=True)
+    unet.save_pretrained(path / "unet", variant=variant, max_shard_size="40KB")
+    assert len(list((path / "unet").glob("*-of-*"))) > 1
+
+
+def of_diffusers(folder, variant=None):
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, variant=variant, torch_dtype=torch.float32, safety_checker=None, use_safetensors=True
+    )
+    return {f"unet.{key}": t for key, t in pipe.unet.state_dict().items()} | {
+        f"text_encoder.{key}": t for key, t in pipe.text_encoder.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_diffusers_reads_is_read(several, tmp_path, variant, shards):
+    folder = several
+    if shards:
+        folder = shutil.copytree(several, tmp_path / "sharded")
+        sharded(folder)
+    wanted = of_diffusers(folder, variant)
+    checkpoint = Checkpoint.find(folder, variant=variant)
+    model = expunge.load(folder, variant=variant)
+    for key, tensor in wanted.items():
+        layer, _, parameter = key.rpartition(".")
+        assert torch.equal(checkpoint.read(layer, parameter).to(tensor.dtype), tensor), key
+        assert checkpoint.shape(layer, parameter) == tuple(tensor.shape)
+    for part in ("unet", "text_encoder"):
+        for key, tensor in getattr(model.pipe, part).state_dict().items():
+            assert torch.equal(tensor, wanted[f"{part}.{key}"].to(tensor.dtype)), key
+    size = checkpoint.size("unet")
+    assert size == pytest.approx(sum(t.nbytes for k, t in wanted.items() if "unet" in k), rel=0.5)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+def test_an_edit_fits_what_it_was_made_from_and_undo_puts_it_back(several, tmp_path, variant):
+    model = expunge.load(several, variant=variant)
+    edit = expunge.erase(model, PROBLEM)
+    on_disk = Checkpoint.find(several, variant=variant)
+    assert fits(edit, on_disk)
+    alone = expunge.erase(on_disk.text_model(), PROBLEM)
+    assert alone.record.base == edit.record.base
+    export(edit, "diffusers", on_disk, tmp_path / "out")
+    # None of the variants keeps what is erased: each has the change on top of its own weights.
+    for name in ("", ".fp16", ".non_ema"):
+        file = f"{UNET}{name}.safetensors"
+        old, new = load_file(several / file), load_file(tmp_path / "out" / file)
+        differing = {key for key in old if not torch.equal(old[key], new[key])}
+        assert len(differing) == 14, name
+        (change,) = edit.changes
+        key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        wanted = (old[key].float() @ change.matrix.float()).to(new[key].dtype)
+        assert torch.equal(new[key], wanted)
+    erased = expunge.load(tmp_path / "out", variant=variant)
+    with edit.apply(model):
+        layer = edit.changes[0].layers[0]
+        weight = model.pipe.unet.get_submodule(layer.removeprefix("unet.")).weight
+        torch.testing.assert_close(erased.weight(layer), weight, rtol=1e-3, atol=1e-4)
+    back = Checkpoint.find(tmp_path / "out", variant=variant)
+    undo(back, tmp_path / "back", original=on_disk)
+    for path in sorted(several.rglob("*.safetensors")):
+        again = load_file(tmp_path / "back" / path.relative_to(several))
+        assert all(torch.equal(t, again[key]) for key, t in load_file(path).items()), path
+
+
+def test_undo_says_when_the_original_lacks_a_variant(several, folder, tmp_path):
+    edit = expunge.erase(expunge.load(several), PROBLEM)
+    export(edit, "diffusers", several, tmp_path / "out")
+    with pytest.raises(ExpungeError, match="tiny has no fp16 weights .* or the edit"):
+        undo(tmp_path / "out", tmp_path / "back", original=folder)
+    undo(tmp_path / "out", tmp_path / "back", edit=edit)
+    for name in ("", ".fp16", ".non_ema"):
+        file = f"{UNET}{name}.safetensors"
+        for key, tensor in load_file(tmp_path / "back" / file).items():
+            torch.testing.assert_close(tensor, load_file(several / file)[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_folder_of_one_variant_needs_no_word(several, tmp_path):
+    folder = shutil.copytree(several, tmp_path / "half")
+    for file in (f"{UNET}.safetensors", f"{UNET}.non_ema.safetensors", "text_encoder/model.safetensors"):
+        (folder / file).unlink()
+    assert read_variants(folder) == {
+        "vae": "", "text_encoder": "fp16", "unet": "fp16"
+    }  # fmt: skip
+    half = expunge.load(several, variant="fp16")
+    read = expunge.load(folder)
+    layer = read.text_entries()[0].layer
+    assert torch.equal(read.weight(layer), half.weight(layer))
+    assert torch.equal(Checkpoint.find(folder).read(layer).float(), half.weight(layer))
+    edit = expunge.erase(read, PROBLEM)
+    export(edit, "diffusers", folder, tmp_path / "out")
+    undo(tmp_path / "out", tmp_path / "back", original=several)
+    again = load_file(tmp_path / "back" / f"{UNET}.fp16.safetensors")
+    assert all(
+        torch.equal(t, again[k]) for k, t in load_file(folder / f"{UNET}.fp16.safetensors").items()
+    )
+
+
+def test_a_variant_in_shards_alone(several, tmp_path):
+    folder = shutil.copytree(several, tmp_path / "shards")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    sharded(folder, "fp16")
+    assert read_variants(folder)["unet"] == "fp16"
+    wanted = tiny_pipeline().unet.state_dict()
+    read = expunge.load(folder).pipe.unet.state_dict()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in wanted.items())
+
+
+def test_which_variant_is_a_question_where_none_is_plain(several, tmp_path):
+    folder = shutil.copytree(several, tmp_path / "two")
+    (folder / f"{UNET}.safetensors").unlink()
+    for read in (expunge.load, Checkpoint.find):
+        with pytest.raises(ExpungeError, match=r"variants fp16 and non_ema .* say which with --variant"):
+            read(folder)
+        with pytest.raises(ExpungeError, match="no variant 'fp61'; did you mean 'fp16'"):
+            read(several, variant="fp61")
+    with pytest.raises(ExpungeError, match="a single file; only a folder has the variant"):
+        source.find(several / f"{UNET}.safetensors", "fp16")
+    read = Checkpoint.find(folder, variant="non_ema").read("unet.conv_in")
+    assert torch.equal(read, tiny_pipeline(seed=5).unet.conv_in.weight)
+
+
+def test_the_command_takes_a_variant(several, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", str(several), "--variant", "non_ema"]
+    assert main(["erase", "uce", "--concept", "airplane=sky", "-o", "e.safetensors", *how]) == 0
+    edit = expunge.Edit.load("e.safetensors")
+    assert fits(edit, Checkpoint.find(several, variant="non_ema"))
+    assert not fits(edit, Checkpoint.find(several))
+    assert main(["export", "e.safetensors", "--to", "diffusers", "-o", "out", *how]) == 0
+    assert main(["erase", "uce", "--concept", "ship=sky", "-o", "f.safetensors", *how[:-1], "x"]) == 2
+    assert "no variant 'x'; known: fp16, non_ema" in capsys.readouterr().err
+
+
+def test_a_stale_file_beside_shards_is_not_read(several, tmp_path):
+    folder = shutil.copytree(several, tmp_path / "stale")
+    sharded(folder)
+    save_file(tiny_pipeline(seed=9).unet.state_dict(), folder / f"{UNET}.safetensors")
+    model = expunge.load(folder)
+    assert torch.equal(Checkpoint.find(folder).read("unet.conv_in"), model.pipe.unet.conv_in.weight)
+    assert torch.equal(model.pipe.unet.conv_in.weight, of_diffusers(folder)["unet.conv_in.weight"])
+    export(expunge.erase(model, PROBLEM), "diffusers", folder, tmp_path / "out")
+    assert not (tmp_path / "out" / f"{UNET}.safetensors").exists()  # it would keep what is erased
+    assert (
+        expunge.load(tmp_path / "out").network.conv_in.weight.shape == model.network.conv_in.weight.shape
+    )
+
+
+# Files that nobody reads, and pointers where files should be.
+
+
+def test_what_nobody_reads_blocks_nothing(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "messy")
+    for name in (
+        "unet/._diffusion_pytorch_model.safetensors",
+        "._model_index.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/flax_model.msgpack",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/old-backup.safetensors",
+        "v1-5-pruned.safetensors",
+        "safety_checker/model.safetensors",
+        "image_encoder/model.safetensors",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "tokenizer/.cache.json",
+    ):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(POINTER)
+    (path / "safety_checker" / "config.json").write_text("{}")
+    (path / "unet" / "._x.safetensors.index.json").write_bytes(b"\0\5\x16\7")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    model = expunge.load(path)
+    edit = expunge.erase(Checkpoint.find(path).text_model(), PROBLEM)
+    assert edit.fits(model)
+    export(edit, "diffusers", path, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("._*"))
+    assert not (tmp_path / "out" / "unet" / "old-backup.safetensors").exists()
+    assert not (tmp_path / "out" / "text_encoder" / "model.fp16.safetensors").exists()
+    assert torch.equal(
+        expunge.load(tmp_path / "out").network.conv_in.weight, model.network.conv_in.weight
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [f"{UNET}.safetensors", "text_encoder/model.safetensors", "tokenizer/vocab.json",
+             "unet/config.json", "tokenizer/tokenizer.json"]
+)  # fmt: skip
+def test_a_pointer_that_is_needed_says_what_to_do(folder, tmp_path, name):
+    path = shutil.copytree(folder, tmp_path / "lfs")
+    (path / name).write_text(POINTER)
+    for read in (expunge.load, Checkpoint.find):
+        with pytest.raises(ExpungeError, match=f"{name} is a pointer of Git LFS .*`git lfs pull`"):
+            read(path)
+
+
+def test_a_pointer_in_place_of_a_single_file(tmp_path):
+    (tmp_path / "x.safetensors").write_text(POINTER)
+    for read in (expunge.load, Checkpoint.find, expunge.Edit.load):
+        with pytest.raises(ExpungeError, match="git lfs pull"):
+            read(tmp_path / "x.safetensors")
+
+
+def test_checks_of_folders(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "broken")
+    file = path / f"{UNET}.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    torch.save({}, path / f"{UNET}.bin")
+    with pytest.raises(ExpungeError, match=r"diffusion_pytorch_model\.bin is pickled"):
+        check_read(path)
+    index = path / f"{UNET}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    (path / "unet" / "1.safetensors").write_bytes(whole)
+    with pytest.raises(ExpungeError, match=r"2\.safetensors is missing"):
+        check_read(path)
+    for text in ("{}", "[", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ExpungeError, match="not an index of weight files"):
+            check_read(path)
+    assert weight_files(path / "nowhere") == {}
+
+
+# Mistyped names.
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models/x.safetensors", "there is no file or folder models/x.safetensors"),
+        ("models/x.SAFETENSORS", "there is no file or folder models/x.SAFETENSORS"),
+        ("models/x.ckpt", "there is no file or folder models/x.ckpt"),
+        ("models/dreamm.safetensors", "did you mean models/dream.safetensors?"),
+        ("models/my model", "there is no file or folder models/my model"),
+        ("models/", "there is no file or folder models/|is not a diffusers folder"),
+    ],
+)
+def test_a_mistyped_file_is_no_model_of_the_hub(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dream.safetensors").write_text("")
+    for read in (expunge.load, Checkpoint.find):
+        with pytest.raises(ExpungeError, match=message.replace("?", r"\?")):
+            read(name)
+    assert source.on_hub("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert source.on_hub("black-forest-labs/FLUX.1-dev")
+
+
+def test_a_single_file_whose_ending_is_in_capitals(folder, tmp_path):
+    single_file(tiny_pipeline(), tmp_path / "Dream.SAFETENSORS")
+    model = expunge.load(tmp_path / "Dream.SAFETENSORS", config=folder)
+    probe = Probe.of("airplane", 1, 0, 2)
+    assert torch.equal(model.draw(probe), expunge.load(folder).draw(probe))
+
+
+# Scaled eight-bit weights.
+
+
+def scaled_file(path, to, scale="scale_weight", by_row=False, order=1, mark=True):
+    """A single file with its linear layers' weights as scaled fp8, and what they stand for."""
+    state, meant = {}, {}
+    for name, tensor in load_file(path).items():
+        if (
+            not name.startswith("model.diffusion_model")
+            or not name.endswith(".weight")
+            or tensor.ndim != 2
+        ):
+            state[name] = meant[name] = tensor
+            continue
+        size = tensor.abs().amax(1, keepdim=True) if by_row else tensor.abs().amax()
+        factor = (size / 448).float()
+        stored = (tensor.float() / factor).to(torch.float8_e4m3fn)
+        beside = {name.removesuffix("weight") + scale: factor if by_row else factor.reshape(())}
+        both = [{name: stored}, beside][::order]
+        state |= both[0] | both[1]
+        state[name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+        meant[name] = stored.float() * factor
+    if mark:
+        state["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file({k: v.contiguous() for k, v in state.items()}, to, {"format": "pt"})
+    return meant
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "plain.safetensors"
+    single_file(tiny_pipeline(), path)
+    return path
+
+
+KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize(
+    ("scale", "by_row"),
+    [("scale_weight", False), ("weight_scale", False), ("weight_scale", True), ("scale_weight", True)],
+)
+def test_scaled_weights_are_read_by_their_scales(plain, folder, tmp_path, scale, by_row):
+    path = tmp_path / "fp8.safetensors"
+    meant = scaled_file(plain, path, scale, by_row)
+    assert torch.equal(Checkpoint.find(path).read(LAYER), meant[KEY])
+    model = expunge.load(path, config=folder)
+    assert torch.equal(model.weight(LAYER), meant[KEY])
+    edit = expunge.erase(model, PROBLEM)
+    assert fits(edit, Checkpoint.find(path))
+    # A LoRA made from it does what one made from the same numbers unscaled does.
+    save_file(meant, tmp_path / "meant.safetensors", {"format": "pt"})
+    for name in ("fp8", "meant"):
+        how = {"rank": 4, "dtype": torch.float32}
+        export(
+            edit, "kohya", tmp_path / f"{name}.safetensors", tmp_path / f"{name}-l.safetensors", **how
+        )
+    one, other = (load_file(tmp_path / f"{name}-l.safetensors") for name in ("fp8", "meant"))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize(("by_row", "order"), [(False, 1), (True, 1), (False, -1), (True, -1)])
+def test_scaled_weights_are_written_by_their_scales(plain, folder, tmp_path, by_row, order):
+    path, out = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
+    meant = scaled_file(plain, path, by_row=by_row, order=order)
+    edit = expunge.erase(expunge.load(path, config=folder), PROBLEM)
+    export(edit, "safetensors", path, out)
+    old, new = load_file(path), load_file(out)
+    assert list(old) == list(new)
+    assert all(old[key].dtype == new[key].dtype for key in old)
+    (change,) = edit.changes
+    wanted = meant[KEY] @ change.matrix.float()
+    got = Checkpoint.find(out).read(LAYER)
+    # One part in sixteen is what a number of this format can be off when rounded up or down.
+    assert float((got - wanted).norm() / wanted.norm()) < 0.06
+    moved, should = got - meant[KEY], wanted - meant[KEY]
+    assert float((moved * should).sum() / should.square().sum()) == pytest.approx(1, abs=0.1)
+    undo(out, tmp_path / "back.safetensors", original=path)
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(
+        torch.equal(t.view(torch.uint8), back[k].view(torch.uint8)) for k, t in old.items() if t.ndim
+    )
+    assert all(torch.equal(t.reshape(-1), back[k].reshape(-1)) for k, t in old.items() if "scale" in k)
+
+
+def test_a_scale_grows_with_its_weight(tmp_path):
+    weight, scale = torch.randn(6, 4).to(torch.float8_e4m3fn), torch.tensor(0.5)
+    for scales in (scale, torch.full((6, 1), 0.5)):
+        save_file({"a.scale_weight": scales, "a.weight": weight, "b": torch.ones(3)}, tmp_path / "x")
+        larger = torch.randn(6, 4) * 3000
+        tensors.copy(tmp_path / "x", tmp_path / "y", {"a.weight": lambda t, to=larger: to})
+        got = tensors.read(tmp_path / "y", "a.weight")
+        assert bool(((got - larger).abs() <= larger.abs() / 8 + 1).all())
+        assert torch.equal(load_file(tmp_path / "y")["b"], torch.ones(3))
+
+
+def test_rounding_keeps_the_mean():
+    x = torch.full((4096,), 1.03125)  # a quarter of the way from 1 to 1.125
+    nearest = x.to(torch.float8_e4m3fn).float()
+    assert bool((nearest == 1).all())
+    got = tensors.rounded(x, torch.float8_e4m3fn, "x").float()
+    assert set(got.tolist()) == {1.0, 1.125}
+    assert abs(float(got.mean()) - 1.03125) < 0.005
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()]
+    assert torch.equal(tensors.rounded(every, torch.float8_e4m3fn, "y").float(), every)
+    wild = torch.randn(4096, dtype=torch.float64) * torch.logspace(-6, 4, 4096, dtype=torch.float64)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        got, top = tensors.rounded(wild, dtype, "z").double(), torch.finfo(dtype).max
+        assert bool(got.isfinite().all())
+        inside = wild.clamp(-top, top)
+        step = 2.0 ** -(2 if dtype == torch.float8_e5m2 else 3)
+        assert bool(((got - inside).abs() <= step * inside.abs() + torch.finfo(dtype).tiny).all())
+        assert bool((got * wild >= 0).all())
+        assert torch.equal(got, tensors.rounded(wild, dtype, "z").double())
+
+
+def test_scales_that_one_number_a_row_cannot_be(plain, folder, tmp_path):
+    state = load_file(plain)
+    fp8 = state[KEY].to(torch.float8_e4m3fn)
+    stem = KEY.removesuffix("weight")
+    for more, message in (
+        ({KEY: fp8, f"{stem}weight_scale_inv": torch.ones(2, 2)}, "scaled in blocks"),
+        ({KEY: fp8, f"{stem}weight_scale": torch.ones(16, 4)}, "scaled in blocks"),
+        ({KEY: fp8, f"{stem}weight_scale": torch.ones(()), f"{stem}weight_scale_2": torch.ones(())},
+         "scaled in blocks"),
+        ({KEY: state[KEY].to(torch.int8)}, "is quantised .stored as I8."),
+        ({KEY: torch.zeros(64, 1, dtype=torch.uint8)}, "is quantised .stored as U8."),
+    ):  # fmt: skip
+        path = tmp_path / "odd.safetensors"
+        save_file(state | more, path, {"format": "pt"})
+        with pytest.raises(ExpungeError, match=message):
+            expunge.load(path, config=folder)
+        with pytest.raises(ExpungeError, match=message):
+            Checkpoint.find(path).read(LAYER)
+
+
+def test_scaled_weights_in_a_folder_are_not_read_as_plain_ones(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "fp8")
+    file = path / f"{UNET}.safetensors"
+    state = load_file(file)
+    key = LAYER.removeprefix("unet.") + ".weight"
+    state[key] = (state[key] / 0.25).to(torch.float8_e4m3fn)
+    state[key.removesuffix("weight") + "scale_weight"] = torch.tensor(0.25)
+    save_file(state, file, {"format": "pt"})
+    read = Checkpoint.find(path).read(LAYER)
+    assert torch.equal(read, state[key].float() * 0.25)
+    with pytest.raises(ExpungeError, match="scaled eight-bit weights, which diffusers reads without"):
+        expunge.load(path)
+
+
+# A running mean beside the weights.
+
+
+def test_the_running_mean_is_erased_too(plain, folder, tmp_path):
+    state = load_file(plain)
+    for name in list(state):
+        if name.startswith("model.diffusion_model."):
+            state["model_ema." + name.removeprefix("model.").replace(".", "")] = 0.5 * state[name]
+    said = {"modelspec.title": "dream", "modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "k": "v"}
+    save_file(state, tmp_path / "ema.safetensors", said)
+    edit = expunge.erase(expunge.load(tmp_path / "ema.safetensors", config=folder), PROBLEM)
+    export(edit, "safetensors", tmp_path / "ema.safetensors", tmp_path / "out.safetensors")
+    new = load_file(tmp_path / "out.safetensors")
+    mean = "model_ema." + KEY.removeprefix("model.").replace(".", "")
+    (change,) = edit.changes
+    assert torch.equal(new[mean], change.weight(state[mean]))
+    assert torch.equal(new[KEY], change.weight(state[KEY]))
+    assert len({key for key in state if not torch.equal(state[key], new[key])}) == 28
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["modelspec.title"] == "dream without airplane"
+    assert told["k"] == "v"
+    assert not {"modelspec.hash_sha256", "sshs_model_hash"} & told.keys()
+    undo(
+        tmp_path / "out.safetensors",
+        tmp_path / "back.safetensors",
+        original=tmp_path / "ema.safetensors",
+    )
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(tensor, back[key]) for key, tensor in state.items())
+    with safe_open(tmp_path / "back.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == "dream"
