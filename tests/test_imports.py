@@ -9,9 +9,11 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "threads", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
+    "errors", "threads", "files", "tensors", "fields", "problem", "concepts", "templates", "probe",
+    "pieces",
     "cluster", "run", "work", "registry", "hub", "source", "pictures", "sheet", "changes", "ops",
-    "turns", "lora", "model", "prior", "pace", "pooled", "fusion", "plain", "examples", "grounded_sam", "masks",
+    "turns", "lora", "model", "prior", "pace", "pooled", "fusion", "plain", "examples", "grounded_sam",
+    "masks",
     "steering", "fortify", "method", "edit", "saliency", "checkpoint", "card", "export", "merge",
     "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
     "case", "page", "report", "experiment", "plan", "commands", "cli",
