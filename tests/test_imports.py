@@ -9,13 +9,11 @@ from expunge import registry
 ROOT = Path(expunge.__file__).parent
 
 ORDER = [
-    "errors", "files", "tensors", "fields", "problem", "concepts", "templates", "probe", "pieces",
-    "cluster", "run", "work", "registry", "hub", "variants", "source", "pictures", "sheet", "changes",
-    "ops",
-    "turns", "lora_names", "lora", "model", "prior", "seen", "fusion", "plain", "examples",
-    "grounded_sam", "masks",
-    "steering", "fortify", "method", "fingerprint", "edit", "saliency", "checkpoint", "card", "export",
-    "merge",
+    "errors", "threads", "files", "tensors", "fields", "problem", "concepts", "templates", "probe",
+    "pieces", "cluster", "run", "work", "registry", "hub", "variants", "source", "pictures", "sheet",
+    "changes", "ops", "turns", "lora_names", "lora", "sampling", "model", "prior", "seen", "pace", "pooled",
+    "fusion", "plain", "examples", "grounded_sam", "masks", "steering", "fortify", "method",
+    "fingerprint", "edit", "saliency", "checkpoint", "card", "export", "merge",
     "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
     "case", "page", "report", "experiment", "plan", "commands", "cli",
 ]  # fmt: skip
