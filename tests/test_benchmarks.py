@@ -56,3 +56,15 @@ def test_true_sizes_are_those_of_the_page():
         line = f"| {' | '.join(figures)} | {row['peak, GB']:.1f} GB |"
         assert any(found.endswith(line) for found in table("true size")), (row["model"], row["method"])
         assert row["peak, GB"] < 4
+
+
+def test_ranks_are_those_of_the_page():
+    found = json.loads((HERE / "results" / "lora_rank.json").read_text(encoding="utf-8"))
+    assert len(table("lora rank")) == len(found["rank"]) >= 12
+    for row, line in zip(found["rank"], table("lora rank"), strict=True):
+        cells = (f"{row['erasure lost']:.2%}", f"{row['drift lost']:.1%}", f"{row['norm lost']:.0%}")
+        assert line.startswith(f"| {row['edit']} | {row['rank']} ")
+        assert line.endswith(f"| {row['chosen by']} | {' | '.join(cells)} |")
+        if row["chosen by"] == "text" and row["rank"] >= 16:
+            assert row["erasure lost"] < 0.002
+    assert found["time"]["ratio"] > 2
