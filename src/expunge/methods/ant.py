@@ -210,7 +210,7 @@ class ANT(Method):
     of weights does not settle: more maps leave fewer."""
     mask_half: Literal["largest", "smallest"] = "largest"
     """Which half of each tensor's gradients a map keeps: the largest, as the paper says; or the
-    smallest, as released, whose common part settles."""
+    smallest, as released, whose common part falls far more slowly."""
     map_samples: int = bounded(10, at_least=1)
     """Points of a trajectory that a map sums the gradient over."""
     settle: float = bounded(0.01, at_least=0, at_most=1)
