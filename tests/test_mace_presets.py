@@ -8,8 +8,8 @@ from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import Detector
 from expunge.methods.mace import COCO, MACE
 
-WORDS = "pizza penguin guitar crown strawberry mushroom turtle owl".split()
-STEPS = 5
+WORDS = "pizza penguin guitar crown strawberry mushroom turtle owl bell balloon bicycle elephant".split()
+STEPS = 6
 
 FLAGS = [Concept(f"flag of {name}", "a flag", "identity") for name in ("France", "Italy", "Nepal")]
 KEPT = tuple(f"flag of {name}" for name in ("Germany", "Spain", "Chile", "India"))
