@@ -365,7 +365,7 @@ def path_to(root: Any, layer: str) -> list[nn.Module]:
     # Up to transformers 5.5 CLIP's layers lie in `text_model`, from 5.6 on they do not.
     for name in (inside, f"text_model.{inside}", inside.removeprefix("text_model.")):
         path: list[Any] = [start]
-        for key in name.split("."):
+        for key in filter(None, name.split(".")):
             module = unwrapped(path[-1])._modules.get(key) if path[-1] is not None else None
             path.append(module)
         if path[-1] is not None:
@@ -389,7 +389,7 @@ def check_asked(root: Any, layer: str, *, hooked: bool = False) -> None:
         ExpungeError: the pipeline asks another layer in its place, or skips hooks.
     """
     path = path_to(root, layer)
-    if layer.rpartition(".")[2] in FUSED and _fused(unwrapped(path[-2])):
+    if layer.rpartition(".")[2] in FUSED and len(path) > 1 and _fused(unwrapped(path[-2])):
         raise ExpungeError(
             f"{layer} is fused with its neighbours and not asked: undo it first, with"
             " unfuse_qkv_projections()"

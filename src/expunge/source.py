@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge import files, registry, tensors
+from expunge import files, registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import read_header, read_json
 from expunge.hub import absent, fetch, offline
@@ -275,6 +275,8 @@ def _variants(source: Source, dtype: torch.dtype, leave: tuple[str, ...]) -> dic
     import diffusers
     import transformers
 
+    from expunge import tensors  # which imports torch
+
     folder = source.path
     if folder is None:
         raise TypeError(f"a source on this machine is expected, and {source.name} is one of the hub")
@@ -307,6 +309,8 @@ def _as_diffusers_reads(path: Path, dtype: torch.dtype) -> Iterator[Path]:
     Raises:
         ExpungeError: the scales are of a kind that is not known, or the disk is too full.
     """
+    from expunge import tensors  # which imports torch
+
     scaled = tensors.scaled(read_header(path))
     if not scaled and path.suffix == ".safetensors":
         yield path
