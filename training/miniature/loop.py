@@ -124,6 +124,7 @@ def train(
     schedule: Schedule,
     *,
     minutes: float,
+    steps: int | None = None,
     start: str | None = None,
     clip: float = 1.0,
     every: float = 150.0,
@@ -138,6 +139,7 @@ def train(
     end, also when SIGTERM or Ctrl-C ask for one.
 
     Args:
+        steps: at most so many in this sitting.
         start: the stage to begin from where `name` has no checkpoint yet; its steps count on.
         clip: the largest norm of a step's gradient.
         average: decay of the averaged weights.
@@ -199,6 +201,7 @@ def train(
             stop = (
                 asked()
                 or now - began > minutes * 60
+                or (steps is not None and step + 1 - first >= steps)
                 or (schedule.anneal is not None and annealed > schedule.anneal * 60)
             )
             seconds, stop_share = share(module, [now - last, float(stop)])
