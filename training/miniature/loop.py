@@ -6,6 +6,7 @@ checkpoint and lets the rate fall to zero; the stage itself can go on from where
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -65,7 +66,9 @@ class Average:
         decay = min(self.top, (1 + self.steps) / (10 + self.steps))
         now = module.state_dict()
         floating = [name for name, value in now.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.values[name] for name in floating], [now[name] for name in floating], 1 - decay)
+        torch._foreach_lerp_(
+            [self.values[name] for name in floating], [now[name] for name in floating], 1 - decay
+        )
         for name in now.keys() - floating:
             self.values[name].copy_(now[name])
 
@@ -74,7 +77,10 @@ class Average:
 def stopping() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM and Ctrl-C only make the function that is given say True, so that a step ends in peace."""
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, lambda n, _: asked.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield lambda: bool(asked)
     finally:
@@ -91,7 +97,9 @@ def share(module: nn.Module, told: list[float]) -> list[float]:
     flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(told)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, piece in zip(gradients, flat[: -len(told)].split([g.numel() for g in gradients]), strict=True):
+    for gradient, piece in zip(
+        gradients, flat[: -len(told)].split([g.numel() for g in gradients]), strict=True
+    ):
         gradient.copy_(piece.view_as(gradient))
     return flat[-len(told) :].tolist()
 
@@ -116,6 +124,7 @@ def train(
     schedule: Schedule,
     *,
     minutes: float,
+    steps: int | None = None,
     start: str | None = None,
     clip: float = 1.0,
     every: float = 150.0,
@@ -130,6 +139,7 @@ def train(
     end, also when SIGTERM or Ctrl-C ask for one.
 
     Args:
+        steps: at most so many in this sitting.
         start: the stage to begin from where `name` has no checkpoint yet; its steps count on.
         clip: the largest norm of a step's gradient.
         average: decay of the averaged weights.
@@ -163,8 +173,15 @@ def train(
 
     def save() -> None:
         if rank == 0:
-            parts = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "average": ema.values}
-            write({**parts, "averaged": ema.steps, "step": step, "spent": spent, "annealed": annealed}, checkpoint)
+            parts = {
+                "module": module.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": ema.values,
+            }
+            write(
+                {**parts, "averaged": ema.steps, "step": step, "spent": spent, "annealed": annealed},
+                checkpoint,
+            )
 
     began = last = saved = logged = sampled = time.monotonic()
     first = step
@@ -176,10 +193,17 @@ def train(
             torch.manual_seed(step * SEEDS + rank)
             loss, notes = loss_of(step)
             if not torch.isfinite(loss):
-                raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
+                raise SystemExit(
+                    f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept."
+                )
             loss.backward()
             now = time.monotonic()
-            stop = asked() or now - began > minutes * 60 or (schedule.anneal is not None and annealed > schedule.anneal * 60)
+            stop = (
+                asked()
+                or now - began > minutes * 60
+                or (steps is not None and step + 1 - first >= steps)
+                or (schedule.anneal is not None and annealed > schedule.anneal * 60)
+            )
             seconds, stop_share = share(module, [now - last, float(stop)])
             last, spent = now, spent + seconds
             annealed += seconds if schedule.anneal is not None else 0.0
@@ -206,3 +230,11 @@ def train(
                 sampled = time.monotonic()
     save()
     return ema.values
+
+
+def write_json(report: dict[str, object], to: Path) -> None:
+    """Writes a report beside and moves it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    beside = to.with_suffix(".tmp")
+    beside.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, to)
