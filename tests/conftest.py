@@ -37,7 +37,9 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def tiny_pipeline(seed: int = 0, width: int = 32, **scheduler) -> StableDiffusionPipeline:
+def tiny_pipeline(
+    seed: int = 0, width: int = 32, channels: tuple[int, int] = (8, 16), **scheduler
+) -> StableDiffusionPipeline:
     """Stable Diffusion's classes with random weights, small enough for a test."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -57,7 +59,7 @@ def tiny_pipeline(seed: int = 0, width: int = 32, **scheduler) -> StableDiffusio
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -115,9 +117,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def worded():
     """Tiny but for its text encoder, which is trained and tells words apart: the emoji model's."""
+    return with_words((8, 16))
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """As `worded`, with room for a hundred directions in its values."""
+    return with_words((32, 64))
+
+
+def with_words(channels):
     folder = Path(expunge.__file__).parent / "emoji" / "pipeline"
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
-    pipe = tiny_pipeline(width=text_encoder.config.hidden_size)
+    pipe = tiny_pipeline(width=text_encoder.config.hidden_size, channels=channels)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     pipe.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
     return expunge.load(pipe)

@@ -156,7 +156,9 @@ class TestContract:
         before = states(model.pipe)
         edit = expunge.erase(model, problem, kind(**fast))
         assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
-        text, layer = model.encode(["airplane"]), model.text_entries()[0].layer
+        text = model.encode(["airplane"])
+        changed = {layer for change in edit.changes for layer in change.layers}
+        layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
         with model.using(edit):
             after = find(model.pipe, layer)(text.embeddings)
         assert (after - find(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4

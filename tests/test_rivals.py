@@ -1,0 +1,116 @@
+"""Closed forms of other papers, each against an independent reading of its problem."""
+
+import pytest
+import torch
+
+import expunge
+from expunge import Concept, ExpungeError, Problem
+from expunge.concept_tokens import last_tokens
+from expunge.methods.oce import OCE, nearest_rotation, projector
+from expunge.methods.speed import SPEED, influential, invariants, null_space_change
+
+
+def rows(n, width=12, seed=0):
+    return torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class TestTokens:
+    def test_the_last_own_token(self, model):
+        text = model.encode(["a photo of the ship", "ship", ""])
+        found = last_tokens(text)
+        own = text.own.sum(1)
+        assert torch.equal(found[0], text.embeddings[0, own[0]].double())
+        assert torch.equal(found[1], text.embeddings[1, 1].double())
+        assert torch.equal(found[2], text.embeddings[2, 0].double())
+
+
+class TestSpeed:
+    @pytest.mark.parametrize("slack", [0.0, 0.5])
+    def test_against_the_constrained_least_squares_problem(self, slack):
+        """Row by row of W, as one system of the optimality conditions of min over z of
+        ‖(w + Û z)ᵀ C₁ − wᵀ C*‖² + s‖z‖² with ‖C₂ᵀÛ z‖² / λ added, or C₂ᵀÛ z = 0."""
+        target, anchor, retained, fixed = (rows(n, seed=i) for i, n in enumerate((3, 3, 7, 2)))
+        weight = rows(4, seed=9)
+        change = null_space_change(target, retained, fixed, 1e-6, 0.3, slack)
+        ours = weight @ (anchor - target).T @ target @ change
+        values, vectors = torch.linalg.eigh(retained.T @ retained)
+        free = vectors[:, values < 1e-6]
+        assert free.shape[1] == 12 - 7
+        c1, c2, r = (target @ free).T, (fixed @ free).T, free.shape[1]
+        k = torch.zeros(r + 2, r + 2, dtype=torch.float64)
+        k[:r, :r] = c1 @ c1.T + 0.3 * torch.eye(r, dtype=torch.float64)
+        k[:r, r:], k[r:, :r], k[r:, r:] = c2, c2.T, -slack * torch.eye(2, dtype=torch.float64)
+        for w, found in zip(weight, ours, strict=True):
+            wanted = torch.cat([c1 @ (anchor @ w - target @ w), torch.zeros(2, dtype=torch.float64)])
+            z = torch.linalg.solve(k, wanted)[:r]
+            torch.testing.assert_close(found, free @ z, rtol=1e-6, atol=1e-9)
+        assert (ours @ retained.T).abs().max() < 1e-8
+        if not slack:
+            assert (ours @ fixed.T).abs().max() < 1e-8
+
+    def test_no_direction_left(self):
+        with pytest.raises(ExpungeError, match="no direction below its threshold"):
+            null_space_change(rows(2), rows(40), rows(1), 1e-6, 1.0, 0.0)
+
+    def test_influence_is_that_of_the_plain_edit(self):
+        weight, target, anchor, kept = rows(4), rows(2, seed=1), rows(2, seed=2), rows(30, seed=3)
+        plain = weight @ (anchor.T @ target - target.T @ target)
+        plain = plain @ torch.linalg.inv(torch.eye(12, dtype=torch.float64) + target.T @ target)
+        moved = torch.stack([(plain @ c).norm() for c in kept])
+        assert torch.equal(influential(weight, target, anchor, kept), moved >= moved.mean())
+
+    def test_invariants_are_the_start_and_centres(self):
+        empty = torch.cat([rows(1), *(10 * rows(1, seed=i).repeat(5, 1) for i in (1, 2, 3))])
+        found = invariants(empty, torch.Generator().manual_seed(0))
+        assert torch.equal(found[0], empty[0])
+        assert len(found) == 4
+        assert torch.cdist(found[1:], empty[[1, 6, 11]]).min(0).values.max() < 1e-6 or len(found) == 4
+
+    def test_values_alone_change_and_the_retained_stay(self, model):
+        problem = Problem((Concept("airplane", "sky"), Concept("horse", "")), ("ship", "bird"))
+        edit = expunge.erase(model, problem, SPEED(threshold=1.0, general=3, augmentations=2))
+        assert all(layer.endswith("to_v") for change in edit.changes for layer in change.layers)
+        assert len(edit.changes) == 7
+        assert all(change.down.shape[0] == 2 for change in edit.changes)
+
+    def test_nothing_to_retain(self, model):
+        with pytest.raises(ExpungeError, match="something to retain"):
+            expunge.erase(model, Problem((Concept("airplane", ""),)), SPEED(general=0))
+
+
+class TestOce:
+    def test_the_rotation_is_the_best(self):
+        matrix = rows(5, 5)
+        q = nearest_rotation(matrix)
+        torch.testing.assert_close(q @ q.T, torch.eye(5, dtype=torch.float64))
+        best = (q * matrix).sum()
+        for seed in range(200):
+            other = torch.linalg.qr(rows(5, 5, seed=seed)).Q
+            assert (other * matrix).sum() <= best + 1e-9
+
+    def test_the_projector_against_least_squares(self):
+        columns = rows(3, 8).T
+        p = projector(torch.cat([columns, columns[:, :1] * 4], 1))
+        x = rows(1, 8)[0]
+        fitted = columns @ torch.linalg.lstsq(columns, x[:, None]).solution[:, 0]
+        torch.testing.assert_close(p @ x, fitted)
+
+    def test_the_objective_summed_by_hand(self):
+        method = OCE(erase_scale=3.0, general_scale=0.5, retain_scale=2.0, ridge=0.1, captions="")
+        weight, target, anchor, kept = rows(6, 8), rows(2, 8, 1), rows(2, 8, 2), rows(3, 8, 3)
+        general = rows(5, 8, 4)
+        general = general.T @ general
+        g, a = (torch.linalg.qr(weight @ x.T).Q for x in (target, anchor))
+        wanted = -3.0 * g @ g.T @ (torch.eye(6, dtype=torch.float64) - a @ a.T)
+        wanted = wanted + 0.5 * weight @ general @ weight.T + 0.1 * weight @ weight.T
+        for row in kept:
+            wanted = wanted + 2.0 * torch.outer(weight @ row, weight @ row)
+        torch.testing.assert_close(method.objective(weight, target, anchor, kept, general), wanted)
+
+    def test_erasing_nothing_is_the_identity(self, model):
+        edit = expunge.erase(
+            model, Problem((Concept("airplane", "sky"),)), OCE(erase_scale=0.0, captions="")
+        )
+        for change in edit.changes:
+            weight = model.weight(change.layers[0])
+            torch.testing.assert_close(change.weight(weight), weight, rtol=1e-4, atol=1e-5)
