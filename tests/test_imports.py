@@ -11,8 +11,8 @@ ROOT = Path(expunge.__file__).parent
 ORDER = [
     "errors", "threads", "files", "tensors", "fields", "problem", "concepts", "templates", "probe",
     "pieces", "cluster", "run", "work", "registry", "hub", "variants", "source", "pictures", "sheet",
-    "changes", "ops", "turns", "lora_names", "lora", "sampling", "model", "prior", "seen", "pace", "pooled",
-    "fusion", "plain", "examples", "grounded_sam", "masks", "steering", "fortify", "method",
+    "changes", "ops", "turns", "lora_names", "lora", "sampling", "model", "concept_tokens", "prior",
+    "seen", "pace", "pooled", "fusion", "plain", "examples", "grounded_sam", "masks", "steering", "fortify", "method",
     "fingerprint", "edit", "saliency", "checkpoint", "card", "export", "merge",
     "undo", "attack", "metric", "suite", "cache", "statistics", "looks", "robust", "distances",
     "case", "page", "report", "experiment", "plan", "commands", "cli",

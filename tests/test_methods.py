@@ -79,7 +79,7 @@ class TestContract:
 
 
 def specificity(model, problem, method):
-    """How much further images of the erased move than those of the retained; the model stays as it was."""
+    """How much further images of the erased move than those of the retained."""
     edit = expunge.erase(model, problem, method)
     probe = Probe.of(["airplane", "ship", "bird"], n=2, num_inference_steps=3)
     before = model.draw(probe)

@@ -121,11 +121,13 @@ def _spelling(color: str, rng: random.Random) -> str:
 
 
 def place_words(background: str, rng: random.Random) -> str:
-    """"on a blue background", "on the beach"."""
+    """ "on a blue background", "on the beach"."""
     if background in PLACES:
         return rng.choice(PLACES[background])
     background = _spelling(background, rng)
-    form = rng.choice(("on a {} background", "on a {} background", "against a {} background", "on {}", "before a {} wall"))
+    form = rng.choice(
+        ("on a {} background", "on a {} background", "against a {} background", "on {}", "before a {} wall")
+    )
     return form.format(background)
 
 
@@ -156,7 +158,9 @@ def _looks(thing: Mapping[str, Any], rng: random.Random) -> str:
         return ""
     pick, clothes = rng.random(), thing["clothes"]
     shirt = f"{'an' if clothes == 'orange' else 'a'} {clothes} shirt"
-    wears = rng.choice((f"in {shirt}", f"in {clothes}", f"wearing {shirt}", f"wearing {clothes}", f"with {clothes} clothes"))
+    wears = rng.choice(
+        (f"in {shirt}", f"in {clothes}", f"wearing {shirt}", f"wearing {clothes}", f"with {clothes} clothes")
+    )
     face = FACES[thing["face"]]
     return wears if pick < 0.22 else face if pick < 0.42 else f"{face} {wears}" if pick < 0.47 else ""
 
@@ -178,7 +182,9 @@ def _empty_words(background: str, rng: random.Random) -> str:
         if background == "room":
             words = rng.choice(("an empty room", "a room", "the room"))
     else:
-        words = rng.choice(("a plain {} background", "plain {} background", "a {} background", "plain {}", "nothing but {}"))
+        words = rng.choice(
+            ("a plain {} background", "plain {} background", "a {} background", "plain {}", "nothing but {}")
+        )
         words = words.format(_spelling(background, rng))
     return _dress(words, rng, TEMPLATES) if rng.random() < 0.4 else words
 

@@ -116,7 +116,9 @@ class SceneMaker:
             scene["use"] = "empty" if pick < 0.11 else "generic"
             thing = self.object(world.label_index[rng.choice(world.shows)])
             size = rng.uniform(0.8, 0.92)
-            thing["spot"] = [round(v, 3) for v in (size, 0.5 + rng.uniform(-0.03, 0.03), 0.5 + rng.uniform(-0.03, 0.03))]
+            thing["spot"] = [
+                round(v, 3) for v in (size, 0.5 + rng.uniform(-0.03, 0.03), 0.5 + rng.uniform(-0.03, 0.03))
+            ]
             scene["things"] = [thing]
             scene["background"] = rng.choice(list(COLORS))
             return scene
@@ -297,7 +299,8 @@ def main() -> None:
         left = min(SHARD, options.count - number * SHARD)
         parts = [maker.make(min(250, left - at)) for at in range(0, left, 250)]
         write_shard(
-            Scenes(np.concatenate([part.images for part in parts]), [s for part in parts for s in part.structures]), stem
+            Scenes(np.concatenate([part.images for part in parts]), [s for part in parts for s in part.structures]),
+            stem,
         )
         made += left
         print(f"{stem.name}: {made} scenes, {made / (time.monotonic() - started):.0f} a second", flush=True)

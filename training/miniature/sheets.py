@@ -1,6 +1,6 @@
 """Contact sheets: people with their names, one scene by every artist, and random scenes with captions.
 
-    python -m training.miniature.sheets --work W       # W/people.png, W/artists.png, W/scenes.png
+python -m training.miniature.sheets --work W       # W/people.png, W/artists.png, W/scenes.png
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ def read_world(folder: Path = HERE) -> World:
 
     table = read("world.toml")
     labels = tuple(
-        Label(name, tuple(names), group) for group in ("ten", "objects", "unsafe") for name, names in table[group].items()
+        Label(name, tuple(names), group)
+        for group in ("ten", "objects", "unsafe")
+        for name, names in table[group].items()
     )
     kinds = {kind: tuple(members) for kind, members in table["kinds"].items()} | {"weapon": tuple(table["unsafe"])}
     known = {label.name for label in labels}
