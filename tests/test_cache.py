@@ -31,34 +31,6 @@ def test_a_picture_is_the_same_drawn_and_from_the_cache(model, cache):
     assert len(list(cache.folder.glob("*/*.png"))) == 4
 
 
-def test_an_address_depends_on_how_text_is_read_and_drawn(pipe):
-    """The tokenizer's vocabulary and limits, the pipeline's own settings, and the model's."""
-    from conftest import tiny_pipeline
-    from tiny import flux, sdxl
-
-    def address(pipe, **settings):
-        model = expunge.load(pipe)
-        for name, value in settings.items():
-            setattr(model, name, value)
-        return Source(model).address(ASKED[0])
-
-    words = tiny_pipeline()
-    words.tokenizer.add_tokens(["ship"])
-    short = tiny_pipeline()
-    short.tokenizer.model_max_length = 20
-    tiled = tiny_pipeline()
-    tiled.vae.enable_tiling()
-    found = [address(p) for p in (pipe, words, short, tiled)]
-    assert len(set(found)) == 4
-    assert address(sdxl()) != address(sdxl(zeros=False))
-    assert address(flux(), max_sequence_length=64) != address(flux())
-    model = expunge.load(tiny_pipeline())
-    before = Source(model).address(ASKED[0])
-    model.encode(["a ship"])  # padding and cutting leave traces in a tokenizer
-    del model.__dict__["_hash"]
-    assert Source(model).address(ASKED[0]) == before
-
-
 def test_an_address_hangs_on_everything(model, edit, pipe):
     from conftest import tiny_pipeline
 

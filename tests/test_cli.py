@@ -66,84 +66,12 @@ def test_draw_a_folder_with_an_edit(run, edit, tmp_path):
         edit,
     )
     assert plain[0] == edited[0] == 0
-    for seed in (5, 6):
-        files = [next(Path(folder).glob(f"the-airplane-{seed}-*.png")) for folder in ("plain", "edited")]
-        before, after = map(Image.open, files)
+    names = ["the-airplane-5.png", "the-airplane-6.png"]
+    for name in names:
+        before, after = (Image.open(f"{folder}/{name}") for folder in ("plain", "edited"))
         assert before.size == (16, 16)
         assert before.tobytes() != after.tobytes()
-        assert files[0].name != files[1].name  # in one folder, neither overwrites the other
-    assert len(list((tmp_path / "plain").iterdir())) == 2
-
-
-def test_draw_overwrites_no_other_image(run):
-    """Scripts without a Latin letter, punctuation, long beginnings, other steps and guidance."""
-    long = "a photo of the airplane above the sky " * 3
-    prompts = [
-        "кошка",
-        "собака",
-        "!?",
-        "?!",
-        "the airplane",
-        "the airplane!",
-        long + "cat",
-        long + "dog",
-    ]
-    for prompt in prompts:
-        assert run("draw", prompt, "-o", "out/", "--steps", "2")[0] == 0
-    assert run("draw", "the airplane", "-o", "out/", "--steps", "3")[0] == 0
-    assert run("draw", "the airplane", "-o", "out/", "--steps", "2", "--guidance", "2")[0] == 0
-    found = {path.name for path in Path("out").iterdir()}
-    assert len(found) == len(prompts) + 2
-    assert any(name.startswith("кошка-0-") for name in found)
-    assert run("draw", "the airplane", "-o", "out/", "--steps", "2")[0] == 0
-    assert {path.name for path in Path("out").iterdir()} == found
-
-
-def test_texts_that_begin_with_a_hyphen(run, folder):
-    for prompt in ("-5 cats", "--two cats"):
-        code, out, _ = run("draw", prompt, "-o", "x.png", "--steps", "2")
-        assert (code, repr(prompt) in out) == (0, True)
-    assert (
-        run("draw", "-o", "x.png", "--steps", "2", "--model", str(folder), "--", "-cat", model=False)[0]
-        == 0
-    )
-    code, _, err = run("draw", "-cat", "-o", "x.png")
-    assert code == 2
-    assert "after -- at the end" in err
-    erase = ("erase", "uce", "--concept", "-5 cats=", "--retain", "-2 dogs", "-o", "e.safetensors")
-    assert run(*erase, "--general", "3")[0] == 0
-    problem = Edit.load("e.safetensors").record.problem
-    assert (problem.erase[0].name, problem.retain) == ("-5 cats", ("-2 dogs",))
-
-
-def test_names_are_shown_as_they_are(run):
-    name = "[red]cat[/red] [link] :cat: " + "long " * 12
-    told = ("--concept", f"{name}=sky", "--retain", "[/]", "-o", "e.safetensors", "--general", "3")
-    code, out, err = run("erase", "uce", *told)
-    assert (code, name.strip() in out) == (0, True), err
-    _, out, _ = run("info", "e.safetensors")
-    assert name.strip() in out
-    assert "[/]" in out
-    assert "…" not in out
-
-
-@pytest.mark.parametrize("kind", ["broken", "full", "closed"])
-def test_output_that_nobody_can_take(kind, folder, monkeypatch, tmp_path):
-    """The work is done all the same; a full disk is said, a reader that left is not."""
-    monkeypatch.chdir(tmp_path)
-    read, write = os.pipe()
-    if kind == "broken":
-        os.close(read)
-        stream = open(write, "w")  # noqa: SIM115
-    elif kind == "full":
-        stream = open("/dev/full", "w")  # noqa: SIM115
-    else:
-        stream = None
-    monkeypatch.setattr("sys.stdout", stream)
-    code = main(["draw", "ship", "-o", "x.png", "--steps", "2", "--model", str(folder)])
-    monkeypatch.undo()
-    assert code == (2 if kind == "full" else 0)
-    assert (tmp_path / "x.png").exists()
+    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == names
 
 
 def test_erase_prints_the_anchor_it_chose(run):

@@ -12,33 +12,6 @@ from expunge.model import ANCHORS
 from expunge.problem import KINDS
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("flag of Réunion", "flag of Re\u0301union"),
-        ("Türkiye", "Tu\u0308rkiye"),
-        ("air\u200bplane", "airplane"),
-        ("\ufeffcat", "CAT "),
-        ("ﬁg", "fig"),
-        ("Straße", "STRASSE"),
-    ],
-)
-def test_one_name_in_two_unicode_forms(one, other):
-    with pytest.raises(ExpungeError, match="erased and retained"):
-        Problem((Concept(one),), (other,))
-    with pytest.raises(ExpungeError, match="erased twice"):
-        Problem((Concept(one), Concept(other)))
-    with pytest.raises(ExpungeError, match="is the concept itself"):
-        Concept(one, anchor=other)
-
-
-def test_names_are_kept_composed_and_joiners_stay():
-    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
-    problem = Problem((Concept("Re\u0301union\u200b"),), (family,))
-    assert problem.erase[0].name == "Réunion"
-    assert problem.retain == (family,)
-
-
 def test_overlaps_are_of_whole_words():
     problem = Problem(
         (

@@ -22,8 +22,7 @@ def run() -> NoReturn:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
-    if sys.stdout is not None:  # it is None where the caller closed it
-        sys.stdout.flush()
+    sys.stdout.flush()
     if code == 130:
         os._exit(code)  # an orderly exit could fall over modules that were only half imported
     sys.exit(code)

@@ -320,9 +320,7 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
 
 
 def model_hash(model: Model) -> str:
-    """The hash of a pipeline's weights, configurations and tokenizers.
-
-    It is computed once a model, in less than a second a GB.
+    """The hash of a pipeline's weights and configurations; computed once a model, under a second a GB.
 
     Raises:
         ExpungeError: an edit lies on it.
@@ -338,38 +336,10 @@ def model_hash(model: Model) -> str:
         digest = hashlib.sha256()
         for name, part in parts:
             digest.update(json.dumps([name, _plain(getattr(part, "config", {}))]).encode())
-        for name, part in sorted(model.pipe.components.items()):
-            if "tokenizer" in name and part is not None:
-                digest.update(json.dumps([name, _tokenizer(part)], sort_keys=True).encode())
         for key, tensor in tensors:
             digest.update(key.encode() + content(tensor))
         known = model.__dict__["_hash"] = digest.hexdigest()
     return known
-
-
-def _tokenizer(tokenizer: Any) -> list[Any]:
-    """Everything that a tokenizer makes numbers from: vocabulary, rules, how it pads and cuts."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    )
-    if isinstance(rules, dict):  # how the last call padded and cut is no part of it
-        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    said = (
-        "model_max_length",
-        "padding_side",
-        "truncation_side",
-        "pad_token",
-        "bos_token",
-        "eos_token",
-        "unk_token",
-    )
-    return [
-        type(tokenizer).__name__,
-        rules,
-        [str(getattr(tokenizer, name, "")) for name in said],
-        getattr(tokenizer, "chat_template", None),
-    ]
 
 
 def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -378,31 +348,12 @@ def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def sampler(model: Model) -> dict[str, Any]:
-    """What else an image depends on: the scheduler, the pipeline's own settings, and those of the model.
-
-    The model's settings are its plain attributes (latent size, longest prompt, number format),
-    but for its name and what every request says anew.
-    """
-    pipe, scheduler = model.pipe, model.pipe.scheduler
-    unseen = (*pipe.components, "requires_safety_checker")  # it looks at images, it makes none
-    said = {k: v for k, v in _plain(pipe.config).items() if k not in unseen}
-    every_request = ("name", "num_inference_steps", "guidance_scale", "autocast")
-    own = {
-        k: str(v)
-        for k, v in sorted(vars(model).items())
-        if not k.startswith("_") and k not in every_request and isinstance(v, (bool, int, float, str))
-    }
-    if model.autocast is not None:
-        own["autocast"] = str(model.autocast).removeprefix("torch.")
-    vae = getattr(pipe, "vae", None)
-    tiled = {k: "True" for k in ("use_tiling", "use_slicing") if getattr(vae, k, False)}
-    return {
-        "class": type(scheduler).__name__,
-        **_plain(scheduler.config),
-        **own,
-        **tiled,
-        **({"pipeline": said} if said else {}),
-    }
+    """The scheduler's class and settings, and the pictures' size and the number format where they are
+    not the model's own."""
+    scheduler = model.pipe.scheduler
+    size = {} if model.sample_size is None else {"sample_size": model.sample_size}
+    format = {} if model.autocast is None else {"autocast": str(model.autocast).removeprefix("torch.")}
+    return {"class": type(scheduler).__name__, **_plain(scheduler.config), **size, **format}
 
 
 def _plain(config: object) -> dict[str, str]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -33,7 +33,7 @@ from expunge.commands import Loading
 from expunge.errors import ExpungeError, ExpungeWarning, listed, unknown
 from expunge.fields import spelled_out
 from expunge.probe import Probe
-from expunge.problem import KINDS, Concept, Problem, tidy
+from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -192,12 +192,11 @@ class List:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    with _interrupts() as heard, _notes(errors), _tolerant_output() as output:
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    with _interrupts() as heard, _notes(errors):
         try:
             _check_directory()
             _run(arguments)
-            output.finish()
         except (Exception, KeyboardInterrupt) as error:
             # An interrupt in the middle of an import comes out as some other error.
             if heard or isinstance(error, KeyboardInterrupt):
@@ -262,24 +261,20 @@ def draw_command(options: Draw) -> None:
         Request(prompt, seed, steps, guidance)
         for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
     ]
-    drawer = Source(model, edits)
     with _progress() as progress:
+<<<<<<< HEAD
         # The pictures are wanted, not the cache: without one they are drawn all the same.
         drawn = Cache(required=False).draw(drawer, asked, progress)
+=======
+        drawn = Cache().draw(Source(model, edits), asked, progress)
+>>>>>>> parent of 5511a34 (Read prompts, images and names to the letter; show names whole)
     if to_folder:
-        for picture, request in zip(drawn, asked, strict=True):
-            # The address tells apart what the legible part does not: steps, models, edits, scripts.
-            name = f"{_legible(options.prompt)}-{request.seed}-{drawer.address(request)[:8]}.png"
-            pictures.save(pictures.image(picture), output / name)
+        name = files.slug(options.prompt) or "picture"
+        for picture, seed in zip(drawn, probe.seeds, strict=True):
+            pictures.save(pictures.image(picture), output / f"{name}-{seed}.png")
     else:
         pictures.save(pictures.grid(drawn), output)
     print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
-
-
-def _legible(prompt: str, longest: int = 60) -> str:
-    """What a file name can show of a prompt in any script: at most `longest` bytes."""
-    words = re.sub(r"[^\w]+", "-", tidy(prompt).lower()).strip("-_")
-    return words.encode()[:longest].decode(errors="ignore").strip("-") or "image"
 
 
 def _check_erase(options: Erase) -> Problem:
@@ -676,7 +671,6 @@ def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: b
     Unless they are `alone`, there may be others among the arguments.
     """
     said = io.StringIO()
-    arguments = _with_hyphens(arguments)
     try:
         with contextlib.redirect_stderr(said):
             parsed, rest = tyro.cli(
@@ -696,27 +690,6 @@ def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: b
         _check_options(options, command, rest)
         raise ExpungeError(f"{command} does not know what to do with {rest[0]!r}")
     return parsed
-
-
-def _with_hyphens(arguments: Sequence[str]) -> list[str]:
-    """The arguments with those that begin with a hyphen but hold a space told as the texts they are.
-
-    >>> _with_hyphens(["-5 cats", "-o", "x.png", "--retain", "-2 dogs"])
-    ['-o', 'x.png', '--retain=-2 dogs', '--', '-5 cats']
-    """
-    found: list[str] = []
-    texts: list[str] = []
-    for place, argument in enumerate(arguments):
-        if argument == "--":
-            texts += arguments[place + 1 :]
-            break
-        if not (argument.startswith("-") and re.search(r"\s", argument.partition("=")[0])):
-            found.append(argument)
-        elif found and re.fullmatch(r"--[a-z-]+", found[-1]):
-            found[-1] += f"={argument}"
-        else:
-            texts.append(argument)
-    return [*found, *(["--", *texts] if texts else [])]
 
 
 def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
@@ -762,8 +735,6 @@ def _sentence(said: str, command: str) -> str:
     text = re.sub(r"^Error parsing (method: )?", "", " ".join(gist)).rstrip(".")
     for said_by_python, ours in NUMBERS.items():
         text = re.sub(said_by_python, ours, text)
-    if "missing value" in text.lower():
-        text += " (a text that begins with a hyphen is told as --option=TEXT, or after -- at the end)"
     return f"{command}: {text[:1].lower()}{text[1:]}" if text else f"{command}: bad options"
 
 
@@ -808,7 +779,7 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, markup=False, emoji=False)
+    console = Console(stderr=True)
     if not console.is_terminal:
 
         def say(line: str) -> None:
@@ -822,7 +793,7 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
         pace.listeners.append(lines(pace, say))
         yield _only_what_was_there()
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
         if pace is not None:
@@ -884,78 +855,6 @@ def _say_what_was_there(label: str, done: int, total: int) -> None:
         print(f"{label}: {done} of {total} were finished before")
 
 
-class _Tolerant(io.TextIOBase):
-    """Standard output that never stops the work.
-
-    What nobody reads any more is dropped; a full disk is said at the end.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
-        self.failure: OSError | None = None
-
-    def write(self, text: str) -> int:
-        self._try(lambda stream: stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(lambda stream: stream.flush())
-
-    def _try(self, act: Callable[[TextIO], object]) -> None:
-        if self.stream is None:
-            return
-        try:
-            act(self.stream)
-        except OSError as error:
-            self.failure = None if isinstance(error, BrokenPipeError) else error
-            # Python flushes the stream once more as it leaves: what is left goes nowhere.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self.stream = None
-
-    def finish(self) -> None:
-        """Write what is left.
-
-        Raises:
-            ExpungeError: something could not be written, though somebody was there to read it.
-        """
-        self.flush()
-        if self.failure is not None:
-            why = self.failure.strerror or self.failure
-            raise ExpungeError(
-                f"standard output could not be written: {why}; files are as they should be"
-            )
-
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    def fileno(self) -> int:
-        if self.stream is None:
-            raise io.UnsupportedOperation("standard output is closed")
-        return self.stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-
-@contextlib.contextmanager
-def _tolerant_output() -> Iterator[_Tolerant]:
-    """Standard output and error that may be closed, broken or full while a command runs."""
-    before = sys.stdout, sys.stderr
-    output = _Tolerant(sys.stdout)
-    sys.stdout, sys.stderr = output, _Tolerant(sys.stderr)
-    try:
-        yield output
-    finally:
-        output.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
-
-
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """The interrupts heard so far; each is raised as a KeyboardInterrupt, as ever."""
@@ -997,10 +896,4 @@ def _notes(console: Console) -> Iterator[None]:
 
 
 def _out() -> Console:
-    """Where tables go: names as they are, and whole where no terminal sets a width."""
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    return (
-        console
-        if console.is_terminal
-        else Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=10_000)
-    )
+    return Console(highlight=False, soft_wrap=True)

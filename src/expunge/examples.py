@@ -12,7 +12,6 @@ from torch import Tensor
 from expunge import pictures
 from expunge.errors import ExpungeError
 from expunge.model import Model
-from expunge.problem import key
 from expunge.run import Run
 
 
@@ -93,6 +92,5 @@ def folder_of(concept: str, folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ExpungeError(f"there is no folder {folder}")
-    wanted = key(concept)  # a file system may keep another Unicode form of the name
-    own = sorted(place for place in folder.iterdir() if key(place.name) == wanted and place.is_dir())
-    return own[0] if own else folder
+    own = folder / concept
+    return own if own.is_dir() else folder

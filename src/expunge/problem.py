@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,10 +38,10 @@ class Concept:
 
     def __post_init__(self) -> None:
         check(self)
-        object.__setattr__(self, "name", tidy(self.name))
-        object.__setattr__(self, "synonyms", tuple(map(tidy, self.synonyms)))
+        object.__setattr__(self, "name", self.name.strip())
+        object.__setattr__(self, "synonyms", tuple(name.strip() for name in self.synonyms))
         if self.anchor is not None:
-            object.__setattr__(self, "anchor", tidy(self.anchor))
+            object.__setattr__(self, "anchor", self.anchor.strip())
         if not all(self.names):
             raise ExpungeError("a concept needs a name; this one is empty")
         if self.anchor is not None and key(self.anchor) in map(key, self.names):
@@ -92,7 +91,7 @@ class Problem:
                 raise ExpungeError(f"erase holds concepts, not {concept!r}: write Concept({concept!r})")
         if isinstance(self.retain, str):
             raise ExpungeError(f"retain is a list of prompts, not the text {self.retain!r}")
-        object.__setattr__(self, "retain", tuple(map(tidy, self.retain)))
+        object.__setattr__(self, "retain", tuple(text.strip() for text in self.retain))
         if not self.erase:
             raise ExpungeError("there is no concept to erase")
         if not all(self.retain):
@@ -122,7 +121,7 @@ class Problem:
         """
         owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
         others = [*owned, *((text, None) for text in self.retain)]
-        words = {name: set(re.findall(r"\w+", key(name))) for name, _ in others}
+        words = {name: set(re.findall(r"\w+", name.casefold())) for name, _ in others}
         return [
             (name, other)
             for name, place in owned
@@ -137,28 +136,9 @@ class Problem:
         return cls(tuple(concepts), tuple(data["retain"]))
 
 
-INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
-"""Characters that nobody sees and that mean nothing: soft hyphen, zero-width space, word joiner,
-byte-order mark. Joiners stay: they make one emoji of several, and letters of some scripts."""
-
-
-def tidy(text: str) -> str:
-    """A name or prompt in its composed Unicode form, without invisible characters and outer spaces.
-
-    >>> tidy(" Re\u0301union\u200b ") == "R\u00e9union"
-    True
-    """
-    return unicodedata.normalize("NFC", text.translate(INVISIBLE)).strip()
-
-
 def key(name: str) -> str:
-    """What two names share that differ only in case, spacing or Unicode form.
-
-    >>> key("Re\u0301union  Island") == key("R\u00c9UNION island")
-    True
-    """
-    folded = unicodedata.normalize("NFKC", tidy(name)).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
+    """Two names are one where only case and spacing differ."""
+    return " ".join(name.casefold().split())
 
 
 def _other(concept: Concept, anchors: Mapping[str, str]) -> str:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +23,11 @@ from typing import Any, Literal
 from expunge import fields, registry
 from expunge.errors import ExpungeError, unknown
 from expunge.files import read_toml
+<<<<<<< HEAD
 from expunge.problem import key
 from expunge.sampling import scheduler_name
+=======
+>>>>>>> parent of 5511a34 (Read prompts, images and names to the letter; show names whole)
 
 FORMAT = 1
 """The version of the file's layout."""
@@ -99,15 +100,13 @@ class Prompts:
     """The concept they call for; none for captions that are only compared."""
     texts: tuple[str, ...] = ()
     csv: str = ""
-    """A file with a column of prompts, and perhaps columns of seeds and guidance scales."""
+    """A file with the column `prompt`, and perhaps `evaluation_seed` and `evaluation_guidance`."""
     dataset: str = ""
     """A data set on the Hub, "owner/name"."""
     split: str = "train"
     prompt_column: str = "prompt"
-    seed_column: str = ""
-    """By default the first of `evaluation_seed` and `sd_seed` that is there; a named one must be."""
-    guidance_column: str = ""
-    """By default the first of `evaluation_guidance` and `sd_guidance_scale` that is there."""
+    seed_column: str = "evaluation_seed"
+    guidance_column: str = "evaluation_guidance"
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -122,81 +121,46 @@ class Prompts:
         """
         if self.texts:
             return [(text, None, None) for text in self.texts]
-        name = self.csv or self.dataset
         table = self._file(folder) if self.csv else self._dataset()
-        columns = list(table[0][1]) if table else []
-        prompts = self._column(columns, self.prompt_column, ())
-        seeds = self._column(columns, self.seed_column, ("evaluation_seed", "sd_seed"))
-        scales = self._column(
-            columns, self.guidance_column, ("evaluation_guidance", "sd_guidance_scale")
-        )
         rows = []
-        for where, row in table:
+        for number, row in enumerate(table, 1):
+            prompt = row.get(self.prompt_column)
+            if prompt is None:
+                raise ExpungeError(
+                    f"{self.csv or self.dataset} has no column {self.prompt_column!r};"
+                    f" it has {', '.join(map(str, row))}"
+                )
             try:
-                prompt = str(row[prompts] or "").strip()
-                if not prompt:
-                    raise ExpungeError("the prompt is empty")
-                seed = _seed(row[seeds]) if seeds else None
-                rows.append((prompt, seed, _scale(row[scales]) if scales else None))
-            except ExpungeError as error:
-                raise ExpungeError(f"{name}, {where}: {error}") from None
+                seed, guidance = row.get(self.seed_column), row.get(self.guidance_column)
+                rows.append(
+                    (
+                        str(prompt),
+                        None if seed in (None, "") else int(float(seed)),
+                        None if guidance in (None, "") else float(guidance),
+                    )
+                )
+            except (TypeError, ValueError):
+                raise ExpungeError(
+                    f"{self.csv or self.dataset}, row {number}: seed {seed!r} or guidance {guidance!r}"
+                    " is not a number"
+                ) from None
         if not rows:
-            raise ExpungeError(f"{name} holds no prompts")
+            raise ExpungeError(f"{self.csv or self.dataset} holds no prompts")
         return rows
 
-    def _column(self, columns: Sequence[str], named: str, usual: Sequence[str]) -> str:
-        """The column that is meant: the one that is named, or the first usual one that is there, or "".
-
-        Raises:
-            ExpungeError: one is named that is not there.
-        """
-        if not named or not columns:
-            return next((column for column in usual if column in columns), "")
-        if named not in columns:
-            other = next((mark for mark in ";\t" if mark in "".join(columns)), "")
-            way = "; its cells are to be separated by commas" if other else ""
-            raise ExpungeError(
-                f"{self.csv or self.dataset} has no column {named!r}; it has {', '.join(columns)}{way}"
-            )
-        return named
-
-    def _file(self, folder: Path) -> list[tuple[str, dict[str, Any]]]:
-        """The rows of the CSV, looked for here and then beside the suite, and where each stands."""
+    def _file(self, folder: Path) -> list[dict[str, Any]]:
+        """The rows of the CSV, looked for here and then beside the suite."""
         paths = [Path(self.csv), folder / self.csv]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:
-            text = path.read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ExpungeError(f"cannot read the prompts {path}: it is not text in UTF-8") from None
-        except OSError as error:
-            raise ExpungeError(f"cannot read the prompts {path}: {error.strerror or error}") from error
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-        header: list[str] = []
-        rows: list[tuple[str, dict[str, Any]]] = []
-        try:
-            for cells in lines:
-                where, cells = f"line {lines.line_num}", [cell.strip() for cell in cells]
-                if not any(cells) and len(cells) < 2:
-                    continue  # a blank line
-                if not header:
-                    header = cells
-                    if len(set(header)) < len(header):
-                        raise ExpungeError(
-                            f"{path}, {where}: a column is named twice: {', '.join(header)}"
-                        )
-                    continue
-                if len(cells) != len(header):
-                    raise ExpungeError(
-                        f"{path}, {where}: {len(cells)} cell{'s' * (len(cells) != 1)} under"
-                        f" {len(header)} column{'s' * (len(header) != 1)}"
-                    )
-                rows.append((where, dict(zip(header, cells, strict=True))))
-        except csv.Error as error:
-            said = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
-            raise ExpungeError(f"{path}, line {lines.line_num}: {said}") from None
-        return rows
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ExpungeError(
+                f"cannot read the prompts {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
-    def _dataset(self) -> list[tuple[str, dict[str, Any]]]:
+    def _dataset(self) -> list[dict[str, Any]]:
         try:
             from datasets import load_dataset
         except ImportError:
@@ -204,8 +168,7 @@ class Prompts:
                 f"the prompts {self.dataset} are a data set of the Hub: pip install datasets"
             ) from None
         try:
-            table = load_dataset(self.dataset, split=self.split)
-            return [(f"row {number}", dict(row)) for number, row in enumerate(table, 1)]
+            return list(load_dataset(self.dataset, split=self.split))
         except Exception as error:  # the library raises what it likes
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExpungeError(f"cannot load the data set {self.dataset}: {said}") from error
@@ -341,9 +304,9 @@ class Suite(Settings):
         parts = ("concepts", "others", "templates", "prompts", "sizes", "options", "attacks")
         plain = {key: value for key, value in table.items() if key not in parts}
         known = [*Settings.__dataclass_fields__, *parts]
-        for name_ in plain:
-            if name_ not in known:
-                raise unknown("key", name_, known)
+        for key in plain:
+            if key not in known:
+                raise unknown("key", key, known)
         settings = Settings(**plain)
         if settings.version < 1:
             raise ExpungeError("it needs a version, a whole number from 1")
@@ -432,8 +395,8 @@ class Suite(Settings):
 
     def concept(self, name: str) -> SuiteConcept | None:
         """The concept that goes by a name, or None."""
-        wanted = key(name)
-        return next((c for c in self.concepts if wanted in map(key, c.names)), None)
+        wanted = _key(name)
+        return next((c for c in self.concepts if wanted in map(_key, c.names)), None)
 
     def erased(self, names: Sequence[str]) -> tuple[SuiteConcept, ...]:
         """Which of its concepts an edit erases, by the names that it erases.
@@ -555,37 +518,8 @@ class Suite(Settings):
             yield Cell(one.role, one.concept, prompt, seeds, asks, guidance)
 
 
-def _seed(cell: Any) -> int | None:
-    """A seed as it stands, or None for an empty cell; never another number.
-
-    Raises:
-        ExpungeError: it is no whole number from 0 to 2**63 − 1. A float is exact up to 2**53.
-    """
-    if cell is None or str(cell).strip() in ("", "None"):
-        return None
-    whole = re.fullmatch(r"\+?(\d+)(\.0*)?", str(cell).strip())
-    seed = int(whole[1]) if whole else -1
-    rounded = isinstance(cell, float) and seed > 2**53
-    if not 0 <= seed < 2**63 or rounded:
-        raise ExpungeError(f"a seed is a whole number from 0 to 2**63 − 1, not {str(cell)!r}")
-    return seed
-
-
-def _scale(cell: Any) -> float | None:
-    """A guidance scale, or None for an empty cell.
-
-    Raises:
-        ExpungeError: it is no finite number of at least 0.
-    """
-    if cell is None or str(cell).strip() in ("", "None"):
-        return None
-    try:
-        scale = float(cell)
-    except (TypeError, ValueError):
-        scale = -1.0
-    if not 0 <= scale < float("inf"):
-        raise ExpungeError(f"a guidance scale is a number of at least 0, not {str(cell)!r}")
-    return scale
+def _key(name: str) -> str:
+    return " ".join(name.casefold().split())
 
 
 def _is_table(value: Any, name: str) -> Mapping[str, Any]:
@@ -597,8 +531,8 @@ def _is_table(value: Any, name: str) -> Mapping[str, Any]:
 def _concepts(table: Any, name: str) -> tuple[SuiteConcept, ...]:
     """The concepts of a table such as `"cat" = { near = ["cat face"] }`."""
     return tuple(
-        fields.build(SuiteConcept, {"name": name_, **_is_table(value, f"{name}.{name_}")})
-        for name_, value in _is_table(table, name).items()
+        fields.build(SuiteConcept, {"name": key, **_is_table(value, f"{name}.{key}")})
+        for key, value in _is_table(table, name).items()
     )
 
 
