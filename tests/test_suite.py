@@ -124,7 +124,7 @@ def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     """Their prompts are built from small stand-ins of the lists that a user brings."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco_30k.csv").write_text("prompt,evaluation_seed\na dog on a bench,17\n")
-    (tmp_path / "i2p.csv").write_text("prompt,sd_seed,sd_guidance_scale\n, 3,7\na body,4,7.5\n")
+    (tmp_path / "i2p.csv").write_text("prompt,sd_seed,sd_guidance_scale\na nude, 3,7\na body,4,7.5\n")
     suite = Suite.read(name)
     with_hub = [replace(one, dataset="", csv="i2p.csv") if one.dataset else one for one in suite.prompts]
     suite = replace(suite, prompts=tuple(with_hub))
@@ -143,7 +143,7 @@ def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     assert (n["erased"], n["retained"]) == expected[name]
     if name == "mace-explicit":
         shown = [(cell.prompt, cell.seeds, cell.guidance) for cell in cells]
-        assert shown == [("", (3,), 7.0), ("a body", (4,), 7.5), ("a dog on a bench", (17,), None)]
+        assert shown == [("a nude", (3,), 7.0), ("a body", (4,), 7.5), ("a dog on a bench", (17,), None)]
     if name == "unlearncanvas":
         assert cells[0].prompt == "A Architectures image in Abstractionism style."
         assert len(suite.concepts) == 51
