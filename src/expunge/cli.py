@@ -741,8 +741,12 @@ def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None
 
 def _unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:
     known = {f.name.replace("_", "-") for f in _all_fields(options)}
-    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    return [name for name in given if not {name[2:], name[2:].removeprefix("no-")} & known]
+    names = [argument.partition("=")[0] for argument in arguments]
+    given = [name for name in names if name.startswith("--")]
+    single = [
+        n for n in names if n.startswith("-") and len(n) > 2 and n[1:] in known
+    ]  # -seed for --seed
+    return [name for name in given if not {name[2:], name[2:].removeprefix("no-")} & known] + single
 
 
 def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
