@@ -203,7 +203,6 @@ def settings():
         "another padding token": lambda m: setattr(m.pipe.tokenizer, "pad_token", "!"),
         "a shorter window": lambda m: setattr(m.pipe.tokenizer, "model_max_length", 20),
         "padding at the left": lambda m: setattr(m.pipe.tokenizer, "padding_side", "left"),
-        "a pipeline's switch": lambda m: m.pipe.register_to_config(force_zeros_for_empty_prompt=True),
         "a family's setting": lambda m: setattr(m, "max_sequence_length", 128),
         "FreeU": lambda m: m.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         "tiles": lambda m: m.pipe.vae.enable_tiling(),

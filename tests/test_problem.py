@@ -3,12 +3,15 @@
 import dataclasses
 
 import pytest
+import torch
+from PIL import Image
 
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.errors import unknown
-from expunge.examples import folder_of
+from expunge.examples import Examples, folder_of
 from expunge.experiment import _problems
 from expunge.fields import build
+from expunge.masks import from_folder
 from expunge.methods.uce import UCE
 from expunge.model import ANCHORS
 from expunge.problem import KINDS, key
@@ -186,3 +189,19 @@ def test_an_experiment_retains_no_other_spelling_of_what_it_erases():
     first, second = _problems(["T\u00fcrkiye", "cat"], ["Tu\u0308rkiye", "dog"], "object")
     assert first.retain == ("dog",)
     assert second.retain == ("T\u00fcrkiye", "dog")
+
+
+def test_masks_are_read_as_masks(tmp_path):
+    """What a mask leaves transparent is not the concept, and its name may be spelled otherwise."""
+    for name, mode, colour in (("Tu\u0308r", "RGB", "white"), ("b", "RGB", "white")):
+        Image.new(mode, (4, 4), colour).save(tmp_path / f"{name}.png")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    cut_out = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    cut_out.paste((255, 255, 255, 255), (0, 0, 2, 4))
+    cut_out.save(masks / "T\u00fcr.png")
+    cut_out.save(masks / "b.PNG")
+    files = tuple(str(tmp_path / f"{name}.png") for name in ("Tu\u0308r", "b"))
+    examples = Examples("cat", "a cat", torch.zeros(2, 4, 2, 2), files)
+    found = from_folder(masks, None, examples)
+    assert found.tolist() == [[[True, True, False, False]] * 4] * 2

@@ -307,8 +307,6 @@ def model_hash(model: Model) -> str:
     # Weights that were sent to the disk meanwhile cannot be read, nor written to.
     if known is None or (seen != state and not any(tensor.is_meta for _, tensor in tensors)):
         digest = hashlib.sha256()
-        for name, part in parts:
-            digest.update(json.dumps([name, _plain(getattr(part, "config", {}))]).encode())
         for key, tensor in tensors:
             digest.update(key.encode() + content(tensor))
         known = model.__dict__["_hash"] = digest.hexdigest()
@@ -328,7 +326,7 @@ def model_hash(model: Model) -> str:
             for key, value in model.pipe.config.items()
             if not key.startswith("_") and key != "requires_safety_checker" and _is_scalar(value)
         },
-        "parts": [(name, _switches(part)) for name, part in parts],
+        "parts": [(name, _plain(getattr(part, "config", {})), _switches(part)) for name, part in parts],
         "tokenizers": others,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
