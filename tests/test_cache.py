@@ -1,11 +1,16 @@
 """The picture cache: drawn once, the same from the cache, whole whatever happens."""
 
+import json
+
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
+from tokenizers import Tokenizer
 
 import expunge
 from expunge import ExpungeError, ExpungeWarning
 from expunge.cache import Cache, Request, Source, model_hash, quantised, residual
+from tiny import PIPELINES, flux, sdxl
 
 ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]
 
@@ -170,3 +175,84 @@ def test_a_full_disk_is_one_sentence(model, tmp_path):
     (tmp_path / "pictures").write_text("in the way")
     with pytest.raises(ExpungeError, match="cannot write"):
         Cache(tmp_path).draw(Source(model), ASKED[:1])
+
+
+def settings():
+    """Everything besides weights that changes pictures: what it is called, and how it is set."""
+
+    def add_token(model):
+        model.pipe.tokenizer.add_tokens(["blorp"])
+
+    def other_merges(model):
+        from conftest import tiny_tokenizer
+
+        model.pipe.tokenizer = tiny_tokenizer()
+        state = json.loads(model.pipe.tokenizer.backend_tokenizer.to_str())
+        state["model"]["merges"] = state["model"]["merges"][::-1]
+        model.pipe.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+    def betas(model):
+        model.pipe.scheduler.alphas_cumprod = model.pipe.scheduler.alphas_cumprod * 0.9
+
+    def circular(model):
+        model.pipe.unet.conv_in.padding_mode = "circular"
+
+    return {
+        "a token more": add_token,
+        "other merges": other_merges,
+        "another padding token": lambda m: setattr(m.pipe.tokenizer, "pad_token", "!"),
+        "a shorter window": lambda m: setattr(m.pipe.tokenizer, "model_max_length", 20),
+        "padding at the left": lambda m: setattr(m.pipe.tokenizer, "padding_side", "left"),
+        "a family's setting": lambda m: setattr(m, "max_sequence_length", 128),
+        "FreeU": lambda m: m.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        "tiles": lambda m: m.pipe.vae.enable_tiling(),
+        "padding of convolutions": circular,
+        "the autoencoder's scale": lambda m: m.pipe.vae.register_to_config(scaling_factor=0.5),
+        "the scheduler's kind": lambda m: setattr(
+            m.pipe, "scheduler", EulerDiscreteScheduler.from_config(m.pipe.scheduler.config)
+        ),
+        "a setting of the scheduler": lambda m: m.pipe.scheduler.register_to_config(
+            rescale_betas_zero_snr=True
+        ),
+        "a noise schedule set by hand": betas,
+        "the size": lambda m: setattr(m, "sample_size", 4),
+        "the number format": lambda m: setattr(m, "autocast", torch.bfloat16),
+        "weights written to": lambda m: m.pipe.unet.conv_in.weight.detach().mul_(1.5),
+        "weights replaced": lambda m: setattr(
+            m.pipe.unet.conv_in, "weight", torch.nn.Parameter(m.pipe.unet.conv_in.weight.detach() * 2)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", settings())
+def test_an_address_hangs_on_all_that_is_set(model, name):
+    before = Source(model).address(ASKED[0])
+    assert Source(model).address(ASKED[0]) == before
+    settings()[name](model)
+    assert Source(model).address(ASKED[0]) != before
+
+
+def test_the_empty_prompt_of_sdxl_and_the_window_of_flux_are_other_pictures(cache):
+    for make, change in (
+        (sdxl, lambda m: m.pipe.register_to_config(force_zeros_for_empty_prompt=False)),
+        (flux, lambda m: setattr(m, "max_sequence_length", 16)),
+    ):
+        model, asked = expunge.load(make()), [Request("a ship", 0, 2, 4.0)]
+        before, drawn = cache.draw(Source(model), asked), cache.drawn
+        change(model)
+        assert not torch.equal(cache.draw(Source(model), asked), before)
+        assert cache.drawn == drawn + 1
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_drawing_and_saving_change_no_address(family, cache, tmp_path):
+    model = expunge.load(PIPELINES[family]())
+    if family == "flux":
+        model.pipe.default_sample_size = 128  # as it is loaded
+    before = Source(model).identity
+    if family != "flux":
+        cache.draw(Source(model), [Request("a ship", 0, 1, 3.0)])
+    model.encode(["a cat", "a very long prompt of many words"])
+    assert Source(model).identity == before
+    model.pipe.save_pretrained(tmp_path / "model")
+    assert Source(expunge.load(tmp_path / "model")).identity == before

@@ -1,5 +1,6 @@
 """The command line: what it does, and how it refuses."""
 
+import io
 import os
 import shutil
 import signal
@@ -66,12 +67,16 @@ def test_draw_a_folder_with_an_edit(run, edit, tmp_path):
         edit,
     )
     assert plain[0] == edited[0] == 0
-    names = ["the-airplane-5.png", "the-airplane-6.png"]
-    for name in names:
-        before, after = (Image.open(f"{folder}/{name}") for folder in ("plain", "edited"))
+    names = [sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in ("plain", "edited")]
+    assert not set(names[0]) & set(names[1])
+    for seed, *pair in zip((5, 6), *names, strict=True):
+        assert all(name.startswith(f"the-airplane-{seed}-") for name in pair)
+        before, after = (
+            Image.open(f"{folder}/{name}")
+            for folder, name in zip(("plain", "edited"), pair, strict=True)
+        )
         assert before.size == (16, 16)
         assert before.tobytes() != after.tobytes()
-    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == names
 
 
 def test_erase_prints_the_anchor_it_chose(run):
@@ -561,3 +566,138 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         assert message in err
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_no_picture_in_a_folder_takes_the_place_of_another(run, edit):
+    """Whatever differs: the prompt in any script, its end, the seed, the steps, the edit."""
+    long = "a photo of the cat " * 10
+    asked = [
+        ("飞机",), ("船",), ("!!!",), ("???",), (long + "one",), (long + "two",), ("a/b",), ("a b",),
+        ("A b",), ("ship",), ("ship", "--seed", "1"), ("ship", "--guidance", "2"),
+        ("ship", "--edit", edit),
+    ]  # fmt: skip
+    for number, arguments in enumerate(asked, 1):
+        assert run("draw", *arguments, "--steps", "1", "-o", "all/")[0] == 0
+        assert len(list(Path("all").iterdir())) == number
+    assert run("draw", "ship", "--steps", "2", "-o", "all/")[0] == 0
+    names = {path.name for path in Path("all").iterdir()}
+    assert len(names) == len(asked) + 1
+    assert any(name.startswith("飞机-0-") for name in names)
+    assert run("draw", "ship", "--steps", "2", "-o", "all/")[0] == 0  # the same once more
+    assert {path.name for path in Path("all").iterdir()} == names
+
+
+def test_a_file_of_another_content_is_not_replaced(run):
+    draw = ("draw", "ship", "--steps", "1", "-o", "all/")
+    run(*draw)
+    (first,) = Path("all").iterdir()
+    drawn = first.read_bytes()
+    first.write_bytes(b"the user's own")
+    run(*draw)
+    assert first.read_bytes() == b"the user's own"
+    (second,) = set(Path("all").iterdir()) - {first}
+    assert second.name == f"{first.stem}-2.png"
+    assert second.read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (("-5 cats",), "-5 cats"),
+        (("-5",), "-5"),
+        (("-cat",), "-cat"),
+        (("--two hyphens",), "--two hyphens"),
+        (("--seed", "3", "--", "--cat"), "--cat"),
+    ],
+)
+def test_a_prompt_may_begin_with_a_hyphen(run, arguments, prompt):
+    code, out, err = run(
+        "draw", "--steps", "1", "-o", "x.png", "--model", "emoji", *arguments, model=False
+    )
+    assert (code, err) == (0, "")
+    assert out == f"x.png: 1 picture of {prompt!r}\n"
+
+
+def test_values_of_options_may_begin_with_a_hyphen(run):
+    code, _, err = run(
+        "erase", "uce", "--concept", "-5 cats=-the sky", "--concept=-dogs=sky", "--retain", "-ship",
+        "-o", "e.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    problem = Edit.load("e.safetensors").record.problem
+    assert [(c.name, c.anchor) for c in problem.erase] == [("-5 cats", "-the sky"), ("-dogs", "sky")]
+    assert problem.retain == ("-ship",)
+    code, _, err = run("draw", "ship", "-seed", "3", "-o", "x.png")
+    assert code == 2
+    assert "'-seed'; did you mean '--seed'" in err
+
+
+NAMES = ("cat [sleeping]", "[red]dog[/red]", "[/]", "ship :smile: bird", "[link]horse")
+
+
+def test_brackets_and_colons_are_no_markup(run, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    erase = [text for name in NAMES for text in ("--concept", f"{name}=sky")]
+    assert run("erase", "uce", *erase, "--retain", "[bold]frog " * 9, "-o", "e.safetensors")[0] == 0
+    code, out, _ = run("info", "e.safetensors")
+    assert code == 0
+    for name in NAMES:
+        assert f"{name} (object)" in out
+    assert ("[bold]frog " * 9).strip() in out  # in a pipe no line is broken or cut
+    assert "…" not in out
+    code, _, err = run("draw", "x", "-o", "x.png", "--model", "[red]x:cat:", model=False)
+    assert (code, err.partition(";")[0]) == (2, "expunge: there is no model '[red]x:cat:'")
+    code, _, err = run("erase", "uce", "--concept", "airplane=[bold]blorp :cat:", "-o", "e.safetensors")
+    assert "'[bold]blorp :cat:'" in err
+
+
+def test_progress_shows_names_as_they_are(monkeypatch):
+    from rich.console import Console
+
+    from expunge import cli
+
+    monkeypatch.setattr("sys.stderr", said := io.StringIO())
+    own = {"force_terminal": True, "width": 200}
+    monkeypatch.setattr(cli, "Console", lambda **how: Console(**how, **own))
+    with cli._progress() as progress:
+        progress("drawing [red]cat[/] :smile:", 1, 2)
+    assert "drawing [red]cat[/] :smile:" in said.getvalue()
+
+
+def test_a_report_in_a_pipe_cuts_no_name(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from expunge import cli
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "mace, [a] very long name of an edit " * 12 + "end"
+    row = SimpleNamespace(name=name, h=None, terms=dict.fromkeys(["erased", "retained"] * 6))
+    suite = SimpleNamespace(name="object", score="H_o")
+    case = SimpleNamespace(suite=suite, rows=[row], erased=["[airplane]"], left_out=[])
+    cli._show(SimpleNamespace(cases=[case]))
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("{} list methods | head -n 0; echo ${{PIPESTATUS[0]}}", "0", ""),
+        (
+            "{} list methods > /dev/full; echo $?",
+            "2",
+            "cannot write the output: No space left on device",
+        ),
+        ("{} list methods >&-; echo $?", "0", ""),
+        ("{} list methods <&- >&- 2>&-; echo $?", "0", ""),
+        ("{} list methds 2> /dev/full; echo $?", "2", ""),
+        ("{} list methds 2>&-; echo $?", "2", ""),
+        ("{} draw x -o x.txt 2>&1 >&- | cat; echo ${{PIPESTATUS[0]}}", "2", ""),
+    ],
+)
+def test_closed_broken_and_full_pipes(command, code, said):
+    done = subprocess.run(
+        ["bash", "-c", command.format(f"{sys.executable} -m expunge")], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == code
+    assert said in done.stderr
+    assert done.stderr.count("\n") == bool(said)

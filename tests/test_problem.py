@@ -3,13 +3,18 @@
 import dataclasses
 
 import pytest
+import torch
+from PIL import Image
 
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.errors import unknown
+from expunge.examples import Examples, folder_of
+from expunge.experiment import _problems
 from expunge.fields import build
+from expunge.masks import from_folder
 from expunge.methods.uce import UCE
 from expunge.model import ANCHORS
-from expunge.problem import KINDS
+from expunge.problem import KINDS, key
 
 
 def test_overlaps_are_of_whole_words():
@@ -105,3 +110,98 @@ def test_an_unknown_name_is_a_conversation():
     assert "did you mean 'uce'" in str(unknown("method", "UEC", ["uce"]))
     assert "known: uce" in str(unknown("method", "zzzzzz", ["uce"]))
     assert "known: none" in str(unknown("method", "zzzzzz", []))
+
+
+SAME = [
+    ("T\u00fcrkiye", "Tu\u0308rkiye"),
+    ("cat", "c\u200bat"),
+    ("cat", "cat\ufeff"),
+    ("cat", "\u2066cat\u2069"),
+    ("cat", "ca\u00adt"),
+    ("cat", "\uff23\uff21\uff34"),
+    ("flag", "\ufb02ag"),
+    ("cat face", "cat\u00a0face"),
+    ("cat face", "cat\u3000 face"),
+    ("\u2665", "\u2665\ufe0f"),
+    ("Stra\u00dfe", "STRASSE"),
+    ("C\u00f4te d'Ivoire", "co\u0302te d\u2019ivoire"),
+    ("Guinea-Bissau", "guinea\u2010bissau"),
+    ("Guinea-Bissau", "guinea\u2011bissau"),
+    ("\u017f", "s"),
+    ("\u03c3", "\u03c2"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_a_name_in_another_spelling_is_the_same(one, other):
+    assert key(one) == key(other)
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(ExpungeError, match="both erased and retained"):
+            Problem((Concept(first, ""),), (second,))
+        with pytest.raises(ExpungeError, match="erased twice"):
+            Problem((Concept(first, ""), Concept(second, "")))
+        with pytest.raises(ExpungeError, match="the concept itself"):
+            Concept(first, second)
+
+
+def test_names_that_look_different_are_different():
+    scotland, england = (
+        "\U0001f3f4" + "".join(chr(0xE0000 + ord(c)) for c in t) for t in ("gbsct", "gbeng")
+    )
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    names = [
+        scotland,
+        england,
+        family,
+        family.replace("\u200d", ""),
+        "Turkiye",
+        "T\u00fcrkiye",
+        "cat",
+        "ca t",
+    ]
+    assert len({key(name) for name in names}) == len(names)
+    assert Concept(family).name == family
+    assert Concept(scotland).name == scotland
+
+
+def test_what_nobody_sees_is_not_erased():
+    concept = Concept("Tu\u0308rkiye\u200b", synonyms=("\ufeffturkey",))
+    assert concept.names == ("T\u00fcrkiye", "turkey")
+    with pytest.raises(ExpungeError, match="needs a name"):
+        Concept("\u200b\u2060")
+    persian = "\u0645\u06cc\u200c\u062e"  # a joiner that shapes letters
+    assert Concept(persian).name == persian
+
+
+def test_a_folder_of_pictures_is_found_in_another_spelling(tmp_path):
+    (tmp_path / "Tu\u0308rkiye").mkdir()
+    (tmp_path / "Cat").mkdir()
+    assert folder_of("T\u00fcrkiye", tmp_path) == tmp_path / "Tu\u0308rkiye"
+    assert folder_of("cat", tmp_path) == tmp_path / "Cat"
+    assert folder_of("dog", tmp_path) == tmp_path
+    (tmp_path / "CAT").mkdir()
+    assert folder_of("CAT", tmp_path) == tmp_path / "CAT"
+    with pytest.raises(ExpungeError, match="several folders that are called 'cat': 'CAT', 'Cat'"):
+        folder_of("cat", tmp_path)
+
+
+def test_an_experiment_retains_no_other_spelling_of_what_it_erases():
+    first, second = _problems(["T\u00fcrkiye", "cat"], ["Tu\u0308rkiye", "dog"], "object")
+    assert first.retain == ("dog",)
+    assert second.retain == ("T\u00fcrkiye", "dog")
+
+
+def test_masks_are_read_as_masks(tmp_path):
+    """What a mask leaves transparent is not the concept, and its name may be spelled otherwise."""
+    for name, mode, colour in (("Tu\u0308r", "RGB", "white"), ("b", "RGB", "white")):
+        Image.new(mode, (4, 4), colour).save(tmp_path / f"{name}.png")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    cut_out = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    cut_out.paste((255, 255, 255, 255), (0, 0, 2, 4))
+    cut_out.save(masks / "T\u00fcr.png")
+    cut_out.save(masks / "b.PNG")
+    files = tuple(str(tmp_path / f"{name}.png") for name in ("Tu\u0308r", "b"))
+    examples = Examples("cat", "a cat", torch.zeros(2, 4, 2, 2), files)
+    found = from_folder(masks, None, examples)
+    assert found.tolist() == [[[True, True, False, False]] * 4] * 2

@@ -1,11 +1,12 @@
 """Suites: what ships reads, what is wrong is said, and cells follow from what is erased."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from expunge import ExpungeError, registry
-from expunge.suite import Suite
+from expunge import ExpungeError, ExpungeWarning, registry
+from expunge.suite import Prompts, Suite
 
 BASE = """# One line.
 version = 1
@@ -124,7 +125,7 @@ def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     """Their prompts are built from small stand-ins of the lists that a user brings."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco_30k.csv").write_text("prompt,evaluation_seed\na dog on a bench,17\n")
-    (tmp_path / "i2p.csv").write_text("prompt,sd_seed,sd_guidance_scale\n, 3,7\na body,4,7.5\n")
+    (tmp_path / "i2p.csv").write_text("prompt,sd_seed,sd_guidance_scale\na nude, 3,7\na body,4,7.5\n")
     suite = Suite.read(name)
     with_hub = [replace(one, dataset="", csv="i2p.csv") if one.dataset else one for one in suite.prompts]
     suite = replace(suite, prompts=tuple(with_hub))
@@ -144,7 +145,7 @@ def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     assert (n["erased"], n["retained"]) == expected[name]
     if name == "mace-explicit":
         shown = [(cell.prompt, cell.seeds, cell.guidance) for cell in cells]
-        assert shown == [("", (3,), 7.0), ("a body", (4,), 7.5), ("a dog on a bench", (17,), None)]
+        assert shown == [("a nude", (3,), 7.0), ("a body", (4,), 7.5), ("a dog on a bench", (17,), None)]
     if name == "unlearncanvas":
         assert cells[0].prompt == "A Architectures image in Abstractionism style."
         assert len(suite.concepts) == 51
@@ -201,3 +202,135 @@ def test_no_such_suite(tmp_path):
         Suite.read("objetc")
     with pytest.raises(ExpungeError, match="cannot read"):
         Suite.read(tmp_path / "absent.toml")
+
+
+LIST = BASE + '[[prompts]]\nrole = "erased"\nconcept = "cat"\ncsv = "list.csv"\n'
+
+
+@pytest.fixture
+def rows(read, tmp_path):
+    """The prompts of a CSV file: (prompt, seeds, guidance)."""
+
+    def rows(text, more=""):
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "list.csv").write_bytes(data)
+        cells = read(LIST + more).cells(["cat"])
+        listed = [cell for cell in cells if cell.role == "erased" and "{}" not in cell.prompt][2:]
+        return [(cell.prompt, cell.seeds, cell.guidance) for cell in listed]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("prompt, evaluation_seed, evaluation_guidance\na cat, 77, 1\n", [("a cat", (77,), 1.0)]),
+        (' prompt ,evaluation_seed \n"a cat, big", 7\n', [("a cat, big", (7,), None)]),
+        ("prompt,sd_seed,sd_guidance_scale\na cat,3,7.5\n", [("a cat", (3,), 7.5)]),
+        ("prompt,seed,guidance_scale\na cat,3,7\n", [("a cat", (3,), 7.0)]),
+        ("Prompt,Evaluation Seed\na cat,3\n", [("a cat", (3,), None)]),
+        (",prompt,evaluation_seed,url\n0,a cat,5,x\n\n", [("a cat", (5,), None)]),
+        ("prompt,evaluation_seed,sd_seed\na cat,1,2\n", [("a cat", (1,), None)]),
+        ("prompt,seed\na cat,9007199254740993\n", [("a cat", (2**53 + 1,), None)]),
+        ("prompt,seed\na cat,9223372036854775807\n", [("a cat", (2**63 - 1,), None)]),
+        ("prompt,seed\na cat,5.0\nno cat,\n", [("a cat", (5,), None), ("no cat", (0,), None)]),
+        ("\ufeffprompt,seed\r\na cat,5\r\n", [("a cat", (5,), None)]),
+        ("prompt,seed\ra cat,5\r", [("a cat", (5,), None)]),
+        ('prompt,seed\n"a cat\nin two lines",5\n', [("a cat\nin two lines", (5,), None)]),
+        ("prompt\na cat; or two\n", [("a cat; or two", (0,), None)]),
+    ],
+)
+def test_lists_of_prompts_keep_seeds_and_guidance(rows, text, found):
+    assert rows(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prompt,seed\na cat,5\n,6\n", "row 2 (line 3): the prompt is empty"),
+        ("prompt,seed\na cat,5\n  ,\n", "row 2 (line 3): the prompt is empty"),
+        ('prompt\na cat\n" "\n', "row 2 (line 3): the prompt is empty"),
+        ("seed,prompt\n5\n6,a cat\n", "row 1 (line 2): 1 cell under 2 columns"),
+        ("prompt,seed\na cat, big,5\n", "row 1 (line 2): 3 cells under 2 columns; a prompt with commas"),
+        ("prompt,seed\na cat,5.7\n", "row 1 (line 2): a seed is a whole number from 0 to below 2**63"),
+        ("prompt,seed\na cat,inf\n", "row 1 (line 2): the seed 'inf' is not a number"),
+        ("prompt,seed\na cat,nan\n", "row 1 (line 2): the seed 'nan' is not a number"),
+        ("prompt,seed\na cat,1_000\n", "the seed '1_000' is not a number"),
+        ("prompt,seed\na cat,-1\n", "row 1 (line 2): a seed is a whole number from 0"),
+        ("prompt,seed\na cat,9223372036854775808\n", "row 1 (line 2): a seed is a whole number from 0"),
+        ("prompt,seed\na cat,1e999\n", "row 1 (line 2): a seed is a whole number from 0"),
+        ("prompt,guidance\na cat,inf\n", "row 1 (line 2): the guidance 'inf' is not a number"),
+        ("prompt,guidance\na cat,-1\n", "row 1 (line 2): guidance is at least 0"),
+        ("prompt,guidance\na cat,1e999\n", "row 1 (line 2): guidance is at least 0 and finite"),
+        ('prompt,seed\nno cat,1\n"a cat,5\na dog,6\n', "row 2 (line 3): a quote is not closed"),
+        ('prompt,seed\n"a cat,5\n"a dog",6\n', "row 1 (line 2): a quote is not closed"),
+        ('prompt,seed\n"a cat,5\na dog,6\na bird",7\n', "row 1 (line 2): a quote is not closed"),
+        ('prompt,seed\na cat,"5\n', "row 1 (line 2): a quote is not closed"),
+        ("prompt;seed\na cat;5\n", "separates its columns by semicolons; separate them by commas"),
+        ("prompt\tseed\na cat\t5\n", "separates its columns by tabs"),
+        ("prompt,seed,seed\na cat,5,6\n", "has two columns 'seed'"),
+        ("prompt,evaluation_sed\na cat,5\n", "'evaluation_sed'; did you mean 'evaluation_seed'"),
+        ("promt,seed\na cat,5\n", "no column 'prompt'; it has promt, seed; did you mean 'promt'"),
+        ("", "holds no prompts"),
+        ("prompt,seed\nein Kätzchen,5\n".encode("latin1"), "not text in UTF-8"),
+    ],
+)
+def test_lists_of_prompts_are_read_strictly(rows, text, says):
+    with pytest.raises(ExpungeError) as caught:
+        rows(text)
+    assert says in str(caught.value)
+    assert "list.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["seed_column", "guidance_column", "prompt_column"])
+def test_a_column_that_is_named_must_be_there(rows, column):
+    with pytest.raises(
+        ExpungeError, match=r"list.csv has no column 'own'; it has prompt, seed, guidance"
+    ):
+        rows("prompt,seed,guidance\na cat,5,7\n", f'{column} = "own"\n')
+
+
+def test_named_columns_count_before_known_ones(rows):
+    more = 'seed_column = "mine"\nguidance_column = "strength"\nprompt_column = "text"\n'
+    assert rows("text,prompt,seed,mine,strength\na cat,no,5,6,2\n", more) == [("a cat", (6,), 2.0)]
+
+
+def test_seeds_of_a_data_set_are_exact_or_refused(monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    table = [
+        {"prompt": "a", "seed": 2**53 + 1},
+        {"prompt": "b", "seed": 5.0},
+        {"prompt": "c", "seed": None},
+    ]
+    hub = SimpleNamespace(load_dataset=lambda *_, **__: table)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    prompts = Prompts(dataset="owner/name")
+    assert prompts.rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
+    for seed in (2.0**60, 0.5, float("nan"), True, -1):
+        table[1]["seed"] = seed
+        with pytest.raises(ExpungeError, match="owner/name, row 2: "):
+            prompts.rows(Path())
+    table[1] = {"prompt": None, "seed": 1}
+    with pytest.warns(ExpungeWarning, match="owner/name: row 2 left out, for the prompt is empty"):
+        assert len(prompts.rows(Path())) == 2
+
+
+def test_empty_texts_are_refused(read):
+    with pytest.raises(ExpungeError, match="prompt 2 of a list of texts is empty"):
+        read(BASE + '[[prompts]]\nrole = "erased"\nconcept = "cat"\ntexts = ["a cat", " "]\n')
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_names_are_found_in_any_unicode_form(read, form):
+    from unicodedata import normalize
+
+    text = BASE.replace('"dog" = { also = ["hound"] }', '"Türkiye" = { also = ["flag of Türkiye"] }')
+    suite = read(normalize(form, text))
+    for name in ("Türkiye", "flag of TÜRKIYE", "flag\u200b of Türkiye", "ﬂag of Türkiye"):
+        for other in ("NFC", "NFD"):
+            assert [c.name for c in suite.erased([normalize(other, name)])] == ["Türkiye"]
+    with pytest.raises(ExpungeError, match="is there twice"):
+        read(text + '"Tu\u0308rkiye" = {}\n')

@@ -1,7 +1,8 @@
 """The picture cache: every picture is drawn once, and each metric looks at it once.
 
-A picture's address is the hash of everything it hangs on: the model's weights and configuration, the
-edits, the prompt, the seed and the sampler. Beside it lie the numbers that metrics took of it:
+A picture's address is the hash of everything it hangs on: the model's weights, configurations and
+tokenizers, what was set on its parts, the edits, the prompt, the seed and the sampler. Beside it lie
+the numbers that metrics took of it:
 
     pictures/ab/cdef….png             the picture, 8 bits a channel, with the digest of its pixels
     pictures/ab/cdef….safetensors     one tensor a metric
@@ -36,7 +37,7 @@ from expunge.model import Model, Text
 from expunge.probe import Probe
 from expunge.run import Progress, quiet
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 64
 """Pictures drawn together."""
 
@@ -82,6 +83,7 @@ class Source:
             "model": model_hash(self.model),
             "edits": [edit.hash for edit in self.edits],
             "sampler": sampler(self.model),
+            "schedule": _set_on(self.model.pipe.scheduler),
         }
         object.__setattr__(self, "identity", json.dumps(identity, sort_keys=True))
 
@@ -320,7 +322,10 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
 
 
 def model_hash(model: Model) -> str:
-    """The hash of a pipeline's weights and configurations; computed once a model, under a second a GB.
+    """The hash of all that a model's pictures and edits hang on, but for the sampler: weights,
+    configurations, tokenizers, and what was set on its parts.
+
+    Weights are read once, and again when one was replaced or written to: under a second a GB.
 
     Raises:
         ExpungeError: an edit lies on it.
@@ -331,15 +336,87 @@ def model_hash(model: Model) -> str:
     tensors = [(f"{name}.{key}", t) for name, part in parts for key, t in _tensors(part)]
     if any(hasattr(tensor, "beneath") for _, tensor in tensors):
         raise ExpungeError("an edit lies on this model; take it off and give it along instead")
-    known = model.__dict__.get("_hash")
-    if known is None:
+    state = [(key, id(tensor), _version(tensor)) for key, tensor in tensors]
+    known, seen = model.__dict__.get("_hash"), model.__dict__.get("_hashed")
+    # Weights that were sent to the disk meanwhile cannot be read, nor written to.
+    if known is None or (seen != state and not any(tensor.is_meta for _, tensor in tensors)):
         digest = hashlib.sha256()
-        for name, part in parts:
-            digest.update(json.dumps([name, _plain(getattr(part, "config", {}))]).encode())
         for key, tensor in tensors:
             digest.update(key.encode() + content(tensor))
         known = model.__dict__["_hash"] = digest.hexdigest()
-    return known
+        model.__dict__["_hashed"] = state
+    others = sorted(
+        (name, _tokenizer(part))
+        for name, part in model.pipe.components.items()
+        if hasattr(part, "get_vocab")
+    )
+    settings = {
+        "weights": known,
+        "family": type(model).__name__,
+        "model": _scalars(model, ("name", "num_inference_steps", "guidance_scale", "sample_size")),
+        "pipe": {k: v for k, v in _scalars(model.pipe).items() if v is not None},
+        "config": {
+            key: value
+            for key, value in model.pipe.config.items()
+            if not key.startswith("_") and key != "requires_safety_checker" and _is_scalar(value)
+        },
+        "parts": [(name, _plain(getattr(part, "config", {})), _switches(part)) for name, part in parts],
+        "tokenizers": others,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """The hash of what a tokenizer makes of any text."""
+    record: dict[str, Any] = {
+        "vocab": tokenizer.get_vocab(),
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "settings": _scalars(tokenizer, ("name_or_path", "vocab_file")),
+        "length": tokenizer.model_max_length,
+        "sides": [getattr(tokenizer, f"{part}_side", None) for part in ("padding", "truncation")],
+    }
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        whole = json.loads(backend.to_str())
+        # Every call sets these two anew.
+        record["backend"] = {k: v for k, v in whole.items() if k not in ("truncation", "padding")}
+    elif pieces := getattr(tokenizer, "sp_model", None):
+        record["pieces"] = hashlib.sha256(pieces.serialized_model_proto()).hexdigest()
+    elif ranks := getattr(tokenizer, "bpe_ranks", None):
+        record["merges"] = sorted((rank, list(pair)) for pair, rank in ranks.items())
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The single values among the attributes of an object, but for its private ones and some."""
+    values = vars(thing).items()
+    return {k: v for k, v in values if _is_scalar(v) and not k.startswith("_") and k not in but}
+
+
+def _switches(part: torch.nn.Module) -> list[Any]:
+    """What was set on the modules of a part, which no configuration tells: FreeU's factors, tiles of the
+    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths."""
+    # How they compute, or where they were read, says nothing of what.
+    but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")
+    found: list[Any] = []
+    for name, module in part.named_modules():
+        values = _scalars(module, but)
+        lora = {
+            key: getattr(module, key)
+            for key in ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+            if hasattr(module, "lora_A") and hasattr(module, key)
+        }
+        if values or lora:
+            found.append([name, values, {key: str(value) for key, value in lora.items()}])
+    return found
 
 
 def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -356,8 +433,20 @@ def sampler(model: Model) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, **_plain(scheduler.config), **size, **format}
 
 
+def _set_on(scheduler: Any) -> dict[str, str]:
+    """What can be set on a scheduler beside its configuration: a noise schedule, a shift."""
+    found = {
+        key: hashlib.sha256(content(value)).hexdigest()[:16]
+        for key in ("betas", "alphas_cumprod", "final_alpha_cumprod")
+        if isinstance(value := getattr(scheduler, key, None), Tensor)
+    }
+    shift = getattr(scheduler, "_shift", None)
+    return found if shift is None else {**found, "shift": str(shift)}
+
+
 def _plain(config: object) -> dict[str, str]:
     """A configuration without the names of files and versions."""
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
-    dropped = ("transformers_version", "dtype", "torch_dtype", "architectures")
-    return {k: str(v) for k, v in sorted(items) if not k.startswith("_") and k not in dropped}
+    dropped = ("transformers_version", "dtype", "torch_dtype", "architectures", "model_type")
+    kept = {k: v for k, v in sorted(items) if not k.startswith("_") and k not in dropped}
+    return {k: str(list(v) if isinstance(v, tuple) else v) for k, v in kept.items()}  # as files read

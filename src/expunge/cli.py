@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ class List:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = _console(stderr=True)
     with _interrupts() as heard, _notes(errors):
         try:
             _check_directory()
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 errors.print("expunge: interrupted; no incomplete file was written")
                 return 130
             if isinstance(error, ExpungeError):
-                errors.print(f"expunge: {error}", markup=False)
+                errors.print(f"expunge: {error}")
                 return 2
             if isinstance(error, OSError) and (what := _of_the_system(error)):
                 errors.print(f"expunge: {what}", markup=False)
@@ -261,20 +262,29 @@ def draw_command(options: Draw) -> None:
         Request(prompt, seed, steps, guidance)
         for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
     ]
+    made = Source(model, edits)
     with _progress() as progress:
-<<<<<<< HEAD
         # The pictures are wanted, not the cache: without one they are drawn all the same.
-        drawn = Cache(required=False).draw(drawer, asked, progress)
-=======
-        drawn = Cache().draw(Source(model, edits), asked, progress)
->>>>>>> parent of 5511a34 (Read prompts, images and names to the letter; show names whole)
+        drawn = Cache(required=False).draw(made, asked, progress)
     if to_folder:
-        name = files.slug(options.prompt) or "picture"
-        for picture, seed in zip(drawn, probe.seeds, strict=True):
-            pictures.save(pictures.image(picture), output / f"{name}-{seed}.png")
+        for picture, request in zip(drawn, asked, strict=True):
+            name = f"{_legible(request.prompt)}-{request.seed}-{made.address(request)[:8]}"
+            pictures.keep(pictures.image(picture), output, name)
     else:
         pictures.save(pictures.grid(drawn), output)
     print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
+
+
+def _legible(prompt: str, longest: int = 60) -> str:
+    """What is legible of a prompt in a file name, in its own script where the system can write that."""
+    name = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).casefold()).strip("-")
+    try:
+        # What file systems count is bytes.
+        name = name.encode("utf8")[:longest].decode("utf8", "ignore").strip("-")
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        name = files.slug(prompt, longest)
+    return name or "picture"
 
 
 def _check_erase(options: Erase) -> Problem:
@@ -497,7 +507,7 @@ def _show(report: Report) -> None:
         heads = [name, "erased"] if several else [f"{name}: {erased[0]} erased"]
         table = Table(*heads, box=None, pad_edge=False)
         for term in (cases[0].suite.score, *terms):
-            table.add_column(term, no_wrap=True)
+            table.add_column(term, overflow="fold")
         for case, words in zip(cases, erased, strict=True):
             for row in case.rows:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
@@ -671,6 +681,7 @@ def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: b
     Unless they are `alone`, there may be others among the arguments.
     """
     said = io.StringIO()
+    arguments = _shielded(options, arguments)
     try:
         with contextlib.redirect_stderr(said):
             parsed, rest = tyro.cli(
@@ -685,11 +696,78 @@ def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: b
             raise
         if alone:
             _check_options(options, command, arguments)
-        raise ExpungeError(_sentence(said.getvalue(), command)) from None
+        raise ExpungeError(_bare(_sentence(said.getvalue(), command))) from None
     if rest and alone:
         _check_options(options, command, rest)
-        raise ExpungeError(f"{command} does not know what to do with {rest[0]!r}")
-    return parsed
+        raise ExpungeError(f"{command} does not know what to do with {_bare(rest[0])!r}")
+    return _unshielded(parsed)
+
+
+SHIELD = "\uf8ff"
+"""Stands before a value that begins with a hyphen while options are read: a character of no meaning."""
+
+
+def _bare(text: str) -> str:
+    return text.replace(SHIELD, "")
+
+
+def _shielded(options: Any, arguments: Sequence[str]) -> list[str]:
+    """The arguments with a shield before every value that begins with a hyphen: "-5 cats".
+
+    A value is what has a space before any equals sign, what follows `--`, a word with one hyphen that
+    is no option, and a number where no option asks for one.
+    """
+    fields = list(_all_fields(options))
+    switches = {
+        f"--{f.name.replace('_', '-')}" for f in fields if f.default is False or f.default is True
+    }
+    known = {f"--{f.name.replace('_', '-')}" for f in fields} | {"--help", "-h", "-o", "-n"}
+    known |= {f"--no-{switch[2:]}" for switch in switches}
+    found: list[str] = []
+    before = ""
+    for place, argument in enumerate(arguments):
+        takes = before in known - switches  # the option before this argument waits for its value
+        option, equals, value = argument.partition("=")
+        if argument == "--" and not takes:
+            return [*found, *(SHIELD + rest for rest in arguments[place + 1 :])]
+        if equals and option in known:
+            argument = f"{option}={SHIELD * value.startswith('-') * (not _is_number(value))}{value}"
+        elif argument.startswith("-") and argument not in known:
+            one_hyphen = not argument.startswith("--")
+            mistyped = one_hyphen and f"-{argument}" in known
+            short = one_hyphen and not takes and argument[:2] in known and argument[2:].isdigit()  # -n3
+            if _is_number(argument):
+                shield = not takes
+            else:
+                shield = " " in option or (one_hyphen and not mistyped and not short)
+            argument = SHIELD * shield + argument
+        found.append(argument)
+        before = argument if argument in known else ""
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _unshielded(value: T) -> T:
+    """Parsed options without shields."""
+    plain: Any = value
+    if isinstance(value, str):
+        plain = value.removeprefix(SHIELD)
+    elif isinstance(value, (tuple, list)):
+        plain = type(value)(map(_unshielded, value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {
+            f.name: _unshielded(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
+        same = all(changed[name] == getattr(value, name) for name in changed)
+        plain = value if same else dataclasses.replace(value, **changed)
+    return plain
 
 
 def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
@@ -701,8 +779,12 @@ def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None
 
 def _unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:
     known = {f.name.replace("_", "-") for f in _all_fields(options)}
-    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    return [name for name in given if not {name[2:], name[2:].removeprefix("no-")} & known]
+    names = [argument.partition("=")[0] for argument in arguments]
+    given = [name for name in names if name.startswith("--")]
+    single = [
+        n for n in names if n.startswith("-") and len(n) > 2 and n[1:] in known
+    ]  # -seed for --seed
+    return [name for name in given if not {name[2:], name[2:].removeprefix("no-")} & known] + single
 
 
 def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
@@ -779,7 +861,7 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
 
         def say(line: str) -> None:
@@ -793,7 +875,7 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
         pace.listeners.append(lines(pace, say))
         yield _only_what_was_there()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
         if pace is not None:
@@ -886,7 +968,7 @@ def _notes(console: Console) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, ExpungeWarning):
-            console.print(f"note: {message}", markup=False)
+            console.print(f"note: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -896,4 +978,16 @@ def _notes(console: Console) -> Iterator[None]:
 
 
 def _out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return _console()
+
+
+WIDE = 100_000
+"""The columns of what is no terminal: no line is cut or broken there."""
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console that prints names as they are: no brackets are styles and no `:words:` are emoji."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console

@@ -12,6 +12,7 @@ from torch import Tensor
 from expunge import pictures
 from expunge.errors import ExpungeError
 from expunge.model import Model
+from expunge.problem import key
 from expunge.run import Run
 
 
@@ -86,11 +87,18 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
 def folder_of(concept: str, folder: str | Path) -> Path:
     """Where the files of a concept lie: a folder of its own within `folder`, or `folder` itself.
 
+    The folder's name may be another spelling of the concept's, such as a file system makes of it.
+
     Raises:
-        ExpungeError: there is no such folder.
+        ExpungeError: there is no such folder, or several bear the concept's name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ExpungeError(f"there is no folder {folder}")
-    own = folder / concept
-    return own if own.is_dir() else folder
+    if (own := folder / concept).is_dir():
+        return own
+    alike = sorted(p for p in folder.iterdir() if key(p.name) == key(concept) and p.is_dir())
+    if len(alike) > 1:
+        names = ", ".join(ascii(path.name) for path in alike)
+        raise ExpungeError(f"{folder} has several folders that are called {concept!r}: {names}")
+    return alike[0] if alike else folder

@@ -40,7 +40,7 @@ from expunge.errors import ExpungeError
 from expunge.files import read_toml, slug
 from expunge.method import Method
 from expunge.model import Model
-from expunge.problem import KINDS, Concept, Kind, Problem
+from expunge.problem import KINDS, Concept, Kind, Problem, key
 from expunge.report import Report, evaluate
 from expunge.run import Progress, quiet
 from expunge.suite import Suite
@@ -223,14 +223,14 @@ def _problems(concepts: Any, retain: Any, kind: Kind) -> tuple[Problem, ...]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ExpungeError(f"a concept is NAME or NAME=ANCHOR, or a list of them, not {one!r}")
         groups.append(tuple(Concept.parse(text, kind) for text in texts))
-    names = list(dict.fromkeys(concept.name for group in groups for concept in group))
+    names = list({key(concept.name): concept.name for group in groups for concept in group}.values())
     problems = []
     for group in groups:
-        gone = {name for concept in group for name in concept.names}
+        gone = {key(name) for concept in group for name in concept.names}
         if retain == "others":
-            kept = [name for name in names if name not in gone]
+            kept = [name for name in names if key(name) not in gone]
         elif isinstance(retain, list) and all(isinstance(text, str) for text in retain):
-            kept = [text for text in retain if text not in gone]
+            kept = [text for text in retain if key(text) not in gone]
         else:
             raise ExpungeError(f'retain is "others" or a list of prompts, not {retain!r}')
         problems.append(Problem(group, tuple(kept)))

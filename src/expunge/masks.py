@@ -5,6 +5,7 @@ A mask (h, w) is 1 where it is and 0 elsewhere, in whatever size it was found.
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -121,12 +122,23 @@ def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
     place = folder_of(examples.concept, folder)
     masks = []
     for file in examples.files:
-        path = place / f"{Path(file).stem}.png"
+        path = _named(place, Path(file).stem)
         if not path.is_file():
             raise ExpungeError(f"the mask of {file} is missing: there is no {path}")
-        mask, picture = pictures.read(path), pictures.read(file)
+        # What a mask leaves transparent is not the concept.
+        mask, picture = pictures.read(path, background="black"), pictures.read(file)
         if mask.shape != picture.shape:
             sizes = [" × ".join(map(str, p.shape[:0:-1])) for p in (mask, picture)]
             raise ExpungeError(f"the mask {path} is {sizes[0]} pixels, its picture {sizes[1]}")
         masks.append(mask.mean(0) > 0.5)
     return torch.stack(masks)
+
+
+def _named(folder: Path, stem: str) -> Path:
+    """The mask of that name, though its ending be in capitals or its letters of another Unicode form."""
+    exact = folder / f"{stem}.png"
+    if exact.is_file():
+        return exact
+    wanted = unicodedata.normalize("NFC", stem)
+    alike = (path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png")
+    return next((p for p in alike if unicodedata.normalize("NFC", p.stem) == wanted), exact)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,10 +39,10 @@ class Concept:
 
     def __post_init__(self) -> None:
         check(self)
-        object.__setattr__(self, "name", self.name.strip())
-        object.__setattr__(self, "synonyms", tuple(name.strip() for name in self.synonyms))
+        object.__setattr__(self, "name", tidy(self.name))
+        object.__setattr__(self, "synonyms", tuple(tidy(name) for name in self.synonyms))
         if self.anchor is not None:
-            object.__setattr__(self, "anchor", self.anchor.strip())
+            object.__setattr__(self, "anchor", tidy(self.anchor))
         if not all(self.names):
             raise ExpungeError("a concept needs a name; this one is empty")
         if self.anchor is not None and key(self.anchor) in map(key, self.names):
@@ -91,7 +92,7 @@ class Problem:
                 raise ExpungeError(f"erase holds concepts, not {concept!r}: write Concept({concept!r})")
         if isinstance(self.retain, str):
             raise ExpungeError(f"retain is a list of prompts, not the text {self.retain!r}")
-        object.__setattr__(self, "retain", tuple(text.strip() for text in self.retain))
+        object.__setattr__(self, "retain", tuple(tidy(text) for text in self.retain))
         if not self.erase:
             raise ExpungeError("there is no concept to erase")
         if not all(self.retain):
@@ -121,7 +122,7 @@ class Problem:
         """
         owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
         others = [*owned, *((text, None) for text in self.retain)]
-        words = {name: set(re.findall(r"\w+", name.casefold())) for name, _ in others}
+        words = {name: set(re.findall(r"\w+", key(name))) for name, _ in others}
         return [
             (name, other)
             for name, place in owned
@@ -136,9 +137,53 @@ class Problem:
         return cls(tuple(concepts), tuple(data["retain"]))
 
 
+_JOINERS = "\u200c\u200d"
+"""They shape the letters of some scripts, and join emoji to one."""
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Characters without a picture of their own that Unicode does not count as formats."""
+_SPELLINGS = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u02bc\u2032", "'") | dict.fromkeys("\u2010\u2011\u2012", "-")
+)
+"""Apostrophes and hyphens that a word processor puts in the place of the plain ones."""
+
+
+def tidy(text: str) -> str:
+    """A name or a prompt as people see it: composed, and without characters that nobody sees.
+
+    To a tokenizer, an unseen character is a token like any other: what is erased would not be what
+    was read. Joiners stay between letters or emoji that they shape, and so do the tags in flags.
+
+    >>> tidy(" Tu\u0308rkiye\u200b ") == "T\u00fcrkiye"
+    True
+    """
+    text = unicodedata.normalize("NFC", text)
+    kept = [c for i, c in enumerate(text) if unicodedata.category(c) != "Cf" or _shapes(text, i)]
+    return "".join(kept).strip()
+
+
+def _shapes(text: str, place: int) -> bool:
+    """Whether a format character is part of what is seen: a tag, or a joiner outside Latin script."""
+    if "\U000e0020" <= text[place] <= "\U000e007f":
+        return True
+    inside = 0 < place < len(text) - 1
+    return text[place] in _JOINERS and inside and min(text[place - 1], text[place + 1]) > "\u058f"
+
+
 def key(name: str) -> str:
-    """Two names are one where only case and spacing differ."""
-    return " ".join(name.casefold().split())
+    """What two spellings of one name share: they may differ in case, spacing, Unicode's forms, unseen
+    characters, and the sort of an apostrophe or a hyphen.
+
+    >>> key("Ｃａｔ  face\u200b") == key("cat face")
+    True
+    """
+    text = _UNSEEN.sub("", tidy(name)).translate(_SPELLINGS)
+    for _ in range(2):  # folding the case can take apart what was composed
+        text = unicodedata.normalize("NFKC", text).translate(_SPELLINGS).casefold()
+    # A joiner between letters is a matter of spelling; between emoji it makes another one.
+    joined = re.sub(r"(?<=\w)[\u200c\u200d](?=\w)", "", text)
+    return " ".join(joined.split())
 
 
 def _other(concept: Concept, anchors: Mapping[str, str]) -> str:
