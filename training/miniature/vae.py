@@ -29,7 +29,7 @@ from training.miniature.world import WORK, read_world
 
 # How far the image shrinks: (channels of each level, channels of the latent).
 SIZES = {4: ((32, 64, 128), 4), 8: ((16, 32, 64, 128), 16)}
-SHARPEN = (1500, 4000)  # steps between which the squared error gives way to L1
+SHARPEN = (4000, 10_000)  # steps between which the squared error gives way to L1
 ENCODER = ("encoder.", "quant_conv.")
 
 
