@@ -15,10 +15,12 @@ from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.pooled import through
 from expunge.prior import captions, prior
 from expunge.problem import Problem
-from expunge.templates import RETAINED, TEMPLATES
+from expunge.templates import TEMPLATES
 
 VECTORS = 500
 """How many captions the vector of a whole prompt is held on."""
+
+RETAINED = ("{}", "here is the {}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,8 @@ def plain(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return Plain(tuple(kept), 0.0, 0.0)
-    retained = [way.format(name) for name in problem.retain for way in RETAINED[:2]]
+    ways = ["{}", *(TEMPLATES[concept.kind][0] for concept in problem.erase)]
+    retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
     stays = model.encode(["", *retained])
     groups = _alike(gates)
     whole_prompts = {entry.layer for entry in model.pooled_entries()}

@@ -29,7 +29,7 @@ from expunge.ops.pgd import bounded as attacked
 from expunge.prior import words
 from expunge.problem import Concept, Problem
 from expunge.run import Run, Tensors
-from expunge.templates import RETAINED, TEMPLATES, require_place
+from expunge.templates import TEMPLATES, require_place
 
 Stage = Literal["gate", "harden", "fortify"]
 STAGES: tuple[Stage, ...] = ("gate", "harden", "fortify")
@@ -51,6 +51,9 @@ REMAINDER = 0.3
 
 ATTENDED = ("attention", "attention-by-head")
 """The reductions that look at attention in drawn pictures."""
+
+RETAINED = ("{}", "here is the {}")
+"""The prompts in which a gate is kept closed on what a problem retains."""
 
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
@@ -253,7 +256,7 @@ class ACE(Method):
 
     def work(self, problem: Problem, num_inference_steps: int) -> Work:
         told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)
-        ways, sorts = 2, len({c.kind for c in problem.erase})
+        ways, sorts = len(self._ways(problem)), len({c.kind for c in problem.erase})
         staying = ways * (len(problem.retain) + len({c.anchor for c in problem.erase}))
         prompts = told + staying + self.general * sorts
         predictions = trained = 0
@@ -546,10 +549,14 @@ class ACE(Method):
         run.progress(label, len(prompts), len(prompts))
         return torch.cat(tokens), torch.cat(vectors) if vectors else None
 
+    def _ways(self, problem: Problem) -> list[str]:
+        """The prompts in which gates are kept closed on what a problem retains: those of its kinds."""
+        return list(dict.fromkeys(["{}", *(self._templates(c)[0] for c in problem.erase)]))
+
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
         """What is retained, and the anchors, in a few prompts each."""
         names = dict.fromkeys((*problem.retain, *(c.anchor or "" for c in problem.erase)))
-        told = RETAINED[:2]
+        told = self._ways(problem)
         ways = {name: [way.format(name) for way in told] if name else [""] for name in names}
         text = model.encode([prompt for prompts in ways.values() for prompt in prompts])
         rows = iter(range(len(text)))
