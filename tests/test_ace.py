@@ -186,8 +186,8 @@ class TestVariants:
 
 def slow_attention(model, pictures, times, noises):
     """Σ Qᵀ (A_concept − A_anchor), (heads, width), for each attention: from its own layers, by hand."""
-    asked = ("a photo of the airplane", "a photo of the sky")
-    first = 1 + len(model.pipe.tokenizer("a photo of the", add_special_tokens=False).input_ids)
+    asked = [TEMPLATES["object"][0].format(word) for word in ("airplane", "sky")]
+    first = 1 + model.count_tokens(TEMPLATES["object"][0].partition(" {}")[0])
     ends = [len(model.pipe.tokenizer(prompt).input_ids) - 1 for prompt in asked]
     modules = [m for name, m in model.pipe.unet.named_modules() if name.endswith("attn2")]
     sums = [0] * len(modules)
@@ -234,7 +234,7 @@ class TestAttention:
                      picture_steps=2)  # fmt: skip
         found = method.attended(model, problem, run)["airplane"]
         drawn = [
-            examples.drawn(model, "airplane", f"a photo of the {name}", 1, run, 2).latents
+            examples.drawn(model, "airplane", TEMPLATES["object"][0].format(name), 1, run, 2).latents
             for name in ("airplane", "sky")
         ]
         times = [62 + 125 * i for i in range(LEVELS)]
@@ -316,7 +316,7 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
         assert torch.cdist(ends[1:], other).amin(1).min() > 1e-2
     # What is retained is kept in the ways of both kinds.
     kept = method._staying(worded, both)["ship"].prompts
-    assert set(kept) == {"ship", "a photo of the ship", TEMPLATES["style"][0].format("ship")}
+    assert set(kept) == {"ship", *(TEMPLATES[kind][0].format("ship") for kind in ("object", "style"))}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from expunge.cache import Cache, Request, Source
 from expunge.changes import Gated
 from expunge.cli import main
 from expunge.methods.ace import ACE
+from expunge.methods.uce import UCE
 from expunge.metric import Judge
 from expunge.robust import budgets, robustness
 from expunge.run import Run
@@ -84,7 +85,8 @@ class TestContract:
             assert not torch.equal(model.draw(first), model.draw(PROBE))
 
     def test_is_made_anew_for_each_edit(self, model, problem, attack):
-        edit = expunge.erase(model, problem, "uce")  # acts on every word, where gates may be shut
+        # Acts on every word, where gates may be shut, and on the probe's own phrasing.
+        edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
         first, second = (attack.run(model, one, PROBE, Run()) for one in (edit, other))
         assert not torch.equal(first.text.embeddings, second.text.embeddings)

@@ -382,7 +382,7 @@ class TestPlainWeights:
             e = model.encode([t.format(name) for t in TEMPLATES["object"]]).embeddings.double()
             left.append(e.flatten(0, 1) / len(e) ** 0.5)
             right.append(change.given(e).flatten(0, 1) / len(e) ** 0.5)
-        e = model.encode(["", "ship", "a photo of the ship"]).embeddings.double()
+        e = model.encode(["", "ship", TEMPLATES["object"][0].format("ship")]).embeddings.double()
         left.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         right.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         slow = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T

@@ -167,7 +167,8 @@ def _rows(text: Text, vectors: bool) -> Tensor:
     """The tokens of a text, (n, tokens, width), or the vectors of its prompts, (n, 1, width)."""
     if not vectors:
         return text.embeddings
-    assert text.pooled is not None
+    if text.pooled is None:
+        raise TypeError("text with a vector of the whole prompt is expected, not without")
     return text.pooled[:, None]
 
 

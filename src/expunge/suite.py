@@ -194,7 +194,8 @@ class Prompts:
             return None
 
         prompt = place(self.prompt_column, ())
-        assert prompt is not None
+        if prompt is None:
+            raise TypeError("a list of prompts needs the name of its column")
         return prompt, place(self.seed_column, SEEDS), place(self.guidance_column, GUIDANCE)
 
     def _file(self, folder: Path) -> tuple[list[str], list[tuple[str, Sequence[Any]]], str]:

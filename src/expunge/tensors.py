@@ -263,7 +263,7 @@ def _as_stored(became: Tensor | Stored, dtype: torch.dtype, scale: Tensor | None
             return became  # to the bit
         value, own = became.value, became.scale
         became = value if own is None else _unscaled(value, own)
-    if not bool(became.isfinite().all()):
+    if not bool(became.float().isfinite().all()):
         raise ExpungeError(f"the tensor {what} would hold numbers that are none (nan or infinite)")
     return Stored(became.to(dtype)) if scale is None else _scaled(became, scale, dtype, what)
 

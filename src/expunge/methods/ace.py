@@ -576,7 +576,8 @@ class ACE(Method):
             groups, left = {}, {}
             for name, group in vectors.items():
                 ground = grounds[name].vectors
-                assert ground is not None
+                if ground is None:
+                    raise TypeError("a background of vectors is expected where a concept has vectors")
                 # One that cannot be told from what is retained stays as it is.
                 apart = ground.reach(ground.direction(group.rows), ground.retained) <= self.most_overlap
                 if self.pooled and group.differs and apart:
@@ -589,7 +590,8 @@ class ACE(Method):
                     self, stages=("gate",), reduction="shared", gate_on="end", directions="concept"
                 )
                 (made,) = method.gate(groups, found, {entry.layer: weight[:, :width]})
-                assert isinstance(made, Gated)
+                if not isinstance(made, Gated):
+                    raise TypeError(f"a Gated change is expected, not a {type(made).__name__}")
                 narrow = made
                 changes[entry.layer] = pooled.widened(made, weight.shape[1])
             for name, group in vectors.items():

@@ -63,7 +63,8 @@ def minimise(
                 found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
                 gradients = [_added(a, b) for a, b in zip(gradients, found, strict=True)]
                 del loss, found
-            assert total is not None
+            if total is None:
+                raise TypeError("a step of training needs a loss")
             for b, last in enumerate(total.tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
