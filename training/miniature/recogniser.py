@@ -152,10 +152,13 @@ def losses(answers: dict[str, Tensor], truth: Truth) -> dict[str, Tensor]:
 
 
 def spoil(images: Tensor, truth: Truth) -> Truth:
-    """Breaks images in place, each eighth in another way; returns what is true of them then."""
-    for part in torch.arange(len(images)).chunk(len(broken.KINDS)):
-        kind = list(broken.KINDS)[int(torch.randint(len(broken.KINDS), ()))]
-        images[part] = broken.KINDS[kind](images[part])
+    """Breaks at least four images in place, each in a way of its own; returns what is true of them then."""
+    whole = images.clone()
+    which = torch.randint(len(broken.KINDS), (len(images),))
+    for k, kind in enumerate(broken.KINDS.values()):
+        rows = which == k
+        if rows.any():
+            images[rows] = kind(whole)[rows]
     emptied = {head: torch.zeros_like(value) for head, value in truth.items()}
     return emptied | {"broken": torch.ones_like(truth["broken"])}
 
