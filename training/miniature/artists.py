@@ -245,7 +245,7 @@ def _watercolour(s: _Sheet) -> torch.Tensor:
 
 
 _STREAK = _fixed_noise(5, 16).repeat(4, 4)
-_STREAK = sum(torch.roll(_STREAK, (k, -k), (0, 1)) for k in range(4)) / 4  # streaks run down to the left
+_STREAK = torch.stack([torch.roll(_STREAK, (k, -k), (0, 1)) for k in range(4)]).mean(0)  # they run down to the left
 _STREAK = (_STREAK - _STREAK.min()) / (_STREAK.max() - _STREAK.min())
 
 

@@ -228,13 +228,13 @@ def _draw(structure: Mapping[str, Any], rng: random.Random, world: World) -> str
     style_named = not artist and styles and rng.random() < 0.65
     parts = []
     for thing in order:
-        words = [_named(thing, rng, world, the=not photo)]
+        told = [_named(thing, rng, world, the=not photo)]
         if style_named and len(styles) > 1 and thing["kind"] == "object":
-            words.append(rng.choice(STYLE_TAILS[:4]).format(thing["style"]))
-        words.append(_looks(thing, rng))
+            told.append(rng.choice(STYLE_TAILS[:4]).format(thing["style"]))
+        told.append(_looks(thing, rng))
         if told_where:
-            words.append(_where(thing["spot"], rng))
-        parts.append(" ".join(word for word in words if word))
+            told.append(_where(thing["spot"], rng))
+        parts.append(" ".join(word for word in told if word))
     if len(parts) == 2 and not told_where and rng.random() < 0.2:
         gap = order[1]["spot"][1] - order[0]["spot"][1]
         drop = order[1]["spot"][2] - order[0]["spot"][2]

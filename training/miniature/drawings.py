@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +43,7 @@ def _rgba(png: bytes) -> np.ndarray:
     return pixels.round().astype(np.uint8).transpose(2, 0, 1)
 
 
-def _save(path: Path, save) -> None:
+def _save(path: Path, save: Callable[[Path], object]) -> None:
     """Writes beside and moves, so that a broken run leaves nothing half-written."""
     beside = path.with_name("." + path.name)
     save(beside)

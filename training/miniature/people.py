@@ -46,6 +46,9 @@ CLOTHES = {"red": "e2574c", "orange": "ff9f45", "yellow": "fde05b", "green": "5f
            "blue": "5f86dc", "pink": "e279c7", "white": "f4f4f4"}  # fmt: skip
 
 
+Looks = tuple[str, str, str, str, str]  # head, hair, skin, beard, glasses
+
+
 @dataclass(frozen=True)
 class Person:
     name: str  # "" for the unnamed
@@ -57,17 +60,17 @@ class Person:
     split: str  # "erase", "retain": the suites'; "tune": in no suite; "unnamed"
 
     @property
-    def features(self) -> tuple[str, str, str, str, str]:
+    def features(self) -> Looks:
         return self.head, self.hair, self.skin, self.beard, self.glasses
 
 
-def differences(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+def differences(a: Looks, b: Looks) -> int:
     """In how many features two people differ. Hair counts only where both show some."""
     head, hair, *rest = (x != y for x, y in zip(a, b, strict=True))
     return head + (hair and bool(a[1]) and bool(b[1])) + sum(rest)
 
 
-def _anyone(rng: random.Random) -> tuple[str, ...]:
+def _anyone(rng: random.Random) -> Looks:
     head = rng.choice(HEADS)
     return _consistent(
         (
@@ -81,13 +84,13 @@ def _anyone(rng: random.Random) -> tuple[str, ...]:
     )
 
 
-def _consistent(features: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
-    head, hair, *rest = features
-    bare = head in WITHOUT_HAIR and rest[1] == "none"  # a beard shows the color, too
-    return (head, "" if bare else hair or rng.choice(list(HAIR)), *rest)
+def _consistent(features: Looks, rng: random.Random) -> Looks:
+    head, hair, skin, beard, glasses = features
+    bare = head in WITHOUT_HAIR and beard == "none"  # a beard shows the color, too
+    return head, "" if bare else hair or rng.choice(list(HAIR)), skin, beard, glasses
 
 
-def _too_many(new: tuple[str, ...], chosen: list[tuple[str, ...]]) -> bool:
+def _too_many(new: Looks, chosen: list[Looks]) -> bool:
     """Whether a head, or beards or glasses as a whole, would become too common: rare looks are accepted more often."""
     alike = sum(old[0] == new[0] for old in chosen)
     bearded = sum(old[3] != "none" for old in chosen) > 0.63 * len(chosen)
@@ -95,18 +98,17 @@ def _too_many(new: tuple[str, ...], chosen: list[tuple[str, ...]]) -> bool:
     return alike >= 13 or (bearded and new[3] != "none") or (with_glasses and new[4] != "none")
 
 
-def _neighbor(features: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+def _neighbor(features: Looks, rng: random.Random) -> Looks:
     """Someone who differs in two features."""
-    new, other = list(features), _anyone(rng)
-    for k in rng.sample(range(5), 2):
-        new[k] = other[k]
-    return _consistent(tuple(new), rng)
+    other, changed = _anyone(rng), rng.sample(range(5), 2)
+    head, hair, skin, beard, glasses = (other[k] if k in changed else features[k] for k in range(5))
+    return _consistent((head, hair, skin, beard, glasses), rng)
 
 
 def choose(seed: int = 21) -> list[Person]:
     """The named people in the order of their names, then the unnamed."""
     rng = random.Random(seed)
-    chosen: list[tuple[str, ...]] = []
+    chosen: list[Looks] = []
     while len(chosen) < NAMED + UNNAMED:
         near = len(chosen) > 20 and rng.random() < 0.6
         new = _neighbor(rng.choice(chosen), rng) if near else _anyone(rng)
@@ -114,7 +116,7 @@ def choose(seed: int = 21) -> list[Person]:
             chosen.append(new)
     rng.shuffle(chosen)
     found, parts = names(PERSON_FIRST, PERSON_LAST, NAMED, rng), splits(NAMED, rng)
-    people = [Person(*row) for row in ((n, *f, p) for n, f, p in zip(found, chosen, parts, strict=False))]
+    people = [Person(name, *looks, part) for name, looks, part in zip(found, chosen[:NAMED], parts, strict=True)]
     people.sort(key=lambda person: person.name)
     return people + [Person("", *features, "unnamed") for features in chosen[NAMED:]]
 
