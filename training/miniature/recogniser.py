@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--name", default="recogniser")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from, to anneal a copy")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     torch.manual_seed(join())
     set_up()
@@ -280,7 +280,7 @@ def main() -> None:
     optimiser = torch.optim.AdamW(net.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True)
     schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
     weights = train(
-        options.name, net, loss_of, options.work, optimiser, schedule, minutes=options.minutes, start=options.start,
+        options.name, net, loss_of, options.work, optimiser, schedule, minutes=options.minutes, start=options.initial,
         average=0.998, sample=test, sample_every=900,
     )  # fmt: skip
     if join() == 0:

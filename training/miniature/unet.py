@@ -291,7 +291,7 @@ def main() -> None:
         "--samples", type=float, default=10, help="minutes between two sheets of samples"
     )
     parser.add_argument("--name", default="unet")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from, to anneal a copy")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     rank = join()
     torch.manual_seed(0)  # the processes start from the same weights, and see their own scenes
@@ -302,7 +302,7 @@ def main() -> None:
     schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
     weights = train(
         options.name, unet, denoiser.loss_of, options.work, optimiser, schedule, minutes=options.minutes,
-        start=options.start, average=0.999, sample=denoiser.sample, sample_every=60 * options.samples,
+        start=options.initial, average=0.999, sample=denoiser.sample, sample_every=60 * options.samples,
     )  # fmt: skip
     if rank == 0:
         unet.load_state_dict(weights)

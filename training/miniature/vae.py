@@ -130,7 +130,7 @@ def main() -> None:
         "--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are"
     )
     parser.add_argument("--name", default="vae")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from")
     options = parser.parse_args()
     torch.manual_seed(join())
     set_up()
@@ -185,7 +185,7 @@ def main() -> None:
     schedule = Schedule(options.rate, 50, options.minutes if options.anneal else None)
     weights = train(
         options.name, vae, loss_of, options.work, optimiser, schedule,
-        minutes=options.minutes, start=options.start, average=0.995, sample=measure, sample_every=180,
+        minutes=options.minutes, start=options.initial, average=0.995, sample=measure, sample_every=180,
     )  # fmt: skip
     if join() == 0:
         measure(read(options.work / f"{options.name}.pt")["step"], weights)
