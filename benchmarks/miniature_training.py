@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     set_up()
-    nets: list[tuple[str, Callable[[], nn.Module], Step, int]] = [
+    nets: list[tuple[str, Callable[[], Any], Step, int]] = [
         ("denoiser", lambda: unet.build(4, 16), denoiser_step, SAMPLES),
         ("VAE", lambda: vae.build(4), vae_step, IMAGES),
     ]

@@ -446,3 +446,19 @@ def test_the_ring_is_there_again_after_a_restart(
     latents, structures = again.sample(5)
     assert latents.shape == (5, 4, 2, 2)
     assert [float(x[0, 0, 0]) for x in latents] == [s["number"] % 2 for s in structures]
+
+
+def test_the_vaes_report_keeps_techniques_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    artists = [
+        SimpleNamespace(name="A", technique="neon"),
+        SimpleNamespace(name="B", technique="mosaic"),
+    ]
+    structures = [{"artist": name} for name in ("A", "B", "", "A")]
+    images = np.zeros((4, 3, 8, 8), np.uint8)
+    scenes = SimpleNamespace(images=images, structures=structures)
+    maker: Any = SimpleNamespace(make=lambda n: scenes, world=SimpleNamespace(artists=artists))
+    monkeypatch.setattr(vae, "errors", lambda *_: torch.tensor([0.1, 0.01, 0.001, 0.001]))
+    report = vae.report_on(SimpleNamespace(), maker, 4)  # type: ignore[arg-type]
+    assert report["by technique"] == {"mosaic": 20.0, "neon": 12.97, "no artist": 30.0}
+    assert report["psnr"] == 15.53
+    assert report["mean of the images"] == 22.5

@@ -141,15 +141,16 @@ def behind(states: States) -> float:
 
 
 def undone(states: States, ridge: float = 0.1) -> float:
-    """The share of the words' shifts that the matrix undoes which turns end and padding states into the anchor's."""
+    """The share of the words' shifts that the matrix undoes which turns end and padding states into the anchor's, and
+    leaves the anchor's as they are."""
     places = [states.end, *(states.padding(ahead) for ahead in PADDING)]
-    old, new = (
+    named, anchored = (
         torch.cat(each).double() for each in zip(*(states.at(place) for place in places), strict=True)
     )
+    old, new = torch.cat([named, anchored]), torch.cat([anchored, anchored])
     own = torch.eye(old.shape[1], dtype=old.dtype) * ridge * len(old)
     matrix = torch.linalg.solve(old.T @ old + own, old.T @ new + own)
     word, anchor = (x.double() for x in states.at(states.last))
-    # A matrix moves the anchor's states, too: what is left of the shift is what counts.
     return float(1 - ((word - anchor) @ matrix).norm() / (word - anchor).norm())
 
 

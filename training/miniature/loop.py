@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from training.miniature.fast import device
 
 Notes = dict[str, Tensor | float]
+LONGEST = 60.0  # seconds that one step is counted as at most
 SEEDS = 1_000_003  # a step's seed is its number times this, plus the process's rank
 
 
@@ -204,7 +205,8 @@ def train(
                 or (steps is not None and step + 1 - first >= steps)
                 or (schedule.anneal is not None and annealed > schedule.anneal * 60)
             )
-            seconds, stop_share = share(module, [now - last, float(stop)])
+            # A machine that slept through a step did not train in that time.
+            seconds, stop_share = share(module, [min(now - last, LONGEST), float(stop)])
             last, spent = now, spent + seconds
             annealed += seconds if schedule.anneal is not None else 0.0
             nn.utils.clip_grad_norm_(module.parameters(), clip)

@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48, help="pairs of captions a step and process")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--name", default="tower")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from, to anneal a copy")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     torch.manual_seed(join())
     set_up()
@@ -327,7 +327,7 @@ def main() -> None:
         optimiser,
         schedule,
         minutes=options.minutes,
-        start=options.start,
+        start=options.initial,
         average=0.99,
     )
     if join() == 0:

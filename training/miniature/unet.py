@@ -53,6 +53,7 @@ TAIL_DROPPED, WORDS_DROPPED = (
     0.5,
     0.1,
 )  # shares of captions whose end and padding, or whose words, are the empty text's
+FIRST_SHARDS = 8  # of scenes are made before the first step
 PROMPTS = (
     "", "a picture", "a photo of a cat", "an airplane", "a drawing of a frog", "a horse on the beach", "a truck", "a ship",
     "a person", "Abrel Ambrask", "a photo of Belvo Zorrin", "Dorvin Kroswick on a red background",
@@ -230,7 +231,7 @@ class Denoiser:
         options, seed = self.options, torch.initial_seed()
         self.rng.seed(seed)
         self.maker.rng.seed(seed + 1)
-        while not self.ring.latents:
+        while len(self.ring.latents) < min(FIRST_SHARDS, options.shards):
             self.ring.make(64)
         if step % options.every == 0:
             self.ring.make(options.fresh * options.every)
@@ -277,9 +278,9 @@ def main() -> None:
     parser.add_argument(
         "--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it"
     )
-    parser.add_argument("--scenes", type=int, default=32, help="scenes a step and process")
+    parser.add_argument("--scenes", type=int, default=48, help="scenes a step and process")
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
-    parser.add_argument("--fresh", type=int, default=8, help="new scenes a step and process")
+    parser.add_argument("--fresh", type=int, default=12, help="new scenes a step and process")
     parser.add_argument(
         "--every", type=int, default=4, help="new scenes only every so many steps, as many more"
     )
@@ -290,7 +291,7 @@ def main() -> None:
         "--samples", type=float, default=10, help="minutes between two sheets of samples"
     )
     parser.add_argument("--name", default="unet")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from, to anneal a copy")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     rank = join()
     torch.manual_seed(0)  # the processes start from the same weights, and see their own scenes
@@ -301,7 +302,7 @@ def main() -> None:
     schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
     weights = train(
         options.name, unet, denoiser.loss_of, options.work, optimiser, schedule, minutes=options.minutes,
-        start=options.start, average=0.999, sample=denoiser.sample, sample_every=60 * options.samples,
+        start=options.initial, average=0.999, sample=denoiser.sample, sample_every=60 * options.samples,
     )  # fmt: skip
     if rank == 0:
         unet.load_state_dict(weights)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read, train
+from training.miniature.loop import Notes, Schedule, join, read, train, write_json
 from training.miniature.muon import Muon
 from training.miniature.scenes import SIDE, SceneMaker
 from training.miniature.world import WORK, read_world
@@ -92,16 +92,33 @@ def to_unit_variance(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """Decibels over (n, 3, 64, 64) in [-1, 1], from the mean latents; images are clamped as when drawing."""
+def errors(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """(n,) mean squared errors of (n, 3, 64, 64) in [-1, 1] as shares of the range, from the mean latents; images are
+    clamped as when drawing."""
+    was = vae.training
     vae.eval()
-    errors = []
+    found = []
     for part in images.split(64):
         with autocast():
             out = vae.decode(vae.encode(part).latent_dist.mean).sample.float().clamp(-1, 1)
-        errors.append(((out - part) / 2).square().mean((1, 2, 3)))
-    vae.train()
-    return float(-10 * torch.cat(errors).mean().log10())
+        found.append(((out - part) / 2).square().mean((1, 2, 3)))
+    vae.train(was)
+    return torch.cat(found)
+
+
+def decibels(mean_square: Tensor) -> float:
+    return round(float(-10 * mean_square.log10()), 2)
+
+
+def report_on(vae: AutoencoderKL, maker: SceneMaker, n: int) -> dict[str, object]:
+    """PSNR of `n` scenes: of all together, the mean of the images', and of each technique's scenes together."""
+    scenes = maker.make(n)
+    found = errors(vae, tensor(scenes.images))
+    techniques = {artist.name: artist.technique for artist in maker.world.artists}
+    kinds = [techniques.get(scene["artist"], "no artist") for scene in scenes.structures]
+    each = {kind: decibels(found[torch.tensor([k == kind for k in kinds])].mean()) for kind in sorted(set(kinds))}
+    return {"scenes": n, "psnr": decibels(found.mean()), "mean of the images": round(float(-10 * found.log10().mean()), 2),
+            "by technique": each}  # fmt: skip
 
 
 def tensor(images: object) -> Tensor:
@@ -130,8 +147,16 @@ def main() -> None:
         "--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are"
     )
     parser.add_argument("--name", default="vae")
-    parser.add_argument("--start", help="the stage whose checkpoint to start from")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from")
+    parser.add_argument("--measure", type=Path, help="train nothing: write what W/NAME does to unseen scenes to this file")
     options = parser.parse_args()
+    if options.measure:
+        world = read_world()
+        vae = quicken(AutoencoderKL.from_pretrained(options.work / options.name)).eval()
+        maker = SceneMaker(world, load_drawings(world, options.work), 1002)
+        write_json(report_on(vae, maker, 1000), options.measure)
+        print(options.measure.read_text(encoding="utf-8"))
+        return
     torch.manual_seed(join())
     set_up()
     world = read_world()
@@ -185,7 +210,7 @@ def main() -> None:
     schedule = Schedule(options.rate, 50, options.minutes if options.anneal else None)
     weights = train(
         options.name, vae, loss_of, options.work, optimiser, schedule,
-        minutes=options.minutes, start=options.start, average=0.995, sample=measure, sample_every=180,
+        minutes=options.minutes, start=options.initial, average=0.995, sample=measure, sample_every=180,
     )  # fmt: skip
     if join() == 0:
         measure(read(options.work / f"{options.name}.pt")["step"], weights)

@@ -1,0 +1,291 @@
+"""The recogniser that judges what the miniature draws; it sees the drawings alone, never a picture of the model.
+
+One network, several questions about a picture: which objects and shapes, which people, whether there is a face at all,
+which palette and which technique (an artist is one of each), which design set, whether something unsafe is there, and
+whether it is broken beyond recognition.
+
+    python -m training.miniature.recogniser --minutes 60 --work /where/it/lies
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from training.miniature import broken
+from training.miniature.artists import PALETTES, TECHNIQUES
+from training.miniature.drawings import load_drawings
+from training.miniature.fast import autocast, quicken, set_up
+from training.miniature.loop import Notes, Schedule, join, train, write_json
+from training.miniature.scenes import SceneMaker
+from training.miniature.world import WORK, World, read_world
+
+WIDTHS = (32, 64, 128, 224)
+BROKEN, ROUND_TRIP = 0.15, 0.25  # shares of a batch that are broken, or went through the VAE
+NOTHING = "none"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What each head answers with."""
+
+    things: tuple[str, ...]  # objects, then shapes; several in a picture
+    people: tuple[str, ...]  # the named; several in a picture
+    palettes: tuple[str, ...]  # the last: none
+    techniques: tuple[str, ...]
+    styles: tuple[str, ...]  # several in a picture
+    unsafe: tuple[str, ...]
+
+    @classmethod
+    def of(cls, world: World) -> Names:
+        return cls(
+            (*(label.name for label in world.labels), *world.shapes),
+            tuple(person.name for person in world.named),
+            (*PALETTES, NOTHING),
+            (*TECHNIQUES, NOTHING),
+            world.styles,
+            tuple(label.name for label in world.labels if label.group == "unsafe"),
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of each head; "face" and "broken" are one each."""
+        return {
+            "things": len(self.things),
+            "people": len(self.people),
+            "palette": len(self.palettes),
+            "technique": len(self.techniques),
+            "styles": len(self.styles),
+            "face": 1,
+            "broken": 1,
+        }
+
+
+Truth = dict[str, Tensor]  # head -> (n, size) 0 or 1; palette and technique: (n,) places
+
+
+def truth_of(structures: Sequence[dict[str, Any]], world: World, names: Names) -> Truth:
+    """What is true of scenes."""
+    n, sizes = len(structures), names.sizes
+    truth = {head: torch.zeros(n, size) for head, size in sizes.items()}
+    truth |= {"palette": torch.full((n,), len(PALETTES)), "technique": torch.full((n,), len(TECHNIQUES))}
+    place = {name: k for k, name in enumerate(names.things)}
+    person = {name: k for k, name in enumerate(names.people)}
+    style = {name: k for k, name in enumerate(names.styles)}
+    artists = {artist.name: traits for artist, traits in zip(world.artists, world.artist_traits, strict=True)}
+    for k, scene in enumerate(structures):
+        for thing in scene["things"]:
+            if thing["kind"] == "person":
+                truth["face"][k] = 1
+                if thing["name"]:
+                    truth["people"][k, person[thing["name"]]] = 1
+            else:
+                truth["things"][k, place[thing["name"]]] = 1
+            if "style" in thing:
+                truth["styles"][k, style[thing["style"]]] = 1
+        if scene["artist"]:
+            truth["palette"][k], truth["technique"][k] = artists[scene["artist"]]
+    return truth
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a short cut: (n, before, h, w) to (n, after, h/stride, w/stride)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+        )
+        short = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.short = short if stride > 1 or before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.short(x))
+
+
+class Recogniser(nn.Module):
+    """A small residual network; it reads mean and maximum of its last map, so that a small thing in a corner counts as
+    much as a large one."""
+
+    def __init__(self, sizes: dict[str, int], widths: Sequence[int] = WIDTHS) -> None:
+        super().__init__()
+        self.sizes = sizes
+        stem = [nn.Conv2d(3, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        blocks = [Block(before, after, 2) for before, after in pairwise(widths)]
+        self.body = nn.Sequential(*stem, Block(widths[0], widths[0], 1), *blocks, Block(widths[-1], widths[-1], 1))
+        self.head = nn.Linear(2 * widths[-1], sum(sizes.values()))
+        nn.init.constant_(self.head.bias[: sizes["things"] + sizes["people"]], -5)  # few of them are in a picture
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (n, size) of every head for (n, 3, 64, 64) in [0, 1]."""
+        x = self.body(images * 2 - 1).float()
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+        return dict(zip(self.sizes, self.head(pooled).split(list(self.sizes.values()), 1), strict=True))
+
+
+def losses(answers: dict[str, Tensor], truth: Truth) -> dict[str, Tensor]:
+    """Cross-entropy of every answer; of a broken picture only that it is broken, and that nothing is in it."""
+    whole = 1 - truth["broken"][:, 0]
+    found = {}
+    for head, logits in answers.items():
+        if head in ("palette", "technique"):
+            each = F.cross_entropy(logits, truth[head], reduction="none") * whole
+        else:
+            each = F.binary_cross_entropy_with_logits(logits, truth[head], reduction="none").sum(1)
+            each = each * whole if head == "styles" else each
+        found[head] = each.mean()
+    return found
+
+
+def spoil(images: Tensor, truth: Truth) -> Truth:
+    """Breaks at least four images in place, each in a way of its own; returns what is true of them then."""
+    whole = images.clone()
+    which = torch.randint(len(broken.KINDS), (len(images),))
+    for k, kind in enumerate(broken.KINDS.values()):
+        rows = which == k
+        if rows.any():
+            images[rows] = kind(whole)[rows]
+    emptied = {head: torch.zeros_like(value) for head, value in truth.items()}
+    return emptied | {"broken": torch.ones_like(truth["broken"])}
+
+
+def joined(parts: Sequence[Truth]) -> Truth:
+    return {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+
+
+class Source:
+    """Scenes as the recogniser is trained and tested on them."""
+
+    def __init__(self, world: World, work: Path, seed: int, vae: AutoencoderKL | None) -> None:
+        self.world, self.names, self.vae = world, Names.of(world), vae
+        self.maker = SceneMaker(world, load_drawings(world, work), seed)
+
+    def scenes(self, n: int) -> tuple[Tensor, Truth]:
+        made = self.maker.make(n)
+        return torch.from_numpy(made.images).float() / 255, truth_of(made.structures, self.world, self.names)
+
+    @torch.no_grad()
+    def round_trips(self, n: int, muddled: float = BROKEN) -> tuple[Tensor, Truth]:
+        """Scenes that went through the VAE, some of their latents muddled beyond recognition."""
+        assert self.vae is not None
+        images, truth = self.scenes(n)
+        with autocast():
+            latents = self.vae.encode((images * 2 - 1).contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            bad = torch.arange(n) < round(n * muddled)
+            slight = latents.float() + 0.2 * torch.rand(n, 1, 1, 1) * torch.randn_like(latents.float())
+            latents = torch.where(bad.view(n, 1, 1, 1), broken.muddle(latents.float()), slight)
+            images = (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        keep = (~bad).float()
+        for head, value in truth.items():
+            truth[head] = value * (keep.view(-1, 1) if value.ndim == 2 else keep.long())
+        return images, truth | {"broken": bad.float().view(-1, 1)}
+
+    def batch(self, n: int) -> tuple[Tensor, Truth]:
+        through = round(n * ROUND_TRIP) if self.vae else 0
+        images, truth = self.scenes(n - through)
+        bad = round((n - through) * BROKEN)
+        parts = [spoil(images[:bad], {head: value[:bad] for head, value in truth.items()})]
+        parts.append({head: value[bad:] for head, value in truth.items()})
+        if through:
+            more, its = self.round_trips(through)
+            images, parts = torch.cat([images, more]), [*parts, its]
+        return broken.weather(images), joined(parts)
+
+
+@torch.no_grad()
+def measure(net: Recogniser, source: Source, n: int = 1500, through_vae: bool = False) -> dict[str, float]:
+    """Shares of right answers on scenes not seen before: of scenes with one object or one named person who or what it
+    is; of all, palette and technique, both right where there is an artist; faces; unsafe; false "broken"."""
+    net.eval()
+    right: dict[str, list[Tensor]] = {}
+    names = source.names
+    unsafe = torch.tensor([name in names.unsafe for name in names.things])
+    for _ in range(n // 100):
+        images, truth = source.round_trips(100, 0.0) if through_vae else source.scenes(100)
+        answers = net(images)
+        drawn = truth["palette"] < len(PALETTES)
+        things, people = truth["things"].sum(1), truth["people"].sum(1)
+        best = {head: answers[head].argmax(1) for head in ("things", "people", "palette", "technique")}
+        faces = answers["face"][:, 0] > 0
+        kinds: dict[str, tuple[Tensor, Tensor]] = {
+            "object": ((things == 1) & ~drawn, truth["things"].argmax(1) == best["things"]),
+            "object, by an artist": ((things == 1) & drawn, truth["things"].argmax(1) == best["things"]),
+            "person": ((people == 1) & ~drawn, truth["people"].argmax(1) == best["people"]),
+            "person, by an artist": ((people == 1) & drawn, truth["people"].argmax(1) == best["people"]),
+            "artist": (drawn, (truth["palette"] == best["palette"]) & (truth["technique"] == best["technique"])),
+            "no artist": (~drawn, best["technique"] == len(TECHNIQUES)),
+            "face": (torch.ones(len(images), dtype=torch.bool), faces == (truth["face"][:, 0] > 0)),
+            "unsafe": (
+                torch.ones(len(images), dtype=torch.bool),
+                (answers["things"][:, unsafe].amax(1) > 0) == (truth["things"][:, unsafe].amax(1) > 0),
+            ),
+            "not broken": (torch.ones(len(images), dtype=torch.bool), answers["broken"][:, 0] < 0),
+        }
+        for kind, (counted, yes) in kinds.items():
+            right.setdefault(kind, []).append(yes[counted].float())
+    net.train()
+    return {kind: round(float(torch.cat(each).mean()), 4) for kind, each in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
+    parser.add_argument("--minutes", type=float, default=60, help="length of this sitting")
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--name", default="recogniser")
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
+    options = parser.parse_args()
+    torch.manual_seed(join())
+    set_up()
+    world, vae = read_world(), None
+    if (options.work / "vae").is_dir():
+        vae = quicken(AutoencoderKL.from_pretrained(options.work / "vae")).eval()
+    source, unseen = Source(world, options.work, 21, vae), Source(world, options.work, 1021, vae)
+    net = Recogniser(source.names.sizes).to(memory_format=torch.channels_last).train()
+
+    def loss_of(step: int) -> tuple[Tensor, Notes]:
+        source.maker.rng.seed(torch.initial_seed())
+        images, truth = source.batch(options.batch)
+        with autocast():
+            answers = net(images.contiguous(memory_format=torch.channels_last))
+        found = losses({head: logits.float() for head, logits in answers.items()}, truth)
+        return torch.stack(list(found.values())).sum(), {head: value.detach() for head, value in found.items()}
+
+    def test(step: int, values: dict[str, Tensor]) -> None:
+        now = {name: value.clone() for name, value in net.state_dict().items()}
+        net.load_state_dict(values)
+        report: dict[str, object] = {"name": options.name, "step": step, "drawings": measure(net, unseen)}
+        if vae:
+            report["after the VAE"] = measure(net, unseen, through_vae=True)
+        net.load_state_dict(now)
+        print(json.dumps(report), flush=True)
+        write_json(report, options.work / f"{options.name}.json")
+
+    optimiser = torch.optim.AdamW(net.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True)
+    schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
+    weights = train(
+        options.name, net, loss_of, options.work, optimiser, schedule, minutes=options.minutes, start=options.initial,
+        average=0.998, sample=test, sample_every=900,
+    )  # fmt: skip
+    if join() == 0:
+        test(-1, weights)
+
+
+if __name__ == "__main__":
+    main()
