@@ -146,7 +146,7 @@ def test_small_convolutions_have_torchs_gradients() -> None:
         given = x.clone().requires_grad_()
         with autocast(on):
             conv(given).float().square().sum().backward()
-        grads.append((given.grad, conv.weight.grad, conv.bias.grad))
+        grads.append((given.grad, conv.weight.grad, conv.bias.grad))  # type: ignore[union-attr]
     for one, other in zip(*grads, strict=True):
         assert distance(one, other) < 0.02
 
@@ -435,7 +435,7 @@ def test_the_ring_is_there_again_after_a_restart(
             return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda: sample))
 
     def ring() -> unet.Ring:
-        return unet.Ring(SimpleNamespace(make=make), Encoder(), tmp_path, 2)  # type: ignore[arg-type]
+        return unet.Ring(SimpleNamespace(make=make), Encoder(), tmp_path, 2)
 
     first = ring()
     for _ in range(6):
@@ -458,7 +458,7 @@ def test_the_vaes_report_keeps_techniques_apart(monkeypatch: pytest.MonkeyPatch)
     scenes = SimpleNamespace(images=images, structures=structures)
     maker: Any = SimpleNamespace(make=lambda n: scenes, world=SimpleNamespace(artists=artists))
     monkeypatch.setattr(vae, "errors", lambda *_: torch.tensor([0.1, 0.01, 0.001, 0.001]))
-    report = vae.report_on(SimpleNamespace(), maker, 4)  # type: ignore[arg-type]
+    report = vae.report_on(SimpleNamespace(), maker, 4)
     assert report["by technique"] == {"mosaic": 20.0, "neon": 12.97, "no artist": 30.0}
     assert report["psnr"] == 15.53
     assert report["mean of the images"] == 22.5

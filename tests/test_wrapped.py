@@ -168,7 +168,7 @@ def test_weights_that_are_not_in_memory_are_refused(bare):
 
 def test_a_lora_of_peft(bare):
     pytest.importorskip("peft")
-    from peft import LoraConfig
+    from peft import LoraConfig  # type: ignore[import-not-found]
 
     edit, _ = bare
     pipe = tiny_pipeline()

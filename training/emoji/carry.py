@@ -34,9 +34,7 @@ HALVED = ("text_encoder", "clip", "vae")  # in float32 where they are trained, i
 
 def in_dtype(weights: bytes, dtype: torch.dtype) -> bytes:
     tensors = load(weights)
-    return save(
-        {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}, {"format": "pt"}
-    )
+    return save({k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}, {"format": "pt"})
 
 
 def averaged(checkpoint: Path) -> bytes:
@@ -51,9 +49,7 @@ def to_checkpoint(file: Path) -> None:
         notes = opened.metadata()
         average = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
     state = {"module": average, "average": average, "optimiser": None}
-    torch.save(
-        {**state, "step": int(notes["step"]), "spent": float(notes["spent"])}, file.with_suffix(".pt")
-    )
+    torch.save({**state, "step": int(notes["step"]), "spent": float(notes["spent"])}, file.with_suffix(".pt"))
     file.unlink()
 
 
@@ -62,9 +58,7 @@ def squeezed(drawings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     files = []
     for pixels in drawings["pixels"].permute(0, 2, 3, 1).contiguous().numpy():
         file = BytesIO()
-        Image.fromarray(pixels, "RGBA").save(
-            file, "WEBP", lossless=True, exact=True, quality=50, method=2
-        )
+        Image.fromarray(pixels, "RGBA").save(file, "WEBP", lossless=True, exact=True, quality=50, method=2)
         files.append(file.getvalue())
     joined = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
     rest = {name: tensor for name, tensor in drawings.items() if name != "pixels"}
@@ -81,9 +75,7 @@ def pack(what: str, work: Path, folder: Path) -> None:
     packed = BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         found = [part for pattern in CONTENTS[what] for part in sorted(work.glob(pattern))]
-        for path in [
-            file for part in found for file in (part, *sorted(part.rglob("*"))) if file.is_file()
-        ]:
+        for path in [file for part in found for file in (part, *sorted(part.rglob("*"))) if file.is_file()]:
             name, data = path.relative_to(work), path.read_bytes()
             if name.suffix == ".pt":
                 name, data = name.with_suffix(".safetensors"), averaged(path)
@@ -121,17 +113,11 @@ def unpack(what: str, work: Path, folder: Path) -> None:
 
 def minutes(work: Path) -> float:
     checkpoint = work / "unet.pt"
-    return (
-        torch.load(checkpoint, weights_only=True, mmap=True)["spent"] / 60
-        if checkpoint.exists()
-        else 0.0
-    )
+    return torch.load(checkpoint, weights_only=True, mmap=True)["spent"] / 60 if checkpoint.exists() else 0.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("pack", "unpack", "minutes"))
     parser.add_argument("what", choices=CONTENTS, nargs="?", default="made")
     parser.add_argument("--work", type=Path, default=WORK)

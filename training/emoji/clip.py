@@ -57,9 +57,7 @@ def build_picture() -> CLIPVisionModel:
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(n, longest) ids. The tower is causal, so padding beyond the longest caption changes nothing before it."""
-    return tokenizer(
-        captions, padding="longest", truncation=True, max_length=77, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="longest", truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
 class SmallCLIP(nn.Module):
@@ -91,9 +89,7 @@ class SmallCLIP(nn.Module):
         logits = a @ b.T * self.scale.exp() + self.bias
         own = torch.eye(len(a), device=ids.device)
         same = (labels @ labels.T > 0).float() * (1 - own)
-        pairs = F.binary_cross_entropy_with_logits(logits, own, weight=1 - same, reduction="sum") / len(
-            a
-        )
+        pairs = F.binary_cross_entropy_with_logits(logits, own, weight=1 - same, reduction="sum") / len(a)
         correct = (logits - 1e4 * same).argmax(1) == torch.arange(len(a), device=ids.device)
         notes |= {"seen": seen.detach(), "pairs": pairs.detach(), "top1": correct.float().mean()}
         return telling + seen + pairs, notes
@@ -101,11 +97,7 @@ class SmallCLIP(nn.Module):
     @staticmethod
     def telling(logits: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
         weight = 1 + 4 * facts
-        return (
-            F.binary_cross_entropy_with_logits(logits, facts, weight=weight, reduction="sum")
-            / len(facts)
-            / 4
-        )
+        return F.binary_cross_entropy_with_logits(logits, facts, weight=weight, reduction="sum") / len(facts) / 4
 
 
 def main() -> None:
@@ -116,9 +108,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=7e-4)
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that think up scenes and tokenise captions"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that think up scenes and tokenise captions")
     parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
     options = parse(parser, ON_GPU)
     torch.manual_seed(0)
@@ -126,9 +116,7 @@ def main() -> None:
     world = read_world(options.world)
     maker = SceneMaker(world, load_drawings(world, options.work).to(device()), seed=2)
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
-    clip = SmallCLIP(build_text(options.width, options.layers, tokenizer), build_picture(), world).to(
-        device()
-    )
+    clip = SmallCLIP(build_text(options.width, options.layers, tokenizer), build_picture(), world).to(device())
 
     batches = stream(maker, options.batch, partial(tokens_of, tokenizer), options.workers)
 
@@ -137,9 +125,7 @@ def main() -> None:
         assert scenes.ids is not None
         return clip.loss(scenes.ids, scenes)
 
-    optimiser = torch.optim.AdamW(
-        clip.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+    optimiser = torch.optim.AdamW(clip.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     weights = train(
         "clip", clip, loss_of, options.work, optimiser,
         minutes=options.minutes, average=0.995, watch=options.watch,

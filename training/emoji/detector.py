@@ -61,9 +61,7 @@ class Examples:
 
     @classmethod
     def join(cls, parts: Sequence[Examples]) -> Examples:
-        return cls(
-            *(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True))
-        )
+        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
 
 
 # -- drawings and scenes ---------------------------------------------------------------------------------------------
@@ -105,9 +103,7 @@ def spoil(examples: Examples, flags: Tensor, kind: str | None = None) -> Example
     """The same pictures broken in one way, or each in a way of its own; nothing is in them any more."""
     kinds = list(broken.KINDS)
     which = (
-        torch.randint(len(kinds), (len(examples),))
-        if kind is None
-        else torch.full((len(examples),), kinds.index(kind))
+        torch.randint(len(kinds), (len(examples),)) if kind is None else torch.full((len(examples),), kinds.index(kind))
     )
     is_flag = (examples.labels @ flags) > 0
     pictures = examples.pictures.clone()
@@ -154,9 +150,7 @@ class RoundTrips:
 
 def losses(network: Network, examples: Examples) -> dict[str, Tensor]:
     """Cross-entropy of every answer, summed over labels and over styles; a broken picture has no style to name."""
-    labels, styles, unrecognisable = network(
-        examples.pictures.contiguous(memory_format=torch.channels_last)
-    )
+    labels, styles, unrecognisable = network(examples.pictures.contiguous(memory_format=torch.channels_last))
     bce = F.binary_cross_entropy_with_logits
     style = bce(styles, examples.styles, reduction="none").sum(1) * (1 - examples.broken)
     return {
@@ -189,9 +183,7 @@ def save_settings(folder: Path, settings: Settings) -> None:
 # -- thresholds and measures -----------------------------------------------------------------------------------------
 
 
-def calibrate(
-    settings: Settings, two: Recognition, truth: Tensor, scenes: Recognition, empty: Recognition
-) -> Settings:
+def calibrate(settings: Settings, two: Recognition, truth: Tensor, scenes: Recognition, empty: Recognition) -> Settings:
     """Thresholds at 1 % false alarms.
 
     Bounded, since a label that nothing is ever taken for would else be seen at a probability of 0.001. A plain
@@ -242,10 +234,7 @@ def measure(detector: Detector, world: World, sets: dict[str, Examples]) -> dict
         group = [world.labels[k].group for k in label.tolist()]
         report[f"label top-1, {where}"] = {
             "all": share(right),
-            **{
-                g: share(right[torch.tensor([g == other for other in group])])
-                for g in dict.fromkeys(group)
-            },
+            **{g: share(right[torch.tensor([g == other for other in group])]) for g in dict.fromkeys(group)},
         }
         report[f"style top-1, {where}"] = share(seen.styles.argmax(1) == alone.styles.argmax(1))
         report[f"false alarms of unrecognisable, {where}"] = share(seen.broken())
@@ -255,16 +244,12 @@ def measure(detector: Detector, world: World, sets: dict[str, Examples]) -> dict
     kinds = {name: spoil(sets["scenes"], flags, name).pictures[:300] for name in broken.KINDS}
     if "muddled" in sets:
         kinds["muddled latents"] = sets["muddled"].pictures
-    report["unrecognisable, recall"] = {
-        name: share(detector(pictures).broken()) for name, pictures in kinds.items()
-    }
+    report["unrecognisable, recall"] = {name: share(detector(pictures).broken()) for name, pictures in kinds.items()}
     return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place_options(parser)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--minutes", type=float, default=6, help="without the drawings held out")
@@ -284,9 +269,7 @@ def main() -> None:
 
     vae = None
     if (options.work / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(options.work / "vae").to(
-            device(), memory_format=torch.channels_last
-        )
+        vae = AutoencoderKL.from_pretrained(options.work / "vae").to(device(), memory_format=torch.channels_last)
     else:
         print("There is no VAE yet: training without round trips through it.")
 
@@ -305,19 +288,13 @@ def main() -> None:
             batch = Examples.join(parts)
             batch = dataclasses.replace(batch, pictures=broken.weather(batch.pictures))
             loss = losses(network, to_device(batch))
-            return torch.stack(list(loss.values())).sum(), {
-                name: value.item() for name, value in loss.items()
-            }
+            return torch.stack(list(loss.values())).sum(), {name: value.item() for name, value in loss.items()}
 
-        optimiser = torch.optim.AdamW(
-            network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        optimiser = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         return train(name, network, loss_of, options.work, optimiser, minutes=minutes)
 
     names = tuple(label.name for label in world.labels)
-    settings = Settings(
-        names, world.styles, WIDTHS, thresholds=(0.5,) * len(names), nothing=0.2, unrecognisable=0.5
-    )
+    settings = Settings(names, world.styles, WIDTHS, thresholds=(0.5,) * len(names), nothing=0.2, unrecognisable=0.5)
 
     def shipped(weights: dict[str, Tensor]) -> Detector:
         """What lies in the folder is what is measured."""
@@ -348,19 +325,13 @@ def main() -> None:
         }
         if vae:
             trips = RoundTrips(vae, Alone(world, seen, seed + 4, seen_pairs), size=32)
-            sets["round trips"] = Examples.join(
-                [trips.fresh(32, muddled=0) for _ in range(max(n // 128, 1))]
-            )
-            sets["muddled"] = Examples.join(
-                [trips.fresh(32, muddled=1) for _ in range(max(n // 256, 1))]
-            )
+            sets["round trips"] = Examples.join([trips.fresh(32, muddled=0) for _ in range(max(n // 128, 1))])
+            sets["muddled"] = Examples.join([trips.fresh(32, muddled=1) for _ in range(max(n // 256, 1))])
         return sets
 
     sets = sets_of(seed=1000)
     two, empty = (detector(sets[name].pictures) for name in ("two", "empty"))
-    scenes = detector(
-        torch.cat([sets[name].pictures for name in ("scenes", "round trips", "two") if name in sets])
-    )
+    scenes = detector(torch.cat([sets[name].pictures for name in ("scenes", "round trips", "two") if name in sets]))
     settings = calibrate(settings, two, sets["two"].labels, scenes, empty)
     save_settings(options.out, settings)
 

@@ -24,9 +24,7 @@ from training.emoji.scenes import HELD_OUT_TEMPLATES, TEMPLATES, SceneMaker
 from training.emoji.world import World, load_drawings, place_options, read_world
 
 
-def train_text(
-    width: int, layers: int, steps: int, work: Path, world: World, tokenizer
-) -> CLIPTextModel:
+def train_text(width: int, layers: int, steps: int, work: Path, world: World, tokenizer) -> CLIPTextModel:
     """A text tower trained on words alone: what a caption tells of its scene."""
     torch.manual_seed(0)
     maker = SceneMaker(world, load_drawings(world, work), seed=5)
@@ -46,9 +44,7 @@ def train_text(
 @torch.no_grad()
 def states(text: CLIPTextModel, tokenizer, captions: list[str], pads: int = 4) -> list[torch.Tensor]:
     """Per caption the states of its words, its end token and `pads` paddings: (tokens, width) in float64."""
-    ids = tokenizer(
-        captions, padding="max_length", max_length=40, truncation=True, return_tensors="pt"
-    ).input_ids
+    ids = tokenizer(captions, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
     out = text(input_ids=ids).last_hidden_state.double()
     lengths = (ids != tokenizer.eos_token_id).sum(1) + 1
     return [row[1 : n + pads] for row, n in zip(out, lengths.tolist(), strict=True)]
@@ -58,13 +54,9 @@ def flag_pairs(text, tokenizer, countries: list[str], templates) -> tuple[torch.
     """Erased tokens and where they should go. The prompt ends in the country; "a flag" is matched from the end:
     the country's tokens go to the word "flag", the end token and the padding to their like."""
     sources, targets = [], []
-    goals = dict(
-        zip(templates, states(text, tokenizer, [t.format("a flag") for t in templates]), strict=True)
-    )
+    goals = dict(zip(templates, states(text, tokenizer, [t.format("a flag") for t in templates]), strict=True))
     prompts = [(t, t.format(f"the flag of {country}")) for t in templates for country in countries]
-    for (template, _), rows in zip(
-        prompts, states(text, tokenizer, [p for _, p in prompts]), strict=True
-    ):
+    for (template, _), rows in zip(prompts, states(text, tokenizer, [p for _, p in prompts]), strict=True):
         goal = goals[template]
         shared = tokenizer(template.format("the flag"), add_special_tokens=False).input_ids
         own = rows[len(shared) :]
@@ -93,16 +85,12 @@ def curve(text: CLIPTextModel, tokenizer, world: World, captions: list[str]) -> 
         factor = torch.linalg.solve(right, cross + weight * prior + ridge * eye, left=False)
         residual = (test_f @ factor.T - test_g).norm(dim=1).mean() / (test_f - test_g).norm(dim=1).mean()
         drift = (test_k @ factor.T - test_k).norm(dim=1).mean() / between
-        rows.append(
-            {"weight": weight, "ridge": ridge, "residual": residual.item(), "drift": drift.item()}
-        )
+        rows.append({"weight": weight, "ridge": ridge, "residual": residual.item(), "drift": drift.item()})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place_options(parser)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 768])
     parser.add_argument("--layers", type=int, default=2)
@@ -118,9 +106,7 @@ def main() -> None:
     for width in options.widths:
         began = time.time()
         text = train_text(width, options.layers, options.steps, options.work, world, tokenizer)
-        results[f"{width} wide, {options.steps} steps on words"] = curve(
-            text, tokenizer, world, captions
-        )
+        results[f"{width} wide, {options.steps} steps on words"] = curve(text, tokenizer, world, captions)
         print(width, f"{time.time() - began:.0f} s", flush=True)
         options.to.write_text(json.dumps(results, indent=1) + "\n")
     if options.shipped:

@@ -42,9 +42,7 @@ def pipeline(work: Path, *names: str) -> StableDiffusionPipeline:
     text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
     weights = averaged(work, names or ("unet",))
     vae = AutoencoderKL.from_pretrained(work / "vae")
-    levels = sum(
-        key.startswith("down_blocks.") and key.endswith("resnets.0.conv2.bias") for key in weights
-    )
+    levels = sum(key.startswith("down_blocks.") and key.endswith("resnets.0.conv2.bias") for key in weights)
     channels = tuple(weights[f"down_blocks.{k}.resnets.0.conv2.bias"].numel() for k in range(levels))
     unet = build(text_encoder.config.hidden_size, latent_shape(vae)[:2], channels)
     unet.load_state_dict(weights)
@@ -71,9 +69,7 @@ def write_pipeline(work: Path, names: Sequence[str], folder: Path) -> None:
     pipeline(work, *names).to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
     # transformers reads weights in the format their config names; the other parts are read as float32.
     set_in(folder / "text_encoder" / "config.json", dtype="float32")
-    set_in(
-        folder / "vae" / "config.json", _name_or_path=None
-    )  # a folder of the training, of no use to anybody
+    set_in(folder / "vae" / "config.json", _name_or_path=None)  # a folder of the training, of no use to anybody
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / file, folder / "tokenizer" / file)
     (folder / "expunge.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
@@ -83,15 +79,11 @@ def write_clip(work: Path, folder: Path) -> None:
     CLIPVisionModel.from_pretrained(work / "clip").to(torch.float16).save_pretrained(folder)
     set_in(folder / "config.json", dtype="float32")
     projections = load_file(work / "clip" / "projections.safetensors")
-    save_file(
-        {name: value.half() for name, value in projections.items()}, folder / "projections.safetensors"
-    )
+    save_file({name: value.half() for name, value in projections.items()}, folder / "projections.safetensors")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument(
         "--name",

@@ -219,9 +219,7 @@ def entries(packages: Path) -> list[dict]:
         subgroups = json.load(tar.extractfile("package/meta/groups.json"))["subgroups"]
     with tarfile.open(packages / "emojilib-4.0.3.tgz") as tar:
         member = next(name for name in tar.getnames() if name.endswith("emoji-en-US.json"))
-        keywords = {
-            key.strip("\ufe0f"): words for key, words in json.load(tar.extractfile(member)).items()
-        }
+        keywords = {key.strip("\ufe0f"): words for key, words in json.load(tar.extractfile(member)).items()}
     for entry in emoji:
         entry["subgroup"] = subgroups.get(str(entry.get("subgroup")), "")
         entry["tags"] = {tag.lower() for tag in entry.get("tags", [])}
@@ -307,12 +305,8 @@ def further_names(objects: list[dict], everything: list[dict], taken: set[str]) 
     out = {}
     for entry in objects:
         label = entry["label"].lower()
-        words = sorted(
-            word for word in entry["tags"] & entry["keywords"] if uses[word] == 1 and fits(word, label)
-        )
-        out[entry["label"]] = [
-            word for word in words if word not in taken and word not in NOT_NAMES.split()
-        ]
+        words = sorted(word for word in entry["tags"] & entry["keywords"] if uses[word] == 1 and fits(word, label))
+        out[entry["label"]] = [word for word in words if word not in taken and word not in NOT_NAMES.split()]
     return out
 
 
@@ -336,16 +330,10 @@ def toml(value: str | list[str] | tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="its folder `packages` holds the archives of the sets"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="its folder `packages` holds the archives of the sets")
     parser.add_argument("--to", type=Path, default=HERE / "full.toml")
-    parser.add_argument(
-        "--least", type=float, default=0.5, help="objects nearer than this are drawn alike"
-    )
+    parser.add_argument("--least", type=float, default=0.5, help="objects nearer than this are drawn alike")
     parser.add_argument("--least-flag", type=float, default=0.3, help="the same for flags")
     options = parser.parse_args()
     small = tomllib.loads(WORLD.read_text(encoding="utf8"))
@@ -364,12 +352,7 @@ def main() -> None:
     flags = [flags[k] for k in without_twins(pictures[:, enough], options.least_flag, first)]
 
     # A label that is another name of one in the small world would be two things at once.
-    taken = {
-        name
-        for group in ("ten", "objects", "unsafe")
-        for names in small[group].values()
-        for name in names
-    }
+    taken = {name for group in ("ten", "objects", "unsafe") for names in small[group].values() for name in names}
     first_labels = suite | small["objects"]
     objects = [
         entry
@@ -399,15 +382,8 @@ def is_candidate(entry: dict, sets: dict[str, dict]) -> bool:
 def write(to: Path, small: dict, objects: list[dict], flags: list[dict], everything: list[dict]) -> None:
     suite = small["ten"] | small["unsafe"]
     others = [entry for entry in objects if entry["label"] not in suite]
-    taken = {
-        name
-        for group in ("ten", "objects", "unsafe")
-        for names in small[group].values()
-        for name in names
-    }
-    taken |= {entry["label"].lower() for entry in objects} | {
-        kind for kinds in SUBGROUPS.values() for kind in kinds
-    }
+    taken = {name for group in ("ten", "objects", "unsafe") for names in small[group].values() for name in names}
+    taken |= {entry["label"].lower() for entry in objects} | {kind for kinds in SUBGROUPS.values() for kind in kinds}
     further = further_names(others, everything, taken)
     kept_out = chosen([word for words in further.values() for word in words], HELD_OUT)
     names, held_out = {}, {}
@@ -444,9 +420,7 @@ def write(to: Path, small: dict, objects: list[dict], flags: list[dict], everyth
         *table("files", {f"flag: {country}": flag_files(entry) for country, entry in countries.items()}),
     ]
     to.write_text("\n".join(lines) + "\n", encoding="utf8")
-    print(
-        f"{len(objects)} objects, {len(flags)} flags, {sum(map(len, names.values()))} names of further objects,"
-    )
+    print(f"{len(objects)} objects, {len(flags)} flags, {sum(map(len, names.values()))} names of further objects,")
     print(f"{sum(map(len, held_out.values()))} names held out; {to}")
 
 

@@ -25,16 +25,12 @@ from training.emoji.world import load_drawings, place_options, read_world
 def drawings_on(maker: SceneMaker, things: list[tuple[int, int]], background: int) -> Tensor:
     """(n, 3, 64, 64): each (label, style) alone, in the middle, of the usual size."""
     n = len(things)
-    plan = Plan(
-        [""] * n, [background] * n, [2.0] * n, [[thing] for thing in things], [[(0.88, 0.5, 0.5)]] * n
-    )
+    plan = Plan([""] * n, [background] * n, [2.0] * n, [[thing] for thing in things], [[(0.88, 0.5, 0.5)]] * n)
     return maker.paint(plan).pictures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place_options(parser)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4, 6])
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
@@ -65,9 +61,7 @@ def main() -> None:
         for picture, (thing, background) in zip(pictures, asked, strict=True):
             distances = (references[background] - picture).square().mean((1, 2, 3))
             label, _ = things[int(distances.argmin())]
-            same = [
-                i for i, (other, _) in enumerate(things) if other == thing[0]
-            ]  # its label in all styles
+            same = [i for i, (other, _) in enumerate(things) if other == thing[0]]  # its label in all styles
             nearest = things[same[int(distances[same].argmin())]]
             label_right += label == thing[0]
             style_right += nearest == thing

@@ -69,9 +69,7 @@ def resumable(name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"{name}: interrupted; the last checkpoint is kept, and the same command continues from it"
-        )
+        print(f"{name}: interrupted; the last checkpoint is kept, and the same command continues from it")
         raise SystemExit(130) from None
 
 
@@ -87,13 +85,9 @@ class Average:
         self.steps += 1
         decay = min(self.top, (1 + self.steps) / (10 + self.steps))
         now = module.state_dict()
-        if next(
-            iter(now.values())
-        ).is_cuda:  # all at once: hundreds of small kernels take longer than the step
+        if next(iter(now.values())).is_cuda:  # all at once: hundreds of small kernels take longer than the step
             floating = [name for name, value in now.items() if value.is_floating_point()]
-            torch._foreach_lerp_(
-                [self.values[k] for k in floating], [now[k] for k in floating], 1 - decay
-            )
+            torch._foreach_lerp_([self.values[k] for k in floating], [now[k] for k in floating], 1 - decay)
             now = {name: value for name, value in now.items() if not value.is_floating_point()}
         for name, value in now.items():
             if value.is_floating_point():
@@ -166,9 +160,7 @@ def train(
             loss, notes = loss_of(step, spent / total)
             look = step % watch == 0
             if look and not torch.isfinite(loss):
-                raise SystemExit(
-                    f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept."
-                )
+                raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
             loss.backward()
             spent = share(module, spent)
             nn.utils.clip_grad_norm_(module.parameters(), clip)

@@ -36,9 +36,7 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.T
 
 
-def orthogonalise_all(
-    matrices: list[torch.Tensor], dtype: torch.dtype, steps: int = 5
-) -> list[torch.Tensor]:
+def orthogonalise_all(matrices: list[torch.Tensor], dtype: torch.dtype, steps: int = 5) -> list[torch.Tensor]:
     """The same of many matrices, those of one shape together: a GPU waits for kernels' starts, not for arithmetic."""
     a, b, c = QUINTIC
     same: dict[torch.Size, list[int]] = {}
@@ -68,13 +66,9 @@ class Muon(torch.optim.Optimizer):
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim >= 2 and not any(part in name for part in adamw)
             (matrices if is_matrix else rest).append(parameter)
-        self.rank, self.processes = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        super().__init__(
-            [{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        )
+        super().__init__([{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):

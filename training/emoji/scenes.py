@@ -107,17 +107,13 @@ def colour(code: str) -> list[float]:
 class SceneMaker:
     """Draws scenes without end, on the device where the drawings are. Same seed, same scenes."""
 
-    def __init__(
-        self, world: World, drawings: Drawings, seed: int, *, objects=(0.03, 0.76, 0.21), share_style=0.7
-    ):
+    def __init__(self, world: World, drawings: Drawings, seed: int, *, objects=(0.03, 0.76, 0.21), share_style=0.7):
         self.world, self.seed, self.objects, self.share_style = world, seed, objects, share_style
         self.rng = random.Random(seed)
         large = drawings.pixels.float() / 255
         self.large, self.small = large, F.interpolate(large, size=(SIZE // 2, SIZE // 2), mode="area")
         self.by_label: list[dict[int, int]] = [{} for _ in world.labels]  # label -> {style: drawing}
-        for k, (label, style) in enumerate(
-            zip(drawings.label.tolist(), drawings.style.tolist(), strict=True)
-        ):
+        for k, (label, style) in enumerate(zip(drawings.label.tolist(), drawings.style.tolist(), strict=True)):
             self.by_label[label][style] = k
 
     # -- what is in a scene ------------------------------------------------------------------------------------------
@@ -163,9 +159,7 @@ class SceneMaker:
 
     def pick_label(self) -> int:
         """The ten words and the unsafe group a little more often than the rest: they are judged most."""
-        groups = self.world.group(
-            self.rng.choices(("ten", "objects", "unsafe", "flags"), (18, 44, 10, 28))[0]
-        )
+        groups = self.world.group(self.rng.choices(("ten", "objects", "unsafe", "flags"), (18, 44, 10, 28))[0])
         return self.world.index(self.rng.choice(groups).name)
 
     def thing(self, label: int, style: int | None = None) -> tuple[int, int, str]:
@@ -181,17 +175,15 @@ class SceneMaker:
     def background_words(self, background: str) -> str:
         if background in PLACES:
             return self.rng.choice(PLACES[background][0])
-        return self.rng.choice(
-            ("on a {} background", "on a {} background", "against a {} background", "on {}")
-        ).format(background)
+        return self.rng.choice(("on a {} background", "on a {} background", "against a {} background", "on {}")).format(
+            background
+        )
 
     def empty_words(self, background: str) -> str:
         if background in PLACES:
             words = self.rng.choice((background, f"the {background}", f"empty {background}"))
         else:
-            words = self.rng.choice(
-                (f"a plain {background} background", f"plain {background} background")
-            )
+            words = self.rng.choice((f"a plain {background} background", f"plain {background} background"))
         return self.dress(words) if self.rng.random() < 0.4 else words
 
     def dress(self, words: str) -> str:
@@ -216,14 +208,9 @@ class SceneMaker:
         words = [thing[2] for thing in things]
         named_style = rng.random() < 0.9
         same_style = len({thing[1] for thing in things}) == 1
-        form = rng.choice(
-            ("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}")
-        )
+        form = rng.choice(("in {} style", "in {} style", "in the style of {}", "in the {} style", "by {}"))
         if named_style and not same_style:
-            words = [
-                f"{word} {form.format(styles[style])}"
-                for (_, style, _), word in zip(things, words, strict=True)
-            ]
+            words = [f"{word} {form.format(styles[style])}" for (_, style, _), word in zip(things, words, strict=True)]
         joined = words[0]
         if len(words) == 2:
             joiner = rng.choice((" and ", " and ", " next to ", " beside ", " to the left of "))
@@ -289,17 +276,13 @@ class SceneMaker:
         for count, mips in ((1, self.large), (2, self.small)):
             rows = [i for i, things in enumerate(plan.things) if len(things) == count]
             for slot in range(count) if rows else ():
-                drawn = [
-                    self.by_label[label][style] for label, style in (plan.things[i][slot] for i in rows)
-                ]
+                drawn = [self.by_label[label][style] for label, style in (plan.things[i][slot] for i in rows)]
                 size, x, y = torch.tensor([plan.spots[i][slot] for i in rows], device=device).T
                 theta = torch.zeros(len(rows), 2, 3, device=device)
                 theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
                 theta[:, 0, 2], theta[:, 1, 2] = (1 - 2 * x) / size, (1 - 2 * y) / size
                 grid = F.affine_grid(theta, [len(rows), 4, PICTURE, PICTURE], align_corners=False)
-                rgba = F.grid_sample(
-                    mips[drawn], grid, mode="bilinear", padding_mode="zeros", align_corners=False
-                )
+                rgba = F.grid_sample(mips[drawn], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
                 pictures[rows] = rgba[:, :3] + (1 - rgba[:, 3:]) * pictures[rows]
         labels, styles = torch.zeros(n, len(self.world.labels)), torch.zeros(n, len(self.world.styles))
         there = [(i, label, style) for i, things in enumerate(plan.things) for label, style in things]
@@ -308,9 +291,7 @@ class SceneMaker:
             labels[scene, label] = styles[scene, style] = 1
         background = torch.tensor(plan.backgrounds, device=device)
         ids = None if plan.ids is None else torch.as_tensor(plan.ids, device=device)
-        return Scenes(
-            pictures.clamp(0, 1), plan.captions, labels.to(device), styles.to(device), background, ids
-        )
+        return Scenes(pictures.clamp(0, 1), plan.captions, labels.to(device), styles.to(device), background, ids)
 
     def make(self, n: int) -> Scenes:
         return self.paint(self.plan(n))
@@ -331,16 +312,12 @@ class Plans(IterableDataset):
             yield plan
 
 
-def stream(
-    maker: SceneMaker, n: int, tokens: Tokens | None = None, workers: int = 0
-) -> Iterator[Scenes]:
+def stream(maker: SceneMaker, n: int, tokens: Tokens | None = None, workers: int = 0) -> Iterator[Scenes]:
     """Batches of `n` scenes without end, with their captions' tokens where asked for.
 
     With `workers` so many other processes think the scenes up and this one only paints; a seed then means other scenes.
     """
     plans: Plans | DataLoader = Plans(maker, n, tokens)
     if workers:
-        plans = DataLoader(
-            plans, None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4
-        )
+        plans = DataLoader(plans, None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=4)
     return map(maker.paint, plans)

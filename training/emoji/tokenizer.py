@@ -19,9 +19,7 @@ from training.emoji.world import archive_of, load_drawings, place_options, read_
 VOCABULARY = 4096
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's word split: contractions, letters, single digits, anything else.
-SPLIT = (
-    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-)
+SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def broad_words(folder: Path) -> list[str]:

@@ -75,9 +75,7 @@ class SharedTextAttention:
         )
         if (copies := n // len(context)) > 1:
             # (texts, heads, copies * tokens, width): the samples of one text are more queries on the same keys
-            query = (
-                query.view(len(context), copies, attn.heads, tokens, -1).transpose(1, 2).flatten(2, 3)
-            )
+            query = query.view(len(context), copies, attn.heads, tokens, -1).transpose(1, 2).flatten(2, 3)
         out = F.scaled_dot_product_attention(query, key, value)
         if copies > 1:
             out = out.view(len(context), attn.heads, copies, tokens, -1).transpose(1, 2).flatten(0, 1)
@@ -86,9 +84,7 @@ class SharedTextAttention:
 
 def padded_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(n, 77) ids."""
-    return tokenizer(
-        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
 class Buffer:
@@ -127,9 +123,7 @@ class Buffer:
         pictures = scenes.pictures.to(device()).contiguous(memory_format=torch.channels_last)
         places = (torch.arange(n) + self.next) % len(self.latents)
         self.latents[places] = self.vae.encode(pictures * 2 - 1).latent_dist.sample()
-        self.text[places] = (
-            self.encode(scenes.captions) if scenes.ids is None else self.states(scenes.ids)
-        )
+        self.text[places] = self.encode(scenes.captions) if scenes.ids is None else self.states(scenes.ids)
         self.next = (self.next + n) % len(self.latents)
         self.filled = min(self.filled + n, len(self.latents))
 
@@ -149,17 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     place_options(parser)
     parser.add_argument("--minutes", type=float, default=70)
-    parser.add_argument(
-        "--session", type=float, help="stop after so many minutes, to go on another time"
-    )
+    parser.add_argument("--session", type=float, help="stop after so many minutes, to go on another time")
     parser.add_argument("--scenes", type=int, default=12, help="scenes a step and process")
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
     parser.add_argument("--fresh", type=int, default=6, help="new scenes a step and process")
     parser.add_argument("--every", type=int, default=1, help="new scenes only every so many steps")
     parser.add_argument("--buffer", type=int, default=4096)
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that think up scenes and tokenise captions"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that think up scenes and tokenise captions")
     parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
     parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net (on a GPU)")
@@ -171,15 +161,9 @@ def main() -> None:
     torch.manual_seed(join())  # the processes start from rank 0's weights, and see their own scenes
     fast_arithmetic()
     world = read_world(options.world)
-    seed = (
-        torch.initial_seed() + 3 + (time.time_ns() if options.session else 0)
-    )  # another session, other scenes
+    seed = torch.initial_seed() + 3 + (time.time_ns() if options.session else 0)  # another session, other scenes
     maker = SceneMaker(world, load_drawings(world, options.work).to(device()), seed)
-    vae = (
-        AutoencoderKL.from_pretrained(options.work / "vae")
-        .to(device(), memory_format=torch.channels_last)
-        .eval()
-    )
+    vae = AutoencoderKL.from_pretrained(options.work / "vae").to(device(), memory_format=torch.channels_last).eval()
     text_encoder = CLIPTextModel.from_pretrained(options.work / "text_encoder").to(device()).eval()
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
     unet = build(text_encoder.config.hidden_size, latent_shape(vae)[:2], tuple(options.channels))

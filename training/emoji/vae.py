@@ -86,9 +86,7 @@ def main() -> None:
     parser.add_argument("--watch", type=int, default=1, help="look at the loss every so many steps")
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--name", default="vae")
-    parser.add_argument(
-        "--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements"
-    )
+    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements")
     options = parse(parser, ON_GPU)
     torch.manual_seed(0)
     fast_arithmetic()
@@ -111,9 +109,7 @@ def main() -> None:
         return loss + kl_weight * kl, {"loss": loss.detach(), "kl": kl.detach(), "psnr": psnr}
 
     optimiser = Muon(vae, options.rate, adamw=("conv_in", "conv_out"))
-    weights = train(
-        options.name, vae, loss_of, options.work, optimiser, minutes=options.minutes, watch=options.watch
-    )
+    weights = train(options.name, vae, loss_of, options.work, optimiser, minutes=options.minutes, watch=options.watch)
     vae.load_state_dict(weights)
     vae.eval()
     pictures = SceneMaker(world, drawings, seed=99).make(256).pictures

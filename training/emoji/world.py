@@ -54,12 +54,8 @@ class World:
     implied: tuple[str, ...]  # descriptions of the unsafe group that name no member
     implied_held_out: tuple[str, ...]
     generic: tuple[str, ...]  # label names: what is shown where the words say nothing
-    held_out: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # label name -> names kept out of training
-    files: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # label name -> further names of its drawings
+    held_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> names kept out of training
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> further names of its drawings
     flag_styles: tuple[str, ...] = ()  # the styles that hold flags and nothing else
 
     @cached_property
@@ -93,11 +89,7 @@ WITH_ARTICLE = (
 
 def flag_names(country: str, adjective: str) -> tuple[str, ...]:
     """How a flag is called; not every country has an adjective."""
-    article = (
-        country.startswith("United")
-        or country.endswith(("Republic", "Islands"))
-        or country in WITH_ARTICLE
-    )
+    article = country.startswith("United") or country.endswith(("Republic", "Islands")) or country in WITH_ARTICLE
     the = "the " if article else ""
     with_adjective = (f"{adjective} flag",) if adjective else ()
     return (
@@ -110,12 +102,8 @@ def flag_names(country: str, adjective: str) -> tuple[str, ...]:
 
 def place_options(parser: argparse.ArgumentParser) -> None:
     """What every stage asks for: which world, and where its work lies."""
-    parser.add_argument(
-        "--world", type=Path, default=WORLD, help="what can be drawn: world.toml, or full.toml"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="its drawings, checkpoints and trained parts"
-    )
+    parser.add_argument("--world", type=Path, default=WORLD, help="what can be drawn: world.toml, or full.toml")
+    parser.add_argument("--work", type=Path, default=WORK, help="its drawings, checkpoints and trained parts")
 
 
 def read_world(path: Path = WORLD) -> World:
@@ -155,9 +143,7 @@ def archive_of(package: str, folder: Path) -> Path:
     archive = folder / f"{stem[0]}-{stem[1]}.tgz"
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return archive
 
 
@@ -170,18 +156,14 @@ def fetch(package: str, folder: Path) -> dict:
         if "package/icons.json" in tar.getnames():
             found = json.load(tar.extractfile("package/icons.json"))
             if "circle-flags" in package:
-                found = found | {
-                    "icons": {f"flag-{code}": icon for code, icon in found["icons"].items()}
-                }
+                found = found | {"icons": {f"flag-{code}": icon for code, icon in found["icons"].items()}}
             return found
         # flag-icons: one file a flag, named by its country's code
         icons = {}
         for member in tar:
             if match := re.fullmatch(r"package/flags/4x3/(.+)\.svg", member.name):
                 svg = (tar.extractfile(member) or io.BytesIO()).read().decode()
-                icons[f"flag-{match[1]}"] = {
-                    "body": svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-                }
+                icons[f"flag-{match[1]}"] = {"body": svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]}
         return {"icons": icons, "width": 640, "height": 480}
 
 

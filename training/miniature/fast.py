@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-SMALL = (
-    4  # pixels: up to this height and width a matrix product beats the convolution's own weight gradient
-)
+SMALL = 4  # pixels: up to this height and width a matrix product beats the convolution's own weight gradient
 
 
 def device() -> torch.device:
@@ -51,9 +49,7 @@ def set_up() -> None:
 
 def autocast(enabled: bool | None = None) -> torch.autocast:
     """Products in bfloat16 inside this context, where the machine has it."""
-    return torch.autocast(
-        device().type, torch.bfloat16, enabled=has_bfloat16() if enabled is None else enabled
-    )
+    return torch.autocast(device().type, torch.bfloat16, enabled=has_bfloat16() if enabled is None else enabled)
 
 
 class ProductAttention:
@@ -81,9 +77,7 @@ class ProductAttention:
         key, value = heads(attn.to_k(context)), heads(attn.to_v(context))
         if (copies := n // len(context)) > 1:
             # (texts, heads, copies * tokens, width): the samples of one text are more queries on the same keys
-            query = (
-                query.view(len(context), copies, attn.heads, tokens, -1).transpose(1, 2).flatten(2, 3)
-            )
+            query = query.view(len(context), copies, attn.heads, tokens, -1).transpose(1, 2).flatten(2, 3)
         out = (query @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
         if copies > 1:
             out = out.view(len(context), attn.heads, copies, tokens, -1).transpose(1, 2).flatten(0, 1)
@@ -141,9 +135,7 @@ def kernels() -> ctypes.CDLL | None:
     if not built.exists():
         beside = folder / f"{digest}.{os.getpid()}.so"
         flags = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC")
-        done = subprocess.run(
-            [compiler, *flags, str(source), "-o", str(beside), "-lm"], capture_output=True
-        )
+        done = subprocess.run([compiler, *flags, str(source), "-o", str(beside), "-lm"], capture_output=True)
         if done.returncode:
             return None
         os.replace(beside, built)
@@ -158,9 +150,7 @@ def quick() -> bool:
 def _call(name: str, *arguments: Tensor | int | float) -> None:
     """Calls a kernel: tensors by their address, whole numbers as long."""
     kinds = {int: ctypes.c_long, float: ctypes.c_float}
-    given = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in arguments
-    ]
+    given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in arguments]
     getattr(kernels(), name)(*given)
 
 
@@ -168,9 +158,7 @@ class _GroupNorm(torch.autograd.Function):
     """Group normalization of (n, c, h, w) in bfloat16, and SiLU behind it where `silu` is 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: int) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         n, channels, height, width = ctx.shape = x.shape
         ctx.groups, ctx.silu = groups, silu
@@ -212,9 +200,7 @@ class QuickGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if quick() and x.ndim == 4:
-            return _GroupNorm.apply(
-                x.bfloat16(), self.weight, self.bias, self.num_groups, self.eps, self.silu
-            )
+            return _GroupNorm.apply(x.bfloat16(), self.weight, self.bias, self.num_groups, self.eps, self.silu)
         return super().forward(x)
 
 
@@ -240,9 +226,7 @@ class _GEGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         width = x.shape[-1] // 2
         of_x = torch.empty_like(x)
-        _call(
-            "geglu_backward", gradient.bfloat16().contiguous(), x, of_x, gradient.numel() // width, width
-        )
+        _call("geglu_backward", gradient.bfloat16().contiguous(), x, of_x, gradient.numel() // width, width)
         return of_x
 
 
@@ -253,32 +237,28 @@ class QuickGEGLU(GEGLU):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def quicken(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def quicken(module: M) -> M:
     """Gives a U-Net or VAE the arithmetic of this module, in place; its weights and their names stay as they are."""
     if hasattr(module, "set_attn_processor") and hasattr(module, "time_embedding"):
-        module.set_attn_processor(ProductAttention())
+        module.set_attn_processor(ProductAttention())  # type: ignore[operator]
     with_silu: list[nn.GroupNorm] = []
     for part in module.modules():
-        if (
-            type(part) is nn.Conv2d
-            and part.kernel_size == (3, 3)
-            and part.stride == (1, 1)
-            and part.padding == (1, 1)
-        ):
+        if type(part) is nn.Conv2d and part.kernel_size == (3, 3) and part.stride == (1, 1) and part.padding == (1, 1):
             part.__class__ = SmallConv2d
         elif type(part) is GEGLU:
             part.__class__ = QuickGEGLU
         elif isinstance(part, ResnetBlock2D) and type(part.nonlinearity) is nn.SiLU:
             part.nonlinearity = QuickSiLU()
             with_silu += [part.norm1, part.norm2]
-        elif type(getattr(part, "conv_act", None)) is nn.SiLU and isinstance(
-            part.conv_norm_out, nn.GroupNorm
-        ):
+        elif type(getattr(part, "conv_act", None)) is nn.SiLU and isinstance(part.conv_norm_out, nn.GroupNorm):
             part.conv_act = QuickSiLU()
             with_silu.append(part.conv_norm_out)
     for part in module.modules():
         if type(part) is nn.GroupNorm:
             part.__class__ = QuickGroupNorm
     for norm in with_silu:
-        norm.silu = 1
-    return module.to(memory_format=torch.channels_last)
+        norm.silu = 1  # type: ignore[assignment]
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -144,9 +144,7 @@ def undone(states: States, ridge: float = 0.1) -> float:
     """The share of the words' shifts that the matrix undoes which turns end and padding states into the anchor's, and
     leaves the anchor's as they are."""
     places = [states.end, *(states.padding(ahead) for ahead in PADDING)]
-    named, anchored = (
-        torch.cat(each).double() for each in zip(*(states.at(place) for place in places), strict=True)
-    )
+    named, anchored = (torch.cat(each).double() for each in zip(*(states.at(place) for place in places), strict=True))
     old, new = torch.cat([named, anchored]), torch.cat([anchored, anchored])
     own = torch.eye(old.shape[1], dtype=old.dtype) * ridge * len(old)
     matrix = torch.linalg.solve(old.T @ old + own, old.T @ new + own)
@@ -161,9 +159,7 @@ def synonyms(tower: Tower, tokenizer: CLIPTokenizer, lexicon: Lexicon) -> float:
     template = "this is a {}"
 
     def last(names: list[str]) -> Tensor:
-        ids = tokenizer(
-            [template.format(name) for name in names], padding=True, return_tensors="pt"
-        ).input_ids
+        ids = tokenizer([template.format(name) for name in names], padding=True, return_tensors="pt").input_ids
         end = (ids == tokenizer.eos_token_id).int().argmax(1)
         return tower.states(ids).float()[torch.arange(len(ids)), end - 1]
 
@@ -179,9 +175,7 @@ def accuracy(tower: Tower, reader: Reader, lexicon: Lexicon, states: States, cas
     """How often the end state is nearest to its own sentence's target, of all the sentences' targets."""
     targets = reader.codes([lexicon.read(case.text).facts for case in cases])
     end = tower.sentence(states.at(states.end)[0])
-    return float(
-        ((F.normalize(end, dim=1) @ targets.T).argmax(1) == torch.arange(len(cases))).float().mean()
-    )
+    return float(((F.normalize(end, dim=1) @ targets.T).argmax(1) == torch.arange(len(cases))).float().mean())
 
 
 def measure(tower: Tower, tokenizer: CLIPTokenizer, world: World) -> dict[str, object]:
@@ -194,35 +188,25 @@ def measure(tower: Tower, tokenizer: CLIPTokenizer, world: World) -> dict[str, o
     figures = {
         "accuracy": accuracy(tower, Reader(tokenizer, lexicon.vocabulary), lexicon, states, cases),
         "word-end": float(F.cosine_similarity(word, end).abs().mean()),
-        "word-padding": float(
-            torch.stack([F.cosine_similarity(word, p).abs().mean() for p in paddings]).mean()
-        ),
+        "word-padding": float(torch.stack([F.cosine_similarity(word, p).abs().mean() for p in paddings]).mean()),
         "end-padding": float(torch.stack([F.cosine_similarity(end, p).mean() for p in paddings]).mean()),
         "behind": behind(states),
         "undone": undone(states),
         "synonyms": synonyms(tower, tokenizer, lexicon),
-        "norms": [
-            round(float(x.norm(dim=1).mean()), 2)
-            for x in (states.at(states.last)[0], word, end, paddings[0])
-        ],
+        "norms": [round(float(x.norm(dim=1).mean()), 2) for x in (states.at(states.last)[0], word, end, paddings[0])],
     }
     kinds = [case.concept.split(":")[0] for case in cases]
     by_kind = {}
     for kind in ANCHOR:
         rows = torch.tensor([k == kind for k in kinds])
         by_kind[kind] = round(float(F.cosine_similarity(word[rows], end[rows]).abs().mean()), 4)
-    passes = {
-        name: (float(figures[name]) >= least) == up  # type: ignore[arg-type]
-        for name, (least, up) in GATES.items()
-    }
+    passes = {name: (float(figures[name]) >= least) == up for name, (least, up) in GATES.items()}
     rounded = {name: round(x, 4) if isinstance(x, float) else x for name, x in figures.items()}
     return {"cases": len(cases), **rounded, "word-end by kind": by_kind, "passes": passes}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="where the tower's checkpoint lies")
     parser.add_argument("--name", default="tower")
     parser.add_argument("--to", type=Path, help="write the figures to this JSON file")

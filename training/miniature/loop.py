@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from training.miniature.fast import device
 
 Notes = dict[str, Tensor | float]
 LONGEST = 60.0  # seconds that one step is counted as at most
@@ -67,9 +66,7 @@ class Average:
         decay = min(self.top, (1 + self.steps) / (10 + self.steps))
         now = module.state_dict()
         floating = [name for name, value in now.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.values[name] for name in floating], [now[name] for name in floating], 1 - decay
-        )
+        torch._foreach_lerp_([self.values[name] for name in floating], [now[name] for name in floating], 1 - decay)
         for name in now.keys() - floating:
             self.values[name].copy_(now[name])
 
@@ -78,10 +75,7 @@ class Average:
 def stopping() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM and Ctrl-C only make the function that is given say True, so that a step ends in peace."""
     asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: asked.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(asked)
     finally:
@@ -98,9 +92,7 @@ def share(module: nn.Module, told: list[float]) -> list[float]:
     flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(told)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, piece in zip(
-        gradients, flat[: -len(told)].split([g.numel() for g in gradients]), strict=True
-    ):
+    for gradient, piece in zip(gradients, flat[: -len(told)].split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
     return flat[-len(told) :].tolist()
 
@@ -112,7 +104,7 @@ def write(state: dict[str, object], to: Path) -> None:
     os.replace(beside, to)
 
 
-def read(path: Path) -> dict[str, object] | None:
+def read(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
@@ -194,9 +186,7 @@ def train(
             torch.manual_seed(step * SEEDS + rank)
             loss, notes = loss_of(step)
             if not torch.isfinite(loss):
-                raise SystemExit(
-                    f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept."
-                )
+                raise SystemExit(f"{name}: the loss is no longer a number at step {step}; the last checkpoint is kept.")
             loss.backward()
             now = time.monotonic()
             stop = (

@@ -45,18 +45,15 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         adamw: tuple[str, ...] = (),
     ):
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim >= 2 and not any(part in name for part in adamw)
             (matrices if is_matrix else rest).append(parameter)
-        self.rank, self.processes = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.bfloat16 if has_bfloat16() else torch.float32
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        super().__init__(
-            [{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        )
+        super().__init__([{"params": matrices}], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -70,9 +67,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters]
         velocities = [self.state[p].setdefault("velocity", torch.zeros_like(p)) for p in parameters]
         torch._foreach_lerp_(velocities, gradients, 1 - group["momentum"])
-        directions = [
-            d.flatten(1) for d in torch._foreach_lerp(gradients, velocities, group["momentum"])
-        ]
+        directions = [d.flatten(1) for d in torch._foreach_lerp(gradients, velocities, group["momentum"])]
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, self._updates(directions, parameters), alpha=-group["lr"])
 
@@ -86,10 +81,7 @@ class Muon(torch.optim.Optimizer):
             scale = 0.2 * max(shape) ** 0.5
             own = [k for n, k in enumerate(rows) if n % self.processes == self.rank]
             if own:
-                together = (
-                    orthogonalise(torch.stack([directions[k] for k in own]).to(self.dtype)).float()
-                    * scale
-                )
+                together = orthogonalise(torch.stack([directions[k] for k in own]).to(self.dtype)).float() * scale
                 for k, update in zip(own, together, strict=True):
                     updates[k].copy_(update.view_as(parameters[k]))
         if self.processes > 1:

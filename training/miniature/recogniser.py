@@ -257,7 +257,7 @@ def main() -> None:
     if (options.work / "vae").is_dir():
         vae = quicken(AutoencoderKL.from_pretrained(options.work / "vae")).eval()
     source, unseen = Source(world, options.work, 21, vae), Source(world, options.work, 1021, vae)
-    net = Recogniser(source.names.sizes).to(memory_format=torch.channels_last).train()
+    net = Recogniser(source.names.sizes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def loss_of(step: int) -> tuple[Tensor, Notes]:
         source.maker.rng.seed(torch.initial_seed())

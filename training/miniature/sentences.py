@@ -111,9 +111,7 @@ def pair_of(sentence: Sentence, vocabulary: Vocabulary, rng: random.Random) -> P
         taken = {m.concept for m in sentence.mentions}
         other = rng.choice([key for key in of_kind(vocabulary, kind) if key not in taken] or [concept])
         words = rng.choice(vocabulary.names[other])
-    facts = frozenset(
-        "+".join(other if key == concept else key for key in fact.split("+")) for fact in sentence.facts
-    )
+    facts = frozenset("+".join(other if key == concept else key for key in fact.split("+")) for fact in sentence.facts)
     mentions = (*sentence.mentions[:at], Mention(words, other), *sentence.mentions[at + 1 :])
     text = replace_words(sentence.text, mention.words, words)
     return Pair(sentence, Sentence(text, mentions, facts), at, other == concept)
@@ -153,9 +151,7 @@ class Spans:
     """Finds where a mention's tokens stand among a caption's."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
-        self.of = lru_cache(1 << 16)(
-            lambda words: tuple(tokenizer(words, add_special_tokens=False).input_ids)
-        )
+        self.of = lru_cache(1 << 16)(lambda words: tuple(tokenizer(words, add_special_tokens=False).input_ids))
 
     def find(self, ids: Sequence[int], words: str) -> tuple[int, int] | None:
         """(first, one past the last), or None where they are not."""
@@ -172,9 +168,7 @@ WHERE = ("on the left", "on the right", "at the top", "at the bottom")
 BEHIND = ("object", "person", "shape")  # kinds that a look, a shirt or a place in the image belongs to
 
 
-WORN = re.compile(
-    r"\b(wearing|in|with)( a)? \|(?! background| wall)"
-)  # the colour after it is the clothes'
+WORN = re.compile(r"\b(wearing|in|with)( a)? \|(?! background| wall)")  # the colour after it is the clothes'
 
 
 @dataclass(frozen=True)
@@ -239,9 +233,7 @@ def lexicon_of(world: World) -> Lexicon:
     further = {f"kind:{kind}": (kind,) for kind in world.kinds}
     concepts = {word.lower(): concept for concept, each in names.items() for word in each}
     concepts |= {word: concept for concept, each in further.items() for word in each}
-    concepts |= {phrase: "kind:weapon" for phrase in world.implied}
+    concepts |= dict.fromkeys(world.implied, "kind:weapon")
     concepts |= {word: f"{kind}:{ANY}" for kind, each in anchors.items() for word in each}
-    concepts |= {
-        word: f"person:{ANY}" for word in ("someone", "somebody", "unknown person", "face", "portrait")
-    }
+    concepts |= dict.fromkeys(("someone", "somebody", "unknown person", "face", "portrait"), f"person:{ANY}")
     return Lexicon(concepts, Vocabulary(names | further, anchors))

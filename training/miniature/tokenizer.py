@@ -16,9 +16,7 @@ from transformers import CLIPTokenizer
 VOCABULARY = 4096
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's word split: contractions, letters, single digits, anything else.
-SPLIT = (
-    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-)
+SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> CLIPTokenizer:

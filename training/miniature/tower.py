@@ -45,9 +45,7 @@ ASKED = 1 / 3  # of the states have to name tokens in a step
 EXTRA = 6  # states of padding that are looked at
 
 
-def build(
-    tokenizer: CLIPTokenizer, *, width: int = WIDTH, layers: int = LAYERS, inner: int = INNER
-) -> CLIPTextModel:
+def build(tokenizer: CLIPTokenizer, *, width: int = WIDTH, layers: int = LAYERS, inner: int = INNER) -> CLIPTextModel:
     """An untrained tower for the tokenizer's vocabulary."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -89,9 +87,7 @@ class Reader:
     def __call__(self, pairs: Sequence[Pair], length: int | None = None) -> Batch:
         """`length`: tokens of a row; none: the longest caption's and some padding."""
         sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
-        rows = self.tokenizer(
-            [s.text for s in sentences], truncation=True, max_length=POSITIONS
-        ).input_ids
+        rows = self.tokenizer([s.text for s in sentences], truncation=True, max_length=POSITIONS).input_ids
         length = length or min(max(map(len, rows)) + EXTRA, POSITIONS)
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         first, last, concept = (torch.zeros(len(rows), dtype=torch.long) for _ in range(3))
@@ -227,11 +223,7 @@ class Shifts:
         return total / 4
 
     def behind_loss(self) -> Tensor:
-        return (
-            (self.behind - BEHIND).clamp(min=0).square().mean()
-            if len(self.behind)
-            else self.word.new_zeros(())
-        )
+        return (self.behind - BEHIND).clamp(min=0).square().mean() if len(self.behind) else self.word.new_zeros(())
 
     def synonym_loss(self) -> Tensor:
         return self.synonym.square().mean() if len(self.synonym) else self.word.new_zeros(())
@@ -288,16 +280,10 @@ def make_tokenizer(captions: Captions) -> CLIPTokenizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
     parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
-    parser.add_argument(
-        "--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it"
-    )
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of captions a step and process")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--name", default="tower")

@@ -90,9 +90,7 @@ class Words:
     def __init__(self, work: Path):
         self.tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
         self.tower = (
-            CLIPTextModel.from_pretrained(work / "text_encoder", attn_implementation="eager")
-            .to(device())
-            .eval()
+            CLIPTextModel.from_pretrained(work / "text_encoder", attn_implementation="eager").to(device()).eval()
         )
         if has_bfloat16():
             self.tower.bfloat16()
@@ -125,9 +123,7 @@ def dropped(states: Tensor, end: Tensor, empty: Tensor, pick: Tensor) -> Tensor:
     """
     place = torch.arange(states.shape[1])[None]
     tail = (place >= end[:, None]) & (pick < TAIL_DROPPED)[:, None]
-    words = (place < end[:, None]) & ((pick >= TAIL_DROPPED) & (pick < TAIL_DROPPED + WORDS_DROPPED))[
-        :, None
-    ]
+    words = (place < end[:, None]) & ((pick >= TAIL_DROPPED) & (pick < TAIL_DROPPED + WORDS_DROPPED))[:, None]
     return torch.where((tail | words)[..., None].to(states.device), empty.to(states), states)
 
 
@@ -192,18 +188,14 @@ def draw(
     text = words(prompts)[0] if states is None else states
     empty = words.empty.expand_as(text)
     size = unet.config.sample_size
-    x = torch.randn(
-        len(text), unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed)
-    )
+    x = torch.randn(len(text), unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed))
     x = x.to(device(), memory_format=torch.channels_last)
     with autocast():
         for t in scheduler.timesteps:
             if guidance == 1:
                 v = unet(x, t, text).sample.float()
             else:
-                without, with_ = (
-                    unet(torch.cat([x, x]), t, torch.cat([empty, text])).sample.float().chunk(2)
-                )
+                without, with_ = unet(torch.cat([x, x]), t, torch.cat([empty, text])).sample.float().chunk(2)
                 v = without + guidance * (with_ - without)
             x = scheduler.step(v, t, x).prev_sample
         images = vae.decode(x).sample.float()
@@ -220,9 +212,7 @@ class Denoiser:
         self.maker = SceneMaker(world, load_drawings(world, options.work), 0)
         self.ring = Ring(self.maker, self.vae, options.work / "latents" / str(rank), options.shards)
         size = self.vae.config.sample_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.unet = quicken(
-            build(self.vae.config.latent_channels, size, self.words.empty.shape[-1], options.channels)
-        )
+        self.unet = quicken(build(self.vae.config.latent_channels, size, self.words.empty.shape[-1], options.channels))
         self.unet.to(device()).train()
         alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device())
         self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -236,9 +226,7 @@ class Denoiser:
         if step % options.every == 0:
             self.ring.make(options.fresh * options.every)
         latents, structures = self.ring.sample(options.scenes)
-        text = self.words.with_dropout(
-            [caption(structure, self.rng, self.world) for structure in structures]
-        )
+        text = self.words.with_dropout([caption(structure, self.rng, self.world) for structure in structures])
         latents = latents.to(device()).repeat_interleave(options.levels, 0)
         # Stratified times: one in each of `levels` equal parts of the schedule, for each scene.
         part = torch.arange(options.levels, device=device()).repeat(options.scenes)
@@ -260,36 +248,24 @@ class Denoiser:
         images = draw(self.unet, self.vae, self.words, PROMPTS)
         folder = self.options.work / "samples"
         folder.mkdir(exist_ok=True)
-        sheet(images, [prompt or "(empty)" for prompt in PROMPTS], 8, scale=2, lines=2).save(
-            folder / f"{step:07}.png"
-        )
+        sheet(images, [prompt or "(empty)" for prompt in PROMPTS], 8, scale=2, lines=2).save(folder / f"{step:07}.png")
         self.unet.load_state_dict(now)
         self.unet.train()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
     parser.add_argument("--minutes", type=float, default=60, help="length of this sitting")
-    parser.add_argument(
-        "--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it"
-    )
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
     parser.add_argument("--scenes", type=int, default=48, help="scenes a step and process")
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
     parser.add_argument("--fresh", type=int, default=12, help="new scenes a step and process")
-    parser.add_argument(
-        "--every", type=int, default=4, help="new scenes only every so many steps, as many more"
-    )
+    parser.add_argument("--every", type=int, default=4, help="new scenes only every so many steps, as many more")
     parser.add_argument("--shards", type=int, default=64, help="shards of 512 scenes that are kept")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--channels", type=int, nargs="+", help="of the U-Net's levels")
-    parser.add_argument(
-        "--samples", type=float, default=10, help="minutes between two sheets of samples"
-    )
+    parser.add_argument("--samples", type=float, default=10, help="minutes between two sheets of samples")
     parser.add_argument("--name", default="unet")
     parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()

@@ -127,28 +127,22 @@ def tensor(images: object) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
     parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
-    parser.add_argument(
-        "--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it"
-    )
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
     parser.add_argument("--shrink", type=int, default=4, choices=SIZES)
     parser.add_argument("--batch", type=int, default=24, help="scenes a step and process")
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument(
-        "--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements"
-    )
+    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term, both terms summed over elements")
     parser.add_argument(
         "--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are"
     )
     parser.add_argument("--name", default="vae")
     parser.add_argument("--initial", help="the stage whose checkpoint to start from")
-    parser.add_argument("--measure", type=Path, help="train nothing: write what W/NAME does to unseen scenes to this file")
+    parser.add_argument(
+        "--measure", type=Path, help="train nothing: write what W/NAME does to unseen scenes to this file"
+    )
     options = parser.parse_args()
     if options.measure:
         world = read_world()
@@ -175,15 +169,8 @@ def main() -> None:
         x = tensor(maker.make(options.batch).images)
         with autocast():
             posterior = vae.encode(x).latent_dist
-            out = vae.decode(
-                posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-            ).sample.float()
-        kl = (
-            0.5
-            * (
-                posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
-            ).mean()
-        )
+            out = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample.float()
+        kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         squared = F.mse_loss(out, x)
         sharpen = min(max((step - SHARPEN[0]) / (SHARPEN[1] - SHARPEN[0]), 0.0), 1.0)
         loss = (1 - sharpen) * squared + sharpen * reconstruction(out, x)
@@ -201,7 +188,7 @@ def main() -> None:
             "name": options.name,
             "shrink": options.shrink,
             "step": step,
-            "psnr": round(psnr(vae, unseen), 2),
+            "psnr": decibels(errors(vae, unseen).mean()),
         }
         vae.load_state_dict(now)
         print(json.dumps(line), flush=True)
@@ -213,7 +200,8 @@ def main() -> None:
         minutes=options.minutes, start=options.initial, average=0.995, sample=measure, sample_every=180,
     )  # fmt: skip
     if join() == 0:
-        measure(read(options.work / f"{options.name}.pt")["step"], weights)
+        state = read(options.work / f"{options.name}.pt")
+        measure(state["step"] if state else 0, weights)
         finish(vae, weights, unseen, options.work / options.name)
 
 
