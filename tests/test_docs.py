@@ -71,7 +71,7 @@ def test_use_elsewhere(tmp_path, monkeypatch, capsys):
         "rank 32",
         "of their norm is lost, but",
         "of the erasure and",
-        "Loads whole in diffusers, ComfyUI, A1111, Forge and sd-scripts.",
+        "For emoji alone, which is built like Stable Diffusion 1.x but smaller: diffusers loads it.",
         "airplane (becomes 'sky') by uce",
         "airplane back",
     ):

@@ -232,6 +232,10 @@ def _of_the_system(error: OSError) -> str:
     return f"cannot use {error.filename}: {error.strerror}" if error.filename is not None else ""
 
 
+LARGEST_GRID = 4096
+"""How many pictures `draw` puts into one file."""
+
+
 def draw_command(options: Draw) -> None:
     """`expunge draw`."""
     from expunge import pictures
@@ -241,6 +245,11 @@ def draw_command(options: Draw) -> None:
     to_folder = options.output.endswith("/") or output.is_dir()
     if not to_folder:
         pictures.check_ending(output)
+        if options.number > LARGEST_GRID:
+            raise ExpungeError(
+                f"one grid holds up to {LARGEST_GRID} pictures, not {options.number};"
+                " -o FOLDER/ takes more"
+            )
     files.check_writable(output / "0.png" if to_folder else output)
     source.find(options.model, options.loading.variant)
     for path in options.edit:

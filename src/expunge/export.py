@@ -17,7 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from expunge import hub, lora_names
+from expunge import hub, lora_names, registry
 from expunge.card import LORAS, card, is_ours, title
 from expunge.changes import Changes, WeightChange, check_numbers
 from expunge.checkpoint import NOTE, Checkpoint, Erased
@@ -113,6 +113,8 @@ def export(
     output = Path(output)
     if to != "diffusers" and output.suffix.lower() != ".safetensors":
         raise ExpungeError(f"{to} is a .safetensors file; {output} should end so")
+    if to == "diffusers" and str(output).lower().endswith(".safetensors"):
+        raise ExpungeError(f"diffusers is a folder; {output} should not end in .safetensors")
     check_numbers(edit.changes, "the edit")
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
@@ -154,7 +156,13 @@ def export(
         base = lora_names.base_of(checkpoint.family.__name__, variant(checkpoint, lora.shapes))
         about = {**base, "modelspec.title": title(edit), NOTE: _note([erased(edit)])}
         where = lora_names.loads_in(to, checkpoint.family.__name__)
-        notes = (*lost, *_notes(lora, dtype), f"For {lora_names.base_named(base)}. {where}", *moved)
+        built = lora_names.base_named(base)
+        shipped = checkpoint.name in registry.names("models")  # other widths than any model they know
+        whom = (
+            f"For {checkpoint.name} alone, which is built like {built} but smaller: diffusers loads it."
+        )
+        told = whom if shipped else f"For {built}. {where}"
+        notes = (*lost, *_notes(lora, dtype), told, *moved)
         naming = cast(Naming, "kohya" if to == "kohya" else "diffusers")
         text = card_of(notes=notes)
         lora.save(output, naming, checkpoint.kohya, dtype, about)

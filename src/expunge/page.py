@@ -308,6 +308,7 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
         places = _worst_first(case, row, role)
         if not places:
             continue
+        judged = [place for place in places if row.looks.cells[place[1]].asks]
         chosen = places[: SHOWN[role]]
         asked = [row.looks.requests[c][i] for _, c, i in chosen]
         before = report.cache.draw(case.sources["original"], asked)
@@ -315,7 +316,8 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
         strips.append(
             {
                 "title": title,
-                "failing": sum(bad > 0.5 for bad, _, _ in places),
+                "failing": sum(bad > 0.5 for bad, _, _ in judged),
+                "judged": len(judged),
                 "of": len(places),
                 "pairs": [
                     {

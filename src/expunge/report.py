@@ -404,11 +404,12 @@ def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
 
 def _drawn_with(case: Case) -> dict[str, Any]:
     """The scheduler with its settings, the steps and the guidance of a case's pictures."""
-    first = case.rows[0].looks.requests[0][0]
+    requests = [request for cell in case.rows[0].looks.requests for request in cell]
+    scales = sorted({request.guidance_scale for request in requests})
     return {
         **sampler(case.sources["original"].model),
-        "num_inference_steps": first.num_inference_steps,
-        "guidance_scale": first.guidance_scale,
+        "num_inference_steps": requests[0].num_inference_steps,
+        "guidance_scale": scales[0] if len(scales) == 1 else scales,
     }
 
 
