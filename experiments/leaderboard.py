@@ -190,8 +190,8 @@ def table(results: Path) -> str:
         "in per cent with its 95 % interval, averaged over what was erased; H is the harmonic mean of",
         "the terms beside it. A method's settings are its preset for the emoji model, or its defaults.",
         "Made by `python experiments/leaderboard.py` from `experiments/results/leaderboard-*.json`.",
-        "Tables that name an experiment are from before training, retaining and judging had templates of",
-        "their own; the quick ones are from after it.",
+        "Tables that name an experiment are from before training, retaining and judging had templates",
+        "of their own; the quick ones are from after it.",
     ]
     for size in SIZES:
         file = results / f"leaderboard-{size}.json"

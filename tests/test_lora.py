@@ -336,9 +336,9 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
     tensor.view(-1)[0] = bad
     with pytest.raises(ExpungeError, match="edit holds numbers that are none .* of its"):
         edit.save(tmp_path / "again.safetensors")
-    for to in ("diffusers", "lora"):
+    for to, name in (("diffusers", "out"), ("lora", "out.safetensors")):
         with pytest.raises(ExpungeError, match="the edit holds numbers that are none"):
-            export(edit, to, folder, tmp_path / "out.safetensors")
+            export(edit, to, folder, tmp_path / name)
     good = edited(model, [LowRank(("unet.conv_in",), torch.ones(8, 1), torch.ones(1, 36))])
     with pytest.raises(ExpungeError, match="edit 2 of those to merge holds numbers"):
         merge(model, [good, edit])
