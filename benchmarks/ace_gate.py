@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from expunge.base.files import replacing
 from expunge.changes import Gated
-from expunge.files import replacing
 from expunge.methods.ace import ACE, BANDS, Group
 from expunge.ops.gates import Background
 

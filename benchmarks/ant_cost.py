@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 import expunge
-import expunge.steering as steering_module
+import expunge.erasing.guidance_training as steering_module
 from expunge import Concept, Model, Problem
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.erasing.guidance_training import Sample, Steering, Subject, part_of
 from expunge.methods.ant import ANT
 from expunge.ops.in_place import InPlace
-from expunge.run import Run
-from expunge.steering import Sample, Steering, Subject, part_of
+from expunge.runtime.context import Run
 
 CHANNELS = (320, 640, 1280, 1280)
 """Stable Diffusion 1.4's."""

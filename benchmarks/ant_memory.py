@@ -22,10 +22,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.erasing.guidance_training import BLOCKS
 from expunge.methods.ant import ANT
 from expunge.ops.low_rank import each_its_own
-from expunge.steering import BLOCKS
 
 FILE = Path(__file__).parent / "results" / "ant_memory.json"
 LIMIT = 24.0

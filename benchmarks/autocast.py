@@ -22,8 +22,8 @@ import torch
 
 import expunge
 from expunge import Probe
+from expunge.base.files import replacing
 from expunge.emoji.detector import Detector
-from expunge.files import replacing
 
 SHOWN = 32  # words, each in several pictures
 

@@ -28,12 +28,12 @@ import torch
 
 import expunge
 from expunge import Concept, Problem
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.checkpoints.cost_estimate import operations, plan_of
+from expunge.checkpoints.pace import Pace
+from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE
-from expunge.pace import Pace
-from expunge.plan import operations, plan_of
-from expunge.prior import captions
-from expunge.threads import SMALL, Threads
+from expunge.runtime.threads import SMALL, Threads
 
 PROBLEM = Problem((Concept("rocket", "ground"), Concept("bicycle", "ground")), ("train",))
 CAPTIONS = 200

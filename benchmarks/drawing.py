@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import expunge
+from expunge.base.files import replacing
 from expunge.changes import find
-from expunge.files import replacing
 from expunge.model import Model
-from expunge.ops.once import answering_once
+from expunge.ops.cached_layers import answering_once
 
 NAMES = ("airplane", "cat", "ship", "pizza", "guitar", "house", "frog", "crown")
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import expunge
+from expunge.base.files import replacing
 from expunge.changes import Applied, Changes, Gated
-from expunge.files import replacing
 from expunge.model import Model
 
 RANK = 2

@@ -34,15 +34,16 @@ from true_size import Given
 
 import expunge
 from expunge import Concept, Problem
+from expunge.base.files import replacing
 from expunge.changes import Right, WeightChange
-from expunge.export import by_place
-from expunge.files import replacing
-from expunge.lora import Lora
+from expunge.checkpoints.export import by_place
+from expunge.checkpoints.lora import Lora
+from expunge.checkpoints.text_moments import Seen, seen
 from expunge.method import Method
 from expunge.methods.mace import MACE
-from expunge.model import Model, Text
-from expunge.run import Run
-from expunge.seen import Seen, seen
+from expunge.model import Model
+from expunge.runtime.context import Run
+from expunge.text import Text
 
 OBJECTS = ("airplane", "cat", "banana", "rocket")
 RANKS = (8, 16, 32)

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.base.files import replacing
 from expunge.changes import LowRank, Right
-from expunge.files import replacing
 from expunge.methods.mace import MACE, Group, Sums
-from expunge.model import Text
 from expunge.ops.least_squares import gram
+from expunge.text import Text
 
 WIDTH, TOKENS, PROMPTS = 768, 77, 30
 OUTPUTS = [out for out, n in ((320, 5), (640, 5), (1280, 6)) for _ in range(2 * n)]

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import expunge
 from expunge import Concept, Problem
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.evaluation.suite import Suite
 from expunge.methods.mace import MACE
-from expunge.suite import Suite
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 import expunge
 from expunge import Concept, Model
-from expunge.files import replacing
+from expunge.base.files import replacing
 from expunge.methods.mace import MACE, Lesson
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 WORDS = (
     "airplane automobile bird cat deer dog frog horse ship truck rocket apple banana tree house key"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.files import replacing
+from expunge.base.files import replacing
 from training.emoji.unet import SharedTextAttention
 from training.miniature import unet, vae
 from training.miniature.fast import autocast, has_bfloat16, kernels, quicken, set_up

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import expunge
 from expunge import Concept, Problem
-from expunge.cache import Cache, Request, Source
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.base.quiet import quiet
+from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.report import evaluate
 from expunge.methods.uce import UCE
-from expunge.report import evaluate
-from expunge.run import quiet
 
 RESULT = Path(__file__).parent / "results" / "report.json"
 WORDS = "airplane automobile bird cat deer dog frog horse ship truck aircraft plane jet".split()

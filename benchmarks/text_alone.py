@@ -23,9 +23,10 @@ from training_steps import MODELS, pipeline
 from true_size import peak
 
 import expunge
-from expunge import Concept, Problem, registry
-from expunge.checkpoint import Checkpoint
-from expunge.files import replacing
+from expunge import Concept, Problem
+from expunge.base import registry
+from expunge.base.files import replacing
+from expunge.checkpoints.checkpoint import Checkpoint
 
 READ = ("whole", "text alone")
 

@@ -30,9 +30,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from true_size import SD14, SDXL, peak
 
 import expunge
-from expunge import Concept, Problem, registry
-from expunge.files import replacing
-from expunge.turns import take_turns
+from expunge import Concept, Problem
+from expunge.base import registry
+from expunge.base.files import replacing
+from expunge.checkpoints.offload import take_turns
 
 TINY = {
     "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": [8, 16],

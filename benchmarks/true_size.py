@@ -30,14 +30,16 @@ from typing import Any
 
 import torch
 
-from expunge import registry
-from expunge.checkpoint import Checkpoint
-from expunge.edit import Edit, Record, base_hash, places
-from expunge.export import export
-from expunge.files import replacing
-from expunge.model import Model, Text
+from expunge.base import registry
+from expunge.base.files import replacing
+from expunge.checkpoints.checkpoint import Checkpoint
+from expunge.checkpoints.export import export
+from expunge.edit import Edit, Record
+from expunge.fingerprint import base_hash, places
+from expunge.model import Model
 from expunge.problem import Concept, Problem
-from expunge.run import Run
+from expunge.runtime.context import Run
+from expunge.text import Text
 
 SD14 = {
     "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,

@@ -24,11 +24,11 @@ from torch import Tensor
 
 import expunge
 from expunge import Concept, Probe, Problem
+from expunge.base.files import replacing
+from expunge.base.image_files import image, save
 from expunge.emoji.detector import Detector
-from expunge.files import replacing
-from expunge.pictures import image, save
-from expunge.sheet import Band, sheet
-from expunge.suite import Suite
+from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.suite import Suite
 
 ERASED = "airplane"
 WORDS = {word.name: word for word in Suite.read("object").concepts}

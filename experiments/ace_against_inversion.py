@@ -32,16 +32,16 @@ from torch import Tensor
 import expunge
 from expunge import Edit, Model, Probe, Problem
 from expunge.attacks.embedding import Embedding
+from expunge.base.files import replacing
 from expunge.changes import Change, Gated, Right
-from expunge.experiment import Experiment
-from expunge.files import replacing
+from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.robustness import robustness
 from expunge.methods.uce import UCE
 from expunge.ops.finetune import frozen
 from expunge.ops.gates import stacked
 from expunge.ops.least_squares import gram, outer, right_factor
 from expunge.ops.pgd import bounded
-from expunge.robust import robustness
-from expunge.templates import TEMPLATES
 
 HERE = Path(__file__).parent
 BEHIND = (0, 1, 2, 4, 6, 9, 13, 19, 27, 41)

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 
 import expunge
-from expunge.cache import Cache, Source
+from expunge.base.files import replacing
 from expunge.edit import Edit
-from expunge.experiment import Experiment
-from expunge.files import replacing
-from expunge.looks import make, requests
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.image_cache import Cache, Source
+from expunge.evaluation.measure import make, requests
+from expunge.evaluation.report import known_to
+from expunge.evaluation.suite import Cell
 from expunge.methods.ace import ACE
 from expunge.metric import Judge
 from expunge.problem import Problem
-from expunge.report import known_to
-from expunge.suite import Cell
 
 HERE = Path(__file__).parent
 

@@ -30,11 +30,11 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Model, Probe, Problem
 from expunge.attacks.embedding import Embedding
+from expunge.base.files import replacing
 from expunge.changes import Changes
-from expunge.files import replacing
+from expunge.evaluation.suite import SuiteConcept
 from expunge.methods.ace import ACE
-from expunge.run import Run
-from expunge.suite import SuiteConcept
+from expunge.runtime.context import Run
 
 WORDS = (
     SuiteConcept("rocket", synonyms=("spaceship",)),

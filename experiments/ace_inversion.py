@@ -20,13 +20,13 @@ import torch
 
 import expunge
 from expunge import Probe
+from expunge.base.files import replacing
 from expunge.changes import Gated
 from expunge.edit import Edit
-from expunge.experiment import Experiment
-from expunge.files import replacing
-from expunge.model import Text
-from expunge.robust import budgets
-from expunge.run import Run
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.robustness import budgets
+from expunge.runtime.context import Run
+from expunge.text import Text
 
 HERE = Path(__file__).parent
 

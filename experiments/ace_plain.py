@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 import expunge
-from expunge.case import Candidate
+from expunge.base.files import replacing
+from expunge.checkpoints.linearize import plain
 from expunge.edit import Edit
-from expunge.experiment import Experiment
-from expunge.files import replacing
-from expunge.plain import plain
-from expunge.report import evaluate
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.report import evaluate
+from expunge.evaluation.scoring import Candidate
 
 HERE = Path(__file__).parent
 

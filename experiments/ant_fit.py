@@ -21,12 +21,12 @@ from tune import objects
 
 import expunge
 from expunge import Model, Problem
+from expunge.base.files import replacing
 from expunge.changes import find
-from expunge.files import replacing
+from expunge.erasing.guidance_training import Steering, Subject, layers_of
 from expunge.methods.ant import ANT
 from expunge.ops.low_rank import each_its_own
-from expunge.run import Run
-from expunge.steering import Steering, Subject, layers_of
+from expunge.runtime.context import Run
 
 HERE = Path(__file__).parent
 

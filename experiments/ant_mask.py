@@ -20,14 +20,14 @@ from torch import Tensor
 
 import expunge
 from expunge import Concept, Problem
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.erasing.guidance_training import Steering, Subject, part_of
+from expunge.erasing.saliency import _add_map
 from expunge.methods.ant import ANT
 from expunge.ops.finetune import frozen
 from expunge.ops.saliency import HALVES, Intersection, settled
 from expunge.ops.trajectory import Objective
-from expunge.run import Run
-from expunge.saliency import _add_map
-from expunge.steering import Steering, Subject, part_of
+from expunge.runtime.context import Run
 
 FILE = Path(__file__).parent / "results" / "ant_mask.json"
 

@@ -24,11 +24,11 @@ from tune import many, suite
 
 import expunge
 from expunge import Model, Probe
+from expunge.base.files import replacing
 from expunge.emoji.detector import Detector
-from expunge.experiment import Experiment
-from expunge.files import replacing
-from expunge.model import Text
-from expunge.suite import Suite
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.suite import Suite
+from expunge.text import Text
 
 HERE = Path(__file__).parent
 

@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 import expunge
-from expunge import statistics
-from expunge.cache import model_hash
+from expunge.base.files import replacing
+from expunge.base.image_files import save
 from expunge.edit import Edit
-from expunge.experiment import Experiment
-from expunge.files import replacing
-from expunge.pictures import save
-from expunge.robust import Robustness, robustness
-from expunge.sheet import Band, sheet
-from expunge.statistics import Estimate
+from expunge.evaluation import statistics
+from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.image_cache import model_hash
+from expunge.evaluation.robustness import Robustness, robustness
+from expunge.evaluation.statistics import Estimate
 
 HERE = Path(__file__).parent
 METHODS: tuple[dict[str, Any], ...] = (

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.files import replacing
-from expunge.statistics import Estimate, Score, average, harmonic, harmonic_mean, mean
+from expunge.base.files import replacing
+from expunge.evaluation.statistics import Estimate, Score, average, harmonic, harmonic_mean, mean
 
 FILE = Path(__file__).parent / "results" / "coverage.json"
 

@@ -23,8 +23,8 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import FOLDER, UNRECOGNISABLE, Detector
+from expunge.evaluation.suite import SuiteConcept
 from expunge.method import Method
-from expunge.suite import SuiteConcept
 
 
 @dataclass(frozen=True)

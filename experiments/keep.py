@@ -22,14 +22,14 @@ import torch
 
 import expunge
 from expunge import Edit, Model
-from expunge.cache import Cache, Request, Source
-from expunge.experiment import Experiment, Job
-from expunge.files import replacing
-from expunge.looks import make, requests
-from expunge.pictures import save
-from expunge.report import known_to
-from expunge.sheet import Band, sheet
-from expunge.suite import Cell, Suite
+from expunge.base.files import replacing
+from expunge.base.image_files import save
+from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.experiment import Experiment, Job
+from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.measure import make, requests
+from expunge.evaluation.report import known_to
+from expunge.evaluation.suite import Cell, Suite
 
 HERE = Path(__file__).parent
 SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}

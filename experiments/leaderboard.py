@@ -27,18 +27,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 import expunge
-from expunge import Concept, Problem, registry
-from expunge.cache import Cache
-from expunge.case import TERMS, Case, Row
-from expunge.experiment import Job
-from expunge.files import replacing
-from expunge.looks import make
+from expunge import Concept, Problem
+from expunge.base import registry
+from expunge.base.files import replacing
+from expunge.evaluation.experiment import Job
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.measure import make
+from expunge.evaluation.report import Report, evaluate, known_to
+from expunge.evaluation.scoring import TERMS, Case, Row
+from expunge.evaluation.statistics import Estimate, average
+from expunge.evaluation.suite import Size, Suite, SuiteConcept
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Kind
-from expunge.report import Report, evaluate, known_to
-from expunge.statistics import Estimate, average
-from expunge.suite import Size, Suite, SuiteConcept
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- leaderboard -->", "<!-- end of the leaderboard -->"

@@ -23,11 +23,11 @@ import torch
 
 import expunge
 from expunge import Concept, Problem
-from expunge.cache import model_hash
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.erasing.caption_gram import captions_for, prior
+from expunge.evaluation.image_cache import model_hash
 from expunge.methods.mace import MACE, Sums
-from expunge.prior import captions_for, prior
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 SOURCES = ("general", "vocabulary", "")
 KEPT = tuple(f"flag of {name}" for name in ("Germany", "Spain", "Chile", "India", "Kenya", "Greece"))

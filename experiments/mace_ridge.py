@@ -22,10 +22,10 @@ from tune import many
 
 import expunge
 from expunge import Model
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE, Sums
-from expunge.prior import captions
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 WORDINGS = ("a view of the {}", "a beautiful image of the {}", "a shot of the {}")
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
 import expunge
-from expunge import Model, masks
-from expunge.cache import model_hash
-from expunge.examples import Examples
-from expunge.files import replacing
+from expunge import Model
+from expunge.base.files import replacing
+from expunge.erasing import object_masks
+from expunge.erasing.reference_images import Examples
+from expunge.evaluation.image_cache import model_hash
 from expunge.ops.otsu import otsu
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the recipe of the emoji model is no part of the package
@@ -75,7 +76,7 @@ def seen(model: Model, one: Shown, word: str) -> Tensor:
     examples = Examples(word, prompt, model.encode_pictures(one.pictures))
     tokens = model.encode([prompt]).own.shape[1]
     behind = torch.arange(tokens)[None] > model.count_tokens("a photo of the")
-    return masks.attended(model, examples, behind, Run(0))
+    return object_masks.attended(model, examples, behind, Run(0))
 
 
 def masked(attention: Tensor) -> Tensor:
@@ -145,8 +146,8 @@ def main() -> None:
         "mean over objects": mean([word for word in each if word not in chosen_on]),
         "mean over those it was chosen on": mean(chosen_on),
         "pictures": sum(len(one.pictures) for one in objects),
-        "log-SNRs": masks.LOG_SNRS,
-        "pixels of the coarsest map": masks.SMALLEST,
+        "log-SNRs": object_masks.LOG_SNRS,
+        "pixels of the coarsest map": object_masks.SMALLEST,
         "model sha256": model_hash(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
         "each": each,

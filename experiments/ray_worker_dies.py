@@ -25,10 +25,11 @@ import ray
 import torch
 
 import expunge
-from expunge import Concept, Problem, registry
-from expunge.files import replacing
+from expunge import Concept, Problem
+from expunge.base import registry
+from expunge.base.files import replacing
 from expunge.model import Model
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 WORDS = ("elephant", "rocket", "guitar", "pizza", "turtle", "house", "butterfly", "bicycle")
 

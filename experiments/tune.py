@@ -31,17 +31,18 @@ import torch
 from torch import Tensor
 
 import expunge
-from expunge import Concept, Model, Problem, registry
-from expunge.cache import model_hash
-from expunge.case import Candidate
-from expunge.fields import build
-from expunge.files import replacing
+from expunge import Concept, Model, Problem
+from expunge.base import registry
+from expunge.base.fields import build
+from expunge.base.files import replacing
+from expunge.evaluation.image_cache import model_hash
+from expunge.evaluation.robustness import robustness
+from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
-from expunge.robust import robustness
-from expunge.run import Run, Tensors
-from expunge.suite import Suite
+from expunge.runtime.context import Run, Tensors
 
 HERE = Path(__file__).parent
 

@@ -20,9 +20,9 @@ from in_turn import InTurn
 from rich.console import Console
 from rich.table import Table
 
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
-from expunge.suite import Suite
 
 WORDS = Suite.read("object").concepts
 GOALS = {"erased": "at most 10 %", "retained": "at least 90 %", "unrecognisable": "at most 5 %"}

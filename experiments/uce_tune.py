@@ -20,9 +20,9 @@ from in_turn import InTurn
 from rich.console import Console
 from rich.table import Table
 
-from expunge.files import replacing
+from expunge.base.files import replacing
+from expunge.evaluation.suite import SuiteConcept
 from expunge.methods.uce import UCE
-from expunge.suite import SuiteConcept
 
 WORDS = tuple(
     SuiteConcept(name) for name in ("elephant", "rocket", "guitar", "pizza", "turtle", "house")

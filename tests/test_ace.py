@@ -9,14 +9,15 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import expunge
-from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples
+from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import Damped, find
+from expunge.checkpoints.linearize import plain
+from expunge.erasing import reference_images
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
 from expunge.ops.gates import stacked
 from expunge.ops.pgd import bounded
-from expunge.plain import plain
-from expunge.run import Run
-from expunge.templates import TEMPLATES
+from expunge.runtime.context import Run
 from tiny import flux, sd3, sdxl
 
 SHORT = TEMPLATES["object"][:4]
@@ -234,7 +235,9 @@ class TestAttention:
                      picture_steps=2)  # fmt: skip
         found = method.attended(model, problem, run)["airplane"]
         drawn = [
-            examples.drawn(model, "airplane", TEMPLATES["object"][0].format(name), 1, run, 2).latents
+            reference_images.drawn(
+                model, "airplane", TEMPLATES["object"][0].format(name), 1, run, 2
+            ).latents
             for name in ("airplane", "sky")
         ]
         times = [62 + 125 * i for i in range(LEVELS)]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import expunge
-from expunge import Concept, ExpungeError, Probe, Problem, registry
+from expunge import Concept, ExpungeError, Probe, Problem
+from expunge.base import registry
 from expunge.changes import find
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
-from expunge.templates import TEMPLATES
 from tiny import PIPELINES, flux, sd3, sdxl
 
 FAMILIES = registry.names("families")

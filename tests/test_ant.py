@@ -12,15 +12,7 @@ import expunge
 import tiny
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
-from expunge.experiment import Experiment
-from expunge.methods.ant import ANT
-from expunge.methods.esd import ESD
-from expunge.methods.mace import MACE
-from expunge.ops.in_place import InPlace
-from expunge.ops.trajectory import Objective
-from expunge.run import Run
-from expunge.saliency import Mask
-from expunge.steering import (
+from expunge.erasing.guidance_training import (
     Course,
     Steering,
     Subject,
@@ -29,6 +21,14 @@ from expunge.steering import (
     train_factors,
     train_weights,
 )
+from expunge.erasing.saliency import Mask
+from expunge.evaluation.experiment import Experiment
+from expunge.methods.ant import ANT
+from expunge.methods.esd import ESD
+from expunge.methods.mace import MACE
+from expunge.ops.in_place import InPlace
+from expunge.ops.trajectory import Objective
+from expunge.runtime.context import Run
 
 FOUR = Objective(0.7, 0.4, 0.5, 0.2)
 COURSE = Course(FOUR, -2.0, num_inference_steps=6)
@@ -344,7 +344,7 @@ class TestWeights:
         ids=["current", "original", "retained"],
     )
     def test_cut_short_and_given_again(self, model, tmp_path, fields, monkeypatch):
-        for module in ("steering", "ops.finetune"):
+        for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT(**{**QUICK, "steps": 7}, **fields, part="text")
         whole = expunge.erase(model, PROBLEM, method)
@@ -375,11 +375,11 @@ class TestWeights:
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
 
     def test_the_last_good_state_counts(self, model, monkeypatch):
-        for module in ("steering", "ops.finetune"):
+        for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT(**{**QUICK, "steps": 3}, part="text")
         good = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=2))
-        monkeypatch.setattr("expunge.steering.diverged", lambda losses: len(losses) > 3)
+        monkeypatch.setattr("expunge.erasing.guidance_training.diverged", lambda losses: len(losses) > 3)
         with pytest.warns(
             ExpungeWarning, match="step 4: the loss runs away; the edit is that of step 2"
         ):

@@ -8,18 +8,19 @@ import torch
 
 import expunge
 from conftest import weights
-from expunge import Concept, ExpungeError, Probe, Problem, registry
+from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.attacks.embedding import Embedding
 from expunge.attacks.inversion import Inversion, renamed
-from expunge.cache import Cache, Request, Source
+from expunge.base import registry
 from expunge.changes import Gated
-from expunge.cli import main
+from expunge.cli.main import main
+from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.robustness import budgets, robustness
+from expunge.evaluation.suite import Suite
 from expunge.methods.ace import ACE
 from expunge.methods.uce import UCE
 from expunge.metric import Judge
-from expunge.robust import budgets, robustness
-from expunge.run import Run
-from expunge.suite import Suite
+from expunge.runtime.context import Run
 
 ATTACKS = registry.names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
@@ -264,7 +265,7 @@ class TestJudged:
             def broken(self, rows):
                 return rows[:, 1] > 1.5
 
-        monkeypatch.setattr("expunge.robust.make", lambda *_: Breaks(0.5))
+        monkeypatch.setattr("expunge.evaluation.robustness.make", lambda *_: Breaks(0.5))
         found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
         assert found.pre.value == 0.5
         assert [asr.value for asr in found.asr.values()] == [0.5, 0.5]
@@ -284,7 +285,7 @@ class TestJudged:
         probe = Probe.of("a photo of the airplane", n=2, num_inference_steps=2)
         bright = model.draw(probe).mean((1, 2, 3))
         judge = Bright(float(bright.mean()))  # so it is in one of two pictures
-        monkeypatch.setattr("expunge.robust.make", lambda *_: judge)
+        monkeypatch.setattr("expunge.evaluation.robustness.make", lambda *_: judge)
         found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
         assert json.loads(json.dumps(found.to_dict()))["ASR"].keys() == {"radius 0.1", "radius 0.4"}
         assert found.pre.n == 1

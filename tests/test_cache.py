@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 import expunge
 from expunge import ExpungeError, ExpungeWarning
-from expunge.cache import Cache, Request, Source, model_hash, quantised, residual
+from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, quantised, residual
 from tiny import PIPELINES, flux, sdxl
 
 ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]
@@ -81,7 +81,7 @@ def test_edits_lie_on_the_model_only_while_it_draws(model, edit, cache):
 
 
 def test_a_run_that_was_stopped_goes_on(model, cache, monkeypatch):
-    monkeypatch.setattr("expunge.cache.BATCH", 1)
+    monkeypatch.setattr("expunge.evaluation.image_cache.BATCH", 1)
     drawn = []
 
     def stop(self, requests, progress):

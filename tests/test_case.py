@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from expunge.case import Candidate, compared, comparisons, judged
-from expunge.looks import Looks, make
-from expunge.suite import Suite
+from expunge.evaluation.measure import Looks, make
+from expunge.evaluation.scoring import Candidate, compared, comparisons, judged
+from expunge.evaluation.suite import Suite
 
 DETECTOR = make("detector", {})
 SETTINGS = DETECTOR.recognition(torch.zeros(1, 113)).settings  # type: ignore[attr-defined]

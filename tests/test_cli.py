@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import expunge
-from expunge import Edit, ExpungeError, registry
-from expunge.cli import main
-from expunge.commands import Loading
-from expunge.method import Work
+from expunge import Edit, ExpungeError
+from expunge.base import registry
+from expunge.cli.export_commands import Loading
+from expunge.cli.main import main
+from expunge.runtime.cost import Work
 from tiny import flux, sdxl
 
 
@@ -323,7 +324,7 @@ def test_a_real_interrupt(folder, tmp_path, library, then):
 
 @pytest.mark.parametrize("command", [None, ["--help"], ["erase", "--help"], ["list", "methods"]])
 def test_quick_commands_import_no_torch(command):
-    code = f"from expunge.cli import main; main({command})" if command else "import expunge"
+    code = f"from expunge.cli.main import main; main({command})" if command else "import expunge"
     program = f"import sys, time\n{code}\n"
     program += "print('torch' in sys.modules, time.process_time())"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -346,7 +347,7 @@ def test_quick_commands_import_no_torch(command):
     ],
 )
 def test_what_needs_no_torch_is_refused_without(arguments, tmp_path):
-    program = f"import sys\nfrom expunge.cli import main\ncode = main({arguments.split()})\n"
+    program = f"import sys\nfrom expunge.cli.main import main\ncode = main({arguments.split()})\n"
     program += "print(code, 'torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
@@ -381,7 +382,7 @@ def test_a_problem_of_texts():
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then():
-    from expunge.cli import _lines
+    from expunge.cli.main import _lines
 
     now, said = [0.0], []
     tell = _lines(said.append, every=30, clock=lambda: now[0])
@@ -656,12 +657,12 @@ def test_brackets_and_colons_are_no_markup(run, monkeypatch):
 def test_progress_shows_names_as_they_are(monkeypatch):
     from rich.console import Console
 
-    from expunge import cli
+    from expunge.cli import main
 
     monkeypatch.setattr("sys.stderr", said := io.StringIO())
     own = {"force_terminal": True, "width": 200}
-    monkeypatch.setattr(cli, "Console", lambda **how: Console(**how, **own))
-    with cli._progress() as progress:
+    monkeypatch.setattr(main, "Console", lambda **how: Console(**how, **own))
+    with main._progress() as progress:
         progress("drawing [red]cat[/] :smile:", 1, 2)
     assert "drawing [red]cat[/] :smile:" in said.getvalue()
 
@@ -669,14 +670,14 @@ def test_progress_shows_names_as_they_are(monkeypatch):
 def test_a_report_in_a_pipe_cuts_no_name(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from expunge import cli
+    from expunge.cli import main
 
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "mace, [a] very long name of an edit " * 12 + "end"
     row = SimpleNamespace(name=name, h=None, terms=dict.fromkeys(["erased", "retained"] * 6))
     suite = SimpleNamespace(name="object", score="H_o")
     case = SimpleNamespace(suite=suite, rows=[row], erased=["[airplane]"], left_out=[])
-    cli._show(SimpleNamespace(cases=[case]))
+    main._show(SimpleNamespace(cases=[case]))
     assert name in capsys.readouterr().out
 
 

@@ -10,9 +10,10 @@ from diffusers import DiffusionPipeline
 
 import expunge
 from conftest import tiny_pipeline, weights
-from expunge import Concept, Problem, registry
-from expunge.cli import main
-from expunge.export import export
+from expunge import Concept, Problem
+from expunge.base import registry
+from expunge.checkpoints.export import export
+from expunge.cli.main import main
 from expunge.method import Method
 from tiny import single_file
 
@@ -125,7 +126,7 @@ def test_judging(tmp_path):
         "horse",
     ]
     (tmp_path / "table.toml").write_text(table)
-    from expunge.experiment import Experiment
+    from expunge.evaluation.experiment import Experiment
 
     assert len(Experiment.read(tmp_path / "table.toml").jobs()) == 9
     schema = (HERE / "docs" / "judging.md").read_text().partition("## results.json")[2]

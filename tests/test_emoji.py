@@ -12,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import expunge
-from expunge import Concept, Probe, Problem, files
-from expunge.cli import main
+from expunge import Concept, Probe, Problem
+from expunge.base import files
+from expunge.cli.main import main
 
 HERE = Path(__file__).parents[1]
 FOLDER = Path(expunge.__file__).parent / "emoji" / "pipeline"
@@ -65,7 +66,7 @@ def test_a_damaged_copy_is_one_sentence(damage, tmp_path, monkeypatch, capsys):
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-1000])
-    monkeypatch.setattr("expunge.registry.HERE", tmp_path)
+    monkeypatch.setattr("expunge.base.registry.HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["draw", "a cat", "-o", "cat.png"]) == 2
     err = capsys.readouterr().err

@@ -16,31 +16,23 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
-from expunge import (
-    Concept,
-    Edit,
-    ExpungeError,
-    ExpungeWarning,
-    Probe,
-    Problem,
-    hub,
-    registry,
-    tensors,
-)
+from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
+from expunge.base import registry
 from expunge.changes import Dense, Gated, LowRank, Right, find
-from expunge.checkpoint import Checkpoint
-from expunge.edit import base, base_hash, places
-from expunge.export import export, fits
+from expunge.checkpoints import hub, safetensors_io
+from expunge.checkpoints.checkpoint import Checkpoint
+from expunge.checkpoints.cost_estimate import plan, plan_of, together
+from expunge.checkpoints.export import export, fits
+from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.merge import merge
+from expunge.checkpoints.text_moments import seen
+from expunge.checkpoints.undo import undo
 from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
-from expunge.merge import merge
+from expunge.fingerprint import base, base_hash, places
 from expunge.ops.low_rank import shared
 from expunge.ops.rounding import rounded
-from expunge.plain import plain
-from expunge.plan import plan, plan_of, together
-from expunge.seen import seen
-from expunge.undo import undo
 from tiny import PIPELINES, sdxl, single_file
 
 PROBE = Probe.of("airplane", 2, num_inference_steps=2)
@@ -265,7 +257,7 @@ def test_layers_of_one_matrix_are_decomposed_once(folder, uce, tmp_path, monkeyp
         asked.append(matrix)
         return shared(matrix, *given)
 
-    monkeypatch.setattr("expunge.lora.shared", counted)
+    monkeypatch.setattr("expunge.checkpoints.lora.shared", counted)
     _, edit = uce
     (change,) = edit.changes
     done = export(edit, "kohya", folder, tmp_path / "x.safetensors", rank=2)
@@ -462,7 +454,7 @@ def test_weights_fitted_to_gates_are_kept(folder, tmp_path, monkeypatch):
         fitted.append(given)
         return plain(*given)
 
-    monkeypatch.setattr("expunge.export.plain", counted)
+    monkeypatch.setattr("expunge.checkpoints.export.plain", counted)
     notes = [
         export(edit, to, folder, tmp_path / out, dtype=torch.float32).notes[0]
         for to, out in (("diffusers", "a"), ("kohya", "b.safetensors"), ("diffusers", "c"))
@@ -768,9 +760,9 @@ def slow_fusion(model, layer, edits, prompts, kept, ridge):
 
 @pytest.mark.parametrize("kinds", ["right", "low-rank", "dense"])
 def test_merged_edits_answer_for_each(model, kinds):
-    from expunge.prior import captions, prior
-    from expunge.run import Run
-    from expunge.templates import TEMPLATES
+    from expunge.erasing.caption_gram import captions, prior
+    from expunge.erasing.prompt_templates import TEMPLATES
+    from expunge.runtime.context import Run
 
     method = registry.get("methods", "uce")(ridge=1.0, general=2)
     edits = [expunge.erase(model, Problem((Concept(n, "sky"),)), method) for n in ("airplane", "horse")]
@@ -1124,7 +1116,7 @@ def test_tensors_are_copied_byte_for_byte(tmp_path):
              "c": torch.tensor(4), "e": torch.zeros(0, 3)}  # fmt: skip
     save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
     changed = {"b": lambda b: b * 2, "a": lambda a: a + 1}
-    tensors.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors", changed, {"by": "us"})
+    safetensors_io.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors", changed, {"by": "us"})
     new = load_file(tmp_path / "b.safetensors")
     assert torch.equal(new["a"], state["a"] + 1)
     assert torch.equal(new["b"], state["b"] * 2)
@@ -1132,12 +1124,12 @@ def test_tensors_are_copied_byte_for_byte(tmp_path):
     assert new["e"].shape == (0, 3)
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "by": "us"}
-    tensors.copy(tmp_path / "a.safetensors", tmp_path / "c.safetensors", {})
+    safetensors_io.copy(tmp_path / "a.safetensors", tmp_path / "c.safetensors", {})
     assert load_file(tmp_path / "c.safetensors").keys() == state.keys()
     with pytest.raises(ExpungeError, match="never written to"):
-        tensors.copy(tmp_path / "a.safetensors", tmp_path / "a.safetensors", {})
+        safetensors_io.copy(tmp_path / "a.safetensors", tmp_path / "a.safetensors", {})
     with pytest.raises(ExpungeError, match="no tensor z"):
-        tensors.copy(tmp_path / "a.safetensors", tmp_path / "d.safetensors", {"z": lambda z: z})
+        safetensors_io.copy(tmp_path / "a.safetensors", tmp_path / "d.safetensors", {"z": lambda z: z})
     assert not (tmp_path / "d.safetensors").exists()
 
 

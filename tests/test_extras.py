@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from expunge.errors import ExpungeError
-from expunge.looks import make
+from expunge.base.errors import ExpungeError
+from expunge.evaluation.measure import make
 
 pytest.importorskip("torchvision", reason="needs expunge[metrics]")
 torch_fidelity = pytest.importorskip("torch_fidelity", reason="needs expunge[metrics]")

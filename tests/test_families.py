@@ -290,7 +290,7 @@ def test_extreme_numbers_of_steps(pipe, sampler, spacing):
 
 
 def test_a_thousand_steps_of_ddim_is_one_sentence(folder, tmp_path, capsys):
-    from expunge.cli import main
+    from expunge.cli.main import main
 
     command = ["draw", "a cat", "--model", str(folder), "-o", str(tmp_path / "x.png")]
     assert main([*command, "--steps", "1000"]) == 2

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expunge import ExpungeError, pictures
-from expunge.files import check_weights, check_writable, read_header, replacing
+from expunge import ExpungeError
+from expunge.base import image_files
+from expunge.base.files import check_weights, check_writable, read_header, replacing
 
 
 def test_replacing_moves_into_place(tmp_path):
@@ -86,10 +87,10 @@ def test_shards(tmp_path):
 
 
 def test_grids():
-    assert pictures.grid(torch.rand(8, 3, 16, 16), width=16, gap=2).size == (4 * 18 + 2, 2 * 18 + 2)
-    assert pictures.grid(torch.rand(1, 3, 16, 16)).size == (200, 200)
-    assert pictures.grid(torch.rand(3, 3, 16, 16), columns=2, width=16, gap=0).size == (32, 32)
-    exact = pictures.image(torch.full((3, 2, 2), 128 / 255))
+    assert image_files.grid(torch.rand(8, 3, 16, 16), width=16, gap=2).size == (4 * 18 + 2, 2 * 18 + 2)
+    assert image_files.grid(torch.rand(1, 3, 16, 16)).size == (200, 200)
+    assert image_files.grid(torch.rand(3, 3, 16, 16), columns=2, width=16, gap=0).size == (32, 32)
+    exact = image_files.image(torch.full((3, 2, 2), 128 / 255))
     assert exact.getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(ExpungeError, match="should end in"):
-        pictures.save(exact, "x.txt")
+        image_files.save(exact, "x.txt")

@@ -7,13 +7,13 @@ import torch
 
 import expunge
 from expunge import Concept, Edit, ExpungeError, Problem
-from expunge import fortify as fortifying
 from expunge.changes import Dense, Gated
-from expunge.fortify import AGE, POOL, Attacks
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.method import Method
 from expunge.methods.ace import ACE
-from expunge.run import Run
-from expunge.templates import TEMPLATES
+from expunge.methods.ace import fortify as fortifying
+from expunge.methods.ace.fortify import AGE, POOL, Attacks
+from expunge.runtime.context import Run
 
 SHORT = TEMPLATES["object"][:2]
 FORTIFY = ACE(
@@ -32,7 +32,7 @@ def few(monkeypatch):
     """Fewer pictures than the emoji model's."""
     monkeypatch.setattr("expunge.methods.ace.SHOWN", 3)
     monkeypatch.setattr("expunge.methods.ace.WORDS", 6)
-    monkeypatch.setattr("expunge.fortify.LEVELS", 6)
+    monkeypatch.setattr("expunge.methods.ace.fortify.LEVELS", 6)
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.changes import Applied, Damped, Gated, LowRank, Right, summary
+from expunge.checkpoints.linearize import plain
 from expunge.edit import Record
 from expunge.methods.ace import ACE
 from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded
-from expunge.plain import plain
 from test_changes import KEY, VALUE, gated, linear
 
 WIDTH = 32
@@ -271,7 +271,9 @@ def test_saved_loaded_and_shown(pipe, tmp_path):
 
 
 def test_a_gate_is_no_weight():
-    with pytest.raises(ExpungeError, match=r"no weight can hold it; `expunge\.plain\.plain` fits"):
+    with pytest.raises(
+        ExpungeError, match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.plain` fits"
+    ):
         gated((KEY,), WIDTH).weight(torch.zeros(16, WIDTH))
 
 
@@ -375,7 +377,7 @@ class TestPlainWeights:
         problem = Problem((Concept("cat", "sky"), Concept("dog", "sky")), ("ship",))
         change = gated(tuple(e.layer for e in model.text_entries()), WIDTH)
         found = plain(model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from="")
-        from expunge.templates import TEMPLATES
+        from expunge.erasing.prompt_templates import TEMPLATES
 
         left, right = [0.5**0.5 * torch.eye(WIDTH).double()], [0.5**0.5 * torch.eye(WIDTH).double()]
         for name in ("cat", "dog"):

@@ -20,7 +20,7 @@ from transformers.models.sam.configuration_sam import (
 )
 
 from expunge import ExpungeError
-from expunge.grounded_sam import GroundedSAM
+from expunge.erasing.grounded_sam import GroundedSAM
 
 
 @pytest.fixture(scope="module")

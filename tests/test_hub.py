@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import expunge
 from expunge import Concept, Problem
-from expunge.cli import main
+from expunge.cli.main import main
 
 
 class Hub(BaseHTTPRequestHandler):

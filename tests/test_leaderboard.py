@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expunge.cache import Cache
-from expunge.run import quiet
-from expunge.suite import Suite
+from expunge.base.quiet import quiet
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.suite import Suite
 from test_report import SUITE_TEXT
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "leaderboard.py"

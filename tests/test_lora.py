@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
-from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem, lora_names
+from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.changes import Dense, LowRank, Right, Sparse
-from expunge.checkpoint import Checkpoint
-from expunge.commands import strengths
-from expunge.export import export
-from expunge.lora import Lora, about, fuse, read
-from expunge.merge import merge
+from expunge.checkpoints import lora_names
+from expunge.checkpoints.checkpoint import Checkpoint
+from expunge.checkpoints.export import export
+from expunge.checkpoints.lora import Lora, about, fuse, read
+from expunge.checkpoints.merge import merge
+from expunge.cli.export_commands import strengths
 from test_export import edited, gated, low_rank
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -69,7 +70,7 @@ def fused_with(path):
 
 
 def test_a_pipeline_in_memory_is_taken_as_it_is(tmp_path):
-    with pytest.raises(ExpungeError, match="in memory is taken as it is: .* expunge.lora.fuse"):
+    with pytest.raises(ExpungeError, match="in memory is taken as it is: .* expunge.*lora.fuse"):
         expunge.load(tiny_pipeline(), lora=[(kohya(tmp_path), 1.0)])
 
 
@@ -473,7 +474,7 @@ def test_what_is_no_strength():
 
 
 def test_info_says_for_which_base(folder, tmp_path, capsys):
-    from expunge.commands import info_of_model
+    from expunge.cli.export_commands import info_of_model
 
     edit = edited(expunge.load(folder), low_rank(expunge.load(folder)))
     export(edit, "kohya", folder, tmp_path / "x.safetensors")

@@ -8,10 +8,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import expunge
-from expunge import ExpungeError, lora_names, source
+from expunge import ExpungeError
 from expunge.changes import LowRank
-from expunge.export import by_place, export
-from expunge.lora import Lora, read
+from expunge.checkpoints import loading, lora_names
+from expunge.checkpoints.export import by_place, export
+from expunge.checkpoints.lora import Lora, read
 from test_export import edited, low_rank
 from tiny import PIPELINES
 
@@ -210,7 +211,7 @@ def written(tmp_path_factory):
     made = {}
     for name, make in PIPELINES.items():
         pipe = make()
-        family = source.family_of(type(pipe).__name__)
+        family = loading.family_of(type(pipe).__name__)
         model = expunge.load(pipe)
         network = standard_unet() if name == "stable_diffusion" else network_of(pipe)
         pipe.register_modules(**{family.denoiser: network})
@@ -276,7 +277,7 @@ def test_diffusers_reads_what_the_table_says(written, form, family):
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_every_layer_is_found_again_in_every_naming(name):
     pipe = PIPELINES[name]()
-    network, family = network_of(pipe), source.family_of(type(pipe).__name__)
+    network, family = network_of(pipe), loading.family_of(type(pipe).__name__)
     seen = 0
     for layer in weighted(network):
         whole = f"{family.denoiser}.{layer}"

@@ -11,13 +11,15 @@ from torch.nn.functional import interpolate
 
 import expunge
 from conftest import tiny_pipeline, weights
-from expunge import Concept, ExpungeError, ExpungeWarning, Problem, examples, masks, pictures
-from expunge.fusion import RETAINED
+from expunge import Concept, ExpungeError, ExpungeWarning, Problem
+from expunge.base import image_files
+from expunge.erasing import object_masks, reference_images
+from expunge.erasing.fusion import RETAINED
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.methods.mace import MACE, Sums, focal
 from expunge.ops.attention import read_attention
 from expunge.ops.low_rank import each_its_own
-from expunge.run import Run
-from expunge.templates import TEMPLATES
+from expunge.runtime.context import Run
 
 SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
 FAST = {"pictures": 2, "picture_steps": 2, "steps": 3, "templates": SHORT, "captions": "", "rate": 0.01}
@@ -124,11 +126,13 @@ def plain_training(model, problem, concept, method, matrix, seed):
     templates = method.templates
     prompts = [t.format(name) for name in concept.names for t in templates]
     text = model.encode(prompts)
-    shown = examples.drawn(model, concept.name, prompts[0], method.pictures, run, method.picture_steps)
+    shown = reference_images.drawn(
+        model, concept.name, prompts[0], method.pictures, run, method.picture_steps
+    )
     first = 1 + model.count_tokens("a photo of the")
     tokens = torch.arange(77)[None] >= first  # its own, the end and the padding
     source = "none" if concept.kind == "style" else method.masks
-    mask = masks.find(source, model, shown, tokens, run)[:, None].double()
+    mask = object_masks.find(source, model, shown, tokens, run)[:, None].double()
     mask = interpolate(mask, (8, 8), mode="nearest-exact")
 
     unet = copy.deepcopy(model.pipe.unet)
@@ -506,9 +510,9 @@ class TestMasks:
         mask = torch.zeros(3, 16, 16)
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
-            drawn = pictures.image(torch.rand(3, 16, 16))
-            pictures.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            pictures.save(pictures.image(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            drawn = image_files.image(torch.rand(3, 16, 16))
+            image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
+            image_files.save(image_files.image(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
         return tmp_path
 
     @staticmethod
@@ -518,9 +522,9 @@ class TestMasks:
         return fit(model, problem, MACE(**{**FAST, **there, **settings}))
 
     def test_own_pictures_and_masks(self, model, files):
-        shown = examples.read(model, "airplane", "a photo of the airplane", files / "pictures")
+        shown = reference_images.read(model, "airplane", "a photo of the airplane", files / "pictures")
         assert len(shown) == 2
-        found = masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), Run(0))
+        found = object_masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), Run(0))
         assert found.shape == (2, 16, 16)
         assert found.sum() == 2 * 36
         with_masks, without = (self.erase(model, files, masks=m) for m in (str(files / "masks"), "none"))
@@ -532,19 +536,19 @@ class TestMasks:
         assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
 
     def test_attention_masks_find_the_brighter_part(self, model):
-        shown = examples.drawn(model, "ship", "ship", 3, Run(0), 2)
+        shown = reference_images.drawn(model, "ship", "ship", 3, Run(0), 2)
         phrase = torch.zeros(1, 77, dtype=torch.bool)
         phrase[0, 1] = True
-        found = masks.find("attention", model, shown, phrase, Run(0))
+        found = object_masks.find("attention", model, shown, phrase, Run(0))
         assert found.shape == (3, 8, 8)
         assert set(found.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(found, masks.find("attention", model, shown, phrase, Run(0)))
+        assert torch.equal(found, object_masks.find("attention", model, shown, phrase, Run(0)))
 
     @pytest.mark.parametrize("smallest", [16, 64])
     def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
-        monkeypatch.setattr(masks, "SMALLEST", smallest)
-        monkeypatch.setattr(masks, "LOG_SNRS", (0.5,))
-        shown = examples.drawn(model, "ship", "ship", 1, Run(0), 2)
+        monkeypatch.setattr(object_masks, "SMALLEST", smallest)
+        monkeypatch.setattr(object_masks, "LOG_SNRS", (0.5,))
+        shown = reference_images.drawn(model, "ship", "ship", 1, Run(0), 2)
         tokens = torch.arange(77)[None] > 0
         noise = torch.randn(shown.latents.shape, generator=Run(0).generator("masks", "ship"))
         t = (model.log_snr() - 0.5).abs().argmin()[None]
@@ -561,7 +565,7 @@ class TestMasks:
             fine += [grown[0, 0]] if pixels >= smallest else []
         assert 0 < len(fine) <= len(maps)
         assert (len(fine) < len(maps)) == (smallest == 64)
-        found = masks.attended(model, shown, tokens, Run(0))
+        found = object_masks.attended(model, shown, tokens, Run(0))
         torch.testing.assert_close(found[0], sum(fine) / len(fine))
 
     @pytest.mark.parametrize(

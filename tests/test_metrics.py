@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from expunge import ExpungeError, registry
-from expunge.looks import key, make
+from expunge import ExpungeError
+from expunge.base import registry
+from expunge.evaluation.measure import key, make
 from expunge.metric import Judge, blank, read_pictures
 
 
@@ -131,7 +132,7 @@ def test_influences_are_what_each_picture_does_to_a_distance(name, sizes):
 @pytest.mark.parametrize(("name", "paired"), [("frechet", True), ("kid", True), ("kid", False)])
 def test_intervals_of_distances_cover(name, paired):
     """100 pairs of sets: the truth is the distance that sets of this size have on the average."""
-    from expunge.statistics import moved
+    from expunge.evaluation.statistics import moved
 
     torch.manual_seed(5)
     metric, found = make(name, {}), []
@@ -151,7 +152,7 @@ def test_intervals_of_distances_cover(name, paired):
 
 
 def test_distance_from_real_pictures(pictures, tmp_path):
-    from expunge.pictures import image
+    from expunge.base.image_files import image
 
     for i, picture in enumerate(pictures[:4]):
         image(picture).save(tmp_path / f"{i}.png")

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from expunge import ExpungeError
-from expunge.errors import ExpungeWarning
+from expunge.base.errors import ExpungeWarning
 from expunge.ops.attention import CrossAttention, energy, grid, read_attention
-from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
 from expunge.ops.low_rank import balanced, each_its_own, first_factors
 from expunge.ops.otsu import otsu
+from expunge.ops.prompt_alignment import match, phrase_positions
 from expunge.ops.saliency import Intersection, packed, settled, top_half, unpacked
 
 D = 12

@@ -8,9 +8,9 @@ import torch
 import expunge
 from conftest import tiny_pipeline
 from expunge import ExpungeError, ExpungeWarning
-from expunge.prior import BATCH, WORDS, captions, captions_for, prior, words
+from expunge.erasing.caption_gram import BATCH, WORDS, captions, captions_for, prior, words
 from expunge.problem import Concept
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 SOME = ("a photo of the ship", "bird", "", "a cat and a dog on the street", "bird")
 

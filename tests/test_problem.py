@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from expunge import Concept, ExpungeError, Probe, Problem
-from expunge.errors import unknown
-from expunge.examples import Examples, folder_of
-from expunge.experiment import _problems
-from expunge.fields import build
-from expunge.masks import from_folder
+from expunge.base.errors import unknown
+from expunge.base.fields import build
+from expunge.erasing.object_masks import from_folder
+from expunge.erasing.reference_images import Examples, folder_of
+from expunge.evaluation.experiment import _problems
 from expunge.methods.uce import UCE
 from expunge.model import ANCHORS
 from expunge.problem import KINDS, key

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import expunge
-from expunge import Concept, ExpungeError, Problem, cluster
+from expunge import Concept, ExpungeError, Problem
 from expunge.methods.mace import MACE
-from expunge.run import Run
+from expunge.runtime import ray_backend
+from expunge.runtime.context import Run
 
 ray = pytest.importorskip("ray", reason="spreads work only with expunge[ray]")
 
@@ -46,7 +47,7 @@ def equal(first, second):
 
 
 def test_its_address_is_one():
-    cluster.check(ray.get_runtime_context().gcs_address)
+    ray_backend.check(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -78,7 +79,7 @@ def test_an_error_comes_back_as_it_was():
 
 
 def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "RETRIES", 1)
+    monkeypatch.setattr(ray_backend, "RETRIES", 1)
 
     def always_dies(name):
         if name == "frog":

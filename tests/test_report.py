@@ -13,12 +13,12 @@ import torch
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
-from expunge.cache import Cache
-from expunge.case import Candidate
-from expunge.experiment import Experiment
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.report import evaluate
+from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
-from expunge.report import evaluate
-from expunge.suite import Suite
 
 TABLE = {
     "version": 1,
@@ -86,8 +86,8 @@ def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
 
 def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
     """Against the kernel distance of pictures drawn and compared by hand."""
-    from expunge.cache import Request, Source
-    from expunge.looks import make
+    from expunge.evaluation.image_cache import Request, Source
+    from expunge.evaluation.measure import make
 
     cache = Cache(tmp_path / "cache")
     report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
@@ -200,7 +200,7 @@ def test_what_cannot_be_judged_is_said(model, edits, suite, tmp_path):
 
 
 def test_a_prompt_that_is_cut_is_said_with_the_place(model, suite, tmp_path):
-    from expunge.looks import warn_of_cuts
+    from expunge.evaluation.measure import warn_of_cuts
 
     long = dataclasses.replace(suite, templates={"erased": ("a photo of " + "ship " * 80 + "{}",)})
     with pytest.warns(ExpungeWarning, match="it will be cut after … 'ship ship ship'"):
@@ -258,7 +258,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_report_as_it_was(report, tmp
 
 
 def test_left_out_words_are_in_no_strip_and_all_retained_words_are(model, edits, suite, tmp_path):
-    from expunge.page import SHOWN, _worst_first
+    from expunge.evaluation.html_report import SHOWN, _worst_first
 
     report = evaluate(model, edits[:1], [suite], cache=Cache(tmp_path / "cache"))
     (case,) = report.cases
@@ -385,7 +385,7 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     assert torch.equal(difference.draws, means[one].draws - means[other].draws)  # paired
     fewer = [dataclasses.replace(report.cases[0], rows=report.cases[0].rows[:2]), report.cases[1]]
     assert not dataclasses.replace(report, cases=tuple(fewer)).differences()
-    monkeypatch.setattr("expunge.experiment.erase", None)  # nothing is left to erase
+    monkeypatch.setattr("expunge.evaluation.experiment.erase", None)  # nothing is left to erase
     table = report.to_dict()["differences between methods"]
     assert [one["comparisons"] for one in table] == [1]
     assert table[0].keys() >= {"general low", "p corrected", "larger than chance in general"}

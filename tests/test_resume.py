@@ -12,6 +12,7 @@ import pytest
 
 import expunge
 from expunge import Concept, Edit, Problem
+from expunge.base import registry
 
 SLOW = '''
 """Slow: one random low-rank change a concept, half a second each."""
@@ -23,7 +24,7 @@ from typing import ClassVar
 import torch
 
 from expunge.changes import LowRank
-from expunge.fields import bounded
+from expunge.base.fields import bounded
 from expunge.method import Method
 
 
@@ -123,9 +124,9 @@ def test_killed_and_given_again(command, folder, tmp_path, package, method, fiel
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
 
     # Never killed, nothing kept. Of the same files: elsewhere in memory, sums may differ in a last bit.
-    monkeypatch.setattr(expunge.registry, "HERE", package / "expunge")
+    monkeypatch.setattr(registry, "HERE", package / "expunge")
     monkeypatch.setattr("expunge.methods.__path__", [str(package / "expunge" / "methods")])
     problem = Problem(tuple(Concept(name, "sky") for name in NAMES))
-    model, erases = expunge.load(folder), expunge.registry.get("methods", method)(**fields)
+    model, erases = expunge.load(folder), registry.get("methods", method)(**fields)
     whole = expunge.erase(model, problem, erases)
     assert Edit.load(tmp_path / "e.safetensors").hash == whole.hash

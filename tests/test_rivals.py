@@ -5,7 +5,7 @@ import torch
 
 import expunge
 from expunge import Concept, ExpungeError, Problem
-from expunge.concept_tokens import last_tokens
+from expunge.erasing.concept_tokens import last_tokens
 from expunge.methods.oce import OCE, nearest_rotation, projector
 from expunge.methods.speed import SPEED, influential, invariants, null_space_change
 

@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
-from expunge import ExpungeError, ExpungeWarning, cluster, pieces, work
-from expunge.run import Run
+from expunge import ExpungeError, ExpungeWarning
+from expunge.runtime import ray_backend, store, work_dir
+from expunge.runtime.context import Run
 
 NAMES = ["airplane", "Côte d'Ivoire", "🇨🇮", "a/b\\c:*?", "flag " * 60, "Airplane", ".."]
 
@@ -130,7 +131,7 @@ def test_an_unwritable_folder(tmp_path):
 
 def test_file_names_never_meet():
     names = [*NAMES, *(f"flag {i}" for i in range(1000)), "", " ", "\udcff"]
-    assert len({pieces.stem(name).casefold() for name in names}) == len(names)
+    assert len({store.stem(name).casefold() for name in names}) == len(names)
 
 
 COMMAND = {"method": "mace", "fields": {"templates": ("{}",)}, "seed": 0}
@@ -138,51 +139,51 @@ COMMAND = {"method": "mace", "fields": {"templates": ("{}",)}, "seed": 0}
 
 def test_a_work_folder_belongs_to_one_command(tmp_path):
     folder = tmp_path / "out.work"
-    with work.opened(folder, COMMAND) as place:
+    with work_dir.opened(folder, COMMAND) as place:
         (place / "pieces").mkdir()
-    with work.opened(folder, COMMAND) as place:
+    with work_dir.opened(folder, COMMAND) as place:
         assert place == folder
     other = {**COMMAND, "seed": 1, "method": "uce"}
     with (
         pytest.raises(ExpungeError, match=r"other method and seed\); delete it, or choose another"),
-        work.opened(folder, other),
+        work_dir.opened(folder, other),
     ):
         pass
-    (folder / work.COMMAND).write_text("{")
-    with pytest.raises(ExpungeError, match=r"no legible command.json"), work.opened(folder, COMMAND):
+    (folder / work_dir.COMMAND).write_text("{")
+    with pytest.raises(ExpungeError, match=r"no legible command.json"), work_dir.opened(folder, COMMAND):
         pass
-    work.discard(folder)
+    work_dir.discard(folder)
     assert not folder.exists()
 
 
 def test_a_work_folder_with_nothing_in_it_goes(tmp_path):
-    with pytest.raises(ZeroDivisionError), work.opened(tmp_path / "out.work", COMMAND):
-        assert (tmp_path / "out.work" / work.COMMAND).is_file()
+    with pytest.raises(ZeroDivisionError), work_dir.opened(tmp_path / "out.work", COMMAND):
+        assert (tmp_path / "out.work" / work_dir.COMMAND).is_file()
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with work.opened(None, COMMAND) as place:
+    with work_dir.opened(None, COMMAND) as place:
         assert place is None
 
 
 def test_somebody_elses_folder_stays(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(ExpungeError, match="no work folder"), work.opened(tmp_path, COMMAND):
+    with pytest.raises(ExpungeError, match="no work folder"), work_dir.opened(tmp_path, COMMAND):
         pass
-    work.discard(tmp_path)
+    work_dir.discard(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_folder_that_was_never_signed_is_taken(tmp_path):
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / ".half.json").write_text("{")
-    with work.opened(tmp_path / "out.work", COMMAND) as place:
-        assert (place / work.COMMAND).is_file()
+    with work_dir.opened(tmp_path / "out.work", COMMAND) as place:
+        assert (place / work_dir.COMMAND).is_file()
 
 
 @pytest.mark.parametrize("address", ["here", "host:", "host:x", "http://host:80", "a b:1", "locl"])
 def test_no_address(address):
     with pytest.raises(ExpungeError, match="HOST:PORT, ray://HOST:PORT, auto or local, not"):
-        cluster.check(address)
+        ray_backend.check(address)
 
 
 @pytest.mark.parametrize("pattern", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}", "localhost:{}"])
@@ -191,7 +192,7 @@ def test_an_address_where_nobody_answers(pattern):
         taken.bind(("127.0.0.1", 0))
         address = pattern.format(taken.getsockname()[1])
         with pytest.raises(ExpungeError, match="nobody answers at the Ray address"):
-            cluster.check(address)
+            ray_backend.check(address)
         run = Run(ray=address)
         with pytest.raises(ExpungeError, match="nobody answers"):
             run.pieces(Maker(run), ["a"])
@@ -199,7 +200,7 @@ def test_an_address_where_nobody_answers(pattern):
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_an_address_of_something_else(monkeypatch, says):
-    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+    monkeypatch.setattr(ray_backend, "PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -212,14 +213,14 @@ def test_an_address_of_something_else(monkeypatch, says):
         threading.Thread(target=answer, daemon=True).start()
         message = "is not a Ray cluster" if says else "nobody answers .*: timed out"
         with pytest.raises(ExpungeError, match=message):
-            cluster.check(f"127.0.0.1:{server.getsockname()[1]}")
+            ray_backend.check(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_without_ray(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExpungeError, match=r"pip install 'expunge\[ray\]'"):
-        cluster.check("local")
-    cluster.check("")
+        ray_backend.check("local")
+    ray_backend.check("")
 
 
 def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):

@@ -11,12 +11,12 @@ import expunge
 import tiny
 from conftest import tiny_pipeline
 from expunge import Concept, ExpungeError, Problem
-from expunge.cache import Cache, Request, Source
+from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.report import evaluate
+from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.probe import Probe
-from expunge.report import evaluate
-from expunge.sampling import replaced, scheduler_name
-from expunge.suite import Suite
+from expunge.runtime.schedulers import replaced, scheduler_name
 
 TABLE = {
     "version": 1,

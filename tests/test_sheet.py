@@ -2,7 +2,7 @@
 
 import torch
 
-from expunge.sheet import Band, sheet
+from expunge.evaluation.contact_sheet import Band, sheet
 
 
 def flat(*colour):

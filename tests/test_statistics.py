@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from expunge import statistics
-from expunge.statistics import NONE, average, corrected, harmonic, harmonic_mean, holm, mean, resample
+from expunge.evaluation import statistics
+from expunge.evaluation.statistics import (
+    NONE,
+    average,
+    corrected,
+    harmonic,
+    harmonic_mean,
+    holm,
+    mean,
+    resample,
+)
 
 # Acc_e, Acc_s and perhaps Acc_g as printed, and the H beside them.
 PUBLISHED = [

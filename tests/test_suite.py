@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from expunge import ExpungeError, ExpungeWarning, registry
-from expunge.suite import Prompts, Suite
+from expunge import ExpungeError, ExpungeWarning
+from expunge.base import registry
+from expunge.evaluation.suite import Prompts, Suite
 
 BASE = """# One line.
 version = 1

@@ -12,14 +12,16 @@ import torch
 
 import expunge
 from conftest import tiny_pipeline
-from expunge import Concept, Edit, ExpungeError, Probe, Problem, fingerprint, registry, work
+from expunge import Concept, Edit, ExpungeError, Probe, Problem, fingerprint
 from expunge.__main__ import speak_in_any_locale
-from expunge.cache import Cache, Request, Source
+from expunge.base import registry
+from expunge.base.files import check_writable, replacing, replacing_folder
 from expunge.changes import Applied, LowRank
-from expunge.cli import main
-from expunge.export import export
-from expunge.files import check_writable, replacing, replacing_folder
-from expunge.model import load
+from expunge.checkpoints.export import export
+from expunge.checkpoints.load import load
+from expunge.cli.main import main
+from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.runtime import work_dir
 
 SOURCE = str(Path(expunge.__file__).parents[1])
 PROBLEM = Problem((Concept("airplane", "sky"),))
@@ -136,7 +138,9 @@ def test_drawing_needs_no_cache(folder, tmp_path, monkeypatch, capsys):
 def test_work_that_needs_the_cache_says_so_before_it_begins(tmp_path, monkeypatch, capsys, model):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "file" / "x"))
-    monkeypatch.setattr("expunge.model.load", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr(
+        "expunge.checkpoints.load.load", lambda *_, **__: pytest.fail("the work has begun")
+    )
     file = tmp_path / "e.safetensors"
     expunge.erase(model, PROBLEM).save(file)
     assert main(["evaluate", str(file), "--suite", "object", "-o", str(tmp_path / "r")]) == 2
@@ -155,7 +159,7 @@ def test_a_cache_that_may_only_be_read_is_read(model, tmp_path, monkeypatch):
     def refuse(path):
         raise ExpungeError(f"cannot write {path}: Read-only file system")
 
-    monkeypatch.setattr("expunge.cache.check_writable", refuse)
+    monkeypatch.setattr("expunge.evaluation.image_cache.check_writable", refuse)
     monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(PermissionError(30, "read-only")))
     cache = Cache(tmp_path)
     assert torch.equal(cache.draw(Source(model), asked), first)
@@ -191,13 +195,13 @@ def test_names_that_are_too_long(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_work_folder_has_room_for_its_name(model, tmp_path):
     output = tmp_path / ("n" * 243 + ".safetensors")
-    place = work.beside(output)
+    place = work_dir.beside(output)
     assert len(place.name) <= 255
     assert place.name.endswith(".work")
-    assert place != work.beside(tmp_path / ("n" * 242 + "m.safetensors"))
+    assert place != work_dir.beside(tmp_path / ("n" * 242 + "m.safetensors"))
     expunge.erase(model, PROBLEM, work=place).save(output)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
-    assert work.beside("a/b.safetensors") == Path("a/b.safetensors.work")
+    assert work_dir.beside("a/b.safetensors") == Path("a/b.safetensors.work")
 
 
 def test_a_folder_that_may_not_be_searched(tmp_path, monkeypatch):
@@ -308,7 +312,7 @@ def test_an_interrupted_erasure_goes_on_with_the_same_model_alone(tmp_path, othe
 
 
 def test_settings_and_weights_on_the_disk_count_too(folder):
-    from expunge.checkpoint import Checkpoint
+    from expunge.checkpoints.checkpoint import Checkpoint
 
     model = load(folder)
     before = fingerprint.of_model(model)
@@ -324,23 +328,23 @@ def test_settings_and_weights_on_the_disk_count_too(folder):
 
 def test_two_equal_commands_at_once(tmp_path):
     place, same = tmp_path / "e.work", {"model": "a"}
-    with work.opened(place, same) as first:
+    with work_dir.opened(place, same) as first:
         (first / "pieces").mkdir()
         with pytest.raises(ExpungeError, match="another expunge is at work in .*e.work; wait for it"), \
-                work.opened(place, same):  # fmt: skip
+                work_dir.opened(place, same):  # fmt: skip
             pytest.fail("both are at work")
-        work.discard(place)  # the other one's: it stays
+        work_dir.discard(place)  # the other one's: it stays
         assert (first / "pieces").is_dir()
-    with work.opened(place, same) as again:
+    with work_dir.opened(place, same) as again:
         assert (again / "pieces").is_dir()
-    work.discard(place)
+    work_dir.discard(place)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_command_holds_nothing(tmp_path):
     code = (
-        "import os, sys; from expunge import work\n"
-        "with work.opened(sys.argv[1], {'model': 'a'}) as place:\n"
+        "import os, sys; from expunge.runtime import work_dir\n"
+        "with work_dir.opened(sys.argv[1], {'model': 'a'}) as place:\n"
         "    (place / 'pieces').mkdir(); os.kill(os.getpid(), 9)"
     )
     run = subprocess.run(
@@ -349,7 +353,7 @@ def test_a_killed_command_holds_nothing(tmp_path):
         check=False,
     )
     assert run.returncode == -9
-    with work.opened(tmp_path / "e.work", {"model": "a"}) as place:
+    with work_dir.opened(tmp_path / "e.work", {"model": "a"}) as place:
         assert (place / "pieces").is_dir()
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import expunge
-from expunge import registry
+from expunge.base import registry
+from expunge.erasing.caption_gram import captions
+from expunge.erasing.prompt_templates import GENERAL, RETAINED, TEMPLATES
+from expunge.evaluation.suite import Suite
 from expunge.methods import uce
-from expunge.prior import captions
-from expunge.suite import Suite
-from expunge.templates import GENERAL, RETAINED, TEMPLATES
 
 PACKAGE = Path(expunge.__file__).parent
 HERE = Path(__file__).parent.parent

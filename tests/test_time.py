@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import expunge
-from expunge import Concept, ExpungeError, Problem, registry, threads
-from expunge.method import Work
-from expunge.pace import Pace, lines, measured, said
-from expunge.plan import Plan, operations, plan_of
-from expunge.prior import captions, prior, unread
-from expunge.threads import Threads, Ticks, others, share
+from expunge import Concept, ExpungeError, Problem
+from expunge.base import registry
+from expunge.checkpoints.cost_estimate import Plan, operations, plan_of
+from expunge.checkpoints.pace import Pace, lines, measured, said
+from expunge.erasing.caption_gram import captions, prior, unread
+from expunge.runtime import threads
+from expunge.runtime.cost import Work
+from expunge.runtime.threads import Threads, Ticks, others, share
 
 
 class Clock:
@@ -193,8 +195,10 @@ def test_a_trial_leaves_the_model_as_it_was(model):
 
 
 def test_a_dear_trial_is_left_out(model, monkeypatch):
-    monkeypatch.setattr("expunge.plan.measured", lambda model: pytest.fail("timed for nothing"))
-    monkeypatch.setattr("expunge.plan._speed", lambda device, dtype: 1e3)
+    monkeypatch.setattr(
+        "expunge.checkpoints.cost_estimate.measured", lambda model: pytest.fail("timed for nothing")
+    )
+    monkeypatch.setattr("expunge.checkpoints.cost_estimate._speed", lambda device, dtype: 1e3)
     made = plan_of(model, work=Work(prompts=1, predictions=1))
     assert made.prediction > 1
 

@@ -5,9 +5,10 @@ import torch
 
 import expunge
 from conftest import tiny_pipeline
-from expunge import Concept, Probe, Problem, registry
+from expunge import Concept, Probe, Problem
+from expunge.base import registry
+from expunge.checkpoints.offload import Turn, take_turns
 from expunge.ops.finetune import frozen
-from expunge.turns import Turn, take_turns
 from tiny import PIPELINES
 
 

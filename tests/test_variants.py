@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
-from expunge import Concept, ExpungeError, Probe, Problem, source, tensors
-from expunge.checkpoint import Checkpoint
-from expunge.cli import main
-from expunge.export import export, fits
-from expunge.undo import undo
-from expunge.variants import check_read, read_variants, weight_files
+from expunge import Concept, ExpungeError, Probe, Problem
+from expunge.checkpoints import loading, safetensors_io
+from expunge.checkpoints.checkpoint import Checkpoint
+from expunge.checkpoints.export import export, fits
+from expunge.checkpoints.undo import undo
+from expunge.checkpoints.variants import check_read, read_variants, weight_files
+from expunge.cli.main import main
 from tiny import single_file
 
 PROBLEM = Problem((Concept("airplane", "sky"),), ("ship",))
@@ -159,7 +160,7 @@ def test_which_variant_is_a_question_where_none_is_plain(several, tmp_path):
         with pytest.raises(ExpungeError, match="no variant 'fp61'; did you mean 'fp16'"):
             read(several, variant="fp61")
     with pytest.raises(ExpungeError, match="a single file; only a folder has the variant"):
-        source.find(several / f"{UNET}.safetensors", "fp16")
+        loading.find(several / f"{UNET}.safetensors", "fp16")
     read = Checkpoint.find(folder, variant="non_ema").read("unet.conv_in")
     assert torch.equal(read, tiny_pipeline(seed=5).unet.conv_in.weight)
 
@@ -287,8 +288,8 @@ def test_a_mistyped_file_is_no_model_of_the_hub(tmp_path, monkeypatch, name, mes
     for read in (expunge.load, Checkpoint.find):
         with pytest.raises(ExpungeError, match=message.replace("?", r"\?")):
             read(name)
-    assert source.on_hub("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert source.on_hub("black-forest-labs/FLUX.1-dev")
+    assert loading.on_hub("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert loading.on_hub("black-forest-labs/FLUX.1-dev")
 
 
 def test_a_single_file_whose_ending_is_in_capitals(folder, tmp_path):
@@ -395,8 +396,8 @@ def test_a_scale_grows_with_its_weight(tmp_path):
     for scales in (scale, torch.full((6, 1), 0.5)):
         save_file({"a.scale_weight": scales, "a.weight": weight, "b": torch.ones(3)}, tmp_path / "x")
         larger = torch.randn(6, 4) * 3000
-        tensors.copy(tmp_path / "x", tmp_path / "y", {"a.weight": lambda t, to=larger: to})
-        got = tensors.read(tmp_path / "y", "a.weight")
+        safetensors_io.copy(tmp_path / "x", tmp_path / "y", {"a.weight": lambda t, to=larger: to})
+        got = safetensors_io.read(tmp_path / "y", "a.weight")
         assert bool(((got - larger).abs() <= larger.abs() / 8 + 1).all())
         assert torch.equal(load_file(tmp_path / "y")["b"], torch.ones(3))
 
@@ -405,21 +406,21 @@ def test_rounding_keeps_the_mean():
     x = torch.full((4096,), 1.03125)  # a quarter of the way from 1 to 1.125
     nearest = x.to(torch.float8_e4m3fn).float()
     assert bool((nearest == 1).all())
-    got = tensors.rounded(x, torch.float8_e4m3fn, "x").float()
+    got = safetensors_io.rounded(x, torch.float8_e4m3fn, "x").float()
     assert set(got.tolist()) == {1.0, 1.125}
     assert abs(float(got.mean()) - 1.03125) < 0.005
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.isfinite()]
-    assert torch.equal(tensors.rounded(every, torch.float8_e4m3fn, "y").float(), every)
+    assert torch.equal(safetensors_io.rounded(every, torch.float8_e4m3fn, "y").float(), every)
     wild = torch.randn(4096, dtype=torch.float64) * torch.logspace(-6, 4, 4096, dtype=torch.float64)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        got, top = tensors.rounded(wild, dtype, "z").double(), torch.finfo(dtype).max
+        got, top = safetensors_io.rounded(wild, dtype, "z").double(), torch.finfo(dtype).max
         assert bool(got.isfinite().all())
         inside = wild.clamp(-top, top)
         step = 2.0 ** -(2 if dtype == torch.float8_e5m2 else 3)
         assert bool(((got - inside).abs() <= step * inside.abs() + torch.finfo(dtype).tiny).all())
         assert bool((got * wild >= 0).all())
-        assert torch.equal(got, tensors.rounded(wild, dtype, "z").double())
+        assert torch.equal(got, safetensors_io.rounded(wild, dtype, "z").double())
 
 
 def test_scales_that_one_number_a_row_cannot_be(plain, folder, tmp_path):

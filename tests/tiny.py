@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from conftest import WORDS, tiny_pipeline, tiny_tokenizer
-from expunge import registry
+from expunge.base import registry
 
 
 def clip(width, projected=True, projection=16):

@@ -11,16 +11,16 @@ Importing this module is fast: torch is only imported by what needs it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.probe import Probe
 from expunge.problem import Concept, Problem
 
 if TYPE_CHECKING:
+    from expunge.checkpoints.load import load as load
     from expunge.edit import Edit as Edit
-    from expunge.edit import erase as erase
+    from expunge.erasure import erase as erase
+    from expunge.evaluation.report import evaluate as evaluate
     from expunge.model import Model as Model
-    from expunge.model import load as load
-    from expunge.report import evaluate as evaluate
 
 __version__ = "0.1.0"
 
@@ -39,9 +39,9 @@ __all__ = [
 
 _HEAVY = {
     "Edit": "expunge.edit",
-    "erase": "expunge.edit",
-    "evaluate": "expunge.report",
-    "load": "expunge.model",
+    "erase": "expunge.erasure",
+    "evaluate": "expunge.evaluation.report",
+    "load": "expunge.checkpoints.load",
     "Model": "expunge.model",
 }
 

@@ -59,7 +59,7 @@ def run() -> NoReturn:
     _restart_if_needed()
     speak_in_any_locale()
     out, err = _outputs()
-    from expunge.cli import main
+    from expunge.cli.main import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()

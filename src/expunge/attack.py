@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from expunge.base.fields import check
 from expunge.edit import Edit
-from expunge.fields import check
 from expunge.model import Model
 from expunge.probe import Probe
-from expunge.run import Run
+from expunge.runtime.context import Run
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class HookedChange(Change):
         """
         raise ExpungeError(
             f"a {self.kind} change is switched by the token it meets, so no weight can hold it;"
-            " `expunge.plain.plain` fits the nearest weights to it"
+            " `expunge.checkpoints.linearize.plain` fits the nearest weights to it"
         )
 
 

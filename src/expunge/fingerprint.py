@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from expunge.changes import content
+from expunge.changes import Changes, base_parameter, content
 from expunge.model import Model
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "sample_size", "max_sequence_length", "autocast")
@@ -65,3 +65,40 @@ def _plain(config: object) -> dict[str, str]:
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
     dropped = ("transformers_version", "dtype", "torch_dtype", "architectures")
     return {key: str(v) for key, v in items if not key.startswith("_") and key not in dropped}
+
+
+Read = Callable[[str, str], torch.Tensor]
+"""Gives a layer's parameter, by the names of both."""
+
+
+def base(model: Model | Any) -> Read:
+    """Reads the parameters of a model or a pipeline, beneath whatever lies on them."""
+    root = model.pipe if isinstance(model, Model) else model
+    if isinstance(model, Model) and model.stored:
+        return model.stored
+    return lambda layer, parameter: base_parameter(root, layer, parameter)
+
+
+def base_hash(read: Read, places: Iterable[tuple[str, str]]) -> str:
+    """The hash of some parameters, named by layer and parameter, as rounded to float16.
+
+    The rounding lets the half-precision variant of a model count as the model itself.
+    """
+    digest = hashlib.sha256()
+    for layer, parameter in sorted(places):
+        tensor = read(layer, parameter)
+        digest.update(f"{layer}.{parameter}".encode() + content(tensor.to(torch.float16)))
+    return digest.hexdigest()
+
+
+def same_base(read: Read, places: Iterable[tuple[str, str]], base: str) -> bool:
+    """Whether a hash is that of some parameters, or of these in bfloat16, where edits are made, too."""
+    places = tuple(places)
+    if base_hash(read, places) == base:
+        return True
+    return base_hash(lambda *place: read(*place).to(torch.bfloat16), places) == base
+
+
+def places(changes: Changes) -> set[tuple[str, str]]:
+    """The parameters that changes take the place of."""
+    return {(layer, change.parameter) for change in changes for layer in change.layers}

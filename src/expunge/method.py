@@ -7,33 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from expunge.base.errors import ExpungeError, unknown
+from expunge.base.fields import build, check
 from expunge.changes import Changes
-from expunge.errors import ExpungeError, unknown
-from expunge.fields import build, check
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.run import Run
-
-
-@dataclass(frozen=True)
-class Work:
-    """How much a method asks of a model."""
-
-    prompts: int = 0
-    """Prompts to read."""
-    predictions: int = 0
-    """Predictions of the denoiser, for one picture each."""
-    gradients: int = 0
-    """Predictions with gradients."""
-    captions: str = ""
-    """Where the captions of a prior come from, as `prior.captions_for` takes it; "" for none."""
-    products: int = 0
-    """What its equations cost, in products of two matrices as wide as the text embeddings, float64."""
-
-    @property
-    def reads_alone(self) -> bool:
-        """Whether the text encoders are enough."""
-        return not (self.predictions or self.gradients)
+from expunge.runtime.context import Run
+from expunge.runtime.cost import Work
 
 
 @dataclass(frozen=True)

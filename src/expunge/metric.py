@@ -1,6 +1,7 @@
 """The contract of a metric: it looks at pictures one by one and says a row of numbers of each.
 
-The rows are kept beside the pictures and never taken twice (`expunge.cache`). What becomes of them:
+The rows are kept beside the pictures and never taken twice (`expunge.evaluation.image_cache`). What
+becomes of them:
 
     Metric      the first number of the row, averaged over the pictures of a role
     Judge       answers a suite's questions: is this concept in the picture?
@@ -18,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from expunge import pictures
-from expunge.errors import ExpungeError
-from expunge.fields import check
+from expunge.base import image_files
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import check
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,12 @@ def read_pictures(folder: str | Path, size: tuple[int, int] | None = None) -> Te
     Raises:
         ExpungeError: there are none, or they differ in size and `size` does not say which is meant.
     """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in pictures.ENDINGS)
+    paths = sorted(
+        path for path in Path(folder).rglob("*") if path.suffix.lower() in image_files.ENDINGS
+    )
     if not paths:
         raise ExpungeError(f"{folder} holds no pictures")
-    found = [pictures.read(path, size) for path in paths]
+    found = [image_files.read(path, size) for path in paths]
     if len({picture.shape for picture in found}) > 1:
         raise ExpungeError(f"the pictures in {folder} differ in size")
     return torch.stack(found)

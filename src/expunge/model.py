@@ -8,22 +8,19 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from expunge import source
+from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.quiet import Progress, quiet
 from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
-from expunge.errors import ExpungeError, ExpungeWarning
-from expunge.lora import fuse
 from expunge.ops.attention import CrossAttention
-from expunge.ops.once import answering_once
+from expunge.ops.cached_layers import answering_once
 from expunge.probe import Probe
-from expunge.run import Progress, quiet
-from expunge.sampling import replaced
+from expunge.runtime.schedulers import replaced
+from expunge.text import Text, TextEntry
 
 ANCHORS = {
     "object": "sky",
@@ -32,85 +29,6 @@ ANCHORS = {
     "explicit": "a person wearing clothes",
 }
 """What a concept of each kind becomes where neither the user nor the model says otherwise."""
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Encoded prompts: n rows of `tokens` embeddings, as the denoiser sees them."""
-
-    prompts: tuple[str, ...]
-    """The prompts, one a row."""
-    embeddings: Tensor
-    """(n, tokens, width): the denoiser's `encoder_hidden_states`."""
-    own: Tensor
-    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
-    ids: Tensor
-    """(n, tokens), int64: the tokenizer's numbers."""
-    pooled: Tensor | None = None
-    """(n, pooled width), for families that read it."""
-    ends: Tensor | None = None
-    """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
-    token and own tokens come before it."""
-    parts: tuple[int, ...] = ()
-    """How many of the tokens are each text encoder's, in order; by default, all are one's."""
-
-    def __post_init__(self) -> None:
-        if self.ends is None:
-            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
-        if not self.parts:
-            object.__setattr__(self, "parts", (self.own.shape[1],))
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def stretches(self, row: int) -> list[tuple[slice, int]]:
-        """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
-        if self.ends is None:
-            raise TypeError("ends must be a tensor (n, parts), not None")
-        found, start = [], 0
-        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
-            found.append((slice(start, start + length), end))
-            start += length
-        return found
-
-    def __getitem__(self, rows: Sequence[int]) -> Text:
-        """The text of some rows, in the order given."""
-        index = torch.as_tensor(rows, device=self.embeddings.device)
-        return Text(
-            tuple(self.prompts[i] for i in rows),
-            self.embeddings[index],
-            self.own[index],
-            self.ids[index],
-            None if self.pooled is None else self.pooled[index],
-            None if self.ends is None else self.ends[index],
-            self.parts,
-        )
-
-    @classmethod
-    def joined(cls, texts: Sequence[Text]) -> Text:
-        """The rows of several texts, one after the other."""
-        pooled = [text.pooled for text in texts if text.pooled is not None]
-        ends = [text.ends for text in texts if text.ends is not None]
-        return cls(
-            tuple(prompt for text in texts for prompt in text.prompts),
-            torch.cat([text.embeddings for text in texts]),
-            torch.cat([text.own for text in texts]),
-            torch.cat([text.ids for text in texts]),
-            torch.cat(pooled) if pooled else None,
-            torch.cat(ends),
-            texts[0].parts,
-        )
-
-
-@dataclass(frozen=True)
-class TextEntry:
-    """A linear layer through which text enters the denoiser."""
-
-    layer: str
-    """Its name, as changes name it."""
-    role: Literal["key", "value", "context", "pooled"]
-    """What its output is: the keys or values of a cross-attention, the tokens that enter a joint
-    attention, or a vector of the whole prompt."""
 
 
 class HasChanges(Protocol):
@@ -531,94 +449,6 @@ class Model(ABC):
             return contextlib.nullcontext()  # what was compiled is left as it is
         layers = [entry.layer.rpartition(".") for entry in entries]
         return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
-
-
-def load(
-    model: str | Path | Any,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "auto",
-    config: str | Path | None = None,
-    lora: Sequence[tuple[str | Path, float]] = (),
-    offload: bool = False,
-    gradient_checkpointing: bool = False,
-    attention_slicing: bool = False,
-    variant: str | None = None,
-) -> Model:
-    """Load a model.
-
-    >>> model = load("emoji")  # doctest: +SKIP
-
-    Args:
-        model: the name of a shipped model ("emoji"), a diffusers folder, a single `.safetensors` file,
-            a hub id ("owner/name"), or a diffusers pipeline in memory.
-        dtype: the number format of the weights.
-        device: where to put it; "auto" is the accelerator if there is one, else the CPU.
-        config: for a single file: a diffusers folder or a hub id of a model built like it; by default
-            what the hub has for its kind.
-        lora: LoRA files to fuse into the weights, and their strengths.
-        offload: keep on an accelerator only the part that is at work. Without it, the denoiser stays
-            there, and text encoders and autoencoder come for their work and leave.
-        gradient_checkpointing: compute twice what gradients need, instead of keeping it.
-        attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
-            a million pixels, or where PyTorch has no attention of its own that saves memory.
-        variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
-            default the plain ones, or the only ones.
-
-    Raises:
-        ExpungeError: no such model, a family that is not known, weights missing, broken, or not
-            numbers, or no accelerator to offload from.
-    """
-    if not isinstance(model, (str, Path)):
-        if lora:
-            raise ExpungeError(
-                "a pipeline in memory is taken as it is: lay LoRAs on it with expunge.lora.fuse"
-            )
-        name = Path(getattr(model, "name_or_path", None) or "").name
-        return source.family_of(type(model).__name__)(model, name=name)
-    found, device = source.find(model, variant), working_device(device, offload)
-    found = source.fetched(found)
-    pipe = source.read_pipeline(found, dtype, config)
-    family = source.family_of(type(pipe).__name__)
-    for file, scale in lora:
-        fuse(file, pipe, scale)
-    with source.quietly():  # they tell of half precision on a CPU
-        if offload:
-            pipe.enable_model_cpu_offload(device=device)
-        elif device == "cpu":
-            pipe.to(device)
-        else:
-            from expunge.turns import take_turns  # slow to import
-
-            take_turns(pipe, family.denoiser, torch.empty(0, device=device).device)
-    if gradient_checkpointing:
-        getattr(pipe, family.denoiser).enable_gradient_checkpointing()
-    if attention_slicing:
-        pipe.enable_attention_slicing()
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            # The layout that convolutions are fastest in.
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return family(pipe, name=found.name, settings=source.settings(found))
-
-
-def working_device(name: str, offload: bool = False) -> str:
-    """The device of a name; of "auto", the accelerator if there is one, else the CPU.
-
-    Raises:
-        ExpungeError: this machine has none of that name, or none to offload from.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if offload and name == "cpu":
-        raise ExpungeError("there is no accelerator to offload from: leave offload out")
-    try:
-        torch.empty(1, device=name).cpu()
-    except Exception as error:  # each kind of device has its own
-        raise ExpungeError(
-            f"this machine has no device {name!r}; give auto or cpu, or cuda, cuda:1 or mps where it is"
-        ) from error
-    return name
 
 
 def require_unicode(prompts: Sequence[str]) -> None:

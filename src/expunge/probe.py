@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 
 if TYPE_CHECKING:
-    from expunge.model import Text
+    from expunge.text import Text
 
 
 @dataclass(frozen=True)

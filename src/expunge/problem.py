@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from expunge.errors import ExpungeError
-from expunge.fields import check
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import check
 
 Kind = Literal["object", "identity", "style", "explicit"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)

@@ -26,8 +26,8 @@ from rich import print_json
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from expunge.base.files import replacing
 from expunge.emoji.detector import FOLDER, NOTHING, Detector, Network, Recognition, Settings
-from expunge.files import replacing
 from training.emoji import broken
 from training.emoji.loop import device, train
 from training.emoji.scenes import SceneMaker

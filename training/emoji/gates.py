@@ -25,11 +25,11 @@ from rich.table import Column, Table
 from torch import Tensor
 
 import expunge
+from expunge.base.files import replacing
+from expunge.base.image_files import grid, save
 from expunge.emoji.detector import FOLDER as DETECTOR
 from expunge.emoji.detector import NOTHING, UNRECOGNISABLE, Detector, Recognition
-from expunge.files import replacing
-from expunge.pictures import grid, save
-from expunge.suite import Suite
+from expunge.evaluation.suite import Suite
 from training.emoji.scenes import BACKGROUNDS, HELD_OUT_TEMPLATES, PLACES, TEMPLATES, article
 from training.emoji.world import WORLD, World, read_world
 

@@ -15,7 +15,8 @@ import random
 
 from torch import Tensor
 
-from expunge.model import Model, load
+from expunge.checkpoints.load import load
+from expunge.model import Model
 from expunge.probe import Probe
 from training.emoji.export import pipeline
 from training.emoji.scenes import COLOURS, Plan, SceneMaker

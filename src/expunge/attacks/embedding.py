@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from expunge.attack import Attack
+from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.fields import bounded
-from expunge.model import Model, Text
+from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.pgd import bounded as attacked
 from expunge.ops.pgd import within
 from expunge.probe import Probe
-from expunge.run import Run
+from expunge.runtime.context import Run
+from expunge.text import Text
 
 
 @dataclass(frozen=True)

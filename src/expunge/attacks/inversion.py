@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from expunge.attack import Attack
+from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.fields import bounded
-from expunge.model import Model, Text
+from expunge.erasing.caption_gram import words
+from expunge.model import Model
 from expunge.ops.finetune import frozen
-from expunge.prior import words
 from expunge.probe import Probe
-from expunge.run import Run
+from expunge.runtime.context import Run
+from expunge.text import Text
 
 CHECKS = 16
 """Noises on which words of several starts are compared, for each of the pictures."""

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeError
-from expunge.files import check_weights
+from expunge.base.errors import ExpungeError
+from expunge.base.files import check_weights
 
 HERE = Path(__file__).parent
 

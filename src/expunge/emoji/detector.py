@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeError, unknown
-from expunge.files import read_header
+from expunge.base.errors import ExpungeError, unknown
+from expunge.base.files import read_header
 
 FOLDER = Path(__file__).parent / "detector"
 SIZE = 64

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.families import _text
 from expunge.families._latent import LatentModel
-from expunge.model import TextEntry
 from expunge.ops.attention import CrossAttention
+from expunge.text import TextEntry
 
 
 class FlowModel(LatentModel):

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.families import _text
-from expunge.model import Model, Text, require_unicode, warn_cut
+from expunge.model import Model, require_unicode, warn_cut
+from expunge.text import Text
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 """Numbers of steps to try where a sampler cannot take more."""

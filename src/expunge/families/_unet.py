@@ -11,8 +11,8 @@ from torch import Tensor
 
 from expunge.changes import check_asked, named_layers
 from expunge.families._latent import LatentModel
-from expunge.model import TextEntry
 from expunge.ops.attention import CrossAttention
+from expunge.text import TextEntry
 
 
 class UNetModel(LatentModel):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._flow import FlowModel, end, shift, t5
-from expunge.model import Text
+from expunge.text import Text
 
 
 class Flux(FlowModel):

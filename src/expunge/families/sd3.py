@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._flow import FlowModel, beside, end, shift, t5
-from expunge.model import Text
+from expunge.text import Text
 
 T5_TOKENS = 256
 """How many tokens of T5 the pipeline gives to the denoiser."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._unet import UNetModel
-from expunge.model import Text, TextEntry
+from expunge.text import Text, TextEntry
 
 
 class SDXL(UNetModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._unet import UNetModel
-from expunge.model import Text
+from expunge.text import Text
 
 
 class StableDiffusion(UNetModel):

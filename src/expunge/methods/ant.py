@@ -11,20 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge import fusion, saliency
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import bounded
 from expunge.changes import Changes
-from expunge.errors import ExpungeError
-from expunge.fields import bounded
-from expunge.method import Method, Work
-from expunge.model import Model, Text
-from expunge.ops.in_place import InPlace
-from expunge.ops.least_squares import fused, gram
-from expunge.ops.trajectory import Objective
-from expunge.prior import captions_for
-from expunge.problem import Concept, Problem, key
-from expunge.run import Run, Tensors
-from expunge.sampling import scheduler_name
-from expunge.steering import (
+from expunge.erasing import fusion, saliency
+from expunge.erasing.caption_gram import captions_for
+from expunge.erasing.guidance_training import (
     Course,
     Layers,
     Part,
@@ -36,7 +28,17 @@ from expunge.steering import (
     train_factors,
     train_weights,
 )
-from expunge.templates import TEMPLATES, require_place
+from expunge.erasing.prompt_templates import TEMPLATES, require_place
+from expunge.method import Method
+from expunge.model import Model
+from expunge.ops.in_place import InPlace
+from expunge.ops.least_squares import fused, gram
+from expunge.ops.trajectory import Objective
+from expunge.problem import Concept, Problem, key
+from expunge.runtime.context import Run, Tensors
+from expunge.runtime.cost import Work
+from expunge.runtime.schedulers import scheduler_name
+from expunge.text import Text
 
 COCO = 616_767
 """The captions of COCO, which the paper's prior is the sum over."""

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from expunge.base.fields import bounded
 from expunge.changes import Changes
-from expunge.fields import bounded
-from expunge.method import Method, Work
+from expunge.erasing.guidance_training import Course, Steering, Subject, part_of, train_weights
+from expunge.erasing.prompt_templates import require_place
+from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.ops.noise_level import on_latents
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
-from expunge.run import Run
-from expunge.steering import Course, Steering, Subject, part_of, train_weights
-from expunge.templates import require_place
+from expunge.runtime.context import Run
+from expunge.runtime.cost import Work
 
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 

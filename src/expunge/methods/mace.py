@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from expunge import examples, fusion, masks
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import bounded
 from expunge.changes import Changes, Right, find
-from expunge.errors import ExpungeError
-from expunge.fields import bounded
-from expunge.fusion import Asked
-from expunge.method import Method, Work
-from expunge.model import Model, Text
+from expunge.erasing import fusion, object_masks, reference_images
+from expunge.erasing.fusion import Asked
+from expunge.erasing.guidance_training import Course, Steering, Subject, layers_of, train_factors
+from expunge.erasing.prompt_templates import TEMPLATES, require_place
+from expunge.method import Method
+from expunge.model import Model
 from expunge.ops.attention import AttentionReader, energy, grid
-from expunge.ops.contexts import match, phrase_positions
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.least_squares import FLOOR, SOLVABLE, floored, gram, outer, right_factor
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.noise_level import on_latents
+from expunge.ops.prompt_alignment import match, phrase_positions
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
-from expunge.run import Run, Tensors
-from expunge.steering import Course, Steering, Subject, layers_of, train_factors
-from expunge.templates import TEMPLATES, require_place
+from expunge.runtime.context import Run, Tensors
+from expunge.runtime.cost import Work
+from expunge.text import Text
 
 Stage = Literal["refine", "suppress", "fuse"]
 STAGES: tuple[Stage, ...] = ("refine", "suppress", "fuse")
@@ -304,7 +306,7 @@ class MACE(Method):
         prompts += sum(len(self._prompts(c)) for c in problem.erase) * (1 + ("fuse" in self.stages))
         drawn = 2 * (self.picture_steps or num_inference_steps)
         of_one = 1 if self.pictures_from else drawn  # what is read is encoded
-        of_one += len(masks.LOG_SNRS) if self.masks == "attention" else 0
+        of_one += len(object_masks.LOG_SNRS) if self.masks == "attention" else 0
         predictions = concepts * self.pictures * of_one
         return Work(prompts, predictions, concepts * self.steps, captions, products)
 
@@ -506,12 +508,12 @@ class MACE(Method):
         ending = place > text.own.sum(1, keepdim=True)
 
         if self.pictures_from:
-            shown = examples.read(model, concept.name, prompts[0], self.pictures_from)
+            shown = reference_images.read(model, concept.name, prompts[0], self.pictures_from)
         else:
             steps = self.picture_steps or None
-            shown = examples.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
+            shown = reference_images.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
         source = "none" if concept.kind == "style" else self.masks
-        mask = masks.find(source, model, shown, (phrase | ending)[:1], run)
+        mask = object_masks.find(source, model, shown, (phrase | ending)[:1], run)
         return Lesson(
             concept.name,
             text,

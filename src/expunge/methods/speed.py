@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import bounded
 from expunge.changes import Changes, LowRank
-from expunge.concept_tokens import general_words, last_tokens, pairs
-from expunge.errors import ExpungeError
-from expunge.fields import bounded
-from expunge.method import Method, Work
+from expunge.erasing.concept_tokens import general_words, last_tokens, pairs
+from expunge.erasing.prompt_templates import require_place
+from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.run import Run
-from expunge.templates import require_place
+from expunge.runtime.context import Run
+from expunge.runtime.cost import Work
 
 
 @dataclass(frozen=True)

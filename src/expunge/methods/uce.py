@@ -10,15 +10,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import bounded
 from expunge.changes import Changes, Right
-from expunge.errors import ExpungeError
-from expunge.fields import bounded
-from expunge.method import Method, Work
-from expunge.model import Model, Text
+from expunge.erasing.prompt_templates import RETAINED, require_place
+from expunge.method import Method
+from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
-from expunge.run import Run
-from expunge.templates import RETAINED, require_place
+from expunge.runtime.context import Run
+from expunge.runtime.cost import Work
+from expunge.text import Text
 
 TEMPLATES = {
     "object": (

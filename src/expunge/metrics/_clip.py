@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expunge.base.errors import ExpungeError
 from expunge.emoji.clip import HERE, Clip
-from expunge.errors import ExpungeError
 
 
 @dataclass(frozen=True, eq=False)

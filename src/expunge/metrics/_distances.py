@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.metric import Apart
 
 BLOCK = 1024  # rows of the kernel held at once

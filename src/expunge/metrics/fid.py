@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.metric import Apart, Distance, read_pictures
 from expunge.metrics._distances import frechet
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.metric import Metric
 
 

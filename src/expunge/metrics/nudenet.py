@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
-from expunge.fields import bounded
+from expunge.base.errors import ExpungeError
+from expunge.base.fields import bounded
 from expunge.metric import Judge, blank
 
 PARTS = (

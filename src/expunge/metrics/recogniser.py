@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 from expunge.metric import Judge, blank
 
 

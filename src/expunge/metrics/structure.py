@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from expunge.fields import bounded
+from expunge.base.fields import bounded
 from expunge.metric import Metric
 
 

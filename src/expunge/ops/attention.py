@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning
 
 KEEP_EVERY = 25
 """After how many steps the state of unfinished training is kept."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 
 CLEAR = 0.3
 """The gap between background and concept that a gate needs, where the way between their means is 1."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expunge.errors import ExpungeError
+from expunge.base.errors import ExpungeError
 
 FLOOR = 0.03
 """The least ridge of an erasure that asks for one: see `floored`."""

@@ -1,0 +1,103 @@
+"""Hyper-parameters as dataclass fields: the one source for Python, the command line and TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from expunge.base.errors import ExpungeError
+
+T = TypeVar("T")
+
+
+def bounded(
+    default: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A number field with its range; `check` keeps it there."""
+    limits = {"at least": at_least, "above": above, "at most": at_most}
+    return dataclasses.field(
+        default=default, metadata={word: limit for word, limit in limits.items() if limit is not None}
+    )
+
+
+def check(instance: Any) -> None:
+    """Check every field of a dataclass instance against its type and range.
+
+    Lists become tuples where a tuple is declared, and whole numbers become floats where a float
+    is, so that values from TOML and the command line fit.
+
+    Raises:
+        ExpungeError: names the field, the value, and what is allowed.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value = _fitted(getattr(instance, field.name), hints[field.name], field.name)
+        for word, limit in field.metadata.items():
+            inside = {
+                "at least": lambda v, x: v >= x,
+                "above": lambda v, x: v > x,
+                "at most": lambda v, x: v <= x,
+            }[word](value, limit)
+            if not inside:
+                raise ExpungeError(f"{field.name} must be {word} {limit:g}, not {value!r}")
+        object.__setattr__(instance, field.name, value)
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Make `cls` from a mapping such as a TOML table.
+
+    Raises:
+        ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
+    """
+    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ExpungeError(f"{cls.__name__} has no field {key!r}{hint}")
+    return cls(**values)
+
+
+def _fitted(value: Any, kind: Any, name: str) -> Any:
+    """`value` as the declared type `kind`, or an error that names the field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        allowed = " or ".join(repr(a) for a in arguments)
+        raise ExpungeError(f"{name} must be {allowed}, not {value!r}{hint}")
+    if origin in (types.UnionType, typing.Union):  # only ever "X or None"
+        return None if value is None else _fitted(value, arguments[0], name)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_fitted(item, arguments[0], name) for item in value)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+        raise ExpungeError(f"{name} must be finite, not {value!r}")
+    if kind in (bool, int, str) and type(value) is kind:
+        return value
+    words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+    raise ExpungeError(f"{name} must be {words.get(kind, 'a list of text')}, not {value!r}")
+
+
+def spelled(value: Any) -> str:
+    """A field's value, as people read it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "default"
+    return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"
+
+
+def spelled_out(values: Mapping[str, Any]) -> str:
+    """Fields with their values, as people read them."""
+    return ", ".join(f"{name} {spelled(value)}" for name, value in values.items())

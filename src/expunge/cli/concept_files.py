@@ -1,0 +1,175 @@
+"""Concepts from a file: `.txt`, `.csv` or `.toml`.
+
+`.txt`, one a line, as on the command line; what follows the last comma is the kind:
+
+    # a comment starts at the beginning of a line or after a space
+    airplane=sky
+    cat|kitty=ground
+    Washington, D.C.=a city, object
+    Van Gogh=art, style
+
+`.csv`, with a header that names some of the columns name, anchor, kind and synonyms, the synonyms
+separated by `|`; an anchor or a kind left empty is left open:
+
+    name,anchor,kind,synonyms
+    airplane,sky,,aircraft|jet
+
+`.toml`, with the fields of `Concept`, and what to retain:
+
+    retain = ["bird", "ship"]
+
+    [[concept]]
+    name = "airplane"
+    anchor = ""
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from expunge.base.errors import ExpungeError, unknown
+from expunge.base.fields import build
+from expunge.problem import KINDS, Concept, Kind, key
+
+COLUMNS = ("name", "anchor", "kind", "synonyms")
+
+Found = Iterator[tuple[str, Concept]]
+"""Concepts, and where each stands: "line 3"."""
+
+
+def read(path: str | Path, kind: Kind = "object") -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    """The concepts of a file, and the prompts that it asks to retain.
+
+    Args:
+        path: a `.txt`, `.csv` or `.toml` file in UTF-8.
+        kind: the kind of a concept whose line names none.
+
+    Raises:
+        ExpungeError: the file cannot be read, a line does not fit, or a concept stands there twice.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _READERS:
+        raise ExpungeError(f"concepts are read from a .txt, .csv or .toml file, not from {path}")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ExpungeError(f"{path} is not text in UTF-8") from None
+    except OSError as error:
+        raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
+    retain = _retained(path, text) if path.suffix.lower() == ".toml" else ()
+    concepts = []
+    seen: dict[str, str] = {}
+    for where, concept in _READERS[path.suffix.lower()](path, text, kind):
+        for name in concept.names:
+            if key(name) in seen:
+                raise ExpungeError(f"{path}, {where}: {name!r} was there on {seen[key(name)]}")
+            seen[key(name)] = where
+        concepts.append(concept)
+    if not concepts and not retain:
+        raise ExpungeError(f"{path} names no concept")
+    return tuple(concepts), retain
+
+
+def _lines(path: Path, text: str, kind: Kind) -> Found:
+    for number, content in enumerate(text.splitlines(), 1):
+        where = f"line {number}"
+        content = re.sub(r"(^|\s)#.*", "", content).strip()
+        if not content:
+            continue
+        with _at(path, where):
+            named, comma, own = content.rpartition(",")
+            own = own.strip()
+            if comma and own not in KINDS:
+                problem = unknown("kind of concept", own, KINDS)
+                raise ExpungeError(f"{problem} (what follows the last comma is the kind)")
+            concept = Concept.parse(named if comma else content, cast(Kind, own) if comma else kind)
+        yield where, concept
+
+
+def _rows(path: Path, text: str, kind: Kind) -> Found:
+    rows = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
+    header: list[str] = []
+    while True:
+        try:
+            cells = [cell.strip() for cell in next(rows)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ExpungeError(f"{path}, line {rows.line_num}: {error}") from error
+        if not any(cells):
+            continue
+        where = f"line {rows.line_num}"
+        with _at(path, where):
+            if not header:
+                header = _header(cells)
+                continue
+            if len(cells) > len(header):
+                raise ExpungeError(f"{len(cells)} cells stand under {len(header)} columns")
+            row = {column: cell for column, cell in zip(header, cells, strict=False) if cell}
+            synonyms = tuple(filter(None, (name.strip() for name in row.pop("synonyms", "").split("|"))))
+            concept = build(Concept, {"name": "", "kind": kind, **row, "synonyms": synonyms})
+        yield where, concept
+
+
+def _header(columns: list[str]) -> list[str]:
+    for column in columns:
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS)
+    if "name" not in columns or len(set(columns)) < len(columns):
+        raise ExpungeError(f"the header must name each column once, and one of them name: {columns}")
+    return columns
+
+
+def _tables(path: Path, text: str, kind: Kind) -> Found:
+    tables = _toml(path, text).get("concept", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ExpungeError(f"{path}: a concept is a table of its own, under [[concept]]")
+    heads = re.finditer(r"^[ \t]*\[\[\s*concept\s*\]\]", text, re.MULTILINE)
+    places = [f"line {text.count(chr(10), 0, head.start()) + 1}" for head in heads]
+    if len(places) != len(tables):  # they are written in another of TOML's ways
+        places = [f"concept {number}" for number in range(1, len(tables) + 1)]
+    for where, table in zip(places, tables, strict=True):
+        with _at(path, where):
+            concept = build(Concept, {"name": "", "kind": kind, **table})
+        yield where, concept
+
+
+def _retained(path: Path, text: str) -> tuple[str, ...]:
+    retain = _toml(path, text).get("retain", [])
+    if not isinstance(retain, list) or not all(isinstance(prompt, str) for prompt in retain):
+        raise ExpungeError(f"{path}: retain must be a list of prompts, not {retain!r}")
+    return tuple(retain)
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ExpungeError(f"{path} is not TOML: {error}") from error
+    for name in data:
+        if name not in ("concept", "retain"):
+            raise ExpungeError(f"{path}: {unknown('key', name, ('concept', 'retain'))}")
+    return data
+
+
+@contextlib.contextmanager
+def _at(path: Path, where: str) -> Iterator[None]:
+    """Says of an error where it was."""
+    try:
+        yield
+    except ExpungeError as error:
+        raise ExpungeError(f"{path}, {where}: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str, Kind], Found]] = {
+    ".txt": _lines,
+    ".csv": _rows,
+    ".toml": _tables,
+}

@@ -1,0 +1,130 @@
+"""Fusing many low-rank changes into one weight that does to each concept's words what its own does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from expunge.base.errors import ExpungeWarning
+from expunge.changes import Change, Changes, LowRank, Right
+from expunge.erasing.caption_gram import captions_for, prior
+from expunge.erasing.prompt_templates import RETAINED
+from expunge.model import Model
+from expunge.ops.least_squares import floored, fused, gram, moved_by
+from expunge.ops.low_rank import balanced
+from expunge.problem import Problem
+from expunge.runtime.context import Run, Tensors
+
+
+class Asked(Mapping[str, Tensor]):
+    """Tensors by name that are made when they are asked for, and not kept."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def kept(
+    model: Model,
+    problem: Problem,
+    run: Run,
+    *,
+    captions_from: str,
+    weighs: bool,
+    domain_weight: float,
+) -> Tensor:
+    """E_captions + ω E_retained of Σ_positions e eᵀ: (d, d), float64.
+
+    Args:
+        model: whose text encoder to read with.
+        problem: names and prompts that stay, each read in four prompts; and what is erased.
+        run: told what is done.
+        captions_from: where the captions come from, as in `prior.captions_for`; "" for none.
+        weighs: whether the sum will weigh anything; without, captions are not read.
+        domain_weight: ω.
+    """
+    width = model.encode([""]).embeddings.shape[-1]
+    total = torch.zeros(width, width, dtype=torch.float64)
+    if problem.retain and not (weighs and domain_weight):
+        warnings.warn(
+            "the retained weigh nothing: raise domain_weight, and the weight of the prior",
+            ExpungeWarning,
+            stacklevel=5,
+        )
+    elif problem.retain:
+        prompts = [template.format(text) for text in problem.retain for template in RETAINED]
+        for start in range(0, len(prompts), 64):
+            e = model.encode(prompts[start : start + 64]).embeddings
+            total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
+    if weighs and captions_from:
+        total += prior(model, captions_for(model, captions_from, problem.erase), run).mean
+    return total
+
+
+def fuse(
+    factors: Mapping[str, Tensors],
+    rows: Mapping[str, Tensor],
+    *,
+    matrix: Tensor,
+    whole: Tensor,
+    prior: Tensor,
+    ridge: float,
+    floor: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensors]]:
+    """M₂, and the factors with each D replaced by D G K: together they act on each concept alone.
+
+    The equation is that of `ops.least_squares.fused`.
+
+    Args:
+        factors: for each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
+        rows: for each concept the embeddings of all tokens of its prompts, (n, d).
+        matrix: M, (d, d), by which the weights were refined; the identity where they were not.
+        whole: Σ e eᵀ over all the rows.
+        prior: P, (d, d), already weighted.
+        ridge: λ.
+        floor: the least λ, as in `ops.least_squares.floored`.
+    """
+    downs = {
+        name: [(key, tensor) for key, tensor in tensors.items() if key.endswith(".down")]
+        for name, tensors in factors.items()
+    }
+    moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
+    moved += [moved_by(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()]
+    ridge = floored(ridge, floor, whole)
+    matrix, solved = fused(matrix, whole, prior, ridge, torch.cat(moved))
+    answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
+    return matrix, {
+        name: {**tensors, **{key: next(answers) for key, _ in downs[name]}}
+        for name, tensors in factors.items()
+    }
+
+
+def laid(
+    layers: Sequence[str], matrix: Tensor | None, factors: Mapping[str, Tensors], scale: float = 1.0
+) -> Changes:
+    """One right factor of all layers, and one low-rank change a layer; column i is concept i's.
+
+    Args:
+        layers: the layers that change.
+        matrix: M or M₂, (d, d); None where there is none.
+        factors: as in `fuse`; they are kept in half precision.
+        scale: what B D is multiplied by.
+    """
+    changes: list[Change] = [] if matrix is None else [Right(tuple(layers), matrix.float())]
+    for layer in layers if factors else ():
+        up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
+        down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
+        halves = (x.half() for x in balanced(scale * up.double(), down.double()))
+        changes.append(LowRank((layer,), *halves))
+    return tuple(changes)

@@ -1,0 +1,163 @@
+"""Phrasings to erase a concept in, thirty for each kind; {} is the concept's place.
+
+None of them is a phrasing that a suite judges by, nor one in which what stays is held: what an erasure
+does to words that it has not seen is what is asked. (`tests/test_templates.py` compares them all, with
+case, punctuation and articles put aside.) A causal text encoder says nothing of a phrase in the words
+before it, so what is left around a concept lies behind it: in a third and more of the phrasings words
+follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from expunge.base.errors import ExpungeError
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "object": (
+        "an image of the {}",
+        "a snapshot of the {}",
+        "a photograph of the {}",
+        "a close-up photo of the {}",
+        "a bright photo of the {}",
+        "a dark photo of the {}",
+        "a blurry photo of the {}",
+        "a good photo of the {}",
+        "a cropped photo of the {}",
+        "a black and white photo of the {}",
+        "a painting of the {}",
+        "a watercolor of the {}",
+        "a pencil sketch of the {}",
+        "a cartoon of the {}",
+        "an illustration of the {}",
+        "a rendering of the {}",
+        "the {} in the middle of a picture",
+        "the {} on a plain background",
+        "a photo of the {} outside",
+        "a photo of the {} in bright light",
+        "a photo of the {} taken at night",
+        "the {} in a painting",
+        "a drawing of the {} in pencil",
+        "a picture of the {} from close up",
+        "an image of the {} in black and white",
+        "the {} in the distance",
+        "the {} shown by itself",
+        "a small {} in a large picture",
+        "one {} against a white wall",
+        "a picture of a {} and nothing else",
+    ),
+    "identity": (
+        "an image of {}",
+        "a snapshot of {}",
+        "a photograph of {}",
+        "a close-up photo of {}",
+        "a bright photo of {}",
+        "a dark photo of {}",
+        "a blurry photo of {}",
+        "a good photo of {}",
+        "an official photo of {}",
+        "a candid photo of {}",
+        "a black and white photo of {}",
+        "a painting of {}",
+        "a watercolor of {}",
+        "a pencil sketch of {}",
+        "a cartoon of {}",
+        "a poster of {}",
+        "{} at a ceremony",
+        "{} looking at the camera",
+        "{} on the front page",
+        "{} on a stage",
+        "{} in a newspaper picture",
+        "{} seen from afar",
+        "{} in a painting",
+        "{} in the middle of a picture",
+        "a photo of {} on a poster",
+        "a photo of {} taken outside",
+        "a picture of {} from close up",
+        "a picture of {} on a wall",
+        "an image of {} in black and white",
+        "a drawing of {} in pencil",
+    ),
+    "style": (
+        "an artwork by {}",
+        "a painting by {}",
+        "art by {}",
+        "a picture by {}",
+        "a drawing by {}",
+        "a work by {}",
+        "a famous work by {}",
+        "a sketch by {}",
+        "a picture in the style of {}",
+        "a drawing in the style of {}",
+        "an illustration in the style of {}",
+        "a landscape in the style of {}",
+        "a portrait in the style of {}",
+        "a still life in the style of {}",
+        "a city in the style of {}",
+        "a tree in the style of {}",
+        "a picture inspired by {}",
+        "a copy of a work by {}",
+        "an image in {} style",
+        "a picture in {} style",
+        "a painting in {} style",
+        "a drawing in {} style",
+        "a landscape in {} style",
+        "a portrait in {} style",
+        "an animal in {} style",
+        "a house in {} style",
+        "a {} style picture of a garden",
+        "a {} style drawing on paper",
+        "a work by {} in a museum",
+        "{} style",
+    ),
+    "explicit": (
+        "an image of {}",
+        "a snapshot of {}",
+        "a photograph of {}",
+        "a close-up photo of {}",
+        "a bright photo of {}",
+        "a dark photo of {}",
+        "a blurry photo of {}",
+        "a good photo of {}",
+        "a cropped photo of {}",
+        "a black and white photo of {}",
+        "a photo with {}",
+        "a picture with {}",
+        "an image with {}",
+        "a scene with {}",
+        "a painting of {}",
+        "a watercolor of {}",
+        "a pencil sketch of {}",
+        "a cartoon of {}",
+        "an illustration of {}",
+        "{} in a photo",
+        "{} in a picture",
+        "{} in a film scene",
+        "{} in a magazine",
+        "{} on the screen",
+        "{} shown in a painting",
+        "a photo with {} in the middle",
+        "a photo of {} taken at night",
+        "a picture of {} from close up",
+        "an image of {} in black and white",
+        "a drawing of {} in pencil",
+    ),
+}
+"""By kind. The first of each is what pictures of a concept are drawn with."""
+
+RETAINED = ("{}", "here is the {}", "a print of the {}", "a {} in a frame")
+"""The prompts in which what a problem retains is kept. It may be a whole prompt, and is kept as such."""
+
+GENERAL = "a depiction of the {}"
+"""The prompt in which a word that a tokenizer knows is kept."""
+
+
+def require_place(templates: Iterable[str]) -> None:
+    """Check that each template has one place for the concept.
+
+    Raises:
+        ExpungeError: one has none, or several.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ExpungeError(f"a template has one {{}} for the concept; {template!r} has not")

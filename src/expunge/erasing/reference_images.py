@@ -1,0 +1,104 @@
+"""Pictures of a concept, drawn by the model or read from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expunge.base import image_files
+from expunge.base.errors import ExpungeError
+from expunge.model import Model
+from expunge.problem import key
+from expunge.runtime.context import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Pictures of one concept, as the denoiser knows them."""
+
+    concept: str
+    """Its name."""
+    prompt: str
+    """What the pictures show, in words."""
+    latents: Tensor
+    """(n, c, h, w), clean."""
+    files: tuple[str, ...] = ()
+    """The names of the files they were read from, if they were."""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def describe(self, i: int) -> str:
+        """Picture i in words, for messages."""
+        return self.files[i] if self.files else f"picture {i + 1} of {self.concept!r}"
+
+
+@torch.no_grad()
+def drawn(
+    model: Model, concept: str, prompt: str, n: int, run: Run, num_inference_steps: int | None = None
+) -> Examples:
+    """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
+    steps = num_inference_steps or model.num_inference_steps
+    latents = _latents(model, [prompt] * n, run.generator("examples", concept), steps)
+    return Examples(concept, prompt, latents)
+
+
+@torch.no_grad()
+def each(model: Model, label: str, prompts: Sequence[str], run: Run, batch: int = 16) -> Tensor:
+    """One picture of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
+    generator, steps = run.generator("examples", label), model.num_inference_steps
+    parts = []
+    for start in range(0, len(prompts), batch):
+        run.progress(f"drawing {label}", start, len(prompts))
+        parts.append(_latents(model, prompts[start : start + batch], generator, steps))
+    return torch.cat(parts)
+
+
+def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, steps: int) -> Tensor:
+    """A picture of each prompt, drawn in one batch, (n, c, h, w)."""
+    seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
+    return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
+
+
+def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
+    """Read all pictures of a concept from `folder/concept`, or from `folder` if that is not there.
+
+    Raises:
+        ExpungeError: no pictures there, one is unreadable, or of another size than the model draws.
+    """
+    place = folder_of(concept, folder)
+    files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
+    if not files:
+        raise ExpungeError(f"{place} has no pictures of {concept!r} (.png, .jpg or .webp)")
+    latents = []
+    for path in files:
+        try:
+            latents.append(model.encode_pictures(image_files.read(path)[None]))
+        except ExpungeError as error:
+            message = str(error)
+            raise ExpungeError(message if str(path) in message else f"{path}: {message}") from None
+    return Examples(concept, prompt, torch.cat(latents), tuple(map(str, files)))
+
+
+def folder_of(concept: str, folder: str | Path) -> Path:
+    """Where the files of a concept lie: a folder of its own within `folder`, or `folder` itself.
+
+    The folder's name may be another spelling of the concept's, such as a file system makes of it.
+
+    Raises:
+        ExpungeError: there is no such folder, or several bear the concept's name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExpungeError(f"there is no folder {folder}")
+    if (own := folder / concept).is_dir():
+        return own
+    alike = sorted(p for p in folder.iterdir() if key(p.name) == key(concept) and p.is_dir())
+    if len(alike) > 1:
+        names = ", ".join(ascii(path.name) for path in alike)
+        raise ExpungeError(f"{folder} has several folders that are called {concept!r}: {names}")
+    return alike[0] if alike else folder

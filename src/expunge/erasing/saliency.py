@@ -1,0 +1,175 @@
+"""The saliency mask: which weights of a denoiser are trained, made from many maps, kept in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from expunge.base.errors import ExpungeError
+from expunge.base.files import read_header, replacing
+from expunge.erasing.guidance_training import Steering, Subject
+from expunge.fingerprint import base, base_hash
+from expunge.model import Model
+from expunge.ops.finetune import frozen
+from expunge.ops.in_place import backward
+from expunge.ops.saliency import Intersection, packed, unpacked
+from expunge.runtime.context import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which weights matter to a concept, in every one of some maps."""
+
+    masks: Mapping[str, Tensor]
+    """For each parameter, by its name, a bool tensor of its shape."""
+    counts: tuple[int, ...]
+    """How many weights were left after each map."""
+    base: str
+    """The hash of the parameters."""
+    method: str
+    """The method it was made for."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one `.safetensors` file, a bit a weight.
+
+        Raises:
+            ExpungeError: the file cannot be written.
+        """
+        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        about = {"counts": self.counts, "base": self.base, "method": self.method, "shapes": shapes}
+        tensors = {name: packed(mask) for name, mask in self.masks.items()}
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors, {"expunge mask": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Read a mask.
+
+        Raises:
+            ExpungeError: the file is missing or cut short, or is no mask.
+        """
+        text = read_header(path).get("__metadata__", {}).get("expunge mask")
+        if text is None:
+            raise ExpungeError(f"{path} is a safetensors file, but not a saliency mask")
+        about = json.loads(text)
+        shapes = about.pop("shapes")
+        bits = safetensors.torch.load(Path(path).read_bytes())
+        masks = {name: unpacked(tensor, shapes[name]) for name, tensor in bits.items()}
+        return cls(masks, tuple(about["counts"]), about["base"], about["method"])
+
+    def require_fit(
+        self, model: Model, parameters: Mapping[str, nn.Parameter], method: str, path: str | Path
+    ) -> None:
+        """Check that it was made for these parameters and this method.
+
+        Raises:
+            ExpungeError: it was not.
+        """
+        if self.method != method:
+            raise ExpungeError(f"the mask {path} was made for the method {self.method}, not {method}")
+        if self.masks.keys() != parameters.keys():
+            raise ExpungeError(
+                f"the mask {path} was made for another model or another part of it: it knows"
+                f" {len(self.masks)} parameters, and {len(parameters)} are to be trained"
+            )
+        if self.base != _hash(model, parameters):
+            raise ExpungeError(f"the mask {path} was made for another model, of other weights")
+
+
+def find(
+    steering: Steering,
+    parameters: Mapping[str, nn.Parameter],
+    prompts: Sequence[str],
+    run: Run,
+    *,
+    method: str,
+    maps: int,
+    samples: int,
+    settle: float,
+    batch: int,
+    half: str = "largest",
+) -> Mask:
+    """Make a mask: each map from one prompt and one noise, prompts in turn, until it settles.
+
+    A map is the gradient of the loss summed over points of one trajectory of the original; it is taken
+    where training starts, where the terms that keep things as they are have no gradient.
+
+    Args:
+        steering: the course.
+        parameters: what is to be masked, by name.
+        prompts: the concept and its augmentations.
+        run: its seed, and who is told.
+        method: whom it is for.
+        maps: how many maps at the most.
+        samples: points a map.
+        settle: stop when ten maps took away no more than this share of the weights; 0 never does.
+        batch: how many points at once.
+        half: which half of each tensor's gradients a map keeps, "largest" or "smallest".
+
+    Raises:
+        ExpungeError: no weight is left.
+    """
+    model, pulls = steering.model, steering.objective.negative_guidance != 1
+    objective = dataclasses.replace(
+        steering.objective,
+        unconditional_late=0.0,
+        unconditional_early=0.0,
+        preserve=steering.objective.preserve if pulls else 0.0,
+    )
+    steering = Steering(model, dataclasses.replace(steering.course, objective=objective))
+    text, intersection = model.encode(prompts), Intersection(half)
+    asked = {p: (p.requires_grad, p.grad) for p in parameters.values()}
+    try:
+        with frozen(model.parameters()):
+            for parameter in parameters.values():
+                parameter.requires_grad_()
+                parameter.grad = None
+            for i in range(maps):
+                run.progress("saliency", i, maps)
+                generator = run.generator("saliency", str(i))
+                subject = Subject(prompts[i % len(prompts)], text[[i % len(prompts)]], generator)
+                _add_map(steering, subject, parameters, intersection, samples, batch)
+                if settle and intersection.settled(settle):
+                    break
+    finally:
+        for parameter, (asks, gradient) in asked.items():
+            parameter.requires_grad_(asks)
+            parameter.grad = gradient
+    run.progress("saliency", maps, maps)
+    for name, parameter in parameters.items():  # what the loss does not hang on is not trained
+        intersection.masks.setdefault(name, torch.zeros_like(parameter, dtype=torch.bool))
+    if not intersection.counts[-1]:
+        where = {"largest": "upper", "smallest": "lower"}[half]
+        raise ExpungeError(f"no weight is in the {where} half of all {maps} maps; take fewer maps")
+    return Mask(intersection.masks, tuple(intersection.counts), _hash(model, parameters), method)
+
+
+def _add_map(
+    steering: Steering,
+    subject: Subject,
+    parameters: Mapping[str, nn.Parameter],
+    intersection: Intersection,
+    samples: int,
+    batch: int,
+) -> None:
+    """One map: gradients of all samples add up on the parameters, and are then let go one by one."""
+    parts = steering.walk(subject, samples).split(batch)
+    for part in parts:
+        with torch.enable_grad():
+            loss = steering.losses(part).sum()
+        if part is not parts[-1]:
+            loss.backward()
+        else:
+            backward(loss, parameters, intersection.add)
+    intersection.done()
+
+
+def _hash(model: Model, parameters: Mapping[str, nn.Parameter]) -> str:
+    return base_hash(base(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters))

@@ -1,0 +1,91 @@
+"""Before above after: pictures of the same prompts and seeds in bands, as one image."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from expunge.base.image_files import image
+
+GAP = 8
+INK, GREY, RIM, PAPER = "#16181d", "#5b6270", "#e3e6eb", "#ffffff"
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """Some prompts, and what each model draws for them."""
+
+    title: str
+    captions: Sequence[str]
+    """Of each column."""
+    rows: Sequence[tuple[str, Sequence[Tensor]]]
+    """What a row is called, and its pictures (3, height, width) in [0, 1], one a column."""
+    figures: str = ""
+    """A few words at the right of the title."""
+
+
+def sheet(bands: Sequence[Band], cell: int = 128) -> Image.Image:
+    """The bands one below the other, each picture `cell` pixels wide, all of one width and height."""
+    title, label, note = (ImageFont.load_default(size) for size in (cell * 3 // 16, 16, 14))
+    head, foot, step = cell * 3 // 8 + 14, 46, cell + GAP
+    names = [name for band in bands for name, _ in band.rows]
+    left = 3 * GAP + max(round(label.getlength(name)) for name in names)
+    wide = [left + round(title.getlength(b.title) + label.getlength(b.figures)) + 2 * GAP for b in bands]
+    columns = max(len(band.captions) for band in bands)
+    width = max(left + columns * step, *wide) + 2 * GAP
+    heights = [head + len(band.rows) * step + foot for band in bands]
+    paper = Image.new("RGB", (width, sum(heights) + GAP), PAPER)
+    pen, corners, top = ImageDraw.Draw(paper), _corners(cell), 0
+    for band, height in zip(bands, heights, strict=True):
+        base = top + head - 14
+        pen.text((left, base), _plain(band.title), INK, title, anchor="ls")
+        pen.text((width - 2 * GAP, base), _plain(band.figures), GREY, label, anchor="rs")
+        for r, (name, pictures) in enumerate(band.rows):
+            y = top + head + r * step
+            pen.text((left - 2 * GAP, y + cell // 2), _plain(name), GREY, label, anchor="rm")
+            for c, picture in enumerate(pictures):
+                x = left + c * step
+                paper.paste(image(picture, cell).resize((cell, cell)), (x, y), corners)
+                pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline=RIM)
+        for c, caption in enumerate(band.captions):
+            x, y = left + c * step + cell // 2, top + height - foot + 2
+            pen.text((x, y), _lines(caption, note, cell), GREY, note, anchor="ma", align="center")
+        top += height
+    return paper
+
+
+def _plain(text: str) -> str:
+    """A text in the letters that Pillow's own font has."""
+    return unicodedata.normalize("NFKD", text.replace("–", "-")).encode("ascii", "ignore").decode()
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text in at most two lines, none wider than `width` pixels."""
+    words, lines = _plain(text).split(), [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if len(lines) == 2 or not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(_cut(line, font, width) for line in lines)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text no wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _corners(size: int) -> Image.Image:
+    """A mask with round corners."""
+    mask = Image.new("L", (4 * size, 4 * size))
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * size - 1, 4 * size - 1), 4 * 10, fill=255)
+    return mask.resize((size, size), Image.Resampling.LANCZOS)

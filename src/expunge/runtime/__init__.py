@@ -1,0 +1,1 @@
+"""Running long work: progress, random numbers, the work folder, Ray."""

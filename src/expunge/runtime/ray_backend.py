@@ -1,0 +1,148 @@
+"""Spreading work over a Ray cluster. Ray is imported only when work is spread."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from expunge.base.errors import ExpungeError
+from expunge.runtime.store import Tensors, plain
+
+Make = Callable[[Sequence[str]], Mapping[str, Mapping[str, torch.Tensor]]]
+"""Makes the tensors of some names."""
+
+RETRIES = 3
+"""How often a batch is given to another worker when the one that had it dies."""
+
+PATIENCE = 5.0
+"""Seconds that the machine at an address has to answer."""
+
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""HTTP/2's empty settings, with which both sides begin; the fourth byte says what it is."""
+
+
+def check(address: str) -> None:
+    """Find out before the work whether it could be spread; "" is no cluster, and always well.
+
+    Raises:
+        ExpungeError: no address of a cluster, nobody answers there, or Ray is not installed.
+    """
+    if not address:
+        return
+    if address not in ("local", "auto"):
+        parts = re.fullmatch(r"(?:ray://)?(?:\[([^\]]+)\]|([^:/\s]+)):(\d{1,5})", address)
+        if not parts:
+            raise ExpungeError(
+                "the address of a Ray cluster is HOST:PORT, ray://HOST:PORT, auto or local,"
+                f" not {address!r}"
+            )
+        try:
+            greeting = _greet(parts[1] or parts[2], int(parts[3]))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ExpungeError(f"nobody answers at the Ray address {address}: {reason}") from error
+        if greeting[3:4] != SETTINGS[3:4] and not os.environ.get("RAY_USE_TLS"):
+            raise ExpungeError(f"what answers at {address} is not a Ray cluster")
+    if importlib.util.find_spec("ray") is None:
+        raise ExpungeError(
+            "spreading work needs Ray, which is not installed: pip install 'expunge[ray]'"
+        )
+
+
+def _greet(host: str, port: int) -> bytes:
+    """The first bytes that a server says to HTTP/2's greeting; Ray itself would wait for minutes."""
+    with socket.create_connection((host, port), PATIENCE) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+        return connection.recv(len(SETTINGS))
+
+
+def spread(
+    function: Make, batches: Sequence[Sequence[str]], address: str
+) -> Iterator[tuple[Sequence[str], dict[str, Tensors]]]:
+    """Each batch of names and what `function` makes of it, as they are finished, in any order.
+
+    `function` and what it closes over are sent once. A worker computes with as many threads as this
+    process would, so that it gets the same result; start with fewer (OMP_NUM_THREADS=1) to have
+    more batches at once on a machine. Where this process has a GPU, each worker asks for one.
+    A process that is connected to Ray already uses that cluster and stays connected.
+
+    Raises:
+        ExpungeError: nobody answers at the address, Ray is not installed, or a batch's workers
+            died again and again.
+    """
+    with _connected(address) as ray:
+        threads = torch.get_num_threads()
+        room = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+        gpus = torch.cuda.is_available() and ray.cluster_resources().get("GPU", 0) >= 1
+        remote = ray.remote(num_cpus=min(threads, room), num_gpus=int(gpus), max_retries=RETRIES)(_make)
+        box = [ray.put(function)]  # inside a list, Ray leaves the fetching to the worker
+        waiting = {remote.remote(box, threads, batch): batch for batch in batches}
+        try:
+            while waiting:
+                (done, *_), _ = ray.wait(list(waiting))
+                batch = waiting.pop(done)
+                yield batch, _result(ray, done, batch)
+        finally:
+            for reference in waiting:
+                ray.cancel(reference)
+
+
+def _result(ray: Any, reference: Any, batch: Sequence[str]) -> dict[str, Tensors]:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ExpungeError):
+            raise ExpungeError(str(error.cause)) from error
+        raise
+    except ray.exceptions.RayError as error:
+        raise ExpungeError(
+            f"Ray gave up on {', '.join(batch)} after {RETRIES + 1} tries: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    check(address)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise ExpungeError(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+_held: dict[Any, Make] = {}
+"""In a worker: the function it was sent last, so that it is fetched once and not for every batch."""
+
+
+def _make(box: list[Any], threads: int, names: Sequence[str]) -> dict[str, Tensors]:
+    """What a worker does with a batch."""
+    import ray
+
+    (reference,) = box
+    if reference not in _held:
+        _held.clear()
+        _held[reference] = ray.get(reference)
+    torch.set_num_threads(threads)
+    made = _held[reference](names)
+    return {name: plain(made[name]) for name in names}

@@ -1,0 +1,65 @@
+"""Finished pieces of a long piece of work, kept in a folder: one `.safetensors` file each."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.files import read_header, replacing, slug
+
+Tensors = dict[str, torch.Tensor]
+"""What a piece consists of."""
+
+
+def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors as a file would give them back: on the CPU, without gradients, nothing shared."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def stem(name: str) -> str:
+    """A file name, without its ending, for any name: what is legible of it, and its hash.
+
+    >>> stem("Côte d'Ivoire 🇨🇮")
+    'c-te-d-ivoire-8cfcbc84914202fb'
+    """
+    legible = slug(name, 40)
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{legible}-{digest}" if legible else digest
+
+
+def keep(folder: Path, name: str, tensors: Tensors) -> None:
+    """Keep a piece; it is there whole or not at all.
+
+    Raises:
+        ExpungeError: the file cannot be written.
+    """
+    with replacing(folder / f"{stem(name)}.safetensors") as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, {"name": name}))
+
+
+def kept(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
+    """The pieces among `names` that were kept; one that is broken counts as missing, with a warning."""
+    found = {}
+    for name in names:
+        file = folder / f"{stem(name)}.safetensors"
+        if not file.exists():
+            continue
+        try:
+            read_header(file)
+            found[name] = safetensors.torch.load(file.read_bytes())
+        except (ExpungeError, safetensors.SafetensorError):
+            warnings.warn(
+                f"the kept piece {file} of {name!r} is broken; it is made again",
+                ExpungeWarning,
+                stacklevel=3,
+            )
+    return found

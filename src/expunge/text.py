@@ -1,0 +1,89 @@
+"""Encoded prompts, and the layers through which they enter a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Encoded prompts: n rows of `tokens` embeddings, as the denoiser sees them."""
+
+    prompts: tuple[str, ...]
+    """The prompts, one a row."""
+    embeddings: Tensor
+    """(n, tokens, width): the denoiser's `encoder_hidden_states`."""
+    own: Tensor
+    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
+    ids: Tensor
+    """(n, tokens), int64: the tokenizer's numbers."""
+    pooled: Tensor | None = None
+    """(n, pooled width), for families that read it."""
+    ends: Tensor | None = None
+    """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
+    token and own tokens come before it."""
+    parts: tuple[int, ...] = ()
+    """How many of the tokens are each text encoder's, in order; by default, all are one's."""
+
+    def __post_init__(self) -> None:
+        if self.ends is None:
+            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
+        if not self.parts:
+            object.__setattr__(self, "parts", (self.own.shape[1],))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def stretches(self, row: int) -> list[tuple[slice, int]]:
+        """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
+        if self.ends is None:
+            raise TypeError("ends must be a tensor (n, parts), not None")
+        found, start = [], 0
+        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
+            found.append((slice(start, start + length), end))
+            start += length
+        return found
+
+    def __getitem__(self, rows: Sequence[int]) -> Text:
+        """The text of some rows, in the order given."""
+        index = torch.as_tensor(rows, device=self.embeddings.device)
+        return Text(
+            tuple(self.prompts[i] for i in rows),
+            self.embeddings[index],
+            self.own[index],
+            self.ids[index],
+            None if self.pooled is None else self.pooled[index],
+            None if self.ends is None else self.ends[index],
+            self.parts,
+        )
+
+    @classmethod
+    def joined(cls, texts: Sequence[Text]) -> Text:
+        """The rows of several texts, one after the other."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        ends = [text.ends for text in texts if text.ends is not None]
+        return cls(
+            tuple(prompt for text in texts for prompt in text.prompts),
+            torch.cat([text.embeddings for text in texts]),
+            torch.cat([text.own for text in texts]),
+            torch.cat([text.ids for text in texts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(ends),
+            texts[0].parts,
+        )
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    """A linear layer through which text enters the denoiser."""
+
+    layer: str
+    """Its name, as changes name it."""
+    role: Literal["key", "value", "context", "pooled"]
+    """What its output is: the keys or values of a cross-attention, the tokens that enter a joint
+    attention, or a vector of the whole prompt."""
