@@ -119,7 +119,7 @@ def chosen(there: Mapping[str, Any], variant: str | None, part: Path) -> str | N
 def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     """The variant that is read of every component of a diffusers folder that has weights.
 
-    >>> from expunge import registry
+    >>> from expunge.base import registry
     >>> sorted(read_variants(registry.HERE / "emoji" / "pipeline"))
     ['text_encoder', 'unet', 'vae']
 
