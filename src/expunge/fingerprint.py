@@ -39,7 +39,7 @@ def of_model(model: Model) -> str:
                 if not tensor.is_meta:
                     digest.update(content(tensor))
         elif hasattr(part, "get_vocab"):
-            add(*_of_tokenizer(part))
+            add(of_tokenizer(part))
     if model.stored:
         for entry in (*model.text_entries(), *model.pooled_entries()):
             add(entry.layer)
@@ -47,15 +47,34 @@ def of_model(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _of_tokenizer(tokenizer: Any) -> tuple[object, ...]:
-    """What a tokenizer makes of texts hangs on: its vocabulary, rules and special tokens."""
-    rules = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        rules.to_str() if rules is not None else sorted(tokenizer.get_vocab().items()),
-        tokenizer.model_max_length,
-        tokenizer.padding_side,
-        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
-    )
+def of_tokenizer(tokenizer: Any) -> str:
+    """The hash of what a tokenizer makes of any text."""
+    record: dict[str, Any] = {
+        "vocab": tokenizer.get_vocab(),
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "settings": scalars(tokenizer, ("name_or_path", "vocab_file")),
+        "length": tokenizer.model_max_length,
+        "sides": [getattr(tokenizer, f"{part}_side", None) for part in ("padding", "truncation")],
+    }
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        whole = json.loads(backend.to_str())
+        # Every call sets these two anew.
+        record["backend"] = {k: v for k, v in whole.items() if k not in ("truncation", "padding")}
+    elif pieces := getattr(tokenizer, "sp_model", None):
+        record["pieces"] = hashlib.sha256(pieces.serialized_model_proto()).hexdigest()
+    elif ranks := getattr(tokenizer, "bpe_ranks", None):
+        record["merges"] = sorted((rank, list(pair)) for pair, rank in ranks.items())
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The single values among the attributes of an object, but for its private ones and some."""
+    values = vars(thing).items()
+    return {k: v for k, v in values if is_scalar(v) and not k.startswith("_") and k not in but}
 
 
 def _plain(config: object) -> dict[str, str]:

@@ -34,6 +34,7 @@ from expunge.base.files import cache_folder, check_writable, is_dir, is_file, re
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import content
 from expunge.edit import Edit
+from expunge.fingerprint import is_scalar, of_tokenizer, scalars
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.text import Text
@@ -347,19 +348,19 @@ def model_hash(model: Model) -> str:
         known = model.__dict__["_hash"] = digest.hexdigest()
         model.__dict__["_hashed"] = state
     others = sorted(
-        (name, _tokenizer(part))
+        (name, of_tokenizer(part))
         for name, part in model.pipe.components.items()
         if hasattr(part, "get_vocab")
     )
     settings = {
         "weights": known,
         "family": type(model).__name__,
-        "model": _scalars(model, ("name", "num_inference_steps", "guidance_scale", "sample_size")),
-        "pipe": {k: v for k, v in _scalars(model.pipe).items() if v is not None},
+        "model": scalars(model, ("name", "num_inference_steps", "guidance_scale", "sample_size")),
+        "pipe": {k: v for k, v in scalars(model.pipe).items() if v is not None},
         "config": {
             key: value
             for key, value in model.pipe.config.items()
-            if not key.startswith("_") and key != "requires_safety_checker" and _is_scalar(value)
+            if not key.startswith("_") and key != "requires_safety_checker" and is_scalar(value)
         },
         "parts": [(name, _plain(getattr(part, "config", {})), _switches(part)) for name, part in parts],
         "tokenizers": others,
@@ -372,36 +373,6 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _tokenizer(tokenizer: Any) -> str:
-    """The hash of what a tokenizer makes of any text."""
-    record: dict[str, Any] = {
-        "vocab": tokenizer.get_vocab(),
-        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "settings": _scalars(tokenizer, ("name_or_path", "vocab_file")),
-        "length": tokenizer.model_max_length,
-        "sides": [getattr(tokenizer, f"{part}_side", None) for part in ("padding", "truncation")],
-    }
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        whole = json.loads(backend.to_str())
-        # Every call sets these two anew.
-        record["backend"] = {k: v for k, v in whole.items() if k not in ("truncation", "padding")}
-    elif pieces := getattr(tokenizer, "sp_model", None):
-        record["pieces"] = hashlib.sha256(pieces.serialized_model_proto()).hexdigest()
-    elif ranks := getattr(tokenizer, "bpe_ranks", None):
-        record["merges"] = sorted((rank, list(pair)) for pair, rank in ranks.items())
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_scalar(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The single values among the attributes of an object, but for its private ones and some."""
-    values = vars(thing).items()
-    return {k: v for k, v in values if _is_scalar(v) and not k.startswith("_") and k not in but}
-
-
 def _switches(part: torch.nn.Module) -> list[Any]:
     """What was set on the modules of a part, which no configuration tells: FreeU's factors, tiles of the
     autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths."""
@@ -409,7 +380,7 @@ def _switches(part: torch.nn.Module) -> list[Any]:
     but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")
     found: list[Any] = []
     for name, module in part.named_modules():
-        values = _scalars(module, but)
+        values = scalars(module, but)
         lora = {
             key: getattr(module, key)
             for key in ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
