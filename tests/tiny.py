@@ -1,14 +1,22 @@
 """Tiny pipelines of every family, of the real classes with random weights."""
 
+import inspect
 import re
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -19,6 +27,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -199,5 +210,158 @@ def single_file(pipe, path):
     save_file(state, path, {"format": "pt", "modelspec.title": "tiny"})
 
 
-PIPELINES = {"stable_diffusion": tiny_pipeline, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+def merged(words, mark, letters):
+    """A vocabulary of letters and whole words, those that stand behind a space marked, and its merges.
+
+    A word's merges run from its first letter on; those of marked words come first, so that no other
+    word's get in their way.
+    """
+    vocab = {piece: i for i, piece in enumerate(letters)}
+    merges = []
+    for begin in (mark, ""):
+        for word in words:
+            parts = [*begin, *word]
+            while len(parts) > 1:
+                if (parts[0], parts[1]) not in merges:
+                    merges.append((parts[0], parts[1]))
+                parts[:2] = [parts[0] + parts[1]]
+                vocab.setdefault(parts[0], len(vocab))
+    return vocab, merges
+
+
+def gemma_tokenizer(words=WORDS):
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = [*special, "▁", "\n", *(chr(c) for c in range(33, 127))]
+    vocab, merges = merged(words, "▁", letters)
+    return GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
+
+
+def gemma(width, tokenizer):
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return spread(Gemma2Model(config)).eval()
+
+
+def spread(module, scale=0.3):
+    """Weights large enough that a tiny language model tells words apart."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, scale)
+    return module
+
+
+def pixart(seed=0, alpha=False, **scheduler):
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        cross_attention_dim=32,
+        caption_channels=24,
+        use_additional_conditions=False,
+    )
+    return (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=spread(t5(24, tokenizer)),
+        vae=vae(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(**scheduler),
+    )
+
+
+def sana(seed=0):
+    torch.manual_seed(seed)
+    asked = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer = gemma_tokenizer((*WORDS, *re.findall(r"[A-Za-z]+", " ".join(asked))))
+    transformer = SanaTransformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=24,
+        qk_norm="rms_norm_across_heads",
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(24, tokenizer),
+        vae=deep_vae(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def deep_vae():
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.4,
+    ).eval()
+
+
+PIPELINES = {
+    "stable_diffusion": tiny_pipeline,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "pixart": pixart,
+    "sana": sana,
+}
 """How to make a tiny pipeline of every family."""
+
+SIZE = {"height": 16, "width": 16}
+
+CALLS = {
+    "flux": lambda guidance: {"guidance_scale": guidance, **SIZE},
+    "pixart": lambda guidance: {"guidance_scale": guidance, "use_resolution_binning": False},
+    "sana": lambda guidance: {
+        "guidance_scale": guidance,
+        "use_resolution_binning": False,
+        "height": 32,
+        "width": 32,
+    },
+}
+"""What a family's pipeline is called with to draw at a guidance, where it is more than that."""
+
+
+def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
+    """The pictures that a pipeline itself draws of a prompt, one a seed."""
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        [prompt] * len(seeds),
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+        **CALLS.get(family, lambda guidance: {"guidance_scale": guidance})(guidance),
+    )
+    return found.images

@@ -54,6 +54,10 @@ class Model(ABC):
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
+    read_ahead: ClassVar[tuple[str, ...]] = ()
+    """Layers of the denoiser between its text encoder and its text entries, in order: they see nothing
+    but text. `encode` applies them, so that `Text.embeddings` is what the entries read, and `predict`
+    passes them by."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 
@@ -246,6 +250,14 @@ class Model(ABC):
         known = {word.casefold() for word in self.vocabulary()}
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
         return [word for word in dict.fromkeys(words) if word not in known]
+
+    def read_ahead_parameters(self, name: str) -> dict[str, Tensor]:
+        """The parameters of one of the layers of `read_ahead`, by their names inside it."""
+        found = self.network.get_submodule(name).named_parameters()
+        if self.stored is None:
+            return dict(found)
+        places = {key: f"{self.denoiser}.{name}.{key}".rpartition(".") for key, _ in found}
+        return {key: self.stored(layer, parameter) for key, (layer, _, parameter) in places.items()}
 
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:

@@ -29,15 +29,26 @@ class Text:
     token and own tokens come before it."""
     parts: tuple[int, ...] = ()
     """How many of the tokens are each text encoder's, in order; by default, all are one's."""
+    attention_mask: Tensor | None = None
+    """(n, tokens), bool: the tokens that the denoiser reads; None is all of them. The embeddings of the
+    others are zeros, so that they weigh nothing in a sum over tokens."""
 
     def __post_init__(self) -> None:
         if self.ends is None:
             object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
         if not self.parts:
             object.__setattr__(self, "parts", (self.own.shape[1],))
+        if self.attention_mask is not None:
+            read = self.attention_mask[..., None]
+            object.__setattr__(self, "embeddings", torch.where(read, self.embeddings, 0))
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def read(self) -> Tensor:
+        """The tokens that the denoiser reads, (n, tokens), bool."""
+        return torch.ones_like(self.own) if self.attention_mask is None else self.attention_mask
 
     def stretches(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
@@ -60,6 +71,7 @@ class Text:
             None if self.pooled is None else self.pooled[index],
             None if self.ends is None else self.ends[index],
             self.parts,
+            None if self.attention_mask is None else self.attention_mask[index],
         )
 
     @classmethod
@@ -75,6 +87,9 @@ class Text:
             torch.cat(pooled) if pooled else None,
             torch.cat(ends),
             texts[0].parts,
+            None
+            if all(text.attention_mask is None for text in texts)
+            else torch.cat([text.read for text in texts]),
         )
 
 

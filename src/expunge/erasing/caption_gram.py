@@ -186,6 +186,9 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+    for name in model.read_ahead:
+        for key, tensor in model.read_ahead_parameters(name).items():
+            digest.update(f"{name}.{key}".encode() + content(tensor))
     for name, part in sorted(model.pipe.components.items()):
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():

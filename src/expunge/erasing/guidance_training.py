@@ -403,6 +403,7 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
         f"{component}.{layer}.{name}": parameter
         for layer, module in named_layers(getattr(model.pipe, component))
         for name, parameter in module.named_parameters(recurse=False)
+        if not _read_ahead(model, layer)
     }
     if part == "denoiser":
         return found
@@ -445,7 +446,14 @@ def layers_of(model: Model, which: Layers) -> tuple[str, ...]:
         f"{component}.{k}"
         for k, m in modules.items()
         if isinstance(m, (nn.Linear, nn.Conv2d)) and (which == "all" or k.startswith(blocks))
+        # A convolution of each channel for itself has no low rank.
+        if getattr(m, "groups", 1) == 1 and not _read_ahead(model, k)
     )
+
+
+def _read_ahead(model: Model, layer: str) -> bool:
+    """Whether a layer of the denoiser is part of `Model.encode`: a prediction has no gradient there."""
+    return any(layer == name or layer.startswith(f"{name}.") for name in model.read_ahead)
 
 
 def train_weights(

@@ -305,22 +305,26 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
     """
     text = model.encode(list(prompts))
     other = model.encode([stand_in])
-    own = int(other.own[0].sum())
-    rows: list[Tensor] = []
-    marks: list[Tensor] = []
-    ids: list[Tensor] = []
+    if text.ends is None or other.ends is None:
+        raise TypeError("ends must be a tensor (n, parts), not None")
+    cut, width = int(other.ends[0, 0]), text.embeddings.shape[1]
+    parts: dict[str, list[Tensor]] = {"embeddings": [], "own": [], "ids": [], "read": []}
     for row in range(len(text)):
-        end = 1 + int(text.own[row].sum())
-        last = text.embeddings.shape[1] - 1
-        place = torch.arange(end, end + last - own).clamp(max=last)
+        end = int(text.ends[row, 0])
+        place = torch.arange(end, end + width - cut).clamp(max=width - 1)
         place = place.to(text.embeddings.device)
-        for parts, mine, theirs in (
-            (rows, text.embeddings[row], other.embeddings[0]),
-            (marks, text.own[row], other.own[0]),
-            (ids, text.ids[row], other.ids[0]),
-        ):
-            parts.append(torch.cat([theirs[: 1 + own], mine[place]]))
-    return Text(tuple(prompts), torch.stack(rows), torch.stack(marks), torch.stack(ids), text.pooled)
+        for name, found in parts.items():
+            found.append(torch.cat([getattr(other, name)[0, :cut], getattr(text, name)[row, place]]))
+    embeddings, own, ids, read = (torch.stack(found) for found in parts.values())
+    return Text(
+        tuple(prompts),
+        embeddings,
+        own,
+        ids,
+        text.pooled,
+        torch.full_like(text.ends[:, :1], cut),
+        attention_mask=None if text.attention_mask is None else read,
+    )
 
 
 def model_hash(model: Model) -> str:

@@ -12,11 +12,12 @@ from torch.nn.functional import pad
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
 from expunge.families._latent import LatentModel
+from expunge.families._noise import Flow
 from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
 
-class FlowModel(LatentModel):
+class FlowModel(Flow, LatentModel):
     """A transformer in which text and picture attend to each other, trained by flow matching.
 
     Text is static in two places alone: the layer that embeds its tokens (`context_embedder`) and
@@ -27,15 +28,6 @@ class FlowModel(LatentModel):
     """
 
     denoiser = "transformer"
-
-    def log_snr(self) -> Tensor:
-        # Time 0 has no noise at all; it counts as a half.
-        sigma = torch.arange(self._times + 1, dtype=torch.float64).clamp_min(0.5) / self._times
-        return 2 * (torch.log1p(-sigma) - torch.log(sigma))
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        sigma = (t.double() / self._times).reshape(-1, 1, 1, 1).to(latents.device, latents.dtype)
-        return (1 - sigma) * latents + sigma * noise
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         raise ExpungeError(
@@ -48,19 +40,27 @@ class FlowModel(LatentModel):
     def pooled_entries(self) -> tuple[TextEntry, ...]:
         return (TextEntry("transformer.time_text_embed.text_embedder.linear_1", "pooled"),)
 
-    @property
-    def _times(self) -> int:
-        return self.pipe.scheduler.config.num_train_timesteps
-
     def _time(self, t: Tensor | int, n: int) -> Tensor:
         """A time for each of n rows."""
         return torch.as_tensor(t, device=self.device).to(self.dtype).expand(n)
 
 
-def t5(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> tuple[_text.Tokens, Tensor]:
-    """The tokens of prompts and T5's states of them, (n, length, width), padding included."""
+def t5(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int, *, masked: bool = False
+) -> tuple[_text.Tokens, Tensor]:
+    """The tokens of prompts and T5's states of them, (n, length, width), padding included.
+
+    Args:
+        tokenizer, encoder: T5's.
+        prompts: the texts.
+        length: how many tokens each has in the end.
+        masked: whether the encoder is told where there is padding.
+    """
     tokens = _text.tokenize(tokenizer, prompts, length, starts=False)
-    states = [encoder(ids.to(encoder.device))[0] for ids in tokens.ids.split(64)]
+    states = []
+    for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):
+        told = {"attention_mask": mask.to(encoder.device)} if masked else {}
+        states.append(encoder(ids.to(encoder.device), **told)[0])
     return tokens, torch.cat(states)
 
 
@@ -85,4 +85,6 @@ def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
 
 def end(tokens: _text.Tokens) -> Tensor:
     """Where the end token of each prompt stands: (n,)."""
-    return tokens.mask.sum(1) - 1
+    if tokens.end is None:
+        raise TypeError("end must be a tensor (n,), not None")
+    return tokens.end

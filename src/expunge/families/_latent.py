@@ -6,11 +6,13 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
@@ -22,9 +24,9 @@ FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 
 
 class LatentModel(Model):
-    """A denoiser of an autoencoder's latents, with a CLIP among its text encoders."""
+    """A denoiser of an autoencoder's latents."""
 
-    contrasts: ClassVar[bool] = True
+    contrasts: bool = True
     """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
 
     @property
@@ -45,6 +47,31 @@ class LatentModel(Model):
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
                 warn_cut(prompt, n, self.window)
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
+
+    def _ahead(self, states: Tensor) -> Tensor:
+        """A text encoder's states, (n, tokens, width), as the text entries read them."""
+        for name in self.read_ahead:
+            weights = self.read_ahead_parameters(name)
+            at = next(iter(weights.values()))
+            module = self.network.get_submodule(name)
+            states = functional_call(module, weights, (states.to(at.device, at.dtype),))
+        return states.to(self.device, self.dtype)
+
+    @contextmanager
+    def _past(self) -> Iterator[None]:
+        """For a block, the layers that `encode` has applied already answer with what they are given."""
+        modules = [self.network.get_submodule(name) for name in self.read_ahead]
+        before = [module.__dict__.get("forward") for module in modules]
+        for module in modules:
+            module.forward = _same
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, before, strict=True):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
 
     @abstractmethod
     def _read(self, prompts: list[str]) -> Text:
@@ -89,8 +116,7 @@ class LatentModel(Model):
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
             output = output.to(latents.dtype)
             if guided:
-                empty, prompt = output.chunk(2)
-                output = empty + guidance * (prompt - empty)
+                output = self._contrasted(*output.chunk(2), guidance)
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
 
@@ -159,8 +185,13 @@ class LatentModel(Model):
             found = " × ".join(map(str, pictures.shape[:-3:-1]))
             raise ExpungeError(f"a picture is {found} pixels; this model draws {width} × {height}")
         given = pictures.to(self.device, vae.dtype) * 2 - 1
-        latents = vae.encode(given, return_dict=False)[0].mode()
+        found = vae.encode(given, return_dict=False)[0]
+        latents = found if isinstance(found, Tensor) else found.mode()
         return self._scaled(latents).to(self.device, self.dtype)
+
+    def _contrasted(self, empty: Tensor, prompt: Tensor, guidance: float) -> Tensor:
+        """The guided prediction, from that for no prompt and that for the prompt."""
+        return empty + guidance * (prompt - empty)
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
         """The prediction for a sampler's step; a denoiser that is told the guidance takes it here."""
@@ -191,3 +222,7 @@ class LatentModel(Model):
         """The inverse of `_scaled`."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+def _same(states: Tensor) -> Tensor:
+    return states

@@ -1,4 +1,4 @@
-"""Prompts as tokens, for CLIP's tokenizers and T5's."""
+"""Prompts as tokens: for CLIP's tokenizers, T5's, and those of language models with their templates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from expunge.base.errors import ExpungeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +21,14 @@ class Tokens:
     mask: Tensor
     """(n, tokens), 1 where there is no padding"""
     own: Tensor
-    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding"""
+    """(n, tokens), bool: the prompt's own tokens, neither start, template, end nor padding"""
+    end: Tensor | None = None
+    """(n,), int64: the first place behind the prompt's own tokens, by default the last that is no
+    padding"""
+
+    def __post_init__(self) -> None:
+        if self.end is None:
+            object.__setattr__(self, "end", self.mask.sum(1) - 1)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, *, starts: bool = True) -> Tokens:
@@ -47,14 +56,22 @@ def count(tokenizer: Any, prompt: str) -> int:
 
 def knows(tokenizer: Any, prompt: str) -> bool:
     """Whether a tokenizer makes anything of a prompt."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     return not set(ids) <= set(tokenizer.all_special_ids)  # the unknown token is one of them
 
 
+BEGINS = ("▁", "Ġ")
+"""What marks the beginning of a word: in SentencePiece's vocabularies, and in those of bytes."""
+
+
 def vocabulary(tokenizer: Any) -> tuple[str, ...]:
-    """The whole words that a CLIP tokenizer knows."""
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    words = (token.removesuffix("</w>") for token, _ in tokens if token.endswith("</w>"))
+    """The whole words that a tokenizer knows, in small letters, in the order of their numbers."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    words = [token.removesuffix("</w>") for token in tokens if token.endswith("</w>")]  # CLIP's
+    if not words:
+        words = [token[1:] for token in tokens if token.startswith(BEGINS) and token.islower()]
     return tuple(word for word in words if len(word) > 2 and word.isascii() and word.isalpha())
 
 
@@ -66,3 +83,92 @@ def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         states.append(output.hidden_states[-2])
         pooled.append(output[0])
     return torch.cat(states), torch.cat(pooled)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a family puts around a prompt before its text encoder reads it."""
+
+    before: str = ""
+    after: str = ""
+
+    def around(self, prompt: str) -> str:
+        return f"{self.before}{prompt}{self.after}"
+
+
+MARK = "\x1aprompt\x1a"
+"""Stands for the prompt while a chat template is taken apart; no prompt has it."""
+
+
+def chat_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> Template:
+    """What a tokenizer's chat template puts around the text `MARK` of some messages.
+
+    Args:
+        tokenizer: of a language model.
+        messages: the conversation, with `MARK` in the place of the prompt.
+        **options: of the template: `add_generation_prompt`, `enable_thinking`.
+
+    Raises:
+        ExpungeError: the tokenizer has no chat template, or one that changes the prompt.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one of its own
+    if not getattr(tokenizer, "chat_template", None):
+        raise ExpungeError(
+            f"this model's tokenizer, {type(tokenizer).__name__}, has no chat template, and its text"
+            " encoder reads prompts in one: take the tokenizer folder of the original model"
+        )
+    try:
+        whole = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except Exception as error:  # whatever the template raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExpungeError(f"this model's chat template fails: {reason}") from error
+    if whole.count(MARK) != 1:
+        raise ExpungeError("this model's chat template does not hold the prompt once, as it should")
+    before, after = whole.split(MARK)
+    return Template(before, after)
+
+
+def tokenize_in(
+    tokenizer: Any, prompts: Sequence[str], template: Template, length: int, **options: Any
+) -> Tokens:
+    """The tokens of prompts in a template, as a language model's tokenizer makes them.
+
+    A token that holds the template's last space and the prompt's first letter counts as the prompt's.
+
+    Args:
+        tokenizer: one that says which characters each token stands for.
+        prompts: the texts.
+        template: what stands around each.
+        length: the most tokens that a text may have, template and all; what is more is cut off.
+        **options: how the tokenizer pads; by default to `length`.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    texts = [template.around(prompt) for prompt in prompts]
+    padded = tokenizer(
+        texts,
+        **{"padding": "max_length", "max_length": length, "truncation": True, **options},
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
+    starts, stops = padded.offset_mapping.unbind(-1)
+    first = len(template.before)
+    last = torch.tensor([[first + len(prompt)] for prompt in prompts])
+    mask = padded.attention_mask.bool()
+    own = mask & (stops > first) & (starts < last) & (stops > starts)
+    place = torch.arange(own.shape[1])
+    # Behind the own tokens; where there are none, behind the template's beginning.
+    before = mask & (stops <= first)
+    behind = torch.where(own.any(1, keepdim=True), own, before)
+    end = torch.where(behind, place + 1, 0).amax(1).clamp_max(own.shape[1] - 1)
+    return Tokens(padded.input_ids, padded.attention_mask, own, end)
+
+
+def surroundings(tokenizer: Any, template: Template) -> int:
+    """How many tokens a template has beside those of the prompt."""
+    tokens = tokenize_in(tokenizer, ["a"], template, 2**20, padding=False)
+    return int((~tokens.own).sum())
+
+
+def own_tokens(tokenizer: Any, prompt: str, template: Template) -> int:
+    """How many tokens of its own a prompt has in a template, uncut."""
+    return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding=False).own.sum())

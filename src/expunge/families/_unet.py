@@ -6,16 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from expunge.changes import check_asked, named_layers
 from expunge.families._latent import LatentModel
+from expunge.families._noise import Diffusion
 from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
 
-class UNetModel(LatentModel):
+class UNetModel(Diffusion, LatentModel):
     """A U-Net that text enters through the key and value projections of every cross-attention.
 
     They see the same token embeddings in every layer, picture and step.
@@ -23,14 +21,6 @@ class UNetModel(LatentModel):
 
     denoiser = "unet"
     mark = "input_blocks.0.0.weight"
-
-    def log_snr(self) -> Tensor:
-        signal = self._signal()
-        return torch.log(signal) - torch.log1p(-signal)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal = self._signal()[t.cpu()].reshape(-1, 1, 1, 1).to(latents.device)
-        return signal.sqrt().to(latents.dtype) * latents + (1 - signal).sqrt().to(latents.dtype) * noise
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found: list[tuple[str, Any]] = [
@@ -81,10 +71,6 @@ class UNetModel(LatentModel):
         a_block = len(blocks) // levels
         up = [f"{'CrossAttn' * (str(i * a_block) in attending)}UpBlock2D" for i in range(levels)]
         return {"layers_per_block": a_block - 1, "up_block_types": up}
-
-    def _signal(self) -> Tensor:
-        """ᾱ, the variance of the signal at each time; (T,), float64."""
-        return self.pipe.scheduler.alphas_cumprod.detach().cpu().double()
 
 
 OUTSIDE = {

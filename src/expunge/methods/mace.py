@@ -505,7 +505,7 @@ class MACE(Method):
         )
         phrase = phrase_positions(before, after, text.own)
         place = torch.arange(phrase.shape[1], device=phrase.device)
-        ending = place > text.own.sum(1, keepdim=True)
+        ending = (place >= text.ends[:, :1]) & text.read
 
         if self.pictures_from:
             shown = reference_images.read(model, concept.name, prompts[0], self.pictures_from)

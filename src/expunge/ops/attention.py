@@ -26,6 +26,8 @@ class CrossAttention:
     heads: int
     scale: float
     """What scores are multiplied by before the softmax."""
+    mask: Callable[[], Tensor | None] | None = None
+    """Gives the tokens that are attended to at all, (n, tokens), bool, of the run that is read."""
 
 
 class _Enough(Exception):  # noqa: N818
@@ -129,6 +131,8 @@ def read_with_queries(
 def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tensor:
     """A = softmax(scale · Q Kᵀ) for every head: (n, heads, pixels, tokens), float32 or finer."""
     scores = (by_head(query, attention.heads) * attention.scale) @ by_head(key, attention.heads).mT
+    if attention.mask is not None and (mask := attention.mask()) is not None:
+        scores = scores.masked_fill(~mask.to(scores.device)[:, None, None], -torch.inf)
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
 

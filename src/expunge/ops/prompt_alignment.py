@@ -58,5 +58,8 @@ def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -
         own: (n, tokens), bool, the prompts' own tokens.
     """
     place = torch.arange(own.shape[1], device=own.device)
+    begin = own.long().argmax(1, keepdim=True)
+    # Of several text encoders' tokens the first one's: they run on without a gap.
+    n = (own | (place < begin)).long().cumprod(1).sum(1, keepdim=True) - begin
     first, last = (torch.tensor(x, device=own.device)[:, None] for x in (before, after))
-    return (place > first) & (place <= own.sum(1, keepdim=True) - last)
+    return (place >= begin + first) & (place < begin + n - last)

@@ -38,8 +38,9 @@ def scheduler_name(name: str) -> str:
 
 
 def matches_flow(scheduler: Any) -> bool:
-    """Whether a pipeline's scheduler is one for flow matching."""
-    return type(scheduler).__name__.startswith("FlowMatch")
+    """Whether a pipeline's scheduler is one for flow matching: made for it, or told of it."""
+    told = scheduler.config.get("prediction_type") == "flow_prediction"
+    return told or type(scheduler).__name__.startswith("FlowMatch")
 
 
 def replaced(scheduler: Any, name: str, model: str) -> Any:
@@ -70,4 +71,6 @@ def replaced(scheduler: Any, name: str, model: str) -> Any:
     config = dict(scheduler.config)
     unsaid = ("_use_default_values", *config.get("_use_default_values", ()))
     said = {key: value for key, value in config.items() if key not in unsaid}
+    if wanted in FLOW and "flow_shift" in config:
+        said["shift"] = config["flow_shift"]  # the same, as solvers for both kinds call it
     return getattr(diffusers, f"{wanted}Scheduler").from_config({**LATENTS, **said})

@@ -480,12 +480,14 @@ class ACE(Method):
         for row in range(len(text)):
             there = row % len(templates)
             e, n = text.embeddings[row].double(), anchored.embeddings[there].double()
-            word = int(theirs[there].nonzero().max()) if concept.anchor else 1
+            ending = min(_end(anchored, there), int(anchored.read[there].nonzero().max()))
+            word = int(theirs[there].nonzero().max()) if concept.anchor else ending
             places = phrase[row].nonzero()[:, 0]
             found[0].append((e[places], n[word].expand(len(places), -1)))
-            ends = tuple(int(x.own[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
+            ends = tuple(_end(x, i) for x, i in ((text, row), (anchored, there)))
             m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
-            after, last = max(m.first, int(places[-1]) + 1), m.first + m.tail
+            last = min(m.first + m.tail, int(text.read[row].nonzero().max()) + 1)
+            after = max(m.first, int(places[-1]) + 1)
             marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
             for band, (start, stop) in enumerate(pairwise(marks), 1):
                 if start < stop:
@@ -509,14 +511,14 @@ class ACE(Method):
     ) -> dict[str, Grounds]:
         """For each concept general words in the first template of its own kind, and what is retained."""
         kept = torch.cat([_thinned(text) for text in staying.values()])
-        shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
+        shut = torch.cat([text.embeddings[text.read] for text in staying.values()])
         whole = [text.pooled for text in staying.values() if text.pooled is not None]
         # Guidance may lead away from another text than the empty prompt: gates are shut on that, too.
         nothing = model.unconditional(1)
         if nothing.pooled is not None:
             whole.append(nothing.pooled)
         if not torch.equal(nothing.embeddings, model.encode([""]).embeddings):
-            shut = torch.cat([shut, nothing.embeddings[0]])
+            shut = torch.cat([shut, nothing.embeddings[nothing.read]])
         general, found = self._general(model, problem, run), dict[str, Grounds]()
         for concept in problem.erase:
             if concept.kind not in found:
@@ -918,12 +920,18 @@ def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> 
     return phrase_positions(before, after, text.own)
 
 
+def _end(text: Text, row: int) -> int:
+    """Where a row's end token stands, of its first text encoder."""
+    return int(text.own[row].sum()) + 1 if text.ends is None else int(text.ends[row, 0])
+
+
 def _thinned(text: Text) -> Tensor:
     """Start, own and end tokens, and a few of the padding, (n, d): it is much the same all along."""
-    end = text.own.sum(1, keepdim=True) + 1
-    behind = torch.arange(text.own.shape[1], device=end.device) - end
-    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
-    return text.embeddings[(behind <= 0) | few]
+    place = torch.arange(text.own.shape[1], device=text.own.device)
+    ends = torch.tensor([[_end(text, row)] for row in range(len(text))], device=place.device)
+    behind = place - ends
+    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=place.device))
+    return text.embeddings[((behind <= 0) | few) & text.read]
 
 
 def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tuple[Tensor, Tensor]]:

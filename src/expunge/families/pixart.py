@@ -1,0 +1,90 @@
+"""PixArt-α and PixArt-Σ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._cross import CrossAttentionModel
+from expunge.families._flow import end, t5
+from expunge.families._noise import Diffusion
+from expunge.text import Text
+
+
+class PixArt(Diffusion, CrossAttentionModel):
+    """A T5, and a transformer with cross-attention that predicts noise.
+
+    Tokens are T5's: 120 of them in α and 300 in Σ (`max_sequence_length` in `expunge.json`), the padding
+    never read. `caption_projection` makes of them what every key and value projection reads. The
+    pipeline writes prompts in small letters before it reads them, and so they are here.
+
+    Unconditional is the empty prompt.
+    """
+
+    pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+    read_ahead = ("caption_projection",)
+    most_tokens = 300
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
+        super().__init__(pipe, name, settings)
+        alpha = type(pipe).__name__ == "PixArtAlphaPipeline"
+        self.max_sequence_length = int(settings.get("max_sequence_length", 120 if alpha else 300))
+
+    @property
+    def window(self) -> int:
+        return self.max_sequence_length - 1  # less the end
+
+    def count_tokens(self, prompt: str) -> int:
+        return _text.count(self.pipe.tokenizer, self._cleaned([prompt])[0])
+
+    def _read(self, prompts: list[str]) -> Text:
+        tokens, states = t5(
+            self.pipe.tokenizer,
+            self.pipe.text_encoder,
+            self._cleaned(prompts),
+            self.max_sequence_length,
+            masked=True,
+        )
+        return Text(
+            tuple(prompts),
+            self._ahead(states),
+            tokens.own.to(self.device),
+            tokens.ids.to(self.device),
+            ends=end(tokens)[:, None].to(self.device),
+            attention_mask=tokens.mask.bool().to(self.device),
+        )
+
+    def _cleaned(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as the pipeline reads them: cleaned, where the libraries for it are there."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        clean = is_bs4_available() and is_ftfy_available()
+        return list(self.pipe._text_preprocessing(list(prompts), clean_caption=clean))
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        n = len(latents)
+        with self._past():
+            output = self.network(
+                latents,
+                timestep=self._time(t, n),
+                added_cond_kwargs=self._sizes(n),
+                **self._asked(text, n),
+                return_dict=False,
+            )[0]
+        # Half of what it answers may be the variance, which no sampler here asks.
+        return output[:, : latents.shape[1]]
+
+    def _sizes(self, n: int) -> dict[str, Tensor | None]:
+        """The picture's size and its height over its width, for a denoiser that is told them."""
+        if not self.network.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
+        return {
+            "resolution": torch.tensor([[height, width]]).repeat(n, 1).to(self.device, self.dtype),
+            "aspect_ratio": torch.tensor([[height / width]]).repeat(n, 1).to(self.device, self.dtype),
+        }

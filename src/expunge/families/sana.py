@@ -1,0 +1,90 @@
+"""SANA: a linear transformer in the latents of a deep autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._cross import CrossAttentionModel
+from expunge.families._noise import Flow
+from expunge.text import Text
+
+
+class Sana(Flow, CrossAttentionModel):
+    """A Gemma-2, and a transformer with cross-attention, trained by flow matching.
+
+    Prompts stand behind an instruction to the language model, which asks for details of the picture; of
+    its tokens the denoiser reads the first alone. There are 300 in all, the padding never read. Gemma is
+    causal and has no end token, so the prompt's last token carries the whole prompt. What the key and
+    value projections read is `caption_norm(caption_projection(states))`.
+
+    Unconditional is the empty prompt without the instruction, as in the pipeline.
+    """
+
+    pipelines = ("SanaPipeline",)
+    read_ahead = ("caption_projection", "caption_norm")
+    most_tokens = 600
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
+        super().__init__(pipe, name, settings)
+        self.max_sequence_length = int(settings.get("max_sequence_length", 300))
+        asked = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
+        self._instruction = "\n".join(asked.default)
+
+    @property
+    def window(self) -> int:
+        return self.max_sequence_length - 2  # less the start and what the instruction ends with
+
+    def count_tokens(self, prompt: str) -> int:
+        template = _text.Template(self._instruction)
+        return _text.own_tokens(self.pipe.tokenizer, prompt.lower().strip(), template)
+
+    def unconditional(self, n: int) -> Text:
+        with torch.no_grad():
+            return self._instructed([""], "")[[0] * n]
+
+    def _read(self, prompts: list[str]) -> Text:
+        return self._instructed(prompts, self._instruction)
+
+    def _instructed(self, prompts: list[str], instruction: str) -> Text:
+        """The prompts behind an instruction: its first token, and the last ones of the whole."""
+        tokenizer, length = self.pipe.tokenizer, self.max_sequence_length
+        more = len(tokenizer.encode(instruction)) - 2 if instruction else 0
+        said = [prompt.lower().strip() for prompt in prompts]
+        template = _text.Template(instruction)
+        tokens = _text.tokenize_in(tokenizer, said, template, length + more, padding_side="right")
+        states = []
+        for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):
+            encoder = self.pipe.text_encoder
+            device = encoder.device
+            states.append(encoder(ids.to(device), attention_mask=mask.to(device))[0])
+        taken = [0, *range(more + 1, more + length)]
+        read = tokens.mask[:, taken].bool()
+        place = torch.arange(length)
+        end = torch.where(read, place + 1, 0).amax(1, keepdim=True).clamp_max(length - 1)
+        return Text(
+            tuple(prompts),
+            self._ahead(torch.cat(states)[:, taken]),
+            tokens.own[:, taken].to(self.device),
+            tokens.ids[:, taken].to(self.device),
+            ends=end.to(self.device),
+            attention_mask=read.to(self.device),
+        )
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        n = len(latents)
+        scale = self.network.config.timestep_scale
+        with self._past():
+            output = self.network(
+                latents,
+                timestep=self._time(t, n) * scale,
+                **self._asked(text, n),
+                return_dict=False,
+            )[0]
+        return output[:, : latents.shape[1]]

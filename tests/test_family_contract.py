@@ -1,0 +1,349 @@
+"""What every family keeps: the families are those of the folder, against diffusers' own pipelines.
+
+What is silently wrong elsewhere is caught here: text entries that read something else than the text that
+methods are given, masks that do not reach the denoiser, and drawings that are not the pipeline's.
+"""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+import expunge
+from expunge import Concept, Edit, ExpungeError, Probe, Problem
+from expunge.base import registry
+from expunge.changes import find
+from expunge.erasing.concept_tokens import last_tokens
+from expunge.erasing.guidance_training import part_of
+from expunge.ops.attention import read_attention
+from expunge.text import Text
+from tiny import PIPELINES, drawn_by_diffusers
+
+FAMILIES = registry.names("families")
+WORDS = ("airplane", "ship", "bird")
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert set(FAMILIES) == set(PIPELINES)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(family):
+    return PIPELINES[family]()
+
+
+@pytest.fixture
+def model(pipe):
+    return expunge.load(pipe)
+
+
+@pytest.fixture
+def latents(model):
+    return torch.randn(2, *model._latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+def states(pipe):
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+        for key, tensor in part.state_dict().items()
+    }
+
+
+@contextlib.contextmanager
+def inputs_of(model, layers):
+    """The first input of each layer, by its name, of every run inside the block."""
+    seen = {layer: [] for layer in layers}
+    hooks = [
+        find(model.pipe, layer).register_forward_pre_hook(
+            lambda _, given, layer=layer: seen[layer].append(given[0].detach().clone())
+        )
+        for layer in layers
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_draws_what_the_pipeline_draws(model, pipe, family, guidance):
+    probe = Probe.of("a photo of the ship", 2, 3, num_inference_steps=3, guidance_scale=guidance)
+    images = model.draw(probe)
+    assert images.std() > 0.01
+    theirs = drawn_by_diffusers(pipe, family, probe.prompts[0], probe.seeds, 3, guidance)
+    torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
+
+
+def test_draws_at_its_own_settings(model, pipe, family):
+    steps, guidance = model.num_inference_steps, model.guidance_scale
+    assert 1 <= steps <= 50
+    assert guidance >= 1
+    (image,) = model.draw(Probe.of("ship", num_inference_steps=min(steps, 4)))
+    (theirs,) = drawn_by_diffusers(pipe, family, "ship", [0], min(steps, 4), guidance)
+    torch.testing.assert_close(image, theirs, rtol=0, atol=1e-4)
+
+
+def test_text_moves_the_image(model):
+    ship, bird = (
+        model.draw(Probe.of(word, num_inference_steps=2, guidance_scale=3.0))
+        for word in ("ship", "bird")
+    )
+    assert (ship - bird).abs().max() > 1e-3
+
+
+def test_text_entries_read_the_embeddings(model, latents):
+    """A norm or a projection in between would make every closed form silently wrong."""
+    text = model.encode(["a photo of the ship"])
+    entries = [entry.layer for entry in model.text_entries()]
+    assert entries
+    with torch.no_grad(), inputs_of(model, entries) as seen:
+        model.predict(latents[:1], 500, text)
+    places = text.read[0].nonzero().flatten()
+    for layer in entries:
+        assert len(seen[layer]) == 1, f"{layer} is asked {len(seen[layer])} times"
+        rows = seen[layer][0].flatten(0, -2)
+        torch.testing.assert_close(rows[places], text.embeddings[0, places], rtol=0, atol=1e-6)
+
+
+def test_text_entries_read_the_same_when_the_pipeline_draws(model, pipe, family):
+    text = model.encode(["a photo of the ship"])
+    entries = [entry.layer for entry in model.text_entries()]
+    with inputs_of(model, entries) as seen:
+        drawn_by_diffusers(pipe, family, "a photo of the ship", [3], 1, 1.0)
+    places = text.read[0].nonzero().flatten()
+    for layer in entries:
+        rows = seen[layer][0].flatten(0, -2)
+        torch.testing.assert_close(rows[places], text.embeddings[0, places], rtol=1e-4, atol=1e-4)
+
+
+def test_pooled_entries_read_the_pooled_vectors(model, latents):
+    text = model.encode(["a photo of the ship"])
+    entries = [entry.layer for entry in model.pooled_entries()]
+    assert (text.pooled is not None) == bool(entries)
+    with torch.no_grad(), inputs_of(model, entries) as seen:
+        model.predict(latents[:1], 500, text)
+    for layer in entries:
+        given = seen[layer][0][:, : text.pooled.shape[1]]
+        torch.testing.assert_close(given, text.pooled, rtol=0, atol=1e-6)
+
+
+def test_the_text_that_is_not_read_has_no_say(model, latents):
+    """The attention mask reaches the denoiser."""
+    text = model.encode(["ship", "a photo of the ship"])
+    if text.attention_mask is None:
+        pytest.skip("the denoiser reads every token")
+    assert not text.read.all()
+    assert not text.embeddings[~text.read].any()
+    loud = Text(
+        text.prompts,
+        text.embeddings,
+        text.own,
+        text.ids,
+        text.pooled,
+        text.ends,
+        text.parts,
+        text.attention_mask,
+    )
+    object.__setattr__(loud, "embeddings", torch.where(text.read[..., None], text.embeddings, 7.0))
+    with torch.no_grad():
+        plain, shouted = (model.predict(latents, 500, x) for x in (text, loud))
+    torch.testing.assert_close(plain, shouted, rtol=0, atol=1e-6)
+
+
+def test_own_tokens_and_ends(model):
+    prompts = ["airplane", "a photo of the ship", ""]
+    text = model.encode(prompts)
+    assert sum(text.parts) == text.embeddings.shape[1] == text.own.shape[1] == text.ids.shape[1]
+    for row in range(3):
+        for own, end in text.stretches(row):
+            marked = text.own[row, own].nonzero().flatten() + own.start
+            assert marked.tolist() == list(range(end - len(marked), end))
+            if len(marked):
+                assert text.read[row, marked].all()
+    assert [int(text.own[row].any()) for row in range(3)] == [1, 1, 0]
+    again = model.encode(prompts[::-1])
+    torch.testing.assert_close(again.embeddings[2], text.embeddings[0], rtol=1e-5, atol=1e-5)
+
+
+def test_own_tokens_are_those_that_are_counted(model):
+    for prompt in ("airplane", "a photo of the ship"):
+        text = model.encode([prompt])
+        # Of several encoders, one is the one that counts.
+        counts = [int(text.own[0, own].sum()) for own, _ in text.stretches(0)]
+        assert model.count_tokens(prompt) in counts
+
+
+def test_the_phrase_and_what_ends_the_prompt_tell_it(model):
+    """Where the concept stands: its last token differs from another's, and so does what is behind it."""
+    one, other = (model.encode([f"a photo of the {word}"]) for word in ("ship", "bird"))
+    differs = (one.embeddings - other.embeddings)[0].abs().amax(-1) > 1e-6
+    for (own, end), _ in zip(one.stretches(0), other.stretches(0), strict=True):
+        if one.own[0, own].any():
+            assert differs[end - 1]
+            if end < own.stop and one.read[0, end]:
+                assert differs[end]
+
+
+def test_a_prompt_over_the_window_is_cut_and_said(model):
+    long = " ".join(["ship"] * (model.window + 5))
+    with pytest.warns(expunge.ExpungeWarning, match=f"the model reads the first {model.window}"):
+        text = model.encode([long])
+    assert text.embeddings.isfinite().all()
+    with pytest.raises(ExpungeError, match=f"reads no more than {model.window}"):
+        model.require_window([long])
+    model.require_window(["ship " * (model.window - 1) + "ship"])
+
+
+def test_time_goes_from_image_to_noise(model, latents):
+    level = model.log_snr()
+    assert level.dtype == torch.float64
+    assert (level.diff() <= 0).all()
+    assert level.diff()[:-1].max() < 0
+    assert len(model.noise_scale()) == len(level)
+    clean, noise = latents
+    late = model.add_noise(clean[None], noise[None], torch.tensor([len(level) - 2]))
+    early = model.add_noise(clean[None], noise[None], torch.tensor([1]))
+    assert (early - clean).norm() < (early - noise).norm()
+    assert (late - noise).norm() < (late - clean).norm()
+    assert all(0 <= t < len(level) for t in model.times(5))
+
+
+def test_noise_has_the_variance_that_log_snr_says(model, latents):
+    one, zero = torch.ones_like(latents), torch.zeros_like(latents)
+    t = torch.full((2,), len(model.log_snr()) // 2)
+    signal, noise = (model.add_noise(a, b, t).double().mean() for a, b in ((one, zero), (zero, one)))
+    found = 2 * torch.log(signal / noise)
+    torch.testing.assert_close(found, model.log_snr()[t[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_images_and_latents(model):
+    images = model.decode(torch.zeros(1, *model._latent_shape))
+    assert images.ndim == 4
+    assert model.encode_pictures(images).shape == (1, *model._latent_shape)
+    with pytest.raises(ExpungeError, match="this model draws"):
+        model.encode_pictures(torch.zeros(1, 3, 5, 7))
+
+
+def test_a_trajectory_yields_what_the_denoiser_is_given(model):
+    text, given = model.encode(["ship"]), []
+    guided = model._guided
+    model._guided = lambda latents, *rest: given.append(latents) or guided(latents, *rest)
+    points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
+    assert [t for t, _ in points] == [*model.times(3), 0]
+    assert all(torch.equal(a, b) for (_, a), b in zip(points, given, strict=False))
+
+
+def test_the_prediction_is_that_of_each_row_alone(model, latents):
+    text = model.encode(["ship", "a photo of the bird"])
+    ones = torch.ones_like(latents)
+    with torch.no_grad():
+        both = model.predict(ones, torch.tensor([500, 300]), text)
+        alone = model.predict(ones[1:], 300, text[[1]])
+    assert both.shape == latents.shape
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_adds_up_over_what_is_read(model, family, latents):
+    if why := model.lacks.get("cross-attention"):
+        with pytest.raises(ExpungeError, match=why):
+            model.cross_attentions()
+        return
+    text = model.encode(["ship", "a photo of the bird"])
+    attentions = model.cross_attentions()
+    assert 2 * len(attentions) == len(model.text_entries())
+    with torch.no_grad():
+        maps = read_attention(attentions, lambda a: a, lambda: model.predict(latents, 500, text))
+    for found in maps:
+        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1]))
+        assert not found.movedim(-1, 1)[~text.read].any()
+
+
+def test_what_can_be_trained_is_behind_the_text(model):
+    """A layer that is part of `encode` gets no gradient from a prediction, and is never trained."""
+    ahead = tuple(f"{model.denoiser}.{name}." for name in model.read_ahead)
+    trained = part_of(model, "denoiser")
+    assert trained
+    assert not [name for name in trained if ahead and name.startswith(ahead)]
+
+
+# Random text encoders leave more of a concept than is passed over in silence.
+@pytest.mark.filterwarnings("ignore:the vector of the whole prompt keeps")
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_a_method_works_or_says_why_not(model, family, name):
+    kind = registry.get("methods", name)
+    fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
+    needs = registry.declared("methods", name, "needs")
+    lacks = registry.declared("families", family, "lacks")
+    assert (needs, lacks) == (dict(kind.needs), dict(model.lacks))
+    # A few words and no captions tell enough.
+    few = {"general": 40, "captions": ""}
+    fast |= {field.name: few[field.name] for field in dataclasses.fields(kind) if field.name in few}
+    missing = [stage for stage, need in needs.items() if need in lacks]
+    # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
+    problem = Problem((Concept("airplane", "sky"),))
+    if missing:
+        stages = getattr(kind, "stages", ())
+        whole = {"stages": tuple(dict.fromkeys((*stages, *missing)))} if stages else {}
+        with pytest.raises(ExpungeError, match=lacks[needs[missing[0]]]):
+            expunge.erase(model, problem, kind(**fast, **whole))
+        rest = tuple(stage for stage in stages if stage not in missing)
+        if not rest:
+            return
+        fast["stages"] = rest
+    before = states(model.pipe)
+    edit = expunge.erase(model, problem, kind(**fast))
+    assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
+    text = model.encode(["airplane"])
+    changed = {layer for change in edit.changes for layer in change.layers}
+    layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
+    with model.using(edit):
+        after = find(model.pipe, layer)(text.embeddings)
+    assert (after - find(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
+
+
+def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
+    before = states(model.pipe)
+    problem = Problem((Concept("airplane", "sky"),), ("ship", "bird"))
+    method = registry.get("methods", "uce")(ridge=1.0, general=5)
+    edit, again = (expunge.erase(model, problem, method) for _ in range(2))
+    assert edit.hash == again.hash
+    assert all(torch.equal(before[k], t) for k, t in states(model.pipe).items())
+    edit.save(tmp_path / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "edit.safetensors")
+    assert loaded.hash == edit.hash
+    assert loaded.fits(model)
+    probe = Probe.of(["airplane", "ship", "bird"], 2, num_inference_steps=2, guidance_scale=3.0)
+    original = model.draw(probe)
+    with model.using(edit):
+        edited = model.draw(probe)
+    with model.using(loaded):
+        torch.testing.assert_close(model.draw(probe), edited, rtol=0, atol=1e-6)
+    assert (edited - original)[:2].abs().max() > 1e-4
+    assert torch.equal(model.draw(probe), original)
+    entry = model.text_entries()[0].layer
+    weight = model.weight(entry)
+    with model.using(edit):
+        change = find(model.pipe, entry).weight.detach() - weight
+    words = last_tokens(model.encode(WORDS)).unflatten(0, (len(WORDS), -1))
+    moved = (words.float() @ change.T).flatten(1).norm(dim=1)
+    assert moved[0] > 2 * max(moved[1:])
+
+
+def test_a_folder_is_loaded_and_draws_the_same(pipe, family, tmp_path):
+    pipe.save_pretrained(tmp_path / "tiny")
+    model, loaded = expunge.load(pipe), expunge.load(tmp_path / "tiny")
+    assert type(loaded) is type(model)
+    if hasattr(pipe, "default_sample_size"):
+        loaded.pipe.default_sample_size = pipe.default_sample_size
+    loaded.sample_size = model.sample_size
+    probe = Probe.of("a photo of the ship", num_inference_steps=2, guidance_scale=2.0)
+    torch.testing.assert_close(loaded.draw(probe), model.draw(probe), rtol=0, atol=1e-5)
