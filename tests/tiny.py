@@ -7,9 +7,12 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -21,6 +24,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
 from transformers import (
@@ -30,11 +35,16 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+import expunge
 from conftest import WORDS, tiny_pipeline, tiny_tokenizer
 from expunge.base import registry
 
@@ -249,6 +259,107 @@ def gemma(width, tokenizer):
     return spread(Gemma2Model(config)).eval()
 
 
+QWEN = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+"""A chat template after Qwen3's."""
+
+
+def qwen_tokenizer(words=WORDS):
+    letters = ["<|endoftext|>", "Ġ", "Ċ", *(chr(c) for c in range(33, 127))]
+    vocab, merges = merged((*words, "user", "assistant", "system", "think"), "Ġ", letters)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = QWEN
+    return tokenizer
+
+
+def qwen(width, tokenizer, layers=3, kind=Qwen3ForCausalLM):
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return spread(kind(config)).eval()
+
+
+def flux2(seed=0, distilled=True):
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    torch.nn.init.normal_(transformer.context_embedder.weight)
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=qwen(16, tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+        is_distilled=distilled,
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def flux2_vae():
+    found = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    ).eval()
+    found.bn.running_mean.normal_(0, 0.3)
+    found.bn.running_var.uniform_(0.5, 2)
+    return found
+
+
+def z_image(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=48,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 32, 32],
+    )
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.uniform_(transformer.cap_embedder[0].weight, 0.5, 2)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen(48, tokenizer, kind=Qwen3Model),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
 def spread(module, scale=0.3):
     """Weights large enough that a tiny language model tells words apart."""
     with torch.no_grad():
@@ -336,16 +447,39 @@ PIPELINES = {
     "flux": flux,
     "pixart": pixart,
     "sana": sana,
+    "flux2": flux2,
+    "z_image": z_image,
 }
 """How to make a tiny pipeline of every family."""
+
+SETTINGS = {
+    "pixart": {"max_sequence_length": 32},
+    "sana": {"max_sequence_length": 32},
+    "flux2": {"max_sequence_length": 64, "layers": (1, 2, 3)},
+    "z_image": {"max_sequence_length": 64},
+}
+"""What makes a family's models fast: few tokens, and layers that a shallow text encoder has."""
 
 SIZE = {"height": 16, "width": 16}
 
 CALLS = {
     "flux": lambda guidance: {"guidance_scale": guidance, **SIZE},
-    "pixart": lambda guidance: {"guidance_scale": guidance, "use_resolution_binning": False},
+    "flux2": lambda guidance: {
+        "guidance_scale": guidance,
+        "max_sequence_length": 64,
+        "text_encoder_out_layers": (1, 2, 3),
+        **SIZE,
+    },
+    # Its own scale is less by one.
+    "z_image": lambda guidance: {"guidance_scale": guidance - 1, "max_sequence_length": 64, **SIZE},
+    "pixart": lambda guidance: {
+        "guidance_scale": guidance,
+        "max_sequence_length": 32,
+        "use_resolution_binning": False,
+    },
     "sana": lambda guidance: {
         "guidance_scale": guidance,
+        "max_sequence_length": 32,
         "use_resolution_binning": False,
         "height": 32,
         "width": 32,
@@ -354,11 +488,19 @@ CALLS = {
 """What a family's pipeline is called with to draw at a guidance, where it is more than that."""
 
 
+def loaded(source, family):
+    """A family's tiny model, set up to be fast."""
+    model = expunge.load(source)
+    for name, value in SETTINGS.get(family, {}).items():
+        setattr(model, name, value)
+    return model
+
+
 def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
     """The pictures that a pipeline itself draws of a prompt, one a seed."""
     pipe.set_progress_bar_config(disable=True)
     found = pipe(
-        [prompt] * len(seeds),
+        prompt=[prompt] * len(seeds),
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from expunge.base.errors import ExpungeError
+from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.quiet import Progress, quiet
 from expunge.families import _text
 from expunge.model import Model, require_unicode, warn_cut
+from expunge.probe import Probe
 from expunge.text import Text
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
@@ -28,6 +31,8 @@ class LatentModel(Model):
 
     contrasts: bool = True
     """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
+    takes_guidance: bool = True
+    """Whether guidance changes anything; it does not where a model was distilled without it."""
 
     @property
     def window(self) -> int:
@@ -120,6 +125,16 @@ class LatentModel(Model):
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
 
+    def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:
+        if not self.takes_guidance and (probe.guidance_scale or 0) > 1:
+            warnings.warn(
+                f"this model was distilled to draw without guidance: the guidance_scale of"
+                f" {probe.guidance_scale:g} changes nothing",
+                ExpungeWarning,
+                stacklevel=2,
+            )
+        return super().draw(probe, batch_size=batch_size, progress=progress)
+
     def _sampler(self, steps: int) -> Any:
         """The model's sampler, laid out for so many steps.
 
@@ -180,7 +195,7 @@ class LatentModel(Model):
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         vae = self.pipe.vae
-        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
+        height, width = self._pixels
         if pictures.shape[-2:] != (height, width):
             found = " × ".join(map(str, pictures.shape[:-3:-1]))
             raise ExpungeError(f"a picture is {found} pixels; this model draws {width} × {height}")
@@ -212,6 +227,12 @@ class LatentModel(Model):
         size = self.sample_size or config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return config.in_channels, height, width
+
+    @property
+    def _pixels(self) -> tuple[int, int]:
+        """The height and width of the pictures that the model was made for."""
+        _, height, width = self._latent_shape
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents as the denoiser takes them."""

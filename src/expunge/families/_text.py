@@ -71,7 +71,7 @@ def vocabulary(tokenizer: Any) -> tuple[str, ...]:
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     words = [token.removesuffix("</w>") for token in tokens if token.endswith("</w>")]  # CLIP's
     if not words:
-        words = [token[1:] for token in tokens if token.startswith(BEGINS) and token.islower()]
+        words = [token[1:] for token in tokens if token.startswith(BEGINS) and token[1:].islower()]
     return tuple(word for word in words if len(word) > 2 and word.isascii() and word.isalpha())
 
 

@@ -1,0 +1,131 @@
+"""FLUX.2: klein 4B and 9B, and dev."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.families import _text
+from expunge.families._flow import end
+from expunge.families._llm import LanguageModelText
+from expunge.text import Text
+
+LAYERS = {"Flux2KleinPipeline": (9, 18, 27), "Flux2Pipeline": (10, 20, 30)}
+"""The hidden states of the text encoder that stand side by side, as the pipelines take them."""
+
+
+class Flux2(LanguageModelText):
+    """A language model (Qwen3 in klein, Mistral 3 in dev), and a transformer with joint attention.
+
+    Three of the text encoder's hidden states, side by side, are the tokens; `context_embedder`, without
+    a bias, is the one layer that reads them. There are 512, padding included: the denoiser has no mask,
+    and the states of the padding, behind the prompt, know all of it. There is no pooled vector.
+
+    Latents are the autoencoder's, four neighbours side by side, with mean 0 and variance 1.
+
+    klein is distilled to 4 steps without guidance, and a guidance scale changes nothing; dev is told a
+    guidance scale as FLUX.1-dev is; klein's base models contrast two predictions.
+    """
+
+    pipelines = ("Flux2KleinPipeline", "Flux2Pipeline")
+    most_tokens = 512
+    lacks: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    }
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        told = bool(pipe.transformer.config.guidance_embeds)
+        distilled = bool(pipe.config.get("is_distilled", False))
+        own = {"guidance_scale": 1.0, "num_inference_steps": 4} if distilled else {
+            "guidance_scale": 4.0, "num_inference_steps": 50
+        }  # fmt: skip
+        settings = {**own, **(settings or {})}
+        super().__init__(pipe, name, settings)
+        self.told = told
+        self.contrasts = not (told or distilled)
+        self.takes_guidance = not distilled
+        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        self.layers = tuple(settings.get("text_encoder_out_layers", LAYERS[type(pipe).__name__]))
+
+    @cached_property
+    def template(self) -> _text.Template:
+        if "Klein" in type(self.pipe).__name__:
+            said: list[dict[str, Any]] = [{"role": "user", "content": _text.MARK}]
+            options = {"add_generation_prompt": True, "enable_thinking": False}
+            return _text.chat_template(self.pipe.tokenizer, said, **options)
+        said = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("system", self.pipe.system_message), ("user", _text.MARK))
+        ]
+        return _text.chat_template(self.pipe.tokenizer, said, add_generation_prompt=False)
+
+    def _read(self, prompts: list[str]) -> Text:
+        tokens = _text.tokenize_in(self.pipe.tokenizer, prompts, self.template, self.max_sequence_length)
+        return Text(
+            tuple(prompts),
+            self._hidden(tokens, self.layers).to(self.device, self.dtype),
+            tokens.own.to(self.device),
+            tokens.ids.to(self.device),
+            ends=end(tokens)[:, None].to(self.device),
+        )
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        return self._guided(latents, torch.as_tensor(t), text, 1.0)
+
+    def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+        n, _, height, width = latents.shape
+        output = self.network(
+            hidden_states=latents.flatten(2).mT,
+            timestep=self._time(t, n) / self._times,
+            guidance=torch.full((n,), guidance, device=self.device) if self.told else None,
+            encoder_hidden_states=text.embeddings,
+            txt_ids=self.pipe._prepare_text_ids(text.embeddings[:1]).to(self.device),
+            img_ids=self.pipe._prepare_latent_ids(latents[:1]).to(self.device),
+            return_dict=False,
+        )[0]
+        return output.mT.unflatten(2, (height, width))
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        _, height, width = self._latent_shape
+        measure = sys.modules[type(self.pipe).__module__].compute_empirical_mu
+        mu = measure(image_seq_len=height * width, num_steps=steps)
+        if getattr(scheduler.config, "use_flow_sigmas", False):
+            scheduler.set_timesteps(steps, device=self.device, mu=mu)
+        else:
+            sigmas = np.linspace(1.0, 1 / steps, steps)
+            scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=mu)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        side = (self.sample_size or self.pipe.default_sample_size) // 2
+        return self.network.config.in_channels, side, side
+
+    @property
+    def _pixels(self) -> tuple[int, int]:
+        _, height, width = self._latent_shape
+        scale = 2 * self.pipe.vae_scale_factor
+        return height * scale, width * scale
+
+    @property
+    def latents_side(self) -> int:
+        return 2 * super().latents_side
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(latents)
+        return (self.pipe._patchify_latents(latents) - mean) / deviation
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(latents)
+        return self.pipe._unpatchify_latents(latents * deviation + mean)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and deviation of the autoencoder's latents, (1, channels, 1, 1)."""
+        norm, config = self.pipe.vae.bn, self.pipe.vae.config
+        mean, variance = (x.view(1, -1, 1, 1).to(like) for x in (norm.running_mean, norm.running_var))
+        return mean, (variance + config.batch_norm_eps).sqrt()
