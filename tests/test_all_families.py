@@ -39,7 +39,7 @@ def test_sd3_without_t5_and_with_dynamic_shifting(pipe):
     probe = Probe.of("ship", 1, 3, num_inference_steps=2, guidance_scale=4.0)
     theirs = drawn_by_diffusers(pipe, "sd3", "ship", probe.seeds, 2, 4.0)
     torch.testing.assert_close(model.draw(probe), theirs, rtol=0, atol=2e-5)
-    (_, clip_end), (_, t5_end) = model.encode(["ship"]).stretches(0)
+    (_, clip_end), (_, t5_end) = model.encode(["ship"]).segments(0)
     assert clip_end == 2
     assert t5_end == 77 + (pipe.text_encoder_3 is not None)
 

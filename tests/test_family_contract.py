@@ -147,10 +147,10 @@ def test_the_text_that_is_not_read_has_no_say(model, latents):
     loud = Text(
         text.prompts,
         text.embeddings,
-        text.own,
+        text.content_mask,
         text.ids,
         text.pooled,
-        text.ends,
+        text.eos_index,
         text.parts,
         text.attention_mask,
     )
@@ -163,14 +163,14 @@ def test_the_text_that_is_not_read_has_no_say(model, latents):
 def test_own_tokens_and_ends(model):
     prompts = ["airplane", "a photo of the ship", ""]
     text = model.encode(prompts)
-    assert sum(text.parts) == text.embeddings.shape[1] == text.own.shape[1] == text.ids.shape[1]
+    assert sum(text.parts) == text.embeddings.shape[1] == text.content_mask.shape[1] == text.ids.shape[1]
     for row in range(3):
-        for own, end in text.stretches(row):
-            marked = text.own[row, own].nonzero().flatten() + own.start
+        for own, end in text.segments(row):
+            marked = text.content_mask[row, own].nonzero().flatten() + own.start
             assert marked.tolist() == list(range(end - len(marked), end))
             if len(marked):
                 assert text.read[row, marked].all()
-    assert [int(text.own[row].any()) for row in range(3)] == [1, 1, 0]
+    assert [int(text.content_mask[row].any()) for row in range(3)] == [1, 1, 0]
     again = model.encode(prompts[::-1])
     torch.testing.assert_close(again.embeddings[2], text.embeddings[0], rtol=1e-5, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_own_tokens_are_those_that_are_counted(model):
     for prompt in ("airplane", "a photo of the ship"):
         text = model.encode([prompt])
         # Of several encoders, one is the one that counts.
-        counts = [int(text.own[0, own].sum()) for own, _ in text.stretches(0)]
+        counts = [int(text.content_mask[0, own].sum()) for own, _ in text.segments(0)]
         assert model.count_tokens(prompt) in counts
 
 
@@ -187,8 +187,8 @@ def test_the_phrase_and_what_ends_the_prompt_tell_it(model):
     """Where the concept stands: its last token differs from another's, and so does what is behind it."""
     one, other = (model.encode([f"a photo of the {word}"]) for word in ("ship", "bird"))
     differs = (one.embeddings - other.embeddings)[0].abs().amax(-1) > 1e-6
-    for (own, end), _ in zip(one.stretches(0), other.stretches(0), strict=True):
-        if one.own[0, own].any():
+    for (own, end), _ in zip(one.segments(0), other.segments(0), strict=True):
+        if one.content_mask[0, own].any():
             assert differs[end - 1]
             if end < own.stop and one.read[0, end]:
                 assert differs[end]
@@ -215,7 +215,7 @@ def test_time_goes_from_image_to_noise(model, latents):
     early = model.add_noise(clean[None], noise[None], torch.tensor([1]))
     assert (early - clean).norm() < (early - noise).norm()
     assert (late - noise).norm() < (late - clean).norm()
-    assert all(0 <= t < len(level) for t in model.times(5))
+    assert all(0 <= t < len(level) for t in model.timesteps(5))
 
 
 def test_noise_has_the_variance_that_log_snr_says(model, latents):
@@ -229,9 +229,9 @@ def test_noise_has_the_variance_that_log_snr_says(model, latents):
 def test_images_and_latents(model):
     images = model.decode(torch.zeros(1, *model._latent_shape))
     assert images.ndim == 4
-    assert model.encode_pictures(images).shape == (1, *model._latent_shape)
+    assert model.encode_images(images).shape == (1, *model._latent_shape)
     with pytest.raises(ExpungeError, match="this model draws"):
-        model.encode_pictures(torch.zeros(1, 3, 5, 7))
+        model.encode_images(torch.zeros(1, 3, 5, 7))
 
 
 def test_a_trajectory_yields_what_the_denoiser_is_given(model):
@@ -239,7 +239,7 @@ def test_a_trajectory_yields_what_the_denoiser_is_given(model):
     guided = model._guided
     model._guided = lambda latents, *rest: given.append(latents) or guided(latents, *rest)
     points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
-    assert [t for t, _ in points] == [*model.times(3), 0]
+    assert [t for t, _ in points] == [*model.timesteps(3), 0]
     assert all(torch.equal(a, b) for (_, a), b in zip(points, given, strict=False))
 
 
@@ -254,7 +254,7 @@ def test_the_prediction_is_that_of_each_row_alone(model, latents):
 
 
 def test_attention_adds_up_over_what_is_read(model, family, latents):
-    if why := model.lacks.get("cross-attention"):
+    if why := model.missing_capabilities.get("cross-attention"):
         with pytest.raises(ExpungeError, match=why):
             model.cross_attentions()
         return
@@ -284,7 +284,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
     fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
     needs = registry.declared("methods", name, "needs")
     lacks = registry.declared("families", family, "lacks")
-    assert (needs, lacks) == (dict(kind.needs), dict(model.lacks))
+    assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
     few = {"general": 12, "captions": ""}
     fast |= {field.name: few[field.name] for field in dataclasses.fields(kind) if field.name in few}

@@ -209,7 +209,7 @@ def single_file(pipe, path):
     state = {"model_ema.decay": torch.zeros(())}
     for key, tensor in pipe.unet.state_dict().items():
         layer, _, parameter = key.rpartition(".")
-        name = family.original(layer, pipe.unet.config)
+        name = family.ldm_layer_name(layer, pipe.unet.config)
         state[f"model.diffusion_model.{name}.{parameter}"] = tensor
     for key, tensor in pipe.vae.state_dict().items():
         attention = "attentions" in key and tensor.ndim == 2
@@ -497,7 +497,7 @@ def loaded(source, family):
 
 
 def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
-    """The pictures that a pipeline itself draws of a prompt, one a seed."""
+    """The images that a pipeline itself draws of a prompt, one a seed."""
     pipe.set_progress_bar_config(disable=True)
     found = pipe(
         prompt=[prompt] * len(seeds),

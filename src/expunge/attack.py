@@ -9,7 +9,7 @@ from expunge.base.fields import check
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Attack(ABC):
         check(self)
 
     @abstractmethod
-    def run(self, model: Model, edit: Edit, probe: Probe, run: Run) -> Probe:
+    def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         """The probe made harder for the edited model. The model is left as it was."""

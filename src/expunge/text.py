@@ -18,26 +18,26 @@ class Text:
     """The prompts, one a row."""
     embeddings: Tensor
     """(n, tokens, width): the denoiser's `encoder_hidden_states`."""
-    own: Tensor
+    content_mask: Tensor
     """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
     ids: Tensor
     """(n, tokens), int64: the tokenizer's numbers."""
     pooled: Tensor | None = None
     """(n, pooled width), for families that read it."""
-    ends: Tensor | None = None
+    eos_index: Tensor | None = None
     """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
     token and own tokens come before it."""
-    parts: tuple[int, ...] = ()
+    segment_lengths: tuple[int, ...] = ()
     """How many of the tokens are each text encoder's, in order; by default, all are one's."""
     attention_mask: Tensor | None = None
     """(n, tokens), bool: the tokens that the denoiser reads; None is all of them. The embeddings of the
     others are zeros, so that they weigh nothing in a sum over tokens."""
 
     def __post_init__(self) -> None:
-        if self.ends is None:
-            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
-        if not self.parts:
-            object.__setattr__(self, "parts", (self.own.shape[1],))
+        if self.eos_index is None:
+            object.__setattr__(self, "ends", self.content_mask.sum(1, keepdim=True) + 1)
+        if not self.segment_lengths:
+            object.__setattr__(self, "parts", (self.content_mask.shape[1],))
         if self.attention_mask is not None:
             read = self.attention_mask[..., None]
             object.__setattr__(self, "embeddings", torch.where(read, self.embeddings, 0))
@@ -48,14 +48,14 @@ class Text:
     @property
     def read(self) -> Tensor:
         """The tokens that the denoiser reads, (n, tokens), bool."""
-        return torch.ones_like(self.own) if self.attention_mask is None else self.attention_mask
+        return torch.ones_like(self.content_mask) if self.attention_mask is None else self.attention_mask
 
-    def stretches(self, row: int) -> list[tuple[slice, int]]:
+    def segments(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
-        if self.ends is None:
+        if self.eos_index is None:
             raise TypeError("ends must be a tensor (n, parts), not None")
         found, start = [], 0
-        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
+        for length, end in zip(self.segment_lengths, self.eos_index[row].tolist(), strict=True):
             found.append((slice(start, start + length), end))
             start += length
         return found
@@ -66,11 +66,11 @@ class Text:
         return Text(
             tuple(self.prompts[i] for i in rows),
             self.embeddings[index],
-            self.own[index],
+            self.content_mask[index],
             self.ids[index],
             None if self.pooled is None else self.pooled[index],
-            None if self.ends is None else self.ends[index],
-            self.parts,
+            None if self.eos_index is None else self.eos_index[index],
+            self.segment_lengths,
             None if self.attention_mask is None else self.attention_mask[index],
         )
 
@@ -78,15 +78,15 @@ class Text:
     def joined(cls, texts: Sequence[Text]) -> Text:
         """The rows of several texts, one after the other."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
-        ends = [text.ends for text in texts if text.ends is not None]
+        ends = [text.eos_index for text in texts if text.eos_index is not None]
         return cls(
             tuple(prompt for text in texts for prompt in text.prompts),
             torch.cat([text.embeddings for text in texts]),
-            torch.cat([text.own for text in texts]),
+            torch.cat([text.content_mask for text in texts]),
             torch.cat([text.ids for text in texts]),
             torch.cat(pooled) if pooled else None,
             torch.cat(ends),
-            texts[0].parts,
+            texts[0].segment_lengths,
             None
             if all(text.attention_mask is None for text in texts)
             else torch.cat([text.read for text in texts]),

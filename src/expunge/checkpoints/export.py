@@ -23,7 +23,7 @@ from expunge.base.files import cache_folder, read_header, read_json, replacing
 from expunge.changes import Changes, WeightChange, check_numbers
 from expunge.checkpoints import hub, lora_names
 from expunge.checkpoints.checkpoint import NOTE, Checkpoint, Erased
-from expunge.checkpoints.linearize import Plain, plain
+from expunge.checkpoints.linearize import LinearFit, fit_static_weights
 from expunge.checkpoints.load import load
 from expunge.checkpoints.lora import Lora, Naming, Place
 from expunge.checkpoints.model_card import LORAS, card, is_ours, title
@@ -270,7 +270,7 @@ def plain_weights(
     return weights(fit.changes), (f"gates became weights: {fit}",)
 
 
-def _fitted(model: Model, edit: Edit) -> Plain:
+def _fitted(model: Model, edit: Edit) -> LinearFit:
     """The weights fitted to an edit's gates, found in the cache folder or kept there."""
     problem = json.dumps(dataclasses.asdict(edit.record.problem), sort_keys=True)
     command = "\n".join([text_hash(model, ()), edit.hash, edit.record.base, problem])
@@ -278,10 +278,10 @@ def _fitted(model: Model, edit: Edit) -> Plain:
     if file.is_file():
         try:
             kept = Edit.load(file)
-            return Plain(kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved")))
+            return LinearFit(kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved")))
         except (ExpungeError, KeyError, TypeError, ValueError):
             pass  # broken: made again
-    fit = plain(model, edit.changes, edit.record.problem)
+    fit = fit_static_weights(model, edit.changes, edit.record.problem)
     fields = {"lost": fit.lost, "moved": fit.moved}
     try:
         Edit(tuple(fit.changes), dataclasses.replace(edit.record, fields=fields)).save(file)

@@ -17,7 +17,7 @@
     title = "refinement only"                          # what the report calls it
 
 What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
-picture in the cache. So a run that was stopped goes on where it was.
+image in the cache. So a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from expunge.text import Text, TextEntry
 class CrossAttentionModel(LatentModel):
     """A transformer that text enters through the key and value projections of every cross-attention.
 
-    They see the same token embeddings in every layer, picture and step: what the layers of
+    They see the same token embeddings in every layer, image and step: what the layers of
     `read_ahead` have made of the text encoder's states.
     """
 

@@ -20,7 +20,7 @@ class Tokens:
     """(n, tokens), int64"""
     mask: Tensor
     """(n, tokens), 1 where there is no padding"""
-    own: Tensor
+    content_mask: Tensor
     """(n, tokens), bool: the prompt's own tokens, neither start, template, end nor padding"""
     end: Tensor | None = None
     """(n,), int64: the first place behind the prompt's own tokens, by default the last that is no
@@ -166,9 +166,9 @@ def tokenize_in(
 def surroundings(tokenizer: Any, template: Template) -> int:
     """How many tokens a template has beside those of the prompt."""
     tokens = tokenize_in(tokenizer, ["a"], template, 2**20, padding=False)
-    return int((~tokens.own).sum())
+    return int((~tokens.content_mask).sum())
 
 
 def own_tokens(tokenizer: Any, prompt: str, template: Template) -> int:
     """How many tokens of its own a prompt has in a template, uncut."""
-    return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding=False).own.sum())
+    return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding=False).content_mask.sum())

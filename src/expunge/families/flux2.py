@@ -35,8 +35,8 @@ class Flux2(LanguageModelText):
 
     pipelines = ("Flux2KleinPipeline", "Flux2Pipeline")
     most_tokens = 512
-    lacks: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
@@ -70,9 +70,9 @@ class Flux2(LanguageModelText):
         return Text(
             tuple(prompts),
             self._hidden(tokens, self.layers).to(self.device, self.dtype),
-            tokens.own.to(self.device),
+            tokens.content_mask.to(self.device),
             tokens.ids.to(self.device),
-            ends=end(tokens)[:, None].to(self.device),
+            eos_index=end(tokens)[:, None].to(self.device),
         )
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:

@@ -53,9 +53,9 @@ class PixArt(Diffusion, CrossAttentionModel):
         return Text(
             tuple(prompts),
             self._ahead(states),
-            tokens.own.to(self.device),
+            tokens.content_mask.to(self.device),
             tokens.ids.to(self.device),
-            ends=end(tokens)[:, None].to(self.device),
+            eos_index=end(tokens)[:, None].to(self.device),
             attention_mask=tokens.mask.bool().to(self.device),
         )
 
@@ -80,7 +80,7 @@ class PixArt(Diffusion, CrossAttentionModel):
         return output[:, : latents.shape[1]]
 
     def _sizes(self, n: int) -> dict[str, Tensor | None]:
-        """The picture's size and its height over its width, for a denoiser that is told them."""
+        """The image's size and its height over its width, for a denoiser that is told them."""
         if not self.network.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])

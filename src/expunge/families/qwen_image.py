@@ -30,8 +30,8 @@ class QwenImage(LanguageModelText):
     pipelines = ("QwenImagePipeline",)
     read_ahead = ("txt_norm",)
     most_tokens = 512
-    lacks: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
@@ -64,9 +64,9 @@ class QwenImage(LanguageModelText):
         return Text(
             tuple(prompts),
             filled(self._ahead(states[:, left_out:]), length),
-            filled(tokens.own[:, left_out:], length).to(self.device),
+            filled(tokens.content_mask[:, left_out:], length).to(self.device),
             filled(tokens.ids[:, left_out:], length).to(self.device),
-            ends=(end(tokens)[:, None] - left_out).clamp_min(0).to(self.device),
+            eos_index=(end(tokens)[:, None] - left_out).clamp_min(0).to(self.device),
             attention_mask=filled(tokens.mask[:, left_out:].bool(), length).to(self.device),
         )
 
@@ -110,8 +110,8 @@ class QwenImage(LanguageModelText):
     def _decoded(self, latents: Tensor) -> Tensor:
         return super()._decoded(latents[:, :, None])[:, :, 0]
 
-    def _coded(self, pictures: Tensor) -> Tensor:
-        return super()._coded(pictures[:, :, None])[:, :, 0]
+    def _coded(self, images: Tensor) -> Tensor:
+        return super()._coded(images[:, :, None])[:, :, 0]
 
     def _scaled(self, latents: Tensor) -> Tensor:
         mean, deviation = self._statistics(latents)

@@ -18,7 +18,7 @@ from expunge.text import Text
 class Sana(Flow, CrossAttentionModel):
     """A Gemma-2, and a transformer with cross-attention, trained by flow matching.
 
-    Prompts stand behind an instruction to the language model, which asks for details of the picture; of
+    Prompts stand behind an instruction to the language model, which asks for details of the image; of
     its tokens the denoiser reads the first alone. There are 300 in all, the padding never read. Gemma is
     causal and has no end token, so the prompt's last token carries the whole prompt. What the key and
     value projections read is `caption_norm(caption_projection(states))`.
@@ -71,9 +71,9 @@ class Sana(Flow, CrossAttentionModel):
         return Text(
             tuple(prompts),
             self._ahead(torch.cat(states)[:, taken]),
-            tokens.own[:, taken].to(self.device),
+            tokens.content_mask[:, taken].to(self.device),
             tokens.ids[:, taken].to(self.device),
-            ends=end.to(self.device),
+            eos_index=end.to(self.device),
             attention_mask=read.to(self.device),
         )
 

@@ -16,7 +16,7 @@ from expunge.text import Text, TextEntry
 
 
 class ZImage(LanguageModelText):
-    """A Qwen3, and a single-stream transformer in which text and picture share every layer.
+    """A Qwen3, and a single-stream transformer in which text and image share every layer.
 
     Tokens are the language model's last hidden states but one, as many as the prompt has in its chat
     template, at most 512; the padding is never read. The norm in `cap_embedder` comes first; its linear
@@ -29,8 +29,8 @@ class ZImage(LanguageModelText):
     pipelines = ("ZImagePipeline",)
     read_ahead = ("cap_embedder.0",)
     most_tokens = 512
-    lacks: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("z-image-turbo",)
     mark = "cap_embedder.0.weight"
@@ -58,9 +58,9 @@ class ZImage(LanguageModelText):
         return Text(
             tuple(prompts),
             filled(self._ahead(self._hidden(tokens, [-2])), length),
-            filled(tokens.own, length).to(self.device),
+            filled(tokens.content_mask, length).to(self.device),
             filled(tokens.ids, length).to(self.device),
-            ends=end(tokens)[:, None].to(self.device),
+            eos_index=end(tokens)[:, None].to(self.device),
             attention_mask=filled(tokens.mask.bool(), length).to(self.device),
         )
 
