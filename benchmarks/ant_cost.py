@@ -95,7 +95,9 @@ def peak(before: int) -> int:
 def ours(model: Model, steps: int, maps: int) -> dict[str, Any]:
     """The method itself."""
     steering_module.KEEP_EVERY = 1
-    method = dataclasses.replace(SHORT, maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2)
+    method = dataclasses.replace(
+        SHORT, maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2
+    )
     changes = expunge.erase(model, Problem((Concept("weapon", ""),)), method).changes
     kept = sum(tensor.numel() for change in changes for tensor in change.tensors.values()) // 2
     return {"trained": kept}
@@ -162,10 +164,10 @@ def _plain_loss(model: Model, steering: Steering, sample: Sample, trained: InPla
     for when, met in (("late", sample.late), ("early", sample.early)):
         assert met is not None
         scheduler = copy.deepcopy(model.pipe.scheduler)
-        scheduler.set_timesteps(len(steering.times))
+        scheduler.set_timesteps(len(steering.timesteps))
         latents = torch.randn(met.latents.shape, generator=torch.Generator().manual_seed(seed))
         latents = latents.to(met.latents)
-        for t in scheduler.timesteps[: steering.times.index(int(met.t))]:
+        for t in scheduler.timesteps[: steering.timesteps.index(int(met.t))]:
             without, prompted = (model.predict(latents, t, text) for text in (empty, sample.text))
             guided = without + METHOD.trajectory_guidance * (prompted - without)
             latents = scheduler.step(guided, t, latents).prev_sample

@@ -29,7 +29,7 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.checkpoints.cost_estimate import operations, estimate_model
+from expunge.checkpoints.cost_estimate import estimate_model, operations
 from expunge.checkpoints.pace import Pace
 from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE
@@ -67,7 +67,7 @@ def once(model: expunge.Model, method: MACE, chosen: bool) -> dict[str, Any]:
         threads = Threads(small=operations(model) < SMALL)
         with threads if chosen else nullcontext():
             used = torch.get_num_threads()
-            work = method.work(PROBLEM, model.num_inference_steps)
+            work = method.estimate_cost(PROBLEM, model.num_inference_steps)
             plan = estimate_model(model, work=work)
             foretold = plan.seconds(work)
             pace = Pace(model, plan.totals(work), plan.foretold, plan.beside(work))

@@ -75,9 +75,7 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=32, help="images a round")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 32], help="images drawn together"
-    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="images drawn together")
     parser.add_argument("--steps", type=int, nargs="+", help="default: the model's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "drawing.json")
@@ -111,9 +109,7 @@ def main() -> None:
             }
         )
 
-    table = Table(
-        "steps", "batch", "images/s", "diffusers", "limit", "of the limit", "times diffusers"
-    )
+    table = Table("steps", "batch", "images/s", "diffusers", "limit", "of the limit", "times diffusers")
     for row in rows:
         rate = row["images_a_second"]
         table.add_row(

@@ -127,7 +127,9 @@ def ranks() -> list[dict[str, Any]]:
     rows = by_rank("emoji, mace", lambda layer, _: emoji.weight(layer), fixed, seen(emoji, problem))
     large = Turned("sd14")
     closed: Method = MACE.preset("emoji", stages=("refine", "fuse"))
-    found = [change for change in closed.fit(large, problem, RunContext()) if isinstance(change, WeightChange)]
+    found = [
+        change for change in closed.fit(large, problem, RunContext()) if isinstance(change, WeightChange)
+    ]
     return rows + by_rank("sd14, mace refine and fuse", weights(large), found, seen(large, problem))
 
 
@@ -143,7 +145,7 @@ def before(weight: Tensor, change: WeightChange, rank: int) -> None:
     float(delta.square().sum())
 
 
-def timesteps() -> dict[str, Any]:
+def measure_times() -> dict[str, Any]:
     """Seconds of either way at SDXL's size."""
     large = Turned("sdxl")
     read = weights(large)
@@ -185,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "time" in options.part:
             os.environ["EXPUNGE_CACHE"] = f"{folder}/time"
-            found["time"] = times()
+            found["time"] = measure_times()
             print(found["time"], flush=True)
         if "rank" in options.part:
             os.environ["EXPUNGE_CACHE"] = f"{folder}/rank"

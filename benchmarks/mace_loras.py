@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = expunge.load("emoji", device="cpu")
-    method = MACE(learning_rate=1e-4, max_train_steps=options.max_train_steps, num_images=options.num_images)
+    method = MACE(learning_rate=1e-4, max_train_steps=options.steps, num_images=options.images)
     concepts = [Concept(word, "ground") for word in WORDS[: options.concepts]]
     lessons = [method._lesson(model, concept, RUN) for concept in concepts]
     ways = {"batched": learn, "one by one": one_by_one}

@@ -63,9 +63,7 @@ def fill(folder: Path, suite: str, edits: int) -> int:
             folder / f"{k}.safetensors"
         )
     prompts = [f"a photo of the {word}" for word in WORDS]
-    images = dict(
-        zip(prompts, model.draw(expunge.Probe(tuple(prompts), tuple(range(13)))), strict=True)
-    )
+    images = dict(zip(prompts, model.draw(expunge.Probe(tuple(prompts), tuple(range(13)))), strict=True))
     Source.draw = lambda self, requests, progress=quiet: stand_in(images, requests)  # type: ignore
     return judged(folder, suite).drawn
 

@@ -182,8 +182,8 @@ def main() -> None:
         "steps": options.steps,
         "pictures": options.images,
         "trajectories": options.images,
-        "num_inference_steps": options.num_inference_steps,
-        "trajectory_steps": options.num_inference_steps,
+        "num_inference_steps": options.image_steps,
+        "trajectory_steps": options.image_steps,
     }
     rows = json.loads(options.to.read_text()) if options.to.exists() else []
     dtype = getattr(torch, options.dtype)
@@ -203,7 +203,7 @@ def main() -> None:
             **{key: round(value, 3) for key, value in found.items()},
             "dtype": options.dtype,
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(options.device),
-            "pictures": [options.images, options.num_inference_steps],
+            "pictures": [options.images, options.image_steps],
             "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1),
             **{package: version(package) for package in ("expunge", "torch", "diffusers")},

@@ -69,7 +69,9 @@ class Nearest(Gated):
             return (x @ places[:, :-1].T + places[:, -1]).amax(-1, keepdim=True)
 
         scale = float(self.content_mask[:, -1].abs().mean())
-        return torch.cat([super().logits(x), 12 / scale * (near(self.content_mask) - near(self.rivals))], -1)
+        return torch.cat(
+            [super().logits(x), 12 / scale * (near(self.content_mask) - near(self.rivals))], -1
+        )
 
 
 def others(model: Model, problem: Problem, gates: Gated) -> list[str]:

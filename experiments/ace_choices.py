@@ -133,7 +133,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     words = tuple(word for word in WORDS if not options.words or word.name in options.words)
-    turns = InTurn(words, BYSTANDERS, n=options.num_images, seed=5000, model=options.model)
+    turns = InTurn(words, BYSTANDERS, n=options.images, seed=5000, model=options.model)
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
@@ -144,7 +144,7 @@ def main() -> None:
         results = turns.run(method)
         row: dict[str, Any] = {"method": results["method"], "mean": results["mean"]}
         row["attacked"] = {
-            str(radius): attacked(turns, method, radius, options.num_images) for radius in options.attack
+            str(radius): attacked(turns, method, radius, options.images) for radius in options.attack
         }
         record["tried"][title] = row
         figures = [f"{100 * results['mean'].get(name, {'mean': 0})['mean']:.0f}" for name in SHOWN]

@@ -50,7 +50,9 @@ def _spread(length: int, n: int) -> Iterator[int]:
     return iter(dict.fromkeys(i * length // n for i in range(n if length else 0)))
 
 
-def bands(model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results: Any) -> Iterator[Strip]:
+def bands(
+    model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results: Any
+) -> Iterator[Strip]:
     """A band for each set of erased concepts, with a row for the original and every method."""
     cache = Cache()
     for problem in dict.fromkeys(job.problem for job in jobs):

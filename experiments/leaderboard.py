@@ -34,7 +34,7 @@ from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.measure import make
 from expunge.evaluation.report import Report, evaluate, known_to
-from expunge.evaluation.scoring import TERMS, SuiteResult, CandidateResult
+from expunge.evaluation.scoring import TERMS, CandidateResult, SuiteResult
 from expunge.evaluation.statistics import Estimate, average
 from expunge.evaluation.suite import Size, Suite, SuiteConcept
 from expunge.method import Method

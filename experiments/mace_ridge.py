@@ -33,7 +33,7 @@ PRIORS = (0.0, 1.0, 10.0, 30.0, 100.0, 1000.0)
 DOMAINS = (1.0, 10.0, 100.0)
 
 
-def eos_index(model: Model, prompts: list[str], count: int = 60) -> Tensor:
+def end_states(model: Model, prompts: list[str], count: int = 60) -> Tensor:
     """The last `count` tokens of every prompt, (n, count, width): the padding, and no word."""
     return model.encode(prompts).embeddings[:, -count:].double()
 
@@ -43,13 +43,13 @@ def main() -> None:
     model, (problem,) = expunge.load("emoji"), many()
 
     def said(names: list[str]) -> Tensor:
-        return ends(model, [wording.format(name) for name in names for wording in WORDINGS])
+        return end_states(model, [wording.format(name) for name in names for wording in WORDINGS])
 
     erased = said([concept.name for concept in problem.erase])
     goals = said([str(concept.anchor) for concept in problem.erase])
     watched = {
         "retained": said(list(problem.retain)),
-        "captions": ends(model, list(captions("general")[::20])),
+        "captions": end_states(model, list(captions("general")[::20])),
     }
     far = (erased - goals).norm(dim=-1).mean()
 

@@ -10,7 +10,7 @@ the values given is tried, judged as any edit is. What has been tried stays in
 in bfloat16.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
-    python experiments/tune.py ant many --preset emoji-identity --try rate=1e-3,3e-3
+    python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
     python experiments/tune.py ace fortify --preset emoji-fortified --attack inversion --seeds 3
 """
 
@@ -52,7 +52,7 @@ class RememberingMACE(MACE):
     """MACE that finds a concept's images and masks once, however many values are tried on them."""
 
     def _lesson(self, model: Model, concept: Concept, run: RunContext) -> Lesson:
-        key = (concept, run.seed, self.templates, self.images, self.num_inference_steps, self.masks)
+        key = (concept, run.seed, self.templates, self.num_images, self.num_inference_steps, self.masks)
         if (*key, self.end_tokens) not in LESSONS:
             LESSONS[*key, self.end_tokens] = super()._lesson(model, concept, run)
         lesson = LESSONS[*key, self.end_tokens]

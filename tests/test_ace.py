@@ -362,9 +362,9 @@ def vector_left(model, change, name, anchor, templates):
     def score(x):
         return layer(torch.cat([x, sizes], 1))
 
-    goal, before = answer(n), answer(e)
+    goal, before = score(n), score(e)
     with model.using([change]):
-        after = answer(e)
+        after = score(e)
     return float(((after - goal).square().sum() / (before - goal).square().sum()).sqrt())
 
 
@@ -386,7 +386,9 @@ class TestVectorsOfWholePrompts:
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         soft = expunge.erase(vectored, problem, GATE).changes
         hard = expunge.erase(
-            vectored, problem, dataclasses.replace(HARDEN, rounds=1, max_train_steps=1, recovered=0.0, general=40)
+            vectored,
+            problem,
+            dataclasses.replace(HARDEN, rounds=1, max_train_steps=1, recovered=0.0, general=40),
         ).changes
         assert len(soft) == len(hard) == 2
         assert not torch.equal(soft[0].centre, hard[0].centre)
@@ -428,7 +430,13 @@ class TestHarden:
     def test_an_attack_gets_less_from_a_hardened_edit(self, worded, problem):
         """Of gates that open but narrowly, so that the attack on the closed form succeeds."""
         narrow = dataclasses.replace(GATE, margin=0.9, directions="gate", goal_ridge=1e3)
-        hardening = {"radius": 0.4, "rounds": 4, "max_train_steps": 6, "num_images": 2, "num_inference_steps": 3}
+        hardening = {
+            "radius": 0.4,
+            "rounds": 4,
+            "max_train_steps": 6,
+            "num_images": 2,
+            "num_inference_steps": 3,
+        }
         method = dataclasses.replace(narrow, stages=("gate", "harden"), recovered=0.0, **hardening)
         soft, hard = (expunge.erase(worded, problem, m).changes[0] for m in (narrow, method))
         assert any(not torch.equal(getattr(soft, name), getattr(hard, name)) for name in FACTORS)
@@ -513,7 +521,9 @@ class TestHarden:
             assert len(change.owner) <= len(three.owner)
 
     def test_what_the_closed_form_has_made_can_be_held(self, model, problem):
-        method = dataclasses.replace(HARDEN, rounds=1, max_train_steps=4, learning_rate=0.03, recovered=0.0)
+        method = dataclasses.replace(
+            HARDEN, rounds=1, max_train_steps=4, learning_rate=0.03, recovered=0.0
+        )
         e = model.encode(["a photo of the airplane"]).embeddings
 
         def given(**fields):
@@ -521,7 +531,11 @@ class TestHarden:
             return change.given(e)
 
         closed = given(stages=("gate",))
-        assert (given(anchor_hold_weight=1e3) - closed).norm() < 0.9 * (given(anchor_hold_weight=0.0) - closed).norm() > 0
+        assert (
+            (given(anchor_hold_weight=1e3) - closed).norm()
+            < 0.9 * (given(anchor_hold_weight=0.0) - closed).norm()
+            > 0
+        )
 
 
 class TestBadInput:

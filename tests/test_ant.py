@@ -13,9 +13,9 @@ import tiny
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
 from expunge.erasing.guidance_training import (
-    TrajectoryConfig,
     Steering,
     TrainingConcept,
+    TrajectoryConfig,
     layers_of,
     part_of,
     train_factors,
@@ -391,14 +391,17 @@ class TestSaliency:
     def test_against_a_slow_reading(self):
         model = double()
         method = ANT(
-            **{**QUICK, "maps": 2, "map_samples": 3, "batch_size": 2}, augmentations=("airplane", "a jet")
+            **{**QUICK, "maps": 2, "map_samples": 3, "batch_size": 2},
+            augmentations=("airplane", "a jet"),
         )
         steering = Steering(model, method.course)
         mask = method._mask(steering, method.augmentations, RunContext(4))
         expected, objective = None, Objective()
         bare = dataclasses.replace(method.course, objective=objective)
         for i, prompt in enumerate(method.augmentations):
-            one = TrainingConcept(prompt, model.encode([prompt]), RunContext(4).generator("saliency", str(i)))
+            one = TrainingConcept(
+                prompt, model.encode([prompt]), RunContext(4).generator("saliency", str(i))
+            )
             other = Steering(model, bare)
             sample = other.walk(one, 3)
             assert len(sample.late.t.unique()) > 1
@@ -442,7 +445,9 @@ class TestSaliency:
         assert "saliency" not in told
 
     def test_no_maps_no_mask(self, model):
-        edit = expunge.erase(model, PROBLEM, ANT(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text"))
+        edit = expunge.erase(
+            model, PROBLEM, ANT(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text")
+        )
         assert {change.kind for change in edit.changes} == {"dense"}
         assert len(edit.changes) == 14
 
@@ -474,11 +479,20 @@ class TestMany:
     def test_trained_through_what_comes_later(self):
         model = double()
         layers, eye = layers_of(model, "text"), torch.eye(32, dtype=torch.float64)
-        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 1.0}
+        how = {
+            "rank": 2,
+            "alpha": 3.0,
+            "max_train_steps": 4,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+        }
 
         def train(through):
             steering, one = Steering(model, COURSE), [subject(model)]
-            (found,) = train_factors(steering, one, layers, RunContext(2), through=through, **how).values()
+            (found,) = train_factors(
+                steering, one, layers, RunContext(2), through=through, **how
+            ).values()
             return found
 
         plain, same, double_, none = (train(x) for x in ([], [eye], [2 * eye], [0 * eye]))
@@ -565,7 +579,9 @@ class TestMicroBatches:
             steering = Steering(model, dataclasses.replace(COURSE, objective=objective))
             rows = Rows(model)
             both = [subject(model, name) for name in ("airplane", "ship")]
-            return train_factors(steering, both, layers, RunContext(2), micro_batch=micro_batch, **how), rows
+            return train_factors(
+                steering, both, layers, RunContext(2), micro_batch=micro_batch, **how
+            ), rows
 
         (whole, all_rows), (parts, few), (least, fewest) = (train(m) for m in (0, 8, 1))
         assert (all_rows.most, few.most, fewest.most) == (24, 8, 4)  # 2 concepts, 3 samples, 4 rows
@@ -581,7 +597,9 @@ class TestMicroBatches:
             parameters = part_of(model, "text")
             steering = Steering(model, COURSE)
             text = model.encode(["airplane", "a photo of the airplane"])
-            one, other = (TrainingConcept(n, text, RunContext(0).generator(n)) for n in ("airplane", "retained"))
+            one, other = (
+                TrainingConcept(n, text, RunContext(0).generator(n)) for n in ("airplane", "retained")
+            )
             changes = train_weights(
                 steering, one, InPlace(parameters), RunContext(0), max_train_steps=3, learning_rate=1e-3, samples=3,
                 micro_batch=micro_batch, retained=other, retain_weight=0.5)  # fmt: skip
@@ -658,7 +676,14 @@ class TestAsReleased:
             return draw(self, subjects)
 
         monkeypatch.setattr(Steering, "draw", spy)
-        fields = {**QUICK, "trained": trained, "maps": 0, "max_train_steps": 3, "learning_rate": 0.05, "captions": ""}
+        fields = {
+            **QUICK,
+            "trained": trained,
+            "maps": 0,
+            "max_train_steps": 3,
+            "learning_rate": 0.05,
+            "captions": "",
+        }
 
         def erase(drawn_by):
             seen.clear()
@@ -679,7 +704,9 @@ class TestAsReleased:
             return train(steering, subjects, layers, run, **how)
 
         monkeypatch.setattr("expunge.methods.ant.train_factors", spy)
-        method = ANT.preset("identity", max_train_steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions="")
+        method = ANT.preset(
+            "identity", max_train_steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions=""
+        )
         expunge.erase(model, PROBLEM, method)
         ((prompts, layers, kept, by_original),) = told
         assert (prompts, kept, by_original) == (("airplane",), 0, True)
@@ -750,7 +777,9 @@ class TestSchedulers:
 class TestESD:
     def test_against_a_slow_reading(self):
         model = double()
-        method = ESD(part="x", max_train_steps=3, learning_rate=1e-3, trajectory_steps=4, negative_guidance=1.5)
+        method = ESD(
+            part="x", max_train_steps=3, learning_rate=1e-3, trajectory_steps=4, negative_guidance=1.5
+        )
         changes = expunge.erase(model, PROBLEM, method, seed=6).changes
         assert len(changes) == 5 * 7  # queries, keys, values, output's weight and bias
         network, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)

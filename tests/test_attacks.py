@@ -56,7 +56,10 @@ def test_the_folder_is_the_list():
 
 @pytest.fixture(params=ATTACKS)
 def attack(request):
-    few = {"embedding": {"steps": 2, "num_timesteps": 1}, "inversion": {"steps": 2, "num_images": 1, "batch_size": 1}}
+    few = {
+        "embedding": {"steps": 2, "num_timesteps": 1},
+        "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+    }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
 
 
@@ -138,7 +141,8 @@ class TestEmbedding:
     def test_restarts_never_do_worse_and_stay_in_the_ball(self, model, swapped):
         attack = Embedding(radius=0.5, steps=1)
         found = [
-            dataclasses.replace(attack, restarts=n).run(model, swapped, PROBE, RunContext()) for n in (1, 3)
+            dataclasses.replace(attack, restarts=n).run(model, swapped, PROBE, RunContext())
+            for n in (1, 3)
         ]
         lacks = torch.stack([self.lack(model, swapped, attack, probe) for probe in found])
         assert bool((lacks.diff(dim=0) <= 1e-6).all())

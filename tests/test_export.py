@@ -634,7 +634,9 @@ def test_a_single_file_of_the_denoiser_alone(tiny, name, tmp_path):
         given = whole.network.state_dict()
         split = {key: key.rpartition(".") for key in given}
         state = {
-            f"model.diffusion_model.{SDXL.ldm_layer_name(layer, whole.network.config)}.{parameter}": given[key]
+            f"model.diffusion_model.{SDXL.ldm_layer_name(layer, whole.network.config)}.{parameter}": given[
+                key
+            ]
             for key, (layer, _, parameter) in split.items()
         }
     state = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}

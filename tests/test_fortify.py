@@ -154,7 +154,13 @@ class TestFortify:
         assert rest
 
     def test_follows_hardening(self, worded, problem):
-        fields = {"rounds": 1, "max_train_steps": 2, "num_images": 1, "num_inference_steps": 2, "recovered": 0.0}
+        fields = {
+            "rounds": 1,
+            "max_train_steps": 2,
+            "num_images": 1,
+            "num_inference_steps": 2,
+            "recovered": 0.0,
+        }
         method = dataclasses.replace(FORTIFY, fortify_steps=2, **fields)
         hard = dataclasses.replace(method, stages=("gate", "harden"))
         both = dataclasses.replace(method, stages=("fortify", "harden", "gate"))

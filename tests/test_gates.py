@@ -376,7 +376,9 @@ class TestPlainWeights:
         """The matrix that `torch.linalg.lstsq` finds from all rows, each weighted, and the ridge's."""
         problem = Problem((Concept("cat", "sky"), Concept("dog", "sky")), ("ship",))
         change = gated(tuple(e.layer for e in model.text_entries()), WIDTH)
-        found = fit_static_weights(model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from="")
+        found = fit_static_weights(
+            model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from=""
+        )
         from expunge.erasing.prompt_templates import TEMPLATES
 
         left, right = [0.5**0.5 * torch.eye(WIDTH).double()], [0.5**0.5 * torch.eye(WIDTH).double()]

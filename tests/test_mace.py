@@ -22,7 +22,14 @@ from expunge.ops.low_rank import each_its_own
 from expunge.runtime.context import RunContext
 
 SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
-FAST = {"num_images": 2, "num_inference_steps": 2, "max_train_steps": 3, "templates": SHORT, "captions": "", "learning_rate": 0.01}
+FAST = {
+    "num_images": 2,
+    "num_inference_steps": 2,
+    "max_train_steps": 3,
+    "templates": SHORT,
+    "captions": "",
+    "learning_rate": 0.01,
+}
 
 PROBLEM = Problem(
     (
@@ -252,7 +259,9 @@ def test_gradient_checkpointing_changes_nothing(double):
 
 
 def test_suppress_lowers_the_attention(double):
-    method = MACE(**{**FAST, "max_train_steps": 40, "learning_rate": 0.05, "focal": False, "masks": "none"})
+    method = MACE(
+        **{**FAST, "max_train_steps": 40, "learning_rate": 0.05, "focal": False, "masks": "none"}
+    )
     concept = PROBLEM.erase[3]
     factors = method.suppress(double, Problem((concept,)), torch.eye(32), RunContext(0))[concept.name]
     text = double.encode(["a photo of the white bird"])
@@ -510,9 +519,9 @@ class TestMasks:
         mask = torch.zeros(3, 16, 16)
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
-            drawn = image_files.image(torch.rand(3, 16, 16))
+            drawn = image_files.to_pil(torch.rand(3, 16, 16))
             image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            image_files.save(image_files.image(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            image_files.save(image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
         return tmp_path
 
     @staticmethod

@@ -152,10 +152,10 @@ def test_intervals_of_distances_cover(name, paired):
 
 
 def test_distance_from_real_images(images, tmp_path):
-    from expunge.base.image_files import image
+    from expunge.base.image_files import to_pil
 
     for i, image in enumerate(images[:4]):
-        image(image).save(tmp_path / f"{i}.png")
+        to_pil(image).save(tmp_path / f"{i}.png")
     metric = make("frechet", {"against": str(tmp_path)})
     assert metric.real().shape[0] == 4
     assert metric.provenance["against"] == str(tmp_path)

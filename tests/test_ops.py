@@ -318,7 +318,14 @@ class TestMinimise:
     def test_equals_the_plain_loop_of_torch(self):
         (first, second, _), losses = self.problem([2])
         theirs = [nn.Parameter(first.clone()), nn.Parameter(second.clone())]
-        minimise([first, second], losses, max_train_steps=20, learning_rate=0.05, weight_decay=0.1, max_grad_norm=0.7)
+        minimise(
+            [first, second],
+            losses,
+            max_train_steps=20,
+            learning_rate=0.05,
+            weight_decay=0.1,
+            max_grad_norm=0.7,
+        )
         torch.manual_seed(4)
         target = 10 * torch.randn(6, 3, 2, dtype=torch.float64)[[2]]
         adam = torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.1)
@@ -333,7 +340,13 @@ class TestMinimise:
     def test_a_loss_that_is_not_finite(self):
         weight = torch.zeros(1, 2)
         with pytest.raises(ExpungeError, match="'cat' broke off at step 1: the loss runs away; lower"):
-            minimise([weight], lambda _: (weight / 0).sum(1), max_train_steps=2, learning_rate=1.0, names=["cat"])
+            minimise(
+                [weight],
+                lambda _: (weight / 0).sum(1),
+                max_train_steps=2,
+                learning_rate=1.0,
+                names=["cat"],
+            )
 
     def test_of_a_batch_one_runs_away(self, monkeypatch):
         monkeypatch.setattr("expunge.ops.finetune.KEEP_EVERY", 4)

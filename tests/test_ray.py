@@ -96,7 +96,15 @@ def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monk
 def test_mace_ends_with_the_local_edit(model):
     """The model, its images and training go to other processes and come back as one edit."""
     problem = Problem(tuple(Concept(name, "sky") for name in ("airplane", "ship", "bird", "cat", "dog")))
-    method = MACE(num_images=1, num_inference_steps=2, max_train_steps=3, masks="none", captions="", learning_rate=0.01, batch_size=2)
+    method = MACE(
+        num_images=1,
+        num_inference_steps=2,
+        max_train_steps=3,
+        masks="none",
+        captions="",
+        learning_rate=0.01,
+        batch_size=2,
+    )
     here = expunge.erase(model, problem, method)
     there = expunge.erase(model, problem, method, ray="local")
     assert there.hash == here.hash

@@ -8,7 +8,7 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.base import registry
-from expunge.checkpoints.cost_estimate import Plan, operations, estimate_model
+from expunge.checkpoints.cost_estimate import Plan, estimate_model, operations
 from expunge.checkpoints.pace import Pace, lines, measured, said
 from expunge.erasing.caption_gram import captions, prior, unread
 from expunge.runtime import threads

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from expunge.base.fields import check
 from expunge.edit import Edit
@@ -15,6 +17,9 @@ from expunge.runtime.context import RunContext
 @dataclass(frozen=True)
 class Attack(ABC):
     """A way to bring an erased concept back. One subclass a file in `attacks/`."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
 
     def __post_init__(self) -> None:
         check(self)

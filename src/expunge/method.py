@@ -29,6 +29,10 @@ class Method(ABC):
     """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
     says why one has it not. A method without stages names itself."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields that had another name in earlier versions: {old: new}. Records of old edits are read with
+    them; on the command line and in TOML the old name is answered with the new one."""
+
     def __post_init__(self) -> None:
         check(self)
 

@@ -35,25 +35,17 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.eos_index is None:
-            object.__setattr__(self, "ends", self.content_mask.sum(1, keepdim=True) + 1)
+            object.__setattr__(self, "eos_index", self.content_mask.sum(1, keepdim=True) + 1)
         if not self.segment_lengths:
-            object.__setattr__(self, "parts", (self.content_mask.shape[1],))
-        if self.attention_mask is not None:
-            read = self.attention_mask[..., None]
-            object.__setattr__(self, "embeddings", torch.where(read, self.embeddings, 0))
+            object.__setattr__(self, "segment_lengths", (self.content_mask.shape[1],))
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
-    def read(self) -> Tensor:
-        """The tokens that the denoiser reads, (n, tokens), bool."""
-        return torch.ones_like(self.content_mask) if self.attention_mask is None else self.attention_mask
-
     def segments(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
         if self.eos_index is None:
-            raise TypeError("ends must be a tensor (n, parts), not None")
+            raise TypeError("eos_index must be a tensor (n, parts), not None")
         found, start = [], 0
         for length, end in zip(self.segment_lengths, self.eos_index[row].tolist(), strict=True):
             found.append((slice(start, start + length), end))
@@ -71,7 +63,6 @@ class Text:
             None if self.pooled is None else self.pooled[index],
             None if self.eos_index is None else self.eos_index[index],
             self.segment_lengths,
-            None if self.attention_mask is None else self.attention_mask[index],
         )
 
     @classmethod
@@ -87,9 +78,6 @@ class Text:
             torch.cat(pooled) if pooled else None,
             torch.cat(ends),
             texts[0].segment_lengths,
-            None
-            if all(text.attention_mask is None for text in texts)
-            else torch.cat([text.read for text in texts]),
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ class Embedding(Attack):
     Source: the bound and the steps are those of Madry et al., ICLR 2018, arXiv 1706.06083; the
     objective that of RACE (Kim et al., 2024, arXiv 2405.16341), on a whole trajectory.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {"times": "num_timesteps"}
 
     radius: float = bounded(0.1, at_least=0)
     """The bound, as a share of each token's norm; 0 changes nothing."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +43,12 @@ class Inversion(Attack):
     Source: Gal et al., ICLR 2023, arXiv 2208.01618; against erased models Pham et al., ICLR 2024,
     arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "rate": "learning_rate",
+        "batch": "batch_size",
+        "pictures": "num_images",
+    }
 
     steps: int = bounded(100, at_least=0)
     """Training steps; 0 changes nothing."""
@@ -108,7 +116,9 @@ class Inversion(Attack):
             for step in range(self.steps):
                 run.progress("learning a word", step, self.steps)
                 some = torch.randint(self.num_images, (self.batch_size,), generator=generator).tolist()
-                t = torch.randint(len(levels), (self.batch_size,), generator=generator).to(latents.device)
+                t = torch.randint(len(levels), (self.batch_size,), generator=generator).to(
+                    latents.device
+                )
                 noise = torch.randn(latents[some].shape, generator=generator).to(latents)
                 z = model.add_noise(latents[some], noise, t)
                 with torch.no_grad():
@@ -161,7 +171,9 @@ class Inversion(Attack):
         errors = [0.0] * len(learnt)
         with torch.no_grad():
             for _ in range(CHECKS):
-                t = torch.randint(len(levels), (self.num_images,), generator=generator).to(latents.device)
+                t = torch.randint(len(levels), (self.num_images,), generator=generator).to(
+                    latents.device
+                )
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 z = model.add_noise(latents, noise, t)
                 goal = model.predict(z, t, original)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def image(image: Tensor, width: int | None = None) -> Image.Image:
-    """An image (3, height, width) in [0, 1] as an image, smoothly enlarged to `width` pixels."""
+def to_pil(image: Tensor, width: int | None = None) -> Image.Image:
+    """An image (3, height, width) in [0, 1] as a PIL image, smoothly enlarged to `width` pixels."""
     array = (image.permute(1, 2, 0) * 255).round().byte().numpy()
     result = Image.fromarray(array)
     if width is None or width <= result.width:
@@ -31,13 +31,13 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
     """Images (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
-    images = [image(image, width) for image in images]
+    tiles = [to_pil(image, width) for image in images]
     if columns is None:
-        columns = math.ceil(math.sqrt(2 * len(images))) if len(images) > 3 else len(images)
-    rows = math.ceil(len(images) / columns)
-    w, h = images[0].width + gap, images[0].height + gap
+        columns = math.ceil(math.sqrt(2 * len(tiles))) if len(tiles) > 3 else len(tiles)
+    rows = math.ceil(len(tiles) / columns)
+    w, h = tiles[0].width + gap, tiles[0].height + gap
     sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
-    for i, one in enumerate(images):
+    for i, one in enumerate(tiles):
         sheet.paste(one, (gap + i % columns * w, gap + i // columns * h))
     return sheet
 

@@ -187,7 +187,9 @@ class Checkpoint:
         component, _, inside = layer.partition(".")
         if self.is_file:
             header = self.headers[self.path]
-            original = self.family.ldm_layer_name(inside, self.config) if self._denoises(component) else None
+            original = (
+                self.family.ldm_layer_name(inside, self.config) if self._denoises(component) else None
+            )
             if original is None:
                 raise ExpungeError(
                     f"{layer} has no place of its own in a single file; export to a diffusers folder"

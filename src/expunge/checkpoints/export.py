@@ -26,7 +26,7 @@ from expunge.checkpoints.checkpoint import NOTE, Checkpoint, Erased
 from expunge.checkpoints.linearize import LinearFit, fit_static_weights
 from expunge.checkpoints.load import load
 from expunge.checkpoints.lora import Lora, Naming, Place
-from expunge.checkpoints.model_card import LORAS, card, is_ours, title
+from expunge.checkpoints.model_card import LORAS, is_ours, title, write_card
 from expunge.checkpoints.text_moments import Seen, seen
 from expunge.edit import Edit
 from expunge.erasing.caption_gram import text_hash
@@ -150,7 +150,7 @@ def export(
     if to not in FORMS:
         named = all(checkpoint.kohya(layer) for layer, name in changes if name == "weight")
         to = lora_names.form_for(to, checkpoint.family.__name__, named)
-    card_of = partial(card, edit, to, licence=licence, report=report)
+    card_of = partial(write_card, edit, to, licence=licence, report=report)
     place, moved = _card_place(output)
     if to in LORAS:
         lora = Lora.of(
@@ -278,7 +278,9 @@ def _fitted(model: Model, edit: Edit) -> LinearFit:
     if file.is_file():
         try:
             kept = Edit.load(file)
-            return LinearFit(kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved")))
+            return LinearFit(
+                kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved"))
+            )
         except (ExpungeError, KeyError, TypeError, ValueError):
             pass  # broken: made again
     fit = fit_static_weights(model, edit.changes, edit.record.problem)

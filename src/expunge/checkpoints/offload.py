@@ -39,7 +39,9 @@ class OffloadHook(ModelHook):
                 part.to(device)
 
 
-def offload_idle_parts(pipe: Any, denoiser: str, device: torch.device, turn: type[OffloadHook] = OffloadHook) -> None:
+def offload_idle_parts(
+    pipe: Any, denoiser: str, device: torch.device, turn: type[OffloadHook] = OffloadHook
+) -> None:
     """Put a pipeline's denoiser on a device; text encoders and autoencoder come there for their work,
     and leave when another's begins."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -165,7 +165,9 @@ class Loading:
         found = loading.settings(loading.Source(name, checkpoint.path))
         asked = work(int(found.get("num_inference_steps", 50)))
         alone = self._reads_alone(asked, checkpoint.is_file)
-        made = estimate(checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone)
+        made = estimate(
+            checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone
+        )
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
         for line in made.lines(asked):
             print(line)

@@ -282,7 +282,7 @@ def draw_command(options: Draw) -> None:
     if to_folder:
         for image, request in zip(drawn, asked, strict=True):
             name = f"{_legible(request.prompt)}-{request.seed}-{made.address(request)[:8]}"
-            image_files.keep(image_files.image(image), output, name)
+            image_files.keep(image_files.to_pil(image), output, name)
     else:
         image_files.save(image_files.grid(drawn), output)
     print(f"{options.output}: {len(probe)} image{'s' * (len(probe) > 1)} of {options.prompt!r}")
@@ -785,7 +785,12 @@ def _unshielded(value: T) -> T:
 
 def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
     """Check that there are none that nobody knows."""
+    method = {f.name: f.default for f in dataclasses.fields(options)}.get("method")
+    renamed = {f"--{old.replace('_', '-')}": new for old, new in getattr(method, "renamed", {}).items()}
     for name in _unknown_options(options, arguments):
+        if name in renamed:
+            now = f"--{renamed[name].replace('_', '-')}"
+            raise ExpungeError(f"the option {name} of {command} is named {now} now")
         known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
         raise unknown(f"option of {command}", name, known)
 

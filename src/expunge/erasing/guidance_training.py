@@ -164,7 +164,7 @@ class Steering:
         if not (self.late and self.early):
             side = "at or after" if self.early else "before"
             raise ExpungeError(
-                f"none of {len(self.times)} steps lies {side} t' (turn {course.turn:g}): take more"
+                f"none of {len(self.timesteps)} steps lies {side} t' (turn {course.turn:g}): take more"
                 " trajectory_steps"
             )
 
@@ -196,8 +196,8 @@ class Steering:
         passed = dict(zip(at, self._run(text, seeds, at), strict=True))
         late, early = (
             Points(
-                torch.stack([passed[step][i] for i, step in enumerate(max_train_steps)]),
-                self._timesteps(max_train_steps, text),
+                torch.stack([passed[step][i] for i, step in enumerate(steps)]),
+                self._timesteps(steps, text),
             )
             for max_train_steps in zip(*places, strict=True)
         )
@@ -214,8 +214,11 @@ class Steering:
         at = sorted({step for both in places for step in both})
         passed = dict(zip(at, self._run(text, [seed], at), strict=True))
         late, early = (
-            Points(torch.cat([passed[step] for step in max_train_steps]), self._timesteps(max_train_steps, text))
-            for max_train_steps in zip(*places, strict=True)
+            Points(
+                torch.cat([passed[step] for step in steps]),
+                self._timesteps(steps, text),
+            )
+            for steps in zip(*places, strict=True)
         )
         met = early if self.objective.meets_early else None
         return Sample(text[[0] * n], late, met, anchor[[0] * n])
@@ -237,7 +240,9 @@ class Steering:
         ]
         return StoredTrajectories(text, anchor, latents, *torch.stack(predicted).chunk(len(asked), 1))
 
-    def pick(self, subjects: Sequence[TrainingConcept], kept: Sequence[StoredTrajectories]) -> tuple[Sample, Predictions]:
+    def pick(
+        self, subjects: Sequence[TrainingConcept], kept: Sequence[StoredTrajectories]
+    ) -> tuple[Sample, Predictions]:
         """Points of one kept trajectory of each subject, and the original's predictions there."""
         rows = [self._below(s, len(k.text)) for s, k in zip(subjects, kept, strict=True)]
         places = [self._places(s) for s in subjects]
@@ -251,7 +256,7 @@ class Steering:
             chosen = zip(kept, max_train_steps, rows, strict=True)
             return torch.stack([getattr(k, what)[step, row] for k, step, row in chosen])
 
-        points = [Points(at(max_train_steps, "latents"), self._timesteps(max_train_steps, text)) for max_train_steps in (late, early)]
+        points = [Points(at(steps, "latents"), self._timesteps(steps, text)) for steps in (late, early)]
         original: Predictions = {
             "late": at(late, "prompted"),
             "late empty": at(late, "empty"),
@@ -286,8 +291,8 @@ class Steering:
         erased, other = (early, late) if self.course.reverse == "early" else (late, early)
         return erased, other if self.objective.meets_early else erased
 
-    def _timesteps(self, max_train_steps: Sequence[int], text: Text) -> Tensor:
-        return torch.tensor([self.timesteps[step] for step in max_train_steps], device=text.embeddings.device)
+    def _timesteps(self, steps: Sequence[int], text: Text) -> Tensor:
+        return torch.tensor([self.timesteps[step] for step in steps], device=text.embeddings.device)
 
     # Predictions and losses.
 
@@ -362,7 +367,7 @@ class Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class LossTerm:
     """A part of what weights are trained on."""
 
     steering: Steering
@@ -373,10 +378,12 @@ class Side:
     """Whether the original draws the new ones, not the network in training."""
 
     @staticmethod
-    def of(steering: Steering, subject: TrainingConcept, samples: int, kept: int, by_original: bool) -> Side:
+    def of(
+        steering: Steering, subject: TrainingConcept, samples: int, kept: int, by_original: bool
+    ) -> LossTerm:
         """A number of trajectories of one subject at each step."""
         drawn = [steering.keep(subject, kept)] * samples if kept else []
-        return Side(steering, [subject] * samples, drawn, by_original)
+        return LossTerm(steering, [subject] * samples, drawn, by_original)
 
     def meet(self, trained: InPlace) -> tuple[Sample, Predictions]:
         """Points to train on, and what the original predicts there."""
@@ -494,9 +501,9 @@ def train_weights(
         ExpungeError: the loss runs away before any state was kept.
     """
     optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
-    sides = [(1.0, Side.of(steering, subject, samples, kept, by_original))]
+    sides = [(1.0, LossTerm.of(steering, subject, samples, kept, by_original))]
     if retained is not None:
-        other = Side.of(steering.staying(), retained, samples, kept, by_original)
+        other = LossTerm.of(steering.staying(), retained, samples, kept, by_original)
         sides.append((retain_weight, other))
     start, losses = _resumed(run, trained, optimiser, subject)
     good: list[Tensor] = []

@@ -39,7 +39,12 @@ class Examples:
 
 @torch.no_grad()
 def drawn(
-    model: Model, concept: str, prompt: str, n: int, run: RunContext, num_inference_steps: int | None = None
+    model: Model,
+    concept: str,
+    prompt: str,
+    n: int,
+    run: RunContext,
+    num_inference_steps: int | None = None,
 ) -> Examples:
     """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
     steps = num_inference_steps or model.num_inference_steps

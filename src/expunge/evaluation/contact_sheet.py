@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 
 GAP = 8
 INK, GREY, RIM, PAPER = "#16181d", "#5b6270", "#e3e6eb", "#ffffff"
@@ -49,7 +49,7 @@ def contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
             pen.text((left - 2 * GAP, y + cell // 2), _plain(name), GREY, label, anchor="rm")
             for c, image in enumerate(images):
                 x = left + c * step
-                paper.paste(image(image, cell).resize((cell, cell)), (x, y), corners)
+                paper.paste(to_pil(image, cell).resize((cell, cell)), (x, y), corners)
                 pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline=RIM)
         for c, caption in enumerate(band.captions):
             x, y = left + c * step + cell // 2, top + height - foot + 2

@@ -45,7 +45,7 @@ from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import KINDS, Concept, Kind, Problem, key
-from expunge.runtime.work_dir import beside, discard
+from expunge.runtime.work_dir import beside, remove
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Job:
             place = beside(file)
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
-            discard(place)
+            remove(place)
         return Candidate.of(Edit.load(file), self.name)
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from expunge.base.errors import listed
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 from expunge.evaluation.measure import make
-from expunge.evaluation.scoring import PUBLISHED, SuiteResult, Comparison, CandidateResult, compared
+from expunge.evaluation.scoring import PUBLISHED, CandidateResult, Comparison, SuiteResult, compared
 from expunge.evaluation.statistics import Estimate
 from expunge.metric import Classifier
 
@@ -359,7 +359,9 @@ def _judge_of(report: Report, case: SuiteResult) -> Classifier | None:
     return metric if isinstance(metric, Classifier) else None
 
 
-def _seen(judge: Classifier | None, case: SuiteResult, row: CandidateResult, cell: int, image: int) -> tuple[str, str]:
+def _seen(
+    judge: Classifier | None, case: SuiteResult, row: CandidateResult, cell: int, image: int
+) -> tuple[str, str]:
     """What the judge calls the image before and after."""
     if judge is None:
         return "", ""
@@ -387,7 +389,7 @@ def _judges(report: Report) -> list[str]:
 
 def data_uri(image: Tensor) -> str:
     """An image (3, height, width) inside the page, at most 128 pixels wide."""
-    one = image(image.nan_to_num())
+    one = to_pil(image.nan_to_num())
     data = io.BytesIO()
     if one.width > WIDEST:
         one = one.resize((WIDEST, one.height * WIDEST // one.width), Image.Resampling.LANCZOS)

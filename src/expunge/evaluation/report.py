@@ -23,11 +23,11 @@ from expunge.base.quiet import Progress, quiet
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, sampler
-from expunge.evaluation.measure import Measurements, measure, make, requests, require_known, warn_of_cuts
-from expunge.evaluation.scoring import Candidate, SuiteResult, Comparison, compared, family, score_suite
+from expunge.evaluation.measure import Measurements, make, measure, requests, require_known, warn_of_cuts
+from expunge.evaluation.scoring import Candidate, Comparison, SuiteResult, compared, family, score_suite
 from expunge.evaluation.statistics import LEVEL, Estimate
 from expunge.evaluation.suite import Cell, Suite
-from expunge.metric import Distance, Classifier, Metric
+from expunge.metric import Classifier, Distance, Metric
 from expunge.model import Model
 
 FORMAT = 1

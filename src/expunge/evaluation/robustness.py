@@ -29,7 +29,7 @@ from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.contact_sheet import Strip
 from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.measure import measure, make, requests
+from expunge.evaluation.measure import make, measure, requests
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Cell, Suite
 from expunge.metric import Classifier

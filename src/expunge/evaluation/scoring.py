@@ -24,7 +24,7 @@ from expunge.evaluation.measure import Measurements
 from expunge.evaluation.set_distances import from_anchor, from_original
 from expunge.evaluation.statistics import LEVEL, NONE, Estimate, holm
 from expunge.evaluation.suite import ROLES, Ask, Cell, Suite
-from expunge.metric import Distance, Classifier, Metric
+from expunge.metric import Classifier, Distance, Metric
 from expunge.model import Model
 
 GONE = ("erased", "synonyms")
@@ -212,7 +212,11 @@ def score_suite(
     """
     cells = looks["original"].cells
     judge = metrics[suite.judge]
-    seen = {n: _judge(suite, judge, one) for n, one in looks.items()} if isinstance(judge, Classifier) else {}
+    seen = (
+        {n: _judge(suite, judge, one) for n, one in looks.items()}
+        if isinstance(judge, Classifier)
+        else {}
+    )
     left_out: list[tuple[str, str, float]] = []
     if seen:
         for role in ROLES[:-1]:
@@ -233,7 +237,9 @@ def score_suite(
             terms = {**terms, "specificity": _by_clip(measured, looks["original"])}
         h, published = _h(suite, terms), _published(suite, roles)
         totals = _totals(suite, judge, one) if isinstance(judge, Classifier) else {}
-        rows.append(CandidateResult(by_name.get(name), h, terms, roles, measured, published, each, one, totals))
+        rows.append(
+            CandidateResult(by_name.get(name), h, terms, roles, measured, published, each, one, totals)
+        )
     erased = suite.erased(group[0].erases)
     return SuiteResult(
         suite,
@@ -364,7 +370,11 @@ def _scores(
 
 
 def _measured(
-    suite: Suite, metrics: Mapping[str, Metric], looks: Measurements, before: Measurements, anchor: Measurements | None
+    suite: Suite,
+    metrics: Mapping[str, Metric],
+    looks: Measurements,
+    before: Measurements,
+    anchor: Measurements | None,
 ) -> dict[str, dict[str, Estimate]]:
     """Every metric but the judge, for each role."""
     roles = [role for role in ROLES if any(cell.role == role for cell in looks.cells)]

@@ -57,7 +57,9 @@ class Images:
         return {prompt: torch.cat(parts) for prompt, parts in found.items()}
 
 
-def from_original(name: str, metric: Distance, looks: Measurements, before: Measurements, role: str) -> Estimate:
+def from_original(
+    name: str, metric: Distance, looks: Measurements, before: Measurements, role: str
+) -> Estimate:
     """How far a role's images are from real ones, or else from the original's.
 
     There is no distance of the original from itself, nor of a single image.

@@ -17,7 +17,7 @@ from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
 
-class FlowModel(Flow, LatentModel):
+class FlowModel(LatentModel):
     """A transformer in which text and image attend to each other, trained by flow matching.
 
     Text is static in two places alone: the layer that embeds its tokens (`context_embedder`) and

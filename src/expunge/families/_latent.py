@@ -195,13 +195,12 @@ class LatentModel(Model):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipe.vae
-        height, width = self._pixels
+        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
         if images.shape[-2:] != (height, width):
             found = " × ".join(map(str, images.shape[:-3:-1]))
             raise ExpungeError(f"a image is {found} pixels; this model draws {width} × {height}")
         given = images.to(self.device, vae.dtype) * 2 - 1
-        found = vae.encode(given, return_dict=False)[0]
-        latents = found if isinstance(found, Tensor) else found.mode()
+        latents = vae.encode(given, return_dict=False)[0].mode()
         return self._scaled(latents).to(self.device, self.dtype)
 
     def _contrasted(self, empty: Tensor, prompt: Tensor, guidance: float) -> Tensor:

@@ -17,12 +17,12 @@ from expunge.changes import Changes
 from expunge.erasing import fusion, saliency
 from expunge.erasing.caption_gram import captions_for
 from expunge.erasing.guidance_training import (
-    TrajectoryConfig,
     Layers,
     Part,
     Reverse,
     Steering,
     TrainingConcept,
+    TrajectoryConfig,
     layers_of,
     part_of,
     train_factors,
@@ -160,6 +160,13 @@ class ANT(Method):
                  "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
                  "captions": ""},
     }  # fmt: skip
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "clip": "max_grad_norm",
+        "batch": "batch_size",
+    }
 
     trained: Literal["auto", "weights", "low-rank"] = "auto"
     """What is trained: the denoiser's own weights, or a low-rank change a concept, fused at the end;
@@ -366,7 +373,9 @@ class ANT(Method):
             retain_weight=self.retain_weight,
         )
 
-    def _retained(self, model: Model, problem: Problem, generator: torch.Generator) -> TrainingConcept | None:
+    def _retained(
+        self, model: Model, problem: Problem, generator: torch.Generator
+    ) -> TrainingConcept | None:
         """Prompts that stay as they are: of the retained and of the captions, as often."""
         if not self.retain_weight:
             return None
@@ -527,7 +536,11 @@ class ANT(Method):
 
     def _together(self, rows: int) -> int:
         """How many concepts, or points of a map, go through the network together, of so many rows."""
-        return min(self.batch_size, max(1, self.micro_batch // rows)) if self.micro_batch else self.batch_size
+        return (
+            min(self.batch_size, max(1, self.micro_batch // rows))
+            if self.micro_batch
+            else self.batch_size
+        )
 
     @property
     def _kept(self) -> int:

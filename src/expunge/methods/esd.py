@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from expunge.base.fields import bounded
 from expunge.changes import Changes
-from expunge.erasing.guidance_training import TrajectoryConfig, Steering, TrainingConcept, part_of, train_weights
+from expunge.erasing.guidance_training import (
+    Steering,
+    TrainingConcept,
+    TrajectoryConfig,
+    part_of,
+    train_weights,
+)
 from expunge.erasing.prompt_templates import require_place
 from expunge.method import Method
 from expunge.model import Model
@@ -62,6 +68,11 @@ class ESD(Method):
         "fast": {"about": "a rough try in a few steps", "part": "x-strict", "max_train_steps": 10, "learning_rate": 1e-3,
                  "trajectory_steps": 4, "unconditional": 3.0},
     }  # fmt: skip
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+    }
 
     part: Literal["x", "x-strict", "u"] = "x"
     """x, the cross-attentions; x-strict, of these the keys and values alone; u, all the rest."""

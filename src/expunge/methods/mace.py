@@ -16,7 +16,13 @@ from expunge.base.fields import bounded
 from expunge.changes import Changes, Right, find
 from expunge.erasing import fusion, object_masks, reference_images
 from expunge.erasing.fusion import LazyTensors
-from expunge.erasing.guidance_training import TrajectoryConfig, Steering, TrainingConcept, layers_of, train_factors
+from expunge.erasing.guidance_training import (
+    Steering,
+    TrainingConcept,
+    TrajectoryConfig,
+    layers_of,
+    train_factors,
+)
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
 from expunge.method import Method
 from expunge.model import Model
@@ -212,6 +218,15 @@ class MACE(Method):
 
     needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "clip": "max_grad_norm",
+        "batch": "batch_size",
+        "pictures": "num_images",
+        "picture_steps": "num_inference_steps",
+        "pictures_from": "images_from",
+    }
     stages: tuple[Stage, ...] = STAGES
     """Which of the three to run; "fuse" has nothing to do without another."""
     ridge: float = bounded(100.0, at_least=0)
@@ -324,7 +339,9 @@ class MACE(Method):
         layers = [entry.layer for entry in model.text_entries()]
         averaged = factors and "fuse" not in self.stages and self.combine == "average"
         scale = 1 / len(factors) if averaged else 1.0
-        return fusion.assemble_changes(layers, None if self.stages == ("suppress",) else matrix, factors, scale)
+        return fusion.assemble_changes(
+            layers, None if self.stages == ("suppress",) else matrix, factors, scale
+        )
 
     def refine(self, sums: Sums, kept: Tensor) -> Tensor:
         """M, (d, d), float64: sends what is around a concept where it goes around its anchor.
@@ -337,7 +354,9 @@ class MACE(Method):
         ridge = floored(self.ridge, self.ridge_floor, sums.contexts)
         return right_factor(sums.cross, sums.contexts, prior, ridge)
 
-    def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: RunContext) -> dict[str, Tensors]:
+    def suppress(
+        self, model: Model, problem: Problem, matrix: Tensor, run: RunContext
+    ) -> dict[str, Tensors]:
         """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
 
         Args:
@@ -348,7 +367,9 @@ class MACE(Method):
         """
         # Bound to plain data, so that it can run elsewhere, too.
         train = partial(self._train, model, problem, matrix, run.seed)
-        return run.map_cached(train, [c.name for c in problem.erase], batch_size=self.batch_size, label="training")
+        return run.map_cached(
+            train, [c.name for c in problem.erase], batch_size=self.batch_size, label="training"
+        )
 
     def fuse(
         self,
@@ -505,7 +526,7 @@ class MACE(Method):
         )
         phrase = phrase_positions(before, after, text.content_mask)
         place = torch.arange(phrase.shape[1], device=phrase.device)
-        ending = (place >= text.eos_index[:, :1]) & text.read
+        ending = place > text.content_mask.sum(1, keepdim=True)
 
         if self.images_from:
             shown = reference_images.read(model, concept.name, prompts[0], self.images_from)
@@ -592,7 +613,9 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
 def _rows(groups: Sequence[Group]) -> LazyTensors:
     """For each concept all its tokens, (n, width)."""
     of = {name: group for group in groups for name in group.erased}
-    return LazyTensors(of, lambda name: of[name].read(of[name].erased[name]).embeddings.flatten(0, 1).cpu())
+    return LazyTensors(
+        of, lambda name: of[name].read(of[name].erased[name]).embeddings.flatten(0, 1).cpu()
+    )
 
 
 def _resized(mask: Tensor, size: Sequence[int]) -> Tensor:

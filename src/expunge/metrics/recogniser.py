@@ -17,7 +17,7 @@ from expunge.metric import Classifier, blank
 
 
 @dataclass(frozen=True, eq=False)
-class Classifier:
+class LabelledNetwork:
     """An image classifier and its labels."""
 
     processor: Any
@@ -50,7 +50,7 @@ class Recogniser(Classifier):
     """Their label for images that show none of their classes."""
 
     @property
-    def _classifiers(self) -> tuple[Classifier, ...]:
+    def _classifiers(self) -> tuple[LabelledNetwork, ...]:
         if not self.folders:
             raise ExpungeError(
                 "the recogniser needs folders that transformers reads as image classifiers:"
@@ -102,7 +102,7 @@ class Recogniser(Classifier):
         ]
         return [", ".join(names) for names in zip(*bests, strict=True)]
 
-    def _parts(self, rows: Tensor) -> list[tuple[Classifier, Tensor]]:
+    def _parts(self, rows: Tensor) -> list[tuple[LabelledNetwork, Tensor]]:
         """Each classifier with its columns."""
         classifiers = self._classifiers
         parts = rows[:, :-1].split([len(one.labels) for one in classifiers], 1)
@@ -114,7 +114,7 @@ def _plain(label: str) -> str:
 
 
 @cache
-def _load(folder: str) -> Classifier:
+def _load(folder: str) -> LabelledNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
@@ -129,4 +129,4 @@ def _load(folder: str) -> Classifier:
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     table = network.config.id2label
     labels = tuple(_plain(table[i]) for i in range(len(table)))
-    return Classifier(processor, network, labels, digest.hexdigest())
+    return LabelledNetwork(processor, network, labels, digest.hexdigest())

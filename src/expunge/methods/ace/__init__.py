@@ -155,6 +155,18 @@ class ACE(Method):
 
     needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "pictures": "num_images",
+        "picture_steps": "num_inference_steps",
+        "leak": "retain_openness",
+        "deviations": "n_std",
+        "most_overlap": "max_overlap",
+        "hold": "anchor_hold_weight",
+        "fortify_rate": "fortify_learning_rate",
+    }
+
     stages: tuple[Stage, ...] = ("gate", "harden")
     """Which to run; "harden" goes on from "gate", which always runs, and "fortify" from both."""
     reduction: Literal["shared", "layer", "damped", "attention", "attention-by-head"] = "shared"
@@ -484,7 +496,7 @@ class ACE(Method):
             word = int(theirs[there].nonzero().max()) if concept.anchor else ending
             places = phrase[row].nonzero()[:, 0]
             found[0].append((e[places], n[word].expand(len(places), -1)))
-            ends = tuple(_end(x, i) for x, i in ((text, row), (anchored, there)))
+            ends = tuple(int(x.content_mask[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
             m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
             last = min(m.first + m.tail, int(text.read[row].nonzero().max()) + 1)
             after = max(m.first, int(places[-1]) + 1)
@@ -812,7 +824,13 @@ class ACE(Method):
                 return (error + self.retain_weight * harm + self.anchor_hold_weight * lost)[None]
 
             with frozen(model.parameters()):
-                minimise(list(shifts.values()), losses, max_train_steps=self.max_train_steps, learning_rate=self.learning_rate, weight_decay=0)
+                minimise(
+                    list(shifts.values()),
+                    losses,
+                    max_train_steps=self.max_train_steps,
+                    learning_rate=self.learning_rate,
+                    weight_decay=0,
+                )
         return {name: getattr(now(), name).detach().cpu() for name in FACTORS}
 
     # Stage 3.
@@ -920,18 +938,12 @@ def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> 
     return phrase_positions(before, after, text.content_mask)
 
 
-def _end(text: Text, row: int) -> int:
-    """Where a row's end token stands, of its first text encoder."""
-    return int(text.content_mask[row].sum()) + 1 if text.eos_index is None else int(text.eos_index[row, 0])
-
-
 def _thinned(text: Text) -> Tensor:
     """Start, own and end tokens, and a few of the padding, (n, d): it is much the same all along."""
-    place = torch.arange(text.content_mask.shape[1], device=text.content_mask.device)
-    ends = torch.tensor([[_end(text, row)] for row in range(len(text))], device=place.device)
-    behind = place - ends
-    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=place.device))
-    return text.embeddings[((behind <= 0) | few) & text.read]
+    end = text.content_mask.sum(1, keepdim=True) + 1
+    behind = torch.arange(text.content_mask.shape[1], device=end.device) - end
+    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
+    return text.embeddings[(behind <= 0) | few]
 
 
 def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tuple[Tensor, Tensor]]:
