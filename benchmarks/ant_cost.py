@@ -205,7 +205,7 @@ def main() -> None:
         expunge.load("emoji", device="cpu")
         before = resident()
         model = build(options.size, options.latents, dtype)
-        found = {"ours": ours, "plain": plain}[options.only](model, options.max_train_steps, options.maps)
+        found = {"ours": ours, "plain": plain}[options.only](model, options.steps, options.maps)
         weights = sum(p.numel() * p.element_size() for p in model.pipe.unet.parameters())
         print(json.dumps({**found, "weights": weights, "peak": peak(before)}))
         return

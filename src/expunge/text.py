@@ -38,9 +38,17 @@ class Text:
             object.__setattr__(self, "eos_index", self.content_mask.sum(1, keepdim=True) + 1)
         if not self.segment_lengths:
             object.__setattr__(self, "segment_lengths", (self.content_mask.shape[1],))
+        if self.attention_mask is not None:
+            read = self.attention_mask[..., None]
+            object.__setattr__(self, "embeddings", torch.where(read, self.embeddings, 0))
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def read(self) -> Tensor:
+        """The tokens that the denoiser reads, (n, tokens), bool."""
+        return torch.ones_like(self.content_mask) if self.attention_mask is None else self.attention_mask
 
     def segments(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
@@ -63,6 +71,7 @@ class Text:
             None if self.pooled is None else self.pooled[index],
             None if self.eos_index is None else self.eos_index[index],
             self.segment_lengths,
+            None if self.attention_mask is None else self.attention_mask[index],
         )
 
     @classmethod
@@ -78,6 +87,9 @@ class Text:
             torch.cat(pooled) if pooled else None,
             torch.cat(ends),
             texts[0].segment_lengths,
+            None
+            if all(text.attention_mask is None for text in texts)
+            else torch.cat([text.read for text in texts]),
         )
 
 

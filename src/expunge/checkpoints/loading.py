@@ -405,13 +405,23 @@ def check_whole(pipe: Any, folder: Path, variant: str | None = None) -> None:
             continue
         read = weight_files(folder / part, kinds[part][0])[picked[part]]
         there = {name for file in read for name in read_header(file)}
+        bare = {_bare(name) for name in there}
         names: dict[int, list[str]] = {}
         for name, tensor in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
         for one in names.values():
-            # Up to transformers 5.5 CLIP was saved with its layers in `text_model`.
-            if not any(name in there or f"text_model.{name}" in there for name in one):
+            if not any(name in there or _bare(name) in bare for name in one):
                 raise ExpungeError(f"{folder} is not whole: no file of its {part} has {one[0]}")
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without the modules that versions of transformers have put around its layers.
+
+    Up to 5.5 CLIP was saved with its layers in `text_model`; models that read images, too, hold their
+    language model as `model.language_model` and are saved as if it were `model`.
+    """
+    around = ("model", "text_model", "language_model")
+    return ".".join(part for part in name.split(".") if part not in around)
 
 
 def check_numbers(parts: Mapping[str, Any], name: str) -> None:

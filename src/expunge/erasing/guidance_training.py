@@ -199,7 +199,7 @@ class Steering:
                 torch.stack([passed[step][i] for i, step in enumerate(steps)]),
                 self._timesteps(steps, text),
             )
-            for max_train_steps in zip(*places, strict=True)
+            for steps in zip(*places, strict=True)
         )
         met = early if self.objective.meets_early else None
         return Sample(text, late, met, Text.joined(anchor))
@@ -252,8 +252,8 @@ class Steering:
         )
         late, early = zip(*places, strict=True)
 
-        def at(max_train_steps: Sequence[int], what: str) -> Tensor:
-            chosen = zip(kept, max_train_steps, rows, strict=True)
+        def at(steps: Sequence[int], what: str) -> Tensor:
+            chosen = zip(kept, steps, rows, strict=True)
             return torch.stack([getattr(k, what)[step, row] for k, step, row in chosen])
 
         points = [Points(at(steps, "latents"), self._timesteps(steps, text)) for steps in (late, early)]

@@ -305,22 +305,26 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
     """
     text = model.encode(list(prompts))
     other = model.encode([stand_in])
-    own = int(other.content_mask[0].sum())
-    rows: list[Tensor] = []
-    marks: list[Tensor] = []
-    ids: list[Tensor] = []
+    if text.eos_index is None or other.eos_index is None:
+        raise TypeError("ends must be a tensor (n, parts), not None")
+    cut, width = int(other.eos_index[0, 0]), text.embeddings.shape[1]
+    parts: dict[str, list[Tensor]] = {"embeddings": [], "content_mask": [], "ids": [], "read": []}
     for row in range(len(text)):
-        end = 1 + int(text.content_mask[row].sum())
-        last = text.embeddings.shape[1] - 1
-        place = torch.arange(end, end + last - own).clamp(max=last)
+        end = int(text.eos_index[row, 0])
+        place = torch.arange(end, end + width - cut).clamp(max=width - 1)
         place = place.to(text.embeddings.device)
-        for parts, mine, theirs in (
-            (rows, text.embeddings[row], other.embeddings[0]),
-            (marks, text.content_mask[row], other.content_mask[0]),
-            (ids, text.ids[row], other.ids[0]),
-        ):
-            parts.append(torch.cat([theirs[: 1 + own], mine[place]]))
-    return Text(tuple(prompts), torch.stack(rows), torch.stack(marks), torch.stack(ids), text.pooled)
+        for name, found in parts.items():
+            found.append(torch.cat([getattr(other, name)[0, :cut], getattr(text, name)[row, place]]))
+    embeddings, own, ids, read = (torch.stack(found) for found in parts.values())
+    return Text(
+        tuple(prompts),
+        embeddings,
+        own,
+        ids,
+        text.pooled,
+        torch.full_like(text.eos_index[:, :1], cut),
+        attention_mask=None if text.attention_mask is None else read,
+    )
 
 
 def model_hash(model: Model) -> str:

@@ -17,7 +17,7 @@ from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
 
-class FlowModel(LatentModel):
+class FlowModel(Flow, LatentModel):
     """A transformer in which text and image attend to each other, trained by flow matching.
 
     Text is static in two places alone: the layer that embeds its tokens (`context_embedder`) and
@@ -30,9 +30,8 @@ class FlowModel(LatentModel):
     denoiser = "transformer"
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
-        raise ExpungeError(
-            f"{type(self).__name__} has no cross-attention: {self.missing_capabilities['cross-attention']}"
-        )
+        why = self.missing_capabilities["cross-attention"]
+        raise ExpungeError(f"{type(self).__name__} has no cross-attention: {why}")
 
     def text_entries(self) -> tuple[TextEntry, ...]:
         return (TextEntry("transformer.context_embedder", "context"),)

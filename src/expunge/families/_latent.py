@@ -186,7 +186,7 @@ class LatentModel(Model):
         if overflows:
             cast(torch.float32)
         try:
-            images = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+            images = self._decoded(self._unscaled(latents.to(vae.dtype)))
         finally:
             if overflows:
                 cast(dtype)
@@ -195,13 +195,22 @@ class LatentModel(Model):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipe.vae
-        height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
+        height, width = self._pixels
         if images.shape[-2:] != (height, width):
             found = " × ".join(map(str, images.shape[:-3:-1]))
-            raise ExpungeError(f"a image is {found} pixels; this model draws {width} × {height}")
+            raise ExpungeError(f"an image is {found} pixels; this model draws {width} × {height}")
         given = images.to(self.device, vae.dtype) * 2 - 1
-        latents = vae.encode(given, return_dict=False)[0].mode()
-        return self._scaled(latents).to(self.device, self.dtype)
+        return self._scaled(self._coded(given)).to(self.device, self.dtype)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The images in [-1, 1] of the autoencoder's latents."""
+        found: Tensor = self.pipe.vae.decode(latents, return_dict=False)[0]
+        return found
+
+    def _coded(self, images: Tensor) -> Tensor:
+        """The autoencoder's latents of images in [-1, 1]."""
+        found = self.pipe.vae.encode(images, return_dict=False)[0]
+        return found if isinstance(found, Tensor) else found.mode()
 
     def _contrasted(self, empty: Tensor, prompt: Tensor, guidance: float) -> Tensor:
         """The guided prediction, from that for no prompt and that for the prompt."""

@@ -20,8 +20,8 @@ class LanguageModelText(FlowModel):
     """A transformer with joint attention whose text encoder is a language model.
 
     The encoder is causal: words behind a concept carry it, words before it never. What the template puts
-    behind the prompt carries the whole prompt, as the end token does in CLIP: `Text.ends` is where it
-    begins.
+    behind the prompt carries the whole prompt, as the end token does in CLIP: it begins at
+    `Text.eos_index`.
     """
 
     max_sequence_length: int

@@ -21,7 +21,14 @@ class Tokens:
     mask: Tensor
     """(n, tokens), 1 where there is no padding"""
     content_mask: Tensor
-    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding"""
+    """(n, tokens), bool: the prompt's own tokens, neither start, template, end nor padding"""
+    end: Tensor | None = None
+    """(n,), int64: the first place behind the prompt's own tokens, by default the last that is no
+    padding"""
+
+    def __post_init__(self) -> None:
+        if self.end is None:
+            object.__setattr__(self, "end", self.mask.sum(1) - 1)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, *, starts: bool = True) -> Tokens:

@@ -20,7 +20,7 @@ class UNetModel(Diffusion, LatentModel):
     """
 
     denoiser = "unet"
-    mark = "input_blocks.0.0.weight"
+    single_file_key = "input_blocks.0.0.weight"
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found: list[tuple[str, Any]] = [

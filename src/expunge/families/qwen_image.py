@@ -90,11 +90,10 @@ class QwenImage(LanguageModelText):
         found = super()._contrasted(empty, prompt, guidance)
         # A token is two by two pixels of every channel.
         was, became = (
-            x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).norm(dim=(1, 3, 5), keepdim=True)
-            for x in (prompt, found)
+            torch.nn.functional.avg_pool2d(x.square().sum(1, keepdim=True), 2) for x in (prompt, found)
         )
-        scaled = found.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) * (was / became)
-        return scaled.flatten(4, 5).flatten(2, 3)
+        ratio = (was / became).sqrt().repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return found * ratio
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         _, height, width = self._latent_shape

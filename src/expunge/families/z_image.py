@@ -33,7 +33,7 @@ class ZImage(LanguageModelText):
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("z-image-turbo",)
-    mark = "cap_embedder.0.weight"
+    single_file_key = "cap_embedder.0.weight"
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         # Nothing in its files tells the turbo model, by far the most used one, from the base.

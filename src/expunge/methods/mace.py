@@ -526,7 +526,7 @@ class MACE(Method):
         )
         phrase = phrase_positions(before, after, text.content_mask)
         place = torch.arange(phrase.shape[1], device=phrase.device)
-        ending = place > text.content_mask.sum(1, keepdim=True)
+        ending = (place >= text.eos_index[:, :1]) & text.read
 
         if self.images_from:
             shown = reference_images.read(model, concept.name, prompts[0], self.images_from)

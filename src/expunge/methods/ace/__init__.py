@@ -496,7 +496,7 @@ class ACE(Method):
             word = int(theirs[there].nonzero().max()) if concept.anchor else ending
             places = phrase[row].nonzero()[:, 0]
             found[0].append((e[places], n[word].expand(len(places), -1)))
-            ends = tuple(int(x.content_mask[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
+            ends = tuple(_end(x, i) for x, i in ((text, row), (anchored, there)))
             m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
             last = min(m.first + m.tail, int(text.read[row].nonzero().max()) + 1)
             after = max(m.first, int(places[-1]) + 1)
@@ -938,12 +938,20 @@ def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> 
     return phrase_positions(before, after, text.content_mask)
 
 
+def _end(text: Text, row: int) -> int:
+    """Where a row's end token stands, of its first text encoder."""
+    return (
+        int(text.content_mask[row].sum()) + 1 if text.eos_index is None else int(text.eos_index[row, 0])
+    )
+
+
 def _thinned(text: Text) -> Tensor:
     """Start, own and end tokens, and a few of the padding, (n, d): it is much the same all along."""
-    end = text.content_mask.sum(1, keepdim=True) + 1
-    behind = torch.arange(text.content_mask.shape[1], device=end.device) - end
-    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
-    return text.embeddings[(behind <= 0) | few]
+    place = torch.arange(text.content_mask.shape[1], device=text.content_mask.device)
+    ends = torch.tensor([[_end(text, row)] for row in range(len(text))], device=place.device)
+    behind = place - ends
+    few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=place.device))
+    return text.embeddings[((behind <= 0) | few) & text.read]
 
 
 def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tuple[Tensor, Tensor]]:
