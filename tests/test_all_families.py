@@ -2,13 +2,28 @@
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
-from tiny import drawn_by_diffusers, flux, sd3, sdxl
+from tiny import (
+    drawn_by_diffusers,
+    flux,
+    flux2,
+    flux2_dev,
+    loaded,
+    pixart,
+    sana,
+    sd3,
+    sdxl,
+    wan,
+    z_image,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model was distilled to draw without guidance")
 
 
 def test_uce_moves_the_pooled_text_too():
@@ -65,3 +80,125 @@ def test_joint_attention_is_no_cross_attention(make):
     model = expunge.load(make())
     with pytest.raises(ExpungeError, match="no cross-attention"):
         model.cross_attentions()
+
+
+def sd35_medium():
+    """Stable Diffusion 3.5 medium: a second attention of the picture to itself in its first blocks."""
+    pipe = sd3()
+    config = {**pipe.transformer.config, "dual_attention_layers": (0,)}
+    pipe.transformer = SD3Transformer2DModel.from_config(config).eval()
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("family", "make"),
+    [
+        ("sd3", sd35_medium),
+        ("flux2", lambda: flux2(distilled=False)),
+        ("flux2", flux2_dev),
+        ("wan", lambda: wan(expand_timesteps=True)),
+        ("pixart", lambda: pixart(alpha=True)),
+    ],
+    ids=["sd3.5-medium", "klein-base", "flux2-dev", "wan-ti2v", "pixart-alpha"],
+)
+def test_other_models_of_a_family_draw_what_their_pipelines_draw(family, make):
+    pipe = make()
+    model, more = loaded(pipe, family), {}
+    if make is flux2_dev:  # its instruction is long
+        model.max_sequence_length = more["max_sequence_length"] = 256
+    for guidance in (1.0, 4.0):
+        probe = Probe.of("ship", 2, 3, num_inference_steps=2, guidance_scale=guidance)
+        theirs = drawn_by_diffusers(pipe, family, "ship", probe.seeds, 2, guidance, **more)
+        # A model that is told a guidance scale answers for another one differently.
+        torch.testing.assert_close(model.draw(probe), theirs, rtol=0, atol=1e-4)
+    problem = Problem((Concept("airplane", "sky"),))
+    edit = expunge.erase(model, problem, registry.get("methods", "uce")(general=5))
+    before = model.draw(Probe.of("airplane", num_inference_steps=2))
+    with model.using(edit):
+        assert not torch.equal(model.draw(Probe.of("airplane", num_inference_steps=2)), before)
+
+
+def test_pixart_that_is_told_the_size():
+    pipe = pixart(alpha=True)
+    config = {**pipe.transformer.config, "use_additional_conditions": True}
+    config |= {"num_attention_heads": 3, "cross_attention_dim": 24}
+    pipe.transformer = PixArtTransformer2DModel.from_config(config).eval()
+    model = loaded(pipe, "pixart")
+    sizes = model._sizes(2)
+    assert sizes["resolution"].tolist() == [[16, 16]] * 2
+    assert sizes["aspect_ratio"].tolist() == [[1]] * 2
+    assert model.draw(Probe.of("ship", num_inference_steps=1)).isfinite().all()
+
+
+def test_wan_draws_a_clip_and_shows_its_middle():
+    pipe = wan()
+    model = loaded(pipe, "wan")
+    model.num_frames = 5
+    probe = Probe.of("ship", 1, 3, num_inference_steps=2, guidance_scale=4.0)
+    pipe.set_progress_bar_config(disable=True)
+    clip = pipe(
+        prompt=["ship"], num_inference_steps=2, guidance_scale=4.0, num_frames=5, height=64, width=64,
+        generator=[torch.Generator().manual_seed(3)], output_type="pt", max_sequence_length=32,
+    ).frames  # fmt: skip
+    assert clip.shape[1] == 5
+    torch.testing.assert_close(model.draw(probe), clip[:, 2], rtol=0, atol=1e-4)
+    assert model.encode_images(torch.rand(1, 3, 64, 64)).shape[1] == 4 * 2
+
+
+def test_wan_of_two_transformers_is_refused():
+    pipe = wan()
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(ExpungeError, match="a Wan 2.2 of two transformers.*one transformer"):
+        expunge.load(pipe)
+
+
+@pytest.mark.parametrize("make", [flux2, z_image])
+def test_a_tokenizer_without_a_chat_template(make):
+    pipe = make()
+    pipe.tokenizer.chat_template = None
+    with pytest.raises(ExpungeError, match="Qwen2Tokenizer, has no chat template.*original model"):
+        expunge.load(pipe).encode(["ship"])
+
+
+def test_a_chat_template_without_the_prompt():
+    pipe = z_image()
+    pipe.tokenizer.chat_template = "<|im_start|>user"
+    with pytest.raises(ExpungeError, match="does not hold the prompt once"):
+        expunge.load(pipe).encode(["ship"])
+    pipe.tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ExpungeError, match="chat template fails: no system"):
+        expunge.load(pipe).encode(["ship"])
+
+
+def test_a_text_encoder_with_too_few_layers():
+    with pytest.raises(ExpungeError, match="reads the hidden states 9, 18, 27.*which has 4"):
+        expunge.load(flux2()).encode(["ship"])
+
+
+def test_guidance_of_a_distilled_model_is_answered():
+    model = loaded(flux2(), "flux2")
+    assert (model.guidance_scale, model.num_inference_steps) == (1.0, 4)
+    plain = model.draw(Probe.of("ship", num_inference_steps=1))
+    with pytest.warns(expunge.ExpungeWarning, match="without guidance.*4 changes nothing"):
+        asked = model.draw(Probe.of("ship", num_inference_steps=1, guidance_scale=4.0))
+    assert torch.equal(plain, asked)
+
+
+def test_a_causal_encoder_tells_the_phrase_to_what_is_behind_it_alone():
+    model = loaded(z_image(), "z_image")
+    one, other = (model.encode([f"a {word} of art"]) for word in ("ship", "bird"))
+    differs = (one.embeddings - other.embeddings)[0].abs().amax(-1) > 1e-6
+    ((own, end),) = one.segments(0)
+    first = int(one.content_mask[0].nonzero()[1])
+    assert not differs[:first].any()
+    assert differs[first:end].all()
+    assert differs[end : int(one.read[0].sum())].all()
+    assert own == slice(0, 64)
+
+
+def test_the_negative_of_sana_has_no_instruction():
+    model = loaded(sana(), "sana")
+    nothing, empty = model.unconditional(2), model.encode([""])
+    assert nothing.read.sum(1).tolist() == [1, 1]
+    assert int(empty.read.sum()) == 2
+    assert not torch.allclose(nothing.embeddings[0, 0], empty.embeddings[0, 1])

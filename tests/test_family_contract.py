@@ -273,6 +273,19 @@ def test_attention_adds_up_over_what_is_read(model, family, latents):
         assert not found.movedim(-1, 1)[~text.read].any()
 
 
+# Random text encoders leave more of a concept than is passed over in silence.
+@pytest.mark.filterwarnings("ignore:the vector of the whole prompt keeps")
+def test_ace_finds_the_gate_in_the_attention(model):
+    if "cross-attention" in model.missing_capabilities:
+        pytest.skip("there is no cross-attention")
+    method = registry.get("methods", "ace").preset(
+        "fast", reduction="attention", stages=("gate",), general=12
+    )
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+    layers = {layer for change in edit.changes for layer in change.layers}
+    assert {entry.layer for entry in model.text_entries() if entry.role == "key"} <= layers
+
+
 def test_what_can_be_trained_is_behind_the_text(model):
     """A layer that is part of `encode` gets no gradient from a prediction, and is never trained."""
     ahead = tuple(f"{model.denoiser}.{name}." for name in model.read_ahead)

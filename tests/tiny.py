@@ -9,10 +9,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -27,6 +31,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -38,6 +45,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -47,6 +56,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 import expunge
@@ -323,6 +334,54 @@ def flux2(seed=0, distilled=True):
     return pipe
 
 
+MISTRAL = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}{{ part.text }}"
+    "{% endfor %}[/{{ message.role }}]{% endfor %}"
+)
+"""A chat template in which a message is a list of parts."""
+
+
+def mistral(width, tokenizer):
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    )
+    return spread(Mistral3ForConditionalGeneration(config)).eval()
+
+
+def flux2_dev(seed=0):
+    pipe = flux2(seed)
+    tokenizer = pipe.tokenizer
+    tokenizer.chat_template = MISTRAL
+    config = {**pipe.transformer.config, "guidance_embeds": True}
+    dev = Flux2Pipeline(
+        scheduler=pipe.scheduler,
+        vae=pipe.vae,
+        text_encoder=mistral(16, tokenizer),
+        tokenizer=tokenizer,
+        transformer=spread(Flux2Transformer2DModel.from_config(config)).eval(),
+    )
+    dev.default_sample_size = 8
+    return dev
+
+
 def flux2_vae():
     found = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
@@ -423,6 +482,77 @@ def qwen_image(seed=0):
     return pipe
 
 
+def chroma(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    transformer = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    pipe = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5(32, tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def umt5(width, tokenizer):
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4
+    )
+    return spread(UMT5EncoderModel(config)).eval()
+
+
+def wan(seed=0, **options):
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    video = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.9, 1.1, 1.3, 0.8],
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=umt5(24, tokenizer),
+        vae=video.eval(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=spread(transformer).eval(),
+        **options,
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
 def spread(module, scale=0.3):
     """Weights large enough that a tiny language model tells words apart."""
     with torch.no_grad():
@@ -513,6 +643,8 @@ PIPELINES = {
     "flux2": flux2,
     "z_image": z_image,
     "qwen_image": qwen_image,
+    "chroma": chroma,
+    "wan": wan,
 }
 """How to make a tiny pipeline of every family."""
 
@@ -522,6 +654,8 @@ SETTINGS = {
     "flux2": {"max_sequence_length": 64, "layers": (1, 2, 3)},
     "z_image": {"max_sequence_length": 64},
     "qwen_image": {"max_sequence_length": 192},
+    "chroma": {"max_sequence_length": 32},
+    "wan": {"max_sequence_length": 32},
 }
 """What makes a family's models fast: few tokens, and layers that a shallow text encoder has."""
 
@@ -538,6 +672,14 @@ CALLS = {
     # Its own scale is less by one.
     "z_image": lambda guidance: {"guidance_scale": guidance - 1, "max_sequence_length": 64, **SIZE},
     "qwen_image": lambda guidance: {"true_cfg_scale": guidance, "negative_prompt": "", **SIZE},
+    "chroma": lambda guidance: {"guidance_scale": guidance, "max_sequence_length": 32, **SIZE},
+    "wan": lambda guidance: {
+        "guidance_scale": guidance,
+        "max_sequence_length": 32,
+        "num_frames": 1,
+        "height": 64,
+        "width": 64,
+    },
     "pixart": lambda guidance: {
         "guidance_scale": guidance,
         "max_sequence_length": 32,
@@ -562,7 +704,7 @@ def loaded(source, family):
     return model
 
 
-def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
+def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance, **more):
     """The images that a pipeline itself draws of a prompt, one a seed."""
     pipe.set_progress_bar_config(disable=True)
     call = CALLS.get(family, lambda guidance: {"guidance_scale": guidance})(guidance)
@@ -573,6 +715,7 @@ def drawn_by_diffusers(pipe, family, prompt, seeds, steps, guidance):
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
-        **call,
+        **{**call, **more},
     )
-    return found.images
+    # Of a video the frame in the middle.
+    return found.images if hasattr(found, "images") else found.frames[:, found.frames.shape[1] // 2]

@@ -79,8 +79,8 @@ def load(
     if attention_slicing:
         pipe.enable_attention_slicing()
     for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            # The layout that convolutions are fastest in.
+        if isinstance(part, torch.nn.Module) and all(p.ndim < 5 for p in part.parameters()):
+            # The layout that convolutions are fastest in; those over time have another.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return family(pipe, name=found.name, settings=loading.settings(found))
 

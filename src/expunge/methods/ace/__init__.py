@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning, listed
 from expunge.base.fields import bounded
-from expunge.changes import Changes, Damped, Gated, find
+from expunge.changes import Changes, Damped, Gated
 from expunge.erasing import pooled_gates, reference_images
 from expunge.erasing.caption_gram import words
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
@@ -685,13 +685,12 @@ class ACE(Method):
             ]
             for i, ((q, one), (_, other)) in enumerate(zip(*heard, strict=True)):
                 sums[i] = sums[i] + torch.einsum("nhpw,nhp->hw", q, one - other).cpu()
+        # Both in the order of the attentions; a norm may stand between a projection and its attention.
         keys = [entry.layer for entry in model.text_entries() if entry.role == "key"]
-        named = {layer: find(model.pipe, layer) for layer in keys}
         found = {}
-        for attention, total in zip(attentions, sums, strict=True):
+        for layer, total in zip(keys, sums, strict=True):
             g = total if self.reduction == "attention-by-head" else total.sum(0).expand_as(total)
             size = g.abs().flatten()
-            layer = next(name for name, module in named.items() if module is attention.key)
             found[layer] = (self.damping * size / size.max().clamp(min=1e-20)).clamp(max=1)
         return found
 

@@ -1,0 +1,94 @@
+"""Chroma: FLUX.1's layers with guidance, and without its pooled text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.families import flux
+from expunge.families._flow import FlowModel, end, shift, t5
+from expunge.text import Text, TextEntry
+
+
+class Chroma(FlowModel):
+    """A T5, and a transformer with joint attention that knows time by a network of its own.
+
+    Tokens are T5's 512, its padding masked in T5; the denoiser is told which tokens are the prompt's,
+    its end, and the one behind. Pipelines add that mask to the scores of attention, where it weighs but
+    does not hide: the padding is read, and so `Text` has no mask.
+
+    Unconditional is the empty prompt.
+    """
+
+    pipelines = ("ChromaPipeline",)
+    most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    }
+    single_files = ("chroma",)
+    single_file_key = "distilled_guidance_layer.in_proj.bias"
+
+    def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        settings = {"guidance_scale": 5.0, "num_inference_steps": 35, **(settings or {})}
+        super().__init__(pipe, name, settings)
+        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+
+    @property
+    def window(self) -> int:
+        return self.max_sequence_length - 1  # less the end
+
+    def pooled_entries(self) -> tuple[TextEntry, ...]:
+        return ()
+
+    def _read(self, prompts: list[str]) -> Text:
+        tokens, states = t5(
+            self.pipe.tokenizer, self.pipe.text_encoder, prompts, self.max_sequence_length, masked=True
+        )
+        return Text(
+            tuple(prompts),
+            states.to(self.device, self.dtype),
+            tokens.content_mask.to(self.device),
+            tokens.ids.to(self.device),
+            eos_index=end(tokens)[:, None].to(self.device),
+        )
+
+    def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        n, channels, height, width = latents.shape
+        if text.eos_index is None:
+            raise TypeError("eos_index must be a tensor (n, 1), not None")
+        place = torch.arange(text.embeddings.shape[1], device=self.device)
+        told = (place <= text.eos_index + 1).to(self.dtype)
+        picture = torch.ones(n, height // 2 * (width // 2), device=self.device, dtype=self.dtype)
+        output = self.network(
+            hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
+            timestep=self._time(t, n) / self._times,
+            encoder_hidden_states=text.embeddings,
+            txt_ids=torch.zeros(text.embeddings.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(
+                n, height // 2, width // 2, self.device, self.dtype
+            ),
+            attention_mask=torch.cat([told, picture], 1),
+            return_dict=False,
+        )[0]
+        scale = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(output, height * scale, width * scale, scale)
+
+    @classmethod
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        # Its first code names layers as that of FLUX.1.
+        return flux.Flux.ldm_layer_name(layer, config)
+
+    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        _, height, width = self._latent_shape
+        mu = shift(scheduler.config, height // 2 * (width // 2), 1.15)
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=mu)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self.sample_size or self.pipe.default_sample_size
+        return self.network.config.in_channels // 4, size, size
