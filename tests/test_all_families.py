@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from safetensors.torch import save_file
 
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
@@ -10,6 +11,7 @@ from expunge.base import registry
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
 from tiny import (
+    PIPELINES,
     drawn_by_diffusers,
     flux,
     flux2,
@@ -19,6 +21,7 @@ from tiny import (
     sana,
     sd3,
     sdxl,
+    spread,
     wan,
     z_image,
 )
@@ -202,3 +205,58 @@ def test_the_negative_of_sana_has_no_instruction():
     assert nothing.read.sum(1).tolist() == [1, 1]
     assert int(empty.read.sum()) == 2
     assert not torch.allclose(nothing.embeddings[0, 0], empty.embeddings[0, 1])
+
+
+def first_names_of_z_image(state):
+    """A Z-Image's transformer as its first code saves it: keys, queries and values in one layer."""
+    found = {}
+    for key, tensor in state.items():
+        key = key.replace("all_final_layer.2-1.", "final_layer.").replace(
+            "all_x_embedder.2-1.", "x_embedder."
+        )
+        key = key.replace(".attention.to_out.0.", ".attention.out.")
+        key = key.replace(".attention.norm_", ".attention.").replace("attention.q.", "attention.q_norm.")
+        found[key.replace("attention.k.", "attention.k_norm.")] = tensor
+    for key in [key for key in found if ".attention.to_q.weight" in key]:
+        parts = [found.pop(key.replace("to_q", f"to_{part}")) for part in "qkv"]
+        found[key.replace("to_q", "qkv")] = torch.cat(parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("z_image", first_names_of_z_image),
+        ("qwen_image", lambda state: state),
+    ],
+)
+def test_a_single_file_of_a_denoiser(family, named, tmp_path):
+    pipe = PIPELINES[family]()
+    pipe.save_pretrained(tmp_path / "config")
+    torch.manual_seed(1)
+    spread(pipe.transformer)  # the file's denoiser is not the folder's
+    save_file(
+        {f"model.diffusion_model.{k}" if family == "z_image" else k: v.contiguous()
+         for k, v in named(pipe.transformer.state_dict()).items()},
+        tmp_path / "other.safetensors",
+    )  # fmt: skip
+    with pytest.raises(ExpungeError, match="holds no text encoders; give --config"):
+        expunge.load(tmp_path / "other.safetensors")
+    read = expunge.load(tmp_path / "other.safetensors", config=tmp_path / "config")
+    model = loaded(pipe, family)
+    assert type(read) is type(model)
+    theirs = pipe.transformer.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in read.pipe.transformer.state_dict().items())
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ExpungeError, match=f"is of {type(model).__name__}, and .* of StableDiff"):
+        expunge.load(tmp_path / "other.safetensors", config=tmp_path / "sdxl")
+
+
+def test_a_pipeline_of_a_class_that_is_not_known_names_the_nearest():
+    class ZImageOmniPipeline:
+        name_or_path = ""
+
+    with pytest.raises(
+        ExpungeError, match="no family knows .*; the nearest it knows is ZImagePipeline, of z_image"
+    ):
+        expunge.load(ZImageOmniPipeline())

@@ -166,7 +166,12 @@ def family_of(pipeline: str) -> type[Any]:
     for family in known.values():
         if pipeline in family.pipelines:
             return family
-    raise ExpungeError(f"no family knows the pipeline {pipeline}; known: {', '.join(known)}")
+    of = {name: family for family, kind in known.items() for name in kind.pipelines}
+    near = difflib.get_close_matches(pipeline, of, n=1, cutoff=0.6)
+    hint = f"; the nearest it knows is {near[0]}, of {of[near[0]]}" if near else ""
+    raise ExpungeError(
+        f"no family knows the pipeline {pipeline}{hint}; known families: {', '.join(known)}"
+    )
 
 
 def family_of_file(path: Path) -> type[Any]:
@@ -221,6 +226,8 @@ def read_pipeline(
         with quietly():
             if source.is_file:
                 family = family_of_file(source.path)
+                if config is not None and _holds_denoiser_alone(config):
+                    return _around_denoiser(source.path, Path(config), family, dtype, parts)
                 beside = _beside(source.path, config, family, dtype)
                 with _as_diffusers_reads(source.path, dtype) as file:
                     pipe = getattr(diffusers, family.pipelines[0]).from_single_file(
@@ -322,6 +329,39 @@ def _as_diffusers_reads(path: Path, dtype: torch.dtype) -> Iterator[Path]:
         else:
             file.symlink_to(path.resolve())
         yield file
+
+
+def _holds_denoiser_alone(config: str | Path) -> bool:
+    """Whether single files of models like that of a folder hold a denoiser, and never a text encoder.
+
+    So it is with all whose text encoder is a language model or a T5 alone.
+    """
+    if not (Path(config) / "model_index.json").is_file():
+        return False
+    parts = components(Path(config)).values()
+    return not any(kind.startswith("CLIPText") for _, kind in parts)
+
+
+def _around_denoiser(
+    path: Path, folder: Path, family: type[Any], dtype: torch.dtype, parts: Mapping[str, Any]
+) -> Any:
+    """A pipeline of a single file's denoiser, and of a folder's other components.
+
+    Raises:
+        ExpungeError: the folder is of another family, or a file cannot be read.
+    """
+    import diffusers
+
+    index = read_index(folder)
+    if str(index["_class_name"]) not in family.pipelines:
+        raise ExpungeError(f"{path} is of {family.__name__}, and {folder} of {index['_class_name']}")
+    kind = getattr(diffusers, index[family.denoiser][1])
+    with _as_diffusers_reads(path, dtype) as file:
+        denoiser = kind.from_single_file(
+            str(file), config=str(folder), subfolder=family.denoiser, torch_dtype=dtype
+        )
+    check_numbers({family.denoiser: denoiser}, path.stem)
+    return read_pipeline(Source(folder.name, folder), dtype, **{family.denoiser: denoiser, **parts})
 
 
 def _beside(

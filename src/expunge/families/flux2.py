@@ -34,6 +34,8 @@ class Flux2(LanguageModelText):
     """
 
     pipelines = ("Flux2KleinPipeline", "Flux2Pipeline")
+    single_files = ("flux-2-dev",)
+    single_file_key = "single_stream_modulation.lin.weight"
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"

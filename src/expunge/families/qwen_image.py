@@ -29,6 +29,9 @@ class QwenImage(LanguageModelText):
 
     pipelines = ("QwenImagePipeline",)
     read_ahead = ("txt_norm",)
+    # "v1" is what diffusers calls all that it does not know.
+    single_files = ("v1",)
+    single_file_key = "txt_norm.weight"
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"

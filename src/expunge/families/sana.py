@@ -28,6 +28,8 @@ class Sana(Flow, CrossAttentionModel):
 
     pipelines = ("SanaPipeline",)
     read_ahead = ("caption_projection", "caption_norm")
+    single_files = ("sana",)
+    single_file_key = "cross_attn.kv_linear.weight"
     most_tokens = 600
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:

@@ -31,6 +31,8 @@ class Wan(Flow, CrossAttentionModel):
 
     pipelines = ("WanPipeline",)
     read_ahead = ("condition_embedder.text_embedder",)
+    single_files = ("wan-t2v-1.3B", "wan-t2v-14B")
+    single_file_key = "head.modulation"
     most_tokens = 512
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
