@@ -54,6 +54,12 @@ class Model(ABC):
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
+    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """For each form of a LoRA ("lora", "kohya") what each of `lora_names.PROGRAMS` reads of it, in order:
+    "all", "" for nothing, or which part."""
+    lora_base: ClassVar[Mapping[str, str]] = {}
+    """What a LoRA says of its base: "name" in a sentence, and trainers' "version", "architecture",
+    "implementation" and "resolution"."""
     read_ahead: ClassVar[tuple[str, ...]] = ()
     """Layers of the denoiser between its text encoder and its text entries, in order: they see nothing
     but text. `encode` applies them, so that `Text.embeddings` is what the entries read, and `predict`

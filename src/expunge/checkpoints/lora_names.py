@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from expunge.base import registry
 from expunge.base.errors import ExpungeError
 
 Role = Literal["down", "up", "mid", "alpha", "scale", "magnitude"]
@@ -50,7 +51,10 @@ WORDS = (
     " single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod txt_in img_in time_in vector_in"
     " guidance_in in_layer out_layer text_model self_attn q_proj k_proj v_proj out_proj text_projection"
     " token_embedding layer_norm wi_0 wi_1 relative_attention_bias ln_q ln_k norm_q norm_k norm_added_q"
-    " norm_added_k"
+    " norm_added_k cap_embedder context_refiner noise_refiner feed_forward cross_attn kv_linear q_linear"
+    " text_embedding time_projection patch_embedding double_stream_modulation_img"
+    " double_stream_modulation_txt single_stream_modulation to_qkv_mlp_proj linear_in linear_out"
+    " time_guidance_embed caption_projection y_proj t_block condition_embedder time_embedder time_proj"
 ).split()
 """Parts of layers' names that have underscores of their own."""
 
@@ -109,7 +113,8 @@ def layers(
             component = "text_encoder_2"  # there T5 is the second, whatever a trainer counts
         return ((f"{component}.{name}", None),)
     name = name.replace(".processor.", ".")
-    if name.endswith(".to_out"):
+    # FLUX.2's single blocks have one layer of that name, all others a list.
+    if name.endswith(".to_out") and not name.startswith("single_transformer_blocks."):
         name += ".0"
     found = _inverse(name, family, config) or ((name, None),)
     return tuple((f"{component}.{layer}", pick) for layer, pick in found)
@@ -148,9 +153,13 @@ def _inverse(
     if family.denoiser == "unet":
         layer = _of_unet(name, config, _beside(family, "OUTSIDE"), _beside(family, "RESNET"))
         return ((layer, None),) if layer else ()
-    joined = FLUX_JOINED if "FluxPipeline" in family.pipelines else SD3_JOINED
-    table = _beside(family, "ORIGINALS")
-    for pattern, original in table:
+    joined: Joined = {"Flux": FLUX_JOINED, "Chroma": FLUX_JOINED, "SD3": SD3_JOINED}.get(
+        family.__name__, ()
+    ) or tuple(
+        (pattern, tuple((f"{stem}.{x}", partial(_share, i, len(of))) for i, x in enumerate(of)))
+        for pattern, stem, of in _beside(family, "JOINED")
+    )
+    for pattern, original in _beside(family, "ORIGINALS"):
         layer = _backwards(name, pattern, original)
         if layer is not None:
             return ((layer, None),)
@@ -172,7 +181,7 @@ def _backwards(name: str, pattern: str, original: str) -> str | None:
 def _beside(family: type[Any], name: str) -> Any:
     """A table of names that stands in the file of a family, or of a class that it is built on."""
     modules = (sys.modules[cls.__module__] for cls in family.__mro__)
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    return next((getattr(module, name) for module in modules if hasattr(module, name)), ())
 
 
 def _of_unet(
@@ -203,6 +212,10 @@ def _of_unet(
 
 def _third(i: int, rows: Tensor, _: int) -> Tensor:
     return rows.chunk(3)[i]
+
+
+def _share(i: int, n: int, rows: Tensor, _: int) -> Tensor:
+    return rows.chunk(n)[i]
 
 
 def _swapped(rows: Tensor, _: int) -> Tensor:
@@ -288,8 +301,14 @@ READS: Mapping[tuple[str, str], tuple[str, str, str, str, str]] = {
 
 def reads(form: str, family: str, program: str) -> str:
     """What a program reads of a LoRA: "all", "" for nothing, or which part."""
-    row = READS.get((form, family), (NONE,) * len(PROGRAMS))
+    row = READS.get((form, family)) or _family(family).lora_readers.get(form, (NONE,) * len(PROGRAMS))
     return row[PROGRAMS.index(program)]
+
+
+def _family(name: str) -> type[Any]:
+    """A family by its class's name."""
+    known = (registry.get("families", one) for one in registry.names("families"))
+    return next(family for family in known if family.__name__ == name)
 
 
 def loads_in(form: str, family: str) -> str:
@@ -351,6 +370,15 @@ def base_of(family: str, variant: str = "") -> dict[str, str]:
     >>> base_of("StableDiffusion", "2")["ss_v2"]
     'True'
     """
+    if own := _family(family).lora_base:
+        return {
+            "ss_base_model_version": own["version"],
+            "ss_v2": "False",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{own['architecture']}/lora",
+            "modelspec.implementation": own["implementation"],
+            "modelspec.resolution": own.get("resolution", "1024x1024"),
+        }
     version, architecture, implementation, side = {
         ("StableDiffusion", "2"): ("sd_v2", "stable-diffusion-v2-512", DIFFUSERS, 512),
         ("StableDiffusion", "2-v"): ("sd_v2_v", "stable-diffusion-v2-768-v", DIFFUSERS, 768),
@@ -394,6 +422,10 @@ def base_named(metadata: Mapping[str, str]) -> str:
         if architecture == name or (name == "stable-diffusion-3" and architecture.startswith(name)):
             return text
     version = metadata.get("ss_base_model_version", "")
+    for name in registry.names("families"):
+        own = registry.declared("families", name, "lora_base")
+        if own and (architecture == own["architecture"] or version == own["version"]):
+            return own["name"]
     versions = {"sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX.1", "sd_v2": "Stable Diffusion 2.x"}
     for start, text in versions.items():
         if version.startswith(start):

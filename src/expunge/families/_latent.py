@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -81,6 +83,14 @@ class LatentModel(Model):
     @abstractmethod
     def _read(self, prompts: list[str]) -> Text:
         """Distinct prompts as the denoiser sees them, with gradients where they are enabled."""
+
+    @classmethod
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+        # A table `ORIGINALS` stands beside a family whose first code has other names.
+        for pattern, name in getattr(sys.modules[cls.__module__], "ORIGINALS", ()):
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
+        return None
 
     def knows(self, prompt: str) -> bool:
         return _text.knows(self.pipe.tokenizer, prompt)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.families import flux
 from expunge.families._flow import FlowModel, end, shift, t5
+from expunge.families.flux import ORIGINALS as ORIGINALS  # its first code names layers alike
 from expunge.text import Text, TextEntry
 
 
@@ -31,6 +31,16 @@ class Chroma(FlowModel):
     }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"
+    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lora": ("all", "all", "", "", ""),
+        "kohya": ("none of the layers through which text enters", "all", "", "", ""),
+    }
+    lora_base: ClassVar[Mapping[str, str]] = {
+        "name": "Chroma",
+        "version": "chroma",
+        "architecture": "chroma",
+        "implementation": "https://huggingface.co/lodestones/Chroma",
+    }
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 5.0, "num_inference_steps": 35, **(settings or {})}
@@ -76,11 +86,6 @@ class Chroma(FlowModel):
         )[0]
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(output, height * scale, width * scale, scale)
-
-    @classmethod
-    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
-        # Its first code names layers as that of FLUX.1.
-        return flux.Flux.ldm_layer_name(layer, config)
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         _, height, width = self._latent_shape

@@ -33,6 +33,16 @@ class QwenImage(LanguageModelText):
     single_files = ("v1",)
     single_file_key = "txt_norm.weight"
     most_tokens = 512
+    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lora": ("all", "all", "", "", ""),
+        "kohya": ("all", "all", "", "", ""),
+    }
+    lora_base: ClassVar[Mapping[str, str]] = {
+        "name": "Qwen-Image",
+        "version": "qwen_image",
+        "architecture": "Qwen-Image",
+        "implementation": "https://github.com/QwenLM/Qwen-Image",
+    }
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
@@ -130,3 +140,7 @@ class QwenImage(LanguageModelText):
             torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std)
         )
         return mean, deviation
+
+
+ORIGINALS = ((r"(.+)", r"\1"),)
+"""What the first code calls its layers: as diffusers does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ class Wan(Flow, CrossAttentionModel):
     single_files = ("wan-t2v-1.3B", "wan-t2v-14B")
     single_file_key = "head.modulation"
     most_tokens = 512
+    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lora": ("all", "", "", "", ""),
+        "kohya": ("all", "all", "", "", ""),
+    }
+    lora_base: ClassVar[Mapping[str, str]] = {
+        "name": "Wan",
+        "version": "wan2.1",
+        "architecture": "wan2.1",
+        "implementation": "https://github.com/Wan-Video/Wan2.1",
+        "resolution": "1280x720",
+    }
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 5.0, "num_inference_steps": 50, **(settings or {})}
@@ -131,3 +142,24 @@ class Wan(Flow, CrossAttentionModel):
             for x in (config.latents_mean, config.latents_std)
         )
         return mean, deviation
+
+
+ORIGINALS = (
+    *(
+        (rf"blocks\.(\d+)\.{ours}\.to_{x}", rf"blocks.\1.{theirs}.{x}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for x in "qkv"
+    ),
+    (r"blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.o"),
+    (r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
+    (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
+    (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
+    (r"condition_embedder\.text_embedder\.linear_1", r"text_embedding.0"),
+    (r"condition_embedder\.text_embedder\.linear_2", r"text_embedding.2"),
+    (r"condition_embedder\.time_embedder\.linear_1", r"time_embedding.0"),
+    (r"condition_embedder\.time_embedder\.linear_2", r"time_embedding.2"),
+    (r"condition_embedder\.time_proj", r"time_projection.1"),
+    (r"patch_embedding", r"patch_embedding"),
+    (r"proj_out", r"head.head"),
+)
+"""What the first code calls its layers."""

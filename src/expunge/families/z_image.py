@@ -29,6 +29,16 @@ class ZImage(LanguageModelText):
     pipelines = ("ZImagePipeline",)
     read_ahead = ("cap_embedder.0",)
     most_tokens = 512
+    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lora": ("all", "all", "", "", ""),
+        "kohya": ("all", "all", "", "", ""),
+    }
+    lora_base: ClassVar[Mapping[str, str]] = {
+        "name": "Z-Image",
+        "version": "z_image",
+        "architecture": "Z-Image",
+        "implementation": "https://github.com/Tongyi-MAI/Z-Image",
+    }
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
@@ -85,3 +95,20 @@ class ZImage(LanguageModelText):
         usual = getattr(self.pipe, "default_sample_size", 1024 // self.pipe.vae_scale_factor)
         side = self.sample_size or usual
         return self.network.in_channels, side, side
+
+
+BLOCKS = ("layers", "context_refiner", "noise_refiner")
+
+ORIGINALS = (
+    *((rf"{of}\.(\d+)\.attention\.to_out\.0", rf"{of}.\1.attention.out") for of in BLOCKS),
+    (r"all_x_embedder\.2-1", r"x_embedder"),
+    (r"all_final_layer\.2-1\.linear", r"final_layer.linear"),
+    (r"all_final_layer\.2-1\.adaLN_modulation\.1", r"final_layer.adaLN_modulation.1"),
+    (r"((?!.*\.attention\.to_[qkv]$).+)", r"\1"),
+)
+"""What the first code calls the layers that have a place of their own there: most as diffusers does."""
+
+JOINED = tuple(
+    (rf"{of}\.(\d+)\.attention\.qkv", rf"{of}.\1.attention", ("to_q", "to_k", "to_v")) for of in BLOCKS
+)
+"""What it holds in one layer, in equal parts."""
