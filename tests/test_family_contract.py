@@ -14,10 +14,14 @@ import expunge
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.base import registry
 from expunge.changes import find
+from expunge.checkpoints import text_moments
+from expunge.checkpoints.cost_estimate import estimate_model
+from expunge.checkpoints.export import export
 from expunge.erasing.concept_tokens import last_tokens
 from expunge.erasing.guidance_training import part_of
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.ops.attention import read_attention
+from expunge.runtime.cost import Cost
 from expunge.text import Text
 from tiny import PIPELINES, drawn_by_diffusers, loaded
 
@@ -367,3 +371,32 @@ def test_a_folder_is_loaded_and_draws_the_same(pipe, family, tmp_path):
         again.pipe.default_sample_size = pipe.default_sample_size
     probe = Probe.of("a photo of the ship", num_inference_steps=2, guidance_scale=2.0)
     torch.testing.assert_close(again.draw(probe), model.draw(probe), rtol=0, atol=1e-5)
+
+
+# Random text encoders keep what is retained no better than the concept.
+@pytest.mark.filterwarnings("ignore::expunge.ExpungeWarning")
+def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_moments, "WORK", 0)  # few captions tell enough
+    pipe.save_pretrained(tmp_path / "tiny")
+    model = loaded(tmp_path / "tiny", family)
+    method = registry.get("methods", "uce")(general=0)
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+    done = export(edit, "lora", tmp_path / "tiny", tmp_path / "x.safetensors", energy=1.0,
+                  dtype=torch.float32)  # fmt: skip
+    assert done.error < 1e-3
+    assert "For " in done.notes[-1]
+    export(edit, "diffusers", tmp_path / "tiny", tmp_path / "edited")
+    by_lora = expunge.load(tmp_path / "tiny", lora=[(tmp_path / "x.safetensors", 1.0)])
+    by_folder = expunge.load(tmp_path / "edited")
+    with model.using(edit):
+        for entry in model.text_entries():
+            wanted = find(model.pipe, entry.layer).weight.detach()
+            for other in (by_lora, by_folder):
+                torch.testing.assert_close(other.weight(entry.layer), wanted, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore::expunge.ExpungeWarning")
+def test_the_work_is_estimated(model):
+    made = estimate_model(model, work=Cost(prompts=10, predictions=4))
+    assert 0 < made.seconds(Cost(prompts=10, predictions=4)) < 1e6
+    assert set(made.parameters) >= {"denoiser", "autoencoder"}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from expunge import ExpungeError
+from expunge.base import registry
 from expunge.changes import LowRank
 from expunge.checkpoints import loading, lora_names
 from expunge.checkpoints.export import by_place, export
@@ -95,7 +96,21 @@ FLUX_NAMES = {
 }  # fmt: skip
 
 
-def comfyui(family, network, transformers=("SD3", "Flux")):
+NEW_NAMES = {
+    "Flux2": {"context_embedder": "txt_in"},
+    "Chroma": {"context_embedder": "txt_in"},
+    "ZImage": {"cap_embedder.1": "cap_embedder.1"},
+    "QwenImage": {"txt_in": "txt_in"},
+    "Wan": {f"blocks.{i}.attn2.to_{x}": f"blocks.{i}.cross_attn.{x}" for i in range(2) for x in "kv"},
+    "PixArt": {},  # keys and values are one layer there
+}
+"""What ComfyUI's networks call the layers through which text enters, by diffusers' names."""
+
+DIFFUSERS_NAMES = ("SD3", "Flux", "Flux2", "Chroma", "ZImage", "QwenImage", "PixArt")
+"""The families whose layers it knows by diffusers' names, too."""
+
+
+def comfyui(family, network, transformers=DIFFUSERS_NAMES):
     """ComfyUI's map: for each name that it knows, the layer it stands for, in diffusers' naming."""
     known = {}
     if family in ("StableDiffusion", "SDXL"):
@@ -108,7 +123,8 @@ def comfyui(family, network, transformers=("SD3", "Flux")):
                 key = prefix + name.replace(".to_", ".processor.to_")
                 known[key.removesuffix(".0") if key.endswith(".to_out.0") else key] = name
         return known
-    for name, original in {"SD3": SD3_NAMES, "Flux": FLUX_NAMES}[family].items():
+    names = {"SD3": SD3_NAMES, "Flux": FLUX_NAMES, **NEW_NAMES}[family]
+    for name, original in names.items():
         known[f"lora_unet_{original.replace('.', '_')}"] = name
         known[f"diffusion_model.{original}"] = name
     if family in transformers:
@@ -146,6 +162,76 @@ def as_comfyui(state, known):
 def as_forge(state, family, network):
     """Forge has ComfyUI's map, but for the transformer of SD 3."""
     return as_comfyui(state, comfyui(family, network, transformers=("Flux",)))
+
+
+NEW = [
+    (family.__name__, form)
+    for family in (registry.get("families", name) for name in registry.names("families"))
+    for form in family.lora_readers
+]
+
+
+@pytest.mark.parametrize(("family", "form"), NEW)
+def test_comfyui_reads_what_a_family_says(written, family, form):
+    _, network, files, deltas = written[family]
+    state = load_file(files[form])
+    if family not in NEW_NAMES:  # ComfyUI has no such model
+        assert not lora_names.reads(form, family, "comfyui")
+        return
+    moved, unread = as_comfyui(state, comfyui(family, network))
+    if lora_names.reads(form, family, "comfyui"):
+        assert (set(moved), unread) == (set(deltas), set())
+        for name, delta in moved.items():
+            torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
+    else:
+        assert not moved
+
+
+@pytest.mark.parametrize(("family", "form"), NEW)
+def test_diffusers_takes_a_file_for_what_a_family_says(written, family, form):
+    """Its own reader of files, before PEFT is asked."""
+    pipe, _, files, deltas = written[family]
+    said = lora_names.reads(form, family, "diffusers")
+    if not hasattr(pipe, "lora_state_dict"):
+        assert not said
+        return
+    if said != lora_names.ALL:
+        return  # the rest is FLUX.1's
+    state = pipe.lora_state_dict(load_file(files[form]))
+    found = state[0] if isinstance(state, tuple) else state
+    moved = {
+        key.removeprefix("transformer.").removesuffix(".lora_B.weight"): up
+        @ found[key.replace(".lora_B.", ".lora_A.")]
+        for key, up in found.items()
+        if key.endswith(".lora_B.weight")
+    }
+    assert len(found) == 2 * len(moved)
+    assert moved.keys() == deltas.keys()
+    for name, delta in moved.items():
+        torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "form"), NEW)
+def test_a_new_familys_lora_is_read_back_and_halved(written, family, form):
+    pipe, network, files, deltas = written[family]
+    for strength in (1.0, 0.5, 2.0):
+        found = read(files[form], type(pipe), network.config, strength)
+        assert {c.layers[0].partition(".")[2] for c in found} == deltas.keys()
+        for change in found:
+            delta = strength * deltas[change.layers[0].partition(".")[2]]
+            torch.testing.assert_close(change.up @ change.down, delta, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in NEW}))
+def test_a_new_familys_lora_says_its_base(family):
+    said = lora_names.base_of(family)
+    kinds = (registry.get("families", name) for name in registry.names("families"))
+    kind = next(kind for kind in kinds if kind.__name__ == family)
+    assert lora_names.base_named(said) == kind.lora_base["name"]
+    assert said["modelspec.architecture"].endswith("/lora")
+    assert "reads" in lora_names.loads_in("lora", family) or "Loads" in lora_names.loads_in(
+        "lora", family
+    )
 
 
 def as_a1111(state, family, network):
@@ -218,7 +304,8 @@ def written(tmp_path_factory):
         changes = low_rank(model)
         lora = Lora.of(lambda layer, _, model=model: model.weight(layer), by_place(changes))
         files = {}
-        for form in ("lora", "kohya"):
+        named = all(family.kohya(c.layers[0].partition(".")[2], network.config) for c in changes)
+        for form in ("lora", "kohya") if named else ("lora",):
             files[form] = tmp_path_factory.mktemp(name) / f"{form}.safetensors"
             naming = "kohya" if form == "kohya" else "diffusers"
             lora.save(

@@ -55,6 +55,9 @@ WORDS = (
     " text_embedding time_projection patch_embedding double_stream_modulation_img"
     " double_stream_modulation_txt single_stream_modulation to_qkv_mlp_proj linear_in linear_out"
     " time_guidance_embed caption_projection y_proj t_block condition_embedder time_embedder time_proj"
+    " adaln_single patch_embed all_x_embedder all_final_layer distilled_guidance_layer in_proj"
+    " conv_inverted conv_depth conv_point inverted_conv depth_conv point_conv resolution_embedder"
+    " aspect_ratio_embedder norm_final caption_norm attention_y_norm"
 ).split()
 """Parts of layers' names that have underscores of their own."""
 

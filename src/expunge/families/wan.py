@@ -36,7 +36,7 @@ class Wan(Flow, CrossAttentionModel):
     most_tokens = 512
     lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "lora": ("all", "", "", "", ""),
-        "kohya": ("all", "all", "", "", ""),
+        "kohya": ("", "all", "", "", ""),  # diffusers wants a LoRA of every layer there
     }
     lora_base: ClassVar[Mapping[str, str]] = {
         "name": "Wan",
