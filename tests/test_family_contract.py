@@ -400,3 +400,52 @@ def test_the_work_is_estimated(model):
     made = estimate_model(model, work=Cost(prompts=10, predictions=4))
     assert 0 < made.seconds(Cost(prompts=10, predictions=4)) < 1e6
     assert set(made.parameters) >= {"denoiser", "autoencoder"}
+
+
+def test_a_text_refiner_sees_text_alone_and_no_time(model, latents):
+    if not model.text_refiner:
+        with pytest.raises(ExpungeError, match="no layers that see text alone and no time"):
+            part_of(model, "text-refiner")
+        return
+    text, seen = model.encode(["ship", "a photo of the bird"]), []
+    layers = sorted({name.rpartition(".")[0] for name in part_of(model, "text-refiner")})
+    hooks = [
+        find(model.pipe, layer).register_forward_hook(lambda *x: seen.append(x[2].detach().clone()))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model.predict(latents, 900, text)
+        model.predict(latents.flip(0) + 1, 100, text)
+    for hook in hooks:
+        hook.remove()
+    half = len(seen) // 2
+    assert half >= len(layers)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["esd", "ant"])
+def test_training_is_confined_to_the_text_refiner(model, name):
+    fast = {key: v for key, v in registry.get("methods", name).presets["fast"].items() if key != "about"}
+    fast |= {"trained": "weights", "maps": 2, "map_samples": 1} if name == "ant" else {}
+    fast |= {"max_train_steps": 2, "learning_rate": 1e-2, "train_on": "text-refiner"}
+    method, problem = registry.get("methods", name)(**fast), Problem((Concept("airplane", "sky"),))
+    if not model.text_refiner:
+        with pytest.raises(ExpungeError, match="no layers that see text alone and no time"):
+            expunge.erase(model, problem, method)
+        return
+    edit = expunge.erase(model, problem, method)
+    begins = tuple(f"{model.denoiser}.{layer}" for layer in model.text_refiner)
+    changed = {layer for change in edit.changes for layer in change.layers}
+    assert changed
+    assert all(layer.startswith(begins) for layer in changed)
+    probe = Probe.of("airplane", num_inference_steps=1)
+    before = model.draw(probe)
+    with model.using(edit):
+        assert not torch.equal(model.draw(probe), before)
+
+
+def test_low_rank_changes_have_no_place_in_a_text_refiner():
+    model = loaded(PIPELINES["z_image"](), "z_image")
+    method = registry.get("methods", "ant").preset("fast", train_on="text-refiner", trained="low-rank")
+    with pytest.raises(ExpungeError, match="train_on 'text-refiner' has no say: set trained to 'weights'"):
+        expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)

@@ -60,6 +60,8 @@ class Model(ABC):
     lora_base: ClassVar[Mapping[str, str]] = {}
     """What a LoRA says of its base: "name" in a sentence, and trainers' "version", "architecture",
     "implementation" and "resolution"."""
+    text_refiner: ClassVar[tuple[str, ...]] = ()
+    """Layers from the text entries on that see text alone, and no time, by how their names begin."""
     read_ahead: ClassVar[tuple[str, ...]] = ()
     """Layers of the denoiser between its text encoder and its text entries, in order: they see nothing
     but text. `encode` applies them, so that `Text.embeddings` is what the entries read, and `predict`

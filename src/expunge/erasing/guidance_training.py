@@ -398,8 +398,12 @@ class LossTerm:
             return sample, self.steering.original(sample)
 
 
-def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
+def part_of(model: Model, part: Part | Literal["text-refiner"]) -> dict[str, nn.Parameter]:
     """The parameters of a part of the denoiser, by the names that changes use.
+
+    Args:
+        model: the model.
+        part: which; "text-refiner" is the layers that see text alone and no time.
 
     Raises:
         ExpungeError: text does not enter this denoiser through attentions of its own.
@@ -414,6 +418,14 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     }
     if part == "denoiser":
         return found
+    if part == "text-refiner":
+        if not model.text_refiner:
+            raise ExpungeError(
+                f"{type(model).__name__} has no layers that see text alone and no time, which"
+                " 'text-refiner' is: leave train_on out"
+            )
+        begins = tuple(f"{component}.{name}" for name in model.text_refiner)
+        return {k: p for k, p in found.items() if k.startswith(begins)}
     if part == "text":
         return {k: p for k, p in found.items() if k.rpartition(".")[0] in entries}
     crossings = tuple({f"{entry.rpartition('.')[0]}." for entry in entries})

@@ -28,6 +28,7 @@ class ZImage(LanguageModelText):
 
     pipelines = ("ZImagePipeline",)
     read_ahead = ("cap_embedder.0",)
+    text_refiner = ("cap_embedder.1", "context_refiner.")
     most_tokens = 512
     lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "lora": ("all", "all", "", "", ""),

@@ -171,6 +171,9 @@ class ANT(Method):
     trained: Literal["auto", "weights", "low-rank"] = "auto"
     """What is trained: the denoiser's own weights, or a low-rank change a concept, fused at the end;
     "auto" takes weights for one concept and low-rank changes for several."""
+    train_on: Literal["part", "text-refiner"] = "part"
+    """Where weights are trained: in `part`, or in the layers that see text alone and no time, of a family
+    that has some (Z-Image). What makes images of the text then stays as it is."""
     part: Part = "denoiser"
     """Of the weights: "denoiser", the whole of it; "cross-attention"; "text", of that
     the keys and values alone; or "rest", all but the cross-attentions."""
@@ -279,6 +282,10 @@ class ANT(Method):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
     @property
+    def _where(self) -> Part | Literal["text-refiner"]:
+        return self.part if self.train_on == "part" else self.train_on
+
+    @property
     def reads_anchor(self) -> bool:
         return self.turn_to == "anchor"
 
@@ -308,6 +315,11 @@ class ANT(Method):
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         many = self._many(problem)
+        if many and self.train_on != "part":
+            raise ExpungeError(
+                f"low-rank changes are fused where text enters, so train_on {self.train_on!r} has no say:"
+                " set trained to 'weights'"
+            )
         for what in ("mask", "augmentations", "retain_weight"):
             if many and getattr(self, what):
                 raise ExpungeError(f"low-rank changes know no {what}: leave it out, or train weights")
@@ -344,7 +356,7 @@ class ANT(Method):
 
     def train_masked(self, steering: Steering, problem: Problem, run: RunContext) -> Changes:
         """The trained weights, those of the saliency mask alone; several concepts count as one."""
-        model, parameters = steering.model, part_of(steering.model, self.part)
+        model, parameters = steering.model, part_of(steering.model, self._where)
         prompts = [p for concept in problem.erase for p in self._prompts(model, concept)]
         augmented = self._augmented(problem) or prompts
         model.require_window(augmented)
@@ -394,7 +406,7 @@ class ANT(Method):
 
     def _mask(self, steering: Steering, prompts: Sequence[str], run: RunContext) -> saliency.Mask:
         """The mask of the file, or a new one, which is kept there and with the unfinished work."""
-        model, parameters = steering.model, part_of(steering.model, self.part)
+        model, parameters = steering.model, part_of(steering.model, self._where)
         file = Path(self.mask) if self.mask else run.folder and run.folder / "mask" / "mask.safetensors"
         if file and file.is_file():
             mask = saliency.Mask.load(file)

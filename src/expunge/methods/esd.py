@@ -76,6 +76,9 @@ class ESD(Method):
 
     part: Literal["x", "x-strict", "u"] = "x"
     """x, the cross-attentions; x-strict, of these the keys and values alone; u, all the rest."""
+    train_on: Literal["part", "text-refiner"] = "part"
+    """Where: in `part`, or in the layers that see text alone and no time, of a family that has some
+    (Z-Image). What makes images of the text then stays as it is."""
     objective: Literal["esd", "ant"] = "esd"
     """Guidance reversed at all times, or late alone, as in ANT with the paper's weights for styles."""
     unconditional: float = bounded(0.0, at_least=0)
@@ -140,7 +143,7 @@ class ESD(Method):
         return train_weights(
             Steering(model, dataclasses.replace(self.course, turn=turn)),
             TrainingConcept(names[0], model.encode(prompts), run.generator("training")),
-            InPlace(part_of(model, PARTS[self.part])),
+            InPlace(part_of(model, PARTS[self.part] if self.train_on == "part" else self.train_on)),
             run,
             max_train_steps=self.max_train_steps,
             learning_rate=self.learning_rate,
