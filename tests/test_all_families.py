@@ -260,3 +260,14 @@ def test_a_pipeline_of_a_class_that_is_not_known_names_the_nearest():
         ExpungeError, match="no family knows .*; the nearest it knows is ZImagePipeline, of z_image"
     ):
         expunge.load(ZImageOmniPipeline())
+
+
+def test_ace_fortifies_where_the_padding_is_not_read():
+    """What the denoiser never reads opens no gate."""
+    model = loaded(sana(), "sana")
+    model.num_inference_steps = 2
+    method = registry.get("methods", "ace").preset(
+        "fast", stages=("gate", "fortify"), fortify_steps=1, general=12
+    )
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+    assert any(change.kind == "dense" for change in edit.changes)

@@ -62,7 +62,7 @@ class Text:
 
     def __getitem__(self, rows: Sequence[int]) -> Text:
         """The text of some rows, in the order given."""
-        index = torch.as_tensor(rows, device=self.embeddings.device)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.embeddings.device)
         return Text(
             tuple(self.prompts[i] for i in rows),
             self.embeddings[index],

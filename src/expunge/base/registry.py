@@ -89,6 +89,23 @@ def suits(method: str) -> str:
     return "; ".join(parts)
 
 
+def matrix() -> list[list[str]]:
+    """Methods on families: a first row of methods' names, then for each family its name, and for each
+    method "yes", or which of its stages it is without.
+
+    >>> [row[0] for row in matrix()[1:]] == names("families")
+    True
+    """
+    methods = names("methods")
+    needs = {method: declared("methods", method, "needs") for method in methods}
+    rows = [["", *methods]]
+    for family in names("families"):
+        lacks = declared("families", family, "missing_capabilities")
+        missing = (", ".join(s for s, need in needs[m].items() if need in lacks) for m in methods)
+        rows.append([family, *(f"without {stages}" if stages else "yes" for stages in missing)])
+    return rows
+
+
 def get(kind: str, name: str) -> type[Any]:
     """The class of a plug-in: the one public class its file defines.
 

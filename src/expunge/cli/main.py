@@ -596,9 +596,14 @@ def list_command(options: List) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name in names:
-        families = (registry.suits(name),) if options.kind == "methods" else ()
-        table.add_row(name, registry.describe(options.kind, name), *families)
+        table.add_row(name, registry.describe(options.kind, name))
     _out().print(table if names else f"no {options.kind} yet")
+    if options.kind == "methods":
+        heads, *rows = registry.matrix()
+        grid = Table(*heads, box=None, pad_edge=False)
+        for row in rows:
+            grid.add_row(*row)
+        _out().print(grid)
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {

@@ -850,8 +850,14 @@ class ACE(Method):
         ways = [told[i % len(told)].format(word) for i, word in general]
         own = model.encode(ways)
         # Other names of a concept are among the words of a vocabulary.
-        closed = (gates.gates(own.embeddings).amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
+        openness = torch.where(own.read[..., None], gates.gates(own.embeddings), 0)
+        closed = (openness.amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
         retained = [way.format(name) for name in problem.retain for way in told]
+        if not len(closed):
+            raise ExpungeError(
+                "every general word opens a gate, so there is none for fortify to attack from: raise n_std,"
+                " or set stages to 'gate harden'"
+            )
         anchors = [self._goal(concept) for concept in problem.erase]
         named = list(dict.fromkeys([*retained, *anchors, ""]))
         texts = named * _times(len(named)) + [ways[i] for i in closed[:WORDS]]
