@@ -4,9 +4,10 @@ A diffusers folder with random half-precision weights of the true shapes is writ
 model's own configuration, built without memory). Then, in a process of its own: the closed form (token
 embeddings given, as the text encoders' memory does not count), and the export, which streams every
 changed tensor from the old safetensors file to the new one. Peak memory is the whole process's, its
-imports among it; on a busy machine, the processor's seconds say more than the clock's. FLUX.1 has the
-entries of text at their true size and few of the blocks behind them, which are only copied; with it,
-as each text has 512 tokens, UCE moves the last of a concept's own and keeps 50 general words, not 500.
+imports among it; on a busy machine, the processor's seconds say more than the clock's. FLUX.1,
+FLUX.2-klein and Z-Image have the entries of text at their true size and few of the blocks behind them,
+which are only copied; with the first two, as each text has 512 tokens, UCE moves the last of a
+concept's own and keeps 50 general words, not 500.
 Writes `benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
@@ -57,6 +58,12 @@ FLUX = {
     "num_layers": 2, "num_single_layers": 4, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
 }  # fmt: skip
 
+KLEIN = {
+    "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24,
+    "joint_attention_dim": 7680, "guidance_embeds": False,
+}  # fmt: skip
+Z_IMAGE = {"n_layers": 2, "n_refiner_layers": 2}
+
 MODELS: dict[str, dict[str, Any]] = {
     "sd14": {"family": "stable_diffusion", "class": "UNet2DConditionModel", "config": SD14,
              "tokens": 77, "width": 768, "pooled": 0, "uce": {}},
@@ -64,6 +71,11 @@ MODELS: dict[str, dict[str, Any]] = {
              "tokens": 77, "width": 2048, "pooled": 1280, "uce": {}},
     "flux": {"family": "flux", "class": "FluxTransformer2DModel", "config": FLUX,
              "tokens": 512, "width": 4096, "pooled": 768, "uce": {"general": 50, "positions": "last"}},
+    "klein-4b": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
+                 "tokens": 512, "width": 7680, "pooled": 0, "uce": {"general": 50, "positions": "last"}},
+    # As many tokens as a prompt of ten words has in its chat template; the padding is never read.
+    "z-image": {"family": "z_image", "class": "ZImageTransformer2DModel", "config": Z_IMAGE,
+                "tokens": 24, "width": 2560, "pooled": 0, "uce": {}},
 }  # fmt: skip
 
 

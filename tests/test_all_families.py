@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
+from expunge.checkpoints import lora_names
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
 from tiny import (
@@ -271,3 +272,19 @@ def test_ace_fortifies_where_the_padding_is_not_read():
     )
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     assert any(change.kind == "dense" for change in edit.changes)
+
+
+def test_a_lora_of_another_family_and_a_gguf_file(tmp_path):
+    z_image().save_pretrained(tmp_path / "tiny")
+    factors = {"transformer.context_embedder.lora_A.weight": torch.ones(1, 8),
+               "transformer.context_embedder.lora_B.weight": torch.ones(8, 1)}  # fmt: skip
+    save_file(factors, tmp_path / "x.safetensors", lora_names.base_of("Flux2"))
+    with pytest.raises(
+        ExpungeError, match="not a LoRA for this model, but, as it says, for FLUX.2: .*no layer"
+    ):
+        expunge.load(tmp_path / "tiny", lora=[(tmp_path / "x.safetensors", 1.0)])
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(
+        ExpungeError, match="is a GGUF file.*: give the model as .safetensors or a diffusers"
+    ):
+        expunge.load(tmp_path / "model.gguf", config=tmp_path / "tiny")

@@ -133,6 +133,11 @@ def check_single_file(path: Path) -> None:
     Raises:
         ExpungeError: it is pickled, cut short, a LoRA, an edit, or a VAE.
     """
+    if path.suffix.lower() == ".gguf":
+        raise ExpungeError(
+            f"{path} is a GGUF file, whose weights are quantised, and such are not read: give the model"
+            " as .safetensors or a diffusers folder"
+        )
     header = read_header(path)
     names = [name for name in header if name != "__metadata__"]
     if any("lora_" in name or ".lora" in name for name in names):

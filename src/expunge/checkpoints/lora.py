@@ -293,8 +293,9 @@ def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
     try:
         check_fit(pipe, changes)
     except ExpungeError as error:
-        reason = str(error).partition(": ")[2]
-        raise ExpungeError(f"{path} is not a LoRA for this model: {reason}") from None
+        reason, said = str(error).partition(": ")[2], about(path).base
+        base = f", but, as it says, for {said}" if said else ""
+        raise ExpungeError(f"{path} is not a LoRA for this model{base}: {reason}") from None
     for change in changes:
         module: Any = find(pipe, *change.layers)
         after = change.weight(module.weight.detach())

@@ -38,11 +38,11 @@ class CrossAttentionModel(LatentModel):
         return tuple(found)
 
     def text_entries(self) -> tuple[TextEntry, ...]:
-        return tuple(
-            TextEntry(f"{self.denoiser}.{name}.{projection}", role)
-            for name, _ in self._attentions()
-            for projection, role in (("to_k", "key"), ("to_v", "value"))
-        )
+        found = []
+        for name, _ in self._attentions():
+            found.append(TextEntry(f"{self.denoiser}.{name}.to_k", "key"))
+            found.append(TextEntry(f"{self.denoiser}.{name}.to_v", "value"))
+        return tuple(found)
 
     def _attentions(self) -> Iterator[tuple[str, Any]]:
         """The cross-attentions of the denoiser, by name."""

@@ -131,7 +131,8 @@ class LatentModel(Model):
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
             output = output.to(latents.dtype)
             if guided:
-                output = self._contrasted(*output.chunk(2), guidance)
+                empty, prompt = output.chunk(2)
+                output = self._contrasted(empty, prompt, guidance)
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
 

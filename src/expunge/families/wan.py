@@ -108,7 +108,7 @@ class Wan(Flow, CrossAttentionModel):
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        size = self.sample_size or getattr(self.pipe, "default_sample_size", (60, 104))
+        size: Any = self.sample_size or getattr(self.pipe, "default_sample_size", (60, 104))
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return self.network.config.in_channels * self._latent_frames, height, width
 
