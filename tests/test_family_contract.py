@@ -17,6 +17,7 @@ from expunge.changes import find
 from expunge.checkpoints import text_moments
 from expunge.checkpoints.cost_estimate import estimate_model
 from expunge.checkpoints.export import export
+from expunge.erasing.caption_gram import text_hash
 from expunge.erasing.concept_tokens import last_tokens
 from expunge.erasing.guidance_training import part_of
 from expunge.erasing.prompt_templates import TEMPLATES
@@ -325,7 +326,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
     before = states(model.pipe)
     edit = expunge.erase(model, problem, kind(**fast))
     assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
-    text = model.encode(["airplane"])
+    text = model.encode(["airplane", *(way.format("airplane") for way in TEMPLATES["object"][:8])])
     changed = {layer for change in edit.changes for layer in change.layers}
     layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
     with model.using(edit):
@@ -447,5 +448,24 @@ def test_training_is_confined_to_the_text_refiner(model, name):
 def test_low_rank_changes_have_no_place_in_a_text_refiner():
     model = loaded(PIPELINES["z_image"](), "z_image")
     method = registry.get("methods", "ant").preset("fast", train_on="text-refiner", trained="low-rank")
-    with pytest.raises(ExpungeError, match="train_on 'text-refiner' has no say: set trained to 'weights'"):
+    with pytest.raises(
+        ExpungeError, match="train_on 'text-refiner' has no say: set trained to 'weights'"
+    ):
         expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+
+
+def test_what_a_prior_follows_from_has_a_hash_of_its_own(model, pipe):
+    """What stands between prompts and embeddings: another projection, another template, more tokens."""
+    before = text_hash(model, ["a ship"])
+    assert text_hash(model, ["a ship"]) == before
+    assert text_hash(model, ["a bird"]) != before
+    for name in model.read_ahead:
+        parameter = next(iter(model.network.get_submodule(name).parameters()))
+        was = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(1)
+            assert text_hash(model, ["a ship"]) != before
+            parameter.copy_(was)
+    if hasattr(model, "max_sequence_length"):
+        model.max_sequence_length += 1
+        assert text_hash(model, ["a ship"]) != before

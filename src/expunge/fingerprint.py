@@ -15,6 +15,9 @@ from expunge.model import Model
 SETTINGS = ("num_inference_steps", "guidance_scale", "sample_size", "max_sequence_length", "autocast")
 """How a model draws, beside its weights and configurations."""
 
+OF_SOME = ("layers", "num_frames")
+"""The same, of models that have such a setting."""
+
 
 def of_model(model: Model) -> str:
     """The hash of a model's weights, configurations, tokenizers, scheduler and settings.
@@ -30,7 +33,9 @@ def of_model(model: Model) -> str:
     def add(*what: object) -> None:
         digest.update(json.dumps(what, sort_keys=True, default=str).encode())
 
-    add(type(model).__name__, {name: str(getattr(model, name, None)) for name in SETTINGS})
+    settings = {name: str(getattr(model, name, None)) for name in SETTINGS}
+    settings |= {name: str(getattr(model, name)) for name in OF_SOME if hasattr(model, name)}
+    add(type(model).__name__, settings)
     for name, part in sorted(model.pipe.components.items()):
         add(name, type(part).__name__, _plain(getattr(part, "config", None)))
         if isinstance(part, torch.nn.Module):

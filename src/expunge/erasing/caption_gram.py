@@ -186,6 +186,9 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+    for name in ("max_sequence_length", "layers", "template"):  # how a language model is asked
+        if hasattr(model, name):
+            digest.update(f"{name}={getattr(model, name)}".encode())
     for name in model.read_ahead:
         for key, tensor in model.read_ahead_parameters(name).items():
             digest.update(f"{name}.{key}".encode() + content(tensor))
@@ -194,7 +197,8 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
             for key, tensor in part.state_dict().items():
                 digest.update(key.encode() + content(tensor))
         elif name.startswith("tokenizer") and part is not None:
-            state = json.loads(part.backend_tokenizer.to_str())
+            tokenizer = getattr(part, "tokenizer", part)  # a processor has one of its own
+            state = json.loads(tokenizer.backend_tokenizer.to_str())
             state |= {"padding": None, "truncation": None}  # these are of the last call
             digest.update(json.dumps(state).encode())
     return digest.hexdigest()
