@@ -21,7 +21,7 @@ from expunge.base import registry
 from expunge.changes import Dense, Gated, LowRank, Right, find
 from expunge.checkpoints import hub, safetensors_io
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import estimate, estimate_model, together
+from expunge.checkpoints.cost_estimate import TEXT, estimate, estimate_model, together
 from expunge.checkpoints.export import export, fits
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.checkpoints.merge import merge
@@ -1061,8 +1061,10 @@ def test_a_plan_of_every_family(tiny, name):
         estimate(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True)
     )
     assert made.parameters == estimate_model(expunge.load(tiny[name])).parameters
-    assert text.parameters == {k: n for k, n in made.parameters.items() if k in ("CLIP", "T5")}
-    assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
+    assert text.parameters == {k: n for k, n in made.parameters.items() if k in TEXT}
+    assert ("T5" in text.parameters) == (name in ("sd3", "flux", "pixart", "chroma", "wan"))
+    named = ("sana", "flux2", "z_image", "qwen_image")
+    assert ("language model" in text.parameters) == (name in named)
     denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
     assert text.memory == 2 * encoders
     autoencoder = made.parameters["autoencoder"]

@@ -34,7 +34,7 @@ SAVING, HASHED = 0.1, 5e8
 TRIED = {"prompts": 20, "predictions": 40}
 """How much of each a trial of a model costs, in units of its own."""
 
-TEXT = ("CLIP", "T5")
+TEXT = ("CLIP", "T5", "language model")
 """The parts that read."""
 
 PARTS = {
@@ -54,7 +54,7 @@ class Plan:
     """Memory and time of some work with a model."""
 
     parameters: Mapping[str, int]
-    """How many numbers each part of the model has: denoiser, CLIP, T5, autoencoder."""
+    """How many numbers each part of the model has: denoiser, CLIP, T5, language model, autoencoder."""
     itemsize: int
     """The bytes of each."""
     together: tuple[tuple[str, ...], ...]
@@ -216,13 +216,13 @@ def _plan(
     offload: bool,
 ) -> Plan:
     speed = EFFICIENCY * _speed(device, dtype)
-    clip, t5, denoiser = (parameters.get(part, 0) for part in (*TEXT, "denoiser"))
+    clip, t5, language, denoiser = (parameters.get(part, 0) for part in (*TEXT, "denoiser"))
     return Plan(
         parameters,
         dtype.itemsize,
         together(device, offload),
-        2 * (77 * clip + family.most_tokens * t5) / speed,
-        2 * denoiser * _tokens(config) / speed + CALL,
+        2 * (77 * clip + family.most_tokens * (t5 + language)) / speed,
+        2 * denoiser * _tokens(config, family) / speed + CALL,
         product=_product(_text_width(config)),
         saving=SAVING,
     )
@@ -230,7 +230,11 @@ def _plan(
 
 def operations(model: Model) -> float:
     """Those of one prediction of a model's denoiser, for one image, about."""
-    return 2.0 * sum(p.numel() for p in model.network.parameters()) * _tokens(model.network.config)
+    return (
+        2.0
+        * sum(p.numel() for p in model.network.parameters())
+        * _tokens(model.network.config, type(model))
+    )
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
@@ -260,19 +264,24 @@ def together(device: str, offload: bool) -> tuple[tuple[str, ...], ...]:
 def _part(family: type[Model], name: str, kind: str) -> str:
     """What a component of this name and class belongs to; "" where it holds no weights that are read."""
     if name.startswith("text_encoder") and kind:
-        return "T5" if kind.startswith("T5") else "CLIP"
+        return "CLIP" if kind.startswith("CLIP") else "T5" if "T5" in kind else "language model"
     return {family.denoiser: "denoiser", "vae": "autoencoder"}.get(name, "")
 
 
-def _tokens(config: Mapping[str, Any]) -> float:
+def _tokens(config: Mapping[str, Any], family: type[Model]) -> float:
     """How often each parameter of a denoiser is used for an image, about.
 
     Once a token of a transformer. A U-Net halves its latents on the way; a ninth of them comes near.
     """
-    joint = "joint_attention_dim" in config
-    sides = config.get("sample_size") or (128 if joint else 64)
+    transformer = family.denoiser == "transformer"
+    sides = config.get("sample_size") or (128 if transformer else 64)
     side = sides if isinstance(sides, int) else max(sides)
-    return (side // 2) ** 2 + 400 if joint else side**2 / 9
+    if not transformer:
+        return side**2 / 9
+    # Where the size of latents is said, so is that of a token; else it is two by two of them.
+    patch = config.get("patch_size", 2) if config.get("sample_size") else 2
+    joint = "cross-attention" in family.missing_capabilities
+    return (side // patch) ** 2 + 400 * joint
 
 
 def _speed(device: str, dtype: torch.dtype) -> float:

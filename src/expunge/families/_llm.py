@@ -34,7 +34,11 @@ class LanguageModelText(FlowModel):
 
     @property
     def window(self) -> int:
-        return self.max_sequence_length - _text.surroundings(self.pipe.tokenizer, self.template)
+        return self.max_sequence_length - self._surroundings
+
+    @cached_property
+    def _surroundings(self) -> int:
+        return _text.surroundings(self.pipe.tokenizer, self.template)
 
     def count_tokens(self, prompt: str) -> int:
         return _text.own_tokens(self.pipe.tokenizer, prompt, self.template)

@@ -78,7 +78,9 @@ class Flux2(LanguageModelText):
         return _text.chat_template(self.pipe.tokenizer, said, add_generation_prompt=False)
 
     def _read(self, prompts: list[str]) -> Text:
-        tokens = _text.tokenize_in(self.pipe.tokenizer, prompts, self.template, self.max_sequence_length)
+        # What stands for an image to dev's text encoder is taken out of prompts, as in the pipeline.
+        said = [prompt.replace("[IMG]", "") for prompt in prompts] if self.told else prompts
+        tokens = _text.tokenize_in(self.pipe.tokenizer, said, self.template, self.max_sequence_length)
         return Text(
             tuple(prompts),
             self._hidden(tokens, self.layers).to(self.device, self.dtype),
