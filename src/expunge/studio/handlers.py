@@ -1,0 +1,279 @@
+"""What the page does when something is pressed: asks the session, and says what to show.
+
+Every handler takes the session's name first. What goes wrong is shown as one sentence, and the page
+then shows the session as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from expunge.model import ANCHORS
+from expunge.problem import Concept
+from expunge.studio import looking, recipes, views, working
+from expunge.studio.house import Studio
+from expunge.studio.jobs import FAILED, sentence
+from expunge.studio.session import Session
+
+AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
+"""What a concept becomes where nobody says, and where it is to be nothing."""
+
+EXAMPLES = {
+    "Airplane": ("airplane",),
+    "Flag of Japan": ("flag of Japan",),
+    "Twemoji style": ("twemoji style",),
+    "Cat and dog": ("cat", "dog"),
+}
+"""Choices by one press, for who has just come."""
+
+CARDS = 12
+"""Concepts that are shown one by one; of more, the list is there."""
+
+ATTACKS = {
+    "inversion": "Learn a new word that calls it back (textual inversion); the budget is training steps.",
+    "embedding": "Move the prompt itself a little, within a radius; the budget is the radius, in per cent.",
+}
+BUDGETS = {"inversion": (10, 600, 100, 10), "embedding": (1, 40, 10, 1)}
+"""Least, most, first and step of an attack's budget."""
+
+
+class Handlers:
+    """The page's handlers, over one studio."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def session(self, who: str | None) -> Session:
+        """The session of a browser."""
+        return self.studio.session(who)
+
+    def attempt(self, who: str | None, act: Callable[[Session], Any]) -> Session:
+        """Do something with a session; what is against it becomes a sentence on the page."""
+        session = self.session(who)
+        try:
+            act(session)
+        except Exception as error:
+            text = sentence(error)
+            gr.Warning(views.escape(text[:1].upper() + text[1:]), duration=12, title="Not done")
+        return session
+
+    # What the page shows.
+
+    def choice(self, session: Session, version: int) -> list[Any]:
+        """The left side: `Page.choice` in its order."""
+        chosen = session.choice
+        kind = recipes.kind_of(chosen.concepts)
+        names = [concept.name for concept in chosen.concepts]
+        known = session.knowledge.names
+        presets = recipes.presets(chosen.method, chosen.model, kind)
+        return [
+            gr.update(value=chosen.model),
+            gr.update(value=names, choices=list(dict.fromkeys([*known, *names]))),
+            version + 1,
+            gr.update(value=list(chosen.retain), choices=list(dict.fromkeys([*known, *chosen.retain]))),
+            gr.update(value=chosen.method),
+            views.sentence(next(o.about for o in recipes.methods() if o.name == chosen.method)),
+            gr.update(value=chosen.preset, choices=[option.name for option in presets]),
+            views.sentence(next((o.about for o in presets if o.name == chosen.preset), "")),
+            chosen.seed,
+            *self.foresight(session),
+        ]
+
+    def foresight(self, session: Session) -> list[Any]:
+        """What can be said before the work, and the button that starts it."""
+        job = session.job
+        busy = job is not None and job.active
+        found = session.foresee()
+        empty = not session.choice.concepts
+        shown = "" if empty else views.foresight(found)
+        label = views.button(job, session.unfinished)
+        return [shown, gr.update(value=label, interactive=not busy and not empty)]
+
+    def results(self, session: Session) -> list[Any]:
+        """The right side: `Page.results` in its order."""
+        made, view = session.made, session.choice.view
+        pairs = session.pairs
+        prompts = list(view.prompts) or (session.prompts if made else [])
+        suites = session.suites
+        command, python = self._recipe(session)
+        first = (pairs[0].before, pairs[0].after) if pairs else None
+        return [
+            gr.update(visible=made is None),
+            gr.update(visible=made is not None),
+            views.title(session),
+            gr.update(value=first, visible=bool(pairs)),
+            _caption(session, 0),
+            gr.update(
+                value=[(looking.before_above_after(p), _label(p)) for p in pairs], visible=bool(pairs)
+            ),
+            "\n".join(prompts),
+            view.number,
+            view.seed,
+            view.strength,
+            gr.update(choices=suites, value=suites[0] if suites else None),
+            views.verdict(session.verdict),
+            views.report(session.verdict),
+            prompts[0] if prompts else "",
+            views.rungs(self._rungs(session)),
+            *self.taken(session),
+            command,
+            python,
+        ]
+
+    def _rungs(self, session: Session) -> Sequence[working.Rung]:
+        job = session.job
+        live = job is not None and job.label == "Attacking" and isinstance(job.result, list)
+        return job.result if live and job is not None else session.rungs
+
+    def taken(self, session: Session) -> list[Any]:
+        """The files that were written last, and what was lost on the way."""
+        job = session.job
+        done = job.result if job is not None else None
+        if not isinstance(done, working.Taken):
+            return [gr.update(value=None, visible=False), ""]
+        return [gr.update(value=[str(f) for f in done.files], visible=True), views.notes(done.notes)]
+
+    def _recipe(self, session: Session) -> tuple[str, str]:
+        if session.made is None:
+            return "", ""
+        try:
+            return session.command(), session.python()
+        except ValueError:  # what is chosen now is not whole
+            return "", ""
+
+    def stamp(self, session: Session) -> str:
+        """What tells whether the right side is as the page last showed it."""
+        job, made = session.job, session.made
+        rungs = len(job.result) if job is not None and isinstance(job.result, list) else 0
+        parts = (id(made), id(session.pairs), id(session.verdict), id(job), job and job.state, rungs)
+        return ":".join(map(str, parts))
+
+    # Coming, and waiting.
+
+    def arrive(self, who: str | None, version: int) -> list[Any]:
+        """A browser comes, for the first time or again: it finds its session as it was left."""
+        session = self.session(who)
+        return [
+            session.name,
+            *self.choice(session, version),
+            *self.results(session),
+            gr.Timer(active=True),
+        ]
+
+    def tick(self, who: str | None, shown: str, n: int) -> list[Any]:
+        """How far the work is; what has come of it since the last time."""
+        session = self.session(who)
+        job, stamp = session.job, self.stamp(session)
+        busy = job is not None and job.active
+        ready = self.studio.models.ready(session.choice.model) is not None
+        changed = stamp != shown
+        if changed and job is not None and job.state == FAILED:
+            gr.Warning(
+                views.escape(job.error[:1].upper() + job.error[1:]), duration=12, title="Not done"
+            )
+        results = self.results(session) if changed else [gr.skip() for _ in range(n)]
+        return [
+            views.progress(session),
+            gr.update(visible=busy),
+            *self.foresight(session),
+            stamp,
+            gr.Timer(active=busy or not ready),
+            *results,
+        ]
+
+    # Choosing.
+
+    def choosing(self, act: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """A handler of the left side: who, version, then what `act` takes beside the session."""
+
+        def handle(who: str | None, version: int, *values: Any) -> list[Any]:
+            session = self.attempt(who, lambda session: act(session, *values))
+            return self.choice(session, version)
+
+        return handle
+
+    def working(self, act: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """A handler that starts work: who, then what `act` takes; the timer shows the rest."""
+
+        def handle(who: str | None, *values: Any) -> list[Any]:
+            session = self.attempt(who, lambda session: act(session, *values))
+            busy = session.job is not None and session.job.active
+            return [views.progress(session), gr.update(visible=busy), gr.Timer(active=True)]
+
+        return handle
+
+    def change(self, name: str, field: str) -> Callable[..., list[Any]]:
+        """A handler of one field of one concept's card."""
+
+        def handle(who: str | None, value: Any) -> list[Any]:
+            session = self.attempt(who, lambda s: s.change(name, **{field: _value(field, value)}))
+            return self.foresight(session)
+
+        return handle
+
+    def open(self, session: Session, path: str | None) -> None:
+        """Go on from an uploaded session or edit."""
+        if path:
+            session.open(path)
+
+    def share(self, who: str | None) -> Any:
+        """Write the session's file, for the browser to save."""
+        written: list[Path] = []
+        self.attempt(who, lambda session: written.append(session.save(carry=True)))
+        return gr.update(value=str(written[0]) if written else None)
+
+    def select(self, who: str | None, event: gr.SelectData) -> list[Any]:
+        """Another pair on the slider."""
+        session = self.session(who)
+        place = event.index if isinstance(event.index, int) else 0
+        if not 0 <= place < len(session.pairs):
+            return [gr.skip(), gr.skip()]
+        pair = session.pairs[place]
+        return [gr.update(value=(pair.before, pair.after)), _caption(session, place)]
+
+    def budget(self, attack: str) -> list[Any]:
+        """The budget's range for an attack."""
+        least, most, first, step = BUDGETS[attack]
+        return [
+            gr.update(minimum=least, maximum=most, value=first, step=step),
+            views.sentence(ATTACKS[attack]),
+        ]
+
+
+def _caption(session: Session, place: int) -> str:
+    if not session.pairs:
+        return ""
+    pair = session.pairs[place]
+    return f'<p class="x-sides"><span>before</span><b>{views.escape(_label(pair))}</b><span>after</span></p>'
+
+
+def _label(pair: looking.Pair) -> str:
+    return f"{pair.prompt} · seed {pair.seed}"
+
+
+def anchors(session: Session, concept: Concept) -> tuple[list[str], str]:
+    """What a concept could become, and what is chosen."""
+    loaded = session.models.ready(session.choice.model)
+    known = loaded.model.anchors if loaded else ANCHORS
+    names = {concept.name, *concept.synonyms}
+    found = [a for a in dict.fromkeys([known[concept.kind], "sky", *known.values()]) if a not in names]
+    chosen = AUTO if concept.anchor is None else concept.anchor or EMPTY
+    return [AUTO, EMPTY, *found, *([] if chosen in (AUTO, EMPTY, *found) else [chosen])], chosen
+
+
+def _value(field: str, value: Any) -> Any:
+    """A card's value as the concept's field."""
+    if field == "anchor":
+        return {AUTO: None, EMPTY: "", None: None}.get(value, value)
+    if field == "synonyms":
+        return tuple(value or ())
+    return value
+
+
+def attack(session: Session, name: str, budget: float, prompt: str) -> Any:
+    """Start an attack; the page's budget for a radius is in per cent."""
+    return session.attack(name, budget / 100 if name == "embedding" else budget, prompt)

@@ -1,0 +1,47 @@
+"""How the page looks: the system's own letters, so that none are loaded from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+CSS = Path(__file__).with_name("style.css")
+
+SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+TOGGLE = "() => { document.body.classList.toggle('dark'); }"
+"""What the button for light and dark does in the browser."""
+
+
+def theme() -> Any:
+    """The page's colours, roundings and letters."""
+    made = gr.themes.Base(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="lg", font=SANS,
+        font_mono=MONO,
+    )  # fmt: skip
+    return made.set(
+        body_background_fill="#f6f7f9",
+        body_background_fill_dark="#0d1117",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#151b23",
+        background_fill_primary_dark="#10161d",
+        border_color_primary="#e4e7ec",
+        border_color_primary_dark="#2a323d",
+        block_border_width="0px",
+        block_shadow="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        button_primary_background_fill="#0f766e",
+        button_primary_background_fill_hover="#115e59",
+        button_primary_background_fill_dark="#14b8a6",
+        button_primary_background_fill_hover_dark="#2dd4bf",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#042f2e",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#10161d",
+        input_border_width="1px",
+    )
