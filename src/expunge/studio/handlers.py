@@ -14,7 +14,7 @@ import gradio as gr
 
 from expunge.model import ANCHORS
 from expunge.problem import Concept
-from expunge.studio import looking, recipes, views, working
+from expunge.studio import recipes, views, working
 from expunge.studio.house import Studio
 from expunge.studio.jobs import FAILED, sentence
 from expunge.studio.session import Session
@@ -34,8 +34,8 @@ CARDS = 12
 """Concepts that are shown one by one; of more, the list is there."""
 
 ATTACKS = {
-    "inversion": "Learn a new word that calls it back (textual inversion); the budget is training steps.",
-    "embedding": "Move the prompt itself a little, within a radius; the budget is the radius, in per cent.",
+    "inversion": "Learn a new word that calls it back (textual inversion). Budget: training steps.",
+    "embedding": "Move the prompt itself a little, within a radius. Budget: the radius in per cent.",
 }
 BUDGETS = {"inversion": (10, 600, 100, 10), "embedding": (1, 40, 10, 1)}
 """Least, most, first and step of an attack's budget."""
@@ -76,9 +76,11 @@ class Handlers:
             version + 1,
             gr.update(value=list(chosen.retain), choices=list(dict.fromkeys([*known, *chosen.retain]))),
             gr.update(value=chosen.method),
-            views.sentence(next(o.about for o in recipes.methods() if o.name == chosen.method)),
             gr.update(value=chosen.preset, choices=[option.name for option in presets]),
-            views.sentence(next((o.about for o in presets if o.name == chosen.preset), "")),
+            views.sentence(
+                next(o.about for o in recipes.methods() if o.name == chosen.method),
+                next((o.about for o in presets if o.name == chosen.preset), ""),
+            ),
             chosen.seed,
             *self.foresight(session),
         ]
@@ -106,10 +108,8 @@ class Handlers:
             gr.update(visible=made is not None),
             views.title(session),
             gr.update(value=first, visible=bool(pairs)),
-            _caption(session, 0),
-            gr.update(
-                value=[(looking.before_above_after(p), _label(p)) for p in pairs], visible=bool(pairs)
-            ),
+            views.sides(pairs[0] if pairs else None),
+            views.pairs(pairs),
             "\n".join(prompts),
             view.number,
             view.seed,
@@ -226,14 +226,14 @@ class Handlers:
         self.attempt(who, lambda session: written.append(session.save(carry=True)))
         return gr.update(value=str(written[0]) if written else None)
 
-    def select(self, who: str | None, event: gr.SelectData) -> list[Any]:
+    def select(self, who: str | None, event: gr.EventData) -> list[Any]:
         """Another pair on the slider."""
         session = self.session(who)
-        place = event.index if isinstance(event.index, int) else 0
-        if not 0 <= place < len(session.pairs):
+        place = getattr(event, "place", 0)
+        if not isinstance(place, int) or not 0 <= place < len(session.pairs):
             return [gr.skip(), gr.skip()]
         pair = session.pairs[place]
-        return [gr.update(value=(pair.before, pair.after)), _caption(session, place)]
+        return [gr.update(value=(pair.before, pair.after)), views.sides(pair)]
 
     def budget(self, attack: str) -> list[Any]:
         """The budget's range for an attack."""
@@ -242,17 +242,6 @@ class Handlers:
             gr.update(minimum=least, maximum=most, value=first, step=step),
             views.sentence(ATTACKS[attack]),
         ]
-
-
-def _caption(session: Session, place: int) -> str:
-    if not session.pairs:
-        return ""
-    pair = session.pairs[place]
-    return f'<p class="x-sides"><span>before</span><b>{views.escape(_label(pair))}</b><span>after</span></p>'
-
-
-def _label(pair: looking.Pair) -> str:
-    return f"{pair.prompt} · seed {pair.seed}"
 
 
 def anchors(session: Session, concept: Concept) -> tuple[list[str], str]:

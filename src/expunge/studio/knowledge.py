@@ -131,7 +131,7 @@ def of_model(name: str) -> Knowledge:
             except ExpungeError:
                 continue  # its judge knows none of its labels: nothing to choose there
         suites[title] = suite
-        kind = next((kind for part, kind in KIND_OF_SUITE if part in title), "object")
+        kind = _kind(title)
         names = [_name(concept, kind) for concept in suite.concepts]
         for concept, called in zip(suite.concepts, names, strict=True):
             near = [other for other in names if other != called]
@@ -142,6 +142,14 @@ def of_model(name: str) -> Knowledge:
             concepts.setdefault(key(other.words), Known(other.words, "object"))
     unique = {key(known.name): known for known in concepts.values()}
     return Knowledge({**unique, **concepts}, suites)
+
+
+def _kind(title: str) -> Kind:
+    """The kind of a suite's concepts, by its name."""
+    for part, kind in KIND_OF_SUITE:
+        if part in title:
+            return kind
+    return "object"
 
 
 def _order(title: str) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,17 +77,3 @@ def drawn(model: Model, probe: Probe, job: Job, label: str, changes: Changes = (
 
     with model.using(changes), torch.inference_mode():
         return model.draw(probe, progress=tell)
-
-
-def before_above_after(pair: Pair, width: int = 192) -> Image.Image:
-    """Both pictures of a pair side by side, as one."""
-    size = (width, pair.before.height * width // pair.before.width)
-    paper = Image.new("RGB", (2 * width + 4, size[1]), "#8884a0")
-    for x, one in ((0, pair.before), (width + 4, pair.after)):
-        paper.paste(one.resize(size, Image.Resampling.LANCZOS), (x, 0))
-    return paper
-
-
-def names_of(concepts: Sequence[str]) -> str:
-    """Some names in a title."""
-    return ", ".join(concepts[:3]) + (" …" if len(concepts) > 3 else "")

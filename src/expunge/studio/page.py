@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from expunge.base import registry
 from expunge.problem import KINDS
 from expunge.studio import recipes, theme, views, working
 from expunge.studio.handlers import ATTACKS, BUDGETS, CARDS, EXAMPLES, Handlers, anchors, attack
@@ -39,14 +38,38 @@ class Page:
                 with gr.Column(scale=7, min_width=340):
                     self._stage()
             self.choice = [
-                self.model, self.names, self.version, self.stay, self.method, self.method_about, self.preset,
-                self.preset_about, self.seed, self.foresight, self.start,
-            ]  # fmt: skip
+                self.model,
+                self.names,
+                self.version,
+                self.stay,
+                self.method,
+                self.preset,
+                self.about,
+                self.seed,
+                self.foresight,
+                self.start,
+            ]
             self.results = [
-                self.welcome, self.tabs, self.title, self.slider, self.caption, self.gallery, self.prompts,
-                self.number, self.look_seed, self.strength, self.suite, self.verdict, self.report, self.target,
-                self.rungs, self.files, self.lost, self.command, self.python,
-            ]  # fmt: skip
+                self.welcome,
+                self.tabs,
+                self.title,
+                self.slider,
+                self.caption,
+                self.gallery,
+                self.prompts,
+                self.number,
+                self.look_seed,
+                self.strength,
+                self.suite,
+                self.verdict,
+                self.report,
+                self.target,
+                self.rungs,
+                self.files,
+                self.lost,
+                self.command,
+                self.python,
+            ]
             self._wire_choice()
             self._wire_work()
 
@@ -64,31 +87,41 @@ class Page:
         with gr.Column(elem_classes="x-panel"):
             _step(1, "Choose what to forget")
             self.names = gr.Dropdown(
-                [], multiselect=True, allow_custom_value=True, label="Forget", elem_id="x-names",
-                info="Search what the model knows, or write your own and press Enter.",
-            )  # fmt: skip
+                [],
+                multiselect=True,
+                allow_custom_value=True,
+                label="Forget",
+                elem_id="x-names",
+                info="Search, or write your own and press Enter.",
+            )
             with gr.Row(elem_id="x-examples"):
                 self.examples = {
                     label: gr.Button(label, size="sm", variant="secondary") for label in EXAMPLES
                 }
             gr.render(inputs=[self.who, self.version], triggers=[self.version.change])(self._cards)
             self.stay = gr.Dropdown(
-                [], multiselect=True, allow_custom_value=True, label="Keep as it is", elem_id="x-stay",
-                info="What must not change. Its like is proposed.",
-            )  # fmt: skip
+                [],
+                multiselect=True,
+                allow_custom_value=True,
+                label="Keep as it is",
+                elem_id="x-stay",
+                info="What must not change; its like is proposed.",
+            )
             with gr.Accordion("A list, pasted or as a file", open=False):
                 self.text = gr.Textbox(
-                    label="One a line", lines=3, elem_id="x-text",
+                    label="One a line",
+                    lines=3,
+                    elem_id="x-text",
                     placeholder="airplane|jet=sky\nflag of Japan=a flag, identity",
-                )  # fmt: skip
+                )
                 self.take_text = gr.Button("Take this list", size="sm")
                 self.list_file = gr.File(label=".txt, .csv or .toml", height=96, elem_id="x-list")
             with gr.Accordion("Another model", open=False):
                 self.model = gr.Textbox(
-                    label="Model", elem_id="x-model",
-                    info=f"{', '.join(registry.names('models'))} (it ships), a diffusers folder, a .safetensors"
-                    " file, or a hub id",
-                )  # fmt: skip
+                    label="Model",
+                    elem_id="x-model",
+                    info="emoji (it ships), a diffusers folder, a .safetensors file, or a hub id",
+                )
                 self.take_model = gr.Button("Use this model", size="sm")
 
     def _cards(self, who: str | None, version: int) -> None:
@@ -109,9 +142,13 @@ class Page:
                         list(KINDS), value=concept.kind, label="is a kind of", min_width=110
                     )
                 also = gr.Dropdown(
-                    list(dict.fromkeys(proposed)), value=list(concept.synonyms), multiselect=True,
-                    allow_custom_value=True, label="also called", min_width=140,
-                )  # fmt: skip
+                    list(dict.fromkeys(proposed)),
+                    value=list(concept.synonyms),
+                    multiselect=True,
+                    allow_custom_value=True,
+                    label="also called",
+                    min_width=140,
+                )
             for part, field in ((becomes, "anchor"), (kind, "kind"), (also, "synonyms")):
                 part.input(
                     self.do.change(name, field), [self.who, part], [self.foresight, self.start], **HIDDEN
@@ -124,14 +161,16 @@ class Page:
             _step(2, "Erase")
             with gr.Row():
                 self.method = gr.Dropdown(
-                    [option.name for option in recipes.methods()], label="Method", elem_id="x-method",
-                    min_width=130,
-                )  # fmt: skip
-                self.preset = gr.Dropdown([], label="Preset", elem_id="x-preset", min_width=130)
-            self.method_about = gr.HTML()
-            self.preset_about = gr.HTML()
-            with gr.Accordion("More", open=False):
-                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="x-seed")
+                    [option.name for option in recipes.methods()],
+                    label="Method",
+                    elem_id="x-method",
+                    min_width=90,
+                )
+                self.preset = gr.Dropdown([], label="Preset", elem_id="x-preset", min_width=110)
+                self.seed = gr.Number(
+                    0, label="Seed", precision=0, minimum=0, elem_id="x-seed", min_width=64, scale=0
+                )
+            self.about = gr.HTML()
             self.foresight = gr.HTML(elem_id="x-foresight")
             with gr.Row():
                 self.start = gr.Button("Erase", variant="primary", elem_id="x-erase", interactive=False)
@@ -158,9 +197,15 @@ class Page:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=280):
                 self.slider = gr.ImageSlider(
-                    type="pil", label="Before and after", show_label=False, interactive=False, max_height=420,
-                    elem_id="x-slider", buttons=["fullscreen"], format="png",
-                )  # fmt: skip
+                    type="pil",
+                    label="Before and after",
+                    show_label=False,
+                    interactive=False,
+                    max_height=400,
+                    elem_id="x-slider",
+                    buttons=["fullscreen"],
+                    format="png",
+                )
                 self.caption = gr.HTML()
             with gr.Column(scale=4, min_width=240):
                 self.prompts = gr.Textbox(label="Prompts, one a line", lines=4, elem_id="x-prompts")
@@ -173,10 +218,7 @@ class Page:
                         0, label="First seed", precision=0, minimum=0, min_width=100
                     )
                 self.draw = gr.Button("Draw", variant="primary", elem_id="x-draw")
-        self.gallery = gr.Gallery(
-            label="Before | after", columns=4, object_fit="contain", allow_preview=False, height="auto",
-            elem_id="x-gallery", buttons=[], format="png",
-        )  # fmt: skip
+        self.gallery = gr.HTML(elem_id="x-gallery", js_on_load=views.PICK)
 
     def _judge(self) -> None:
         with gr.Row():
@@ -229,9 +271,11 @@ class Page:
         wire(self.stay.input, lambda session, names: session.retain(names or []), self.stay)
         wire(self.method.input, lambda session, name: session.choose_method(name), self.method)
         wire(
-            self.preset.input, lambda session, name, preset: session.choose_method(name, preset),
-            self.method, self.preset,
-        )  # fmt: skip
+            self.preset.input,
+            lambda session, name, preset: session.choose_method(name, preset),
+            self.method,
+            self.preset,
+        )
         wire(self.seed.input, lambda session, seed: session.choose_seed(seed), self.seed)
         wire(self.take_text.click, lambda session, text: session.choose_text(text), self.text)
         wire(self.list_file.upload, lambda session, file: session.choose_list(file), self.list_file)
@@ -243,13 +287,17 @@ class Page:
         opening = wire(self.opened.upload, do.open, self.opened)
         for event in (self.take_model.click, self.model.submit):
             begun = event(
-                do.working(lambda session, name: session.choose_model(name)), [self.who, self.model],
-                [self.progress, self.cancel, self.timer], **HIDDEN,
-            )  # fmt: skip
-            begun.then(
-                lambda who, version: do.choice(do.session(who), version), [self.who, self.version], self.choice,
+                do.working(lambda session, name: session.choose_model(name)),
+                [self.who, self.model],
+                [self.progress, self.cancel, self.timer],
                 **HIDDEN,
-            )  # fmt: skip
+            )
+            begun.then(
+                lambda who, version: do.choice(do.session(who), version),
+                [self.who, self.version],
+                self.choice,
+                **HIDDEN,
+            )
         opening.then(lambda: gr.Timer(active=True), None, self.timer, **HIDDEN)
         self.theme.click(None, None, None, js=theme.TOGGLE)
         self.share.click(do.share, self.who, self.shared, **HIDDEN).then(
@@ -287,13 +335,22 @@ class Page:
             lambda size: views.sentence(working.SIZES[size]), self.size, self.size_about, **HIDDEN
         )
         self.attack.input(do.budget, self.attack, [self.budget, self.attack_about], **HIDDEN)
-        self.gallery.select(do.select, self.who, [self.slider, self.caption], **HIDDEN)
+        self.gallery.click(do.select, self.who, [self.slider, self.caption], **HIDDEN)
         n = len(self.results)
         self.timer.tick(
-            lambda who, shown: do.tick(who, shown, n), [self.who, self.shown],
-            [self.progress, self.cancel, self.foresight, self.start, self.shown, self.timer, *self.results],
+            lambda who, shown: do.tick(who, shown, n),
+            [self.who, self.shown],
+            [
+                self.progress,
+                self.cancel,
+                self.foresight,
+                self.start,
+                self.shown,
+                self.timer,
+                *self.results,
+            ],
             **HIDDEN,
-        )  # fmt: skip
+        )
 
 
 def _step(number: int, title: str) -> None:

@@ -28,9 +28,13 @@ SILENT = {
 
 
 def serve(
-    host: str = "127.0.0.1", port: int = FIRST_PORT, *, model: str = "emoji", browser: bool = True,
+    host: str = "127.0.0.1",
+    port: int = FIRST_PORT,
+    *,
+    model: str = "emoji",
+    browser: bool = True,
     folder: str | Path | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Serve the studio until it is interrupted.
 
     Args:
@@ -83,11 +87,24 @@ def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | No
     blocks = Page(studio).blocks
     blocks.queue(default_concurrency_limit=32)
     blocks.launch(
-        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
-        show_error=True, ssr_mode=False, pwa=False, enable_monitoring=False, footer_links=[], run_history=False,
-        mcp_server=False, max_file_size=LARGEST_UPLOAD, allowed_paths=[str(studio.folder)], theme=theme(),
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        inbrowser=False,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        footer_links=[],
+        run_history=False,
+        mcp_server=False,
+        max_file_size=LARGEST_UPLOAD,
+        allowed_paths=[str(studio.folder)],
+        theme=theme(),
         css_paths=CSS,
-    )  # fmt: skip
+    )
     # The page is there at once; the model comes while somebody reads it.
     studio.desk.submit(Job("studio", "Loading", lambda job: studio.models.get(model, job)))
     return blocks

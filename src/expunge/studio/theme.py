@@ -19,9 +19,13 @@ TOGGLE = "() => { document.body.classList.toggle('dark'); }"
 def theme() -> Any:
     """The page's colours, roundings and letters."""
     made = gr.themes.Base(
-        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="lg", font=SANS,
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=SANS,
         font_mono=MONO,
-    )  # fmt: skip
+    )
     return made.set(
         body_background_fill="#f6f7f9",
         body_background_fill_dark="#0d1117",
@@ -31,6 +35,24 @@ def theme() -> Any:
         border_color_primary="#e4e7ec",
         border_color_primary_dark="#2a323d",
         block_border_width="0px",
+        block_padding="0px",
+        block_label_padding="0px",
+        body_text_color="#1d2530",
+        body_text_color_dark="#e6eaf0",
+        body_text_color_subdued="#596373",
+        body_text_color_subdued_dark="#9aa5b4",
+        block_info_text_color="#596373",
+        block_info_text_color_dark="#9aa5b4",
+        block_title_text_color="#344054",
+        block_title_text_color_dark="#c3cbd6",
+        block_title_text_weight="500",
+        block_title_text_size="*text_sm",
+        button_secondary_background_fill="#eef1f4",
+        button_secondary_background_fill_hover="#e2e7ec",
+        button_secondary_background_fill_dark="#222b36",
+        button_secondary_background_fill_hover_dark="#2c3745",
+        button_secondary_text_color="#344054",
+        button_secondary_text_color_dark="#d5dbe4",
         block_shadow="none",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",

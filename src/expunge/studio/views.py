@@ -13,6 +13,7 @@ from PIL import Image
 from expunge.checkpoints.pace import said
 from expunge.studio.choosing import Foresight
 from expunge.studio.jobs import CANCELLED, DONE, FAILED, WAITING, Job
+from expunge.studio.looking import Pair
 from expunge.studio.working import Rung, Verdict
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def foresight(found: Foresight, busy: bool = False) -> str:
     return f'<div class="x-chips">{chips}</div>' + (f'<ul class="x-notes">{notes}</ul>' if notes else "")
 
 
-def sentence(text: str) -> str:
+def sentence(*texts: str) -> str:
     """A line of explanation under a choice."""
-    return f'<p class="x-hint">{escape(_capital(text))}</p>'
+    return f'<p class="x-hint">{" ".join(escape(_capital(text)) for text in texts if text)}</p>'
 
 
 def title(session: Session) -> str:
@@ -157,8 +158,9 @@ def rungs(found: Sequence[Rung]) -> str:
 def _rung(rung: Rung) -> str:
     known = [seen for seen in rung.seen if seen is not None]
     told = f"seen in {sum(known)} of {len(known)}" if known else ""
+    label = escape(rung.label)
     cells = "".join(
-        f'<figure class="{_mark(seen)}"><img alt="{escape(rung.label)}, picture {i}" src="{inline(one)}">'
+        f'<figure class="{_mark(seen)}"><img alt="{label}, picture {i}" src="{inline(one)}">'
         f"<figcaption>{_said(seen)}</figcaption></figure>"
         for i, (one, seen) in enumerate(zip(rung.images, rung.seen, strict=True), 1)
     )
@@ -183,8 +185,46 @@ def inline(picture: Image.Image, width: int = 160) -> str:
             (width, picture.height * width // picture.width), Image.Resampling.LANCZOS
         )
     written = io.BytesIO()
-    picture.save(written, "PNG")
-    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode("ascii")
+    picture.save(written, "WEBP", quality=92)
+    return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode("ascii")
+
+
+PICK = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('[data-place]');
+  if (!chosen) return;
+  for (const one of element.querySelectorAll('[data-place]'))
+    one.setAttribute('aria-pressed', one === chosen);
+  trigger('click', {place: Number(chosen.dataset.place)});
+});
+"""
+"""Tells Python which pair was pressed."""
+
+
+def pairs(found: Sequence[Pair]) -> str:
+    """The pairs, a row a prompt; each can be pressed to be looked at closely."""
+    rows: dict[str, list[str]] = {}
+    for place, pair in enumerate(found):
+        label = f"{escape(pair.prompt)}, seed {pair.seed}: look closely"
+        pressed = "false" if place else "true"
+        rows.setdefault(pair.prompt, []).append(
+            f'<button type="button" data-place="{place}" aria-label="{label}" aria-pressed="{pressed}">'
+            f'<img alt="before" src="{inline(pair.before)}">'
+            f'<img alt="after" src="{inline(pair.after)}"></button>'
+        )
+    sections = (
+        f'<section><h4>{escape(prompt)}</h4><div class="x-pairs">{"".join(cells)}</div></section>'
+        for prompt, cells in rows.items()
+    )
+    return f'<div class="x-look">{"".join(sections)}</div>' if rows else ""
+
+
+def sides(pair: Pair | None) -> str:
+    """What stands below the slider."""
+    if pair is None:
+        return ""
+    what = f"{escape(pair.prompt)} · seed {pair.seed}"
+    return f'<p class="x-sides"><span>before</span><b>{what}</b><span>after</span></p>'
 
 
 def notes(lines: Sequence[str]) -> str:

@@ -116,9 +116,17 @@ class Rung:
 
 
 def attack_in(
-    job: Job, model: Model, edit: Edit, attack: str, budget: float, prompt: str, suites: Sequence[Suite],
-    *, number: int = 4, seed: int = 0,
-) -> list[Rung]:  # fmt: skip
+    job: Job,
+    model: Model,
+    edit: Edit,
+    attack: str,
+    budget: float,
+    prompt: str,
+    suites: Sequence[Suite],
+    *,
+    number: int = 4,
+    seed: int = 0,
+) -> list[Rung]:
     """Try to bring the concept back, harder from rung to rung; each is there as soon as it is drawn.
 
     Args:
@@ -143,14 +151,15 @@ def attack_in(
     job.result = rungs
 
     def add(label: str, pictures: Tensor) -> None:
-        seen = eye.seen(pictures) if eye else [None] * len(pictures)
+        nobody: list[bool | None] = [None] * len(pictures)
+        seen = eye.seen(pictures) if eye else nobody
         rungs.append(Rung(label, [image(picture, SHOWN) for picture in pictures], seen))
 
     add("Before the erasure", drawn(model, probe, job, "drawing before"))
     add("Erased", drawn(model, probe, job, "drawing after", edit.changes))
     for label, one in ladder(attack, budget):
         with stopping(model, job):
-            run = Run(seed, lambda _, done, total, label=label: job.progress(label, done, total))
+            run = Run(seed, job.progress)
             harder = one.run(model, edit, probe, run)
         add(label, drawn(model, harder, job, "drawing attacked", edit.changes))
     return rungs
