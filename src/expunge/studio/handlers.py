@@ -17,7 +17,7 @@ from expunge.problem import Concept
 from expunge.studio import recipes, views, working
 from expunge.studio.house import Studio
 from expunge.studio.jobs import FAILED, sentence
-from expunge.studio.session import Session
+from expunge.studio.session import PREVIEW, Session
 
 AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
 """What a concept becomes where nobody says, and where it is to be nothing."""
@@ -88,12 +88,24 @@ class Handlers:
     def foresight(self, session: Session) -> list[Any]:
         """What can be said before the work, and the button that starts it."""
         job = session.job
-        busy = job is not None and job.active
+        busy = job is not None and job.active and job.label != PREVIEW
         found = session.foresee()
         empty = not session.choice.concepts
         shown = "" if empty else views.foresight(found)
-        label = views.button(job, session.unfinished)
+        label = views.button(job if busy else None, session.unfinished)
         return [shown, gr.update(value=label, interactive=not busy and not empty)]
+
+    def live(self, session: Session) -> list[Any]:
+        """Progress and the button that calls work off, beside the choice and beside the results."""
+        job = session.job
+        busy = job is not None and job.active
+        left = busy and job is not None and job.label in views.LEFT
+        return [
+            views.progress(session, "left"),
+            gr.update(visible=left),
+            views.progress(session, "right"),
+            gr.update(visible=busy and not left),
+        ]
 
     def results(self, session: Session) -> list[Any]:
         """The right side: `Page.results` in its order."""
@@ -104,7 +116,7 @@ class Handlers:
         command, python = self._recipe(session)
         first = (pairs[0].before, pairs[0].after) if pairs else None
         return [
-            gr.update(visible=made is None),
+            gr.update(value=views.now(session), visible=made is None),
             gr.update(visible=made is not None),
             views.title(session),
             gr.update(value=first, visible=bool(pairs)),
@@ -167,9 +179,11 @@ class Handlers:
     def tick(self, who: str | None, shown: str, n: int) -> list[Any]:
         """How far the work is; what has come of it since the last time."""
         session = self.session(who)
+        ready = self.studio.models.ready(session.choice.model) is not None
+        if ready:
+            session.preview()  # what was chosen before the model was there
         job, stamp = session.job, self.stamp(session)
         busy = job is not None and job.active
-        ready = self.studio.models.ready(session.choice.model) is not None
         changed = stamp != shown
         if changed and job is not None and job.state == FAILED:
             gr.Warning(
@@ -177,8 +191,7 @@ class Handlers:
             )
         results = self.results(session) if changed else [gr.skip() for _ in range(n)]
         return [
-            views.progress(session),
-            gr.update(visible=busy),
+            *self.live(session),
             *self.foresight(session),
             stamp,
             gr.Timer(active=busy or not ready),
@@ -192,7 +205,8 @@ class Handlers:
 
         def handle(who: str | None, version: int, *values: Any) -> list[Any]:
             session = self.attempt(who, lambda session: act(session, *values))
-            return self.choice(session, version)
+            self.attempt(who, lambda session: session.preview())
+            return [*self.choice(session, version), gr.Timer(active=True)]
 
         return handle
 
@@ -201,8 +215,7 @@ class Handlers:
 
         def handle(who: str | None, *values: Any) -> list[Any]:
             session = self.attempt(who, lambda session: act(session, *values))
-            busy = session.job is not None and session.job.active
-            return [views.progress(session), gr.update(visible=busy), gr.Timer(active=True)]
+            return [*self.live(session), gr.Timer(active=True)]
 
         return handle
 

@@ -52,6 +52,13 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
     ]
 
 
+def draw_now(model: Model, view: View, job: Job) -> list[tuple[str, Image.Image]]:
+    """Draw every prompt once, as the model is: (prompt, image)."""
+    probe = probe_of(view)
+    pictures = drawn(model, probe, job, "drawing")
+    return [(prompt, image(one, SHOWN)) for prompt, one in zip(probe.prompts, pictures, strict=True)]
+
+
 def probe_of(view: View) -> Probe:
     """What to draw.
 

@@ -37,6 +37,7 @@ class Page:
                     self._erase()
                 with gr.Column(scale=7, min_width=340):
                     self._stage()
+            self.live = [self.progress, self.cancel, self.doing, self.stop]
             self.choice = [
                 self.model,
                 self.names,
@@ -183,6 +184,11 @@ class Page:
         with gr.Column(elem_classes="x-panel", elem_id="x-stage"):
             self.welcome = gr.HTML(views.WELCOME)
             self.title = gr.HTML(elem_id="x-title")
+            with gr.Row():
+                self.doing = gr.HTML(elem_id="x-doing")
+                self.stop = gr.Button(
+                    "Cancel", elem_id="x-stop", size="sm", visible=False, scale=0, min_width=90
+                )
             with gr.Tabs(visible=False) as self.tabs:
                 with gr.Tab("Look"):
                     self._look()
@@ -254,8 +260,12 @@ class Page:
         self.files = gr.File(label="Ready", visible=False, interactive=False, elem_id="x-files")
         self.lost = gr.HTML()
         gr.HTML(views.sentence("The same on the command line, and in Python"))
-        self.command = gr.Code(language="shell", label="Command", interactive=False, elem_id="x-command")
-        self.python = gr.Code(language="python", label="Python", interactive=False, elem_id="x-python")
+        self.command = gr.Code(
+            language="shell", wrap_lines=True, label="Command", interactive=False, elem_id="x-command"
+        )
+        self.python = gr.Code(
+            language="python", wrap_lines=True, label="Python", interactive=False, elem_id="x-python"
+        )
 
     # Which handler answers what.
 
@@ -265,7 +275,9 @@ class Page:
         self.blocks.load(do.arrive, [self.who, self.version], arrive, **HIDDEN)
 
         def wire(event: Any, act: Any, *inputs: Any) -> Any:
-            return event(do.choosing(act), [self.who, self.version, *inputs], self.choice, **HIDDEN)
+            return event(
+                do.choosing(act), [self.who, self.version, *inputs], [*self.choice, self.timer], **HIDDEN
+            )
 
         wire(self.names.input, lambda session, names: session.choose(names or []), self.names)
         wire(self.stay.input, lambda session, names: session.retain(names or []), self.stay)
@@ -284,12 +296,12 @@ class Page:
                 self.examples[label].click,
                 partial(lambda session, names: session.choose(names), names=names),
             )
-        opening = wire(self.opened.upload, do.open, self.opened)
+        wire(self.opened.upload, do.open, self.opened)
         for event in (self.take_model.click, self.model.submit):
             begun = event(
                 do.working(lambda session, name: session.choose_model(name)),
                 [self.who, self.model],
-                [self.progress, self.cancel, self.timer],
+                [*self.live, self.timer],
                 **HIDDEN,
             )
             begun.then(
@@ -298,7 +310,6 @@ class Page:
                 self.choice,
                 **HIDDEN,
             )
-        opening.then(lambda: gr.Timer(active=True), None, self.timer, **HIDDEN)
         self.theme.click(None, None, None, js=theme.TOGGLE)
         self.share.click(do.share, self.who, self.shared, **HIDDEN).then(
             None,
@@ -308,7 +319,7 @@ class Page:
         )
 
     def _wire_work(self) -> None:
-        do, live = self.do, [self.progress, self.cancel, self.timer]
+        do, live = self.do, [*self.live, self.timer]
 
         def wire(event: Any, act: Any, *inputs: Any) -> None:
             event(do.working(act), [self.who, *inputs], live, **HIDDEN)
@@ -320,6 +331,8 @@ class Page:
 
         wire(self.start.click, lambda session: session.erase())
         wire(self.cancel.click, lambda session: session.cancel())
+        wire(self.stop.click, lambda session: session.cancel())
+        self.title.change(None, None, None, js=theme.SHOW)
         view = (self.prompts, self.look_seed, self.number, self.strength)
         wire(self.draw.click, look, *view)
         wire(self.strength.release, look, *view)
@@ -341,8 +354,7 @@ class Page:
             lambda who, shown: do.tick(who, shown, n),
             [self.who, self.shown],
             [
-                self.progress,
-                self.cancel,
+                *self.live,
                 self.foresight,
                 self.start,
                 self.shown,

@@ -25,6 +25,9 @@ from expunge.studio.looking import Pair
 from expunge.studio.models import FIRST, Models
 from expunge.studio.strength import STRONGEST
 
+PREVIEW = "Drawing what it makes of it now"
+"""What the job of a preview is called."""
+
 
 @dataclass(frozen=True, eq=False)
 class Made:
@@ -57,6 +60,7 @@ class Session(Choosing):
         self.pairs: list[Pair] = []
         self.verdict: working.Verdict | None = None
         self.rungs: list[working.Rung] = []
+        self._previewed: tuple[str, View] | None = None
         self.job: Job | None = None
         """The last piece of work."""
         with contextlib.suppress(ExpungeError):  # one that cannot be read any more begins anew
@@ -128,6 +132,28 @@ class Session(Choosing):
         problem = self.made.edit.record.problem if self.made else None
         concepts = problem.erase if problem else self.choice.concepts
         return self.knowledge.prompts(concepts, problem.retain if problem else self.choice.retain)
+
+    # See what it draws now.
+
+    def preview(self) -> Job | None:
+        """Draw what the model makes of the choice as it is, if nothing else is to be done.
+
+        Any other work of the session takes its place.
+        """
+        loaded = self.models.ready(self.choice.model)
+        idle = self.job is None or not self.job.active or self.job.label == PREVIEW
+        if self.made is not None or loaded is None or not idle or self.foresee().problem:
+            return None
+        view = View(tuple(self.knowledge.prompts(self.choice.concepts, self.choice.retain)), 0, 1)
+        if self._previewed == (self.choice.model, view):
+            return None
+        self._previewed = self.choice.model, view
+
+        def work(job: Job) -> list[Any]:
+            job.result = shown = looking.draw_now(loaded.model, view, job)
+            return shown
+
+        return self._start(PREVIEW, work)
 
     # Look.
 
@@ -304,6 +330,9 @@ class Session(Choosing):
         return self.made
 
     def _start(self, label: str, work: Any) -> Job:
+        if self.job is not None and self.job.active and self.job.label == PREVIEW:
+            self.desk.cancel(self.job)  # it makes way
+            self.job.wait(10)
         job = Job(self.name, label, work)
         self.job = self.desk.submit(job)
         return job

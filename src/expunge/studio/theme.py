@@ -16,6 +16,13 @@ TOGGLE = "() => { document.body.classList.toggle('dark'); }"
 """What the button for light and dark does in the browser."""
 
 
+SHOW = """() => {
+  const stage = document.querySelector('#x-stage');
+  if (innerWidth < 760 && stage) stage.scrollIntoView({behavior: 'smooth'});
+}"""
+"""Where the results stand below the choice, goes there when there are some."""
+
+
 def theme() -> Any:
     """The page's colours, roundings and letters."""
     made = gr.themes.Base(
@@ -36,6 +43,9 @@ def theme() -> Any:
         border_color_primary_dark="#2a323d",
         block_border_width="0px",
         block_padding="0px",
+        table_even_background_fill="#f6f8fa",
+        table_even_background_fill_dark="#1a222c",
+        table_odd_background_fill_dark="#151b23",
         block_label_padding="0px",
         body_text_color="#1d2530",
         body_text_color_dark="#e6eaf0",

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -14,10 +13,8 @@ from expunge.checkpoints.pace import said
 from expunge.studio.choosing import Foresight
 from expunge.studio.jobs import CANCELLED, DONE, FAILED, WAITING, Job
 from expunge.studio.looking import Pair
+from expunge.studio.session import PREVIEW, Session
 from expunge.studio.working import Rung, Verdict
-
-if TYPE_CHECKING:
-    from expunge.studio.session import Session
 
 
 def escape(text: object) -> str:
@@ -41,7 +38,7 @@ WELCOME = """
   <h2>Nothing is erased yet</h2>
   <ol>
     <li><b>Choose</b> what the model should forget: an object, a flag, a style.</li>
-    <li><b>Erase</b> it: seconds for the model that ships.</li>
+    <li><b>Erase</b> it: seconds, for the model that ships.</li>
     <li><b>Look</b> at the same pictures before and after, judge the edit, try to get the concept back,
         and take the result with you.</li>
   </ol>
@@ -50,10 +47,16 @@ WELCOME = """
 """
 
 
-def progress(session: Session) -> str:
+LEFT = ("Erasing", "Loading")
+"""The work whose progress stands beside the choice; of other work it stands beside its results."""
+
+
+def progress(session: Session, side: str = "left") -> str:
     """How far the work is: a bar, what is being done, the time left, the place in the queue."""
     job = session.job
-    if job is None:
+    if job is None or (job.label in LEFT) != (side == "left"):
+        return ""
+    if job.label == PREVIEW and not job.active:
         return ""
     if job.state == WAITING:
         ahead = session.place()
@@ -199,6 +202,23 @@ element.addEventListener('click', event => {
 });
 """
 """Tells Python which pair was pressed."""
+
+
+def now(session: Session) -> str:
+    """What the model draws of the choice as it is; before there is one, how to begin."""
+    job = session.job
+    if session.made is not None or job is None or job.label != PREVIEW or not job.result:
+        return WELCOME
+    cells = "".join(
+        f'<figure><img alt="{escape(prompt)}" src="{inline(one, 200)}">'
+        f"<figcaption>{escape(prompt)}</figcaption></figure>"
+        for prompt, one in job.result
+    )
+    return (
+        '<section class="x-welcome"><h2>What the model draws now</h2>'
+        "<p>Press Erase to see the same prompts and seeds without it.</p>"
+        f'<div class="x-now">{cells}</div></section>'
+    )
 
 
 def pairs(found: Sequence[Pair]) -> str:
