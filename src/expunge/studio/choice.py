@@ -33,7 +33,7 @@ class View:
     """By default what is proposed for the concepts."""
     seed: int = 0
     number: int = 2
-    """Pictures a prompt."""
+    """Images a prompt."""
     strength: float = 1.0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from expunge.base.errors import ExpungeError, listed
 from expunge.evaluation.measure import make
 from expunge.evaluation.report import known_to
 from expunge.evaluation.suite import Suite, SuiteConcept
-from expunge.metric import Judge
+from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.problem import Concept, Kind, key
 
@@ -158,13 +158,13 @@ def _order(title: str) -> tuple[int, str]:
     return (first.index(title) if title in first else len(first), title)
 
 
-def _judge(suite: Suite) -> Judge | None:
+def _judge(suite: Suite) -> Classifier | None:
     """A suite's judge; None where it cannot be had here."""
     try:
         judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
     except ExpungeError:
         return None
-    return judge if isinstance(judge, Judge) else None
+    return judge if isinstance(judge, Classifier) else None
 
 
 def _name(concept: SuiteConcept, kind: Kind) -> str:

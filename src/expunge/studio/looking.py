@@ -1,4 +1,4 @@
-"""Pictures before and after, of the same prompts and seeds."""
+"""Images before and after, of the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 from expunge.changes import Changes
 from expunge.edit import Edit
 from expunge.model import Model
@@ -19,10 +19,10 @@ from expunge.studio.jobs import Job
 from expunge.studio.strength import scaled
 
 MOST = 64
-"""Pictures of one look."""
+"""Images of one look."""
 
 SHOWN = 384
-"""Pixels that a small picture is enlarged to."""
+"""Pixels that a small image is enlarged to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
     """Draw every prompt with and without the edit, at a strength.
 
     Raises:
-        ExpungeError: there is no prompt, there are too many pictures, or a number is out of range.
+        ExpungeError: there is no prompt, there are too many images, or a number is out of range.
     """
     probe = probe_of(view)
     changes = scaled(edit.changes, view.strength)
@@ -47,7 +47,7 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
     before = drawn(model, probe, job, "drawing before")
     after = drawn(model, probe, job, "drawing after", changes)
     return [
-        Pair(prompt, seed, image(one, SHOWN), image(other, SHOWN))
+        Pair(prompt, seed, to_pil(one, SHOWN), to_pil(other, SHOWN))
         for prompt, seed, one, other in zip(probe.prompts, probe.seeds, before, after, strict=True)
     ]
 
@@ -55,29 +55,29 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
 def draw_now(model: Model, view: View, job: Job) -> list[tuple[str, Image.Image]]:
     """Draw every prompt once, as the model is: (prompt, image)."""
     probe = probe_of(view)
-    pictures = drawn(model, probe, job, "drawing")
-    return [(prompt, image(one, SHOWN)) for prompt, one in zip(probe.prompts, pictures, strict=True)]
+    images = drawn(model, probe, job, "drawing")
+    return [(prompt, to_pil(one, SHOWN)) for prompt, one in zip(probe.prompts, images, strict=True)]
 
 
 def probe_of(view: View) -> Probe:
     """What to draw.
 
     Raises:
-        ExpungeError: there is no prompt, there are too many pictures, or a number is out of range.
+        ExpungeError: there is no prompt, there are too many images, or a number is out of range.
     """
     prompts = [prompt.strip() for prompt in view.prompts if prompt.strip()]
     if not prompts:
         raise ExpungeError("write at least one prompt to look at")
     if len(prompts) * view.number > MOST:
         raise ExpungeError(
-            f"{len(prompts)} prompts with {view.number} pictures each are more than the {MOST} that are"
+            f"{len(prompts)} prompts with {view.number} images each are more than the {MOST} that are"
             " drawn at once"
         )
     return Probe.of(list(dict.fromkeys(prompts)), view.number, view.seed)
 
 
 def drawn(model: Model, probe: Probe, job: Job, label: str, changes: Changes = ()) -> Tensor:
-    """The pictures of a probe with some changes laid on, (n, 3, height, width)."""
+    """The images of a probe with some changes laid on, (n, 3, height, width)."""
 
     def tell(_: str, done: int, total: int) -> None:
         job.progress(label, done, total)

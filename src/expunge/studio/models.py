@@ -17,13 +17,13 @@ from expunge.base.errors import ExpungeError
 from expunge.base.files import size
 from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import Plan, plan_of
+from expunge.checkpoints.cost_estimate import Plan, estimate, estimate_model
 from expunge.checkpoints.load import load
 from expunge.erasing.caption_gram import unread
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.runtime.cost import Work
+from expunge.runtime.cost import Cost
 from expunge.studio.jobs import Job
 from expunge.studio.knowledge import Knowledge, of_model
 
@@ -33,7 +33,7 @@ FIRST = "emoji"
 SPARE = 0.9
 """The share of the free memory that weights may take."""
 
-LARGE = Work(prompts=100_000, predictions=100_000)
+LARGE = Cost(prompts=100_000, predictions=100_000)
 """Work so large that a plan of it is worth timing the model for."""
 
 
@@ -46,7 +46,7 @@ class Loaded:
 
     def foresee(self, method: Method, problem: Problem) -> tuple[float, float | None]:
         """Bytes of weights in memory, and seconds that erasing takes; None where nobody can say."""
-        work = method.work(problem, self.model.num_inference_steps)
+        work = method.estimate_cost(problem, self.model.num_inference_steps)
         if work is None:
             return self.plan.memory, None
         captions = unread(self.model, work.captions, problem.erase)
@@ -124,7 +124,7 @@ class Models:
         for other in [other for other in self._loaded if other != FIRST]:
             del self._loaded[other]
         model = load(name)
-        made = Loaded(model, plan_of(model, work=LARGE))
+        made = Loaded(model, estimate_model(model, work=LARGE))
         self._loaded[name] = made
         return made
 
@@ -138,6 +138,4 @@ class Models:
 
 def weights(checkpoint: Checkpoint) -> float:
     """Bytes of a model's weights as they are loaded, in float32, by its files' headers alone."""
-    from expunge.checkpoints.cost_estimate import plan
-
-    return plan(checkpoint, torch.float32).memory
+    return estimate(checkpoint, torch.float32).memory

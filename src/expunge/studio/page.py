@@ -219,7 +219,7 @@ class Page:
                     0, STRONGEST, 1, step=0.1, label="Strength of the edit", elem_id="x-strength"
                 )
                 with gr.Row():
-                    self.number = gr.Slider(1, 8, 2, step=1, label="Pictures each", min_width=120)
+                    self.number = gr.Slider(1, 8, 2, step=1, label="Images each", min_width=120)
                     self.look_seed = gr.Number(
                         0, label="First seed", precision=0, minimum=0, min_width=100
                     )
@@ -230,7 +230,7 @@ class Page:
         with gr.Row():
             self.suite = gr.Dropdown([], label="Suite", elem_id="x-suite", min_width=140)
             self.size = gr.Radio(
-                list(working.SIZES), value="glance", label="How many pictures", elem_id="x-size"
+                list(working.SIZES), value="glance", label="How many images", elem_id="x-size"
             )
         self.size_about = gr.HTML(views.sentence(working.SIZES["glance"]))
         self.judge = gr.Button("Judge", variant="primary", elem_id="x-judge")

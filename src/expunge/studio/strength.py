@@ -14,7 +14,7 @@ from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, InputChange, OutputChange, WeightChange
 
 STRONGEST = 2.0
-"""Beyond that, pictures fall apart, and nobody learns anything."""
+"""Beyond that, images fall apart, and nobody learns anything."""
 
 
 @dataclass(frozen=True, eq=False)

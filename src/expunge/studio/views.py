@@ -39,7 +39,7 @@ WELCOME = """
   <ol>
     <li><b>Choose</b> what the model should forget: an object, a flag, a style.</li>
     <li><b>Erase</b> it: seconds, for the model that ships.</li>
-    <li><b>Look</b> at the same pictures before and after, judge the edit, try to get the concept back,
+    <li><b>Look</b> at the same images before and after, judge the edit, try to get the concept back,
         and take the result with you.</li>
   </ol>
   <p>Everything happens on this machine. Nothing is sent anywhere.</p>
@@ -154,7 +154,7 @@ def report(found: Verdict | None) -> str:
 
 
 def rungs(found: Sequence[Rung]) -> str:
-    """An attack's pictures, a row a budget, each with whether the concept is seen again."""
+    """An attack's images, a row a budget, each with whether the concept is seen again."""
     return "".join(_rung(rung) for rung in list(found))
 
 
@@ -163,7 +163,7 @@ def _rung(rung: Rung) -> str:
     told = f"seen in {sum(known)} of {len(known)}" if known else ""
     label = escape(rung.label)
     cells = "".join(
-        f'<figure class="{_mark(seen)}"><img alt="{label}, picture {i}" src="{inline(one)}">'
+        f'<figure class="{_mark(seen)}"><img alt="{label}, image {i}" src="{inline(one)}">'
         f"<figcaption>{_said(seen)}</figcaption></figure>"
         for i, (one, seen) in enumerate(zip(rung.images, rung.seen, strict=True), 1)
     )
@@ -182,11 +182,10 @@ def _said(seen: bool | None) -> str:
 
 
 def inline(picture: Image.Image, width: int = 160) -> str:
-    """A picture as part of the page itself."""
+    """An image as part of the page itself."""
     if picture.width > width:
-        picture = picture.resize(
-            (width, picture.height * width // picture.width), Image.Resampling.LANCZOS
-        )
+        height = picture.height * width // picture.width
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     written = io.BytesIO()
     picture.save(written, "WEBP", quality=92)
     return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode("ascii")

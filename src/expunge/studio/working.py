@@ -15,11 +15,11 @@ from torch import Tensor
 from expunge.attack import Attack
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, unknown
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import operations
 from expunge.checkpoints.export import export
-from expunge.checkpoints.model_card import card
+from expunge.checkpoints.model_card import write_card
 from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
@@ -29,11 +29,11 @@ from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Size, Suite
 from expunge.method import Method
-from expunge.metric import Judge
+from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.problem import Problem, key
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.runtime.threads import SMALL, Threads
 from expunge.studio.jobs import Job
 from expunge.studio.looking import SHOWN, drawn
@@ -43,11 +43,11 @@ GLANCE = Size(erased=4, synonyms=2, retained=2, plain=4)
 """The smallest look that a suite can take: seconds, and wide intervals."""
 
 SIZES = {
-    "glance": "A few pictures: seconds, and wide intervals.",
+    "glance": "A few images: seconds, and wide intervals.",
     "quick": "Enough to tell methods apart: a minute or two for the shipped model on two cores.",
-    "full": "The papers' number of pictures: an hour or more on two cores.",
+    "full": "The papers' number of images: an hour or more on two cores.",
 }
-"""How many pictures a suite is judged on."""
+"""How many images a suite is judged on."""
 
 FORMS = {
     "edit": "The edit (.safetensors): for expunge and diffusers pipelines, taken on and off at will.",
@@ -65,7 +65,7 @@ def erase_in(
 ) -> Edit:
     """Find the edit; the job hears of the time left, and can be called off at any prediction."""
     model = loaded.model
-    work = method.work(problem, model.num_inference_steps)
+    work = method.estimate_cost(problem, model.num_inference_steps)
     with contextlib.ExitStack() as stack:
         progress: Any = job.progress
         if work is not None:
@@ -112,7 +112,7 @@ class Rung:
     label: str
     images: list[Any]
     seen: list[bool | None]
-    """For each picture whether the concept is seen in it; None where nobody can say."""
+    """For each image whether the concept is seen in it; None where nobody can say."""
 
 
 def attack_in(
@@ -136,8 +136,8 @@ def attack_in(
         attack: "inversion", a new word is learnt; "embedding", the prompt is moved a little.
         budget: of the last rung: training steps, or how far, as a share of each token's size.
         prompt: what calls for the concept.
-        suites: to ask whether pictures show it.
-        number: pictures.
+        suites: to ask whether images show it.
+        number: images.
         seed: of the first.
 
     Raises:
@@ -150,16 +150,16 @@ def attack_in(
     rungs: list[Rung] = []
     job.result = rungs
 
-    def add(label: str, pictures: Tensor) -> None:
-        nobody: list[bool | None] = [None] * len(pictures)
-        seen = eye.seen(pictures) if eye else nobody
-        rungs.append(Rung(label, [image(picture, SHOWN) for picture in pictures], seen))
+    def add(label: str, images: Tensor) -> None:
+        nobody: list[bool | None] = [None] * len(images)
+        seen = eye.seen(images) if eye else nobody
+        rungs.append(Rung(label, [to_pil(one, SHOWN) for one in images], seen))
 
     add("Before the erasure", drawn(model, probe, job, "drawing before"))
     add("Erased", drawn(model, probe, job, "drawing after", edit.changes))
     for label, one in ladder(attack, budget):
         with stopping(model, job):
-            run = Run(seed, job.progress)
+            run = RunContext(seed, job.progress)
             harder = one.run(model, edit, probe, run)
         add(label, drawn(model, harder, job, "drawing attacked", edit.changes))
     return rungs
@@ -182,16 +182,16 @@ def ladder(attack: str, budget: float) -> list[tuple[str, Attack]]:
             steps = max(1, round(part))
             found.append((f"A new word, learnt in {steps} steps", fields.build(cls, {"steps": steps})))
         else:
-            one = fields.build(cls, {"radius": float(part), "batch": 1})
+            one = fields.build(cls, {"radius": float(part), "batch_size": 1})
             found.append((f"The prompt moved by {100 * part:.3g} %", one))
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class _Eye:
-    """Says whether pictures show what an edit erases, by the judge of the first suite that knows it."""
+    """Says whether images show what an edit erases, by the judge of the first suite that knows it."""
 
-    judge: Judge
+    judge: Classifier
     labels: tuple[str, ...]
     near: tuple[str, ...]
     question: str
@@ -206,13 +206,13 @@ class _Eye:
                     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
                 except ExpungeError:
                     continue
-                if isinstance(judge, Judge):
+                if isinstance(judge, Classifier):
                     return cls(judge, found.labels, found.near, suite.question)
         return None
 
-    def seen(self, pictures: Tensor) -> list[bool | None]:
-        rows = self.judge.measure(pictures, [""] * len(pictures))
-        answers = self.judge.answer(rows, self.labels, self.near, self.question)
+    def seen(self, images: Tensor) -> list[bool | None]:
+        rows = self.judge.measure(images, [""] * len(images))
+        answers = self.judge.score(rows, self.labels, self.near, self.question)
         broken = self.judge.broken(rows).tolist()
         return [
             False if lost else None if answer != answer else answer >= 0.5
@@ -323,7 +323,7 @@ def take_in(
     if form == "card":
         path = place / f"{stem}.md"
         place.mkdir(parents=True, exist_ok=True)
-        path.write_text(card(edit, "edit", report=report), encoding="utf-8")
+        path.write_text(write_card(edit, "edit", report=report), encoding="utf-8")
         return Taken((path,), ())
     checkpoint = Checkpoint.find(model)
     if form == "diffusers":
