@@ -137,10 +137,19 @@ class Page:
                 gr.HTML(f"<h3>{views.escape(name)}</h3>")
                 with gr.Row():
                     becomes = gr.Dropdown(
-                        choices, value=chosen, allow_custom_value=True, label="becomes", min_width=140
+                        choices,
+                        value=chosen,
+                        allow_custom_value=True,
+                        label="becomes",
+                        interactive=True,
+                        min_width=140,
                     )
                     kind = gr.Dropdown(
-                        list(KINDS), value=concept.kind, label="is a kind of", min_width=110
+                        list(KINDS),
+                        value=concept.kind,
+                        label="is a kind of",
+                        interactive=True,
+                        min_width=110,
                     )
                 also = gr.Dropdown(
                     list(dict.fromkeys(proposed)),
@@ -148,6 +157,7 @@ class Page:
                     multiselect=True,
                     allow_custom_value=True,
                     label="also called",
+                    interactive=True,
                     min_width=140,
                 )
             for part, field in ((becomes, "anchor"), (kind, "kind"), (also, "synonyms")):
@@ -194,7 +204,7 @@ class Page:
                     self._look()
                 with gr.Tab("Judge"):
                     self._judge()
-                with gr.Tab("Try to get it back"):
+                with gr.Tab("Get it back"):
                     self._attack()
                 with gr.Tab("Take away"):
                     self._take()

@@ -82,7 +82,7 @@ def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | No
     studio.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(studio.folder / "served"))
     from expunge.studio.page import Page
-    from expunge.studio.theme import CSS, theme
+    from expunge.studio.theme import head, theme
 
     blocks = Page(studio).blocks
     blocks.queue(default_concurrency_limit=32)
@@ -103,7 +103,7 @@ def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | No
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[str(studio.folder)],
         theme=theme(),
-        css_paths=CSS,
+        head=head(),
     )
     # The page is there at once; the model comes while somebody reads it.
     studio.desk.submit(Job("studio", "Loading", lambda job: studio.models.get(model, job)))

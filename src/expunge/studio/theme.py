@@ -9,6 +9,12 @@ import gradio as gr
 
 CSS = Path(__file__).with_name("style.css")
 
+
+def head() -> str:
+    """The styles for the page's head, as they are: Gradio rewrites those it is given."""
+    return f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"
+
+
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
