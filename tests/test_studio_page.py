@@ -139,7 +139,7 @@ def test_the_whole_path(opened, width, tmp_path):
     assert "no-airplane" in page.inner_text("#x-verdict")
     frame = page.frame_locator("#x-report iframe")
     frame.locator("text=What was erased, and what stayed").wait_for()
-    tab(page, "Get it back")
+    tab(page, "Attack")
     page.fill("#x-budget input[type=number]", "10")
     page.keyboard.press("Tab")
     page.click("#x-attack")

@@ -6,6 +6,7 @@ then shows the session as it is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ BUDGETS = {"inversion": (10, 600, 100, 10), "embedding": (1, 40, 10, 1)}
 """Least, most, first and step of an attack's budget."""
 
 
+AWAY = "This page was away for too long: reload it, and the session goes on as it was."
+
+
 class Handlers:
     """The page's handlers, over one studio."""
 
@@ -48,7 +52,13 @@ class Handlers:
         self.studio = studio
 
     def session(self, who: str | None) -> Session:
-        """The session of a browser."""
+        """The session of a page.
+
+        Raises:
+            gr.Error: the page has not come to one yet, or was away for so long that it lost it.
+        """
+        if who is None:
+            raise gr.Error(AWAY, title="Not done", print_exception=False)
         return self.studio.session(who)
 
     def attempt(self, who: str | None, act: Callable[[Session], Any]) -> Session:
@@ -63,7 +73,7 @@ class Handlers:
 
     # What the page shows.
 
-    def choice(self, session: Session, version: int) -> list[Any]:
+    def choice(self, session: Session) -> list[Any]:
         """The left side: `Page.choice` in its order."""
         chosen = session.choice
         kind = recipes.kind_of(chosen.concepts)
@@ -72,8 +82,8 @@ class Handlers:
         presets = recipes.presets(chosen.method, chosen.model, kind)
         return [
             gr.update(value=chosen.model),
-            gr.update(value=names, choices=list(dict.fromkeys([*known, *names]))),
-            version + 1,
+            gr.update(value=names, choices=list(dict.fromkeys([*known, *names])), interactive=True),
+            time.monotonic_ns(),  # the cards are shown anew
             gr.update(value=list(chosen.retain), choices=list(dict.fromkeys([*known, *chosen.retain]))),
             gr.update(value=chosen.method),
             gr.update(value=chosen.preset, choices=[option.name for option in presets]),
@@ -166,13 +176,22 @@ class Handlers:
 
     # Coming, and waiting.
 
-    def arrive(self, who: str | None, version: int) -> list[Any]:
-        """A browser comes, for the first time or again: it finds its session as it was left."""
-        session = self.session(who)
+    def arrive(self, kept: str | None, n: int) -> list[Any]:
+        """A browser comes, for the first time or again: it finds its session as it was left.
+
+        Args:
+            kept: the session's name, as the browser has kept it.
+            n: how many buttons wait for this.
+        """
+        session = self.studio.session(kept)
+        ready = [gr.update(interactive=True) for _ in range(n)]
+        results = self.results(session)
         return [
             session.name,
-            *self.choice(session, version),
-            *self.results(session),
+            session.name,
+            *ready,
+            *self.choice(session),
+            *results,
             gr.Timer(active=True),
         ]
 
@@ -201,12 +220,12 @@ class Handlers:
     # Choosing.
 
     def choosing(self, act: Callable[..., Any]) -> Callable[..., list[Any]]:
-        """A handler of the left side: who, version, then what `act` takes beside the session."""
+        """A handler of the left side: who, then what `act` takes beside the session."""
 
-        def handle(who: str | None, version: int, *values: Any) -> list[Any]:
+        def handle(who: str | None, *values: Any) -> list[Any]:
             session = self.attempt(who, lambda session: act(session, *values))
             self.attempt(who, lambda session: session.preview())
-            return [*self.choice(session, version), gr.Timer(active=True)]
+            return [*self.choice(session), gr.Timer(active=True)]
 
         return handle
 

@@ -27,7 +27,10 @@ class Page:
         with gr.Blocks(
             title="expunge studio", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
         ) as self.blocks:
-            self.who = gr.BrowserState(None, storage_key="expunge-studio", secret="expunge-studio")
+            # The browser keeps the session's name; what is asked goes by the server's copy, which is
+            # there before anything can be pressed.
+            self.kept = gr.BrowserState(None, storage_key="expunge-studio", secret="expunge-studio")
+            self.who = gr.State(None)
             self.version, self.shown = gr.State(0), gr.State("")
             self.timer = gr.Timer(TICK, active=False)
             self._top()
@@ -93,13 +96,19 @@ class Page:
                 allow_custom_value=True,
                 label="Forget",
                 elem_id="x-names",
+                interactive=False,
                 info="Search, or write your own and press Enter.",
             )
             with gr.Row(elem_id="x-examples"):
                 self.examples = {
-                    label: gr.Button(label, size="sm", variant="secondary") for label in EXAMPLES
+                    label: gr.Button(label, size="sm", interactive=False) for label in EXAMPLES
                 }
-            gr.render(inputs=[self.who, self.version], triggers=[self.version.change])(self._cards)
+            gr.render(
+                inputs=[self.who, self.version],
+                triggers=[self.version.change],
+                concurrency_limit=1,
+                show_progress="hidden",
+            )(self._cards)
             self.stay = gr.Dropdown(
                 [],
                 multiselect=True,
@@ -204,7 +213,7 @@ class Page:
                     self._look()
                 with gr.Tab("Judge"):
                     self._judge()
-                with gr.Tab("Get it back"):
+                with gr.Tab("Attack"):
                     self._attack()
                 with gr.Tab("Take away"):
                     self._take()
@@ -281,13 +290,16 @@ class Page:
 
     def _wire_choice(self) -> None:
         do = self.do
-        arrive = [self.who, *self.choice, *self.results, self.timer]
-        self.blocks.load(do.arrive, [self.who, self.version], arrive, **HIDDEN)
+        waiting = list(self.examples.values())
+        self.blocks.load(
+            partial(do.arrive, n=len(waiting)),
+            self.kept,
+            [self.kept, self.who, *waiting, *self.choice, *self.results, self.timer],
+            **HIDDEN,
+        )
 
         def wire(event: Any, act: Any, *inputs: Any) -> Any:
-            return event(
-                do.choosing(act), [self.who, self.version, *inputs], [*self.choice, self.timer], **HIDDEN
-            )
+            return event(do.choosing(act), [self.who, *inputs], [*self.choice, self.timer], **HIDDEN)
 
         wire(self.names.input, lambda session, names: session.choose(names or []), self.names)
         wire(self.stay.input, lambda session, names: session.retain(names or []), self.stay)
@@ -315,8 +327,8 @@ class Page:
                 **HIDDEN,
             )
             begun.then(
-                lambda who, version: do.choice(do.session(who), version),
-                [self.who, self.version],
+                lambda who: do.choice(do.session(who)),
+                self.who,
                 self.choice,
                 **HIDDEN,
             )

@@ -119,7 +119,8 @@ def title(session: Session) -> str:
     more = len(record.problem.erase) - 6
     if more > 0:
         parts.append(f'<span class="x-chip">and {more} more</span>')
-    how = f"erased by {escape(record.method)} in {record.seconds:.1f} s"
+    base = f" from {escape(session.made.model)}" if len(session.made.model) <= 40 else ""
+    how = f"erased{base} by {escape(record.method)} in {record.seconds:.1f} s"
     return f'<div class="x-chips x-title">{"".join(parts)}<span class="x-how">{how}</span></div>'
 
 
