@@ -5,6 +5,7 @@ import json
 import pickle
 import shlex
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.errors import ExpungeError
+from expunge.base.files import read_header
 from expunge.changes import Gated, Right
 from expunge.cli import main as command_line
 from expunge.studio import choice, models, recipes, server, uploads, views, working
@@ -151,6 +153,7 @@ def test_what_is_foreseen(session):
     ("name", "said"),
     [
         ("airplne", "did you mean “airplane”"),
+        ("flag of Jap", "did you mean “flag of Japan”"),
         ("飞机", "no word in the script of “飞机”"),
         ("самолёт", "no word in the script"),
         ("zzyzx", "can only spell “zzyzx”"),
@@ -322,7 +325,7 @@ def test_what_is_taken_away_can_be_read(erased, form):
         weights, card = taken.files
         assert weights.name == f"no-airplane-{form}.safetensors"
         assert "no-airplane" not in card.read_text(encoding="utf-8") or card.suffix == ".md"
-        assert any("lora" in name for name in expunge.base.files.read_header(weights))
+        assert any("lora" in name for name in read_header(weights))
 
 
 PROBLEMS = [
@@ -537,3 +540,11 @@ def test_every_form_and_size_is_told_in_a_sentence():
     for told in (*working.FORMS.values(), *working.SIZES.values()):
         assert told[0].isupper()
         assert told.endswith(".")
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_docs(studio, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "studio.md").read_text(encoding="utf-8")
+    block = text.partition("```python\n")[2].partition("```")[0]
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("done ")

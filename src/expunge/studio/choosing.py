@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Choosing:
 
     def __init__(self, models: Models, folder: Path, first: str = FIRST) -> None:
         self.models, self.folder = models, folder
+        self.marks: Counter[str] = Counter()
+        """How often each part of the session has changed: what a page shows it by."""
         self.choice = Choice(first, preset=recipes.presets(recipes.FIRST, first)[0].name)
 
     @property
@@ -166,6 +169,7 @@ class Choosing:
 
     def _choose(self, **values: Any) -> None:
         self.choice = dataclasses.replace(self.choice, **values)
+        self.marks["choice"] += 1
         with contextlib.suppress(ExpungeError):  # a full disk is told where something is asked of it
             self.save()
 

@@ -17,7 +17,7 @@ from expunge.model import ANCHORS
 from expunge.problem import Concept
 from expunge.studio import recipes, views, working
 from expunge.studio.house import Studio
-from expunge.studio.jobs import FAILED, sentence
+from expunge.studio.jobs import Job, sentence
 from expunge.studio.session import PREVIEW, Session
 
 AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
@@ -30,6 +30,9 @@ EXAMPLES = {
     "Cat and dog": ("cat", "dog"),
 }
 """Choices by one press, for who has just come."""
+
+TICK, IDLE = 0.7, 2.5
+"""Seconds between two looks at the work: while there is some, and while there is none."""
 
 CARDS = 12
 """Concepts that are shown one by one; of more, the list is there."""
@@ -117,41 +120,63 @@ class Handlers:
             gr.update(visible=busy and not left),
         ]
 
-    def results(self, session: Session) -> list[Any]:
-        """The right side: `Page.results` in its order."""
-        made, view = session.made, session.choice.view
+    def groups(self, session: Session) -> dict[str, tuple[Any, Callable[[], list[Any]]]]:
+        """The right side, part by part: what its state is, and how to show it (`Page.groups`)."""
+        job, marks = session.job, session.marks
+        state = (marks["job"], job.state if job else "", len(self._live_results(job)))
+        made = marks["made"]
+        return {
+            "stage": ((made, state if session.made is None else ""), lambda: self._stage(session)),
+            "look": (marks["pairs"], lambda: self._look(session)),
+            "form": (made, lambda: self._form(session)),
+            "judged": (marks["verdict"], lambda: self._judged(session)),
+            "attacked": ((marks["rungs"], state), lambda: [views.rungs(self._rungs(session))]),
+            "taken": (state, lambda: self._taken(session)),
+            "code": ((made, marks["choice"]), lambda: self._code(session)),
+        }
+
+    def _live_results(self, job: Job | None) -> list[Any]:
+        """What a job has come to so far, where it tells it piece by piece."""
+        return job.result if job is not None and isinstance(job.result, list) else []
+
+    def _stage(self, session: Session) -> list[Any]:
+        made = session.made is not None
+        return [
+            gr.update(value=views.now(session), visible=not made),
+            gr.update(visible=made),
+            views.title(session),
+        ]
+
+    def _look(self, session: Session) -> list[Any]:
         pairs = session.pairs
-        prompts = list(view.prompts) or (session.prompts if made else [])
-        suites = session.suites
-        command, python = self._recipe(session)
         first = (pairs[0].before, pairs[0].after) if pairs else None
         return [
-            gr.update(value=views.now(session), visible=made is None),
-            gr.update(visible=made is not None),
-            views.title(session),
             gr.update(value=first, visible=bool(pairs)),
             views.sides(pairs[0] if pairs else None),
             views.pairs(pairs),
+        ]
+
+    def _form(self, session: Session) -> list[Any]:
+        view, suites = session.choice.view, session.suites
+        prompts = list(view.prompts) or (session.prompts if session.made else [])
+        return [
             "\n".join(prompts),
             view.number,
             view.seed,
             view.strength,
             gr.update(choices=suites, value=suites[0] if suites else None),
-            views.verdict(session.verdict),
-            views.report(session.verdict),
             prompts[0] if prompts else "",
-            views.rungs(self._rungs(session)),
-            *self.taken(session),
-            command,
-            python,
         ]
+
+    def _judged(self, session: Session) -> list[Any]:
+        return [views.verdict(session.verdict), views.report(session.verdict)]
 
     def _rungs(self, session: Session) -> Sequence[working.Rung]:
         job = session.job
         live = job is not None and job.label == "Attacking" and isinstance(job.result, list)
         return job.result if live and job is not None else session.rungs
 
-    def taken(self, session: Session) -> list[Any]:
+    def _taken(self, session: Session) -> list[Any]:
         """The files that were written last, and what was lost on the way."""
         job = session.job
         done = job.result if job is not None else None
@@ -159,20 +184,13 @@ class Handlers:
             return [gr.update(value=None, visible=False), ""]
         return [gr.update(value=[str(f) for f in done.files], visible=True), views.notes(done.notes)]
 
-    def _recipe(self, session: Session) -> tuple[str, str]:
+    def _code(self, session: Session) -> list[Any]:
         if session.made is None:
-            return "", ""
+            return ["", ""]
         try:
-            return session.command(), session.python()
+            return [session.command(), session.python()]
         except ValueError:  # what is chosen now is not whole
-            return "", ""
-
-    def stamp(self, session: Session) -> str:
-        """What tells whether the right side is as the page last showed it."""
-        job, made = session.job, session.made
-        rungs = len(job.result) if job is not None and isinstance(job.result, list) else 0
-        parts = (id(made), id(session.pairs), id(session.verdict), id(job), job and job.state, rungs)
-        return ":".join(map(str, parts))
+            return ["", ""]
 
     # Coming, and waiting.
 
@@ -185,37 +203,38 @@ class Handlers:
         """
         session = self.studio.session(kept)
         ready = [gr.update(interactive=True) for _ in range(n)]
-        results = self.results(session)
         return [
             session.name,
             session.name,
             *ready,
             *self.choice(session),
-            *results,
-            gr.Timer(active=True),
+            {},
+            gr.Timer(TICK, active=True),
         ]
 
-    def tick(self, who: str | None, shown: str, n: int) -> list[Any]:
-        """How far the work is; what has come of it since the last time."""
+    def tick(self, who: str | None, shown: dict[str, Any], widths: dict[str, int]) -> list[Any]:
+        """How far the work is, and what has changed since the last time.
+
+        Args:
+            who: the session.
+            shown: for each group of the page the state that it was last shown in.
+            widths: for each group how many components it has.
+        """
         session = self.session(who)
         ready = self.studio.models.ready(session.choice.model) is not None
         if ready:
             session.preview()  # what was chosen before the model was there
-        job, stamp = session.job, self.stamp(session)
+        job, now = session.job, dict(shown)
         busy = job is not None and job.active
-        changed = stamp != shown
-        if changed and job is not None and job.state == FAILED:
-            gr.Warning(
-                views.escape(job.error[:1].upper() + job.error[1:]), duration=12, title="Not done"
-            )
-        results = self.results(session) if changed else [gr.skip() for _ in range(n)]
-        return [
-            *self.live(session),
-            *self.foresight(session),
-            stamp,
-            gr.Timer(active=busy or not ready),
-            *results,
-        ]
+        left = (session.marks["choice"], session.marks["job"], job.state if job else "", ready)
+        outputs = self.foresight(session) if shown.get("left") != left else [gr.skip(), gr.skip()]
+        now["left"] = left
+        for name, (state, show) in self.groups(session).items():
+            changed = shown.get(name) != state
+            outputs += show() if changed else [gr.skip() for _ in range(widths[name])]
+            now[name] = state
+        timer = gr.Timer(TICK if busy or not ready else IDLE)
+        return [*self.live(session), now, timer, *outputs]
 
     # Choosing.
 
@@ -225,7 +244,7 @@ class Handlers:
         def handle(who: str | None, *values: Any) -> list[Any]:
             session = self.attempt(who, lambda session: act(session, *values))
             self.attempt(who, lambda session: session.preview())
-            return [*self.choice(session), gr.Timer(active=True)]
+            return [*self.choice(session), gr.Timer(TICK)]
 
         return handle
 
@@ -234,7 +253,7 @@ class Handlers:
 
         def handle(who: str | None, *values: Any) -> list[Any]:
             session = self.attempt(who, lambda session: act(session, *values))
-            return [*self.live(session), gr.Timer(active=True)]
+            return [*self.live(session), gr.Timer(TICK)]
 
         return handle
 

@@ -84,7 +84,10 @@ class Knowledge:
         return [name for name in dict.fromkeys(found) if key(name) not in gone][:SIBLINGS]
 
     def near(self, name: str) -> str:
-        """The known name that is written almost so; "" for none."""
+        """The known name that is written almost so, or begins so alone; "" for none."""
+        begun = [known for spelled, known in self.concepts.items() if spelled.startswith(key(name))]
+        if len({known.name for known in begun}) == 1:
+            return begun[0].name
         found = difflib.get_close_matches(key(name), list(self.concepts), n=1, cutoff=0.7)
         return self.concepts[found[0]].name if found else ""
 

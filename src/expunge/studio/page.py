@@ -9,12 +9,9 @@ import gradio as gr
 
 from expunge.problem import KINDS
 from expunge.studio import recipes, theme, views, working
-from expunge.studio.handlers import ATTACKS, BUDGETS, CARDS, EXAMPLES, Handlers, anchors, attack
+from expunge.studio.handlers import ATTACKS, BUDGETS, CARDS, EXAMPLES, TICK, Handlers, anchors, attack
 from expunge.studio.house import Studio
 from expunge.studio.strength import STRONGEST
-
-TICK = 0.7
-"""Seconds between two looks at the work."""
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
 
@@ -31,7 +28,7 @@ class Page:
             # there before anything can be pressed.
             self.kept = gr.BrowserState(None, storage_key="expunge-studio", secret="expunge-studio")
             self.who = gr.State(None)
-            self.version, self.shown = gr.State(0), gr.State("")
+            self.version, self.shown = gr.State(0), gr.State({})
             self.timer = gr.Timer(TICK, active=False)
             self._top()
             with gr.Row(equal_height=False):
@@ -53,27 +50,22 @@ class Page:
                 self.foresight,
                 self.start,
             ]
-            self.results = [
-                self.welcome,
-                self.tabs,
-                self.title,
-                self.slider,
-                self.caption,
-                self.gallery,
-                self.prompts,
-                self.number,
-                self.look_seed,
-                self.strength,
-                self.suite,
-                self.verdict,
-                self.report,
-                self.target,
-                self.rungs,
-                self.files,
-                self.lost,
-                self.command,
-                self.python,
-            ]
+            self.groups = {
+                "stage": [self.welcome, self.tabs, self.title],
+                "look": [self.slider, self.caption, self.gallery],
+                "form": [
+                    self.prompts,
+                    self.number,
+                    self.look_seed,
+                    self.strength,
+                    self.suite,
+                    self.target,
+                ],
+                "judged": [self.verdict, self.report],
+                "attacked": [self.rungs],
+                "taken": [self.files, self.lost],
+                "code": [self.command, self.python],
+            }
             self._wire_choice()
             self._wire_work()
 
@@ -294,7 +286,7 @@ class Page:
         self.blocks.load(
             partial(do.arrive, n=len(waiting)),
             self.kept,
-            [self.kept, self.who, *waiting, *self.choice, *self.results, self.timer],
+            [self.kept, self.who, *waiting, *self.choice, self.shown, self.timer],
             **HIDDEN,
         )
 
@@ -371,18 +363,12 @@ class Page:
         )
         self.attack.input(do.budget, self.attack, [self.budget, self.attack_about], **HIDDEN)
         self.gallery.click(do.select, self.who, [self.slider, self.caption], **HIDDEN)
-        n = len(self.results)
+        widths = {name: len(parts) for name, parts in self.groups.items()}
+        parts = [part for group in self.groups.values() for part in group]
         self.timer.tick(
-            lambda who, shown: do.tick(who, shown, n),
+            partial(do.tick, widths=widths),
             [self.who, self.shown],
-            [
-                *self.live,
-                self.foresight,
-                self.start,
-                self.shown,
-                self.timer,
-                *self.results,
-            ],
+            [*self.live, self.shown, self.timer, self.foresight, self.start, *parts],
             **HIDDEN,
         )
 

@@ -100,8 +100,7 @@ class Session(Choosing):
             edit.save(self.edit_path)
             shutil.rmtree(place, ignore_errors=True)
             self._set_made(Made(edit, chosen.model))
-            view = self._view()
-            self.pairs = looking.draw_pairs(loaded.model, edit, view, job)
+            self._set_pairs(looking.draw_pairs(loaded.model, edit, self._view(), job))
             return Made(edit, chosen.model)
 
         return self._start("Erasing", work)
@@ -118,8 +117,14 @@ class Session(Choosing):
 
     def _set_made(self, made: Made) -> None:
         self.made, self.pairs, self.verdict, self.rungs = made, [], None, []
+        self.marks.update(("made", "pairs", "verdict", "rungs"))
         with contextlib.suppress(ExpungeError):
             self.save()
+
+    def _set_pairs(self, pairs: list[Pair]) -> list[Pair]:
+        self.pairs = pairs
+        self.marks["pairs"] += 1
+        return pairs
 
     def _view(self) -> View:
         """What to draw: what was asked, or what is proposed for what is erased."""
@@ -174,8 +179,7 @@ class Session(Choosing):
 
         def work(job: Job) -> list[Pair]:
             loaded = self.models.get(made.model, job)
-            self.pairs = looking.draw_pairs(loaded.model, made.edit, view, job)
-            return self.pairs
+            return self._set_pairs(looking.draw_pairs(loaded.model, made.edit, view, job))
 
         return self._start("Drawing", work)
 
@@ -204,6 +208,7 @@ class Session(Choosing):
             name = recipes.file_name(made.edit.record.problem)
             folder = self.folder / "report" / suite
             self.verdict = working.judge_in(job, model, made.edit, known[suite], amount, name, folder)
+            self.marks["verdict"] += 1
             return self.verdict
 
         return self._start("Judging", work)
@@ -282,6 +287,7 @@ class Session(Choosing):
             chosen = Choice(made.model, record.problem.erase, record.problem.retain, record.method)
         self.choice, self.pairs, self.verdict, self.rungs = chosen, [], None, []
         self.made = made
+        self.marks.update(("choice", "made", "pairs", "verdict", "rungs"))
         if made is not None:
             made.edit.save(self.edit_path)
         self.save()
@@ -335,4 +341,5 @@ class Session(Choosing):
             self.job.wait(10)
         job = Job(self.name, label, work)
         self.job = self.desk.submit(job)
+        self.marks["job"] += 1
         return job
