@@ -6,18 +6,18 @@ trained with the preset `emoji-object` but for what is said, and the loss is tak
 noises that were not trained on, as a share of the loss before training. Writes
 `experiments/results/ant_fit.json`.
 
-    python experiments/ant_fit.py
+    python experiments/archive/ant_fit.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from tune import objects
 
 import expunge
 from expunge import Model, Problem
@@ -28,7 +28,11 @@ from expunge.methods.ant import ANT
 from expunge.ops.low_rank import each_its_own
 from expunge.runtime.context import Run
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
+
+from tune import objects
+
+HERE = Path(__file__).parents[1]
 
 TRIED: tuple[dict[str, Any], ...] = (
     {"rank": 4, "steps": 60},

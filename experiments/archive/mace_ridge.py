@@ -6,19 +6,19 @@ and how far it moves the retained and captions of the prior (‖M e − e‖ / �
 ‖e − g‖ of the erased); and both again after *fuse*. Means over the end and padding tokens, which
 carry the prompt. Writes `experiments/results/mace_ridge.json`.
 
-    python experiments/mace_ridge.py
+    python experiments/archive/mace_ridge.py
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tune import many
 
 import expunge
 from expunge import Model
@@ -26,6 +26,10 @@ from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE, Sums
 from expunge.runtime.context import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
+
+from tune import many
 
 WORDINGS = ("a view of the {}", "a beautiful image of the {}", "a shot of the {}")
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -75,7 +79,7 @@ def main() -> None:
                      "refine": moved(first), "refine and fuse": moved(second)})  # fmt: skip
         print(*rows[-1].values(), flush=True)
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers")}
-    with replacing(Path(__file__).parent / "results" / "mace_ridge.json") as file:
+    with replacing(Path(__file__).parents[1] / "results" / "mace_ridge.json") as file:
         file.write_text(json.dumps({"rows": rows, "versions": versions}, indent=1) + "\n", "utf8")
 
 

@@ -6,7 +6,7 @@ original draws with "a flag" in each flag's place, from the same noises; that th
 flags exactly the anchor has the anchor's share. Pictures are drawn in bfloat16. Writes
 `experiments/results/ace/anchor.json`.
 
-    python experiments/ace_anchor.py [--edits experiments/ace.work]
+    python experiments/archive/ace_anchor.py [--edits experiments/ace.work]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from expunge.methods.ace import ACE
 from expunge.metric import Judge
 from expunge.problem import Problem
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def anchored(cell: Cell, problem: Problem) -> Cell:

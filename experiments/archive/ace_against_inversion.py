@@ -13,7 +13,7 @@ of these:
 The attack is the object suite's longest inversion, anew against each, six pictures. No inversion is
 used in the making. Writes `experiments/results/ace/against_inversion.json`, after every row.
 
-    python experiments/ace_against_inversion.py [--word airplane]
+    python experiments/archive/ace_against_inversion.py [--word airplane]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from expunge.ops.gates import stacked
 from expunge.ops.least_squares import gram, outer, right_factor
 from expunge.ops.pgd import bounded
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 BEHIND = (0, 1, 2, 4, 6, 9, 13, 19, 27, 41)
 """Which tokens are read, counted from the last of a prompt's own on."""
 NEAREST = 48

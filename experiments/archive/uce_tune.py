@@ -3,7 +3,7 @@
 Each field is tried by itself, from the defaults as they stand; six words are erased in turn, and
 four more are watched that the method is never told of. Writes `experiments/results/uce_tune.json`.
 
-    python experiments/uce_tune.py [--pictures 4] [--only ridge anchor] [--base ridge=1 general=1000]
+    python experiments/archive/uce_tune.py [--only ridge anchor] [--base ridge=1 general=1000]
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from in_turn import InTurn
 from rich.console import Console
 from rich.table import Table
 
 from expunge.base.files import replacing
 from expunge.evaluation.suite import SuiteConcept
 from expunge.methods.uce import UCE
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
+
+from in_turn import InTurn
 
 WORDS = tuple(
     SuiteConcept(name) for name in ("elephant", "rocket", "guitar", "pizza", "turtle", "house")
@@ -72,7 +76,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=tuple(TRIED), help="fields to try")
     parser.add_argument("--base", nargs="*", default=[], help="FIELD=VALUE, where to start from")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "uce_tune.json")
+    parser.add_argument(
+        "--to", type=Path, default=Path(__file__).parents[1] / "results" / "uce_tune.json"
+    )
     options = parser.parse_args()
     turns = InTurn(WORDS, BYSTANDERS, n=options.pictures, seed=5000, model=options.model)
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}

@@ -3,8 +3,8 @@
 Edits are those of an experiment of ACE's, made if they are not there; the suite is judged at quick size.
 Writes `experiments/results/ace/plain.json`, and adds to it.
 
-    python experiments/ace_plain.py objects [--only airplane cat ship]
-    python experiments/ace_plain.py objects-fortified
+    python experiments/archive/ace_plain.py objects [--only airplane cat ship]
+    python experiments/archive/ace_plain.py objects-fortified
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.report import evaluate
 from expunge.evaluation.scoring import Candidate
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def main() -> None:

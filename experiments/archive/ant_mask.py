@@ -4,7 +4,7 @@ The text of the paper keeps the half of each tensor with the largest gradients i
 code the smallest. Both are taken of the same maps, on the shipped model, for one word. Writes
 `experiments/results/ant_mask.json`.
 
-    python experiments/ant_mask.py [--word airplane] [--maps 100]
+    python experiments/archive/ant_mask.py [--word airplane] [--maps 100]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from expunge.ops.saliency import HALVES, Intersection, settled
 from expunge.ops.trajectory import Objective
 from expunge.runtime.context import Run
 
-FILE = Path(__file__).parent / "results" / "ant_mask.json"
+FILE = Path(__file__).parents[1] / "results" / "ant_mask.json"
 
 
 class Both(Intersection):

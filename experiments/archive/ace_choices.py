@@ -5,9 +5,9 @@ those of hardening with it. Words are erased in turn, with the synonyms that the
 and four more are watched that it is never told of. With `--attack`, each edit is also attacked on its
 own word. Writes `experiments/results/ace_choices.json`.
 
-    python experiments/ace_choices.py --attack 0.1 0.2 [--pictures 4] [--words rocket bicycle]
-    python experiments/ace_choices.py --only reduction energy
-    python experiments/ace_choices.py --gates --only reduction --attack 0.2 --pictures 2 \
+    python experiments/archive/ace_choices.py --attack 0.1 0.2 [--pictures 4] [--words rocket bicycle]
+    python experiments/archive/ace_choices.py --only reduction energy
+    python experiments/archive/ace_choices.py --gates --only reduction --attack 0.2 --pictures 2 \
         --words rocket bicycle rabbit doughnut --to experiments/results/ace/attention.json
 """
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from in_turn import InTurn, Looks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,6 +35,10 @@ from expunge.changes import Changes
 from expunge.evaluation.suite import SuiteConcept
 from expunge.methods.ace import ACE
 from expunge.runtime.context import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
+
+from in_turn import InTurn, Looks
 
 WORDS = (
     SuiteConcept("rocket", synonyms=("spaceship",)),
@@ -129,7 +133,7 @@ def main() -> None:
     parser.add_argument("--attack", type=float, nargs="*", default=[], help="radii to attack with")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
     parser.add_argument(
-        "--to", type=Path, default=Path(__file__).parent / "results" / "ace_choices.json"
+        "--to", type=Path, default=Path(__file__).parents[1] / "results" / "ace_choices.json"
     )
     options = parser.parse_args()
     words = tuple(word for word in WORDS if not options.words or word.name in options.words)

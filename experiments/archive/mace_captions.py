@@ -7,8 +7,8 @@ have nothing to do with the erased move, ‖W'e − We‖ / ‖We‖ over all la
 the way to the anchor is left to the erased, at the end and padding tokens of a held-out wording. Text
 alone is read: no pictures. Writes `experiments/results/mace_captions.json`.
 
-    python experiments/mace_captions.py
-    python experiments/mace_captions.py --captions coco.txt     # another source beside them
+    python experiments/archive/mace_captions.py
+    python experiments/archive/mace_captions.py --captions coco.txt     # another source beside them
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
         "model sha256": model_hash(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
     }
-    with replacing(Path(__file__).parent / "results" / "mace_captions.json") as file:
+    with replacing(Path(__file__).parents[1] / "results" / "mace_captions.json") as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ averaged over a latent pixel, at least one half. Beside the IoU of the masks sta
 was chosen on forty objects; their mean stands beside that of the others, which counts.
 Writes `experiments/results/mask_iou.json` and `mask_iou.png`.
 
-    python experiments/mask_iou.py [--drawings training/emoji/made]
+    python experiments/archive/mask_iou.py [--drawings training/emoji/made]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from expunge.evaluation.image_cache import model_hash
 from expunge.ops.otsu import otsu
 from expunge.runtime.context import Run
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE.parent))  # the recipe of the emoji model is no part of the package
 
 from training.emoji.scenes import COLOURS, PICTURE, colour  # noqa: E402

@@ -5,7 +5,7 @@ object suite's budgets, and the widest gate is read on the word itself, the end 
 in the plain prompt. `moved` is the mean over tokens of how far the edit moves one, as a share of its
 norm. Writes `experiments/results/ace/inversion.json`.
 
-    python experiments/ace_inversion.py [--words airplane cat]
+    python experiments/archive/ace_inversion.py [--words airplane cat]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from expunge.evaluation.robustness import budgets
 from expunge.runtime.context import Run
 from expunge.text import Text
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @torch.no_grad()

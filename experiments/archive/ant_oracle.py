@@ -7,7 +7,7 @@ muddle. Sixteen words of `experiments/tune/many.toml` and the foods of `experime
 where any food counts, which no suite reports; and the twenty flags and the ten words of
 `experiments/ant`, from which no value was chosen. Writes `experiments/results/ant_oracle.json`.
 
-    python experiments/ant_oracle.py [--each 4] [--only "ten words"]
+    python experiments/archive/ant_oracle.py [--each 4] [--only "ten words"]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tune import many, suite
 
 import expunge
 from expunge import Model, Probe
@@ -30,7 +30,11 @@ from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.suite import Suite
 from expunge.text import Text
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
+
+from tune import many, suite
+
+HERE = Path(__file__).parents[1]
 
 TURNS = (-99.0, -5.0, -3.0, -2.0)
 ETAS = (0.25, 1.0, 3.0)
