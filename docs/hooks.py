@@ -1,7 +1,8 @@
 """Fill the site's reference pages with what the program itself prints.
 
 A line `<!-- run: expunge … -->` in a page is followed, on the site, by the output of that command, so the
-reference cannot disagree with the parser. `<!-- help: methods -->` shows the help of every method.
+reference cannot disagree with the parser. `options` leaves out a method's own options; `help` and
+`presets` show these of every method.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import shlex
 from typing import Any
 from unittest import mock
 
-MARK = re.compile(r"^<!-- (run|presets|help): (.*?) -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (run|options|presets|help): (.*?) -->$", re.MULTILINE)
+OWN = " method options\n"
+"""The title of a method's own options in its help."""
 WIDTH = 100
 """Columns of the output, so that code blocks do not scroll on a wide screen."""
 
@@ -52,13 +55,15 @@ def fill(markdown: str) -> str:
 
 
 def _asked(kind: str, what: str) -> str:
-    if kind == "run":
-        return _block(output_of(what))
+    if kind in ("run", "options"):
+        text = output_of(what)
+        return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())
     registry = importlib.import_module("expunge.base.registry")
     parts = []
     for name in registry.names(what):
         command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
-        parts.append(f"### {name}\n\n{_block(output_of(command))}")
+        text = output_of(command)
+        parts.append(f"### {name}\n\n{_block(text.partition(OWN)[2] or text)}")
     return "\n\n".join(parts)
 
 
