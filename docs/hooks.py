@@ -1,6 +1,6 @@
 """Fill the site's reference pages with what the program itself prints.
 
-A line `<!-- run: expunge … -->` in a page is followed, on the site, by the output of that command, so the
+On the site, a line `<!-- run: expunge … -->` of a page is followed by the output of that command, so the
 reference cannot disagree with the parser. `options` leaves out a method's own options; `help` and
 `presets` show these of every method.
 """

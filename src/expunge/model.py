@@ -398,7 +398,8 @@ class Model(ABC):
         It ends with the last of them.
 
         Args:
-            text, seeds: a row and the number of its noise for each picture.
+            text: n rows, one for each picture.
+            seeds: the numbers of their noises, n.
             at: numbers of steps, rising.
         """
         steps = self.trajectory(
