@@ -289,11 +289,13 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    words, images = record["words"], record["images a word"] * len(record["words"])
+    words = record["words"]
+    each = record.get("images a word") or record["pictures a word"]  # as older files call it
+    images = each * len(words)
     return [
         "\n## Under attack\n",
         f"The share of images in which an erased word is seen again ({', '.join(words)};",
-        f"{pictures} images): without an attack (pre-ASR), and under two attacks with growing budgets,",
+        f"{images} images): without an attack (pre-ASR), and under two attacks with growing budgets,",
         "a bounded attack on the prompt's embedding and a word learnt by textual inversion. Lower is",
         "better. An image that the attack breaks counts as not seen. `python experiments/attacked.py`",
         "makes this table.\n",

@@ -71,3 +71,9 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
     table = board.table(tmp_path)
     assert "| method | H_o | efficacy | specificity | generality | unrecognisable |" in table
     assert f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>" in table
+
+
+def test_the_page_is_that_of_the_results(board):
+    page = (SCRIPT.parents[1] / board.PAGE).read_text("utf-8")
+    assert page == board.table(SCRIPT.parent / "results")
+    assert page.count("| uce |") >= 2
