@@ -289,9 +289,7 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    words = record["words"]
-    each = record.get("images a word") or record["pictures a word"]  # as older files call it
-    images = each * len(words)
+    words, images = record["words"], record["pictures a word"] * len(record["words"])
     return [
         "\n## Under attack\n",
         f"The share of images in which an erased word is seen again ({', '.join(words)};",

@@ -17,6 +17,7 @@ import test_methods
 from conftest import tiny_pipeline
 from expunge import Concept, Problem
 from expunge.base import registry
+from expunge.checkpoints import loading
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
 from expunge.evaluation.experiment import Experiment
@@ -102,10 +103,11 @@ def few(monkeypatch):
                 read(cls, path),
                 sizes={"quick": FEW, "full": FEW},
                 attacks=ATTACKS,
-                num_inference_steps=2,
             )
         ),
     )
+    settings = loading.settings
+    monkeypatch.setattr(loading, "settings", lambda found: {**settings(found), "num_inference_steps": 2})
 
 
 @pytest.mark.parametrize("page", RUN)
