@@ -63,7 +63,8 @@ def _asked(kind: str, what: str) -> str:
     for name in registry.names(what):
         command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
         text = output_of(command)
-        parts.append(f"### {name}\n\n{_block(text.partition(OWN)[2] or text)}")
+        own = re.sub(r"^ *-{9,}\n", "", text.partition(OWN)[2])  # the rule under the title
+        parts.append(f"### {name}\n\n{_block(own or text)}")
     return "\n\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -214,6 +215,20 @@ def check(arguments, page):
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(command, method)))
     for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         assert option in known or option == "--help", (page, arguments, option)
+
+
+@pytest.mark.parametrize("name", ["uce", "mace", "ace", "ant"])
+def test_a_method_page_names_real_fields(name):
+    known = {field.name for field in dataclasses.fields(registry.get("methods", name))}
+    lines = TEXTS[f"docs/explanation/{name}.md"].splitlines()
+    named = set()
+    for start, line in enumerate(lines):
+        if line.startswith("|") and re.search(r"\| field \|", line):
+            column = [cell.strip() for cell in line.split("|")].index("field")
+            for row in itertools.takewhile(lambda row: row.startswith("|"), lines[start + 2 :]):
+                named |= set(re.findall(r"`(\w+)`", row.split("|")[column]))
+    assert len(named) > 3
+    assert named <= known
 
 
 def anchors(text):
