@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -246,6 +247,11 @@ class Model(ABC):
         known = {word.casefold() for word in self.vocabulary()}
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
         return [word for word in dict.fromkeys(words) if word not in known]
+
+    def near(self, word: str) -> str:
+        """The word of the tokenizer's own that is spelled most like one; "" where none is."""
+        words = list(dict.fromkeys(known.casefold() for known in self.vocabulary()))
+        return next(iter(difflib.get_close_matches(word.casefold(), words, n=1, cutoff=0.75)), "")
 
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:

@@ -321,11 +321,34 @@ def _say_anchors(model: Model, problem: Problem) -> None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
         if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
             warnings.warn(
-                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
+                f"this model's tokenizer has no token for {_spelled(model, strange)} in the anchor"
                 f" {concept.anchor!r}: is it what {concept.name!r} should become?",
                 ExpungeWarning,
                 stacklevel=1,
             )
+
+
+def _spelled(model: Model, words: Sequence[str]) -> str:
+    """Words that the tokenizer can only spell, each with the nearest that it knows."""
+    near = {word: model.near(word) for word in words}
+    return listed([repr(word) + (f" (near: {near[word]!r})" * bool(near[word])) for word in near], 3)
+
+
+def _say_unfamiliar(model: Model, problem: Problem) -> None:
+    """The words that may be misspelt.
+
+    What is retained may be anybody's names: of those only words near to one of the model's are said.
+    """
+    names = [name for concept in problem.erase for name in concept.names]
+    strange = [word for name in names for word in model.unfamiliar(name)]
+    strange += [w for text in problem.retain for w in model.unfamiliar(text) if model.near(w)]
+    if strange:
+        warnings.warn(
+            f"this model's tokenizer has no token for {_spelled(model, strange)}:"
+            " look whether it is spelled as you meant",
+            ExpungeWarning,
+            stacklevel=1,
+        )
 
 
 def erase_command(options: Erase, method: Any) -> None:
@@ -344,16 +367,7 @@ def erase_command(options: Erase, method: Any) -> None:
         options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
         return
     model = options.loading.load(options.model, method.work(problem, 1))
-    named = (
-        word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
-    )
-    if strange := [repr(word) for word in dict.fromkeys(named)]:
-        warnings.warn(
-            f"this model's tokenizer has no token for {listed(strange, 3)}:"
-            " look whether it is spelled as you meant",
-            ExpungeWarning,
-            stacklevel=1,
-        )
+    _say_unfamiliar(model, problem)
     if method.reads_anchor:
         _say_anchors(model, problem)
     elif told := [concept for concept in problem.erase if concept.anchor]:
@@ -484,7 +498,7 @@ def _attack(
         shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
         broken = ", ".join(f"{budget}: {_score(one)}" for budget, one in row.broken.items())
         table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares, broken)
-    _out().print(table)
+    _print(table)
     print(f"attacked pictures: {pictures}")
 
 
@@ -525,7 +539,7 @@ def _show(report: Report) -> None:
             for row in case.rows:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
                 table.add_row(row.name, *[words] * several, *map(_score, numbers))
-        _out().print(table)
+        _print(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
             print(f"left out, for the original seldom draws them: {listed(left_out, 5)}")
@@ -586,7 +600,7 @@ def info_command(options: Info) -> None:
     )
     table.add_row("hash", edit.hash[:16])
     table.add_row("fits", _fit(edit, options.model))
-    _out().print(table)
+    _print(table)
 
 
 def list_command(options: List) -> None:
@@ -598,7 +612,7 @@ def list_command(options: List) -> None:
     for name in names:
         families = (registry.suits(name),) if options.kind == "methods" else ()
         table.add_row(name, registry.describe(options.kind, name), *families)
-    _out().print(table if names else f"no {options.kind} yet")
+    _print(table if names else f"no {options.kind} yet")
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
@@ -685,7 +699,7 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
         table.add_row(name, preset.get("about", ""), spelled_out(values))
-    _out().print(table if presets else f"{method} has no presets")
+    _print(table if presets else f"{method} has no presets")
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: bool = True) -> T:
@@ -990,8 +1004,15 @@ def _notes(console: Console) -> Iterator[None]:
         yield
 
 
-def _out() -> Console:
-    return _console()
+def _print(shown: Table | str) -> None:
+    """Print to a terminal as it is; elsewhere without the blanks that fill a table's last column."""
+    console = _console()
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as caught:
+        console.print(shown)
+    print("\n".join(line.rstrip() for line in caught.get().splitlines()))
 
 
 WIDE = 100_000
