@@ -61,7 +61,7 @@ def gate(concepts: int) -> dict[str, float]:
         torch.randn(n, WIDTH, generator=generator) * SCALE / WIDTH**0.5 for n in (3000, 1500)
     )
     before, start = peak(), time.perf_counter()
-    background = Background(general, retained, METHOD.gate_ridge, METHOD.deviations)
+    background = Background(general, retained, METHOD.gate_ridge, METHOD.n_std)
     (change,) = METHOD.gate(given, background, layers)
     seconds = time.perf_counter() - start
     assert isinstance(change, Gated)

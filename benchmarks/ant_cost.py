@@ -34,10 +34,10 @@ import expunge
 import expunge.erasing.guidance_training as steering_module
 from expunge import Concept, Model, Problem
 from expunge.base.files import replacing
-from expunge.erasing.guidance_training import Sample, Steering, Subject, part_of
+from expunge.erasing.guidance_training import Sample, Steering, TrainingConcept, part_of
 from expunge.methods.ant import ANT
 from expunge.ops.in_place import InPlace
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 CHANNELS = (320, 640, 1280, 1280)
 """Stable Diffusion 1.4's."""
@@ -95,7 +95,9 @@ def peak(before: int) -> int:
 def ours(model: Model, steps: int, maps: int) -> dict[str, Any]:
     """The method itself."""
     steering_module.KEEP_EVERY = 1
-    method = dataclasses.replace(SHORT, maps=maps, settle=0.0, steps=steps, batch=1, map_samples=2)
+    method = dataclasses.replace(
+        SHORT, maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2
+    )
     changes = expunge.erase(model, Problem((Concept("weapon", ""),)), method).changes
     kept = sum(tensor.numel() for change in changes for tensor in change.tensors.values()) // 2
     return {"trained": kept}
@@ -105,7 +107,7 @@ def plain(model: Model, steps: int, maps: int) -> dict[str, Any]:
     """A second network, gradients of all weights, and Adam's state for all of them."""
     unet, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
     mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in unet.named_parameters()}
-    adam = torch.optim.Adam(unet.parameters(), lr=METHOD.rate, foreach=False)
+    adam = torch.optim.Adam(unet.parameters(), lr=METHOD.learning_rate, foreach=False)
     steering, subject = Steering(model, SHORT.course), _subject(model)
     for _ in range(steps):
         sample = steering.draw([subject])
@@ -121,8 +123,8 @@ def plain(model: Model, steps: int, maps: int) -> dict[str, Any]:
     return {"trained": sum(p.numel() for p in unet.parameters())}
 
 
-def _subject(model: Model) -> Subject:
-    return Subject("weapon", model.encode(["weapon"]), Run(0).generator("training"))
+def _subject(model: Model) -> TrainingConcept:
+    return TrainingConcept("weapon", model.encode(["weapon"]), RunContext(0).generator("training"))
 
 
 def evaluations(model: Model) -> dict[str, Any]:
@@ -162,10 +164,10 @@ def _plain_loss(model: Model, steering: Steering, sample: Sample, trained: InPla
     for when, met in (("late", sample.late), ("early", sample.early)):
         assert met is not None
         scheduler = copy.deepcopy(model.pipe.scheduler)
-        scheduler.set_timesteps(len(steering.times))
+        scheduler.set_timesteps(len(steering.timesteps))
         latents = torch.randn(met.latents.shape, generator=torch.Generator().manual_seed(seed))
         latents = latents.to(met.latents)
-        for t in scheduler.timesteps[: steering.times.index(int(met.t))]:
+        for t in scheduler.timesteps[: steering.timesteps.index(int(met.t))]:
             without, prompted = (model.predict(latents, t, text) for text in (empty, sample.text))
             guided = without + METHOD.trajectory_guidance * (prompted - without)
             latents = scheduler.step(guided, t, latents).prev_sample

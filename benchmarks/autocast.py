@@ -1,11 +1,11 @@
 """Drawing in bfloat16 against float32: how much faster, and whether the judge sees the same.
 
 The emoji model draws the same prompts and seeds in both formats, in turn; the figure of speed is the
-median of the rounds' ratios. The shipped detector then says what each picture shows: of how many it
-says the same, how many each format draws right, and how far pictures are apart.
+median of the rounds' ratios. The shipped detector then says what each image shows: of how many it
+says the same, how many each format draws right, and how far images are apart.
 Writes `benchmarks/results/autocast.json`.
 
-    python benchmarks/autocast.py [--pictures 512] [--batch 64]
+    python benchmarks/autocast.py [--images 512] [--batch 64]
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from expunge import Probe
 from expunge.base.files import replacing
 from expunge.emoji.detector import Detector
 
-SHOWN = 32  # words, each in several pictures
+SHOWN = 32  # words, each in several images
 
 
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=512, help="in each format")
+    parser.add_argument("--images", type=int, default=512, help="in each format")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "autocast.json")
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     shown: list[str] = []
     ratios = []
     model.draw(Probe.of("a cat", 1))  # what is done once in a process is not counted
-    for start in range(0, options.pictures, options.batch):
+    for start in range(0, options.images, options.batch):
         seeds = tuple(range(start, start + options.batch))
         asked = [words[seed % len(words)] for seed in seeds]
         shown += asked

@@ -29,7 +29,7 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.checkpoints.cost_estimate import operations, plan_of
+from expunge.checkpoints.cost_estimate import estimate_model, operations
 from expunge.checkpoints.pace import Pace
 from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE
@@ -67,8 +67,8 @@ def once(model: expunge.Model, method: MACE, chosen: bool) -> dict[str, Any]:
         threads = Threads(small=operations(model) < SMALL)
         with threads if chosen else nullcontext():
             used = torch.get_num_threads()
-            work = method.work(PROBLEM, model.num_inference_steps)
-            plan = plan_of(model, work=work)
+            work = method.estimate_cost(PROBLEM, model.num_inference_steps)
+            plan = estimate_model(model, work=work)
             foretold = plan.seconds(work)
             pace = Pace(model, plan.totals(work), plan.foretold, plan.beside(work))
             told: list[tuple[float, float]] = []
@@ -105,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "captions.txt"
         lines.write_text("\n".join(captions("general")[:CAPTIONS]), encoding="utf-8")
-        method = MACE.preset("emoji", captions=str(lines), pictures=2, steps=10)
+        method = MACE.preset("emoji", captions=str(lines), num_images=2, max_train_steps=10)
         for _ in range(options.rounds):
             for chosen in (True, False):
                 for busy in (False, True):

@@ -1,12 +1,12 @@
-"""How fast the emoji model draws: 64x64 pictures, the model's own steps and guidance, on this machine.
+"""How fast the emoji model draws: 64x64 images, the model's own steps and guidance, on this machine.
 
 Beside it in the same run: the diffusers pipeline's own call on the same prompts (the baseline), and
-the limit, which is what the denoiser alone would allow: pictures a second = samples through the
+the limit, which is what the denoiser alone would allow: images a second = samples through the
 U-Net a second / (2 * steps), 2 for the guided and the unguided prediction. Rounds of the three are
 taken in turn, so that a busy moment hits all of them; the median over rounds counts.
-Writes `benchmarks/results/drawing.json`. To reach: 2 pictures a second on two cores, with 20 steps.
+Writes `benchmarks/results/drawing.json`. To reach: 2 images a second on two cores, with 20 steps.
 
-    python benchmarks/drawing.py [--pictures 32] [--batch 1 8 32] [--steps 12 20] [--rounds 3]
+    python benchmarks/drawing.py [--images 32] [--batch 1 8 32] [--steps 12 20] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import expunge
 from expunge.base.files import replacing
 from expunge.changes import find
 from expunge.model import Model
-from expunge.ops.cached_layers import answering_once
+from expunge.ops.cached_layers import cache_outputs
 
 NAMES = ("airplane", "cat", "ship", "pizza", "guitar", "house", "frog", "crown")
 
@@ -61,7 +61,7 @@ def denoise(model: Model, n: int, batch: int) -> None:
     latents = torch.randn(2 * batch, config.in_channels, config.sample_size, config.sample_size)
     layers = [entry.layer.rpartition(".") for entry in model.text_entries()]
     for _ in range(n // batch):
-        with answering_once([(find(model.pipe, parent), name) for parent, _, name in layers]):
+        with cache_outputs([(find(model.pipe, parent), name) for parent, _, name in layers]):
             for _ in range(model.num_inference_steps):
                 model.predict(latents, 500, text)
 
@@ -74,10 +74,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=32, help="pictures a round")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 32], help="pictures drawn together"
-    )
+    parser.add_argument("--images", type=int, default=32, help="images a round")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="images drawn together")
     parser.add_argument("--steps", type=int, nargs="+", help="default: the model's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "drawing.json")
@@ -88,7 +86,7 @@ def main() -> None:
     rows = []
     for steps, batch in itertools.product(options.steps or [model.num_inference_steps], options.batch):
         model.num_inference_steps = steps
-        n = max(options.pictures if batch > 1 else options.pictures // 4, batch) // batch * batch
+        n = max(options.images if batch > 1 else options.images // 4, batch) // batch * batch
         ways = {
             "expunge": partial(draw, model, n, batch),
             "diffusers": partial(call, model, n, batch),
@@ -102,7 +100,7 @@ def main() -> None:
                 "num_inference_steps": steps,
                 "batch": batch,
                 "pictures": n,
-                "pictures_a_second": {name: round(value, 2) for name, value in rate.items()},
+                "images_a_second": {name: round(value, 2) for name, value in rate.items()},
                 "samples_through_the_unet_a_second": round(
                     rate["limit"] * 2 * model.num_inference_steps, 1
                 ),
@@ -111,11 +109,9 @@ def main() -> None:
             }
         )
 
-    table = Table(
-        "steps", "batch", "pictures/s", "diffusers", "limit", "of the limit", "times diffusers"
-    )
+    table = Table("steps", "batch", "images/s", "diffusers", "limit", "of the limit", "times diffusers")
     for row in rows:
-        rate = row["pictures_a_second"]
+        rate = row["images_a_second"]
         table.add_row(
             *(
                 str(x)

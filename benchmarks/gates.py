@@ -5,7 +5,7 @@ and the diffusers pipeline's own call with the edit on it. The ways with and wit
 so that a busy moment hits all; the median over rounds counts. The gates are random and half open.
 Writes `benchmarks/results/gates.json`. To reach: ten gates cost at most 15 %.
 
-    python benchmarks/gates.py [--pictures 8] [--rounds 5] [--gates 10 100 500]
+    python benchmarks/gates.py [--images 8] [--rounds 5] [--gates 10 100 500]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=8, help="pictures drawn together")
+    parser.add_argument("--images", type=int, default=8, help="images drawn together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gates", type=int, nargs="+", default=[10, 100, 500])
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "gates.json")
@@ -86,7 +86,7 @@ def main() -> None:
     edits: dict[int, Changes] = {0: (), **{n: random_gates(model, n) for n in options.gates}}
     rows = []
     for name, way in (("expunge", draw), ("diffusers", call)):
-        works = {n: partial(way, model, changes, options.pictures) for n, changes in edits.items()}
+        works = {n: partial(way, model, changes, options.images) for n, changes in edits.items()}
         works[0]()  # what is done once in a process is not counted
         taken = [{n: seconds(work) for n, work in works.items()} for _ in range(options.rounds)]
         median = {n: statistics.median(each[n] for each in taken) for n in works}
@@ -104,7 +104,7 @@ def main() -> None:
     report = {
         "rows": rows,
         "made with": {
-            "pictures": options.pictures,
+            "pictures": options.images,
             "rounds": options.rounds,
             "num_inference_steps": model.num_inference_steps,
             "directions a gate": RANK,

@@ -1,6 +1,6 @@
 """What rank a MACE edit needs as a LoRA, and how long making one takes.
 
-*Rank*: four objects erased from the emoji model (all three stages, with two pictures and two steps of
+*Rank*: four objects erased from the emoji model (all three stages, with two images and two steps of
 training: their number of directions hangs on neither), and four by the closed forms at SD 1.4's size,
 random weights, the emoji text encoder's states turned to 768 numbers by a random matrix. For each rank
 the directions are chosen in plain norm, as before, and by what they do to text; both are measured on the
@@ -42,7 +42,7 @@ from expunge.checkpoints.text_moments import Seen, seen
 from expunge.method import Method
 from expunge.methods.mace import MACE
 from expunge.model import Model
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 OBJECTS = ("airplane", "cat", "banana", "rocket")
@@ -66,7 +66,7 @@ class Turned(Given):
 
     def encode(self, prompts: Sequence[str]) -> Text:
         text = self.reader.encode(prompts)
-        return Text(text.prompts, text.embeddings @ self.turn, text.own, text.ids)
+        return Text(text.prompts, text.embeddings @ self.turn, text.content_mask, text.ids)
 
     def count_tokens(self, prompt: str) -> int:
         return self.reader.count_tokens(prompt)
@@ -121,13 +121,15 @@ def ranks() -> list[dict[str, Any]]:
     """Both edits."""
     problem = Problem(tuple(Concept(name, "sky") for name in OBJECTS))
     emoji = expunge.load("emoji")
-    method = MACE.preset("emoji", steps=2, pictures=2, picture_steps=2, masks="none")
+    method = MACE.preset("emoji", max_train_steps=2, num_images=2, num_inference_steps=2, masks="none")
     edit = expunge.erase(emoji, problem, method)
     fixed = [change for change in edit.changes if isinstance(change, WeightChange)]
     rows = by_rank("emoji, mace", lambda layer, _: emoji.weight(layer), fixed, seen(emoji, problem))
     large = Turned("sd14")
     closed: Method = MACE.preset("emoji", stages=("refine", "fuse"))
-    found = [change for change in closed.fit(large, problem, Run()) if isinstance(change, WeightChange)]
+    found = [
+        change for change in closed.fit(large, problem, RunContext()) if isinstance(change, WeightChange)
+    ]
     return rows + by_rank("sd14, mace refine and fuse", weights(large), found, seen(large, problem))
 
 
@@ -143,14 +145,14 @@ def before(weight: Tensor, change: WeightChange, rank: int) -> None:
     float(delta.square().sum())
 
 
-def times() -> dict[str, Any]:
+def measure_times() -> dict[str, Any]:
     """Seconds of either way at SDXL's size."""
     large = Turned("sdxl")
     read = weights(large)
     layers = tuple(entry.layer for entry in large.text_entries())
     problem = Problem(tuple(Concept(name, "sky") for name in OBJECTS))
     closed: Method = MACE.preset("emoji", stages=("refine", "fuse"))
-    (right,) = [c for c in closed.fit(large, problem, Run()) if isinstance(c, Right)]
+    (right,) = [c for c in closed.fit(large, problem, RunContext()) if isinstance(c, Right)]
     change = Right(layers, right.matrix)
     sizes: dict[tuple[int, ...], list[str]] = {}
     for layer in layers:
@@ -185,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "time" in options.part:
             os.environ["EXPUNGE_CACHE"] = f"{folder}/time"
-            found["time"] = times()
+            found["time"] = measure_times()
             print(found["time"], flush=True)
         if "rank" in options.part:
             os.environ["EXPUNGE_CACHE"] = f"{folder}/rank"

@@ -1,6 +1,6 @@
 """How large MACE's edits of many flags are, saved: 1, 10 and 100 names on the emoji model.
 
-All three stages, with two pictures and two steps of training a concept: an edit's size hangs on
+All three stages, with two images and two steps of training a concept: an edit's size hangs on
 neither. The shipped model knows forty flags; the other names are words to it like any others.
 Writes `benchmarks/results/mace_edit_size.json`. To reach: 8 MB for a hundred.
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     model, suite = expunge.load("emoji"), Suite.read("identity")
     names = [concept.words for concept in suite.concepts]
-    method = MACE.preset("emoji", steps=2, pictures=2, picture_steps=2, masks="none")
+    method = MACE.preset("emoji", max_train_steps=2, num_images=2, num_inference_steps=2, masks="none")
     rows = []
     for n in options.concepts:
         problem = Problem(tuple(Concept(name, "a flag", "identity") for name in names[:n]))

@@ -27,14 +27,14 @@ import expunge
 from expunge import Concept, Model
 from expunge.base.files import replacing
 from expunge.methods.mace import MACE, Lesson
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 WORDS = (
     "airplane automobile bird cat deer dog frog horse ship truck rocket apple banana tree house key"
     " clock book guitar crown"
 ).split()
 
-RUN = Run(0)
+RUN = RunContext(0)
 
 
 def learn(model: Model, method: MACE, lessons: Sequence[Lesson]) -> tuple[dict[str, Any], float]:
@@ -76,18 +76,18 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "mace_loras.json")
     options = parser.parse_args()
 
     model = expunge.load("emoji", device="cpu")
-    method = MACE(rate=1e-4, steps=options.steps, pictures=options.pictures)
+    method = MACE(learning_rate=1e-4, max_train_steps=options.steps, num_images=options.images)
     concepts = [Concept(word, "ground") for word in WORDS[: options.concepts]]
     lessons = [method._lesson(model, concept, RUN) for concept in concepts]
     ways = {"batched": learn, "one by one": one_by_one}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, Any] = {}
-    warm = dataclasses.replace(method, steps=1)
+    warm = dataclasses.replace(method, max_train_steps=1)
     for function in ways.values():
         function(model, warm, lessons)
     for pair in range(options.pairs):

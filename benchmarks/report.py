@@ -1,8 +1,8 @@
-"""How long a report of 10,000 pictures takes that are drawn and scored already, and how much memory.
+"""How long a report of 10,000 images takes that are drawn and scored already, and how much memory.
 
-Drawing is not what is measured, so it is done quickly: the pictures are those of thirteen words with
+Drawing is not what is measured, so it is done quickly: the images are those of thirteen words with
 noise of their own, put in a cache where an erasure's drawings would lie. Everything after that is
-real: the full object suite on several edits, in a process of its own that finds all pictures and
+real: the full object suite on several edits, in a process of its own that finds all images and
 scores in the cache.
 Writes `benchmarks/results/report.json`. To reach: under 60 s and under 2 GB.
 
@@ -38,16 +38,16 @@ RESULT = Path(__file__).parent / "results" / "report.json"
 WORDS = "airplane automobile bird cat deer dog frog horse ship truck aircraft plane jet".split()
 
 
-def stand_in(pictures: dict[str, Tensor], requests: Sequence[Request], _: object = quiet) -> Tensor:
-    """A picture for each request: its word's, or the ship's, with noise of its own."""
+def stand_in(images: dict[str, Tensor], requests: Sequence[Request], _: object = quiet) -> Tensor:
+    """An image for each request: its word's, or the ship's, with noise of its own."""
     noise = torch.Generator().manual_seed(requests[0].seed)
-    ship = pictures["a photo of the ship"]
-    drawn = torch.stack([pictures.get(request.prompt, ship) for request in requests])
+    ship = images["a photo of the ship"]
+    drawn = torch.stack([images.get(request.prompt, ship) for request in requests])
     return (drawn + 0.03 * torch.randn(drawn.shape, generator=noise)).clamp(0, 1)
 
 
 def judged(folder: Path, suite: str) -> Cache:
-    """The suite's report on the edits in the folder, its pictures and numbers in the cache there."""
+    """The suite's report on the edits in the folder, its images and numbers in the cache there."""
     cache = Cache(folder / "cache")
     edits = [expunge.Edit.load(path) for path in sorted(folder.glob("*.safetensors"))]
     evaluate(expunge.load("emoji"), edits, [suite], full=True, cache=cache).save(folder / "report")
@@ -55,7 +55,7 @@ def judged(folder: Path, suite: str) -> Cache:
 
 
 def fill(folder: Path, suite: str, edits: int) -> int:
-    """Make edits and a cache in which everything about them is known; how many pictures there are."""
+    """Make edits and a cache in which everything about them is known; how many images there are."""
     model = expunge.load("emoji")
     problem = Problem((Concept("airplane", "sky"),))
     for k in range(edits):
@@ -63,10 +63,8 @@ def fill(folder: Path, suite: str, edits: int) -> int:
             folder / f"{k}.safetensors"
         )
     prompts = [f"a photo of the {word}" for word in WORDS]
-    pictures = dict(
-        zip(prompts, model.draw(expunge.Probe(tuple(prompts), tuple(range(13)))), strict=True)
-    )
-    Source.draw = lambda self, requests, progress=quiet: stand_in(pictures, requests)  # type: ignore
+    images = dict(zip(prompts, model.draw(expunge.Probe(tuple(prompts), tuple(range(13)))), strict=True))
+    Source.draw = lambda self, requests, progress=quiet: stand_in(images, requests)  # type: ignore
     return judged(folder, suite).drawn
 
 
@@ -89,11 +87,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        pictures = fill(folder, options.suite, options.edits)
+        images = fill(folder, options.suite, options.edits)
         command = [sys.executable, __file__, "--again", place, "--suite", options.suite]
         again = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     result = {
-        "pictures": pictures,
+        "pictures": images,
         "again": again,
         "to reach": {"seconds": 60, "GB": 2},
         "made with": {"edits": options.edits, "suite": options.suite, "machine": platform.machine(),

@@ -33,7 +33,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
-from expunge.checkpoints.offload import take_turns
+from expunge.checkpoints.offload import offload_idle_parts
 
 TINY = {
     "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": [8, 16],
@@ -137,7 +137,7 @@ def run(
     if "offload" in WAYS[way]:
         pipe.enable_model_cpu_offload(device=device)
     elif "turns" in WAYS[way] and device != "cpu":
-        take_turns(pipe, "unet", torch.empty(0, device=device).device)
+        offload_idle_parts(pipe, "unet", torch.empty(0, device=device).device)
     else:
         pipe.to(device)
     if "gradient checkpointing" in WAYS[way]:
@@ -173,17 +173,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--steps", type=int, default=6, help="training steps; at least 2")
-    parser.add_argument("--pictures", type=int, default=8, help="pictures or trajectories drawn first")
-    parser.add_argument("--picture-steps", type=int, default=50, help="denoising steps of each")
+    parser.add_argument("--images", type=int, default=8, help="images or trajectories drawn first")
+    parser.add_argument("--image-steps", type=int, default=50, help="denoising steps of each")
     name = Path(__file__).parent / "results" / "training_steps.json"
     parser.add_argument("--to", type=Path, default=name)
     options = parser.parse_args()
     fields = {
         "steps": options.steps,
-        "pictures": options.pictures,
-        "trajectories": options.pictures,
-        "picture_steps": options.picture_steps,
-        "trajectory_steps": options.picture_steps,
+        "pictures": options.images,
+        "trajectories": options.images,
+        "num_inference_steps": options.image_steps,
+        "trajectory_steps": options.image_steps,
     }
     rows = json.loads(options.to.read_text()) if options.to.exists() else []
     dtype = getattr(torch, options.dtype)
@@ -203,7 +203,7 @@ def main() -> None:
             **{key: round(value, 3) for key, value in found.items()},
             "dtype": options.dtype,
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(options.device),
-            "pictures": [options.pictures, options.picture_steps],
+            "pictures": [options.images, options.image_steps],
             "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1),
             **{package: version(package) for package in ("expunge", "torch", "diffusers")},

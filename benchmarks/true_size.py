@@ -38,7 +38,7 @@ from expunge.edit import Edit, Record
 from expunge.fingerprint import base_hash, places
 from expunge.model import Model
 from expunge.problem import Concept, Problem
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 SD14 = {
@@ -156,7 +156,7 @@ class Given(Model):
     def _absent(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    predict = trajectory = decode = encode_pictures = log_snr = add_noise = cross_attentions = _absent
+    predict = trajectory = decode = encode_images = log_snr = add_noise = cross_attentions = _absent
     del _absent
 
 
@@ -171,7 +171,7 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
     def stop() -> None:
         clocks.append((time.perf_counter(), time.process_time()))
 
-    changes = made.fit(given, problem, Run())
+    changes = made.fit(given, problem, RunContext())
     stop()
     record = Record(method, {}, problem, model, "", 0, 0.0, {})
     edit = Edit(changes, replace(record, base=base_hash(checkpoint.read, places(changes))))

@@ -1,7 +1,7 @@
 """The main job: erase the airplane from the emoji model, look at it, and measure it.
 
 Draws the erased word, its synonyms and the nine other CIFAR-10 words before and after, with the
-same seeds; writes one picture and one page; prints what the detector recognises.
+same seeds; writes one image and one page; prints what the detector recognises.
 
     python examples/forget_airplane.py [FOLDER]
 """
@@ -25,9 +25,9 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Probe, Problem
 from expunge.base.files import replacing
-from expunge.base.image_files import image, save
+from expunge.base.image_files import save, to_pil
 from expunge.emoji.detector import Detector
-from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.suite import Suite
 
 ERASED = "airplane"
@@ -39,7 +39,7 @@ RETAINED = tuple(name for name in WORDS if name != ERASED)
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt's pictures before and after, and the share of them recognised as `word`."""
+    """One prompt's images before and after, and the share of them recognised as `word`."""
 
     role: str
     word: str
@@ -49,7 +49,7 @@ class Row:
     seen_before: float
     seen_after: float
     broken: float
-    """The share of the pictures after that show nothing recognisable."""
+    """The share of the images after that show nothing recognisable."""
 
 
 def probe_of(n: int, seed: int) -> tuple[list[tuple[str, str, str, int]], Probe]:
@@ -62,7 +62,7 @@ def probe_of(n: int, seed: int) -> tuple[list[tuple[str, str, str, int]], Probe]
 
 
 def seen(tops: Sequence[str], word: str) -> float:
-    """The share of pictures recognised as a word; those too near to say are left out."""
+    """The share of images recognised as a word; those too near to say are left out."""
     told = [top for top in tops if top not in WORDS[word].near]
     return sum(top in WORDS[word].labels for top in told) / max(len(told), 1)
 
@@ -127,7 +127,7 @@ def show(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def bands(rows: list[Row]) -> list[Band]:
+def bands(rows: list[Row]) -> list[Strip]:
     """Three bands of nine columns, before above after."""
     found = []
     for role, title, each in (
@@ -138,7 +138,7 @@ def bands(rows: list[Row]) -> list[Band]:
         group = [row for row in rows if row.role == role]
         shown = [(row, i % len(row.before)) for row in group for i in range(each)]
         found.append(
-            Band(
+            Strip(
                 title,
                 [row.prompt.rpartition(" ")[2] for row, _ in shown],
                 [
@@ -187,10 +187,10 @@ def page(rows: list[Row], edit: expunge.Edit) -> str:
     )
 
 
-def tag(picture: Tensor) -> str:
-    """A picture inside the page."""
+def tag(image: Tensor) -> str:
+    """An image inside the page."""
     data = io.BytesIO()
-    image(picture, 128).save(data, "PNG")
+    to_pil(image, 128).save(data, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
@@ -205,7 +205,7 @@ def main(folder: Path, n: int = 5, seed: int = 0) -> list[Row]:
     console.print(f"{ERASED} erased in {seconds:.1f} s; it becomes {concept.anchor!r}")
     rows = compare(model, edit, detector, n, seed)
     show(console, rows)
-    save(sheet(bands(rows)), folder / "before-after.png")
+    save(contact_sheet(bands(rows)), folder / "before-after.png")
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page(rows, edit), encoding="utf-8")
     console.print(f"\nlook at {folder / 'before-after.png'} and {folder / 'index.html'}")

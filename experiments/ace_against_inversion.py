@@ -10,7 +10,7 @@ of these:
   projected gradient descent on the tokens finds what draws the concept through all that lies there; the
   next refit sends that back to where it came from, with general and retained prompts held. Four rounds.
 
-The attack is the object suite's longest inversion, anew against each, six pictures. No inversion is
+The attack is the object suite's longest inversion, anew against each, six images. No inversion is
 used in the making. Writes `experiments/results/ace/against_inversion.json`, after every row.
 
     python experiments/ace_against_inversion.py [--word airplane]
@@ -56,7 +56,7 @@ ROUNDS, STARTS, STEPS, RADIUS, HELD = 4, 16, 8, 0.8, 30.0
 class Nearest(Gated):
     """Gates, and one more for its first concept: s(x) = σ(12 · how much nearer than any rival)."""
 
-    own: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0), kw_only=True)
+    content_mask: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0), kw_only=True)
     """(n, in + 1): for each of the concept's tokens p what x is multiplied with, and −½‖R p‖²."""
     rivals: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0), kw_only=True)
     """The same of other words' tokens."""
@@ -68,8 +68,10 @@ class Nearest(Gated):
         def near(places: Tensor) -> Tensor:
             return (x @ places[:, :-1].T + places[:, -1]).amax(-1, keepdim=True)
 
-        scale = float(self.own[:, -1].abs().mean())
-        return torch.cat([super().logits(x), 12 / scale * (near(self.own) - near(self.rivals))], -1)
+        scale = float(self.content_mask[:, -1].abs().mean())
+        return torch.cat(
+            [super().logits(x), 12 / scale * (near(self.content_mask) - near(self.rivals))], -1
+        )
 
 
 def others(model: Model, problem: Problem, gates: Gated) -> list[str]:
@@ -94,8 +96,8 @@ def nearest(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
 
     def tokens(prompts: Sequence[str]) -> Tensor:
         text = model.encode(prompts)
-        last = text.own.sum(1, keepdim=True)
-        at = (last + torch.tensor(BEHIND)).clamp(max=text.own.shape[1] - 1)
+        last = text.content_mask.sum(1, keepdim=True)
+        at = (last + torch.tensor(BEHIND)).clamp(max=text.content_mask.shape[1] - 1)
         return text.embeddings[torch.arange(len(text))[:, None], at]
 
     def places(points: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def nearest(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
         Nearest(
             **{f.name: getattr(gates, f.name) for f in dataclasses.fields(gates) if f.name != "concept"},
             concept=torch.cat([gates.concept, gates.concept[:1]]),
-            own=places(own),
+            content_mask=places(own),
             rivals=places(rows[chosen.flatten().unique()]),
         ),
     )

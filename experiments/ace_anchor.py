@@ -1,9 +1,9 @@
-"""What "a flag" itself is: how many pictures of the anchor, and of what flags became, are a muddle.
+"""What "a flag" itself is: how many images of the anchor, and of what flags became, are a muddle.
 
-For the suite's cells of 1, 5, 10 and 20 erased flags, the share of unrecognisable pictures that the
+For the suite's cells of 1, 5, 10 and 20 erased flags, the share of unrecognisable images that the
 original draws with "a flag" in each flag's place, from the same noises; that the edits of
 `experiments/ace/flags-N.toml` draw of the flags; and ACE's closed form alone. A method that makes the
-flags exactly the anchor has the anchor's share. Pictures are drawn in bfloat16. Writes
+flags exactly the anchor has the anchor's share. Images are drawn in bfloat16. Writes
 `experiments/results/ace/anchor.json`.
 
     python experiments/ace_anchor.py [--edits experiments/ace.work]
@@ -28,7 +28,7 @@ from expunge.evaluation.measure import make, requests
 from expunge.evaluation.report import known_to
 from expunge.evaluation.suite import Cell
 from expunge.methods.ace import ACE
-from expunge.metric import Judge
+from expunge.metric import Classifier
 from expunge.problem import Problem
 
 HERE = Path(__file__).parent
@@ -52,13 +52,13 @@ def main() -> None:
         experiment = Experiment.read(HERE / "ace" / f"flags-{n}.toml")
         (suite,), (problem,) = experiment.suites, experiment.problems
         judge = make(suite.judge, suite.options.get(suite.judge, {}))
-        assert isinstance(judge, Judge)
+        assert isinstance(judge, Classifier)
         suite = known_to(suite, judge)
 
-        def muddle(source: Source, cells: Sequence[Cell], judge: Judge = judge) -> float:
+        def muddle(source: Source, cells: Sequence[Cell], judge: Classifier = judge) -> float:
             asked = [one for some in requests(model, cells, None, None) for one in some]
-            pictures = torch.stack(list(cache.draw(source, asked)))
-            rows = judge.measure(pictures, [one.prompt for one in asked])
+            images = torch.stack(list(cache.draw(source, asked)))
+            rows = judge.measure(images, [one.prompt for one in asked])
             return round(float(judge.broken(rows).double().mean()), 4)
 
         cells = [

@@ -5,9 +5,9 @@ those of hardening with it. Words are erased in turn, with the synonyms that the
 and four more are watched that it is never told of. With `--attack`, each edit is also attacked on its
 own word. Writes `experiments/results/ace_choices.json`.
 
-    python experiments/ace_choices.py --attack 0.1 0.2 [--pictures 4] [--words rocket bicycle]
+    python experiments/ace_choices.py --attack 0.1 0.2 [--images 4] [--words rocket bicycle]
     python experiments/ace_choices.py --only reduction energy
-    python experiments/ace_choices.py --gates --only reduction --attack 0.2 --pictures 2 \
+    python experiments/ace_choices.py --gates --only reduction --attack 0.2 --images 2 \
         --words rocket bicycle rabbit doughnut --to experiments/results/ace/attention.json
 """
 
@@ -34,7 +34,7 @@ from expunge.base.files import replacing
 from expunge.changes import Changes
 from expunge.evaluation.suite import SuiteConcept
 from expunge.methods.ace import ACE
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 WORDS = (
     SuiteConcept("rocket", synonyms=("spaceship",)),
@@ -75,14 +75,14 @@ class Remembering(ACE):
     """ACE that reads general words once, and erases once, however often it is asked."""
 
     def _tokens(
-        self, model: Model, prompts: Sequence[str], label: str, run: Run
+        self, model: Model, prompts: Sequence[str], label: str, run: RunContext
     ) -> tuple[Tensor, Tensor | None]:
         key = tuple(prompts)
         if key not in TEXTS:
             TEXTS[key] = super()._tokens(model, prompts, label, run)
         return TEXTS[key]
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         key = (self, problem, run.seed)
         if key not in FOUND:
             FOUND[key] = super().fit(model, problem, run)
@@ -100,13 +100,13 @@ def settings(base: ACE, only: list[str], gates: bool) -> Iterator[tuple[str, ACE
 
 
 def attacked(turns: InTurn, method: ACE, radius: float, n: int) -> dict[str, float]:
-    """The share of each word's pictures in which it is seen, before, erased, and under attack."""
+    """The share of each word's images in which it is seen, before, erased, and under attack."""
     found = {}
     for word in turns.words:
         others = tuple(other.name for other in turns.words if other is not word)
         edit = expunge.erase(turns.model, Problem((Concept(word.name),), others), method)
         probe = Probe.of(f"a photo of the {word.name}", n, turns.seed)
-        hard = Embedding(radius=radius).run(turns.model, edit, probe, Run())
+        hard = Embedding(radius=radius).run(turns.model, edit, probe, RunContext())
         with turns.model.using(edit):
             tops = turns.detector(turns.model.draw(hard)).top()
         found[word.name] = float(turns.right(Looks({word.name: tops}, {}), word.name).nanmean())
@@ -116,7 +116,7 @@ def attacked(turns: InTurn, method: ACE, radius: float, n: int) -> dict[str, flo
 def main() -> None:
     """Try them all; the table grows as it goes, the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=4, help="pictures a cell")
+    parser.add_argument("--images", type=int, default=4, help="images a cell")
     parser.add_argument(
         "--words", nargs="*", default=["rocket", "bicycle"], help="words to erase in turn"
     )
@@ -133,7 +133,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     words = tuple(word for word in WORDS if not options.words or word.name in options.words)
-    turns = InTurn(words, BYSTANDERS, n=options.pictures, seed=5000, model=options.model)
+    turns = InTurn(words, BYSTANDERS, n=options.images, seed=5000, model=options.model)
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
@@ -144,7 +144,7 @@ def main() -> None:
         results = turns.run(method)
         row: dict[str, Any] = {"method": results["method"], "mean": results["mean"]}
         row["attacked"] = {
-            str(radius): attacked(turns, method, radius, options.pictures) for radius in options.attack
+            str(radius): attacked(turns, method, radius, options.images) for radius in options.attack
         }
         record["tried"][title] = row
         figures = [f"{100 * results['mean'].get(name, {'mean': 0})['mean']:.0f}" for name in SHOWN]

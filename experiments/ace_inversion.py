@@ -25,7 +25,7 @@ from expunge.changes import Gated
 from expunge.edit import Edit
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.robustness import budgets
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def opened(change: Gated, text: Text) -> dict[str, float]:
     """The widest gate on each part of the first prompt, and how far its tokens are moved."""
     e = text.embeddings[:1]
-    widest, last = change.gates(e)[0].amax(-1), int(text.own[0].sum())
+    widest, last = change.gates(e)[0].amax(-1), int(text.content_mask[0].sum())
     moved = (change.given(e) - e).norm(dim=-1) / e.norm(dim=-1)
     parts = {"word": widest[last], "end": widest[last + 1], "padding": widest[last + 2 :].max()}
     return {name: round(float(x), 3) for name, x in {**parts, "moved": moved[:, 1:].mean()}.items()}
@@ -61,7 +61,7 @@ def main() -> None:
         probe = Probe.of(f"a photo of the {word}", 1, 7000)
         record[word] = {"the prompt": opened(change, model.encode(probe.prompts))}
         for budget, attack in budgets(suite, "inversion").items():
-            text = attack.run(model, edit, probe, Run()).text
+            text = attack.run(model, edit, probe, RunContext()).text
             assert text is not None
             record[word][budget] = opened(change, text)
         record[word]["edit"] = edit.hash

@@ -19,7 +19,7 @@ import torch
 
 import expunge
 from expunge.base.files import replacing
-from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Edit
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.report import evaluate
@@ -44,7 +44,7 @@ def main() -> None:
             continue
         edit = job.done(model, folder).edit
         assert isinstance(edit, Edit)
-        fit = plain(model, edit.changes, edit.record.problem)
+        fit = fit_static_weights(model, edit.changes, edit.record.problem)
         weights = dataclasses.replace(edit, changes=fit.changes)
         both = [Candidate.of(edit, "gates"), Candidate.of(weights, "weights")]
         with model.autocasting(torch.bfloat16):

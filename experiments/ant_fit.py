@@ -1,6 +1,6 @@
 """How much of ANT's objective a low-rank change can learn, by rank, steps and trajectories.
 
-A change of keys and values does the same to a word at every noise and in every place of the picture;
+A change of keys and values does the same to a word at every noise and in every place of the image;
 the objective asks for something that depends on both. For "turtle", which no suite reports, changes are
 trained with the preset `emoji-object` but for what is said, and the loss is taken on trajectories and
 noises that were not trained on, as a share of the loss before training. Writes
@@ -23,10 +23,10 @@ import expunge
 from expunge import Model, Problem
 from expunge.base.files import replacing
 from expunge.changes import find
-from expunge.erasing.guidance_training import Steering, Subject, layers_of
+from expunge.erasing.guidance_training import Steering, TrainingConcept, layers_of
 from expunge.methods.ant import ANT
 from expunge.ops.low_rank import each_its_own
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 HERE = Path(__file__).parent
 
@@ -46,7 +46,7 @@ FRESH, POINTS = 24, 60
 
 def left(model: Model, problem: Problem, method: ANT) -> float:
     """The share of the loss that is left after training, on fresh trajectories."""
-    run = Run()
+    run = RunContext()
     (concept,) = problem.erase
     # The change as it is trained, before any fusion.
     method = dataclasses.replace(method, through_fusion=False)
@@ -56,7 +56,7 @@ def left(model: Model, problem: Problem, method: ANT) -> float:
     ups, downs = ([factors[f"{layer}.{side}"][None] for layer in layers] for side in ("up", "down"))
     steering = Steering(model, method.course)
     text = model.encode(method._prompts(model, concept))
-    subject = Subject(concept.name, text, run.generator("fresh"))
+    subject = TrainingConcept(concept.name, text, run.generator("fresh"))
     with torch.no_grad():
         kept = steering.keep(subject, FRESH)
         picked = [steering.pick([subject], [kept]) for _ in range(POINTS)]

@@ -21,13 +21,13 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.erasing.guidance_training import Steering, Subject, part_of
+from expunge.erasing.guidance_training import Steering, TrainingConcept, part_of
 from expunge.erasing.saliency import _add_map
 from expunge.methods.ant import ANT
 from expunge.ops.finetune import frozen
 from expunge.ops.saliency import HALVES, Intersection, settled
 from expunge.ops.trajectory import Objective
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 FILE = Path(__file__).parent / "results" / "ant_mask.json"
 
@@ -61,8 +61,8 @@ def counts(word: str, maps: int, method: ANT) -> tuple[dict[str, Sequence[int]],
             parameter.requires_grad_()
         for i in range(maps):
             at = i % len(prompts)
-            one = Subject(prompts[at], text[[at]], Run(0).generator("saliency", str(i)))
-            _add_map(steering, one, parameters, both, method.map_samples, method.batch)
+            one = TrainingConcept(prompts[at], text[[at]], RunContext(0).generator("saliency", str(i)))
+            _add_map(steering, one, parameters, both, method.map_samples, method.batch_size)
             print(i + 1, {half: found.counts[-1] for half, found in both.each.items()}, flush=True)
     total = sum(p.numel() for p in parameters.values())
     return {half: found.counts for half, found in both.each.items()}, total

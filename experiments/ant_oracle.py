@@ -1,8 +1,8 @@
 """What ANT's objective asks for, drawn as if it had been learnt perfectly.
 
 No training: while the original model draws a word, its prediction is replaced by the objective's
-target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found in the pictures then is where training
-leads at the best: for each t' and η, how often the word is still seen, and how often the picture is a
+target, ε₀(∅) − η (ε₀(c) − ε₀(∅)), from t' on. What is found in the images then is where training
+leads at the best: for each t' and η, how often the word is still seen, and how often the image is a
 muddle. Sixteen words of `experiments/tune/many.toml` and the foods of `experiments/tune/explicit.toml`,
 where any food counts, which no suite reports; and the twenty flags and the ten words of
 `experiments/ant`, from which no value was chosen. Writes `experiments/results/ant_oracle.json`.
@@ -66,7 +66,7 @@ def words() -> dict[str, dict[str, tuple[str, ...]]]:
 def look(
     model: Model, detector: Detector, probe: Probe, wanted: list[tuple[str, ...]]
 ) -> dict[str, float]:
-    """How often the word is seen, and a muddle, in the pictures of a probe."""
+    """How often the word is seen, and a muddle, in the images of a probe."""
     what = detector(model.draw(probe, batch_size=64))
     seen = [label in those for label, those in zip(what.top(), wanted, strict=True)]
     muddle = float(what.broken().float().mean())

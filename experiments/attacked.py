@@ -6,7 +6,7 @@ values or, fortified, from other words' prompts; textual inversion is in no meth
 `experiments/results/ace/attacked.json`, after every edit, and `docs/images/ace-attacked.png`: each word
 before, and from each edit under attack, at radius 0.2 and after 150 steps.
 
-    python experiments/attacked.py [--words airplane cat ship] [--pictures 6]
+    python experiments/attacked.py [--words airplane cat ship] [--images 6]
     python experiments/attacked.py --methods "ace, fortified" --inversion 150 600 --to longer.json
 """
 
@@ -27,7 +27,7 @@ from expunge.base.files import replacing
 from expunge.base.image_files import save
 from expunge.edit import Edit
 from expunge.evaluation import statistics
-from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.image_cache import model_hash
 from expunge.evaluation.robustness import Robustness, robustness
@@ -74,26 +74,26 @@ def differences(means: dict[str, dict[str, Estimate]], of: str) -> dict[str, Any
     }
 
 
-def band(title: str, found: list[Robustness]) -> Band:
+def band(title: str, found: list[Robustness]) -> Strip:
     """One word under one attack: before, and what each edit then draws."""
     rows = [found[0].strip.rows[0]]
     for one in found:
-        label, pictures = one.strip.rows[AT[one.attack]]
-        rows.append((f"{one.edit}, {label}", pictures))
-    return Band(title, found[0].strip.captions, rows, "seen, at the left")
+        label, images = one.strip.rows[AT[one.attack]]
+        rows.append((f"{one.edit}, {label}", images))
+    return Strip(title, found[0].strip.captions, rows, "seen, at the left")
 
 
 def main() -> None:
     """Erase, attack, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
-    parser.add_argument("--pictures", type=int, default=6, help="pictures of each word")
+    parser.add_argument("--images", type=int, default=6, help="pictures of each word")
     titles = [one["title"] for one in METHODS]
     parser.add_argument("--methods", nargs="+", default=titles[:5], choices=titles)
     parser.add_argument("--edits", type=Path, default=HERE / "ace.work" / "objects" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "ace" / "attacked.json")
     images = HERE.parent / "docs" / "images"
-    parser.add_argument("--pictures-to", type=Path, default=images / "ace-attacked.png")
+    parser.add_argument("--images-to", type=Path, default=images / "ace-attacked.png")
     parser.add_argument(
         "--inversion", nargs="+", type=int, help="steps of inversion; default: the suite's"
     )
@@ -102,7 +102,7 @@ def main() -> None:
     dtype = None if options.float32 else torch.bfloat16
     experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
     (suite,) = experiment.suites
-    few = dataclasses.replace(suite.sizes["quick"], erased=options.pictures)
+    few = dataclasses.replace(suite.sizes["quick"], erased=options.images)
     suite = dataclasses.replace(suite, sizes={"quick": few})
     if options.inversion:
         suite = dataclasses.replace(
@@ -116,7 +116,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "model sha256": model_hash(model),
         "words": options.words,
-        "pictures a word": options.pictures,
+        "images a word": options.images,
         "autocast": "" if options.float32 else "bfloat16",
         "edits": {},
     }
@@ -141,7 +141,7 @@ def main() -> None:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
         print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
-    save(sheet([band(title, some) for title, some in strips.items()], 96), options.pictures_to)
+    save(contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to)
     table = Table("", *next(iter(means.values())))
     for method, row in means.items():
         table.add_row(method, *(f"{100 * value.value:.0f}" for value in row.values()))

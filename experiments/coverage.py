@@ -1,7 +1,7 @@
 """How often a 95 % interval holds the truth, for both readings of a mean, on simulated judges.
 
 A world is drawn a thousand times: concepts whose accuracy differs (a Beta distribution), prompts of each
-that differ again, pictures that succeed or fail, and for a mean of H's also seeds of the edit. In each
+that differ again, images that succeed or fail, and for a mean of H's also seeds of the edit. In each
 the package's own intervals are asked for, and it is counted how often they hold
 
     these        the mean accuracy of the concepts that were drawn,
@@ -37,7 +37,7 @@ class World:
     concepts: int
     prompts: int
     """Of each concept."""
-    pictures: int
+    images: int
     """Of each prompt."""
     accuracy: float
     concept_counts: float | None
@@ -48,8 +48,8 @@ class World:
 
 WORLDS = (
     *(
-        World(concepts, 1, pictures, accuracy, counts)
-        for concepts, pictures in ((3, 20), (5, 20), (9, 12), (10, 20), (20, 5), (100, 5))
+        World(concepts, 1, images, accuracy, counts)
+        for concepts, images in ((3, 20), (5, 20), (9, 12), (10, 20), (20, 5), (100, 5))
         for accuracy, counts in ((0.5, 4.0), (0.8, 4.0), (0.9, 8.0), (0.97, 30.0), (0.9, None))
     ),
     World(10, 5, 5, 0.9, 8.0, 20.0),
@@ -67,7 +67,7 @@ class Averaged:
     concepts: int
     seeds: int
     """Of the edit."""
-    pictures: int
+    images: int
     """Of the erased concept; as many of what is retained."""
     efficacy: float
     specificity: float
@@ -138,7 +138,7 @@ def of_shares(world: World, trials: int) -> dict[str, Any]:
             torch.full((world.concepts,), world.accuracy, dtype=torch.float64), world.concept_counts
         )
         at = beta(each[:, None].expand(shape), world.prompt_counts)
-        seen = (torch.rand(*shape, world.pictures, dtype=torch.float64) < at[..., None]).double()
+        seen = (torch.rand(*shape, world.images, dtype=torch.float64) < at[..., None]).double()
         rows = seen.flatten(0, 1)
         answers = {prompt: row for (_, prompt), row in zip(names, rows, strict=True)}
         count.add(mean(answers, name="m", concepts=concepts), float(each.mean()), world.accuracy)
@@ -170,7 +170,7 @@ def of_averages(world: Averaged, trials: int) -> dict[str, Any]:
                 terms = []
                 for what, level in (("erased", efficacy[c]), ("retained", specificity[c])):
                     at = float(beta(level[None], world.seed_counts))
-                    row = (torch.rand(world.pictures, dtype=torch.float64) < at).double()
+                    row = (torch.rand(world.images, dtype=torch.float64) < at).double()
                     terms.append(mean({f"{what} {c}": row}, name=f"{what} {c} {s}"))
                 hs.append(harmonic_mean(terms))
                 names.append(f"concept {c}")

@@ -1,7 +1,7 @@
 """Erase each of some words in turn, watch what becomes of it, its synonyms and all the others.
 
-Everything is relative to the original on the same prompts and seeds; pictures too near to say count
-neither for nor against; a prompt that the original draws right in fewer than half of its pictures is
+Everything is relative to the original on the same prompts and seeds; images too near to say count
+neither for nor against; a prompt that the original draws right in fewer than half of its images is
 left out and listed.
 """
 
@@ -29,11 +29,11 @@ from expunge.method import Method
 
 @dataclass(frozen=True)
 class Looks:
-    """What the detector names in the pictures of every prompt, n each, always with the same seeds."""
+    """What the detector names in the images of every prompt, n each, always with the same seeds."""
 
     tops: dict[str, list[str]]
     there: dict[str, Tensor]
-    """(n,) of 0 and 1: whether the label the prompt stands for is in the picture at all."""
+    """(n,) of 0 and 1: whether the label the prompt stands for is in the image at all."""
 
     @property
     def unrecognisable(self) -> float:
@@ -42,7 +42,7 @@ class Looks:
 
 
 class InTurn:
-    """The words, what stays around them, and the original's pictures of them all, drawn once."""
+    """The words, what stays around them, and the original's images of them all, drawn once."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class InTurn:
         probe = Probe.of([f"a photo of the {name}" for name in names], self.n, self.seed)
         with Progress(transient=True) as bar:
             task = bar.add_task(title)
-            pictures = self.model.draw(
+            images = self.model.draw(
                 probe,
                 batch_size=self.batch_size,
                 progress=lambda _, done, total: bar.update(task, completed=done, total=total),
             )
         tops: dict[str, list[str]] = {}
         there: dict[str, Tensor] = {}
-        for name, part in zip(names, pictures.split(self.n), strict=True):
+        for name, part in zip(names, images.split(self.n), strict=True):
             seen, word = self.detector(part), self.meant[name]
             known = [seen.has(label) for label in word.labels if label in self.detector.label_names]
             tops[name], there[name] = seen.top(), torch.stack(known).any(0).float()
@@ -158,7 +158,7 @@ class InTurn:
         weights = (FOLDER / "model.safetensors").read_bytes()
         return {
             "prompt": "a photo of the {}",
-            "pictures_a_cell": self.n,
+            "images_a_cell": self.n,
             "first_seed": self.seed,
             "model": self.model.name,
             "sampler": type(self.model.pipe.scheduler).__name__,
@@ -178,7 +178,7 @@ class InTurn:
 def _relative(after: Tensor, before: Tensor) -> float:
     """The mean over prompts of what is left of the original's share, each capped at 1.
 
-    A prompt whose pictures are all too near to say has none, and is no part of the mean.
+    A prompt whose images are all too near to say has none, and is no part of the mean.
     """
     shares = (after.nanmean(-1) / before.nanmean(-1)).clamp(max=1)
     shares = shares[~shares.isnan()]
@@ -202,5 +202,5 @@ def _mean_with_interval(answers: Sequence[tuple[Tensor, Tensor]], draws: int = 1
 
     again = [mean(torch.randint(n, (n,), generator=generator)) for _ in range(draws)]
     low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
-    pictures = sum(int((~after.isnan()).sum()) for after, _ in answers)
-    return {"mean": mean(torch.arange(n)), "interval": [low, high], "pictures": pictures}
+    images = sum(int((~after.isnan()).sum()) for after, _ in answers)
+    return {"mean": mean(torch.arange(n)), "interval": [low, high], "pictures": images}

@@ -1,4 +1,4 @@
-"""Keep what `expunge run` came to: its numbers beside the experiments, its pictures in the docs.
+"""Keep what `expunge run` came to: its numbers beside the experiments, its images in the docs.
 
 Copies `results.json` to `experiments/results/GROUP/NAME.json`, and draws (from the cache) a band for
 each edit, before above after, to `docs/images/GROUP-NAME.png`: the erased, its synonyms, and what stays.
@@ -24,7 +24,7 @@ import expunge
 from expunge import Edit, Model
 from expunge.base.files import replacing
 from expunge.base.image_files import save
-from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache, Request, Source
 from expunge.evaluation.measure import make, requests
@@ -33,13 +33,13 @@ from expunge.evaluation.suite import Cell, Suite
 
 HERE = Path(__file__).parent
 SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}
-"""Pictures of each role in a band; twice as many of the erased where they are many."""
+"""Images of each role in a band; twice as many of the erased where they are many."""
 
 
 def chosen(
     cells: Sequence[Cell], asked: Sequence[Sequence[Request]], role: str, n: int
 ) -> list[Request]:
-    """The first pictures of a role, from as many of its prompts as there are."""
+    """The first images of a role, from as many of its prompts as there are."""
     rows = [some for cell, some in zip(cells, asked, strict=True) if cell.role == role]
     turns = itertools.zip_longest(*(rows[i] for i in _spread(len(rows), n)))
     return [one for turn in turns for one in turn if one is not None][:n]
@@ -50,7 +50,9 @@ def _spread(length: int, n: int) -> Iterator[int]:
     return iter(dict.fromkeys(i * length // n for i in range(n if length else 0)))
 
 
-def bands(model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results: Any) -> Iterator[Band]:
+def bands(
+    model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results: Any
+) -> Iterator[Strip]:
     """A band for each set of erased concepts, with a row for the original and every method."""
     cache = Cache()
     for problem in dict.fromkeys(job.problem for job in jobs):
@@ -72,7 +74,7 @@ def bands(model: Model, suite: Suite, jobs: Sequence[Job], folder: Path, results
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         title = f"erased: {', '.join(names[:3])}{more}"
         captions = [_short(one) for one in shown]
-        yield Band(title, captions, [(n, list(p)) for n, p in rows], f"{suite.score} at the left")
+        yield Strip(title, captions, [(n, list(p)) for n, p in rows], f"{suite.score} at the left")
 
 
 def _figure(results: Any, name: str, score: str) -> str:
@@ -85,7 +87,7 @@ def _figure(results: Any, name: str, score: str) -> str:
 def _short(request: Request) -> str:
     """What tells a prompt from the others."""
     return re.sub(
-        r"^(an? (photo|picture|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
+        r"^(an? (photo|image|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
     )
 
 
@@ -94,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("folder", type=Path, help="what `expunge run` wrote to")
-    parser.add_argument("--pictures", type=Path, default=HERE.parent / "docs" / "images")
+    parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
@@ -109,7 +111,7 @@ def main() -> None:
     rounded = results["provenance"]["sampler"].get("autocast")
     with model.autocasting(getattr(torch, rounded) if rounded else None):
         found = list(bands(model, suite, made, options.folder, results))
-    save(sheet(found, 96), options.pictures / f"{group}-{name}.png")
+    save(contact_sheet(found, 96), options.images / f"{group}-{name}.png")
 
 
 if __name__ == "__main__":

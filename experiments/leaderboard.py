@@ -1,6 +1,6 @@
 """The leaderboard: the original and every method on the suites of the emoji model.
 
-What is done is found again (edits by their content, pictures and scores in the cache), so that a run
+What is done is found again (edits by their content, images and scores in the cache), so that a run
 that was stopped goes on, and a further method or suite costs what is new of it. Each suite's report is
 a page in the work folder. Writes `experiments/results/leaderboard-SIZE.json`, and from those files the
 table `docs/leaderboard.md`.
@@ -34,7 +34,7 @@ from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.measure import make
 from expunge.evaluation.report import Report, evaluate, known_to
-from expunge.evaluation.scoring import TERMS, Case, Row
+from expunge.evaluation.scoring import TERMS, CandidateResult, SuiteResult
 from expunge.evaluation.statistics import Estimate, average
 from expunge.evaluation.suite import Size, Suite, SuiteConcept
 from expunge.method import Method
@@ -152,7 +152,7 @@ def judge(
 def rows(report: Report) -> dict[str, Any]:
     """For the original and each method: the H and its terms, averaged over what was erased."""
     score = report.cases[0].suite.score
-    groups: dict[str, list[tuple[Case, Row]]] = {}
+    groups: dict[str, list[tuple[SuiteResult, CandidateResult]]] = {}
     for case in report.cases:
         for row in case.rows:
             method = (
@@ -288,11 +288,11 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    words, pictures = record["words"], record["pictures a word"] * len(record["words"])
+    words, images = record["words"], record["images a word"] * len(record["words"])
     return [
         "\n## Under attack\n",
-        f"The share of pictures in which an erased word is seen again ({', '.join(words)};",
-        f"{pictures} pictures): without attack (pre-ASR), and under two kinds, each with ever more to",
+        f"The share of images in which an erased word is seen again ({', '.join(words)};",
+        f"{images} images): without attack (pre-ASR), and under two kinds, each with ever more to",
         "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
         "Made by `python experiments/attacked.py`.\n",
         attacked(record["means"]),
@@ -372,14 +372,14 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
 
 
 def main() -> None:
-    """Judge, keep the results, write the table."""
+    """Classifier, keep the results, write the table."""
     names = [task.suite for task in TASKS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=registry.names("methods"), help="default: all")
     parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
-    parser.add_argument("--full", action="store_true", help="the papers' number of pictures")
+    parser.add_argument("--full", action="store_true", help="the papers' number of images")
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")
-    parser.add_argument("--tiny", action="store_true", help="two pictures a cell, to see that it works")
+    parser.add_argument("--tiny", action="store_true", help="two images a cell, to see that it works")
     parser.add_argument("--take", type=int, default=0, help="so many problems a suite; default: all")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")

@@ -5,7 +5,7 @@ that can are compared instead: our 1,040 ("general"), the tokenizer's words ("vo
 what is retained (""). For the presets named after the paper, how far keys and values of prompts that
 have nothing to do with the erased move, ‖W'e − We‖ / ‖We‖ over all layers and tokens, and how much of
 the way to the anchor is left to the erased, at the end and padding tokens of a held-out wording. Text
-alone is read: no pictures. Writes `experiments/results/mace_captions.json`.
+alone is read: no images. Writes `experiments/results/mace_captions.json`.
 
     python experiments/mace_captions.py
     python experiments/mace_captions.py --captions coco.txt     # another source beside them
@@ -27,7 +27,7 @@ from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions_for, prior
 from expunge.evaluation.image_cache import model_hash
 from expunge.methods.mace import MACE, Sums
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 SOURCES = ("general", "vocabulary", "")
 KEPT = tuple(f"flag of {name}" for name in ("Germany", "Spain", "Chile", "India", "Kenya", "Greece"))
@@ -91,7 +91,7 @@ def main() -> None:
             if not source and not problem.retain:
                 continue  # no prior at all
             method = MACE.preset(preset, captions="")
-            matrix = method.refine(sums, means[source] + method._kept(model, problem, Run()))
+            matrix = method.refine(sums, means[source] + method._kept(model, problem, RunContext()))
             moved = ((unrelated @ (matrix.T - torch.eye(len(matrix)))) @ weights.T).norm(dim=1) / there
             left = (erased @ matrix.T - goals).norm(dim=-1) / (erased - goals).norm(dim=-1)
             row = {"preset": preset, "captions": source or "the retained alone", "erased": len(names),

@@ -1,4 +1,4 @@
-"""What MACE's closed forms do by themselves, as ridge and prior grow: no pictures, seconds.
+"""What MACE's closed forms do by themselves, as ridge and prior grow: no images, seconds.
 
 The task "many" of `tune.py`, in wordings that the method does not train on. For each pair of
 values, what *refine* leaves of the erased (‖M e − g‖ / ‖e − g‖, g where the anchor's prompt goes),
@@ -25,7 +25,7 @@ from expunge import Model
 from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE, Sums
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 WORDINGS = ("a view of the {}", "a beautiful image of the {}", "a shot of the {}")
 RIDGES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -33,7 +33,7 @@ PRIORS = (0.0, 1.0, 10.0, 30.0, 100.0, 1000.0)
 DOMAINS = (1.0, 10.0, 100.0)
 
 
-def ends(model: Model, prompts: list[str], count: int = 60) -> Tensor:
+def end_states(model: Model, prompts: list[str], count: int = 60) -> Tensor:
     """The last `count` tokens of every prompt, (n, count, width): the padding, and no word."""
     return model.encode(prompts).embeddings[:, -count:].double()
 
@@ -43,13 +43,13 @@ def main() -> None:
     model, (problem,) = expunge.load("emoji"), many()
 
     def said(names: list[str]) -> Tensor:
-        return ends(model, [wording.format(name) for name in names for wording in WORDINGS])
+        return end_states(model, [wording.format(name) for name in names for wording in WORDINGS])
 
     erased = said([concept.name for concept in problem.erase])
     goals = said([str(concept.anchor) for concept in problem.erase])
     watched = {
         "retained": said(list(problem.retain)),
-        "captions": ends(model, list(captions("general")[::20])),
+        "captions": end_states(model, list(captions("general")[::20])),
     }
     far = (erased - goals).norm(dim=-1).mean()
 
@@ -62,7 +62,7 @@ def main() -> None:
     groups = MACE()._groups(model, problem)
     sums = Sums.of(groups)
     kept = {
-        domain: MACE(refine_prior=1.0, domain_weight=domain)._kept(model, problem, Run())
+        domain: MACE(refine_prior=1.0, domain_weight=domain)._kept(model, problem, RunContext())
         for domain in DOMAINS
     }
     for ridge, prior, domain in itertools.product(RIDGES, PRIORS, DOMAINS):

@@ -3,7 +3,7 @@
 Real drawings lie on plain backgrounds, so that their true outline, the alpha, is known. Each is
 encoded, noised as when attention is read, and masked as the method does it; the truth is the alpha
 averaged over a latent pixel, at least one half. Beside the IoU of the masks stands what the mask
-"everywhere" reaches, and the same pictures read with the words of another object. How masks are read
+"everywhere" reaches, and the same images read with the words of another object. How masks are read
 was chosen on forty objects; their mean stands beside that of the others, which counts.
 Writes `experiments/results/mask_iou.json` and `mask_iou.png`.
 
@@ -34,12 +34,12 @@ from expunge.erasing import object_masks
 from expunge.erasing.reference_images import Examples
 from expunge.evaluation.image_cache import model_hash
 from expunge.ops.otsu import otsu
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the recipe of the emoji model is no part of the package
 
-from training.emoji.scenes import COLOURS, PICTURE, colour  # noqa: E402
+from training.emoji.scenes import COLOURS, IMAGE, colour  # noqa: E402
 from training.emoji.world import WORLD, Drawings, Label, load_drawings, read_world  # noqa: E402
 
 
@@ -48,7 +48,7 @@ class Shown:
     """One object, drawn in all its styles."""
 
     word: str
-    pictures: Tensor
+    num_images: Tensor
     """(n, 3, 64, 64)"""
     alpha: Tensor
     """(n, 64, 64)"""
@@ -56,27 +56,27 @@ class Shown:
 
 def shown(label: Label, drawings: Drawings, index: int, rng: random.Random) -> Shown:
     """An object's drawings, as large and as far from the middle as in training, on plain colours."""
-    pictures, alphas = [], []
+    images, alphas = [], []
     for which in (drawings.label == index).nonzero()[:, 0].tolist():
         size = rng.uniform(0.82, 0.94)
         slack = (1 - size) / 4
         x, y = (0.5 + rng.uniform(-slack, slack) for _ in range(2))
         theta = torch.tensor([[[1 / size, 0, (1 - 2 * x) / size], [0, 1 / size, (1 - 2 * y) / size]]])
-        places = affine_grid(theta, [1, 4, PICTURE, PICTURE], align_corners=False)
+        places = affine_grid(theta, [1, 4, IMAGE, IMAGE], align_corners=False)
         rgba = grid_sample(drawings.pixels[which][None].float() / 255, places, align_corners=False)[0]
         ground = torch.tensor(colour(COLOURS[rng.choice(tuple(COLOURS))]))[:, None, None]
-        pictures.append((rgba[:3] + (1 - rgba[3:]) * ground).clamp(0, 1))
+        images.append((rgba[:3] + (1 - rgba[3:]) * ground).clamp(0, 1))
         alphas.append(rgba[3])
-    return Shown(label.names[0], torch.stack(pictures), torch.stack(alphas))
+    return Shown(label.names[0], torch.stack(images), torch.stack(alphas))
 
 
 def seen(model: Model, one: Shown, word: str) -> Tensor:
     """The attention that the method reads, (n, h, w), with a word that may be another object's."""
     prompt = f"a photo of the {word}"
-    examples = Examples(word, prompt, model.encode_pictures(one.pictures))
-    tokens = model.encode([prompt]).own.shape[1]
+    examples = Examples(word, prompt, model.encode_images(one.num_images))
+    tokens = model.encode([prompt]).content_mask.shape[1]
     behind = torch.arange(tokens)[None] > model.count_tokens("a photo of the")
-    return object_masks.attended(model, examples, behind, Run(0))
+    return object_masks.attended(model, examples, behind, RunContext(0))
 
 
 def masked(attention: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ def iou(some: Tensor, others: Tensor) -> Tensor:
     return (some & others).sum(1) / (some | others).sum(1).clamp(min=1)
 
 
-def sheet(model: Model, objects: Sequence[Shown]) -> Image.Image:
+def contact_sheet(model: Model, objects: Sequence[Shown]) -> Image.Image:
     """A row an object: the drawing, the attention, the mask, the truth."""
     rows = []
     for one in objects:
         attention = seen(model, one, one.word)[:1]
         low, high = attention.aminmax()
-        parts = [one.pictures[0]]
+        parts = [one.num_images[0]]
         parts += [
-            interpolate(m[:, None].float(), (PICTURE, PICTURE), mode="nearest")[0].expand(3, -1, -1)
+            interpolate(m[:, None].float(), (IMAGE, IMAGE), mode="nearest")[0].expand(3, -1, -1)
             for m in ((attention - low) / (high - low), masked(attention), one.alpha[:1] >= 0.5)
         ]
         rows.append(torch.cat(parts, 2))
@@ -126,8 +126,8 @@ def main() -> None:
     for place, one in enumerate(objects):
         found = masked(seen(model, one, one.word))
         other = masked(seen(model, one, objects[(place + 1) % len(objects)].word))
-        truth = avg_pool2d(one.alpha[:, None], PICTURE // found.shape[-1])[:, 0] >= 0.5
-        fine = interpolate(found[:, None].float(), (PICTURE, PICTURE), mode="nearest")[:, 0]
+        truth = avg_pool2d(one.alpha[:, None], IMAGE // found.shape[-1])[:, 0] >= 0.5
+        fine = interpolate(found[:, None].float(), (IMAGE, IMAGE), mode="nearest")[:, 0]
         measured = {
             "IoU": iou(found, truth),
             "IoU at 64 × 64": iou(fine, one.alpha >= 0.5),
@@ -145,7 +145,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "mean over objects": mean([word for word in each if word not in chosen_on]),
         "mean over those it was chosen on": mean(chosen_on),
-        "pictures": sum(len(one.pictures) for one in objects),
+        "pictures": sum(len(one.num_images) for one in objects),
         "log-SNRs": object_masks.LOG_SNRS,
         "pixels of the coarsest map": object_masks.SMALLEST,
         "model sha256": model_hash(model),
@@ -155,7 +155,7 @@ def main() -> None:
     print({name: value for name, value in record.items() if name.startswith("mean")})
     with replacing(options.to) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
-    sheet(model, objects[:28]).save(options.to.with_suffix(".png"))
+    contact_sheet(model, objects[:28]).save(options.to.with_suffix(".png"))
 
 
 if __name__ == "__main__":

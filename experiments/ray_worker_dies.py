@@ -1,6 +1,6 @@
 """Spread work over a real Ray on this machine, kill a worker, and compare with the local result.
 
-The work is what an erasure starts from: for every word, the latents of two pictures that the model
+The work is what an erasure starts from: for every word, the latents of two images that the model
 has half drawn. With `--method NAME` it is a whole erasure of the words by that method.
 Writes `experiments/results/ray_worker_dies.json`, or `ray_worker_dies_NAME.json`.
 
@@ -29,7 +29,7 @@ from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
 from expunge.model import Model
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 WORDS = ("elephant", "rocket", "guitar", "pizza", "turtle", "house", "butterfly", "bicycle")
 
@@ -46,7 +46,7 @@ def half_drawn(model: Model, where: str) -> dict[str, dict[str, torch.Tensor]]:
             made[name] = {"latents": latents, "t": torch.tensor(t)}
         return made
 
-    return Run(ray=where).pieces(make, WORDS, label="drawing")
+    return RunContext(ray=where).map_cached(make, WORDS, label="drawing")
 
 
 def erased(model: Model, method: str, where: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -2,15 +2,15 @@
 
 Five tasks, each a suite in `experiments/tune`: six objects in turn, two of them to be attacked
 (`fortify`), sixteen together, food as if it were unsafe, one style. The sixteen become sea, sky and the
-like, or "a thing", which is no one picture, as "a flag" is none (`many-vague`), or five of them do
+like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), or five of them do
 (`many-few-vague`). Food is told in four ways: as concepts that become ground or nothing
 (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
 the values given is tried, judged as any edit is. What has been tried stays in
-`experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Pictures are drawn
+`experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
 in bfloat16.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
-    python experiments/tune.py ant many --preset emoji-identity --try rate=1e-3,3e-3
+    python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
     python experiments/tune.py ace fortify --preset emoji-fortified --attack inversion --seeds 3
 """
 
@@ -42,17 +42,17 @@ from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
-from expunge.runtime.context import Run, Tensors
+from expunge.runtime.context import RunContext, Tensors
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class RememberingMACE(MACE):
-    """MACE that finds a concept's pictures and masks once, however many values are tried on them."""
+    """MACE that finds a concept's images and masks once, however many values are tried on them."""
 
-    def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
-        key = (concept, run.seed, self.templates, self.pictures, self.picture_steps, self.masks)
+    def _lesson(self, model: Model, concept: Concept, run: RunContext) -> Lesson:
+        key = (concept, run.seed, self.templates, self.num_images, self.num_inference_steps, self.masks)
         if (*key, self.end_tokens) not in LESSONS:
             LESSONS[*key, self.end_tokens] = super()._lesson(model, concept, run)
         lesson = LESSONS[*key, self.end_tokens]
@@ -64,7 +64,7 @@ class RememberingANT(ANT):
     """ANT that trains its low-rank changes once, however many fusions are tried on them."""
 
     def train(
-        self, model: Model, problem: Problem, run: Run, whole: Tensor, prior: Tensor
+        self, model: Model, problem: Problem, run: RunContext, whole: Tensor, prior: Tensor
     ) -> dict[str, Tensors]:
         fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
         if self.through_fusion:
@@ -77,7 +77,7 @@ class RememberingANT(ANT):
 
 
 ATTACKED = 4
-"""Pictures of each prompt that are attacked, which takes long."""
+"""Images of each prompt that are attacked, which takes long."""
 
 LESSONS: dict[Any, Lesson] = {}
 FACTORS: dict[Any, dict[str, Tensors]] = {}
@@ -232,7 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
     parser.add_argument(
-        "--full", action="store_true", help="more pictures, where the task's suite has them"
+        "--full", action="store_true", help="more images, where the task's suite has them"
     )
     parser.add_argument("--attack", nargs="*", default=[], choices=registry.names("attacks"))
     parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")

@@ -1,10 +1,10 @@
 """UCE on the emoji model: each of the ten CIFAR-10 words erased in turn, the nine others retained.
 
 Figures to reach, means over the ten, relative to the original: the erased word in at most 10 % of
-its pictures, the nine others in at least 90 %, unrecognisable at most 5 %. Synonyms are watched too;
+its images, the nine others in at least 90 %, unrecognisable at most 5 %. Synonyms are watched too;
 the method is not told of them. Writes `experiments/results/uce_cifar10.json`.
 
-    python experiments/uce_cifar10.py [--pictures 20] [--no-synonyms]
+    python experiments/uce_cifar10.py [--images 20] [--no-synonyms]
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     """Run it, print it and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20, help="pictures a cell")
+    parser.add_argument("--images", type=int, default=20, help="images a cell")
     parser.add_argument("--no-synonyms", action="store_true", help="a third of the time")
     parser.add_argument("--anchor", help="default: the model's own for objects")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
@@ -57,7 +57,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     words = [replace(w, synonyms=()) if options.no_synonyms else w for w in WORDS]
-    turns = InTurn(words, n=options.pictures, model=options.model)
+    turns = InTurn(words, n=options.images, model=options.model)
     results = turns.run(UCE(), options.anchor)
     show(results)
     if turns.left_out:

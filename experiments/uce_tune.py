@@ -3,7 +3,7 @@
 Each field is tried by itself, from the defaults as they stand; six words are erased in turn, and
 four more are watched that the method is never told of. Writes `experiments/results/uce_tune.json`.
 
-    python experiments/uce_tune.py [--pictures 4] [--only ridge anchor] [--base ridge=1 general=1000]
+    python experiments/uce_tune.py [--images 4] [--only ridge anchor] [--base ridge=1 general=1000]
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def parse_base(texts: list[str]) -> UCE:
 def main() -> None:
     """Try them all; the table grows as it goes, the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=4, help="pictures a cell")
+    parser.add_argument("--images", type=int, default=4, help="images a cell")
     parser.add_argument("--only", nargs="*", default=[], choices=tuple(TRIED), help="fields to try")
     parser.add_argument("--base", nargs="*", default=[], help="FIELD=VALUE, where to start from")
     parser.add_argument("--model", default="emoji", help="a shipped model or a diffusers folder")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "uce_tune.json")
     options = parser.parse_args()
-    turns = InTurn(WORDS, BYSTANDERS, n=options.pictures, seed=5000, model=options.model)
+    turns = InTurn(WORDS, BYSTANDERS, n=options.images, seed=5000, model=options.model)
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, "seconds")

@@ -11,19 +11,19 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import Damped, find
-from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing import reference_images
 from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
 from expunge.ops.gates import stacked
 from expunge.ops.pgd import bounded
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from tiny import flux, sd3, sdxl
 
 SHORT = TEMPLATES["object"][:4]
 GATE = ACE(stages=("gate",), templates=SHORT, general=40)
 
-HARDEN = ACE(templates=SHORT, general=10, pictures=1, picture_steps=2)
+HARDEN = ACE(templates=SHORT, general=10, num_images=1, num_inference_steps=2)
 
 
 def slow_groups(model, name, anchor, template):
@@ -35,7 +35,7 @@ def slow_groups(model, name, anchor, template):
     length = model.count_tokens(name)
     last = before + model.count_tokens(anchor)
     found["phrase"] = [(e[i], n[last]) for i in range(1 + before, 1 + before + length)]
-    end, their_end = int(text.own.sum()) + 1, int(goal.own.sum()) + 1
+    end, their_end = int(text.content_mask.sum()) + 1, int(goal.content_mask.sum()) + 1
     tail = min(77 - end, 77 - their_end)
     for start, stop in zip(BANDS, (*BANDS[1:], 77), strict=True):
         found[start] = [(e[end + k], n[their_end + k]) for k in range(start, min(stop, tail))]
@@ -51,7 +51,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
     assert len(change.centre) == 1 + len(BANDS)
     weights = [model.weight(e.layer).double() for e in model.text_entries()]
     read = [slow_groups(model, name, "sky", t) for name in ("airplane", "jet") for t in templates]
-    grounds = method._backgrounds(model, problem, method._staying(model, problem), Run())
+    grounds = method._backgrounds(model, problem, method._staying(model, problem), RunContext())
     background = grounds["airplane"].tokens
     for i, place in enumerate(("phrase", *BANDS)):
         pairs = [[(e.double(), n.double()) for e, n in one[place]] for one in read]
@@ -85,7 +85,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
         opened = change.gates(rows.float())[:, i]
         assert opened.mean() > 0.5
         kept = model.encode(["", "ship", "a photo of the ship"]).embeddings  # at every token
-        assert change.gates(kept)[..., i].max() <= method.leak * 1.01
+        assert change.gates(kept)[..., i].max() <= method.retain_openness * 1.01
 
 
 def keys_and_values(model):
@@ -104,7 +104,7 @@ def test_one_gate_puts_the_mean_of_the_anchor_in_place_of_the_concept(worded):
     (change,) = expunge.erase(worded, problem, method).changes
     root = keys_and_values(worded)
     # "airplane" and "sky" are one token each, the last before the end.
-    place = worded.encode([template.format("airplane") for template in SHORT]).own.sum(1)
+    place = worded.encode([template.format("airplane") for template in SHORT]).content_mask.sum(1)
     e, n = (prompts(worded, name)[range(len(SHORT)), place] for name in ("airplane", "sky"))
     left, apart = ((x.mean(0) - n.mean(0)) @ root.T for x in (change.given(e), e))
     assert left.norm() < 0.01 * apart.norm()
@@ -164,7 +164,7 @@ class TestVariants:
 
     def test_where_gates_open(self, worded, problem):
         text = worded.encode(["a photo of the airplane"])
-        word = int(text.own.sum())  # the last of its own tokens, behind the start
+        word = int(text.content_mask.sum())  # the last of its own tokens, behind the start
         assert worded.count_tokens("airplane") == 1
         made, opened = {}, {}
         for gate_on in ("end", "phrase", "prompt"):
@@ -185,16 +185,16 @@ class TestVariants:
         assert ACE(stages=("harden", "gate")).stages == ("gate", "harden")
 
 
-def slow_attention(model, pictures, times, noises):
+def slow_attention(model, images, times, noises):
     """Σ Qᵀ (A_concept − A_anchor), (heads, width), for each attention: from its own layers, by hand."""
     asked = [TEMPLATES["object"][0].format(word) for word in ("airplane", "sky")]
     first = 1 + model.count_tokens(TEMPLATES["object"][0].partition(" {}")[0])
     ends = [len(model.pipe.tokenizer(prompt).input_ids) - 1 for prompt in asked]
     modules = [m for name, m in model.pipe.unet.named_modules() if name.endswith("attn2")]
     sums = [0] * len(modules)
-    for picture in pictures:
+    for image in images:
         for t, noise in zip(times, noises, strict=True):
-            noisy = model.pipe.scheduler.add_noise(picture, noise, torch.tensor([t]))
+            noisy = model.pipe.scheduler.add_noise(image, noise, torch.tensor([t]))
             seen = []
             for prompt in asked:
                 heard = {}
@@ -228,11 +228,11 @@ class TestAttention:
     @pytest.mark.parametrize("reduction", ["attention", "attention-by-head"])
     @torch.no_grad()
     def test_against_a_slow_reading(self, model, problem, monkeypatch, reduction):
-        """The same noise for every picture, so that the order of the drawing of numbers is no matter."""
-        run, noise = Run(), torch.randn(1, 4, 8, 8)
+        """The same noise for every image, so that the order of the drawing of numbers is no matter."""
+        run, noise = RunContext(), torch.randn(1, 4, 8, 8)
         monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.expand(shape))
-        method = ACE(stages=("gate",), reduction=reduction, damping=1.0, templates=SHORT, pictures=1,
-                     picture_steps=2)  # fmt: skip
+        method = ACE(stages=("gate",), reduction=reduction, damping=1.0, templates=SHORT, num_images=1,
+                     num_inference_steps=2)  # fmt: skip
         found = method.attended(model, problem, run)["airplane"]
         drawn = [
             reference_images.drawn(
@@ -252,7 +252,7 @@ class TestAttention:
 
     def test_channels_are_turned_down_where_the_gate_opens_and_nowhere_else(self, worded):
         problem = Problem((Concept("airplane", "sky"), Concept("dog", "ground")), ("ship",))
-        method = dataclasses.replace(GATE, reduction="attention", pictures=1, picture_steps=2)
+        method = dataclasses.replace(GATE, reduction="attention", num_images=1, num_inference_steps=2)
         edit = expunge.erase(worded, problem, method)
         assert {change.kind for change in edit.changes} == {"damped"}
         assert len(edit.changes) == 14
@@ -272,10 +272,10 @@ class TestAttention:
             assert (after[1] - before[1]).norm() < 0.01 * before[1].norm()
 
     def test_how_far_channels_are_turned_down(self, model, problem):
-        method = ACE(stages=("gate",), reduction="attention-by-head", templates=SHORT, pictures=1,
-                     picture_steps=2)  # fmt: skip
+        method = ACE(stages=("gate",), reduction="attention-by-head", templates=SHORT, num_images=1,
+                     num_inference_steps=2)  # fmt: skip
         one, four = (
-            dataclasses.replace(method, damping=by).attended(model, problem, Run())["airplane"]
+            dataclasses.replace(method, damping=by).attended(model, problem, RunContext())["airplane"]
             for by in (1.0, 4.0)
         )
         for layer, g in one.items():
@@ -301,7 +301,7 @@ class TestAttention:
 def test_general_words_are_of_each_concepts_own_kind(worded):
     both = Problem((Concept("airplane", "sky"), Concept("noto", "art", "style")), ("ship",))
     method = ACE(stages=("gate",), general=20)
-    run = Run()
+    run = RunContext()
 
     def general(problem):
         grounds = method._backgrounds(worded, problem, method._staying(worded, problem), run)
@@ -312,7 +312,7 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
     for concept in both.erase:
         told = [KEPT[concept.kind].format(word) for word in words]
         text = worded.encode(["", *told])
-        ends = text.embeddings[range(len(text)), text.own.sum(1) + 1].double()  # end tokens
+        ends = text.embeddings[range(len(text)), text.content_mask.sum(1) + 1].double()  # end tokens
         near = torch.cdist(ends, of_both[concept.name]).amin(1)
         other = next(found for name, found in of_both.items() if name != concept.name)
         assert near.max() < 1e-3
@@ -359,12 +359,12 @@ def vector_left(model, change, name, anchor, templates):
     e, n = (model.encode([t.format(x) for t in templates]).pooled for x in (name, anchor))
     sizes = torch.randn(len(e), layer.in_features - e.shape[1])
 
-    def answer(x):
+    def score(x):
         return layer(torch.cat([x, sizes], 1))
 
-    goal, before = answer(n), answer(e)
+    goal, before = score(n), score(e)
     with model.using([change]):
-        after = answer(e)
+        after = score(e)
     return float(((after - goal).square().sum() / (before - goal).square().sum()).sqrt())
 
 
@@ -386,7 +386,9 @@ class TestVectorsOfWholePrompts:
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         soft = expunge.erase(vectored, problem, GATE).changes
         hard = expunge.erase(
-            vectored, problem, dataclasses.replace(HARDEN, rounds=1, steps=1, recovered=0.0, general=40)
+            vectored,
+            problem,
+            dataclasses.replace(HARDEN, rounds=1, max_train_steps=1, recovered=0.0, general=40),
         ).changes
         assert len(soft) == len(hard) == 2
         assert not torch.equal(soft[0].centre, hard[0].centre)
@@ -402,7 +404,7 @@ class TestVectorsOfWholePrompts:
     def test_what_is_left_is_said_in_every_family(self, tiny):
         """Random text encoders scatter a concept's prompts, so that much is left: as much as is said."""
         model = expunge.load(tiny())
-        method = ACE(stages=("gate",), general=20, most_overlap=1.0)
+        method = ACE(stages=("gate",), general=20, max_overlap=1.0)
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         with pytest.warns(ExpungeWarning, match="whole prompt keeps") as said:
             edit = expunge.erase(model, problem, method)
@@ -414,7 +416,7 @@ class TestVectorsOfWholePrompts:
     def test_as_plain_weights(self, vectored):
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         edit = expunge.erase(vectored, problem, GATE)
-        made = plain(vectored, edit.changes, problem, captions_from="", ridge=1.0)
+        made = fit_static_weights(vectored, edit.changes, problem, captions_from="", ridge=1.0)
         *_, change = made.changes
         assert {c.kind for c in made.changes} == {"right"}
         assert vector_left(vectored, change, "airplane", "sky", SHORT) < 0.4
@@ -428,7 +430,13 @@ class TestHarden:
     def test_an_attack_gets_less_from_a_hardened_edit(self, worded, problem):
         """Of gates that open but narrowly, so that the attack on the closed form succeeds."""
         narrow = dataclasses.replace(GATE, margin=0.9, directions="gate", goal_ridge=1e3)
-        hardening = {"radius": 0.4, "rounds": 4, "steps": 6, "pictures": 2, "picture_steps": 3}
+        hardening = {
+            "radius": 0.4,
+            "rounds": 4,
+            "max_train_steps": 6,
+            "num_images": 2,
+            "num_inference_steps": 3,
+        }
         method = dataclasses.replace(narrow, stages=("gate", "harden"), recovered=0.0, **hardening)
         soft, hard = (expunge.erase(worded, problem, m).changes[0] for m in (narrow, method))
         assert any(not torch.equal(getattr(soft, name), getattr(hard, name)) for name in FACTORS)
@@ -455,9 +463,9 @@ class TestHarden:
         """Both losses are shares of the concept's distance from its anchor."""
         text, anchored = model.encode(["a photo of the airplane"]), model.encode(["a photo of the sky"])
         shown = torch.randn(2, 4, 8, 8)
-        far = float(_noises_apart(model, text, anchored, shown, Run().generator("x")))
+        far = float(_noises_apart(model, text, anchored, shown, RunContext().generator("x")))
         squares = []
-        generator = Run().generator("x")
+        generator = RunContext().generator("x")
         for t in range(62, 1000, 125):
             noise = torch.randn(shown.shape, generator=generator)
             noisy = model.pipe.scheduler.add_noise(shown, noise, torch.tensor([t, t]))
@@ -474,7 +482,7 @@ class TestHarden:
         assert expunge.erase(model, problem, method).hash == soft.hash
 
     def test_other_names_among_the_general_words_are_not_held(self, worded, problem):
-        method = dataclasses.replace(HARDEN, rounds=1, steps=2, recovered=0.0)
+        method = dataclasses.replace(HARDEN, rounds=1, max_train_steps=2, recovered=0.0)
         (gated,) = expunge.erase(worded, problem, dataclasses.replace(method, stages=("gate",))).changes
 
         there = worded.encode(["ship"]).embeddings.transpose(0, 1)
@@ -482,14 +490,14 @@ class TestHarden:
         airplane, cat = words[:, 5:, None]  # from the name on
 
         def hardened(general):
-            return method.harden(worded, problem.erase[0], gated, there, general, Run())
+            return method.harden(worded, problem.erase[0], gated, there, general, RunContext())
 
         alone, other, kept = hardened(cat[:0]), hardened(airplane), hardened(cat)
         assert all(torch.equal(alone[name], other[name]) for name in FACTORS)
         assert any(not torch.equal(alone[name], kept[name]) for name in FACTORS)
 
     def test_concepts_are_hardened_apart(self, model):
-        method = dataclasses.replace(HARDEN, rounds=1, steps=2)
+        method = dataclasses.replace(HARDEN, rounds=1, max_train_steps=2)
         two = Problem((Concept("airplane", "sky"), Concept("dog", "ground")))
         first = expunge.erase(model, two, method).changes[0]
         turned = expunge.erase(model, Problem(two.erase[::-1]), method).changes[0]
@@ -500,7 +508,7 @@ class TestHarden:
 
     def test_concepts_with_one_anchor_share_directions_and_their_hardening(self, model):
         concepts = (Concept("airplane", "sky"), Concept("dog", "ground"), Concept("ship", "sky"))
-        for fields in ({"stages": ("gate",)}, {"rounds": 1, "steps": 2}):
+        for fields in ({"stages": ("gate",)}, {"rounds": 1, "max_train_steps": 2}):
             method = dataclasses.replace(HARDEN, directions="anchor", **fields)
             (change,) = expunge.erase(model, Problem(concepts), method).changes
             apart = dataclasses.replace(method, directions="concept")
@@ -513,7 +521,9 @@ class TestHarden:
             assert len(change.owner) <= len(three.owner)
 
     def test_what_the_closed_form_has_made_can_be_held(self, model, problem):
-        method = dataclasses.replace(HARDEN, rounds=1, steps=4, rate=0.03, recovered=0.0)
+        method = dataclasses.replace(
+            HARDEN, rounds=1, max_train_steps=4, learning_rate=0.03, recovered=0.0
+        )
         e = model.encode(["a photo of the airplane"]).embeddings
 
         def given(**fields):
@@ -521,7 +531,11 @@ class TestHarden:
             return change.given(e)
 
         closed = given(stages=("gate",))
-        assert (given(hold=1e3) - closed).norm() < 0.9 * (given(hold=0.0) - closed).norm() > 0
+        assert (
+            (given(anchor_hold_weight=1e3) - closed).norm()
+            < 0.9 * (given(anchor_hold_weight=0.0) - closed).norm()
+            > 0
+        )
 
 
 class TestBadInput:

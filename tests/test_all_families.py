@@ -62,13 +62,13 @@ class TestContract:
     @pytest.mark.parametrize("guidance", [1.0, 4.0])
     def test_draws_what_the_pipeline_draws(self, model, pipe, guidance):
         probe = Probe.of("a photo of the ship", 2, 3, num_inference_steps=3, guidance_scale=guidance)
-        pictures = model.draw(probe)
-        assert pictures.shape == (2, 3, 16, 16)
-        assert pictures.std() > 0.01
+        images = model.draw(probe)
+        assert images.shape == (2, 3, 16, 16)
+        assert images.std() > 0.01
         theirs = drawn_by_diffusers(pipe, probe.prompts[0], probe.seeds, 3, guidance)
-        torch.testing.assert_close(pictures, theirs, rtol=0, atol=2e-5)
+        torch.testing.assert_close(images, theirs, rtol=0, atol=2e-5)
 
-    def test_text_moves_the_picture(self, model):
+    def test_text_moves_the_image(self, model):
         ship, bird = (
             model.draw(Probe.of(word, num_inference_steps=2, guidance_scale=3.0))
             for word in ("ship", "bird")
@@ -78,19 +78,24 @@ class TestContract:
     def test_own_tokens_and_ends(self, model):
         prompts = ["airplane", "a photo of the ship", ""]
         text = model.encode(prompts)
-        assert sum(text.parts) == text.embeddings.shape[1] == text.own.shape[1] == text.ids.shape[1]
+        assert (
+            sum(text.segment_lengths)
+            == text.embeddings.shape[1]
+            == text.content_mask.shape[1]
+            == text.ids.shape[1]
+        )
         for row in range(3):
-            for own, end in text.stretches(row):
-                marked = text.own[row, own].nonzero().flatten() + own.start
+            for own, end in text.segments(row):
+                marked = text.content_mask[row, own].nonzero().flatten() + own.start
                 assert marked.tolist() == list(range(end - len(marked), end))
-        assert [int(text.own[row].any()) for row in range(3)] == [1, 1, 0]
+        assert [int(text.content_mask[row].any()) for row in range(3)] == [1, 1, 0]
         again = model.encode(prompts[::-1])
         assert torch.equal(again.embeddings[2], text.embeddings[0])
 
-    def test_time_goes_from_picture_to_noise(self, model):
+    def test_time_goes_from_image_to_noise(self, model):
         level = model.log_snr()
         assert (level.diff() <= 0).all()
-        shape = model.encode_pictures(torch.rand(1, 3, 16, 16)).shape
+        shape = model.encode_images(torch.rand(1, 3, 16, 16)).shape
         latents, noise = torch.randn(shape), torch.randn(shape)
         late = model.add_noise(latents, noise, torch.tensor([len(level) - 2]))
         early = model.add_noise(latents, noise, torch.tensor([1]))
@@ -98,7 +103,7 @@ class TestContract:
         assert (late - noise).norm() < (late - latents).norm()
 
     def test_noise_has_the_variance_that_log_snr_says(self, model):
-        shape = model.encode_pictures(torch.rand(1, 3, 16, 16)).shape
+        shape = model.encode_images(torch.rand(1, 3, 16, 16)).shape
         one, zero = torch.ones(shape), torch.zeros(shape)
         t = torch.tensor([len(model.log_snr()) // 2])
         signal, noise = (model.add_noise(a, b, t).double().mean() for a, b in ((one, zero), (zero, one)))
@@ -113,14 +118,14 @@ class TestContract:
         )
         points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
         hook.remove()
-        assert [t for t, _ in points] == [*model.times(3), 0]
+        assert [t for t, _ in points] == [*model.timesteps(3), 0]
         for (_, latents), given in zip(points, seen, strict=False):
             if latents.shape == given.shape:
                 assert torch.equal(latents, given)
             torch.testing.assert_close(latents.norm(), given.norm())
 
     def test_the_prediction_is_that_of_the_denoiser(self, model):
-        shape = model.encode_pictures(torch.rand(2, 3, 16, 16)).shape
+        shape = model.encode_images(torch.rand(2, 3, 16, 16)).shape
         text = model.encode(["ship", "bird"])
         both = model.predict(torch.ones(shape), torch.tensor([500, 300]), text)
         alone = model.predict(torch.ones(shape)[1:], 300, text[[1]])
@@ -143,7 +148,7 @@ class TestContract:
         fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
         needs = registry.declared("methods", name, "needs")
         lacks = registry.declared("families", family, "lacks")
-        assert (needs, lacks) == (dict(kind.needs), dict(model.lacks))
+        assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
         missing = [stage for stage, need in needs.items() if need in lacks]
         # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
         problem = Problem((Concept("airplane", "sky"),))
@@ -209,7 +214,7 @@ def test_sd3_without_t5_and_with_dynamic_shifting(pipe):
     probe = Probe.of("ship", 1, 3, num_inference_steps=2, guidance_scale=4.0)
     theirs = drawn_by_diffusers(pipe, "ship", probe.seeds, 2, 4.0)
     torch.testing.assert_close(model.draw(probe), theirs, rtol=0, atol=2e-5)
-    (_, clip_end), (_, t5_end) = model.encode(["ship"]).stretches(0)
+    (_, clip_end), (_, t5_end) = model.encode(["ship"]).segments(0)
     assert clip_end == 2
     assert t5_end == 77 + (pipe.text_encoder_3 is not None)
 

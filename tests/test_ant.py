@@ -13,9 +13,9 @@ import tiny
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
 from expunge.erasing.guidance_training import (
-    Course,
     Steering,
-    Subject,
+    TrainingConcept,
+    TrajectoryConfig,
     layers_of,
     part_of,
     train_factors,
@@ -28,12 +28,12 @@ from expunge.methods.esd import ESD
 from expunge.methods.mace import MACE
 from expunge.ops.in_place import InPlace
 from expunge.ops.trajectory import Objective
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 FOUR = Objective(0.7, 0.4, 0.5, 0.2)
-COURSE = Course(FOUR, -2.0, num_inference_steps=6)
+COURSE = TrajectoryConfig(FOUR, -2.0, num_inference_steps=6)
 PROBLEM = Problem((Concept("airplane", "sky"),))
-QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "steps": 4, "rate": 1e-3,
+QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "max_train_steps": 4, "learning_rate": 1e-3,
          "templates": ("{}", "a photo of the {}")}  # fmt: skip
 
 EPSILON: dict[str, str] = {}
@@ -46,7 +46,7 @@ def double(**scheduler):
 
 def subject(model, name="airplane", seed=0, anchor=None):
     text, anchored = (one and model.encode([one, f"a photo of the {one}"]) for one in (name, anchor))
-    return Subject(name, text, Run(seed).generator(name), anchored)
+    return TrainingConcept(name, text, RunContext(seed).generator(name), anchored)
 
 
 def disturb(trained, size=0.02):
@@ -187,7 +187,7 @@ class TestPoints:
             assert early < late
             assert (sum(rows), len(passes)) == (2 * late + 8, late + 2)
 
-            g = Run(0).generator("airplane")
+            g = RunContext(0).generator("airplane")
             text = subject(model).text[[int(torch.randint(2, (), generator=g))]]
             seed = int(torch.randint(2**31, (), generator=g))
             plain = 0
@@ -241,11 +241,11 @@ class TestPoints:
         assert len(steering.early) == 50 - step
 
 
-def plain_training(model, one, mask, course, steps, rate):
+def plain_training(model, one, mask, course, steps, learning_rate):
     """A second network, all weights and all of Adam's state; gradients are multiplied by the mask."""
     network, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
     found = copy.deepcopy(network)
-    adam, steering = torch.optim.Adam(found.parameters(), lr=rate), Steering(model, course)
+    adam, steering = torch.optim.Adam(found.parameters(), lr=learning_rate), Steering(model, course)
     for _ in range(steps):
         model.pipe.unet = found
         sample = steering.draw([one])
@@ -267,8 +267,8 @@ class TestWeights:
         g = torch.Generator().manual_seed(1)
         mask = {k: torch.rand(p.shape, generator=g) < 0.3 for k, p in parameters.items()}
         changes = train_weights(
-            Steering(model, COURSE), subject(model), InPlace(parameters, mask), Run(),
-            steps=3, rate=1e-3,
+            Steering(model, COURSE), subject(model), InPlace(parameters, mask), RunContext(),
+            max_train_steps=3, learning_rate=1e-3,
         )  # fmt: skip
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         plain = plain_training(model, subject(model), mask, COURSE, 3, 1e-3)
@@ -327,7 +327,7 @@ class TestWeights:
             targets = steering.original(sample)
         moved = []
         for weight in (0.0, 30.0):
-            fields = {**QUICK, "steps": 40, "maps": 0, "captions": "", "retain_weight": weight}
+            fields = {**QUICK, "max_train_steps": 40, "maps": 0, "captions": "", "retain_weight": weight}
             method = ANT(**fields, part="text", negative_guidance=10.0, drawn_by="original")
             changes = expunge.erase(model, problem, method).changes
             with model.using(changes), torch.no_grad():
@@ -346,7 +346,7 @@ class TestWeights:
     def test_cut_short_and_given_again(self, model, tmp_path, fields, monkeypatch):
         for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
-        method = ANT(**{**QUICK, "steps": 7}, **fields, part="text")
+        method = ANT(**{**QUICK, "max_train_steps": 7}, **fields, part="text")
         whole = expunge.erase(model, PROBLEM, method)
 
         def cut(label, done, total):
@@ -366,7 +366,7 @@ class TestWeights:
         assert again.hash == whole.hash
 
     def test_a_loss_that_runs_away(self, model):
-        method = ANT(**{**QUICK, "rate": 1e4}, drawn_by="original")
+        method = ANT(**{**QUICK, "learning_rate": 1e4}, drawn_by="original")
         before = weights(model.pipe)
         with pytest.raises(
             ExpungeError, match="broke off at step 2: the loss runs away; lower the rate"
@@ -377,13 +377,13 @@ class TestWeights:
     def test_the_last_good_state_counts(self, model, monkeypatch):
         for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
-        method = ANT(**{**QUICK, "steps": 3}, part="text")
-        good = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=2))
+        method = ANT(**{**QUICK, "max_train_steps": 3}, part="text")
+        good = expunge.erase(model, PROBLEM, dataclasses.replace(method, max_train_steps=2))
         monkeypatch.setattr("expunge.erasing.guidance_training.diverged", lambda losses: len(losses) > 3)
         with pytest.warns(
             ExpungeWarning, match="step 4: the loss runs away; the edit is that of step 2"
         ):
-            stopped = expunge.erase(model, PROBLEM, dataclasses.replace(method, steps=9))
+            stopped = expunge.erase(model, PROBLEM, dataclasses.replace(method, max_train_steps=9))
         assert stopped.hash == good.hash
 
 
@@ -391,14 +391,17 @@ class TestSaliency:
     def test_against_a_slow_reading(self):
         model = double()
         method = ANT(
-            **{**QUICK, "maps": 2, "map_samples": 3, "batch": 2}, augmentations=("airplane", "a jet")
+            **{**QUICK, "maps": 2, "map_samples": 3, "batch_size": 2},
+            augmentations=("airplane", "a jet"),
         )
         steering = Steering(model, method.course)
-        mask = method._mask(steering, method.augmentations, Run(4))
+        mask = method._mask(steering, method.augmentations, RunContext(4))
         expected, objective = None, Objective()
         bare = dataclasses.replace(method.course, objective=objective)
         for i, prompt in enumerate(method.augmentations):
-            one = Subject(prompt, model.encode([prompt]), Run(4).generator("saliency", str(i)))
+            one = TrainingConcept(
+                prompt, model.encode([prompt]), RunContext(4).generator("saliency", str(i))
+            )
             other = Steering(model, bare)
             sample = other.walk(one, 3)
             assert len(sample.late.t.unique()) > 1
@@ -442,7 +445,9 @@ class TestSaliency:
         assert "saliency" not in told
 
     def test_no_maps_no_mask(self, model):
-        edit = expunge.erase(model, PROBLEM, ANT(**{**QUICK, "maps": 0, "steps": 1}, part="text"))
+        edit = expunge.erase(
+            model, PROBLEM, ANT(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text")
+        )
         assert {change.kind for change in edit.changes} == {"dense"}
         assert len(edit.changes) == 14
 
@@ -453,13 +458,13 @@ class TestMany:
         model = double()
         layers, before = layers_of(model, "all"), weights(model.pipe)
         names = ("airplane", "ship", "horse")
-        how = {"rank": 2, "alpha": 3.0, "steps": 3, "rate": 1e-2, "weight_decay": 0.01, "clip": 1.0,
+        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.01, "max_grad_norm": 1.0,
                "samples": 2, "kept": kept}  # fmt: skip
 
         def train(some):
             steering = Steering(model, COURSE)
             return train_factors(
-                steering, [subject(model, name) for name in some], layers, Run(2), **how
+                steering, [subject(model, name) for name in some], layers, RunContext(2), **how
             )
 
         together = train(names)
@@ -474,11 +479,20 @@ class TestMany:
     def test_trained_through_what_comes_later(self):
         model = double()
         layers, eye = layers_of(model, "text"), torch.eye(32, dtype=torch.float64)
-        how = {"rank": 2, "alpha": 3.0, "steps": 4, "rate": 1e-2, "weight_decay": 0.0, "clip": 1.0}
+        how = {
+            "rank": 2,
+            "alpha": 3.0,
+            "max_train_steps": 4,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+        }
 
         def train(through):
             steering, one = Steering(model, COURSE), [subject(model)]
-            (found,) = train_factors(steering, one, layers, Run(2), through=through, **how).values()
+            (found,) = train_factors(
+                steering, one, layers, RunContext(2), through=through, **how
+            ).values()
             return found
 
         plain, same, double_, none = (train(x) for x in ([], [eye], [2 * eye], [0 * eye]))
@@ -511,19 +525,19 @@ class TestMany:
     def test_the_edit_is_one_matrix_and_one_change_a_layer(self):
         model = double()
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
-        edit = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch=2))
+        edit = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=2))
         right, *low = edit.changes
         assert right.kind == "right"
         assert len(low) == 14
         assert {change.down.shape for change in low} == {(2, 32)}
-        one = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch=1))
+        one = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=1))
         for a, b in zip(edit.changes[1:], one.changes[1:], strict=True):
             w = model.weight(a.layers[0])
             torch.testing.assert_close(a.weight(w), b.weight(w), rtol=1e-3, atol=1e-4)
 
     def test_others_can_be_trained_with_it(self, model):
-        method = MACE(pictures=2, picture_steps=4, steps=3, templates=("the {}",), captions="",
-                      rate=0.01)  # fmt: skip
+        method = MACE(num_images=2, num_inference_steps=4, max_train_steps=3, templates=("the {}",), captions="",
+                      learning_rate=0.01)  # fmt: skip
         lessons = ("attention", "trajectory")
         one, two = (
             expunge.erase(model, PROBLEM, dataclasses.replace(method, lesson=lesson))
@@ -557,7 +571,7 @@ class TestMicroBatches:
     def test_of_low_rank_changes(self, objective, kept):
         layers = layers_of(double(), "all")
         eye = torch.eye(32, dtype=torch.float64)
-        how = {"rank": 2, "alpha": 3.0, "steps": 3, "rate": 1e-2, "weight_decay": 0.01, "clip": 1.0,
+        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.01, "max_grad_norm": 1.0,
                "samples": 3, "kept": kept, "by_original": True, "through": [eye, 0.5 * eye]}  # fmt: skip
 
         def train(micro_batch):
@@ -565,7 +579,9 @@ class TestMicroBatches:
             steering = Steering(model, dataclasses.replace(COURSE, objective=objective))
             rows = Rows(model)
             both = [subject(model, name) for name in ("airplane", "ship")]
-            return train_factors(steering, both, layers, Run(2), micro_batch=micro_batch, **how), rows
+            return train_factors(
+                steering, both, layers, RunContext(2), micro_batch=micro_batch, **how
+            ), rows
 
         (whole, all_rows), (parts, few), (least, fewest) = (train(m) for m in (0, 8, 1))
         assert (all_rows.most, few.most, fewest.most) == (24, 8, 4)  # 2 concepts, 3 samples, 4 rows
@@ -581,9 +597,11 @@ class TestMicroBatches:
             parameters = part_of(model, "text")
             steering = Steering(model, COURSE)
             text = model.encode(["airplane", "a photo of the airplane"])
-            one, other = (Subject(n, text, Run(0).generator(n)) for n in ("airplane", "retained"))
+            one, other = (
+                TrainingConcept(n, text, RunContext(0).generator(n)) for n in ("airplane", "retained")
+            )
             changes = train_weights(
-                steering, one, InPlace(parameters), Run(0), steps=3, rate=1e-3, samples=3,
+                steering, one, InPlace(parameters), RunContext(0), max_train_steps=3, learning_rate=1e-3, samples=3,
                 micro_batch=micro_batch, retained=other, retain_weight=0.5)  # fmt: skip
             return [change.value for change in changes], rows.most
 
@@ -597,7 +615,7 @@ class TestMicroBatches:
         """At Stable Diffusion's size four rows with gradients take about 12 GB; 32 took 100."""
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky"), Concept("ship", "sky")))
         rows = Rows(model)
-        few = {"steps": 1, "maps": 1, "trajectory_steps": 12, "turn": -2.0, "captions": ""}
+        few = {"max_train_steps": 1, "maps": 1, "trajectory_steps": 12, "turn": -2.0, "captions": ""}
         few |= {"rank": 2} if preset in ("identity", "style") else {"map_samples": 5}
         expunge.erase(model, problem, ANT.preset(preset, **few))
         assert 0 < rows.most <= 4
@@ -629,7 +647,7 @@ class TestAsReleased:
         how = {**QUICK, "maps": 2, "map_samples": 2, "augmentations": ("airplane", "a jet")}
         masks = [
             ANT(**how, mask_half=half)._mask(
-                Steering(model, ANT(**how).course), how["augmentations"], Run(4)
+                Steering(model, ANT(**how).course), how["augmentations"], RunContext(4)
             )
             for half in ("largest", "smallest")
         ]
@@ -658,7 +676,14 @@ class TestAsReleased:
             return draw(self, subjects)
 
         monkeypatch.setattr(Steering, "draw", spy)
-        fields = {**QUICK, "trained": trained, "maps": 0, "steps": 3, "rate": 0.05, "captions": ""}
+        fields = {
+            **QUICK,
+            "trained": trained,
+            "maps": 0,
+            "max_train_steps": 3,
+            "learning_rate": 0.05,
+            "captions": "",
+        }
 
         def erase(drawn_by):
             seen.clear()
@@ -679,7 +704,9 @@ class TestAsReleased:
             return train(steering, subjects, layers, run, **how)
 
         monkeypatch.setattr("expunge.methods.ant.train_factors", spy)
-        method = ANT.preset("identity", steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions="")
+        method = ANT.preset(
+            "identity", max_train_steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions=""
+        )
         expunge.erase(model, PROBLEM, method)
         ((prompts, layers, kept, by_original),) = told
         assert (prompts, kept, by_original) == (("airplane",), 0, True)
@@ -709,7 +736,7 @@ class TestAsReleased:
         (tmp_path / "captions.txt").write_text("a man on a bench\na red bus\n", encoding="utf-8")
         captions = str(tmp_path / "captions.txt") if told else ""
         method = ANT.preset(preset, captions=captions)
-        sums = method._sums(worded, problem, Run(0))
+        sums = method._sums(worded, problem, RunContext(0))
         torch.manual_seed(0)
         factors = {name: {} for name in names}
         for tensors in factors.values():
@@ -742,7 +769,7 @@ class TestSchedulers:
     def test_a_flow_keeps_its_own_and_refuses_ddim(self):
         model = expunge.load(tiny.sd3())
         course = dataclasses.replace(ANT(**QUICK).course, turn=0.0)
-        assert Steering(model, course).times == model.times(4)
+        assert Steering(model, course).times == model.timesteps(4)
         with pytest.raises(ExpungeError, match="DDIM is for models that predict noise"):
             Steering(model, dataclasses.replace(course, scheduler="DDIM"))
 
@@ -750,13 +777,15 @@ class TestSchedulers:
 class TestESD:
     def test_against_a_slow_reading(self):
         model = double()
-        method = ESD(part="x", steps=3, rate=1e-3, trajectory_steps=4, negative_guidance=1.5)
+        method = ESD(
+            part="x", max_train_steps=3, learning_rate=1e-3, trajectory_steps=4, negative_guidance=1.5
+        )
         changes = expunge.erase(model, PROBLEM, method, seed=6).changes
         assert len(changes) == 5 * 7  # queries, keys, values, output's weight and bias
         network, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
         found = copy.deepcopy(network)
         trained = [p for name, p in found.named_parameters() if "attn2" in name]
-        adam, g = torch.optim.Adam(trained, lr=1e-3), Run(6).generator("training")
+        adam, g = torch.optim.Adam(trained, lr=1e-3), RunContext(6).generator("training")
         c, nothing = (model.encode([prompt]).embeddings[0] for prompt in ("airplane", ""))
         for _ in range(3):
             torch.randint(1, (), generator=g)
@@ -788,7 +817,7 @@ class TestESD:
         assert part_of(model, "text").keys() < x
 
     def test_with_ants_objective(self, model):
-        method = ESD.preset("fast", steps=2, turn=-2.0)
+        method = ESD.preset("fast", max_train_steps=2, turn=-2.0)
         edits = [
             expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=name))
             for name in ("esd", "ant")
@@ -827,7 +856,7 @@ class TestMasksOfOthers:
     def made(self, model, tmp_path):
         """A mask for the keys and values."""
         path = tmp_path / "mask.safetensors"
-        method = ANT(**{**QUICK, "maps": 1, "steps": 0}, part="text", mask=str(path))
+        method = ANT(**{**QUICK, "maps": 1, "max_train_steps": 0}, part="text", mask=str(path))
         expunge.erase(model, PROBLEM, method)
         return method, path
 

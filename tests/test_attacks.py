@@ -19,8 +19,8 @@ from expunge.evaluation.robustness import budgets, robustness
 from expunge.evaluation.suite import Suite
 from expunge.methods.ace import ACE
 from expunge.methods.uce import UCE
-from expunge.metric import Judge
-from expunge.runtime.context import Run
+from expunge.metric import Classifier
+from expunge.runtime.context import RunContext
 
 ATTACKS = registry.names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
@@ -56,7 +56,10 @@ def test_the_folder_is_the_list():
 
 @pytest.fixture(params=ATTACKS)
 def attack(request):
-    few = {"embedding": {"steps": 2, "times": 1}, "inversion": {"steps": 2, "pictures": 1, "batch": 1}}
+    few = {
+        "embedding": {"steps": 2, "num_timesteps": 1},
+        "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+    }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
 
 
@@ -69,16 +72,16 @@ class TestContract:
 
     def test_leaves_the_model_as_it_was(self, model, edit, attack):
         before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
-        attack.run(model, edit, PROBE, Run())
+        attack.run(model, edit, PROBE, RunContext())
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         assert asking == [p.requires_grad for p in model.parameters()]
         assert all(p.grad is None for p in model.parameters())
 
     def test_no_budget_changes_nothing(self, model, edit, attack):
-        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, Run()) == PROBE
+        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
 
     def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
-        first, second = (attack.run(model, edit, PROBE, Run(3)) for _ in range(2))
+        first, second = (attack.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
         assert torch.equal(first.text.embeddings, second.text.embeddings)
         assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
         assert not first.text.embeddings.requires_grad
@@ -89,7 +92,7 @@ class TestContract:
         # Acts on every word, where gates may be shut, and on the probe's own phrasing.
         edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
-        first, second = (attack.run(model, one, PROBE, Run()) for one in (edit, other))
+        first, second = (attack.run(model, one, PROBE, RunContext()) for one in (edit, other))
         assert not torch.equal(first.text.embeddings, second.text.embeddings)
 
 
@@ -107,7 +110,7 @@ class TestEmbedding:
         found = [
             PROBE,
             *(
-                dataclasses.replace(attack, steps=n).run(model, swapped, PROBE, Run())
+                dataclasses.replace(attack, steps=n).run(model, swapped, PROBE, RunContext())
                 for n in (1, 4, 12)
             ),
         ]
@@ -121,15 +124,15 @@ class TestEmbedding:
 
     def test_stays_in_its_balls(self, model, edit):
         text = model.encode(PROBE.prompts).embeddings
-        found = Embedding(radius=0.05, steps=3).run(model, edit, PROBE, Run()).text.embeddings
+        found = Embedding(radius=0.05, steps=3).run(model, edit, PROBE, RunContext()).text.embeddings
         assert bool(((found - text).norm(dim=-1) <= 0.05 * text.norm(dim=-1) * (1 + 1e-4)).all())
         assert bool(((found - text).norm(dim=-1) > 0).any())
 
     @pytest.mark.parametrize("restarts", [1, 2])
     def test_rows_know_nothing_of_one_another(self, model, edit, restarts):
         one, two = (
-            Embedding(steps=2, batch=batch, restarts=restarts)
-            .run(model, edit, PROBE, Run())
+            Embedding(steps=2, batch_size=batch, restarts=restarts)
+            .run(model, edit, PROBE, RunContext())
             .text.embeddings
             for batch in (1, 2)
         )
@@ -138,7 +141,8 @@ class TestEmbedding:
     def test_restarts_never_do_worse_and_stay_in_the_ball(self, model, swapped):
         attack = Embedding(radius=0.5, steps=1)
         found = [
-            dataclasses.replace(attack, restarts=n).run(model, swapped, PROBE, Run()) for n in (1, 3)
+            dataclasses.replace(attack, restarts=n).run(model, swapped, PROBE, RunContext())
+            for n in (1, 3)
         ]
         lacks = torch.stack([self.lack(model, swapped, attack, probe) for probe in found])
         assert bool((lacks.diff(dim=0) <= 1e-6).all())
@@ -147,17 +151,17 @@ class TestEmbedding:
         for probe in found:
             away = (probe.text.embeddings - text).norm(dim=-1)
             assert bool((away <= 0.5 * text.norm(dim=-1) * (1 + 1e-4)).all())
-        again = dataclasses.replace(attack, restarts=3).run(model, swapped, PROBE, Run())
+        again = dataclasses.replace(attack, restarts=3).run(model, swapped, PROBE, RunContext())
         assert torch.equal(again.text.embeddings, found[-1].text.embeddings)
 
 
 class TestInversion:
     def test_a_word_is_learnt_that_calls_the_erased_back(self, model, problem):
         edit = expunge.erase(model, problem, "uce")
-        attack = Inversion(steps=60, pictures=2, rate=0.1)
+        attack = Inversion(steps=60, num_images=2, learning_rate=0.1)
         assert attack._word(model, edit) == "sky"
         before, plain = model.draw(PROBE), model.encode([renamed(p, edit, "sky") for p in PROBE.prompts])
-        found = attack.run(model, edit, PROBE, Run())
+        found = attack.run(model, edit, PROBE, RunContext())
         with model.using(edit):
             far = (model.draw(dataclasses.replace(PROBE, text=plain)) - before).square().mean()
             near = (model.draw(found) - before).square().mean()
@@ -165,7 +169,7 @@ class TestInversion:
 
     def test_the_best_of_several_words_counts(self, model, problem, monkeypatch):
         edit = expunge.erase(model, problem, "uce")
-        attack = Inversion(steps=4, pictures=2, rate=0.1, restarts=3)
+        attack = Inversion(steps=4, num_images=2, learning_rate=0.1, restarts=3)
         told = {}
         errors = Inversion._errors
 
@@ -174,14 +178,14 @@ class TestInversion:
             return told["errors"]
 
         monkeypatch.setattr(Inversion, "_errors", spy)
-        found = attack.run(model, edit, PROBE, Run())
+        found = attack.run(model, edit, PROBE, RunContext())
         assert len({round(e, 9) for e in told["errors"]}) == 3  # three words of their own
         best = told["learnt"][told["errors"].index(min(told["errors"]))]
         prompts = [renamed(p, edit, "sky") for p in PROBE.prompts]
         text = model.encode_with(prompts, "sky", best)
         torch.testing.assert_close(found.text.embeddings, text.embeddings)
         # The first is the one that there would be alone.
-        alone = dataclasses.replace(attack, restarts=1).run(model, edit, PROBE, Run())
+        alone = dataclasses.replace(attack, restarts=1).run(model, edit, PROBE, RunContext())
         first = model.encode_with(prompts, "sky", told["learnt"][0])
         torch.testing.assert_close(alone.text.embeddings, first.embeddings)
 
@@ -239,7 +243,7 @@ class TestJudged:
         suite = Suite.read("object")
         assert list(budgets(suite, "inversion")) == ["steps 50", "steps 150"]
         (longest,) = budgets(suite, "inversion:cce").values()
-        assert (longest.steps, longest.batch) == (5000, 16)
+        assert (longest.steps, longest.batch_size) == (5000, 16)
         assert [one.restarts for one in budgets(suite, "embedding:restarts").values()] == [1, 4, 8]
         bare = Suite.from_table({**TABLE, "attacks": {}}, "told")  # one that names none has them, too
         assert budgets(bare, "inversion:cce").keys() == {"steps 5000"}
@@ -249,16 +253,16 @@ class TestJudged:
             Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
 
     def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path, monkeypatch):
-        """Of two pictures one is always broken: beside ASR stands how many such there are."""
+        """Of two images one is always broken: beside ASR stands how many such there are."""
         suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
         seen = []
 
         @dataclasses.dataclass(frozen=True)
         class Breaks(Bright):
-            def measure(self, pictures, prompts, references=None):
-                seen.append(len(pictures))
-                first = len(seen) > 1  # all but the original's pictures
-                rows = torch.ones(len(pictures), 2)
+            def measure(self, images, prompts, references=None):
+                seen.append(len(images))
+                first = len(seen) > 1  # all but the original's images
+                rows = torch.ones(len(images), 2)
                 rows[0, 1] = float(first) + 1
                 return rows
 
@@ -284,7 +288,7 @@ class TestJudged:
         suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
         probe = Probe.of("a photo of the airplane", n=2, num_inference_steps=2)
         bright = model.draw(probe).mean((1, 2, 3))
-        judge = Bright(float(bright.mean()))  # so it is in one of two pictures
+        judge = Bright(float(bright.mean()))  # so it is in one of two images
         monkeypatch.setattr("expunge.evaluation.robustness.make", lambda *_: judge)
         found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
         assert json.loads(json.dumps(found.to_dict()))["ASR"].keys() == {"radius 0.1", "radius 0.4"}
@@ -299,16 +303,16 @@ class TestJudged:
             "before", "after", "radius 0.1", "radius 0.4"]  # fmt: skip
         with model.using(edit):
             drawn_after = model.draw(probe)
-        for (_, pictures), drawn in zip(rows[:2], (model.draw(probe), drawn_after), strict=True):
-            torch.testing.assert_close(torch.stack(list(pictures)), drawn, atol=3e-3, rtol=0)
+        for (_, images), drawn in zip(rows[:2], (model.draw(probe), drawn_after), strict=True):
+            torch.testing.assert_close(torch.stack(list(images)), drawn, atol=3e-3, rtol=0)
         drawn = cache.drawn
         robustness(model, edit, suite, "embedding", cache=cache)
-        assert cache.drawn == drawn  # an attacked picture, too, is drawn once
+        assert cache.drawn == drawn  # an attacked image, too, is drawn once
 
 
 @dataclasses.dataclass(frozen=True)
-class Bright(Judge):
-    """Sees whatever is asked for in every bright picture."""
+class Bright(Classifier):
+    """Sees whatever is asked for in every bright image."""
 
     threshold: float
 
@@ -316,13 +320,13 @@ class Bright(Judge):
     def provenance(self):
         return {}
 
-    def measure(self, pictures, prompts, references=None):
-        return pictures.mean((1, 2, 3))[:, None]
+    def measure(self, images, prompts, references=None):
+        return images.mean((1, 2, 3))[:, None]
 
     def knows(self, label):
         return True
 
-    def answer(self, rows, labels, near, question):
+    def score(self, rows, labels, near, question):
         return (rows[:, 0] > self.threshold).float()
 
     def broken(self, rows):
@@ -335,7 +339,7 @@ def test_an_attack_that_is_none_is_said_before_anything_is_drawn(capsys):
     assert "no attack 'embeding'; did you mean 'embedding'" in capsys.readouterr().err
 
 
-def test_an_attacked_picture_has_an_address_of_its_own(model, edit, tmp_path):
+def test_an_attacked_image_has_an_address_of_its_own(model, edit, tmp_path):
     plain = Request("a photo of the airplane", 0, 2, 3.0)
     text = model.encode(["a photo of the ship"])
     attacked = dataclasses.replace(plain, text=text, text_hash="1")

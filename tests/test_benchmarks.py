@@ -23,7 +23,13 @@ def training_steps(monkeypatch):
 @pytest.mark.parametrize("way", ["plain", "checkpointing"])
 @pytest.mark.parametrize("method", ["mace", "ant-many", "ant-one"])
 def test_training_steps(training_steps, method, way, tmp_path):
-    fields = {"steps": 3, "pictures": 1, "picture_steps": 10, "trajectories": 1, "trajectory_steps": 10}
+    fields = {
+        "max_train_steps": 3,
+        "num_images": 1,
+        "num_inference_steps": 10,
+        "trajectories": 1,
+        "trajectory_steps": 10,
+    }
     given = ("tiny", method, way, "cpu", torch.bfloat16, fields, str(tmp_path / "work"))
     found = training_steps.run(*given)
     assert found["seconds a step"] > 0

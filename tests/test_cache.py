@@ -1,4 +1,4 @@
-"""The picture cache: drawn once, the same from the cache, whole whatever happens."""
+"""The image cache: drawn once, the same from the cache, whole whatever happens."""
 
 import json
 
@@ -25,7 +25,7 @@ def edit(model, problem):
     return expunge.erase(model, problem, "uce")
 
 
-def test_a_picture_is_the_same_drawn_and_from_the_cache(model, cache):
+def test_an_image_is_the_same_drawn_and_from_the_cache(model, cache):
     fresh = cache.draw(Source(model), ASKED)
     again = cache.draw(Source(model), ASKED)
     assert cache.drawn == 4
@@ -58,7 +58,7 @@ def test_an_address_hangs_on_everything(model, edit, pipe):
     assert Source(expunge.load(tiny_pipeline())).address(ASKED[0]) == found[0]
 
 
-def test_pictures_drawn_in_another_number_format_are_other_pictures(model, cache):
+def test_images_drawn_in_another_number_format_are_other_images(model, cache):
     before = cache.draw(Source(model), ASKED)
     with model.autocasting(torch.bfloat16):
         rounded = cache.draw(Source(model), ASKED)
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on(model, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "other pixels"])
-def test_a_damaged_picture_is_drawn_again_and_said(model, cache, harm):
+def test_a_damaged_image_is_drawn_again_and_said(model, cache, harm):
     fresh = cache.draw(Source(model), ASKED)
     address = Source(model).address(ASKED[1])
     cache.keep_scores(address, {"x": torch.ones(1)})
@@ -118,7 +118,7 @@ def test_a_damaged_picture_is_drawn_again_and_said(model, cache, harm):
     assert cache.scores(address) == {}
 
 
-def test_numbers_lie_beside_the_picture(cache):
+def test_numbers_lie_beside_the_image(cache):
     address = "ab" * 32
     assert cache.scores(address) == {}
     cache.keep_scores(address, {"one": torch.tensor([1.0, 2.0])})
@@ -151,7 +151,7 @@ def test_what_is_no_number_stays_none(model, cache, monkeypatch):
     assert fresh.isnan().all()
     assert again.isnan().all()
     assert cache.drawn == 1
-    assert [picture.dtype for picture in quantised(torch.cat([bad, bad * 0 + 1]))] == [torch.int16] * 2
+    assert [image.dtype for image in quantised(torch.cat([bad, bad * 0 + 1]))] == [torch.int16] * 2
 
 
 def test_the_residual_keeps_the_end_and_the_padding(model):
@@ -161,7 +161,7 @@ def test_the_residual_keeps_the_end_and_the_padding(model):
         model.encode([prompt]),
         model.encode([stand_in]),
     )
-    own, end = int(other.own[0].sum()), 1 + int(concept.own[0].sum())
+    own, end = int(other.content_mask[0].sum()), 1 + int(concept.content_mask[0].sum())
     assert text.embeddings.shape == concept.embeddings.shape
     assert torch.equal(text.embeddings[0, : 1 + own], other.embeddings[0, : 1 + own])
     kept = concept.embeddings.shape[1] - end
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_sentence(model, tmp_path):
 
 
 def settings():
-    """Everything besides weights that changes pictures: what it is called, and how it is set."""
+    """Everything besides weights that changes images: what it is called, and how it is set."""
 
     def add_token(model):
         model.pipe.tokenizer.add_tokens(["blorp"])
@@ -232,7 +232,7 @@ def test_an_address_hangs_on_all_that_is_set(model, name):
     assert Source(model).address(ASKED[0]) != before
 
 
-def test_the_empty_prompt_of_sdxl_and_the_window_of_flux_are_other_pictures(cache):
+def test_the_empty_prompt_of_sdxl_and_the_window_of_flux_are_other_images(cache):
     for make, change in (
         (sdxl, lambda m: m.pipe.register_to_config(force_zeros_for_empty_prompt=False)),
         (flux, lambda m: setattr(m, "max_sequence_length", 16)),

@@ -1,12 +1,12 @@
-"""How pictures become an H: on pictures whose labels are known, by the rules of judging."""
+"""How images become an H: on images whose labels are known, by the rules of judging."""
 
 import math
 
 import pytest
 import torch
 
-from expunge.evaluation.measure import Looks, make
-from expunge.evaluation.scoring import Candidate, compared, comparisons, judged
+from expunge.evaluation.measure import Measurements, make
+from expunge.evaluation.scoring import Candidate, compared, comparisons, score_suite
 from expunge.evaluation.suite import Suite
 
 DETECTOR = make("detector", {})
@@ -27,7 +27,7 @@ OBJECTS = {
 
 
 def row(*labels, style=None, broken=False):
-    """What the detector says of a picture that shows just these."""
+    """What the detector says of an image that shows just these."""
     numbers = torch.full((len(NAMES) + len(STYLES) + 1,), 0.001)
     for label in labels:
         numbers[NAMES.index(label)] = 0.9
@@ -38,7 +38,7 @@ def row(*labels, style=None, broken=False):
 
 
 def judge(table, erased, **shows):
-    """The case of models whose pictures are told: {model: {prompt: rows}}; the first is the original."""
+    """The case of models whose images are told: {model: {prompt: rows}}; the first is the original."""
     suite = Suite.from_table(table, "told")
     cells = suite.cells(erased)
 
@@ -48,11 +48,11 @@ def judge(table, erased, **shows):
             (found,) = (v for k, v in told.items() if k in cell.prompt)
             picked = [found] * len(cell.seeds) if isinstance(found, torch.Tensor) else found
             rows.append(torch.stack(list(picked)))
-        return Looks(cells, tuple(() for _ in cells), {"detector": tuple(rows)})
+        return Measurements(cells, tuple(() for _ in cells), {"detector": tuple(rows)})
 
     group = [Candidate(name, tuple(erased)) for name in shows if name != "original"]
     told = {name: looks(one) for name, one in shows.items()}
-    return judged(suite, {"detector": DETECTOR}, group, told, {})
+    return score_suite(suite, {"detector": DETECTOR}, group, told, {})
 
 
 CAT, DOG, SHIP = row("cat"), row("dog"), row("ship")
@@ -76,7 +76,7 @@ def test_the_original_is_the_positive_control():
         "generality": 1,
     }
     assert perfect.h.value == 1
-    assert perfect.h.score.low < 0.95  # ten pictures are no proof
+    assert perfect.h.score.low < 0.95  # ten images are no proof
     assert case.left_out == ()
 
 
@@ -205,7 +205,7 @@ def test_unsafe_is_a_count_against_the_originals():
 
 
 def test_parts_are_totalled_as_papers_count_them():
-    """Detections, not pictures: NudeNet's rows hold how often each part is seen."""
+    """Detections, not images: NudeNet's rows hold how often each part is seen."""
     nudenet = make("nudenet", {})
     rows = torch.zeros(3, 11)
     rows[0, 2], rows[1, 2], rows[1, 9] = 2, 1, 3

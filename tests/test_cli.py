@@ -19,7 +19,7 @@ from expunge import Edit, ExpungeError
 from expunge.base import registry
 from expunge.cli.export_commands import Loading
 from expunge.cli.main import main
-from expunge.runtime.cost import Work
+from expunge.runtime.cost import Cost
 from tiny import flux, sdxl
 
 
@@ -450,13 +450,13 @@ sizes = { quick = { erased = 2, retained = 1 } }
     command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
     code, out, err = run(*command)
     assert (code, err) == (0, "")
-    assert "6 pictures drawn; look at report/index.html" in out
+    assert "6 images drawn; look at report/index.html" in out
     assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
     code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
-    assert "0 pictures drawn" in out
+    assert "0 images drawn" in out
     assert "pixel_distance retained" in Path("report/results.csv").read_text()
     code, out, _ = run(*command)
-    assert "6 pictures drawn" in out  # the cache had been emptied
+    assert "6 images drawn" in out  # the cache had been emptied
 
 
 def test_draw_takes_what_has_been_drawn(run, monkeypatch):
@@ -494,7 +494,7 @@ def test_what_only_reads_leaves_the_denoiser_on_the_disk(run, edit, folder):
     whole = expunge.load(folder)
     made = Edit.load(edit)
     assert made.hash == expunge.erase(whole, made.record.problem, "uce").hash
-    for work, there in ((Work(1), False), (Work(1, 1), True), (Work(1, 0, 1), True), (None, True)):
+    for work, there in ((Cost(1), False), (Cost(1, 1), True), (Cost(1, 0, 1), True), (None, True)):
         model = Loading().load(str(folder), work)
         assert all(p.is_meta != there for p in model.network.parameters())
         assert (model.pipe.vae is not None) == there
@@ -608,7 +608,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
     assert after == before
 
 
-def test_no_picture_in_a_folder_takes_the_place_of_another(run, edit):
+def test_no_image_in_a_folder_takes_the_place_of_another(run, edit):
     """Whatever differs: the prompt in any script, its end, the seed, the steps, the edit."""
     long = "a photo of the cat " * 10
     asked = [

@@ -25,7 +25,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_picture_has_one_best_answer():
+def test_an_image_has_one_best_answer():
     labels = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.1, 0.1], [0.9, 0.1]])
     styles = torch.tensor([[0.9, 0.1]]).expand(4, 2)
     seen = Recognition(labels, styles, torch.tensor([0.1, 0.1, 0.1, 0.9]), SETTINGS)
@@ -42,16 +42,16 @@ def test_a_label_is_there_from_its_own_threshold():
         seen.has("catt")
 
 
-def test_a_saved_detector_reads_pictures_alone_as_in_a_batch(folder):
+def test_a_saved_detector_reads_images_alone_as_in_a_batch(folder):
     detector = Detector.load(folder)
-    pictures = torch.rand(5, 3, 64, 64)
-    together, alone = detector(pictures), detector(pictures, batch_size=1)
+    images = torch.rand(5, 3, 64, 64)
+    together, alone = detector(images), detector(images, batch_size=1)
     assert together.labels.shape == together.styles.shape == (5, 2)
     torch.testing.assert_close(together.labels, alone.labels)
     assert torch.all((together.unrecognisable >= 0) & (together.unrecognisable <= 1))
 
 
-def test_pictures_of_another_size_are_refused(folder):
+def test_images_of_another_size_are_refused(folder):
     with pytest.raises(ExpungeError, match=r"64, 64\), not \(1, 3, 32, 32\)"):
         Detector.load(folder)(torch.rand(1, 3, 32, 32))
 

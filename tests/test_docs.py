@@ -80,7 +80,7 @@ def test_use_elsewhere(tmp_path, monkeypatch, capsys):
     (block,) = blocks("docs/use-elsewhere.md", "python")
     names: dict = {}
     exec(block, names)
-    assert names["picture"].size == (64, 64)
+    assert names["image"].size == (64, 64)
 
 
 def test_use_elsewhere_with_a_file_of_ones_own(folder, tmp_path, monkeypatch, capsys):

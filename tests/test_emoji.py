@@ -41,14 +41,14 @@ def test_is_an_ordinary_diffusers_folder(emoji):
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     probe = Probe.of("a photo of the cat", num_inference_steps=3, guidance_scale=4.0)
-    picture = pipe(
+    image = pipe(
         "a photo of the cat",
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    torch.testing.assert_close(emoji.draw(probe), picture, rtol=0, atol=1e-3)
+    torch.testing.assert_close(emoji.draw(probe), image, rtol=0, atol=1e-3)
 
 
 def test_weights_are_small_and_whole():
@@ -104,6 +104,6 @@ def test_the_main_job(tmp_path, capsys):
     text = (tmp_path / "index.html").read_text()
     assert not re.search(
         r'(src|href)="http', text
-    )  # letters in a row prove nothing: pictures are in base64
+    )  # letters in a row prove nothing: images are in base64
     assert text.count("<img") == text.count("data:image/png") > 50
     assert "a photo of the airplane" in capsys.readouterr().out

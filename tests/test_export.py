@@ -23,7 +23,7 @@ from expunge.checkpoints import hub, safetensors_io
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import plan, plan_of, together
 from expunge.checkpoints.export import export, fits
-from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.linearize import fit_static_weights
 from expunge.checkpoints.merge import merge
 from expunge.checkpoints.text_moments import seen
 from expunge.checkpoints.undo import undo
@@ -352,7 +352,7 @@ def test_a_copy_in_few_bits_keeps_the_change_and_says_what_it_cost(tmp_path, fol
     along = missed = total = 0.0
     config = expunge.load(folder).network.config
     for change in changes:
-        name = f"model.diffusion_model.{type(model).original(change.layers[0][5:], config)}.weight"
+        name = f"model.diffusion_model.{type(model).ldm_layer_name(change.layers[0][5:], config)}.weight"
         delta = change.up @ change.down
         moved = after[name].float() - state[name].float()
         along, total = along + float((moved * delta).sum()), total + float(delta.square().sum())
@@ -452,7 +452,7 @@ def test_weights_fitted_to_gates_are_kept(folder, tmp_path, monkeypatch):
 
     def counted(*given):
         fitted.append(given)
-        return plain(*given)
+        return fit_static_weights(*given)
 
     monkeypatch.setattr("expunge.checkpoints.export.plain", counted)
     notes = [
@@ -480,17 +480,17 @@ def test_a_u_nets_names_are_those_of_diffusers_converter():
         originals = {}
         for key, tensor in state.items():
             layer, _, parameter = key.rpartition(".")
-            name = family.original(layer, config)
+            name = family.ldm_layer_name(layer, config)
             assert name is not None, key
             originals[f"model.diffusion_model.{name}.{parameter}"] = tensor
         assert len(originals) == len(state)
         back = single_file_utils.convert_ldm_unet_checkpoint(dict(originals), config)
         assert {key: id(tensor) for key, tensor in back.items()} == {k: id(t) for k, t in state.items()}
-        told = family.layout(list(originals))
+        told = family.infer_config(list(originals))
         assert told["layers_per_block"] == config.layers_per_block
         for key in state:
             layer = key.rpartition(".")[0]
-            assert family.original(layer, told) == family.original(layer, config)
+            assert family.ldm_layer_name(layer, told) == family.ldm_layer_name(layer, config)
 
 
 class Fabricating(dict):
@@ -527,7 +527,7 @@ def test_a_transformers_names_are_those_of_diffusers_converter(family, convert, 
     seen = 0
     for key, original in whole.items():
         layer, _, parameter = key.rpartition(".")
-        name = family.original(layer, {})
+        name = family.ldm_layer_name(layer, {})
         if name is not None:
             assert f"{name}.{parameter}" == original
             seen += 1
@@ -536,7 +536,7 @@ def test_a_transformers_names_are_those_of_diffusers_converter(family, convert, 
         assert f"{entry}.weight" in whole
         assert family.kohya(entry, {}).startswith("lora_unet_")
     # What is part of a larger layer there has no name of its own.
-    assert family.original("transformer_blocks.0.attn.to_q", {}) is None
+    assert family.ldm_layer_name("transformer_blocks.0.attn.to_q", {}) is None
 
 
 def test_kohyas_names():
@@ -606,7 +606,7 @@ def sd3_alone(transformer):
     for key, tensor in given.items():
         layer, _, parameter = key.rpartition(".")
         block = re.match(r"transformer_blocks\.(\d+)\.", key)
-        name = SD3.original(layer, {})
+        name = SD3.ldm_layer_name(layer, {})
         if name is not None:
             state[f"{name}.{parameter}"] = tensor
         elif layer == "pos_embed.proj":
@@ -634,7 +634,9 @@ def test_a_single_file_of_the_denoiser_alone(tiny, name, tmp_path):
         given = whole.network.state_dict()
         split = {key: key.rpartition(".") for key in given}
         state = {
-            f"model.diffusion_model.{SDXL.original(layer, whole.network.config)}.{parameter}": given[key]
+            f"model.diffusion_model.{SDXL.ldm_layer_name(layer, whole.network.config)}.{parameter}": given[
+                key
+            ]
             for key, (layer, _, parameter) in split.items()
         }
     state = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
@@ -762,7 +764,7 @@ def slow_fusion(model, layer, edits, prompts, kept, ridge):
 def test_merged_edits_answer_for_each(model, kinds):
     from expunge.erasing.caption_gram import captions, prior
     from expunge.erasing.prompt_templates import TEMPLATES
-    from expunge.runtime.context import Run
+    from expunge.runtime.context import RunContext
 
     method = registry.get("methods", "uce")(ridge=1.0, general=2)
     edits = [expunge.erase(model, Problem((Concept(n, "sky"),)), method) for n in ("airplane", "horse")]
@@ -777,7 +779,7 @@ def test_merged_edits_answer_for_each(model, kinds):
     merged = merge(model, edits, ridge=0.3, prior_scale=0.2)
     prompts = [[t.format(name) for t in TEMPLATES["object"]] for name in ("airplane", "horse")]
     empty = model.encode([""]).embeddings[0].double()
-    kept = 0.2 * (prior(model, captions("general"), Run()).mean + empty.T @ empty)
+    kept = 0.2 * (prior(model, captions("general"), RunContext()).mean + empty.T @ empty)
     wanted = slow_fusion(model, layer, edits, prompts, kept, 0.3)
     with model.using(merged):
         found = model.weight(layer).double()
@@ -826,7 +828,7 @@ def gated(model):
 def test_gates_leave_as_the_weights_fitted_to_them(folder, tmp_path):
     model = expunge.load(folder)
     edit = edited(model, [gated(model)])
-    fit = plain(model, edit.changes, edit.record.problem)
+    fit = fit_static_weights(model, edit.changes, edit.record.problem)
     assert 0 < fit.lost < 1
     done = export(edit, "diffusers", folder, tmp_path / "out")
     assert done.notes == (f"gates became weights: {fit}",)

@@ -21,7 +21,7 @@ nudenet = pytest.importorskip("nudenet", reason="needs expunge[metrics]")
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     """Two sets of eight, (8, 3, 64, 64), in steps of 1/255."""
     torch.manual_seed(0)
     return [(torch.rand(8, 3, 64, 64) * scale * 255).round() / 255 for scale in (1.0, 0.6)]
@@ -41,18 +41,18 @@ def inception(tmp_path_factory):
     return path
 
 
-def test_fid(pictures, inception, tmp_path):
-    for name, some in zip("ab", pictures, strict=True):
+def test_fid(images, inception, tmp_path):
+    for name, some in zip("ab", images, strict=True):
         (tmp_path / name).mkdir()
-        for k, picture in enumerate(some):
-            pixels = (picture * 255).byte().permute(1, 2, 0).numpy()
+        for k, image in enumerate(some):
+            pixels = (image * 255).byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, cuda=False, verbose=False,
         feature_extractor_weights_path=str(inception), cache=False,
     )["frechet_inception_distance"]  # fmt: skip
     metric = make("fid", {"weights": str(inception)})
-    ours = metric.distance(*(metric.measure(some, [""] * 8) for some in pictures)).value
+    ours = metric.distance(*(metric.measure(some, [""] * 8) for some in images)).value
     assert ours > 0
     assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -70,7 +70,7 @@ def test_weights_that_are_code_are_not_run(tmp_path):
     assert not ran.exists()
 
 
-def test_lpips(pictures, tmp_path, monkeypatch):
+def test_lpips(images, tmp_path, monkeypatch):
     """Σ over layers of the mean over places of Σ_c w_c (f_c − g_c)², with f and g of length 1."""
     from torchvision.models import AlexNet_Weights, alexnet
 
@@ -79,14 +79,14 @@ def test_lpips(pictures, tmp_path, monkeypatch):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     name = AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / name)
-    ours = make("lpips", {}).measure(pictures[0], [""] * 8, pictures[1])[:, 0]
+    ours = make("lpips", {}).measure(images[0], [""] * 8, images[1])[:, 0]
 
     folder = Path(torchmetrics.functional.image.__file__).parent / "lpips_models"
     heads = torch.load(folder / "alex.pth", weights_only=True, map_location="cpu")
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
     wanted = torch.zeros(8)
-    sides = [(2 * some - 1 - shift) / scale for some in pictures]
+    sides = [(2 * some - 1 - shift) / scale for some in images]
     layer = 0
     with torch.no_grad():
         for module in network.eval().features:
@@ -101,14 +101,14 @@ def test_lpips(pictures, tmp_path, monkeypatch):
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_nudenet(pictures, tmp_path):
-    """The same detections as the package's own, on the same pictures read from files."""
+def test_nudenet(images, tmp_path):
+    """The same detections as the package's own, on the same images read from files."""
     metric = make("nudenet", {"threshold": 0.2})
-    rows = metric.measure(pictures[0], [""] * 8)
+    rows = metric.measure(images[0], [""] * 8)
     detector = nudenet.NudeDetector()
-    for k, picture in enumerate(pictures[0]):
+    for k, image in enumerate(images[0]):
         path = tmp_path / f"{k}.png"
-        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(path)
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(path)
         found = [one["class"] for one in detector.detect(str(path)) if one["score"] >= 0.2]
         assert rows[k, 0] == sum("EXPOSED" in name for name in found)
     assert metric.provenance["nudenet"]

@@ -44,12 +44,12 @@ V = {
 def test_draws_what_the_pipeline_draws(scheduler, guidance):
     pipe = tiny_pipeline(**scheduler)
     probe = Probe.of("a photo of the ship", 2, 3, num_inference_steps=4, guidance_scale=guidance)
-    pictures = expunge.load(pipe).draw(probe)
-    assert pictures.shape == (2, 3, 16, 16)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+    images = expunge.load(pipe).draw(probe)
+    assert images.shape == (2, 3, 16, 16)
+    assert images.min() >= 0
+    assert images.max() <= 1
     theirs = drawn_by_diffusers(pipe, probe.prompts[0], probe.seeds, 4, guidance)
-    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_sampler_with_memory():
@@ -58,9 +58,9 @@ def test_a_sampler_with_memory():
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     probe = Probe.of("ship", 3, num_inference_steps=5, guidance_scale=3.0)
-    pictures = expunge.load(pipe).draw(probe, batch_size=2)
+    images = expunge.load(pipe).draw(probe, batch_size=2)
     theirs = drawn_by_diffusers(pipe, "ship", probe.seeds, 5, 3.0)
-    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, theirs, rtol=0, atol=1e-5)
 
 
 def test_text_layers_answer_once_a_batch_even_with_gates(model, pipe):
@@ -92,12 +92,12 @@ def test_text_layers_answer_once_a_batch_even_with_gates(model, pipe):
 def test_a_sampler_with_noise_of_its_own(pipe):
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     probe = Probe.of("ship", 2, num_inference_steps=3)
-    pictures = expunge.load(pipe).draw(probe)
+    images = expunge.load(pipe).draw(probe)
     theirs = drawn_by_diffusers(pipe, "ship", probe.seeds, 3, 7.5)
-    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_picture_depends_on_its_own_row_alone(model):
+def test_an_image_depends_on_its_own_row_alone(model):
     probe = Probe(("ship", "bird", "ship"), (4, 5, 6), num_inference_steps=3)
     together, alone = model.draw(probe), model.draw(probe, batch_size=1)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -124,10 +124,10 @@ def test_drawing_tells_progress(model):
 def test_encode_marks_own_tokens(model):
     text = model.encode(["airplane", "a photo of the ship", "", "airplane"])
     assert text.embeddings.shape == (4, 77, 32)
-    assert text.own.sum(1).tolist() == [model.count_tokens(prompt) for prompt in text.prompts]
-    assert text.own.sum(1)[[0, 2]].tolist() == [1, 0]
+    assert text.content_mask.sum(1).tolist() == [model.count_tokens(prompt) for prompt in text.prompts]
+    assert text.content_mask.sum(1)[[0, 2]].tolist() == [1, 0]
     assert torch.equal(text.embeddings[0], text.embeddings[3])
-    assert not text.own[:, 0].any()
+    assert not text.content_mask[:, 0].any()
     assert text[[1]].prompts == ("a photo of the ship",)
 
 
@@ -135,7 +135,7 @@ def test_a_long_prompt_is_cut_and_said(model):
     long = "ship " * 76
     with pytest.warns(ExpungeWarning, match="76 tokens; the model reads the first 75"):
         text = model.encode([long])
-    assert text.own.sum() == 75
+    assert text.content_mask.sum() == 75
     with pytest.raises(ExpungeError, match="76 tokens, and this model reads no more than 75"):
         model.require_window([long])
     model.require_window(["ship " * 75])
@@ -248,7 +248,7 @@ def test_a_trajectory_yields_what_the_denoiser_is_given(pipe):
     points = list(model.trajectory(text, [0], num_inference_steps=3, guidance_scale=1.0))
     assert all(torch.equal(a, b) for (_, a), b in zip(points, given, strict=False))
     assert float(points[0][1].std()) == pytest.approx(1, abs=0.1)
-    assert [t for t, _ in points[:-1]] == list(model.times(3))
+    assert [t for t, _ in points[:-1]] == list(model.timesteps(3))
 
 
 def samplers():

@@ -13,23 +13,23 @@ from expunge.method import Method
 from expunge.methods.ace import ACE
 from expunge.methods.ace import fortify as fortifying
 from expunge.methods.ace.fortify import AGE, POOL, Attacks
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 SHORT = TEMPLATES["object"][:2]
 FORTIFY = ACE(
     stages=("gate", "fortify"),
     templates=SHORT,
     general=12,
-    most_overlap=1.0,
+    max_overlap=1.0,
     fortify_steps=60,
-    fortify_rate=6e-4,
+    fortify_learning_rate=6e-4,
     fortify_retain=3.0,
 )
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """Fewer pictures than the emoji model's."""
+    """Fewer images than the emoji model's."""
     monkeypatch.setattr("expunge.methods.ace.SHOWN", 3)
     monkeypatch.setattr("expunge.methods.ace.WORDS", 6)
     monkeypatch.setattr("expunge.methods.ace.fortify.LEVELS", 6)
@@ -125,7 +125,7 @@ class TestFortify:
 
     def test_goes_on_from_its_checkpoint_and_ends_the_same(self, worded, problem, tmp_path):
         method = dataclasses.replace(FORTIFY, fortify_steps=30)
-        whole = method.fit(worded, problem, Run())
+        whole = method.fit(worded, problem, RunContext())
 
         class KilledError(Exception):
             pass
@@ -135,14 +135,14 @@ class TestFortify:
                 raise KilledError
 
         with pytest.raises(KilledError):
-            method.fit(worded, problem, Run(0, kill, tmp_path))
+            method.fit(worded, problem, RunContext(0, kill, tmp_path))
         seen: list[int] = []
 
         def note(label: str, done: int, total: int) -> None:
             if label == "fortifying":
                 seen.append(done)
 
-        again = method.fit(worded, problem, Run(0, note, tmp_path))
+        again = method.fit(worded, problem, RunContext(0, note, tmp_path))
         assert seen[0] == fortifying.KEEP_EVERY
         for one, other in zip(whole[1:], again[1:], strict=True):
             torch.testing.assert_close(one.value, other.value, rtol=0, atol=0)
@@ -154,7 +154,13 @@ class TestFortify:
         assert rest
 
     def test_follows_hardening(self, worded, problem):
-        fields = {"rounds": 1, "steps": 2, "pictures": 1, "picture_steps": 2, "recovered": 0.0}
+        fields = {
+            "rounds": 1,
+            "max_train_steps": 2,
+            "num_images": 1,
+            "num_inference_steps": 2,
+            "recovered": 0.0,
+        }
         method = dataclasses.replace(FORTIFY, fortify_steps=2, **fields)
         hard = dataclasses.replace(method, stages=("gate", "harden"))
         both = dataclasses.replace(method, stages=("fortify", "harden", "gate"))

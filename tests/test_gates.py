@@ -9,7 +9,7 @@ import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.changes import Applied, Damped, Gated, LowRank, Right, summary
-from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Record
 from expunge.methods.ace import ACE
 from expunge.ops.gates import Background, affine, directions, gate, stacked
@@ -376,7 +376,9 @@ class TestPlainWeights:
         """The matrix that `torch.linalg.lstsq` finds from all rows, each weighted, and the ridge's."""
         problem = Problem((Concept("cat", "sky"), Concept("dog", "sky")), ("ship",))
         change = gated(tuple(e.layer for e in model.text_entries()), WIDTH)
-        found = plain(model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from="")
+        found = fit_static_weights(
+            model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from=""
+        )
         from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 
         left, right = [0.5**0.5 * torch.eye(WIDTH).double()], [0.5**0.5 * torch.eye(WIDTH).double()]
@@ -412,8 +414,8 @@ class TestPlainWeights:
     def test_the_loss_is_said(self, model, problem):
         edit = expunge.erase(model, problem, GATE)
         few = {"captions_from": "", "ridge": 1e-3}
-        close = plain(model, edit.changes, problem, retain_scale=0.01, **few)
-        stiff = plain(model, edit.changes, problem, retain_scale=1e6, **few)
+        close = fit_static_weights(model, edit.changes, problem, retain_scale=0.01, **few)
+        stiff = fit_static_weights(model, edit.changes, problem, retain_scale=1e6, **few)
         assert close.lost < 0.5 < stiff.lost
         assert stiff.moved < 1e-6 < close.moved
         assert "of the erasure is lost" in str(close)
@@ -424,9 +426,9 @@ class TestPlainWeights:
     def test_weights_stay_and_what_cannot_be_fitted_is_refused(self, model, problem):
         layers = tuple(e.layer for e in model.text_entries())
         right = Right(layers, torch.eye(WIDTH))
-        assert plain(model, (right,), problem).changes == (right,)
+        assert fit_static_weights(model, (right,), problem).changes == (right,)
         damped = Damped(
             (KEY,), torch.zeros(1, WIDTH), torch.zeros(1), torch.ones(1), damping=torch.zeros(1, 16)
         )
         with pytest.raises(ExpungeError, match="make the edit with reduction 'shared'"):
-            plain(model, (damped,), problem)
+            fit_static_weights(model, (damped,), problem)

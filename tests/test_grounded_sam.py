@@ -77,12 +77,12 @@ def tiny():
     return GroundedSAM(tokenizer, detector.eval(), segmenter.eval(), threshold=0.0, side=64)
 
 
-def test_masks_have_the_size_of_the_pictures(tiny):
-    pictures = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
-    found = tiny(pictures, "white ship")
+def test_masks_have_the_size_of_the_images(tiny):
+    images = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    found = tiny(images, "white ship")
     assert found.shape == (2, 24, 32)
     assert found.dtype == torch.bool
-    boxes = tiny.boxes(pictures[0], "white ship")
+    boxes = tiny.boxes(images[0], "white ship")
     assert boxes.shape == (6, 4)
     assert (boxes >= 0).all()
     assert (boxes <= 1).all()

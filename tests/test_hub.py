@@ -21,26 +21,26 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         if self.headers["Authorization"] != "Bearer hf_ours":
-            return self.answer({"error": "Invalid username or password."}, 401)
+            return self.score({"error": "Invalid username or password."}, 401)
         server, address = self.server, f"http://{self.headers['Host']}"
         text = self.rfile.read(int(self.headers["Content-Length"])).decode()
         if self.path == "/api/repos/create":
             server.created.append(json.loads(text))
-            return self.answer({"url": f"{address}/o/n"})
+            return self.score({"url": f"{address}/o/n"})
         if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
+            return self.score({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             modes = [
                 {"path": file["path"], "shouldIgnore": False,
                  "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
                 for file in json.loads(text)["files"]
             ]  # fmt: skip
-            return self.answer({"files": modes})
+            return self.score({"files": modes})
         if self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(text)["objects"]
             for one in objects:
                 one["actions"] = {"upload": {"href": f"{address}/store/{one['oid']}"}}
-            return self.answer({"transfer": "basic", "objects": objects})
+            return self.score({"transfer": "basic", "objects": objects})
         assert "/commit/" in self.path
         for line in map(json.loads, text.splitlines()):
             value = line["value"]
@@ -49,16 +49,16 @@ class Hub(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 server.files[value["path"]] = server.store[value["oid"]]
         oid = 40 * "a"
-        return self.answer(
+        return self.score(
             {"success": True, "commitOid": oid, "commitUrl": f"{address}/o/n/commit/{oid}"}
         )
 
     def do_PUT(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.store[hashlib.sha256(data).hexdigest()] = data
-        self.answer({})
+        self.score({})
 
-    def answer(self, data, code=200):
+    def score(self, data, code=200):
         text = json.dumps(data).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

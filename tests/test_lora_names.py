@@ -281,7 +281,7 @@ def test_every_layer_is_found_again_in_every_naming(name):
     seen = 0
     for layer in weighted(network):
         whole = f"{family.denoiser}.{layer}"
-        original = family.original(layer, network.config)
+        original = family.ldm_layer_name(layer, network.config)
         stems = {whole, f"base_model.model.{layer}", f"{family.denoiser}.base_model.model.{layer}",
                  f"lora_unet_{layer.replace('.', '_')}", f"lycoris_{layer.replace('.', '_')}",
                  lora_names.diffusers_stem(whole)[0]}  # fmt: skip

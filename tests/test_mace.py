@@ -19,10 +19,17 @@ from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.methods.mace import MACE, Sums, focal
 from expunge.ops.attention import read_attention
 from expunge.ops.low_rank import each_its_own
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
-FAST = {"pictures": 2, "picture_steps": 2, "steps": 3, "templates": SHORT, "captions": "", "rate": 0.01}
+FAST = {
+    "num_images": 2,
+    "num_inference_steps": 2,
+    "max_train_steps": 3,
+    "templates": SHORT,
+    "captions": "",
+    "learning_rate": 0.01,
+}
 
 PROBLEM = Problem(
     (
@@ -71,7 +78,7 @@ def plain_prior(model, problem, method, captions):
 def plain_pairs(model, erased, anchored):
     """Common words before and behind are taken off by hand; what is left is the phrase."""
     e, a = model.encode([erased]), model.encode([anchored])
-    words = [x.ids[0, 1 : 1 + int(x.own.sum())].tolist() for x in (e, a)]
+    words = [x.ids[0, 1 : 1 + int(x.content_mask.sum())].tolist() for x in (e, a)]
     before = 0
     while all(before < len(w) for w in words) and words[0][before] == words[1][before]:
         before += 1
@@ -122,12 +129,12 @@ def test_refine_alone_with_no_difference_changes_nothing(model):
 
 def plain_training(model, problem, concept, method, matrix, seed):
     """One concept by itself, on a copy whose weights are replaced, maps from diffusers' own scores."""
-    run = Run(seed)
+    run = RunContext(seed)
     templates = method.templates
     prompts = [t.format(name) for name in concept.names for t in templates]
     text = model.encode(prompts)
     shown = reference_images.drawn(
-        model, concept.name, prompts[0], method.pictures, run, method.picture_steps
+        model, concept.name, prompts[0], method.num_images, run, method.num_inference_steps
     )
     first = 1 + model.count_tokens("a photo of the")
     tokens = torch.arange(77)[None] >= first  # its own, the end and the padding
@@ -145,16 +152,16 @@ def plain_training(model, problem, concept, method, matrix, seed):
         factors.append([torch.zeros(len(w), method.rank, dtype=torch.float64), down])
         base[layer] = w
     trained = [x.requires_grad_() for pair in factors for x in pair]
-    adam = torch.optim.AdamW(trained, lr=method.rate, weight_decay=method.weight_decay)
+    adam = torch.optim.AdamW(trained, lr=method.learning_rate, weight_decay=method.weight_decay)
     chances = torch.full((1000,), 1 / 1000, dtype=torch.float64)
     if method.focal:
         chances = focal(model.log_snr(), method.focal_high, method.focal_low, method.focal_slope)
     g = run.generator("training", concept.name)
     signal = model.pipe.scheduler.alphas_cumprod.double()
 
-    for _ in range(method.steps):
+    for _ in range(method.max_train_steps):
         row = int(torch.randint(len(prompts), (), generator=g))
-        i = int(torch.randint(method.pictures, (), generator=g))
+        i = int(torch.randint(method.num_images, (), generator=g))
         t = int(torch.multinomial(chances, 1, generator=g))
         noise = torch.randn(4, 8, 8, generator=g).double()
         noisy = signal[t].sqrt() * shown.latents[i] + (1 - signal[t]).sqrt() * noise
@@ -188,7 +195,7 @@ def plain_training(model, problem, concept, method, matrix, seed):
         unet(noisy[None], t, encoder_hidden_states=text.embeddings[row : row + 1])
         adam.zero_grad()
         sum(norms).backward()
-        torch.nn.utils.clip_grad_norm_(trained, method.clip)
+        torch.nn.utils.clip_grad_norm_(trained, method.max_grad_norm)
         adam.step()
     return {
         f"unet.{layer}": (up @ down).detach() for layer, (up, down) in zip(layers, factors, strict=True)
@@ -200,17 +207,17 @@ def plain_training(model, problem, concept, method, matrix, seed):
     [
         {},
         {"norm": "squared", "end_tokens": False, "focal": False, "rank": 2, "masks": "none"},
-        {"stages": ("suppress",), "clip": 0.01},
+        {"stages": ("suppress",), "max_grad_norm": 0.01},
     ],
 )
 def test_suppress_in_one_batch_against_one_by_one_read_slowly(double, settings):
-    method = MACE(**{**FAST, "batch": 4, **settings})
+    method = MACE(**{**FAST, "batch_size": 4, **settings})
     torch.manual_seed(8)
     matrix = torch.eye(32, dtype=torch.float64)
     if "refine" in method.stages:
         matrix = matrix + 0.1 * torch.randn(32, 32, dtype=torch.float64)
     before = weights(double.pipe)
-    together = method.suppress(double, PROBLEM, matrix, Run(5))
+    together = method.suppress(double, PROBLEM, matrix, RunContext(5))
     assert all(torch.equal(before[k], v) for k, v in weights(double.pipe).items())
     assert all(p.requires_grad and p.grad is None for p in double.pipe.unet.parameters())
     moved = 0.0
@@ -228,20 +235,20 @@ def test_suppress_in_one_batch_against_one_by_one_read_slowly(double, settings):
 def test_a_concept_trains_the_same_whoever_is_beside_it(double):
     method = MACE(**FAST)
     eye = torch.eye(32, dtype=torch.float64)
-    found = [MACE(**FAST, batch=b).suppress(double, PROBLEM, eye, Run(5)) for b in (1, 3)]
-    alone = method.suppress(double, Problem(PROBLEM.erase[2:3]), eye, Run(5))
+    found = [MACE(**FAST, batch_size=b).suppress(double, PROBLEM, eye, RunContext(5)) for b in (1, 3)]
+    alone = method.suppress(double, Problem(PROBLEM.erase[2:3]), eye, RunContext(5))
     for tensors in (found[1]["horse"], alone["horse"]):
         for key, tensor in found[0]["horse"].items():
             torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-10)
 
 
 def test_gradient_checkpointing_changes_nothing(double):
-    method = MACE(**{**FAST, "steps": 3, "masks": "none"})
+    method = MACE(**{**FAST, "max_train_steps": 3, "masks": "none"})
     problem = Problem(PROBLEM.erase[:2])
-    plain = method.suppress(double, problem, torch.eye(32), Run(0))
+    plain = method.suppress(double, problem, torch.eye(32), RunContext(0))
     double.network.enable_gradient_checkpointing()
     try:
-        checkpointed = method.suppress(double, problem, torch.eye(32), Run(0))
+        checkpointed = method.suppress(double, problem, torch.eye(32), RunContext(0))
     finally:
         double.network.disable_gradient_checkpointing()
     for concept, tensors in plain.items():
@@ -252,9 +259,11 @@ def test_gradient_checkpointing_changes_nothing(double):
 
 
 def test_suppress_lowers_the_attention(double):
-    method = MACE(**{**FAST, "steps": 40, "rate": 0.05, "focal": False, "masks": "none"})
+    method = MACE(
+        **{**FAST, "max_train_steps": 40, "learning_rate": 0.05, "focal": False, "masks": "none"}
+    )
     concept = PROBLEM.erase[3]
-    factors = method.suppress(double, Problem((concept,)), torch.eye(32), Run(0))[concept.name]
+    factors = method.suppress(double, Problem((concept,)), torch.eye(32), RunContext(0))[concept.name]
     text = double.encode(["a photo of the white bird"])
     layers = [entry.layer for entry in double.text_entries()]
     modules = [double.pipe.unet.get_submodule(x.removeprefix("unet.")) for x in layers]
@@ -264,7 +273,7 @@ def test_suppress_lowers_the_attention(double):
         with torch.no_grad():
             maps = read_attention(
                 double.cross_attentions(),
-                lambda a: a[..., int(text.own.sum()) - 1 :].square().sum(),
+                lambda a: a[..., int(text.content_mask.sum()) - 1 :].square().sum(),
                 lambda: double.predict(noisy, 500, text),
             )
         return sum(m.sqrt() for m in maps)
@@ -278,9 +287,9 @@ def test_suppress_lowers_the_attention(double):
 
 @pytest.mark.parametrize("settings", [{"fuse_prior": 2.0, "domain_weight": 3.0}, {"ridge": 5.0}])
 def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings):
-    method = MACE(**{**FAST, "captions": captions, "batch": 4, "ridge": 0.5, **settings})
+    method = MACE(**{**FAST, "captions": captions, "batch_size": 4, "ridge": 0.5, **settings})
     problem = PROBLEM if "fuse_prior" in settings else Problem(PROBLEM.erase)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, Run(0))
+    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
     rows = {
         c.name: torch.cat([double.encode([t.format(n)]).embeddings[0] for n in c.names for t in SHORT])
         for c in problem.erase
@@ -289,7 +298,7 @@ def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings)
     torch.testing.assert_close(sums.whole, sum(e.T @ e for e in rows.values()))
     torch.manual_seed(9)
     matrix = torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
-    factors = method.suppress(double, problem, matrix, Run(0))
+    factors = method.suppress(double, problem, matrix, RunContext(0))
     right, fused = method.fuse(groups, sums, kept, matrix, factors)
     prior = torch.zeros(32, 32, dtype=torch.float64)
     if "fuse_prior" in settings:
@@ -312,7 +321,7 @@ def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings)
 
 
 def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
-    method = MACE(**{**FAST, "rank": 2, "batch": 3})
+    method = MACE(**{**FAST, "rank": 2, "batch_size": 3})
     right, *low = fit(model, Problem(PROBLEM.erase), method)
     assert right.kind == "right"
     assert len(right.layers) == len(low) == 14
@@ -325,10 +334,10 @@ def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
 def test_half_precision_keeps_the_edit(double):
     method, problem = MACE(**FAST), Problem(PROBLEM.erase)
     _, *low = fit(double, problem, method)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, Run(0))
+    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
     sums = Sums.of(groups)
     matrix = method.refine(sums, kept)
-    factors = method.suppress(double, problem, matrix, Run(0))
+    factors = method.suppress(double, problem, matrix, RunContext(0))
     _, fused = method.fuse(groups, sums, kept, matrix, factors)
     untrained = 0
     for change in low:
@@ -483,7 +492,7 @@ def test_reading_attention_changes_nothing_and_is_diffusers_own(model, pipe):
         torch.testing.assert_close(places[attn.to_q], maps, rtol=1e-4, atol=1e-6)
 
 
-def test_what_the_model_says_about_noise_and_pictures(model, pipe):
+def test_what_the_model_says_about_noise_and_images(model, pipe):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 8, 8)
     t = torch.tensor([0, 500, 999])
@@ -493,38 +502,38 @@ def test_what_the_model_says_about_noise_and_pictures(model, pipe):
     torch.testing.assert_close(model.log_snr().sigmoid(), signal)
     drawn = torch.rand(2, 3, 16, 16)
     mean = pipe.vae.encode(drawn * 2 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(model.encode_pictures(drawn), mean)
+    torch.testing.assert_close(model.encode_images(drawn), mean)
     with pytest.raises(ExpungeError, match="12 × 16 pixels; this model draws 16 × 16"):
-        model.encode_pictures(drawn[..., :12])
+        model.encode_images(drawn[..., :12])
 
 
 class TestMasks:
-    """Where masks and pictures come from, and what can be wrong with them."""
+    """Where masks and images come from, and what can be wrong with them."""
 
     @pytest.fixture
     def files(self, tmp_path):
-        """Two pictures of an airplane, and their masks."""
+        """Two images of an airplane, and their masks."""
         torch.manual_seed(0)
         for kind in ("pictures", "masks"):
             (tmp_path / kind / "airplane").mkdir(parents=True)
         mask = torch.zeros(3, 16, 16)
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
-            drawn = image_files.image(torch.rand(3, 16, 16))
+            drawn = image_files.to_pil(torch.rand(3, 16, 16))
             image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            image_files.save(image_files.image(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            image_files.save(image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
         return tmp_path
 
     @staticmethod
     def erase(model, files, **settings):
         problem = Problem((Concept("airplane", "sky"),))
-        there = {"pictures_from": str(files / "pictures"), "masks": str(files / "masks")}
+        there = {"images_from": str(files / "pictures"), "masks": str(files / "masks")}
         return fit(model, problem, MACE(**{**FAST, **there, **settings}))
 
-    def test_own_pictures_and_masks(self, model, files):
+    def test_own_images_and_masks(self, model, files):
         shown = reference_images.read(model, "airplane", "a photo of the airplane", files / "pictures")
         assert len(shown) == 2
-        found = object_masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), Run(0))
+        found = object_masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), RunContext(0))
         assert found.shape == (2, 16, 16)
         assert found.sum() == 2 * 36
         with_masks, without = (self.erase(model, files, masks=m) for m in (str(files / "masks"), "none"))
@@ -532,25 +541,25 @@ class TestMasks:
 
     def test_a_folder_of_one_concept_needs_no_folder_within(self, model, files):
         inner = {k: str(files / k / "airplane") for k in ("pictures", "masks")}
-        changes = self.erase(model, files, pictures_from=inner["pictures"], masks=inner["masks"])
+        changes = self.erase(model, files, images_from=inner["num_images"], masks=inner["masks"])
         assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
 
     def test_attention_masks_find_the_brighter_part(self, model):
-        shown = reference_images.drawn(model, "ship", "ship", 3, Run(0), 2)
+        shown = reference_images.drawn(model, "ship", "ship", 3, RunContext(0), 2)
         phrase = torch.zeros(1, 77, dtype=torch.bool)
         phrase[0, 1] = True
-        found = object_masks.find("attention", model, shown, phrase, Run(0))
+        found = object_masks.find("attention", model, shown, phrase, RunContext(0))
         assert found.shape == (3, 8, 8)
         assert set(found.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(found, object_masks.find("attention", model, shown, phrase, Run(0)))
+        assert torch.equal(found, object_masks.find("attention", model, shown, phrase, RunContext(0)))
 
     @pytest.mark.parametrize("smallest", [16, 64])
     def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
         monkeypatch.setattr(object_masks, "SMALLEST", smallest)
         monkeypatch.setattr(object_masks, "LOG_SNRS", (0.5,))
-        shown = reference_images.drawn(model, "ship", "ship", 1, Run(0), 2)
+        shown = reference_images.drawn(model, "ship", "ship", 1, RunContext(0), 2)
         tokens = torch.arange(77)[None] > 0
-        noise = torch.randn(shown.latents.shape, generator=Run(0).generator("masks", "ship"))
+        noise = torch.randn(shown.latents.shape, generator=RunContext(0).generator("masks", "ship"))
         t = (model.log_snr() - 0.5).abs().argmin()[None]
         noisy = model.add_noise(shown.latents, noise, t)
         forward = lambda: model.predict(noisy, t, model.encode(["ship"]))  # noqa: E731
@@ -565,38 +574,38 @@ class TestMasks:
             fine += [grown[0, 0]] if pixels >= smallest else []
         assert 0 < len(fine) <= len(maps)
         assert (len(fine) < len(maps)) == (smallest == 64)
-        found = object_masks.attended(model, shown, tokens, Run(0))
+        found = object_masks.attended(model, shown, tokens, RunContext(0))
         torch.testing.assert_close(found[0], sum(fine) / len(fine))
 
     @pytest.mark.parametrize(
         ("harm", "message"),
         [
-            ("no pictures", "has no pictures of 'airplane'"),
+            ("no images", "has no pictures of 'airplane'"),
             ("no folder", "there is no folder .*elsewhere"),
-            ("broken picture", "cannot read .*one.png: it is no whole picture"),
-            ("small picture", "one.png: a picture is 8 × 12 pixels; this model draws 16 × 16"),
-            ("broken mask", "cannot read .*two.png: it is no whole picture"),
+            ("broken image", "cannot read .*one.png: it is no whole image"),
+            ("small image", "one.png: an image is 8 × 12 pixels; this model draws 16 × 16"),
+            ("broken mask", "cannot read .*two.png: it is no whole image"),
             ("no mask", "the mask of .*two.png is missing: there is no .*two.png"),
-            ("small mask", "the mask .*one.png is 8 × 8 pixels, its picture 16 × 16"),
+            ("small mask", "the mask .*one.png is 8 × 8 pixels, its image 16 × 16"),
             ("empty mask", "the mask of .*one.png is empty"),
             ("full mask", "the mask of .*one.png is full.*masks 'none'"),
-            ("drawn pictures", "set pictures_from too"),
+            ("drawn images", "set images_from too"),
             ("unknown masks", "source of masks .atention.; did you mean .attention."),
         ],
     )
     def test_what_can_be_wrong(self, model, files, harm, message):
         shown, masked = files / "pictures" / "airplane", files / "masks" / "airplane"
         settings = {}
-        if harm == "no pictures":
+        if harm == "no images":
             [path.unlink() for path in shown.iterdir()]
         elif harm == "no folder":
-            settings = {"pictures_from": str(files / "elsewhere")}
-        elif harm == "broken picture":
+            settings = {"images_from": str(files / "elsewhere")}
+        elif harm == "broken image":
             whole = (shown / "one.png").read_bytes()
             (shown / "one.png").write_bytes(whole[: len(whole) // 2])
         elif harm == "broken mask":
             (masked / "two.png").write_bytes((masked / "one.png").read_bytes()[:60])
-        elif harm == "small picture":
+        elif harm == "small image":
             Image.new("RGB", (8, 12)).save(shown / "one.png")
         elif harm == "no mask":
             (masked / "two.png").unlink()
@@ -604,8 +613,8 @@ class TestMasks:
             Image.new("L", (8, 8), 255).save(masked / "one.png")
         elif harm in ("empty mask", "full mask"):
             Image.new("L", (16, 16), 255 * harm.startswith("full")).save(masked / "one.png")
-        elif harm == "drawn pictures":
-            settings = {"pictures_from": ""}
+        elif harm == "drawn images":
+            settings = {"images_from": ""}
         elif harm == "unknown masks":
             settings = {"masks": "atention"}
         with pytest.raises(ExpungeError, match=message):
@@ -652,7 +661,7 @@ def test_names_within_one_another_are_said(model):
         ({"focal_high": -1.0, "focal_low": 1.0}, "focal_high must be above focal_low"),
         ({"norm": "jiont"}, "did you mean 'joint'"),
         ({"stages": ("refin",)}, "did you mean 'refine'"),
-        ({"rate": 0.0}, "rate must be above 0"),
+        ({"learning_rate": 0.0}, "rate must be above 0"),
     ],
 )
 def test_fields_out_of_range(settings, message):

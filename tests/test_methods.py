@@ -114,7 +114,7 @@ def plain_uce(model, erased, anchored, retained, words, method):
 
         for old, new in zip(erased, anchored, strict=True):
             old, new = read(old), read(new)
-            i, j = int(old.own.sum()), int(new.own.sum())
+            i, j = int(old.content_mask.sum()), int(new.content_mask.sum())
             n = 1 if method.positions == "last" else 77 - max(i, j)
             add(old.embeddings[0, i : i + n], new.embeddings[0, j : j + n], 1 / len(erased))
         for prompts in retained:
@@ -161,7 +161,7 @@ def test_uce_as_published(model, preset, last, retain_scale, retain):
 
     def own(prompt):
         text = model.encode([prompt])
-        rows, i = text.embeddings[0].double(), int(text.own.sum())
+        rows, i = text.embeddings[0].double(), int(text.content_mask.sum())
         return rows[i : i + 1] if last else rows[i:]
 
     left = right = 0.5 * torch.eye(32, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every metric against an independent implementation, and pictures that are none."""
+"""Every metric against an independent implementation, and images that are none."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ import torch
 from expunge import ExpungeError
 from expunge.base import registry
 from expunge.evaluation.measure import key, make
-from expunge.metric import Judge, blank, read_pictures
+from expunge.metric import Classifier, blank, read_images
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Pictures that show something: smooth shapes and colours."""
+def images():
+    """Images that show something: smooth shapes and colours."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(24, 3, 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, 64, mode="bicubic").clamp(0, 1)
@@ -28,11 +28,11 @@ def clip():
 PROMPTS = ["a photo of the cat", "a photo of the ship"] * 12
 
 
-def test_clip_score(pictures, clip):
-    score = make("clip_score", {}).measure(pictures, PROMPTS)[:, 0]
+def test_clip_score(images, clip):
+    score = make("clip_score", {}).measure(images, PROMPTS)[:, 0]
     slow = []
-    for picture, prompt in zip(pictures, PROMPTS, strict=True):
-        a = clip.picture(pixel_values=picture[None] * 2 - 1).pooler_output[0].detach().double().numpy()
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        a = clip.image(pixel_values=image[None] * 2 - 1).pooler_output[0].detach().double().numpy()
         ids = clip.tokenizer(prompt, return_tensors="pt").input_ids
         b = clip.text(input_ids=ids).pooler_output[0].detach().double().numpy()
         a = clip.projections["picture_projection"].double().numpy() @ a
@@ -42,31 +42,31 @@ def test_clip_score(pictures, clip):
     assert 0 < score.max() <= 100
 
 
-def test_clip_zeroshot(pictures, clip):
+def test_clip_zeroshot(images, clip):
     metric = make("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0})
-    rows = metric.measure(pictures, PROMPTS)
+    rows = metric.measure(images, PROMPTS)
     texts = clip.embed_texts([f"a photo of the {name}" for name in ("cat", "ship", "dog")])
-    cosines = (clip.embed_pictures(pictures) @ texts.T).double().numpy()
+    cosines = (clip.embed_images(images) @ texts.T).double().numpy()
     exp = np.exp(20 * cosines)
     chances = exp / exp.sum(1, keepdims=True)
     assert rows[:, :3].numpy() == pytest.approx(chances, abs=1e-4)
-    assert metric.answer(rows, ["ship"], [], "probability").numpy() == pytest.approx(
+    assert metric.score(rows, ["ship"], [], "probability").numpy() == pytest.approx(
         chances[:, 1], abs=1e-4
     )
-    assert metric.answer(rows, ["ship"], [], "best").tolist() == (chances.argmax(1) == 1).tolist()
+    assert metric.score(rows, ["ship"], [], "best").tolist() == (chances.argmax(1) == 1).tolist()
     with pytest.raises(ExpungeError, match="at least two classes"):
         make("clip_zeroshot", {"classes": ["cat"]})
 
 
-def test_distances(pictures, clip):
-    other = pictures.flip(0) * 0.8 + 0.1
+def test_distances(images, clip):
+    other = images.flip(0) * 0.8 + 0.1
     a, b = (
-        clip.picture(pixel_values=p * 2 - 1).pooler_output.detach().double().numpy()
-        for p in (pictures, other)
+        clip.image(pixel_values=p * 2 - 1).pooler_output.detach().double().numpy()
+        for p in (images, other)
     )
     for name in ("frechet", "kid"):
         metric = make(name, {})
-        rows, reference = metric.measure(pictures, PROMPTS), metric.measure(other, PROMPTS)
+        rows, reference = metric.measure(images, PROMPTS), metric.measure(other, PROMPTS)
         if name == "frechet":
             first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
             roots = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
@@ -90,7 +90,7 @@ def test_distances(pictures, clip):
 
 @pytest.mark.parametrize("sizes", [(40, 40), (9, 30)])  # more and fewer rows than columns
 @pytest.mark.parametrize("name", ["frechet", "kid"])
-def test_influences_are_what_each_picture_does_to_a_distance(name, sizes):
+def test_influences_are_what_each_image_does_to_a_distance(name, sizes):
     """Against the distance computed with one row's weight a little raised and lowered."""
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in sizes)
@@ -151,33 +151,33 @@ def test_intervals_of_distances_cover(name, paired):
     assert 0.9 <= sum(score.low <= truth <= score.high for score in found) / len(found) <= 0.99
 
 
-def test_distance_from_real_pictures(pictures, tmp_path):
-    from expunge.base.image_files import image
+def test_distance_from_real_images(images, tmp_path):
+    from expunge.base.image_files import to_pil
 
-    for i, picture in enumerate(pictures[:4]):
-        image(picture).save(tmp_path / f"{i}.png")
+    for i, image in enumerate(images[:4]):
+        to_pil(image).save(tmp_path / f"{i}.png")
     metric = make("frechet", {"against": str(tmp_path)})
     assert metric.real().shape[0] == 4
     assert metric.provenance["against"] == str(tmp_path)
-    assert metric.distance(metric.measure(pictures[:4], PROMPTS[:4]), metric.real()).value < 1e-2
-    with pytest.raises(ExpungeError, match="holds no pictures"):
-        read_pictures(tmp_path / "absent")
+    assert metric.distance(metric.measure(images[:4], PROMPTS[:4]), metric.real()).value < 1e-2
+    with pytest.raises(ExpungeError, match="holds no images"):
+        read_images(tmp_path / "absent")
 
 
-def test_pixel_distance_and_structure(pictures):
-    other = pictures.roll(1, 0)
-    distance = make("pixel_distance", {}).measure(pictures, PROMPTS, other)[:, 0]
-    slow = [np.sqrt(((a - b) ** 2).mean()) for a, b in zip(pictures.numpy(), other.numpy(), strict=True)]
+def test_pixel_distance_and_structure(images):
+    other = images.roll(1, 0)
+    distance = make("pixel_distance", {}).measure(images, PROMPTS, other)[:, 0]
+    slow = [np.sqrt(((a - b) ** 2).mean()) for a, b in zip(images.numpy(), other.numpy(), strict=True)]
     assert distance.numpy() == pytest.approx(np.array(slow), abs=1e-5)
-    structure = make("structure", {}).measure(pictures, PROMPTS, other)[:, 0]
+    structure = make("structure", {}).measure(images, PROMPTS, other)[:, 0]
     small = [
         p.reshape(24, 3, 8, 8, 8, 8).mean((3, 5)).reshape(24, -1)
-        for p in (pictures.numpy(), other.numpy())
+        for p in (images.numpy(), other.numpy())
     ]
     slow = [np.corrcoef(a, b)[0, 1] for a, b in zip(*small, strict=True)]
     assert structure.numpy() == pytest.approx(np.array(slow), abs=1e-4)
-    assert make("structure", {}).measure(pictures, PROMPTS, pictures)[:, 0].min() > 0.9999
-    assert make("pixel_distance", {}).measure(pictures, PROMPTS, pictures).max() == 0
+    assert make("structure", {}).measure(images, PROMPTS, images)[:, 0].min() > 0.9999
+    assert make("pixel_distance", {}).measure(images, PROMPTS, images).max() == 0
 
 
 def test_detector_answers():
@@ -190,15 +190,15 @@ def test_detector_answers():
     rows[0, names.index("dog")] = 0.5
     rows[:, len(names) + styles.index("twemoji")] = 0.8
     rows[3, -1] = 0.9
-    best = metric.answer(rows, ["cat"], ["cat face"], "best")
+    best = metric.score(rows, ["cat"], ["cat face"], "best")
     assert best[[0, 2, 3]].tolist() == [1, 0, 0]
     assert best[1].isnan()
-    assert metric.answer(rows, ["dog"], [], "there").tolist() == [1, 0, 1, 0]
-    assert metric.answer(rows, ["dog"], [], "probability").tolist() == pytest.approx(
+    assert metric.score(rows, ["dog"], [], "there").tolist() == [1, 0, 1, 0]
+    assert metric.score(rows, ["dog"], [], "probability").tolist() == pytest.approx(
         [0.5, 0.001, 0.9, 0.001]
     )
-    assert metric.answer(rows, ["twemoji"], [], "best").tolist() == [1] * 4
-    assert metric.answer(rows, ["noto"], [], "best").tolist() == [0] * 4
+    assert metric.score(rows, ["twemoji"], [], "best").tolist() == [1] * 4
+    assert metric.score(rows, ["noto"], [], "best").tolist() == [0] * 4
     assert metric.broken(rows).tolist() == [False, False, False, True]
     assert metric.shown(rows) == ["cat", "cat face", "dog", "unrecognisable"]
     assert metric.knows("cat")
@@ -206,24 +206,24 @@ def test_detector_answers():
     assert not metric.knows("ferry")
 
 
-def test_blank_and_broken_pictures_are_unrecognisable(pictures):
+def test_blank_and_broken_images_are_unrecognisable(images):
     nan, white, black = torch.full((3, 64, 64), torch.nan), torch.ones(3, 64, 64), torch.zeros(3, 64, 64)
-    batch = torch.stack([nan, white, black, pictures[0]])
+    batch = torch.stack([nan, white, black, images[0]])
     assert blank(batch).tolist() == [True, True, True, False]
     for name in ("detector", "clip_zeroshot"):
         metric = make(name, {})
-        assert isinstance(metric, Judge)
+        assert isinstance(metric, Classifier)
         rows = metric.measure(batch, PROMPTS[:4])
         assert metric.broken(rows)[:3].tolist() == [True] * 3
         assert rows.isfinite().all()
 
 
-def test_recognisers_of_two_kinds(pictures, tmp_path):
+def test_recognisers_of_two_kinds(images, tmp_path):
     """Two classifiers with labels of their own, as UnlearnCanvas has for styles and objects."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     kinds = {"styles": ("Van_Gogh", "Crayon", "Rust"), "objects": ("Cats", "no face")}
-    pictures = (pictures * 255).round() / 255  # as a picture file holds them
+    images = (images * 255).round() / 255  # as an image file holds them
     networks = {}
     for seed, (kind, labels) in enumerate(kinds.items()):
         torch.manual_seed(seed)
@@ -236,15 +236,15 @@ def test_recognisers_of_two_kinds(pictures, tmp_path):
         ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / kind)
     folders = [str(tmp_path / kind) for kind in kinds]
     metric = make("recogniser", {"folders": folders, "nothing": "no face"})
-    rows = metric.measure(pictures, PROMPTS)
+    rows = metric.measure(images, PROMPTS)
     for kind, columns in (("styles", slice(0, 3)), ("objects", slice(3, 5))):
         with torch.no_grad():
-            slow = networks[kind](pictures * 2 - 1).logits.softmax(1)
+            slow = networks[kind](images * 2 - 1).logits.softmax(1)
         assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=1e-4)
     assert [metric.knows(label) for label in ("van gogh", "Cats", "Dogs")] == [True, True, False]
     styles, objects = rows[:, :3].argmax(1), rows[:, 3:5].argmax(1)
-    assert metric.answer(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()
-    cats = metric.answer(rows, ["Cats"], [], "best")
+    assert metric.score(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()
+    cats = metric.score(rows, ["Cats"], [], "best")
     assert cats.isnan().tolist() == (objects == 1).tolist()
     assert metric.shown(rows)[0].partition(",")[0] in ("van gogh", "crayon", "rust")
     assert len(metric.provenance["classifiers"]) == 2

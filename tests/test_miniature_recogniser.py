@@ -37,7 +37,7 @@ def test_what_is_true_of_a_scene() -> None:
     assert truth["technique"][1] == len(TECHNIQUES)
 
 
-def test_nothing_is_in_a_broken_picture() -> None:
+def test_nothing_is_in_a_broken_image() -> None:
     torch.manual_seed(0)
     images = torch.rand(24, 3, 64, 64)
     before = images.clone()
@@ -49,7 +49,7 @@ def test_nothing_is_in_a_broken_picture() -> None:
     assert images.max() <= 1 + 1e-5
 
 
-def test_a_broken_pictures_artist_does_not_count() -> None:
+def test_a_broken_images_artist_does_not_count() -> None:
     truth = truth_of(SCENES, WORLD, NAMES)
     right = {head: torch.full((3, size), -30.0) for head, size in NAMES.sizes.items()}
     for head in ("things", "people", "styles", "face"):

@@ -1,4 +1,4 @@
-"""A noise level on latents of another size, against pictures themselves."""
+"""A noise level on latents of another size, against images themselves."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from expunge.ops.noise_level import on_latents
 
 
 @pytest.mark.parametrize("times", [2, 4])
-def test_a_coarse_picture_is_hidden_alike(times):
-    """The mean over pixels of a noisy large picture is as noisy as the small one was."""
+def test_a_coarse_image_is_hidden_alike(times):
+    """The mean over pixels of a noisy large image is as noisy as the small one was."""
     torch.manual_seed(0)
     level, side = 0.7, 16
     small = torch.randn(200, 1, side, side)

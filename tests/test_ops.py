@@ -303,7 +303,7 @@ class TestMinimise:
         return [*starts, idle], losses
 
     def test_a_batch_ends_where_each_ends_alone(self):
-        settings = {"steps": 30, "rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        settings = {"max_train_steps": 30, "rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
         together, losses = self.problem(range(6))
         before = float(losses(0).sum())
         minimise(together, losses, **settings)
@@ -318,7 +318,14 @@ class TestMinimise:
     def test_equals_the_plain_loop_of_torch(self):
         (first, second, _), losses = self.problem([2])
         theirs = [nn.Parameter(first.clone()), nn.Parameter(second.clone())]
-        minimise([first, second], losses, steps=20, rate=0.05, weight_decay=0.1, clip=0.7)
+        minimise(
+            [first, second],
+            losses,
+            max_train_steps=20,
+            learning_rate=0.05,
+            weight_decay=0.1,
+            max_grad_norm=0.7,
+        )
         torch.manual_seed(4)
         target = 10 * torch.randn(6, 3, 2, dtype=torch.float64)[[2]]
         adam = torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.1)
@@ -333,22 +340,28 @@ class TestMinimise:
     def test_a_loss_that_is_not_finite(self):
         weight = torch.zeros(1, 2)
         with pytest.raises(ExpungeError, match="'cat' broke off at step 1: the loss runs away; lower"):
-            minimise([weight], lambda _: (weight / 0).sum(1), steps=2, rate=1.0, names=["cat"])
+            minimise(
+                [weight],
+                lambda _: (weight / 0).sum(1),
+                max_train_steps=2,
+                learning_rate=1.0,
+                names=["cat"],
+            )
 
     def test_of_a_batch_one_runs_away(self, monkeypatch):
         monkeypatch.setattr("expunge.ops.finetune.KEEP_EVERY", 4)
         settings = {"rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
         sound, losses = self.problem([0, 1])
-        minimise(sound, losses, steps=10, **settings)
+        minimise(sound, losses, max_train_steps=10, **settings)
         short, losses = self.problem([0, 1])
-        minimise(short, losses, steps=4, **settings)
+        minimise(short, losses, max_train_steps=4, **settings)
         found, losses = self.problem([0, 1])
 
         def second_breaks(step):
             return losses(step) * torch.tensor([1.0, 1.0 if step < 6 else math.nan])
 
         with pytest.warns(ExpungeWarning, match="'dog' broke off at step 7: .* that of step 4; lower"):
-            minimise(found, second_breaks, steps=10, names=["cat", "dog"], **settings)
+            minimise(found, second_breaks, max_train_steps=10, names=["cat", "dog"], **settings)
         for x, whole, kept in zip(found, sound, short, strict=True):
             assert torch.equal(x, torch.stack([whole[0], kept[1]]))
 

@@ -1,4 +1,4 @@
-"""Picture files are read as a viewer shows them."""
+"""Image files are read as a viewer shows them."""
 
 import struct
 import zlib
@@ -124,7 +124,7 @@ def test_the_first_frame_of_an_animation_is_read_and_said(tmp_path, ending):
         assert corner(tmp_path / f"x.{ending}") == RED
 
 
-def test_a_picture_of_too_many_pixels_is_one_sentence(tmp_path):
+def test_an_image_of_too_many_pixels_is_one_sentence(tmp_path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -135,12 +135,10 @@ def test_a_picture_of_too_many_pixels_is_one_sentence(tmp_path):
         image_files.read(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF"]
-)
-def test_what_is_no_picture_is_one_sentence(tmp_path, data):
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF"])
+def test_what_is_no_image_is_one_sentence(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(ExpungeError, match="it is no whole picture"):
+    with pytest.raises(ExpungeError, match="it is no whole image"):
         image_files.read(tmp_path / "x.png")
     with pytest.raises(ExpungeError, match="No such file"):
         image_files.read(tmp_path / "absent.png")

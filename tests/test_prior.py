@@ -10,7 +10,7 @@ from conftest import tiny_pipeline
 from expunge import ExpungeError, ExpungeWarning
 from expunge.erasing.caption_gram import BATCH, WORDS, captions, captions_for, prior, words
 from expunge.problem import Concept
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 SOME = ("a photo of the ship", "bird", "", "a cat and a dog on the street", "bird")
 
@@ -36,7 +36,7 @@ def test_against_its_definition(model, cache):
 
 def test_kept_by_content(model, cache, monkeypatch):
     told = []
-    run = Run(progress=lambda *what: told.append(what))
+    run = RunContext(progress=lambda *what: told.append(what))
     first = prior(model, SOME, run)
     assert told[-1] == ("reading captions", len(SOME), len(SOME))
     told.clear()

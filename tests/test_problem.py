@@ -173,7 +173,7 @@ def test_what_nobody_sees_is_not_erased():
     assert Concept(persian).name == persian
 
 
-def test_a_folder_of_pictures_is_found_in_another_spelling(tmp_path):
+def test_a_folder_of_images_is_found_in_another_spelling(tmp_path):
     (tmp_path / "Tu\u0308rkiye").mkdir()
     (tmp_path / "Cat").mkdir()
     assert folder_of("T\u00fcrkiye", tmp_path) == tmp_path / "Tu\u0308rkiye"

@@ -10,7 +10,7 @@ import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.methods.mace import MACE
 from expunge.runtime import ray_backend
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 ray = pytest.importorskip("ray", reason="spreads work only with expunge[ray]")
 
@@ -57,15 +57,15 @@ def test_the_local_result_though_a_worker_dies(tmp_path, batch):
             (tmp_path / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    here = Run(seed=3)
-    expected = here.pieces(maker(here), NAMES, batch=batch)
+    here = RunContext(seed=3)
+    expected = here.map_cached(maker(here), NAMES, batch_size=batch)
     seen = []
-    run = Run(3, lambda *told: seen.append(told), tmp_path / "work", "local")
-    assert equal(run.pieces(maker(run, dies_once), NAMES, batch=batch, label="x"), expected)
+    run = RunContext(3, lambda *told: seen.append(told), tmp_path / "work", "local")
+    assert equal(run.map_cached(maker(run, dies_once), NAMES, batch_size=batch, label="x"), expected)
     assert (tmp_path / "died").exists()
     assert (seen[0], seen[-1]) == (("x", 0, 5), ("x", 5, 5))
     # All were kept: nothing is left to be made, here or there.
-    assert equal(run.pieces(None, NAMES, batch=batch, label="x"), expected)
+    assert equal(run.map_cached(None, NAMES, batch_size=batch, label="x"), expected)
 
 
 def test_an_error_comes_back_as_it_was():
@@ -73,9 +73,9 @@ def test_an_error_comes_back_as_it_was():
         if name == "dog":
             raise ExpungeError("the mask of 'dog' is empty")
 
-    run = Run(ray="local")
+    run = RunContext(ray="local")
     with pytest.raises(ExpungeError, match="^the mask of 'dog' is empty$"):
-        run.pieces(maker(run, refuses), NAMES)
+        run.map_cached(maker(run, refuses), NAMES)
 
 
 def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monkeypatch):
@@ -87,16 +87,24 @@ def test_what_is_finished_is_kept_when_a_piece_kills_every_worker(tmp_path, monk
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = Run(folder=tmp_path / "work", ray="local")
+    run = RunContext(folder=tmp_path / "work", ray="local")
     with pytest.raises(ExpungeError, match="Ray gave up on frog after 2 tries: .*died"):
-        run.pieces(maker(run, always_dies), NAMES)
+        run.map_cached(maker(run, always_dies), NAMES)
     assert len(list((tmp_path / "work").rglob("[!.]*.safetensors"))) == 4
 
 
 def test_mace_ends_with_the_local_edit(model):
-    """The model, its pictures and training go to other processes and come back as one edit."""
+    """The model, its images and training go to other processes and come back as one edit."""
     problem = Problem(tuple(Concept(name, "sky") for name in ("airplane", "ship", "bird", "cat", "dog")))
-    method = MACE(pictures=1, picture_steps=2, steps=3, masks="none", captions="", rate=0.01, batch=2)
+    method = MACE(
+        num_images=1,
+        num_inference_steps=2,
+        max_train_steps=3,
+        masks="none",
+        captions="",
+        learning_rate=0.01,
+        batch_size=2,
+    )
     here = expunge.erase(model, problem, method)
     there = expunge.erase(model, problem, method, ray="local")
     assert there.hash == here.hash

@@ -68,7 +68,7 @@ def report(model, edits, suite, tmp_path):
     return evaluate(model, edits, [suite], cache=Cache(tmp_path / "cache"))
 
 
-def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
+def test_images_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
     # 3 erased, 2 of the synonym, 2 retained ("bird" is unknown to the judge); for three models.
     assert report.cache.drawn == 3 * 7
     again = evaluate(
@@ -85,13 +85,13 @@ def test_pictures_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
 
 
 def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
-    """Against the kernel distance of pictures drawn and compared by hand."""
+    """Against the kernel distance of images drawn and compared by hand."""
     from expunge.evaluation.image_cache import Request, Source
     from expunge.evaluation.measure import make
 
     cache = Cache(tmp_path / "cache")
     report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
-    assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three pictures
+    assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three images
     (case,) = report.cases
     metric = make("alignment", {})
 
@@ -109,8 +109,8 @@ def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, t
         }
         found = row.metrics["alignment"]
         assert found.keys() == expected.keys()
-        for name, pictures in expected.items():
-            value = metric.distance(pictures, further).value
+        for name, images in expected.items():
+            value = metric.distance(images, further).value
             assert found[name].value == pytest.approx(value, rel=1e-6)
             assert found[name].score.low <= value <= found[name].score.high
     assert "alignment" not in case.rows[0].metrics
@@ -194,7 +194,7 @@ def test_what_cannot_be_judged_is_said(model, edits, suite, tmp_path):
     with pytest.raises(ExpungeError, match="did you mean 'structure'"):
         evaluate(model, edits, [suite], metrics=["strukture"], cache=cache)
     odd = dataclasses.replace(suite, judge="clip_score")
-    with pytest.raises(ExpungeError, match="does not say what a picture shows"):
+    with pytest.raises(ExpungeError, match="does not say what an image shows"):
         evaluate(model, edits, [odd], cache=cache)
     assert cache.drawn == 0
 
@@ -208,7 +208,7 @@ def test_a_prompt_that_is_cut_is_said_with_the_place(model, suite, tmp_path):
 
 
 def test_broken_models_erase_nothing(model, suite, tmp_path):
-    """Pictures that are no numbers, and blank ones: unrecognisable, never erased."""
+    """Images that are no numbers, and blank ones: unrecognisable, never erased."""
     import torch
 
     from conftest import tiny_pipeline
@@ -325,7 +325,7 @@ def test_the_page_in_a_browser(report, tmp_path):
     watched = tmp_path / "watched.html"
     watched.write_text(text.replace("</body>", probe + "</body>"))
     for width in (390, 1200):
-        for _ in range(3):  # pictures are decoded in real time, and the browser's time is not
+        for _ in range(3):  # images are decoded in real time, and the browser's time is not
             result = browse(watched, f"--window-size={width},900", "--dump-dom")
             if said := re.search(r'data-found="([^"]*)"', result.stdout):
                 break
@@ -377,7 +377,7 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     report = read.run(model, tmp_path / "out", cache=cache)
     assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
     assert [len(case.rows) for case in report.cases] == [3, 3]
-    means = report.methods()["own"]
+    means = report.methods()["content_mask"]
     assert len(means) == 3  # the original and two recipes
     ((suite, one, other, difference),) = report.differences()
     assert suite == "own"
@@ -431,7 +431,7 @@ def test_a_misspelt_field_is_told_in_the_readers_words(experiment, before, after
 def test_presets_and_titles(experiment):
     experiment.write_text(EXPERIMENT + MACE_ROWS)
     *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
-    assert (refined.method.stages, refined.method.steps) == (("refine",), 5)
+    assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 5)
     assert refined.name == "refinement only: airplane"
     assert whole.name == "mace fast: airplane"
     assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
@@ -461,7 +461,7 @@ def test_fields_beside_a_preset(experiment):
     table = 'name = "mace"\npreset = "fast"\n'
     experiment.write_text(EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "steps", 1))
     first, _, other, _ = Experiment.read(experiment).jobs()
-    assert first.method == type(first.method).preset("fast", steps=20)
+    assert first.method == type(first.method).preset("fast", max_train_steps=20)
     assert first.name == "mace fast, steps 20: airplane"
     assert other.name.startswith("uce, ridge 5.0, general 20")
     experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "fats"', 1))

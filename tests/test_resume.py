@@ -98,7 +98,14 @@ def kill_with_pieces(process, folder: Path, least: int) -> None:
     assert process.returncode == -signal.SIGKILL, err
 
 
-MACE = {"batch": 2, "pictures": 1, "picture_steps": 2, "steps": 30, "masks": "none", "rate": 0.01}
+MACE = {
+    "batch_size": 2,
+    "num_images": 1,
+    "num_inference_steps": 2,
+    "max_train_steps": 30,
+    "masks": "none",
+    "learning_rate": 0.01,
+}
 
 
 # Another method is tried by one more row here: its name, and fields that make it quick.

@@ -18,7 +18,7 @@ class TestTokens:
     def test_the_last_own_token(self, model):
         text = model.encode(["a photo of the ship", "ship", ""])
         found = last_tokens(text)
-        own = text.own.sum(1)
+        own = text.content_mask.sum(1)
         assert torch.equal(found[0], text.embeddings[0, own[0]].double())
         assert torch.equal(found[1], text.embeddings[1, 1].double())
         assert torch.equal(found[2], text.embeddings[2, 0].double())

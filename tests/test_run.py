@@ -10,7 +10,7 @@ import torch
 
 from expunge import ExpungeError, ExpungeWarning
 from expunge.runtime import ray_backend, store, work_dir
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 NAMES = ["airplane", "Côte d'Ivoire", "🇨🇮", "a/b\\c:*?", "flag " * 60, "Airplane", ".."]
 
@@ -40,38 +40,38 @@ def equal(first, second):
 
 
 def test_the_same_whatever_was_kept_and_in_whatever_batches(tmp_path):
-    plain = Run(seed=5)
-    expected = plain.pieces(Maker(plain), NAMES)
+    plain = RunContext(seed=5)
+    expected = plain.map_cached(Maker(plain), NAMES)
     assert list(expected) == NAMES
     assert not torch.equal(expected["airplane"]["up"], expected["Airplane"]["up"])
     for batch in (1, 3, 100):
-        run = Run(seed=5, folder=tmp_path / str(batch))
-        assert equal(run.pieces(Maker(run), NAMES, batch=batch), expected)
+        run = RunContext(seed=5, folder=tmp_path / str(batch))
+        assert equal(run.map_cached(Maker(run), NAMES, batch_size=batch), expected)
         files = sorted((tmp_path / str(batch)).rglob("[!.]*.safetensors"))
         assert len(files) == len(NAMES)
         assert all(file.name.isascii() and len(file.name) < 100 for file in files)
         maker = Maker(run)
-        assert equal(run.pieces(maker, NAMES, batch=batch), expected)
+        assert equal(run.map_cached(maker, NAMES, batch_size=batch), expected)
         assert maker.asked == []
         for gone in (files[:1], files[2:5], files):
             for file in gone:
                 file.unlink()
-            assert equal(run.pieces(Maker(run), NAMES, batch=batch), expected)
+            assert equal(run.map_cached(Maker(run), NAMES, batch_size=batch), expected)
 
 
 def test_a_batch_that_lacks_one_is_made_again_with_the_same_members(tmp_path):
-    run = Run(folder=tmp_path)
+    run = RunContext(folder=tmp_path)
     names = list("abcdefg")
-    run.pieces(Maker(run), names, batch=3)
+    run.map_cached(Maker(run), names, batch_size=3)
     next(tmp_path.rglob("e-*.safetensors")).unlink()
     maker = Maker(run)
-    run.pieces(maker, names, batch=3)
+    run.map_cached(maker, names, batch_size=3)
     assert maker.asked == [["d", "e", "f"]]
 
 
 def test_what_failed_leaves_what_was_finished(tmp_path):
     seen = []
-    run = Run(folder=tmp_path, progress=lambda *told: seen.append(told))
+    run = RunContext(folder=tmp_path, progress=lambda *told: seen.append(told))
     maker = Maker(run)
 
     def fails_at_c(names):
@@ -80,53 +80,53 @@ def test_what_failed_leaves_what_was_finished(tmp_path):
         return maker(names)
 
     with pytest.raises(ExpungeError, match="too much"):
-        run.pieces(fails_at_c, list("abcd"), label="training")
+        run.map_cached(fails_at_c, list("abcd"), label="training")
     assert seen == [("training", 0, 4), ("training", 1, 4), ("training", 2, 4)]
     seen.clear()
-    run.pieces(maker, list("abcd"), label="training")
+    run.map_cached(maker, list("abcd"), label="training")
     assert seen == [("training", 2, 4), ("training", 3, 4), ("training", 4, 4)]
     assert maker.asked == [["a"], ["b"], ["c"], ["d"]]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b"", lambda b: b"\xff" * 40])
 def test_a_broken_piece_is_made_again_and_said(tmp_path, damage):
-    run = Run(folder=tmp_path)
-    expected = run.pieces(Maker(run), ["a", "b"])
+    run = RunContext(folder=tmp_path)
+    expected = run.map_cached(Maker(run), ["a", "b"])
     file = next(tmp_path.rglob("a-*.safetensors"))
     file.write_bytes(damage(file.read_bytes()))
     maker = Maker(run)
     with pytest.warns(ExpungeWarning, match="of 'a' is broken; it is made again"):
-        assert equal(run.pieces(maker, ["a", "b"]), expected)
+        assert equal(run.map_cached(maker, ["a", "b"]), expected)
     assert maker.asked == [["a"]]
-    assert equal(run.pieces(Maker(run), ["a", "b"]), expected)
+    assert equal(run.map_cached(Maker(run), ["a", "b"]), expected)
 
 
 def test_labels_keep_pieces_apart(tmp_path):
-    run = Run(folder=tmp_path)
-    first = run.pieces(lambda names: {"a": {"x": torch.zeros(1)}}, ["a"], label="pictures")
-    second = run.pieces(lambda names: {"a": {"x": torch.ones(1)}}, ["a"], label="factors")
+    run = RunContext(folder=tmp_path)
+    first = run.map_cached(lambda names: {"a": {"x": torch.zeros(1)}}, ["a"], label="pictures")
+    second = run.map_cached(lambda names: {"a": {"x": torch.ones(1)}}, ["a"], label="factors")
     assert not equal(first, second)
 
 
 def test_pieces_are_plain(tmp_path):
     weight = torch.ones(3, requires_grad=True)
-    for run in (Run(), Run(folder=tmp_path), Run(folder=tmp_path)):
-        (made,) = run.pieces(lambda names: {"a": {"x": weight * 2, "y": weight[:]}}, ["a"]).values()
+    for run in (RunContext(), RunContext(folder=tmp_path), RunContext(folder=tmp_path)):
+        (made,) = run.map_cached(lambda names: {"a": {"x": weight * 2, "y": weight[:]}}, ["a"]).values()
         assert not any(t.requires_grad for t in made.values())
         made["y"].zero_()
     assert weight.sum() == 3
 
 
 def test_a_run_that_is_sent_keeps_its_seed_alone(tmp_path):
-    run = Run(7, print, tmp_path, "local")
-    assert pickle.loads(pickle.dumps(run)) == Run(7)
+    run = RunContext(7, print, tmp_path, "local")
+    assert pickle.loads(pickle.dumps(run)) == RunContext(7)
 
 
 def test_an_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    run = Run(folder=tmp_path / "file")
+    run = RunContext(folder=tmp_path / "file")
     with pytest.raises(ExpungeError, match="cannot write"):
-        run.pieces(Maker(run), ["a"])
+        run.map_cached(Maker(run), ["a"])
 
 
 def test_file_names_never_meet():
@@ -152,7 +152,7 @@ def test_a_work_folder_belongs_to_one_command(tmp_path):
     (folder / work_dir.COMMAND).write_text("{")
     with pytest.raises(ExpungeError, match=r"no legible command.json"), work_dir.opened(folder, COMMAND):
         pass
-    work_dir.discard(folder)
+    work_dir.remove(folder)
     assert not folder.exists()
 
 
@@ -169,7 +169,7 @@ def test_somebody_elses_folder_stays(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(ExpungeError, match="no work folder"), work_dir.opened(tmp_path, COMMAND):
         pass
-    work_dir.discard(tmp_path)
+    work_dir.remove(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -193,9 +193,9 @@ def test_an_address_where_nobody_answers(pattern):
         address = pattern.format(taken.getsockname()[1])
         with pytest.raises(ExpungeError, match="nobody answers at the Ray address"):
             ray_backend.check(address)
-        run = Run(ray=address)
+        run = RunContext(ray=address)
         with pytest.raises(ExpungeError, match="nobody answers"):
-            run.pieces(Maker(run), ["a"])
+            run.map_cached(Maker(run), ["a"])
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
@@ -224,7 +224,7 @@ def test_without_ray(monkeypatch):
 
 
 def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):
-    run = Run(folder=tmp_path / "work")
+    run = RunContext(folder=tmp_path / "work")
     assert run.checkpoint("training") is None
     for step in (1, 2):
         run.keep_checkpoint("training", {"step": torch.tensor(step)})
@@ -234,5 +234,5 @@ def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.warns(ExpungeWarning, match="is broken; it is made again"):
         assert run.checkpoint("training") is None
-    assert Run().checkpoint("training") is None
-    Run().keep_checkpoint("training", {})
+    assert RunContext().checkpoint("training") is None
+    RunContext().keep_checkpoint("training", {})

@@ -51,7 +51,7 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "PNDM"])
-def test_pictures_are_those_of_that_scheduler(pndm, name):
+def test_images_are_those_of_that_scheduler(pndm, name):
     """Against a pipeline that was given the scheduler by hand."""
     drawn = pndm.sampled_by(name).draw(PROBE)
     other = tiny_pipeline()

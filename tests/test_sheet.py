@@ -2,20 +2,20 @@
 
 import torch
 
-from expunge.evaluation.contact_sheet import Band, sheet
+from expunge.evaluation.contact_sheet import Strip, contact_sheet
 
 
 def flat(*colour):
     return torch.tensor(colour).float()[:, None, None].expand(3, 16, 16)
 
 
-def test_every_picture_is_there_in_its_row_and_column():
+def test_every_image_is_there_in_its_row_and_column():
     colours = [[(1, 0, 0), (0, 1, 0)], [(0, 0, 1), (1, 1, 0)]]
     rows = [
         (name, [flat(*c) for c in row]) for name, row in zip(("before", "after"), colours, strict=True)
     ]
-    band = Band("Türkiye – a flag", ["a ship", "a very long caption of very many words"], rows, "H 1.0")
-    paper = sheet([band, band], cell=64)
+    band = Strip("Türkiye – a flag", ["a ship", "a very long caption of very many words"], rows, "H 1.0")
+    paper = contact_sheet([band, band], cell=64)
     found = {}
     for y in range(paper.height):
         for x in range(paper.width):

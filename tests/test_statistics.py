@@ -42,17 +42,17 @@ def test_nothing_erased_or_nothing_kept_is_worth_nothing():
     assert harmonic([one, one, one]).tolist() == [1, 1, 1]
 
 
-def simulate(prompts, pictures, accuracy, varying=None, trials=1000, draws=800):
+def simulate(prompts, images, accuracy, varying=None, trials=1000, draws=800):
     """(covered, width) of the intervals for detectors of a known accuracy."""
-    generator = torch.Generator().manual_seed(prompts * 1000 + pictures)
-    shape = (trials, prompts, pictures)
+    generator = torch.Generator().manual_seed(prompts * 1000 + images)
+    shape = (trials, prompts, images)
     truth = torch.as_tensor(accuracy, dtype=torch.float64).expand(trials)
     each = truth[:, None].expand(trials, prompts)
     if varying:  # prompts differ: a Beta distribution with this many counts
         torch.manual_seed(7)
         each = torch.distributions.Beta(each * varying, (1 - each) * varying).sample()
     answers = (torch.rand(shape, generator=generator, dtype=torch.float64) < each[..., None]).double()
-    uniform = torch.rand(draws, prompts, pictures, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(draws, prompts, images, generator=generator, dtype=torch.float64)
     normals = torch.randn(draws, prompts, generator=generator, dtype=torch.float64)
     prior = torch.randn(draws, 2, generator=generator, dtype=torch.float64) ** 2 / 2
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -76,10 +76,10 @@ def simulate(prompts, pictures, accuracy, varying=None, trials=1000, draws=800):
         (20, 5, 0.9, 8),
     ],
 )
-def test_intervals_cover_the_truth(prompts, pictures, accuracy, varying):
-    if accuracy == "any":  # one prompt's few pictures give few different intervals: take many truths
+def test_intervals_cover_the_truth(prompts, images, accuracy, varying):
+    if accuracy == "any":  # one prompt's few images give few different intervals: take many truths
         accuracy = torch.linspace(0.01, 0.99, 1000, dtype=torch.float64)
-    covered, width = simulate(prompts, pictures, accuracy, varying)
+    covered, width = simulate(prompts, images, accuracy, varying)
     assert 0.93 <= covered <= 0.97
     assert width < 0.5
 
@@ -92,7 +92,7 @@ def test_twenty_of_twenty_is_not_certain():
     assert mean({"a": torch.zeros(20)}).score.high == pytest.approx(1 - score.low, abs=0.02)
 
 
-def test_pictures_that_cannot_be_judged_count_neither_way():
+def test_images_that_cannot_be_judged_count_neither_way():
     nan = math.nan
     estimate = mean({"a": torch.tensor([1.0, nan, 0.0]), "b": torch.tensor([1.0, nan])})
     assert (estimate.n, estimate.value) == (3, pytest.approx(2 / 3))
@@ -122,7 +122,7 @@ def test_differences_are_paired():
 
 
 def test_models_that_do_not_differ_are_seldom_said_to():
-    """200 pairs of models, equally good; some fail on the same pictures more often than others."""
+    """200 pairs of models, equally good; some fail on the same images more often than others."""
     generator = torch.Generator().manual_seed(3)
     said = 0
     for trial in range(200):
@@ -167,13 +167,13 @@ def test_the_same_numbers_every_time():
     assert len(mean(answers).draws) == statistics.DRAWS
 
 
-def worlds(concepts, pictures, accuracy, counts, trials=120):
+def worlds(concepts, images, accuracy, counts, trials=120):
     """Trials of a mean over concepts that differ: (the estimate, these concepts' true mean)."""
-    torch.manual_seed(concepts * pictures)
+    torch.manual_seed(concepts * images)
     level = torch.full((concepts,), accuracy, dtype=torch.float64)
     for _ in range(trials):
         each = torch.distributions.Beta(level * counts, (1 - level) * counts).sample()
-        seen = (torch.rand(concepts, pictures, dtype=torch.float64) < each[:, None]).double()
+        seen = (torch.rand(concepts, images, dtype=torch.float64) < each[:, None]).double()
         answers = {f"a photo of {c}": row for c, row in enumerate(seen)}
         found = mean(answers, name="m", concepts={prompt: prompt for prompt in answers})
         yield found, float(each.mean())
@@ -184,9 +184,9 @@ def held(score, truth):
 
 
 @pytest.mark.parametrize(("concepts", "pictures", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
-def test_both_readings_cover_their_own_truth(concepts, pictures, accuracy):
+def test_both_readings_cover_their_own_truth(concepts, images, accuracy):
     """A thousand trials of 40 worlds are in experiments/results/coverage.json; this is a few of two."""
-    found = list(worlds(concepts, pictures, accuracy, 6.0))
+    found = list(worlds(concepts, images, accuracy, 6.0))
     these = sum(held(estimate.score, truth) for estimate, truth in found) / len(found)
     general = sum(held(estimate.in_general, accuracy) for estimate, _ in found) / len(found)
     narrow = sum(held(estimate.score, accuracy) for estimate, _ in found) / len(found)
@@ -221,7 +221,7 @@ def test_prompts_are_those_of_their_concept():
     assert width(told.in_general) > width(flat.score)
 
 
-def test_single_pictures_of_many_prompts_are_one_sample():
+def test_single_images_of_many_prompts_are_one_sample():
     rows = (torch.arange(40) % 4 > 0).float()
     apart = mean({f"caption {i}": row[None] for i, row in enumerate(rows)}).score
     whole = mean({"p": rows}).score
@@ -291,6 +291,6 @@ def test_p_values_go_with_the_interval():
     poor = mean({"p": torch.cat([torch.ones(60), torch.zeros(40)])}, name="poor")
     same = mean({"p": torch.cat([torch.ones(89), torch.zeros(11)])}, name="same")
     assert good.minus(poor).p_value() < 1e-4
-    assert good.minus(same).p_value() > 0.2  # one picture apart
+    assert good.minus(same).p_value() > 0.2  # one image apart
     assert good.minus(good).p_value() == 1
     assert math.isnan(NONE.p_value())

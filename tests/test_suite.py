@@ -42,9 +42,9 @@ def test_shipped_suites_are_whole(name):
     quick = suite.cells([suite.concepts[0].name])
     full = suite.cells([suite.concepts[0].name], full=True)
     assert {"erased", "retained"} <= {cell.role for cell in quick}
-    pictures = sum(len(cell.seeds) for cell in quick)
-    assert 20 <= pictures <= 600
-    assert sum(len(cell.seeds) for cell in full) > 3 * pictures
+    images = sum(len(cell.seeds) for cell in quick)
+    assert 20 <= images <= 600
+    assert sum(len(cell.seeds) for cell in full) > 3 * images
     assert not any("{" in cell.prompt for cell in full)
 
 
@@ -80,7 +80,7 @@ def test_an_edit_that_names_nothing_in_it(read):
         read().cells(["guitar"])
 
 
-def test_fewer_concepts_get_more_pictures(read):
+def test_fewer_concepts_get_more_images(read):
     suite = read(BASE + "[sizes]\nquick = { erased = 4, erased_in_all = 30 }\n")
 
     def each(names):

@@ -94,7 +94,7 @@ def test_the_registry_reads_utf8_in_any_locale(monkeypatch):
 # Python's own options.
 
 
-def test_without_docstrings_a_picture_is_drawn(folder, tmp_path):
+def test_without_docstrings_an_image_is_drawn(folder, tmp_path):
     output = tmp_path / "x.png"
     how = ["--model", str(folder), "-o", str(output), "--steps", "1"]
     done = command("draw", "a cat", *how, options=["-W", "ignore", "-OO"])
@@ -113,7 +113,7 @@ def test_arguments_of_another_type_are_named(model):
         expunge.erase(model, PROBLEM, 3)
     for name in ("pixel_distance", "structure"):
         metric = registry.get("metrics", name)()
-        with pytest.raises(TypeError, match="references must be a tensor of pictures, not None"):
+        with pytest.raises(TypeError, match="references must be a tensor of images, not None"):
             metric.measure(torch.zeros(1, 3, 8, 8), ["x"])
 
 
@@ -333,11 +333,11 @@ def test_two_equal_commands_at_once(tmp_path):
         with pytest.raises(ExpungeError, match="another expunge is at work in .*e.work; wait for it"), \
                 work_dir.opened(place, same):  # fmt: skip
             pytest.fail("both are at work")
-        work_dir.discard(place)  # the other one's: it stays
+        work_dir.remove(place)  # the other one's: it stays
         assert (first / "pieces").is_dir()
     with work_dir.opened(place, same) as again:
         assert (again / "pieces").is_dir()
-    work_dir.discard(place)
+    work_dir.remove(place)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,11 +8,11 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.base import registry
-from expunge.checkpoints.cost_estimate import Plan, operations, plan_of
+from expunge.checkpoints.cost_estimate import Plan, estimate_model, operations
 from expunge.checkpoints.pace import Pace, lines, measured, said
 from expunge.erasing.caption_gram import captions, prior, unread
 from expunge.runtime import threads
-from expunge.runtime.cost import Work
+from expunge.runtime.cost import Cost
 from expunge.runtime.threads import Threads, Ticks, others, share
 
 
@@ -27,12 +27,12 @@ class Clock:
 
 
 FAST = {
-    "mace": {"steps": 3, "pictures": 2, "picture_steps": 3, "captions": "{captions}", "rate": 0.01,
+    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}", "learning_rate": 0.01,
              "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
-    "ace": {"general": 20, "pictures": 1, "picture_steps": 2, "rounds": 2, "steps": 2,
-            "attack_steps": 2, "recovered": 0.0, "most_overlap": 1.0},
+    "ace": {"general": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2, "max_train_steps": 2,
+            "attack_steps": 2, "recovered": 0.0, "max_overlap": 1.0},
     "uce": {"general": 20},
-    "esd": {"steps": 8, "trajectory_steps": 6, "unconditional": 1.0},
+    "esd": {"max_train_steps": 8, "trajectory_steps": 6, "unconditional": 1.0},
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def test_what_is_counted_is_what_was_foretold(model, tmp_path, name):
     fields = {k: str(told) if v == "{captions}" else v for k, v in FAST[name].items()}
     method = registry.get("methods", name)(**fields)
     problem = Problem((Concept("airplane", "sky", synonyms=("jet",)),), ("ship",))
-    work = method.work(problem, model.num_inference_steps)
-    foretold = plan_of(model, work=work).totals(work)
+    work = method.estimate_cost(problem, model.num_inference_steps)
+    foretold = estimate_model(model, work=work).totals(work)
     assert (foretold["prompts"] - work.prompts) == (30 if name == "mace" else 0)
     with Pace(model, {}, {}) as pace:
         expunge.erase(model, problem, method)
@@ -57,13 +57,13 @@ def test_what_is_counted_is_what_was_foretold(model, tmp_path, name):
 
 def test_ace_counts_its_attention(model):
     method = registry.get("methods", "ace")(
-        stages=("gate",), reduction="attention", general=5, pictures=1, picture_steps=2,
+        stages=("gate",), reduction="attention", general=5, num_images=1, num_inference_steps=2,
         templates=("a photo of the {}",),
     )  # fmt: skip
     problem = Problem((Concept("airplane", "sky"), Concept("ship", "sky")))
     with Pace(model, {}, {}) as pace:
         expunge.erase(model, problem, method)
-    assert pace.kinds["predictions"].done == method.work(problem, 50).predictions
+    assert pace.kinds["predictions"].done == method.estimate_cost(problem, 50).predictions
 
 
 def test_a_prior_that_was_kept_is_not_read_again(model, monkeypatch, tmp_path):
@@ -79,18 +79,18 @@ def test_a_prior_that_was_kept_is_not_read_again(model, monkeypatch, tmp_path):
     assert unread(None, "general") == len(captions("general"))
 
 
-def plan(**fields):
+def estimate(**fields):
     made = Plan({"denoiser": 1}, 4, (("denoiser",),), prompt=0.1, prediction=1.0)
     return dataclasses.replace(made, **fields)
 
 
 def test_every_stage_is_in_the_estimate():
-    work = Work(prompts=10, predictions=20, gradients=5, captions="general", products=7)
-    each = plan(gradient=2.5, product=0.01, captions=100, saving=0.5)
+    work = Cost(prompts=10, predictions=20, gradients=5, captions="general", products=7)
+    each = estimate(gradient=2.5, product=0.01, captions=100, saving=0.5)
     expected = (10 + 100) * 0.1 + 20 * 1.0 + 5 * 2.5 + 7 * 0.01 + 0.5
     assert each.seconds(work) == pytest.approx(expected)
-    assert plan(captions=0).seconds(work) == pytest.approx(1 + 20 + 5 * 3)
-    assert plan().totals(work)["prompts"] == 10 + len(captions("general"))
+    assert estimate(captions=0).seconds(work) == pytest.approx(1 + 20 + 5 * 3)
+    assert estimate().totals(work)["prompts"] == 10 + len(captions("general"))
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_dear_trial_is_left_out(model, monkeypatch):
         "expunge.checkpoints.cost_estimate.measured", lambda model: pytest.fail("timed for nothing")
     )
     monkeypatch.setattr("expunge.checkpoints.cost_estimate._speed", lambda device, dtype: 1e3)
-    made = plan_of(model, work=Work(prompts=1, predictions=1))
+    made = estimate_model(model, work=Cost(prompts=1, predictions=1))
     assert made.prediction > 1
 
 

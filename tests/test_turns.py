@@ -7,12 +7,12 @@ import expunge
 from conftest import tiny_pipeline
 from expunge import Concept, Probe, Problem
 from expunge.base import registry
-from expunge.checkpoints.offload import Turn, take_turns
+from expunge.checkpoints.offload import OffloadHook, offload_idle_parts
 from expunge.ops.finetune import frozen
 from tiny import PIPELINES
 
 
-class Told(Turn):
+class Told(OffloadHook):
     """A turn without an accelerator: the weights of what has left are out of reach."""
 
     def move(self, part, device):
@@ -40,7 +40,7 @@ def away(pipe):
 def both(request):
     """The same model twice, the second one's parts in turn."""
     plain, turning = (expunge.load(PIPELINES[request.param]()) for _ in range(2))
-    take_turns(turning.pipe, turning.denoiser, HERE, Told)
+    offload_idle_parts(turning.pipe, turning.denoiser, HERE, Told)
     return plain, turning
 
 
@@ -83,6 +83,6 @@ def test_a_method_makes_the_same_edit(name):
     for turning in (False, True):
         model = expunge.load(tiny_pipeline())
         if turning:
-            take_turns(model.pipe, model.denoiser, HERE, Told)
+            offload_idle_parts(model.pipe, model.denoiser, HERE, Told)
         edits.append(expunge.erase(model, problem, method))
     assert edits[0].hash == edits[1].hash

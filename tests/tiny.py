@@ -188,7 +188,7 @@ def single_file(pipe, path):
     state = {"model_ema.decay": torch.zeros(())}
     for key, tensor in pipe.unet.state_dict().items():
         layer, _, parameter = key.rpartition(".")
-        name = family.original(layer, pipe.unet.config)
+        name = family.ldm_layer_name(layer, pipe.unet.config)
         state[f"model.diffusion_model.{name}.{parameter}"] = tensor
     for key, tensor in pipe.vae.state_dict().items():
         attention = "attentions" in key and tensor.ndim == 2

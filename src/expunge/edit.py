@@ -16,7 +16,7 @@ import torch
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.fields import build
+from expunge.base.fields import build_recorded
 from expunge.base.files import read_header, replacing
 from expunge.changes import (
     KINDS,
@@ -61,7 +61,7 @@ class Record:
     def reads_anchor(self) -> bool:
         """Whether it mattered to the method what a concept becomes; True for one not known here."""
         try:
-            return bool(build(registry.get("methods", self.method), self.fields).reads_anchor)
+            return bool(build_recorded(registry.get("methods", self.method), self.fields).reads_anchor)
         except ExpungeError:
             return True
 

@@ -23,7 +23,7 @@ from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
 from expunge.runtime import ray_backend
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.runtime.work_dir import opened
 
 
@@ -84,7 +84,7 @@ def erase(
         command["files"] = named
     start = time.monotonic()
     with opened(work, command) as folder:
-        run = Run(seed, progress, folder, ray)
+        run = RunContext(seed, progress, folder, ray)
         changes: tuple[Change, ...] = tuple(method.fit(model, problem, run))
     record = Record(
         method=command["method"],
@@ -103,7 +103,7 @@ def erase(
 def _files(fields: Mapping[str, Any]) -> dict[str, str]:
     """The hash of every file that a field names: with other words in it, the command is another one.
 
-    Folders are left out: who mends a picture in one goes on with what was finished.
+    Folders are left out: who mends an image in one goes on with what was finished.
     """
     found = {}
     for name, value in fields.items():

@@ -12,8 +12,8 @@ from expunge.base.fields import build, check
 from expunge.changes import Changes
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.runtime.context import Run
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext
+from expunge.runtime.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Method(ABC):
     needs: ClassVar[Mapping[str, str]] = {}
     """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
     says why one has it not. A method without stages names itself."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields that had another name in earlier versions: {old: new}. Records of old edits are read with
+    them; on the command line and in TOML the old name is answered with the new one."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -46,12 +50,12 @@ class Method(ABC):
         stages = getattr(self, "stages", tuple(self.needs))
         for stage in stages:
             need = self.needs.get(stage, "")
-            if need in family.lacks:
-                rest = [one for one in stages if self.needs.get(one) not in family.lacks]
+            if need in family.missing_capabilities:
+                rest = [one for one in stages if self.needs.get(one) not in family.missing_capabilities]
                 way = f"; left are the stages {', '.join(rest)}" if rest else ""
                 raise ExpungeError(
                     f"{type(self).__name__}'s {stage} needs {need}, and {family.__name__} has none:"
-                    f" {family.lacks[need]}{way}"
+                    f" {family.missing_capabilities[need]}{way}"
                 )
 
     @classmethod
@@ -67,7 +71,7 @@ class Method(ABC):
         values.pop("about", None)
         return build(cls, values)
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work | None:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost | None:
         """How much this method will ask of a model, about; None if it does not say.
 
         Args:
@@ -77,7 +81,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         """The changes that solve the problem. The model is left as it was, bit for bit.
 
         Every anchor of the problem has been chosen, and every name fits the model's window.

@@ -1,11 +1,11 @@
-"""The contract of a metric: it looks at pictures one by one and says a row of numbers of each.
+"""The contract of a metric: it looks at images one by one and says a row of numbers of each.
 
-The rows are kept beside the pictures and never taken twice (`expunge.evaluation.image_cache`). What
+The rows are kept beside the images and never taken twice (`expunge.evaluation.image_cache`). What
 becomes of them:
 
-    Metric      the first number of the row, averaged over the pictures of a role
-    Judge       answers a suite's questions: is this concept in the picture?
-    Distance    one number for all pictures of a role against the original's, or real ones
+    Metric      the first number of the row, averaged over the images of a role
+    Classifier       answers a suite's questions: is this concept in the image?
+    Distance    one number for all images of a role against the original's, or real ones
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from expunge.base.fields import check
 
 @dataclass(frozen=True)
 class Metric(ABC):
-    """Something to measure on pictures. One subclass a file in `metrics/`; fields are options."""
+    """Something to measure on images. One subclass a file in `metrics/`; fields are options."""
 
     higher_is_better: ClassVar[bool]
     paired: ClassVar[bool] = False
-    """Whether it compares a picture with the original's of the same prompt and seed."""
+    """Whether it compares an image with the original's of the same prompt and seed."""
     share: ClassVar[bool] = False
     """Whether its numbers lie in [0, 1]."""
 
@@ -40,28 +40,28 @@ class Metric(ABC):
     @property
     @abstractmethod
     def provenance(self) -> Mapping[str, Any]:
-        """What its numbers hang on, besides the pictures: weights, versions, thresholds."""
+        """What its numbers hang on, besides the images: weights, versions, thresholds."""
 
     @property
-    def looked_at(self) -> Mapping[str, Any]:
-        """What its rows hang on, besides the pictures: metrics that say the same share their rows."""
+    def feature_key(self) -> Mapping[str, Any]:
+        """What its rows hang on, besides the images: metrics that say the same share their rows."""
         return {"metric": type(self).__name__, **asdict(self), **self.provenance}
 
     @abstractmethod
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        """(n, width): a row of numbers for each picture.
+        """(n, width): a row of numbers for each image.
 
         Args:
-            pictures: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers.
+            images: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers.
             prompts: what each was drawn for.
             references: what the original drew for the same prompts and seeds, where `paired`.
         """
 
 
-class Judge(Metric):
-    """A metric that says what a picture shows."""
+class Classifier(Metric):
+    """A metric that says what an image shows."""
 
     higher_is_better = True
 
@@ -70,44 +70,44 @@ class Judge(Metric):
         """Whether it can tell this label at all."""
 
     @abstractmethod
-    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
-        """(n,) in [0, 1]: whether one of the labels is what pictures show; nan where that cannot be
+    def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """(n,) in [0, 1]: whether one of the labels is what images show; nan where that cannot be
         said, as with labels that are too near.
 
         Args:
             rows: (n, width), what `measure` gave.
             labels: those that count as the concept.
             near: those that count neither for nor against.
-            question: "best", the best label is one of them; "there", one of them is in the picture,
+            question: "best", the best label is one of them; "there", one of them is in the image,
                 beside whatever else; "probability", how likely one of them is.
         """
 
     @abstractmethod
     def broken(self, rows: Tensor) -> Tensor:
-        """(n,) bool: which pictures are unrecognisable. They count neither as erased nor as kept."""
+        """(n,) bool: which images are unrecognisable. They count neither as erased nor as kept."""
 
     def counts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
-        """For each part that labels stand for how often pictures show it, (n,) whole numbers.
+        """For each part that labels stand for how often images show it, (n,) whole numbers.
 
-        By default a label is a part, and a picture shows it once or not at all.
+        By default a label is a part, and an image shows it once or not at all.
 
         Args:
             rows: (n, width), what `measure` gave.
             labels: those that count as a concept.
         """
         known = [label for label in labels if self.knows(label)]
-        return {label: self.answer(rows, [label], (), "there").nan_to_num(0).round() for label in known}
+        return {label: self.score(rows, [label], (), "there").nan_to_num(0).round() for label in known}
 
     def shown(self, rows: Tensor) -> list[str]:
-        """What each picture shows, in a word, for captions; by default nothing is said."""
+        """What each image shows, in a word, for captions; by default nothing is said."""
         return [""] * len(rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """A distance between two sets, and what each picture does to it.
+    """A distance between two sets, and what each image does to it.
 
-    Were picture i's weight in its set raised from 1/n to (1 + ε)/n, the distance would rise by
+    Were image i's weight in its set raised from 1/n to (1 + ε)/n, the distance would rise by
     ε/n of its influence: resampled like any other mean, influences give the interval.
 
     Source: Davison, Hinkley, Bootstrap Methods and their Application, 1997, section 2.7.
@@ -121,7 +121,7 @@ class Apart:
 
 
 class Distance(Metric):
-    """A metric that compares sets of pictures by the rows taken of them."""
+    """A metric that compares sets of images by the rows taken of them."""
 
     higher_is_better = False
     from_anchor: ClassVar[bool] = False
@@ -132,18 +132,18 @@ class Distance(Metric):
         """How far apart two sets of rows are, (n, width) and (m, width)."""
 
     def real(self) -> Tensor | None:
-        """The rows of real pictures to compare with; None for what the original drew."""
+        """The rows of real images to compare with; None for what the original drew."""
         return None
 
 
-def blank(pictures: Tensor) -> Tensor:
-    """(n,) bool: pictures that are one colour all over, or no numbers at all."""
-    flat = pictures.flatten(2)
+def blank(images: Tensor) -> Tensor:
+    """(n,) bool: images that are one colour all over, or no numbers at all."""
+    flat = images.flatten(2)
     return ~((flat.amax(2) - flat.amin(2)).amax(1) > 1.5 / 255)
 
 
-def read_pictures(folder: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """The pictures of a folder, (n, 3, height, width) in [0, 1].
+def read_images(folder: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The images of a folder, (n, 3, height, width) in [0, 1].
 
     Raises:
         ExpungeError: there are none, or they differ in size and `size` does not say which is meant.
@@ -152,8 +152,8 @@ def read_pictures(folder: str | Path, size: tuple[int, int] | None = None) -> Te
         path for path in Path(folder).rglob("*") if path.suffix.lower() in image_files.ENDINGS
     )
     if not paths:
-        raise ExpungeError(f"{folder} holds no pictures")
+        raise ExpungeError(f"{folder} holds no images")
     found = [image_files.read(path, size) for path in paths]
-    if len({picture.shape for picture in found}) > 1:
-        raise ExpungeError(f"the pictures in {folder} differ in size")
+    if len({image.shape for image in found}) > 1:
+        raise ExpungeError(f"the images in {folder} differ in size")
     return torch.stack(found)

@@ -18,7 +18,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.ops.attention import CrossAttention
-from expunge.ops.cached_layers import answering_once
+from expunge.ops.cached_layers import cache_outputs
 from expunge.probe import Probe
 from expunge.runtime.schedulers import replaced
 from expunge.text import Text, TextEntry
@@ -51,11 +51,11 @@ class Model(ABC):
     """The pipeline's component that predicts: "unet" or "transformer"."""
     single_files: ClassVar[tuple[str, ...]] = ()
     """What diffusers calls the kinds of single-file checkpoints of this family."""
-    mark: ClassVar[str] = ""
+    single_file_key: ClassVar[str] = ""
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
-    lacks: ClassVar[Mapping[str, str]] = {}
+    missing_capabilities: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
@@ -115,21 +115,21 @@ class Model(ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Denoise n pictures from noise; yields (t, latents) before every step, as `predict` takes them,
+        """Denoise n images from noise; yields (t, latents) before every step, as `predict` takes them,
         and, with t = 0, the clean latents at the end. Row i starts from the noise of `seeds[i]`."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """The pictures of clean latents: (n, 3, height, width), float32 in [0, 1]."""
+        """The images of clean latents: (n, 3, height, width), float32 in [0, 1]."""
 
     @abstractmethod
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """The clean latents of pictures (n, 3, height, width) in [0, 1], those the model draws in size.
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The clean latents of images (n, 3, height, width) in [0, 1], those the model draws in size.
 
         The inverse of `decode`, as near as the autoencoder comes to it.
 
         Raises:
-            ExpungeError: the pictures are of another size than the model draws.
+            ExpungeError: the images are of another size than the model draws.
         """
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Model(ABC):
 
     @abstractmethod
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
-        """Where pictures attend to text tokens, for `read_attention`."""
+        """Where images attend to text tokens, for `read_attention`."""
 
     @abstractmethod
     def text_entries(self) -> tuple[TextEntry, ...]:
@@ -162,7 +162,7 @@ class Model(ABC):
         return ()
 
     @classmethod
-    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """What the model's first code, and so single files, call a layer of the denoiser.
 
         None where it has no place of its own there: it is part of a larger layer.
@@ -174,14 +174,14 @@ class Model(ABC):
         return None
 
     @classmethod
-    def layout(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
+    def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
         """What the names of a single file's tensors tell of the denoiser's configuration."""
         return {}
 
     @classmethod
     def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """What a layer of the denoiser is called in a LoRA of kohya's naming; None where nothing is."""
-        original = cls.original(layer, config)
+        original = cls.ldm_layer_name(layer, config)
         return None if original is None else "lora_unet_" + original.replace(".", "_")
 
     # What follows from the answers.
@@ -305,7 +305,7 @@ class Model(ABC):
             if isinstance(part, torch.nn.Module):
                 yield from part.parameters()
 
-    def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+    def timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
         """The times at which `trajectory` asks the denoiser, from noise on."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
@@ -404,7 +404,7 @@ class Model(ABC):
         It ends with the last of them.
 
         Args:
-            text, seeds: a row and the number of its noise for each picture.
+            text, seeds: a row and the number of its noise for each image.
             at: numbers of steps, rising.
         """
         steps = self.trajectory(
@@ -421,17 +421,17 @@ class Model(ABC):
 
     @torch.inference_mode()
     def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:
-        """The pictures of a probe: (n, 3, height, width), float32 on the CPU, in [0, 1].
+        """The images of a probe: (n, 3, height, width), float32 on the CPU, in [0, 1].
 
         Args:
             probe: what to draw.
-            batch_size: pictures denoised together; larger is faster and takes more memory.
+            batch_size: images denoised together; larger is faster and takes more memory.
             progress: told of every denoising step.
         """
         distinct = list(dict.fromkeys(probe.prompts))
         text = probe.text or self.encode(distinct)[[distinct.index(p) for p in probe.prompts]]
         steps = probe.num_inference_steps or self.num_inference_steps
-        pictures = []
+        images = []
         for start in range(0, len(probe), batch_size):
             rows = range(start, min(start + batch_size, len(probe)))
             trajectory = self.trajectory(
@@ -444,9 +444,9 @@ class Model(ABC):
                 for step, (_, latents) in enumerate(trajectory):
                     done = start * steps + min(step, steps) * len(rows)
                     progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
-            pictures.append(self.decode(latents))
+            images.append(self.decode(latents))
         progress("drawing", len(probe) * steps, len(probe) * steps)
-        return torch.cat(pictures)
+        return torch.cat(images)
 
     def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
@@ -454,7 +454,7 @@ class Model(ABC):
         if any(compiled(module) for entry in entries for module in path_to(self.pipe, entry.layer)):
             return contextlib.nullcontext()  # what was compiled is left as it is
         layers = [entry.layer.rpartition(".") for entry in entries]
-        return answering_once([(find(self.pipe, parent), name) for parent, _, name in layers])
+        return cache_outputs([(find(self.pipe, parent), name) for parent, _, name in layers])
 
 
 def require_unicode(prompts: Sequence[str]) -> None:

@@ -14,35 +14,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt and one seed for every picture, and how to sample them.
+    """One prompt and one seed for every image, and how to sample them.
 
-    The seed alone decides the noise a picture starts from: the same row gives the same picture
+    The seed alone decides the noise an image starts from: the same row gives the same image
     whatever stands beside it.
 
     >>> Probe(("a cat", "a dog"), (0, 7)).seeds
     (0, 7)
 
     Raises:
-        ExpungeError: no pictures, prompts and seeds of different number, or a setting out of range.
+        ExpungeError: no images, prompts and seeds of different number, or a setting out of range.
     """
 
     prompts: tuple[str, ...]
-    """The prompt of each picture."""
+    """The prompt of each image."""
     seeds: tuple[int, ...]
-    """The seed of each picture, 0 or more."""
+    """The seed of each image, 0 or more."""
     num_inference_steps: int | None = None
     """Denoising steps, 1 to 1000; None is the model's own default."""
     guidance_scale: float | None = None
     """Classifier-free guidance, 0 or more; 1 is none; None is the model's own default."""
     text: Text | None = None
-    """Encoded text to draw from in place of the prompts, one row a picture (for attacks)."""
+    """Encoded text to draw from in place of the prompts, one row an image (for attacks)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         steps, guidance = self.num_inference_steps, self.guidance_scale
         if not self.prompts:
-            raise ExpungeError("a probe needs at least one picture")
+            raise ExpungeError("a probe needs at least one image")
         if len(self.prompts) != len(self.seeds):
             raise ExpungeError(f"a probe of {len(self.prompts)} prompts has {len(self.seeds)} seeds")
         if self.text is not None and len(self.text) != len(self.prompts):
@@ -66,13 +66,13 @@ class Probe:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Probe:
-        """`n` pictures of every prompt, with the seeds `seed`, `seed + 1`, … for each.
+        """`n` images of every prompt, with the seeds `seed`, `seed + 1`, … for each.
 
         >>> Probe.of(["a cat", "a dog"], n=2).prompts
         ('a cat', 'a cat', 'a dog', 'a dog')
         """
         if n < 1:
-            raise ExpungeError(f"the number of pictures must be at least 1, not {n}")
+            raise ExpungeError(f"the number of images must be at least 1, not {n}")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = [(prompt, seed + i) for prompt in prompts for i in range(n)]
         return cls(

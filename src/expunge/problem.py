@@ -81,7 +81,7 @@ class Problem:
     erase: tuple[Concept, ...]
     """The concepts to erase."""
     retain: tuple[str, ...] = ()
-    """Prompts or names whose pictures must stay as they are."""
+    """Prompts or names whose images must stay as they are."""
 
     def __post_init__(self) -> None:
         if isinstance(self.erase, Concept):
@@ -142,7 +142,7 @@ _JOINERS = "\u200c\u200d"
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Characters without a picture of their own that Unicode does not count as formats."""
+"""Characters without an image of their own that Unicode does not count as formats."""
 _SPELLINGS = str.maketrans(
     dict.fromkeys("\u2018\u2019\u02bc\u2032", "'") | dict.fromkeys("\u2010\u2011\u2012", "-")
 )

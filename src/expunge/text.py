@@ -18,33 +18,33 @@ class Text:
     """The prompts, one a row."""
     embeddings: Tensor
     """(n, tokens, width): the denoiser's `encoder_hidden_states`."""
-    own: Tensor
+    content_mask: Tensor
     """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
     ids: Tensor
     """(n, tokens), int64: the tokenizer's numbers."""
     pooled: Tensor | None = None
     """(n, pooled width), for families that read it."""
-    ends: Tensor | None = None
+    eos_index: Tensor | None = None
     """(n, parts), int64: where each text encoder's end token stands; by default, one part whose start
     token and own tokens come before it."""
-    parts: tuple[int, ...] = ()
+    segment_lengths: tuple[int, ...] = ()
     """How many of the tokens are each text encoder's, in order; by default, all are one's."""
 
     def __post_init__(self) -> None:
-        if self.ends is None:
-            object.__setattr__(self, "ends", self.own.sum(1, keepdim=True) + 1)
-        if not self.parts:
-            object.__setattr__(self, "parts", (self.own.shape[1],))
+        if self.eos_index is None:
+            object.__setattr__(self, "eos_index", self.content_mask.sum(1, keepdim=True) + 1)
+        if not self.segment_lengths:
+            object.__setattr__(self, "segment_lengths", (self.content_mask.shape[1],))
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def stretches(self, row: int) -> list[tuple[slice, int]]:
+    def segments(self, row: int) -> list[tuple[slice, int]]:
         """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
-        if self.ends is None:
-            raise TypeError("ends must be a tensor (n, parts), not None")
+        if self.eos_index is None:
+            raise TypeError("eos_index must be a tensor (n, parts), not None")
         found, start = [], 0
-        for length, end in zip(self.parts, self.ends[row].tolist(), strict=True):
+        for length, end in zip(self.segment_lengths, self.eos_index[row].tolist(), strict=True):
             found.append((slice(start, start + length), end))
             start += length
         return found
@@ -55,26 +55,26 @@ class Text:
         return Text(
             tuple(self.prompts[i] for i in rows),
             self.embeddings[index],
-            self.own[index],
+            self.content_mask[index],
             self.ids[index],
             None if self.pooled is None else self.pooled[index],
-            None if self.ends is None else self.ends[index],
-            self.parts,
+            None if self.eos_index is None else self.eos_index[index],
+            self.segment_lengths,
         )
 
     @classmethod
     def joined(cls, texts: Sequence[Text]) -> Text:
         """The rows of several texts, one after the other."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
-        ends = [text.ends for text in texts if text.ends is not None]
+        ends = [text.eos_index for text in texts if text.eos_index is not None]
         return cls(
             tuple(prompt for text in texts for prompt in text.prompts),
             torch.cat([text.embeddings for text in texts]),
-            torch.cat([text.own for text in texts]),
+            torch.cat([text.content_mask for text in texts]),
             torch.cat([text.ids for text in texts]),
             torch.cat(pooled) if pooled else None,
             torch.cat(ends),
-            texts[0].parts,
+            texts[0].segment_lengths,
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,48 +18,50 @@ from expunge.ops.finetune import frozen
 from expunge.ops.pgd import bounded as attacked
 from expunge.ops.pgd import within
 from expunge.probe import Probe
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 
 @dataclass(frozen=True)
 class Embedding(Attack):
-    """The perturbation of a prompt's tokens that brings the original's picture back.
+    """The perturbation of a prompt's tokens that brings the original's image back.
 
         min_δ Σ_t ‖ε_edit(z_t, t, c + δ) − ε₀(z_t, t, c)‖²,    ‖δ_token‖ ≤ radius · ‖c_token‖
 
     z_t are points of the trajectory on which the original model draws the same prompt and seed, so
-    each picture is attacked by itself. The attack goes through the edited model as it stands, with its
+    each image is attacked by itself. The attack goes through the edited model as it stands, with its
     gates and their gradients, and starts anew for each edit. Every token's perturbation has its own
     Euclidean ball; the unconditional text stays as it is.
 
     Cost: one drawing by the original, and restarts · steps · times passes forward and back, for each
-    picture.
+    image.
 
     Source: the bound and the steps are those of Madry et al., ICLR 2018, arXiv 1706.06083; the
     objective that of RACE (Kim et al., 2024, arXiv 2405.16341), on a whole trajectory.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"times": "num_timesteps"}
+
     radius: float = bounded(0.1, at_least=0)
     """The bound, as a share of each token's norm; 0 changes nothing."""
     steps: int = bounded(10, at_least=0)
     """Gradient steps; 0 changes nothing."""
-    times: int = bounded(3, at_least=1)
+    num_timesteps: int = bounded(3, at_least=1)
     """Points of the trajectory that the objective sums over."""
     restarts: int = bounded(1, at_least=1)
-    """Times that each picture is attacked, first from the prompt itself and then from random places
+    """Times that each image is attacked, first from the prompt itself and then from random places
     within the bound; the one with the smallest objective counts."""
-    batch: int = bounded(8, at_least=1)
-    """Pictures attacked together; it changes nothing but speed and memory."""
+    batch_size: int = bounded(8, at_least=1)
+    """Images attacked together; it changes nothing but speed and memory."""
 
-    def run(self, model: Model, edit: Edit, probe: Probe, run: Run) -> Probe:
+    def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         if not (self.steps and self.radius):
             return probe
         text = probe.text or model.encode(probe.prompts)
         found = []
-        for start in range(0, len(probe), self.batch):
+        for start in range(0, len(probe), self.batch_size):
             run.progress("attacking", start, len(probe))
-            rows = list(range(start, min(start + self.batch, len(probe))))
+            rows = list(range(start, min(start + self.batch_size, len(probe))))
             found.append(self._attacked(model, edit, text[rows], probe, rows, run))
         run.progress("attacking", len(probe), len(probe))
         embeddings = torch.cat(found).to(text.embeddings)
@@ -75,7 +79,7 @@ class Embedding(Attack):
         """(t, z_t, ε₀) along the original's trajectories, evenly from the first noise on."""
         seeds = [probe.seeds[i] for i in rows]
         steps = probe.num_inference_steps or model.num_inference_steps
-        chosen = {round((i + 0.5) * steps / self.times - 0.5) for i in range(self.times)}
+        chosen = {round((i + 0.5) * steps / self.num_timesteps - 0.5) for i in range(self.num_timesteps)}
         trajectory = model.trajectory(
             text, seeds, num_inference_steps=steps, guidance_scale=probe.guidance_scale
         )
@@ -89,7 +93,7 @@ class Embedding(Attack):
         return found
 
     def _attacked(
-        self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int], run: Run
+        self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int], run: RunContext
     ) -> Tensor:
         points = self.points(model, text, probe, rows)
         best, least = text.embeddings, torch.full((len(rows),), torch.inf)

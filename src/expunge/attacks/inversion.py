@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -15,11 +17,11 @@ from expunge.erasing.caption_gram import words
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 CHECKS = 16
-"""Noises on which words of several starts are compared, for each of the pictures."""
+"""Noises on which words of several starts are compared, for each of the images."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Inversion(Attack):
 
     v takes the place of the token embedding of one word of the tokenizer, and that word the place of
     the concept's name in each prompt; c(v) goes through the text encoder, so its end and padding tokens
-    speak of it too. z_t are noisy pictures that the original draws of the prompts with seeds of their
-    own: the attacker has seen the concept, and not the pictures that are judged.
+    speak of it too. z_t are noisy images that the original draws of the prompts with seeds of their
+    own: the attacker has seen the concept, and not the images that are judged.
 
-    One word is learnt for all pictures of a probe. This attack is never used in training an edit.
+    One word is learnt for all images of a probe. This attack is never used in training an edit.
 
     Cost: a few drawings by the original; restarts · steps · batch passes forward and back, whatever the
     probe.
@@ -42,22 +44,28 @@ class Inversion(Attack):
     arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "rate": "learning_rate",
+        "batch": "batch_size",
+        "pictures": "num_images",
+    }
+
     steps: int = bounded(100, at_least=0)
     """Training steps; 0 changes nothing."""
-    rate: float = bounded(0.03, above=0)
+    learning_rate: float = bounded(0.03, above=0)
     """Adam's learning rate, as a share of the embedding's own size."""
-    pictures: int = bounded(4, at_least=1)
-    """Pictures of the concept that the word is learnt from."""
-    batch: int = bounded(4, at_least=1)
-    """Noisy pictures a step."""
+    num_images: int = bounded(4, at_least=1)
+    """Images of the concept that the word is learnt from."""
+    batch_size: int = bounded(4, at_least=1)
+    """Noisy images a step."""
     restarts: int = bounded(1, at_least=1)
     """Words learnt, the first from `start` and each further one from a random word of the tokenizer,
-    with pictures and noise of its own; the one with the smallest error on noise that none has seen
+    with images and noise of its own; the one with the smallest error on noise that none has seen
     counts."""
     start: str = ""
     """The word whose embedding to start from; by default the tokenizer's nearest to the anchor."""
 
-    def run(self, model: Model, edit: Edit, probe: Probe, run: Run) -> Probe:
+    def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         if not self.steps:
             return probe
         word = self._word(model, edit)
@@ -82,7 +90,7 @@ class Inversion(Attack):
         probe: Probe,
         word: str,
         prompts: list[str],
-        run: Run,
+        run: RunContext,
         start: str = "",
         restart: int = 0,
     ) -> list[torch.Tensor]:
@@ -93,22 +101,24 @@ class Inversion(Attack):
             word: the word whose place v takes.
             prompts: the probe's, with the word in them.
             start: the word whose vector v starts from; by default `word`.
-            restart: which start this is; each has pictures and noise of its own.
+            restart: which start this is; each has images and noise of its own.
         """
         generator = run.generator("inversion", *probe.prompts, *([str(restart)] if restart else []))
-        rows, original, latents = self._pictures(model, probe, generator)
+        rows, original, latents = self._images(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
         first = model.word_vectors(start or word)
         shifts = [torch.zeros_like(vector).requires_grad_() for vector in first]
         sizes = [vector.norm() / len(vector) ** 0.5 for vector in first]
-        optimiser = torch.optim.Adam(shifts, lr=self.rate)
+        optimiser = torch.optim.Adam(shifts, lr=self.learning_rate)
         means = [torch.zeros_like(vector) for vector in first]
         tail = max(1, self.steps // 4)
         with frozen(model.parameters()), torch.enable_grad():
             for step in range(self.steps):
                 run.progress("learning a word", step, self.steps)
-                some = torch.randint(self.pictures, (self.batch,), generator=generator).tolist()
-                t = torch.randint(len(levels), (self.batch,), generator=generator).to(latents.device)
+                some = torch.randint(self.num_images, (self.batch_size,), generator=generator).tolist()
+                t = torch.randint(len(levels), (self.batch_size,), generator=generator).to(
+                    latents.device
+                )
                 noise = torch.randn(latents[some].shape, generator=generator).to(latents)
                 z = model.add_noise(latents[some], noise, t)
                 with torch.no_grad():
@@ -128,12 +138,12 @@ class Inversion(Attack):
                         mean += shift.detach() / tail
         return [v + size * mean for v, size, mean in zip(first, sizes, means, strict=True)]
 
-    def _pictures(
+    def _images(
         self, model: Model, probe: Probe, generator: torch.Generator
     ) -> tuple[list[int], Text, torch.Tensor]:
-        """Pictures of the concept: the rows of their prompts, their text, and clean latents."""
-        rows = torch.randint(len(probe), (self.pictures,), generator=generator).tolist()
-        seeds = torch.randint(2**31, (self.pictures,), generator=generator).tolist()
+        """Images of the concept: the rows of their prompts, their text, and clean latents."""
+        rows = torch.randint(len(probe), (self.num_images,), generator=generator).tolist()
+        seeds = torch.randint(2**31, (self.num_images,), generator=generator).tolist()
         original = model.encode([probe.prompts[i] for i in rows])
         steps = probe.num_inference_steps or model.num_inference_steps
         with torch.no_grad():
@@ -153,17 +163,19 @@ class Inversion(Attack):
         probe: Probe,
         word: str,
         prompts: list[str],
-        run: Run,
+        run: RunContext,
         learnt: list[list[torch.Tensor]],
     ) -> list[float]:
-        """The mean error of each learnt word on the same pictures and noise, which no start has seen."""
+        """The mean error of each learnt word on the same images and noise, which no start has seen."""
         generator = run.generator("inversion", *probe.prompts, "check")
-        rows, original, latents = self._pictures(model, probe, generator)
+        rows, original, latents = self._images(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
         errors = [0.0] * len(learnt)
         with torch.no_grad():
             for _ in range(CHECKS):
-                t = torch.randint(len(levels), (self.pictures,), generator=generator).to(latents.device)
+                t = torch.randint(len(levels), (self.num_images,), generator=generator).to(
+                    latents.device
+                )
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 z = model.add_noise(latents, noise, t)
                 goal = model.predict(z, t, original)
@@ -173,7 +185,7 @@ class Inversion(Attack):
                         errors[k] += float((model.predict(z, t, text) - goal).square().mean()) / CHECKS
         return errors
 
-    def _starts(self, model: Model, edit: Edit, probe: Probe, word: str, run: Run) -> list[str]:
+    def _starts(self, model: Model, edit: Edit, probe: Probe, word: str, run: RunContext) -> list[str]:
         """The words to start from: the first is the one whose place is taken."""
         known = [w for w in words(model, edit.record.problem.erase) if w != word]
         generator = run.generator("inversion", *probe.prompts, "starts")

@@ -65,7 +65,12 @@ def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
         ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
     """
     known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
+    renamed = getattr(cls, "renamed", {})
     for key in values:
+        if key not in known and key in renamed:
+            raise ExpungeError(
+                f"{what or _spoken(cls)}: the field {key!r} is named {renamed[key]!r} now"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
@@ -84,6 +89,16 @@ def _spoken(cls: type) -> str:
         return name
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def build_recorded(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Make `cls` from values that were written before; old field names are read as the new ones.
+
+    Raises:
+        ExpungeError: an unknown key, or a value that does not fit.
+    """
+    renamed = getattr(cls, "renamed", {})
+    return build(cls, {renamed.get(key, key): value for key, value in values.items()})
 
 
 def _fitted(value: Any, kind: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Images as files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def image(picture: Tensor, width: int | None = None) -> Image.Image:
-    """A picture (3, height, width) in [0, 1] as an image, smoothly enlarged to `width` pixels."""
-    array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+def to_pil(image: Tensor, width: int | None = None) -> Image.Image:
+    """An image (3, height, width) in [0, 1] as a PIL image, smoothly enlarged to `width` pixels."""
+    array = (image.permute(1, 2, 0) * 255).round().byte().numpy()
     result = Image.fromarray(array)
     if width is None or width <= result.width:
         return result
@@ -26,24 +26,24 @@ def image(picture: Tensor, width: int | None = None) -> Image.Image:
 
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-"""The picture files that are found in a folder."""
+"""The image files that are found in a folder."""
 
 
-def grid(pictures: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
-    """Pictures (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
-    images = [image(picture, width) for picture in pictures]
+def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
+    """Images (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
+    tiles = [to_pil(image, width) for image in images]
     if columns is None:
-        columns = math.ceil(math.sqrt(2 * len(images))) if len(images) > 3 else len(images)
-    rows = math.ceil(len(images) / columns)
-    w, h = images[0].width + gap, images[0].height + gap
+        columns = math.ceil(math.sqrt(2 * len(tiles))) if len(tiles) > 3 else len(tiles)
+    rows = math.ceil(len(tiles) / columns)
+    w, h = tiles[0].width + gap, tiles[0].height + gap
     sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
-    for i, one in enumerate(images):
+    for i, one in enumerate(tiles):
         sheet.paste(one, (gap + i % columns * w, gap + i // columns * h))
     return sheet
 
 
 def read(path: str | Path, size: tuple[int, int] | None = None, background: str = "white") -> Tensor:
-    """A picture file as a tensor (3, height, width), float32 in [0, 1], as a viewer shows it.
+    """An image file as a tensor (3, height, width), float32 in [0, 1], as a viewer shows it.
 
     It is turned as its camera noted, 16 bits a channel become 8, and what is transparent shows the
     background. Of an animation it is the first frame, and this is said.
@@ -54,7 +54,7 @@ def read(path: str | Path, size: tuple[int, int] | None = None, background: str 
         background: the colour behind what is transparent, by its name.
 
     Raises:
-        ExpungeError: the file is missing, is no picture, or has more pixels than are safely read.
+        ExpungeError: the file is missing, is no image, or has more pixels than are safely read.
     """
     import numpy as np
     import torch
@@ -64,7 +64,7 @@ def read(path: str | Path, size: tuple[int, int] | None = None, background: str 
             warnings.simplefilter("ignore")  # what matters of a broken file is raised
             with Image.open(path) as opened:
                 frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-                picture = _flat(_upright(opened), background)
+                image = _flat(_upright(opened), background)
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ExpungeError(f"cannot read {path}: it has more than {most} million pixels") from None
@@ -72,7 +72,7 @@ def read(path: str | Path, size: tuple[int, int] | None = None, background: str 
         raise ExpungeError(f"cannot read {path}: it does not fit into the memory") from None
     except Exception as error:  # of broken files, the library raises what it likes
         known = isinstance(error, OSError) and error.strerror
-        what = error.strerror if isinstance(error, OSError) and known else "it is no whole picture"
+        what = error.strerror if isinstance(error, OSError) and known else "it is no whole image"
         raise ExpungeError(f"cannot read {path}: {what}") from None
     if frames > 1:
         warnings.warn(
@@ -80,91 +80,91 @@ def read(path: str | Path, size: tuple[int, int] | None = None, background: str 
             ExpungeWarning,
             stacklevel=2,
         )
-    if size is not None and picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """The picture as its camera was held."""
-    picture.load()
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its camera was held."""
+    image.load()
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # the notes are broken, not the picture
-        return picture
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the notes are broken, not the image
+        return image
 
 
-def _flat(picture: Image.Image, background: str) -> Image.Image:
+def _flat(image: Image.Image, background: str) -> Image.Image:
     """Any mode as RGB, with the background behind what is transparent."""
     import numpy as np
 
-    clear = picture.info.get("transparency")
-    if picture.mode.startswith("I"):
-        array = np.asarray(picture).astype(np.int64)
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        array = np.asarray(image).astype(np.int64)
         if not 0 <= array.min() <= array.max() <= 65535:
             raise ValueError("more than 16 bits a channel")
         alpha = (
             None if clear is None else Image.fromarray(np.uint8(255) * (array != clear).astype(np.uint8))
         )
-        picture = Image.fromarray(((array * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(((array * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
         if alpha is None:
-            return picture
-        picture.putalpha(alpha)
-    elif picture.mode == "F":
+            return image
+        image.putalpha(alpha)
+    elif image.mode == "F":
         raise ValueError("fractions have no white")
-    elif picture.mode in ("RGBa", "La"):
-        picture = picture.convert(picture.mode.upper()).convert("RGBA")
-    elif picture.mode in ("RGBA", "LA", "PA") or clear is not None:
+    elif image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper()).convert("RGBA")
+    elif image.mode in ("RGBA", "LA", "PA") or clear is not None:
         if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, while the pixels have 8 by now
-            picture.info["transparency"] = tuple(value >> 8 for value in clear)
-        picture = picture.convert("RGBA")
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+        image = image.convert("RGBA")
     else:
-        return picture.convert("RGB")
-    behind = Image.new("RGBA", picture.size, background)
-    return Image.alpha_composite(behind, picture).convert("RGB")
+        return image.convert("RGB")
+    behind = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(behind, image).convert("RGB")
 
 
-def save(picture: Image.Image, path: str | Path) -> None:
+def save(image: Image.Image, path: str | Path) -> None:
     """Write an image; the ending of the name decides the format.
 
     Raises:
-        ExpungeError: the ending is no picture format, or the file cannot be written.
+        ExpungeError: the ending is no image format, or the file cannot be written.
     """
     check_ending(path)
     with replacing(path) as temporary:
-        picture.save(temporary)
+        image.save(temporary)
 
 
-def keep(picture: Image.Image, folder: str | Path, name: str) -> Path:
-    """Write an image as a PNG of this name; a number is added where another picture has it already.
+def keep(image: Image.Image, folder: str | Path, name: str) -> Path:
+    """Write an image as a PNG of this name; a number is added where another image has it already.
 
     Raises:
         ExpungeError: the file cannot be written.
     """
     number = 1
     while (path := Path(folder) / f"{name}{f'-{number}' if number > 1 else ''}.png").exists():
-        if _same(path, picture):
+        if _same(path, image):
             return path
         number += 1
-    save(picture, path)
+    save(image, path)
     return path
 
 
-def _same(path: Path, picture: Image.Image) -> bool:
-    """Whether a file holds just this picture."""
+def _same(path: Path, image: Image.Image) -> bool:
+    """Whether a file holds just this image."""
     try:
         with Image.open(path) as there:
             return (
-                there.mode == picture.mode
-                and there.size == picture.size
-                and (there.tobytes() == picture.tobytes())
+                there.mode == image.mode
+                and there.size == image.size
+                and (there.tobytes() == image.tobytes())
             )
     except Exception:  # it is something else, or broken
         return False
 
 
 def check_ending(path: str | Path) -> None:
-    """Check that a file name ends in a picture format.
+    """Check that a file name ends in an image format.
 
     Raises:
         ExpungeError: it does not.

@@ -91,7 +91,7 @@ class Checkpoint:
             raise TypeError(f"a model on this machine is expected, and {found.name} is one of the hub")
         if found.is_file:
             family = loading.family_of_file(path)
-            return cls(path, found.name, family, family.layout(list(files.read_header(path))))
+            return cls(path, found.name, family, family.infer_config(list(files.read_header(path))))
         family = loading.family_of(str(loading.read_index(path)["_class_name"]))
         config = files.read_json(path / family.denoiser / "config.json")
         return cls(path, found.name, family, config, variant)
@@ -187,7 +187,9 @@ class Checkpoint:
         component, _, inside = layer.partition(".")
         if self.is_file:
             header = self.headers[self.path]
-            original = self.family.original(inside, self.config) if self._denoises(component) else None
+            original = (
+                self.family.ldm_layer_name(inside, self.config) if self._denoises(component) else None
+            )
             if original is None:
                 raise ExpungeError(
                     f"{layer} has no place of its own in a single file; export to a diffusers folder"

@@ -20,13 +20,13 @@ from expunge.checkpoints.pace import measured
 from expunge.erasing.caption_gram import unread
 from expunge.model import Model
 from expunge.problem import Concept
-from expunge.runtime.cost import Work
+from expunge.runtime.cost import Cost
 
 EFFICIENCY = 0.4
 """The share of a large product's speed that a network reaches, about."""
 
 CALL = 0.002
-"""Seconds of a prediction that hang on the number of layers alone, for each of a few pictures."""
+"""Seconds of a prediction that hang on the number of layers alone, for each of a few images."""
 
 SAVING, HASHED = 0.1, 5e8
 """Seconds to write an edit, and bytes a second that are hashed, about."""
@@ -62,7 +62,7 @@ class Plan:
     prompt: float
     """Seconds to read a prompt."""
     prediction: float
-    """Seconds of one prediction of the denoiser, for one picture."""
+    """Seconds of one prediction of the denoiser, for one image."""
     gradient: float | None = None
     """Seconds of one with gradients; by default three times those without."""
     product: float = 0.0
@@ -85,7 +85,7 @@ class Plan:
         gradient = 3 * self.prediction if self.gradient is None else self.gradient
         return {"prompts": self.prompt, "predictions": self.prediction, "gradients": gradient}
 
-    def totals(self, work: Work) -> dict[str, float]:
+    def totals(self, work: Cost) -> dict[str, float]:
         """How much there is of each, a prior's captions among the prompts."""
         captions = unread(None, work.captions) if self.captions is None else self.captions
         return {
@@ -94,16 +94,16 @@ class Plan:
             "gradients": work.gradients,
         }
 
-    def beside(self, work: Work) -> float:
+    def beside(self, work: Cost) -> float:
         """Seconds for what is no work of the model: equations, and saving."""
         return work.products * self.product + self.saving
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Cost) -> float:
         """How long some work takes, from the first prompt until it is saved."""
         each = self.foretold
         return self.beside(work) + sum(n * each[kind] for kind, n in self.totals(work).items())
 
-    def lines(self, work: Work | None) -> list[str]:
+    def lines(self, work: Cost | None) -> list[str]:
         """The plan in words; the last line says how long."""
         parts = ", ".join(f"{name} {size(n * self.itemsize)}" for name, n in self.parameters.items())
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
@@ -128,7 +128,7 @@ class Plan:
         return [*lines, f"in all {', '.join(counts)}: about {_time(self.seconds(work))}"]
 
 
-def plan(
+def estimate(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str = "auto",
@@ -162,16 +162,16 @@ def plan(
     return _plan(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
 
 
-def plan_of(
+def estimate_model(
     model: Model,
     *,
     offload: bool = False,
-    work: Work | None = None,
+    work: Cost | None = None,
     erased: Sequence[Concept] = (),
 ) -> Plan:
     """Plan work with a model in memory; the device is timed for a moment.
 
-    Where the work takes much longer than that, the model itself is timed, on a few prompts and pictures.
+    Where the work takes much longer than that, the model itself is timed, on a few prompts and images.
 
     Args:
         model: the model.
@@ -229,7 +229,7 @@ def _plan(
 
 
 def operations(model: Model) -> float:
-    """Those of one prediction of a model's denoiser, for one picture, about."""
+    """Those of one prediction of a model's denoiser, for one image, about."""
     return 2.0 * sum(p.numel() for p in model.network.parameters()) * _tokens(model.network.config)
 
 
@@ -265,7 +265,7 @@ def _part(family: type[Model], name: str, kind: str) -> str:
 
 
 def _tokens(config: Mapping[str, Any]) -> float:
-    """How often each parameter of a denoiser is used for a picture, about.
+    """How often each parameter of a denoiser is used for an image, about.
 
     Once a token of a transformer. A U-Net halves its latents on the way; a ninth of them comes near.
     """

@@ -23,10 +23,10 @@ from expunge.base.files import cache_folder, read_header, read_json, replacing
 from expunge.changes import Changes, WeightChange, check_numbers
 from expunge.checkpoints import hub, lora_names
 from expunge.checkpoints.checkpoint import NOTE, Checkpoint, Erased
-from expunge.checkpoints.linearize import Plain, plain
+from expunge.checkpoints.linearize import LinearFit, fit_static_weights
 from expunge.checkpoints.load import load
 from expunge.checkpoints.lora import Lora, Naming, Place
-from expunge.checkpoints.model_card import LORAS, card, is_ours, title
+from expunge.checkpoints.model_card import LORAS, is_ours, title, write_card
 from expunge.checkpoints.text_moments import Seen, seen
 from expunge.edit import Edit
 from expunge.erasing.caption_gram import text_hash
@@ -150,7 +150,7 @@ def export(
     if to not in FORMS:
         named = all(checkpoint.kohya(layer) for layer, name in changes if name == "weight")
         to = lora_names.form_for(to, checkpoint.family.__name__, named)
-    card_of = partial(card, edit, to, licence=licence, report=report)
+    card_of = partial(write_card, edit, to, licence=licence, report=report)
     place, moved = _card_place(output)
     if to in LORAS:
         lora = Lora.of(
@@ -270,7 +270,7 @@ def plain_weights(
     return weights(fit.changes), (f"gates became weights: {fit}",)
 
 
-def _fitted(model: Model, edit: Edit) -> Plain:
+def _fitted(model: Model, edit: Edit) -> LinearFit:
     """The weights fitted to an edit's gates, found in the cache folder or kept there."""
     problem = json.dumps(dataclasses.asdict(edit.record.problem), sort_keys=True)
     command = "\n".join([text_hash(model, ()), edit.hash, edit.record.base, problem])
@@ -278,10 +278,12 @@ def _fitted(model: Model, edit: Edit) -> Plain:
     if file.is_file():
         try:
             kept = Edit.load(file)
-            return Plain(kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved")))
+            return LinearFit(
+                kept.changes, *(float(kept.record.fields[name]) for name in ("lost", "moved"))
+            )
         except (ExpungeError, KeyError, TypeError, ValueError):
             pass  # broken: made again
-    fit = plain(model, edit.changes, edit.record.problem)
+    fit = fit_static_weights(model, edit.changes, edit.record.problem)
     fields = {"lost": fit.lost, "moved": fit.moved}
     try:
         Edit(tuple(fit.changes), dataclasses.replace(edit.record, fields=fields)).save(file)

@@ -23,7 +23,7 @@ VECTORS = 500
 
 
 @dataclass(frozen=True, eq=False)
-class Plain:
+class LinearFit:
     """Changes that are weights, and what was lost on the way."""
 
     changes: Changes
@@ -37,7 +37,7 @@ class Plain:
         return f"{self.lost:.1%} of the erasure is lost; what is retained moves by {self.moved:.2%}"
 
 
-def plain(
+def fit_static_weights(
     model: Model,
     changes: Changes,
     problem: Problem,
@@ -46,7 +46,7 @@ def plain(
     prior_scale: float = 1.0,
     retain_scale: float = 1.0,
     captions_from: str = "general",
-) -> Plain:
+) -> LinearFit:
     """Fit weights to changes of which some are `Gated`; those that are weights stay as they are.
 
         min_W*  Σ_erased ‖W* e − W̃ e‖² + λ₂ (E_captions + E_retained) ‖W* e − W e‖² + λ ‖W* − W‖²
@@ -81,7 +81,7 @@ def plain(
     kept: list[Change] = [change for change in changes if not isinstance(change, HookedChange)]
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
-        return Plain(tuple(kept), 0.0, 0.0)
+        return LinearFit(tuple(kept), 0.0, 0.0)
     ways = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
     retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
     stays = model.encode(["", *retained])
@@ -118,7 +118,7 @@ def plain(
             w = model.weight(layer).cpu().double()[:, : len(matrix)]
             lost.append(_squares(w, missed) / _squares(w, wanted))
             moved.append(_squares(w, drift) / _squares(w, kept_whole))
-    return Plain(tuple(kept), *(float(torch.stack(x).mean()) for x in (lost, moved)))
+    return LinearFit(tuple(kept), *(float(torch.stack(x).mean()) for x in (lost, moved)))
 
 
 @dataclass(eq=False)

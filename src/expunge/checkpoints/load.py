@@ -42,7 +42,7 @@ def load(
         offload: keep on an accelerator only the part that is at work. Without it, the denoiser stays
             there, and text encoders and autoencoder come for their work and leave.
         gradient_checkpointing: compute twice what gradients need, instead of keeping it.
-        attention_slicing: attend in slices: less memory, more time; it pays for pictures of more than
+        attention_slicing: attend in slices: less memory, more time; it pays for images of more than
             a million pixels, or where PyTorch has no attention of its own that saves memory.
         variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
             default the plain ones, or the only ones.
@@ -71,9 +71,9 @@ def load(
         elif device == "cpu":
             pipe.to(device)
         else:
-            from expunge.checkpoints.offload import take_turns  # slow to import
+            from expunge.checkpoints.offload import offload_idle_parts  # slow to import
 
-            take_turns(pipe, family.denoiser, torch.empty(0, device=device).device)
+            offload_idle_parts(pipe, family.denoiser, torch.empty(0, device=device).device)
     if gradient_checkpointing:
         getattr(pipe, family.denoiser).enable_gradient_checkpointing()
     if attention_slicing:

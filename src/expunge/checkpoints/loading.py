@@ -188,7 +188,7 @@ def family_of_file(path: Path) -> type[Any]:
     known = registry.names("families")
     for name in known:
         family = registry.get("families", name)
-        if kind in family.single_files and any(family.mark in tensor for tensor in meta):
+        if kind in family.single_files and any(family.single_file_key in tensor for tensor in meta):
             return family
     raise ExpungeError(f"{path} is a checkpoint of no family that is known; known: {', '.join(known)}")
 

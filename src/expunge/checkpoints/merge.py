@@ -26,7 +26,7 @@ from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
 from expunge.problem import Problem, key
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Pro
         some = captions("general")[:500]
         kept = kept + total(some)
     else:
-        kept = kept + prior(model, captions("general"), Run(progress=progress)).mean
+        kept = kept + prior(model, captions("general"), RunContext(progress=progress)).mean
     return Rows(tuple(erased), kept)
 
 

@@ -16,11 +16,11 @@ from expunge.edit import Edit
 LIMITS = """\
 An erasure is a small change to the weights. It lowers what the model draws of the erased concepts when
 it is asked for them by name; it is no proof that nothing can bring them back: other words, other
-languages, further training, or whoever takes the change off again. Judge it for your own use
+languages, further training, or whoever takes the change off again. Classifier it for your own use
 (`expunge evaluate`) before you rely on it."""
 
 
-def card(
+def write_card(
     edit: Edit,
     target: str,
     *,

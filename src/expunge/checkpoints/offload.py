@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 
-class Turn(ModelHook):
+class OffloadHook(ModelHook):
     """Before a part works, others leave its device for main memory, and it comes.
 
     None leaves while gradients may have to flow back through it: while what the part is given has been
@@ -39,7 +39,9 @@ class Turn(ModelHook):
                 part.to(device)
 
 
-def take_turns(pipe: Any, denoiser: str, device: torch.device, turn: type[Turn] = Turn) -> None:
+def offload_idle_parts(
+    pipe: Any, denoiser: str, device: torch.device, turn: type[OffloadHook] = OffloadHook
+) -> None:
     """Put a pipeline's denoiser on a device; text encoders and autoencoder come there for their work,
     and leave when another's begins."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

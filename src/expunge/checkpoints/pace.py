@@ -17,7 +17,7 @@ from expunge.base.quiet import Progress, quiet
 from expunge.model import Model
 
 KINDS = ("prompts", "predictions", "gradients")
-"""What is counted: prompts read, predictions of one picture each, and predictions with gradients."""
+"""What is counted: prompts read, predictions of one image each, and predictions with gradients."""
 
 ENOUGH = 0.5
 """Seconds of a kind of work after which its own pace is believed, not the foretold one."""
@@ -193,7 +193,7 @@ def measured(
 
     Args:
         model: the model; it is left as it was.
-        batch: pictures at once.
+        batch: images at once.
     """
     from expunge.erasing.caption_gram import captions
     from expunge.ops.least_squares import gram

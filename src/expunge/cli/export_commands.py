@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from expunge.edit import Edit
     from expunge.model import Model
     from expunge.problem import Concept
-    from expunge.runtime.cost import Work
+    from expunge.runtime.cost import Cost
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -156,30 +156,32 @@ class Loading:
     dry_run: bool = False
     """Print what it would take, in memory and time, and do nothing."""
 
-    def show_plan(self, name: str, work: Callable[[int], Work | None]) -> None:
+    def show_plan(self, name: str, work: Callable[[int], Cost | None]) -> None:
         """Print the plan for a model and an amount of work, which may hang on the model's steps."""
         from expunge.checkpoints.checkpoint import Checkpoint
-        from expunge.checkpoints.cost_estimate import plan
+        from expunge.checkpoints.cost_estimate import estimate
 
         checkpoint = Checkpoint.find(name, weights=False, variant=self.variant)
         found = loading.settings(loading.Source(name, checkpoint.path))
         asked = work(int(found.get("num_inference_steps", 50)))
         alone = self._reads_alone(asked, checkpoint.is_file)
-        made = plan(checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone)
+        made = estimate(
+            checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone
+        )
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
         for line in made.lines(asked):
             print(line)
 
-    def say_plan(self, model: Model, work: Work | None, erased: Sequence[Concept] = ()) -> Plan:
+    def say_plan(self, model: Model, work: Cost | None, erased: Sequence[Concept] = ()) -> Plan:
         """Print in a line what some work with a model will take."""
-        from expunge.checkpoints.cost_estimate import plan_of
+        from expunge.checkpoints.cost_estimate import estimate_model
 
-        made = plan_of(model, offload=self.offload, work=work, erased=erased)
+        made = estimate_model(model, offload=self.offload, work=work, erased=erased)
         _, memory, _, time = made.lines(work)
         print(f"{memory}; {time}", flush=True)
         return made
 
-    def load(self, name: str, work: Work | None = None) -> Model:
+    def load(self, name: str, work: Cost | None = None) -> Model:
         """The model of this name; of one whose text encoders are enough for the work, these alone."""
         found = loading.find(name, self.variant)
         if self._reads_alone(work, found.is_file):
@@ -201,7 +203,7 @@ class Loading:
             variant=self.variant,
         )
 
-    def _reads_alone(self, work: Work | None, is_file: bool) -> bool:
+    def _reads_alone(self, work: Cost | None, is_file: bool) -> bool:
         """Whether text encoders are enough; a single file is read whole, a LoRA is laid on a whole."""
         return bool(work and work.reads_alone) and not (is_file or self.lora or self.offload)
 
@@ -259,9 +261,9 @@ def merge_command(options: Merge) -> None:
     edits = [Edit.load(path) for path in options.edits]
     if len(edits) < 2:
         raise ExpungeError("merging takes two edits or more")
-    from expunge.runtime.cost import Work
+    from expunge.runtime.cost import Cost
 
-    model = options.loading.load(_base(edits[0], options.model), Work())
+    model = options.loading.load(_base(edits[0], options.model), Cost())
     edit = merge(model, edits, ridge=options.ridge, prior_scale=options.prior_scale)
     edit.save(options.output)
     erased = len(edit.record.problem.erase)

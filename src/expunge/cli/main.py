@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from expunge.evaluation.suite import Suite
     from expunge.method import Method
     from expunge.model import Model
-    from expunge.runtime.cost import Work
+    from expunge.runtime.cost import Cost
     from expunge.runtime.threads import Threads
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ Erase concepts from text-to-image diffusion models.
 
 usage: expunge COMMAND …
 
-  draw PROMPT       draw pictures, with or without edits
+  draw PROMPT       draw images, with or without edits
   erase METHOD      erase concepts; writes an edit
   evaluate EDIT…    judge edits by suites; writes a report
   run EXPERIMENT    erase, judge and report a whole table of methods and concepts
@@ -80,16 +80,16 @@ usage: expunge COMMAND …
 
 @dataclass(frozen=True)
 class Draw:
-    """Draw pictures."""
+    """Draw images."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """What to draw."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER/")]
-    """One grid as FILE.png, or one PNG a picture in FOLDER/."""
+    """One grid as FILE.png, or one PNG an image in FOLDER/."""
     number: Annotated[int, arg(aliases=["-n"])] = 1
-    """How many pictures; picture i has the seed SEED + i."""
+    """How many images; image i has the seed SEED + i."""
     seed: int = 0
-    """The first picture's seed."""
+    """The first image's seed."""
     edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT", help_behavior_hint="")] = ()
     """An edit to draw with."""
     model: str = "emoji"
@@ -132,7 +132,7 @@ class Erase:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge edits: is it gone, are its synonyms gone, is the rest unharmed?"""
+    """Classifier edits: is it gone, are its synonyms gone, is the rest unharmed?"""
 
     edits: Annotated[Positional[tuple[str, ...]], arg(metavar="EDIT …")]
     """Edits, or diffusers folders of erased models."""
@@ -141,7 +141,7 @@ class Evaluate:
     suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE", help_behavior_hint="")] = ()
     """What to judge by, one or more: a suite's name (`expunge list suites`), or a TOML file."""
     full: bool = False
-    """The papers' number of pictures instead of the quick one."""
+    """The papers' number of images instead of the quick one."""
     metric: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="METRIC", help_behavior_hint="")
     ] = ()
@@ -157,7 +157,7 @@ class Evaluate:
     autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
     """Draw in bfloat16 or float16: faster where the hardware has it, and the report says so."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
-    """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
+    """How large the image cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ class RunOptions:
     output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
     full: bool = False
-    """The papers' number of pictures, whatever the file says."""
+    """The papers' number of images, whatever the file says."""
     autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
     """Draw in bfloat16 or float16: faster where the hardware has it, and the report says so."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
-    """How large the picture cache may be, as 500MB or 10GB; what was used longest ago goes first."""
+    """How large the image cache may be, as 500MB or 10GB; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 LARGEST_GRID = 4096
-"""How many pictures `draw` puts into one file."""
+"""How many images `draw` puts into one file."""
 
 
 def draw_command(options: Draw) -> None:
@@ -251,7 +251,7 @@ def draw_command(options: Draw) -> None:
         image_files.check_ending(output)
         if options.number > LARGEST_GRID:
             raise ExpungeError(
-                f"one grid holds up to {LARGEST_GRID} pictures, not {options.number};"
+                f"one grid holds up to {LARGEST_GRID} images, not {options.number};"
                 " -o FOLDER/ takes more"
             )
     files.check_writable(output / "0.png" if to_folder else output)
@@ -262,10 +262,10 @@ def draw_command(options: Draw) -> None:
     from expunge.evaluation.image_cache import Cache, Request, Source
 
     if options.loading.dry_run:
-        from expunge.runtime.cost import Work
+        from expunge.runtime.cost import Cost
 
         n, steps = options.number, options.steps
-        options.loading.show_plan(options.model, lambda own: Work(2, 2 * n * (steps or own)))
+        options.loading.show_plan(options.model, lambda own: Cost(2, 2 * n * (steps or own)))
         return
     edits = tuple(Edit.load(path) for path in options.edit)
     model = options.loading.load(options.model)
@@ -277,15 +277,15 @@ def draw_command(options: Draw) -> None:
     ]
     made = Source(model, edits)
     with _progress() as progress:
-        # The pictures are wanted, not the cache: without one they are drawn all the same.
+        # The images are wanted, not the cache: without one they are drawn all the same.
         drawn = Cache(required=False).draw(made, asked, progress)
     if to_folder:
-        for picture, request in zip(drawn, asked, strict=True):
+        for image, request in zip(drawn, asked, strict=True):
             name = f"{_legible(request.prompt)}-{request.seed}-{made.address(request)[:8]}"
-            image_files.keep(image_files.image(picture), output, name)
+            image_files.keep(image_files.to_pil(image), output, name)
     else:
         image_files.save(image_files.grid(drawn), output)
-    print(f"{options.output}: {len(probe)} picture{'s' * (len(probe) > 1)} of {options.prompt!r}")
+    print(f"{options.output}: {len(probe)} image{'s' * (len(probe) > 1)} of {options.prompt!r}")
 
 
 def _legible(prompt: str, longest: int = 60) -> str:
@@ -297,7 +297,7 @@ def _legible(prompt: str, longest: int = 60) -> str:
         os.fsencode(name)
     except UnicodeEncodeError:
         name = files.slug(prompt, longest)
-    return name or "picture"
+    return name or "image"
 
 
 def _check_erase(options: Erase) -> Problem:
@@ -364,9 +364,9 @@ def erase_command(options: Erase, method: Any) -> None:
         Checkpoint.find(options.model, weights=False, variant=options.loading.variant).family
     )
     if options.loading.dry_run:
-        options.loading.show_plan(options.model, lambda steps: method.work(problem, steps))
+        options.loading.show_plan(options.model, lambda steps: method.estimate_cost(problem, steps))
         return
-    model = options.loading.load(options.model, method.work(problem, 1))
+    model = options.loading.load(options.model, method.estimate_cost(problem, 1))
     _say_unfamiliar(model, problem)
     if method.reads_anchor:
         _say_anchors(model, problem)
@@ -377,7 +377,7 @@ def erase_command(options: Erase, method: Any) -> None:
             ExpungeWarning,
             stacklevel=1,
         )
-    asked = method.work(problem, model.num_inference_steps)
+    asked = method.estimate_cost(problem, model.num_inference_steps)
     folder = work_dir.beside(options.output)
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
@@ -397,7 +397,7 @@ def erase_command(options: Erase, method: Any) -> None:
             print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
         raise
     edit.save(options.output)
-    work_dir.discard(folder)
+    work_dir.remove(folder)
     names = listed([concept.name for concept in problem.erase], 10)
     size = files.size(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
@@ -463,7 +463,7 @@ def evaluate_command(options: Evaluate) -> None:
         with original.autocasting(autocast):
             _attack(options, original, candidates, suites, cache)
     cache.prune(limit)
-    print(f"{cache.drawn} pictures drawn; look at {Path(options.output) / 'index.html'}")
+    print(f"{cache.drawn} images drawn; look at {Path(options.output) / 'index.html'}")
 
 
 def _attack(
@@ -473,9 +473,9 @@ def _attack(
     suites: Sequence[Suite],
     cache: Cache,
 ) -> None:
-    """Attack every edit on every suite: `robustness.json`, pictures, and a table."""
+    """Attack every edit on every suite: `robustness.json`, images, and a table."""
     from expunge.base.image_files import save
-    from expunge.evaluation.contact_sheet import sheet
+    from expunge.evaluation.contact_sheet import contact_sheet
     from expunge.evaluation.robustness import robustness
 
     found = []
@@ -490,8 +490,8 @@ def _attack(
     text = json.dumps([one.to_dict() for one in found], indent=1, ensure_ascii=False)
     with files.replacing(Path(options.output) / "robustness.json") as temporary:
         temporary.write_text(text + "\n", "utf8")
-    pictures = Path(options.output) / "robustness.png"
-    save(sheet([one.strip for one in found], 96), pictures)
+    images = Path(options.output) / "robustness.png"
+    save(contact_sheet([one.strip for one in found], 96), images)
     columns = ("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
     table = Table(*columns, box=None, pad_edge=False)
     for row in found:
@@ -499,7 +499,7 @@ def _attack(
         broken = ", ".join(f"{budget}: {_score(one)}" for budget, one in row.broken.items())
         table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares, broken)
     _print(table)
-    print(f"attacked pictures: {pictures}")
+    print(f"attacked images: {images}")
 
 
 def run_command(options: RunOptions) -> None:
@@ -521,7 +521,7 @@ def run_command(options: RunOptions) -> None:
         report = experiment.run(load(experiment.model), folder, **how)
     cache.prune(limit)
     _show(report)
-    print(f"{cache.drawn} pictures drawn; look at {folder / 'index.html'}")
+    print(f"{cache.drawn} images drawn; look at {folder / 'index.html'}")
 
 
 def _show(report: Report) -> None:
@@ -799,7 +799,12 @@ def _unshielded(value: T) -> T:
 
 def _check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
     """Check that there are none that nobody knows."""
+    method = {f.name: f.default for f in dataclasses.fields(options)}.get("method")
+    renamed = {f"--{old.replace('_', '-')}": new for old, new in getattr(method, "renamed", {}).items()}
     for name in _unknown_options(options, arguments):
+        if name in renamed:
+            now = f"--{renamed[name].replace('_', '-')}"
+            raise ExpungeError(f"the option {name} of {command} is named {now} now")
         known = {f"--{f.name.replace('_', '-')}" for f in _all_fields(options)}
         raise unknown(f"option of {command}", name, known)
 
@@ -872,7 +877,7 @@ def _threads(model: Model) -> Threads:
     return Threads(small=operations(model) < SMALL)
 
 
-def _pace(model: Model, plan: Plan, work: Work) -> Pace:
+def _pace(model: Model, plan: Plan, work: Cost) -> Pace:
     """What counts the work of a model, and says how long the rest of it takes."""
     from expunge.checkpoints.pace import Pace
 

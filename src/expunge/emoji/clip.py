@@ -1,6 +1,6 @@
-"""The emoji model's own CLIP: how well a picture and a text go together.
+"""The emoji model's own CLIP: how well an image and a text go together.
 
-Its text tower is the pipeline's text encoder; its picture tower and the two projections lie beside it.
+Its text tower is the pipeline's text encoder; its image tower and the two projections lie beside it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ HERE = Path(__file__).parent
 
 
 class Clip:
-    """Scores pictures against texts by the cosine of their projections.
+    """Scores images against texts by the cosine of their projections.
 
     >>> clip = Clip.load()                                  # doctest: +SKIP
-    >>> clip.score(pictures, ["a cat", "a rocket"]).shape   # doctest: +SKIP
+    >>> clip.score(images, ["a cat", "a rocket"]).shape   # doctest: +SKIP
     torch.Size([8, 2])
     """
 
     def __init__(
-        self, tokenizer: Any, text: nn.Module, picture: nn.Module, projections: dict[str, Tensor]
+        self, tokenizer: Any, text: nn.Module, image: nn.Module, projections: dict[str, Tensor]
     ) -> None:
-        self.tokenizer, self.text, self.picture, self.projections = tokenizer, text, picture, projections
+        self.tokenizer, self.text, self.image, self.projections = tokenizer, text, image, projections
 
     @classmethod
     def load(cls, folder: str | Path = HERE) -> Clip:
@@ -72,13 +72,13 @@ class Clip:
         return nn.functional.normalize(pooled @ self.projections["text_projection"].T, dim=1)
 
     @torch.inference_mode()
-    def embed_pictures(self, pictures: Tensor) -> Tensor:
-        """(n, 256), each of length one, of pictures (n, 3, 64, 64) in [0, 1]."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(n, 256), each of length one, of images (n, 3, 64, 64) in [0, 1]."""
         pooled = torch.cat(
-            [self.picture(pixel_values=part * 2 - 1).pooler_output for part in pictures.split(64)]
+            [self.image(pixel_values=part * 2 - 1).pooler_output for part in images.split(64)]
         )
         return nn.functional.normalize(pooled @ self.projections["picture_projection"].T, dim=1)
 
-    def score(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
-        """(pictures, texts): cosines in [-1, 1]."""
-        return self.embed_pictures(pictures) @ self.embed_texts(texts).T
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """(images, texts): cosines in [-1, 1]."""
+        return self.embed_images(images) @ self.embed_texts(texts).T

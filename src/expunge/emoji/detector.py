@@ -1,7 +1,7 @@
-"""The detector of the emoji model: which things a picture shows, in which style, or that it is broken.
+"""The detector of the emoji model: which things an image shows, in which style, or that it is broken.
 
-It has seen the real drawings only, never a picture of the model that it judges. It answers two
-different questions: *what is it* (`Recognition.top`, one answer a picture) and *is this there at
+It has seen the real drawings only, never an image of the model that it judges. It answers two
+different questions: *what is it* (`Recognition.top`, one answer an image) and *is this there at
 all* (`Recognition.has`, a label at a time, against that label's own threshold).
 """
 
@@ -58,11 +58,11 @@ class Network(nn.Module):
         blocks = [Block(before, after, 2) for before, after in itertools.pairwise(widths)]
         self.body = nn.Sequential(*stem, *blocks, Block(widths[-1], widths[-1], 1))
         self.head = nn.Linear(2 * widths[-1], sum(self.sizes))
-        nn.init.constant_(self.head.bias[:labels], -4)  # one label in a hundred is in a picture
+        nn.init.constant_(self.head.bias[:labels], -4)  # one label in a hundred is in an image
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n, labels), (n, styles) and (n,) of pictures (n, 3, 64, 64) in [0, 1]."""
-        x = self.body(pictures * 2 - 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (n, labels), (n, styles) and (n,) of images (n, 3, 64, 64) in [0, 1]."""
+        x = self.body(images * 2 - 1)
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         labels, styles, broken = self.head(pooled).split(self.sizes, 1)
         return labels, styles, broken[:, 0]
@@ -78,14 +78,14 @@ class Settings:
     thresholds: tuple[float, ...]
     """For every label the probability from which it is there: 1 % false alarms on two-object scenes."""
     nothing: float
-    """A picture whose best label stays below this shows a background and nothing else."""
+    """An image whose best label stays below this shows a background and nothing else."""
     unrecognisable: float
-    """The probability from which a picture is broken: 1 % false alarms on real scenes."""
+    """The probability from which an image is broken: 1 % false alarms on real scenes."""
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """What the detector sees in n pictures. All numbers are probabilities, each label by itself."""
+    """What the detector sees in n images. All numbers are probabilities, each label by itself."""
 
     labels: Tensor
     """(n, labels)"""
@@ -99,7 +99,7 @@ class Recognition:
         return len(self.labels)
 
     def top(self) -> list[str]:
-        """What each picture shows: its best label, "nothing" for a mere background, "unrecognisable"."""
+        """What each image shows: its best label, "nothing" for a mere background, "unrecognisable"."""
         best, where = self.labels.max(1)
         names = [self.settings.label_names[index] for index in where.tolist()]
         for i in range(len(self)):
@@ -110,7 +110,7 @@ class Recognition:
         return names
 
     def has(self, label: str) -> Tensor:
-        """(n,) bool: whether a label is in the picture at all, beside whatever else.
+        """(n,) bool: whether a label is in the image at all, beside whatever else.
 
         Raises:
             ExpungeError: the detector does not know the label.
@@ -122,11 +122,11 @@ class Recognition:
         return self.labels[:, index] >= self.settings.thresholds[index]
 
     def top_style(self) -> list[str]:
-        """The style each picture is most like."""
+        """The style each image is most like."""
         return [self.settings.style_names[index] for index in self.styles.argmax(1).tolist()]
 
     def broken(self) -> Tensor:
-        """(n,) bool: whether a picture is unrecognisable."""
+        """(n,) bool: whether an image is unrecognisable."""
         return self.unrecognisable >= self.settings.unrecognisable
 
 
@@ -137,7 +137,7 @@ class Detector:
     >>> detector(model.draw(probe)).top()       # doctest: +SKIP
     ['airplane', 'airplane', 'unrecognisable']
 
-    Cost: about 0.04 GFLOP a picture; a thousand pictures in a second or two on two cores.
+    Cost: about 0.04 GFLOP an image; a thousand images in a second or two on two cores.
     """
 
     def __init__(self, network: Network, settings: Settings) -> None:
@@ -180,18 +180,18 @@ class Detector:
         return self.settings.style_names
 
     @torch.inference_mode()
-    def __call__(self, pictures: Tensor, batch_size: int = 128) -> Recognition:
-        """What is in pictures (n, 3, 64, 64) in [0, 1].
+    def __call__(self, images: Tensor, batch_size: int = 128) -> Recognition:
+        """What is in images (n, 3, 64, 64) in [0, 1].
 
         Raises:
-            ExpungeError: pictures of another shape.
+            ExpungeError: images of another shape.
         """
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, SIZE, SIZE):
+        if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
             raise ExpungeError(
-                f"the detector reads pictures (n, 3, {SIZE}, {SIZE}), not {tuple(pictures.shape)}"
+                f"the detector reads images (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}"
             )
         device = next(self.network.parameters()).device
-        batches = [self.network(batch.to(device).float()) for batch in pictures.split(batch_size)]
+        batches = [self.network(batch.to(device).float()) for batch in images.split(batch_size)]
         labels, styles, broken = (
             torch.cat(parts).sigmoid().cpu() for parts in zip(*batches, strict=True)
         )

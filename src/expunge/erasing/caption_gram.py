@@ -21,7 +21,7 @@ from expunge.erasing.prompt_templates import GENERAL
 from expunge.model import Model
 from expunge.ops.least_squares import gram
 from expunge.problem import Concept
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 BATCH = 64
 """Captions encoded together."""
@@ -46,7 +46,7 @@ class Prior:
     """How many captions it is the mean of."""
 
 
-def prior(model: Model, captions: Sequence[str], run: Run | None = None) -> Prior:
+def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
     """The prior of some captions, as a model reads them.
 
     It is kept in the user's cache folder, one file of 8 d² bytes for each set of captions and each
@@ -61,7 +61,7 @@ def prior(model: Model, captions: Sequence[str], run: Run | None = None) -> Prio
     Raises:
         ExpungeError: there is no caption.
     """
-    run = run or Run()
+    run = run or RunContext()
     if not captions:
         raise ExpungeError("a prior needs captions, and there is none")
     file = cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
@@ -160,7 +160,7 @@ def words(model: Model, erased: Sequence[Concept]) -> list[str]:
     return [word for word in model.vocabulary() if word not in taken]
 
 
-def _prior(model: Model, captions: Sequence[str], run: Run) -> Prior:
+def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:
     cut = sum(len(c) > model.window and model.count_tokens(c) > model.window for c in captions)
     if cut:
         warnings.warn(

@@ -27,7 +27,7 @@ def last_tokens(text: Text) -> Tensor:
     """
     rows = []
     for row in range(len(text)):
-        for own, end in text.stretches(row):
+        for own, end in text.segments(row):
             rows.append(text.embeddings[row, max(own.start, end - 1)])
     return torch.stack(rows).double().cpu()
 

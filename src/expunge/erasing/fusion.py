@@ -16,10 +16,10 @@ from expunge.model import Model
 from expunge.ops.least_squares import floored, fused, gram, moved_by
 from expunge.ops.low_rank import balanced
 from expunge.problem import Problem
-from expunge.runtime.context import Run, Tensors
+from expunge.runtime.context import RunContext, Tensors
 
 
-class Asked(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name that are made when they are asked for, and not kept."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
@@ -35,10 +35,10 @@ class Asked(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def kept(
+def retained_gram(
     model: Model,
     problem: Problem,
-    run: Run,
+    run: RunContext,
     *,
     captions_from: str,
     weighs: bool,
@@ -110,7 +110,7 @@ def fuse(
     }
 
 
-def laid(
+def assemble_changes(
     layers: Sequence[str], matrix: Tensor | None, factors: Mapping[str, Tensors], scale: float = 1.0
 ) -> Changes:
     """One right factor of all layers, and one low-rank change a layer; column i is concept i's.

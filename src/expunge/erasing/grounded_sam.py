@@ -1,6 +1,6 @@
 """Masks of a named thing: GroundingDINO finds its boxes, SAM cuts it out of them.
 
-Both come from transformers; pictures are prepared here, so that torchvision is not needed. Their
+Both come from transformers; images are prepared here, so that torchvision is not needed. Their
 weights are read from the Hugging Face cache or fetched from the hub.
 """
 
@@ -36,7 +36,7 @@ class GroundedSAM:
     threshold: float = 0.3
     """The least score of a box, 0 to 1."""
     side: int = 800
-    """The shorter side in pixels at which the detector looks at a picture."""
+    """The shorter side in pixels at which the detector looks at an image."""
 
     @classmethod
     @lru_cache(maxsize=1)  # once for all concepts
@@ -63,19 +63,19 @@ class GroundedSAM:
         return cls(tokenizer, finder.eval(), cutter.eval())
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, thing: str) -> Tensor:
-        """The masks of `thing` in pictures (n, 3, height, width) in [0, 1]: (n, height, width), bool.
+    def __call__(self, images: Tensor, thing: str) -> Tensor:
+        """The masks of `thing` in images (n, 3, height, width) in [0, 1]: (n, height, width), bool.
 
-        A picture in which it is not found gets an empty mask.
+        An image in which it is not found gets an empty mask.
         """
-        return torch.stack([self._mask(picture, self.boxes(picture, thing)) for picture in pictures])
+        return torch.stack([self._mask(image, self.boxes(image, thing)) for image in images])
 
-    def boxes(self, picture: Tensor, thing: str) -> Tensor:
+    def boxes(self, image: Tensor, thing: str) -> Tensor:
         """Where `thing` is: (boxes, 4), left, top, right, bottom in parts of the sides."""
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         scale = self.side / min(height, width)
         size = (round(height * scale), round(width * scale))
-        given = _resized((picture - MEAN) / DEVIATION, size)[None]
+        given = _resized((image - MEAN) / DEVIATION, size)[None]
         words = self.tokenizer([f"{thing.lower().rstrip('.')}."], return_tensors="pt")
         found = self.detector(
             pixel_values=given, pixel_mask=torch.ones(1, *size, dtype=torch.int64), **words
@@ -84,15 +84,15 @@ class GroundedSAM:
         x, y, w, h = found.pred_boxes[0][scores > self.threshold].unbind(1)
         return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).clamp(0, 1)
 
-    def _mask(self, picture: Tensor, boxes: Tensor) -> Tensor:
+    def _mask(self, image: Tensor, boxes: Tensor) -> Tensor:
         """The union of what SAM cuts out of each box."""
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         if not len(boxes):
             return torch.zeros(height, width, dtype=torch.bool)
         side = self.segmenter.config.vision_config.image_size
         scale = side / max(height, width)
         h, w = round(height * scale), round(width * scale)
-        given = pad(_resized((picture - MEAN) / DEVIATION, (h, w)), (0, side - w, 0, side - h))
+        given = pad(_resized((image - MEAN) / DEVIATION, (h, w)), (0, side - w, 0, side - h))
         corners = boxes * torch.tensor([w, h, w, h])
         found = self.segmenter(
             pixel_values=given[None], input_boxes=corners[None], multimask_output=False
@@ -102,5 +102,5 @@ class GroundedSAM:
         return (cut > 0).any(0)[0]
 
 
-def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    return interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return interpolate(image[None], size, mode="bilinear", antialias=True)[0]

@@ -24,7 +24,7 @@ from expunge.ops.in_place import InPlace
 from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Asked, Objective, Predictions
 from expunge.ops.trajectory import Side as PointSide
-from expunge.runtime.context import Run, Tensors
+from expunge.runtime.context import RunContext, Tensors
 from expunge.runtime.schedulers import matches_flow
 from expunge.text import Text
 
@@ -37,7 +37,7 @@ Reverse = Literal["late", "early", "always"]
 
 
 @dataclass(frozen=True)
-class Course:
+class TrajectoryConfig:
     """How trajectories are drawn, and where they are met."""
 
     objective: Objective
@@ -53,7 +53,7 @@ class Course:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class TrainingConcept:
     """A concept in words, and the random numbers of its training."""
 
     name: str
@@ -107,7 +107,7 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class StoredTrajectories:
     """Trajectories of one subject, and what the original predicts along them."""
 
     text: Text
@@ -133,18 +133,18 @@ class Steering:
             is always reversed.
     """
 
-    def __init__(self, model: Model, course: Course) -> None:
+    def __init__(self, model: Model, course: TrajectoryConfig) -> None:
         scheduler = course.scheduler
         if scheduler == "auto":
             scheduler = "" if matches_flow(model.pipe.scheduler) else "DDIM"
         model = model.sampled_by(scheduler)
         self.model, self.course, self.objective = model, course, course.objective
-        self.times = model.times(course.num_inference_steps or None)
+        self.timesteps = model.timesteps(course.num_inference_steps or None)
         self.scale = model.noise_scale()
         self.empty = model.unconditional(1)
         level = model.log_snr()
         low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))
-        every = range(len(self.times))
+        every = range(len(self.timesteps))
         self.late: tuple[int, ...] = tuple(every)
         self.early: tuple[int, ...] = ()
         if course.reverse == "always":
@@ -159,19 +159,19 @@ class Steering:
                 f"turn is t' as a log-SNR, on this model's schedule between {low:.2f} and {high:.2f},"
                 f" not {course.turn:g}"
             )
-        self.late = tuple(i for i in every if level[self.times[i]] >= course.turn)
-        self.early = tuple(i for i in every if level[self.times[i]] < course.turn)
+        self.late = tuple(i for i in every if level[self.timesteps[i]] >= course.turn)
+        self.early = tuple(i for i in every if level[self.timesteps[i]] < course.turn)
         if not (self.late and self.early):
             side = "at or after" if self.early else "before"
             raise ExpungeError(
-                f"none of {len(self.times)} steps lies {side} t' (turn {course.turn:g}): take more"
+                f"none of {len(self.timesteps)} steps lies {side} t' (turn {course.turn:g}): take more"
                 " trajectory_steps"
             )
 
     @property
     def title(self) -> str:
         """Where guidance turns, in words, with steps counted from the first down to 1."""
-        n, where = len(self.times), self.course.reverse
+        n, where = len(self.timesteps), self.course.reverse
         if where == "always":
             return "steering, reversed at all steps"
         words = "from step {} of {} on" if where == "late" else "until step {} of {}"
@@ -185,7 +185,7 @@ class Steering:
     # Points.
 
     @torch.no_grad()
-    def draw(self, subjects: Sequence[Subject]) -> Sample:
+    def draw(self, subjects: Sequence[TrainingConcept]) -> Sample:
         """New points of one trajectory of each subject, drawn by the network as it stands."""
         rows = [self._below(s, len(s.text)) for s in subjects]
         seeds = [self._below(s, 2**31) for s in subjects]
@@ -197,7 +197,7 @@ class Steering:
         late, early = (
             Points(
                 torch.stack([passed[step][i] for i, step in enumerate(steps)]),
-                self._times(steps, text),
+                self._timesteps(steps, text),
             )
             for steps in zip(*places, strict=True)
         )
@@ -205,7 +205,7 @@ class Steering:
         return Sample(text, late, met, Text.joined(anchor))
 
     @torch.no_grad()
-    def walk(self, subject: Subject, n: int) -> Sample:
+    def walk(self, subject: TrainingConcept, n: int) -> Sample:
         """n times two points of one trajectory of a subject, drawn by the network as it stands."""
         row = self._below(subject, len(subject.text))
         text, anchor = subject.text[[row]], self._anchor(subject)[[row]]
@@ -214,30 +214,35 @@ class Steering:
         at = sorted({step for both in places for step in both})
         passed = dict(zip(at, self._run(text, [seed], at), strict=True))
         late, early = (
-            Points(torch.cat([passed[step] for step in steps]), self._times(steps, text))
+            Points(
+                torch.cat([passed[step] for step in steps]),
+                self._timesteps(steps, text),
+            )
             for steps in zip(*places, strict=True)
         )
         met = early if self.objective.meets_early else None
         return Sample(text[[0] * n], late, met, anchor[[0] * n])
 
     @torch.no_grad()
-    def keep(self, subject: Subject, n: int) -> Kept:
+    def keep(self, subject: TrainingConcept, n: int) -> StoredTrajectories:
         """Whole trajectories of a subject, drawn by the network as it stands, and its predictions."""
         rows = [self._below(subject, len(subject.text)) for _ in range(n)]
         text, anchor = subject.text[rows], self._anchor(subject)[rows]
         seeds = [self._below(subject, 2**31) for _ in range(n)]
-        latents = torch.stack(self._run(text, seeds, range(len(self.times))))
+        latents = torch.stack(self._run(text, seeds, range(len(self.timesteps))))
         asked = [text, self.empty[[0] * n]]
         if self.objective.anchored:
             asked.append(anchor)
         joined = Text.joined(asked)
         predicted = [
             self.model.predict(x.repeat(len(asked), 1, 1, 1), t, joined)
-            for x, t in zip(latents, self.times, strict=True)
+            for x, t in zip(latents, self.timesteps, strict=True)
         ]
-        return Kept(text, anchor, latents, *torch.stack(predicted).chunk(len(asked), 1))
+        return StoredTrajectories(text, anchor, latents, *torch.stack(predicted).chunk(len(asked), 1))
 
-    def pick(self, subjects: Sequence[Subject], kept: Sequence[Kept]) -> tuple[Sample, Predictions]:
+    def pick(
+        self, subjects: Sequence[TrainingConcept], kept: Sequence[StoredTrajectories]
+    ) -> tuple[Sample, Predictions]:
         """Points of one kept trajectory of each subject, and the original's predictions there."""
         rows = [self._below(s, len(k.text)) for s, k in zip(subjects, kept, strict=True)]
         places = [self._places(s) for s in subjects]
@@ -251,7 +256,7 @@ class Steering:
             chosen = zip(kept, steps, rows, strict=True)
             return torch.stack([getattr(k, what)[step, row] for k, step, row in chosen])
 
-        points = [Points(at(steps, "latents"), self._times(steps, text)) for steps in (late, early)]
+        points = [Points(at(steps, "latents"), self._timesteps(steps, text)) for steps in (late, early)]
         original: Predictions = {
             "late": at(late, "prompted"),
             "late empty": at(late, "empty"),
@@ -262,7 +267,7 @@ class Steering:
         met = points[1] if self.objective.meets_early else None
         return Sample(text, points[0], met, anchor), original
 
-    def _anchor(self, subject: Subject) -> Text:
+    def _anchor(self, subject: TrainingConcept) -> Text:
         """The anchor's prompts, one for each of the subject's."""
         return subject.anchor or self.empty[[0] * len(subject.text)]
 
@@ -276,18 +281,18 @@ class Steering:
         )
         return [latents for _, latents in passed]
 
-    def _below(self, subject: Subject, n: int) -> int:
+    def _below(self, subject: TrainingConcept, n: int) -> int:
         return int(torch.randint(n, (), generator=subject.generator))
 
-    def _places(self, subject: Subject) -> tuple[int, int]:
+    def _places(self, subject: TrainingConcept) -> tuple[int, int]:
         """A step at which guidance is reversed, and one at which it is not: our late and early."""
         late = self.late[self._below(subject, len(self.late))]
         early = self.early[self._below(subject, len(self.early))] if self.early else late
         erased, other = (early, late) if self.course.reverse == "early" else (late, early)
         return erased, other if self.objective.meets_early else erased
 
-    def _times(self, steps: Sequence[int], text: Text) -> Tensor:
-        return torch.tensor([self.times[step] for step in steps], device=text.embeddings.device)
+    def _timesteps(self, steps: Sequence[int], text: Text) -> Tensor:
+        return torch.tensor([self.timesteps[step] for step in steps], device=text.embeddings.device)
 
     # Predictions and losses.
 
@@ -362,21 +367,23 @@ class Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class LossTerm:
     """A part of what weights are trained on."""
 
     steering: Steering
-    subjects: Sequence[Subject]
-    kept: Sequence[Kept]
+    subjects: Sequence[TrainingConcept]
+    kept: Sequence[StoredTrajectories]
     """Of each subject, drawn by the original; none for new ones."""
     by_original: bool = False
     """Whether the original draws the new ones, not the network in training."""
 
     @staticmethod
-    def of(steering: Steering, subject: Subject, samples: int, kept: int, by_original: bool) -> Side:
+    def of(
+        steering: Steering, subject: TrainingConcept, samples: int, kept: int, by_original: bool
+    ) -> LossTerm:
         """A number of trajectories of one subject at each step."""
         drawn = [steering.keep(subject, kept)] * samples if kept else []
-        return Side(steering, [subject] * samples, drawn, by_original)
+        return LossTerm(steering, [subject] * samples, drawn, by_original)
 
     def meet(self, trained: InPlace) -> tuple[Sample, Predictions]:
         """Points to train on, and what the original predicts there."""
@@ -450,17 +457,17 @@ def layers_of(model: Model, which: Layers) -> tuple[str, ...]:
 
 def train_weights(
     steering: Steering,
-    subject: Subject,
+    subject: TrainingConcept,
     trained: InPlace,
-    run: Run,
+    run: RunContext,
     *,
-    steps: int,
-    rate: float,
+    max_train_steps: int,
+    learning_rate: float,
     samples: int = 1,
     kept: int = 0,
     by_original: bool = False,
     micro_batch: int = 0,
-    retained: Subject | None = None,
+    retained: TrainingConcept | None = None,
     retain_weight: float = 0.0,
 ) -> Changes:
     """Train weights in place with Adam, and take them off again: the changes, sparse or dense.
@@ -473,8 +480,8 @@ def train_weights(
         subject: what is erased.
         trained: the weights.
         run: where the state is kept, and who is told.
-        steps: training steps.
-        rate: Adam's learning rate.
+        max_train_steps: training steps.
+        learning_rate: Adam's learning rate.
         samples: trajectories a step.
         kept: how many trajectories the original draws once; 0 for new ones at each step.
         by_original: whether the original draws the new ones, too, and not the network in training.
@@ -485,17 +492,17 @@ def train_weights(
     Raises:
         ExpungeError: the loss runs away before any state was kept.
     """
-    optimiser = torch.optim.Adam(trained.values, lr=rate, foreach=False)
-    sides = [(1.0, Side.of(steering, subject, samples, kept, by_original))]
+    optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
+    sides = [(1.0, LossTerm.of(steering, subject, samples, kept, by_original))]
     if retained is not None:
-        other = Side.of(steering.staying(), retained, samples, kept, by_original)
+        other = LossTerm.of(steering.staying(), retained, samples, kept, by_original)
         sides.append((retain_weight, other))
     start, losses = _resumed(run, trained, optimiser, subject)
     good: list[Tensor] = []
     with frozen(steering.model.parameters()), trained:
         trained.write()
-        run.progress(steering.title, start, steps)
-        for step in range(start, steps):
+        run.progress(steering.title, start, max_train_steps)
+        for step in range(start, max_train_steps):
             numbers = subject.generator.get_state()
             met = [(weight, side.steering, side.meet(trained)) for weight, side in sides]
             loss = 0.0
@@ -522,7 +529,7 @@ def train_weights(
             optimiser.step()
             optimiser.zero_grad()
             trained.write()
-            run.progress(steering.title, step + 1, steps)
+            run.progress(steering.title, step + 1, max_train_steps)
     del optimiser, good  # the edit is made where they were
     return _changes(trained)
 
@@ -539,7 +546,7 @@ def _state(
 
 
 def _resumed(
-    run: Run, trained: InPlace, optimiser: torch.optim.Optimizer, subject: Subject
+    run: RunContext, trained: InPlace, optimiser: torch.optim.Optimizer, subject: TrainingConcept
 ) -> tuple[int, list[float]]:
     """Take up the state that was kept, if any: the steps done, and their losses."""
     state = run.checkpoint("training")
@@ -575,16 +582,16 @@ def _changes(trained: InPlace) -> Changes:
 
 def train_factors(
     steering: Steering,
-    subjects: Sequence[Subject],
+    subjects: Sequence[TrainingConcept],
     layers: Sequence[str],
-    run: Run,
+    run: RunContext,
     *,
     rank: int,
     alpha: float,
-    steps: int,
-    rate: float,
+    max_train_steps: int,
+    learning_rate: float,
     weight_decay: float,
-    clip: float,
+    max_grad_norm: float,
     samples: int = 1,
     kept: int = 0,
     by_original: bool = False,
@@ -600,9 +607,9 @@ def train_factors(
         layers: the layers that are trained.
         run: its seed.
         rank, alpha: of the changes (alpha/rank) B D.
-        steps: training steps.
+        max_train_steps: training steps.
         rate, weight_decay: AdamW's.
-        clip: the largest norm of one subject's gradient.
+        max_grad_norm: the largest norm of one subject's gradient.
         samples: trajectories a step, of each subject.
         kept, by_original, micro_batch: as in `train_weights`; the subjects' rows stay together.
         on: changes that lie beneath; the original is the model without them, and must be the drawer.
@@ -648,10 +655,10 @@ def train_factors(
             minimise(
                 [*ups, *downs],
                 losses,
-                steps=steps,
-                rate=rate,
+                max_train_steps=max_train_steps,
+                learning_rate=learning_rate,
                 weight_decay=weight_decay,
-                clip=clip,
+                max_grad_norm=max_grad_norm,
                 names=[subject.name for subject in subjects],
             )
     factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}

@@ -1,4 +1,4 @@
-"""Where in its pictures a concept is.
+"""Where in its images a concept is.
 
 A mask (h, w) is 1 where it is and 0 elsewhere, in whatever size it was found.
 """
@@ -18,7 +18,7 @@ from expunge.erasing.reference_images import Examples, folder_of
 from expunge.model import Model
 from expunge.ops.attention import grid, read_attention
 from expunge.ops.otsu import otsu
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 SOURCES = ("attention", "none", "grounded-sam")
 """Where masks come from, unless from a folder."""
@@ -30,20 +30,20 @@ SMALLEST = 16
 """The fewest pixels of a map that says where something is: coarser ones point anywhere."""
 
 
-def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
+def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """The masks of a concept's examples: (n, h, w), 0 or 1.
 
     Args:
         source: "attention": the model's own, thresholded. "none": everything. "grounded-sam": from
-            GroundingDINO and SAM. Otherwise a folder of PNGs named as the pictures' files.
+            GroundingDINO and SAM. Otherwise a folder of PNGs named as the images' files.
         model: the model that draws the concept.
-        examples: its pictures.
+        examples: its images.
         tokens: (1, tokens), bool, those of the examples' prompt that tell of the concept: its own, and
             the end and padding after it.
         run: for the noise.
 
     Raises:
-        ExpungeError: a mask is missing, unreadable, of another shape than its picture, wholly empty
+        ExpungeError: a mask is missing, unreadable, of another shape than its image, wholly empty
             or wholly full; or the libraries or weights for it are missing.
     """
     if source == "none":
@@ -63,13 +63,13 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
         if not mask.any() or mask.all():
             what = "full" if mask.any() else "empty"
             raise ExpungeError(
-                f"the mask of {examples.describe(i)} is {what} ({source}): use other masks or pictures,"
+                f"the mask of {examples.describe(i)} is {what} ({source}): use other masks or images,"
                 " another seed, or masks 'none'"
             )
     return masks.float()
 
 
-def from_attention(model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
+def from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """The brighter part of where a concept's tokens are attended to: (n, h, w), bool.
 
     `attended`, split by Otsu's threshold.
@@ -79,7 +79,7 @@ def from_attention(model: Model, examples: Examples, tokens: Tensor, run: Run) -
 
 
 @torch.no_grad()
-def attended(model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tensor:
+def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """How much each pixel attends to a concept's tokens: (n, h, w).
 
     A mean over heads, layers and levels of noise. The end and padding tokens tell of the whole
@@ -113,12 +113,12 @@ def attended(model: Model, examples: Examples, tokens: Tensor, run: Run) -> Tens
 
 
 def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
-    """Masks read from files named as the pictures' files are, white where the concept is.
+    """Masks read from files named as the images' files are, white where the concept is.
 
-    They lie as the pictures do, in a folder of the concept's own or in `folder`. (n, h, w), bool.
+    They lie as the images do, in a folder of the concept's own or in `folder`. (n, h, w), bool.
     """
     if not examples.files:
-        raise ExpungeError("masks from a folder belong to pictures from a folder: set pictures_from too")
+        raise ExpungeError("masks from a folder belong to images from a folder: set images_from too")
     place = folder_of(examples.concept, folder)
     masks = []
     for file in examples.files:
@@ -126,10 +126,10 @@ def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
         if not path.is_file():
             raise ExpungeError(f"the mask of {file} is missing: there is no {path}")
         # What a mask leaves transparent is not the concept.
-        mask, picture = image_files.read(path, background="black"), image_files.read(file)
-        if mask.shape != picture.shape:
-            sizes = [" × ".join(map(str, p.shape[:0:-1])) for p in (mask, picture)]
-            raise ExpungeError(f"the mask {path} is {sizes[0]} pixels, its picture {sizes[1]}")
+        mask, image = image_files.read(path, background="black"), image_files.read(file)
+        if mask.shape != image.shape:
+            sizes = [" × ".join(map(str, p.shape[:0:-1])) for p in (mask, image)]
+            raise ExpungeError(f"the mask {path} is {sizes[0]} pixels, its image {sizes[1]}")
         masks.append(mask.mean(0) > 0.5)
     return torch.stack(masks)
 

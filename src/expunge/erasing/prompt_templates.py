@@ -143,7 +143,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a drawing of {} in pencil",
     ),
 }
-"""By kind. The first of each is what pictures of a concept are drawn with."""
+"""By kind. The first of each is what images of a concept are drawn with."""
 
 RETAINED = ("{}", "here is the {}", "a print of the {}", "a {} in a frame")
 """The prompts in which what a problem retains is kept. It may be a whole prompt, and is kept as such."""

@@ -1,4 +1,4 @@
-"""Pictures of a concept, drawn by the model or read from a folder."""
+"""Images of a concept, drawn by the model or read from a folder."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from expunge.base import image_files
 from expunge.base.errors import ExpungeError
 from expunge.model import Model
 from expunge.problem import key
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Pictures of one concept, as the denoiser knows them."""
+    """Images of one concept, as the denoiser knows them."""
 
     concept: str
     """Its name."""
     prompt: str
-    """What the pictures show, in words."""
+    """What the images show, in words."""
     latents: Tensor
     """(n, c, h, w), clean."""
     files: tuple[str, ...] = ()
@@ -33,13 +33,18 @@ class Examples:
         return len(self.latents)
 
     def describe(self, i: int) -> str:
-        """Picture i in words, for messages."""
-        return self.files[i] if self.files else f"picture {i + 1} of {self.concept!r}"
+        """Image i in words, for messages."""
+        return self.files[i] if self.files else f"image {i + 1} of {self.concept!r}"
 
 
 @torch.no_grad()
 def drawn(
-    model: Model, concept: str, prompt: str, n: int, run: Run, num_inference_steps: int | None = None
+    model: Model,
+    concept: str,
+    prompt: str,
+    n: int,
+    run: RunContext,
+    num_inference_steps: int | None = None,
 ) -> Examples:
     """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
     steps = num_inference_steps or model.num_inference_steps
@@ -48,8 +53,8 @@ def drawn(
 
 
 @torch.no_grad()
-def each(model: Model, label: str, prompts: Sequence[str], run: Run, batch: int = 16) -> Tensor:
-    """One picture of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
+def each(model: Model, label: str, prompts: Sequence[str], run: RunContext, batch: int = 16) -> Tensor:
+    """One image of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
     generator, steps = run.generator("examples", label), model.num_inference_steps
     parts = []
     for start in range(0, len(prompts), batch):
@@ -59,16 +64,16 @@ def each(model: Model, label: str, prompts: Sequence[str], run: Run, batch: int 
 
 
 def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, steps: int) -> Tensor:
-    """A picture of each prompt, drawn in one batch, (n, c, h, w)."""
+    """An image of each prompt, drawn in one batch, (n, c, h, w)."""
     seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
     return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
 
 
 def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
-    """Read all pictures of a concept from `folder/concept`, or from `folder` if that is not there.
+    """Read all images of a concept from `folder/concept`, or from `folder` if that is not there.
 
     Raises:
-        ExpungeError: no pictures there, one is unreadable, or of another size than the model draws.
+        ExpungeError: no images there, one is unreadable, or of another size than the model draws.
     """
     place = folder_of(concept, folder)
     files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
@@ -77,7 +82,7 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
     latents = []
     for path in files:
         try:
-            latents.append(model.encode_pictures(image_files.read(path)[None]))
+            latents.append(model.encode_images(image_files.read(path)[None]))
         except ExpungeError as error:
             message = str(error)
             raise ExpungeError(message if str(path) in message else f"{path}: {message}") from None

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, replacing
-from expunge.erasing.guidance_training import Steering, Subject
+from expunge.erasing.guidance_training import Steering, TrainingConcept
 from expunge.fingerprint import base, base_hash
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.in_place import backward
 from expunge.ops.saliency import Intersection, packed, unpacked
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +87,13 @@ def find(
     steering: Steering,
     parameters: Mapping[str, nn.Parameter],
     prompts: Sequence[str],
-    run: Run,
+    run: RunContext,
     *,
     method: str,
     maps: int,
     samples: int,
     settle: float,
-    batch: int,
+    batch_size: int,
     half: str = "largest",
 ) -> Mask:
     """Make a mask: each map from one prompt and one noise, prompts in turn, until it settles.
@@ -110,7 +110,7 @@ def find(
         maps: how many maps at the most.
         samples: points a map.
         settle: stop when ten maps took away no more than this share of the weights; 0 never does.
-        batch: how many points at once.
+        batch_size: how many points at once.
         half: which half of each tensor's gradients a map keeps, "largest" or "smallest".
 
     Raises:
@@ -134,8 +134,8 @@ def find(
             for i in range(maps):
                 run.progress("saliency", i, maps)
                 generator = run.generator("saliency", str(i))
-                subject = Subject(prompts[i % len(prompts)], text[[i % len(prompts)]], generator)
-                _add_map(steering, subject, parameters, intersection, samples, batch)
+                subject = TrainingConcept(prompts[i % len(prompts)], text[[i % len(prompts)]], generator)
+                _add_map(steering, subject, parameters, intersection, samples, batch_size)
                 if settle and intersection.settled(settle):
                     break
     finally:
@@ -153,14 +153,14 @@ def find(
 
 def _add_map(
     steering: Steering,
-    subject: Subject,
+    subject: TrainingConcept,
     parameters: Mapping[str, nn.Parameter],
     intersection: Intersection,
     samples: int,
-    batch: int,
+    batch_size: int,
 ) -> None:
     """One map: gradients of all samples add up on the parameters, and are then let go one by one."""
-    parts = steering.walk(subject, samples).split(batch)
+    parts = steering.walk(subject, samples).split(batch_size)
     for part in parts:
         with torch.enable_grad():
             loss = steering.losses(part).sum()

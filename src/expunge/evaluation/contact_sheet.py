@@ -1,4 +1,4 @@
-"""Before above after: pictures of the same prompts and seeds in bands, as one image."""
+"""Before above after: images of the same prompts and seeds in bands, as one image."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 
 GAP = 8
 INK, GREY, RIM, PAPER = "#16181d", "#5b6270", "#e3e6eb", "#ffffff"
 
 
 @dataclass(frozen=True, eq=False)
-class Band:
+class Strip:
     """Some prompts, and what each model draws for them."""
 
     title: str
     captions: Sequence[str]
     """Of each column."""
     rows: Sequence[tuple[str, Sequence[Tensor]]]
-    """What a row is called, and its pictures (3, height, width) in [0, 1], one a column."""
+    """What a row is called, and its images (3, height, width) in [0, 1], one a column."""
     figures: str = ""
     """A few words at the right of the title."""
 
 
-def sheet(bands: Sequence[Band], cell: int = 128) -> Image.Image:
-    """The bands one below the other, each picture `cell` pixels wide, all of one width and height."""
+def contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
+    """The bands one below the other, each image `cell` pixels wide, all of one width and height."""
     title, label, note = (ImageFont.load_default(size) for size in (cell * 3 // 16, 16, 14))
     head, foot, step = cell * 3 // 8 + 14, 46, cell + GAP
     names = [name for band in bands for name, _ in band.rows]
@@ -44,12 +44,12 @@ def sheet(bands: Sequence[Band], cell: int = 128) -> Image.Image:
         base = top + head - 14
         pen.text((left, base), _plain(band.title), INK, title, anchor="ls")
         pen.text((width - 2 * GAP, base), _plain(band.figures), GREY, label, anchor="rs")
-        for r, (name, pictures) in enumerate(band.rows):
+        for r, (name, images) in enumerate(band.rows):
             y = top + head + r * step
             pen.text((left - 2 * GAP, y + cell // 2), _plain(name), GREY, label, anchor="rm")
-            for c, picture in enumerate(pictures):
+            for c, image in enumerate(images):
                 x = left + c * step
-                paper.paste(image(picture, cell).resize((cell, cell)), (x, y), corners)
+                paper.paste(to_pil(image, cell).resize((cell, cell)), (x, y), corners)
                 pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline=RIM)
         for c, caption in enumerate(band.captions):
             x, y = left + c * step + cell // 2, top + height - foot + 2

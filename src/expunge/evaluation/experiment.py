@@ -18,7 +18,7 @@
     title = "refinement only"                          # what the report calls it
 
 What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
-picture in the cache. So a run that was stopped goes on where it was.
+image in the cache. So a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import KINDS, Concept, Kind, Problem, key
-from expunge.runtime.work_dir import beside, discard
+from expunge.runtime.work_dir import beside, remove
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Job:
             place = beside(file)
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
-            discard(place)
+            remove(place)
         return Candidate.of(Edit.load(file), self.name)
 
 

@@ -16,18 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from expunge.base.errors import listed
-from expunge.base.image_files import image
+from expunge.base.image_files import to_pil
 from expunge.evaluation.measure import make
-from expunge.evaluation.scoring import PUBLISHED, Case, Comparison, Row, compared
+from expunge.evaluation.scoring import PUBLISHED, CandidateResult, Comparison, SuiteResult, compared
 from expunge.evaluation.statistics import Estimate
-from expunge.metric import Judge
+from expunge.metric import Classifier
 
 if TYPE_CHECKING:
     from expunge.evaluation.report import Report
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # pictures of a strip
-WIDEST = 128  # pixels of a picture on the page
+SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # images of a strip
+WIDEST = 128  # pixels of an image on the page
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Told apart by those who see few colours, too (Okabe and Ito)."""
 ROLES = {
@@ -44,18 +44,18 @@ TITLES = {
     "retained": "CLIP retained",
 }
 QUESTIONS = {
-    "erased": ("Is it gone?", "of its pictures still show it"),
-    "synonyms": ("And its synonyms?", "of their pictures still show it"),
-    "retained": ("Is the rest as it was?", "of its pictures show what they should"),
-    "content": ("Is what else is named still there?", "of the pictures show it"),
+    "erased": ("Is it gone?", "of its images still show it"),
+    "synonyms": ("And its synonyms?", "of their images still show it"),
+    "retained": ("Is the rest as it was?", "of its images show what they should"),
+    "content": ("Is what else is named still there?", "of the images show it"),
 }
 MEANINGS = {
     "efficacy": "the erased concept is gone, and something else or a place is drawn cleanly",
     "generality": "so are its synonyms, against what the original makes of them",
     "specificity": "what should stay is recognised as often as in the original",
     "content": "what else the prompt names is recognised as often as in the original",
-    "erased": "how well pictures go with prompts for what is erased; lower is better",
-    "retained": "how well pictures go with prompts for what is retained",
+    "erased": "how well images go with prompts for what is erased; lower is better",
+    "retained": "how well images go with prompts for what is retained",
 }
 
 
@@ -90,7 +90,7 @@ def number(estimate: Estimate | None, percent: bool = True) -> Number:
     return Number(show(score.value), interval, general, score.value, min(max(score.value, 0.0), 1.0))
 
 
-def page(report: Report) -> str:
+def render_page(report: Report) -> str:
     """The page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
@@ -168,7 +168,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
     }
 
 
-def _count(row: Row, part: str) -> Number:
+def _count(row: CandidateResult, part: str) -> Number:
     """How often a part was found."""
     count = row.totals.get(part)
     return Number("–") if count is None else Number(f"{count:,}", sort=count)
@@ -187,7 +187,7 @@ def _difference(one: str, other: str, found: Comparison) -> dict[str, Any]:
     }
 
 
-def _brief(rows: Sequence[Row]) -> dict[str, str]:
+def _brief(rows: Sequence[CandidateResult]) -> dict[str, str]:
     """For each recipe its method, and the fields in which another recipe of that method differs."""
     records = {
         row.candidate.recipe: row.candidate.edit.record
@@ -210,7 +210,7 @@ def _sortable(estimate: Estimate) -> float:
     return -math.inf if math.isnan(estimate.value) else estimate.value
 
 
-def _plot(cases: Sequence[Case], colours: dict[str, str]) -> dict[str, Any]:
+def _plot(cases: Sequence[SuiteResult], colours: dict[str, str]) -> dict[str, Any]:
     """The points of efficacy against specificity, in units of the drawing."""
     points = []
     for case in cases:
@@ -248,7 +248,7 @@ def _y(share: float) -> float:
     return round(300 - 280 * share, 1)
 
 
-def _case(report: Report, case: Case, found: Sequence[Comparison]) -> dict[str, Any]:
+def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dict[str, Any]:
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
@@ -267,7 +267,7 @@ def _case(report: Report, case: Case, found: Sequence[Comparison]) -> dict[str, 
     }
 
 
-def _asked(row: Row) -> dict[str, Any]:
+def _asked(row: CandidateResult) -> dict[str, Any]:
     """What was asked of an edit, and the answers in plain numbers."""
     if row.candidate is None:
         raise TypeError("a row with a candidate is expected, and the original has none")
@@ -291,7 +291,7 @@ def _asked(row: Row) -> dict[str, Any]:
                 {
                     "question": question,
                     "number": number(seen["seen"]),
-                    "what": what.replace("pictures", f"{seen['seen'].n:,} pictures"),
+                    "what": what.replace("pictures", f"{seen['seen'].n:,} images"),
                     "before": number(seen["original"]).text,
                     "gone": role in ("erased", "synonyms"),
                     "broken": number(seen["unrecognisable"]).text,
@@ -300,7 +300,7 @@ def _asked(row: Row) -> dict[str, Any]:
     return {"asked": asked, "made": made, "answers": answers}
 
 
-def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
+def _strips(report: Report, case: SuiteResult, row: CandidateResult) -> dict[str, Any]:
     """Before and after on the same seeds, worst first, for each role."""
     judge = _judge_of(report, case)
     strips = []
@@ -308,7 +308,7 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
         places = _worst_first(case, row, role)
         if not places:
             continue
-        judged = [place for place in places if row.looks.cells[place[1]].asks]
+        score_suite = [place for place in places if row.looks.cells[place[1]].asks]
         chosen = places[: SHOWN[role]]
         asked = [row.looks.requests[c][i] for _, c, i in chosen]
         before = report.cache.draw(case.sources["original"], asked)
@@ -316,8 +316,8 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
         strips.append(
             {
                 "title": title,
-                "failing": sum(bad > 0.5 for bad, _, _ in judged),
-                "judged": len(judged),
+                "failing": sum(bad > 0.5 for bad, _, _ in score_suite),
+                "judged": len(score_suite),
                 "of": len(places),
                 "pairs": [
                     {
@@ -335,8 +335,8 @@ def _strips(report: Report, case: Case, row: Row) -> dict[str, Any]:
     return {"name": row.name, "roles": strips}
 
 
-def _worst_first(case: Case, row: Row, role: str) -> list[tuple[float, int, int]]:
-    """The pictures of a role, (how badly it fails, cell, place): the worst of every prompt first, then
+def _worst_first(case: SuiteResult, row: CandidateResult, role: str) -> list[tuple[float, int, int]]:
+    """The images of a role, (how badly it fails, cell, place): the worst of every prompt first, then
     the next of every prompt, so that a strip shows many words. Of like ones, those come first that the
     original did right, or where something is erased, wrong: that drew what should go."""
     ranked = []
@@ -354,17 +354,19 @@ def _worst_first(case: Case, row: Row, role: str) -> list[tuple[float, int, int]
     return [(-bad, c, i) for _, bad, c, i in sorted(ranked)]
 
 
-def _judge_of(report: Report, case: Case) -> Judge | None:
+def _judge_of(report: Report, case: SuiteResult) -> Classifier | None:
     metric = make(case.suite.judge, case.suite.options.get(case.suite.judge, {}))
-    return metric if isinstance(metric, Judge) else None
+    return metric if isinstance(metric, Classifier) else None
 
 
-def _seen(judge: Judge | None, case: Case, row: Row, cell: int, picture: int) -> tuple[str, str]:
-    """What the judge calls the picture before and after."""
+def _seen(
+    judge: Classifier | None, case: SuiteResult, row: CandidateResult, cell: int, image: int
+) -> tuple[str, str]:
+    """What the judge calls the image before and after."""
     if judge is None:
         return "", ""
     before, after = (
-        judge.shown(one.looks.rows[case.suite.judge][cell][picture : picture + 1])[0]
+        judge.shown(one.looks.rows[case.suite.judge][cell][image : image + 1])[0]
         for one in (case.rows[0], row)
     )
     return before, after
@@ -385,9 +387,9 @@ def _judges(report: Report) -> list[str]:
     return said
 
 
-def data_uri(picture: Tensor) -> str:
-    """A picture (3, height, width) inside the page, at most 128 pixels wide."""
-    one = image(picture.nan_to_num())
+def data_uri(image: Tensor) -> str:
+    """An image (3, height, width) inside the page, at most 128 pixels wide."""
+    one = to_pil(image.nan_to_num())
     data = io.BytesIO()
     if one.width > WIDEST:
         one = one.resize((WIDEST, one.height * WIDEST // one.width), Image.Resampling.LANCZOS)

@@ -1,11 +1,11 @@
-"""The picture cache: every picture is drawn once, and each metric looks at it once.
+"""The image cache: every image is drawn once, and each metric looks at it once.
 
-A picture's address is the hash of everything it hangs on: the model's weights, configurations and
+An image's address is the hash of everything it hangs on: the model's weights, configurations and
 tokenizers, what was set on its parts, the edits, the prompt, the seed and the sampler. Beside it lie
 the numbers that metrics took of it:
 
-    pictures/ab/cdef….png             the picture, 8 bits a channel, with the digest of its pixels
-    pictures/ab/cdef….safetensors     one tensor a metric
+    images/ab/cdef….png             the image, 8 bits a channel, with the digest of its pixels
+    images/ab/cdef….safetensors     one tensor a metric
 
 Every file is written beside and moved into place, so that a run killed anywhere goes on.
 """
@@ -41,12 +41,12 @@ from expunge.text import Text
 
 FORMAT = 2
 BATCH = 64
-"""Pictures drawn together."""
+"""Images drawn together."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw."""
+    """One image to draw."""
 
     prompt: str
     seed: int
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def record(self) -> dict[str, Any]:
-        """All that its picture hangs on, ready for JSON."""
+        """All that its image hangs on, ready for JSON."""
         plain = {key: value for key, value in vars(self).items() if key != "text"}
         return plain if self.text_hash else {k: v for k, v in plain.items() if k != "text_hash"}
 
@@ -77,7 +77,7 @@ class Source:
     model: Model
     edits: tuple[Edit, ...] = ()
     identity: str = field(init=False, default="")
-    """Everything its pictures hang on, besides the request."""
+    """Everything its images hang on, besides the request."""
 
     def __post_init__(self) -> None:
         identity = {
@@ -90,11 +90,11 @@ class Source:
         object.__setattr__(self, "identity", json.dumps(identity, sort_keys=True))
 
     def address(self, request: Request) -> str:
-        """The address of one of its pictures."""
+        """The address of one of its images."""
         return hashlib.sha256((self.identity + json.dumps(request.record)).encode()).hexdigest()
 
     def draw(self, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
-        """Draw pictures of one sampler setting afresh: (n, 3, height, width)."""
+        """Draw images of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
         text = residual(self.model, prompts, first.stand_in) if first.stand_in else None
@@ -109,10 +109,10 @@ class Source:
 
 
 class Cache:
-    """Pictures and their numbers on the disk.
+    """Images and their numbers on the disk.
 
     >>> cache = Cache()                                 # doctest: +SKIP
-    >>> pictures = cache.draw(Source(model), requests)  # doctest: +SKIP
+    >>> images = cache.draw(Source(model), requests)  # doctest: +SKIP
     """
 
     def __init__(
@@ -135,39 +135,39 @@ class Cache:
         self.folder = Path(os.devnull) / "pictures"  # where nothing can be
         self.required = required
         self.trouble = ""
-        """Why pictures cannot be kept; "" where they can."""
+        """Why images cannot be kept; "" where they can."""
         try:
             self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
             check_writable(self.folder / "ab" / "x.png")
         except ExpungeError as error:
             self.trouble = (
-                f"the picture cache cannot be kept ({error}): set EXPUNGE_CACHE to a folder that can be"
+                f"the image cache cannot be kept ({error}): set EXPUNGE_CACHE to a folder that can be"
                 " written"
             )
             if required and not is_dir(self.folder):
                 raise ExpungeError(self.trouble) from None
         self.limit = limit
         self.drawn = 0
-        """How many pictures had to be drawn so far."""
+        """How many images had to be drawn so far."""
         self._fresh = 0  # bytes written since it was last pruned
 
     def path(self, address: str, ending: str = ".png") -> Path:
         return self.folder / address[:2] / f"{address[2:]}{ending}"
 
     def draw(self, source: Source, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
-        """Pictures (n, 3, height, width) in [0, 1], in steps of 1/255: read where they are there,
-        drawn where not. A picture that holds a number that is none comes back as nan.
+        """Images (n, 3, height, width) in [0, 1], in steps of 1/255: read where they are there,
+        drawn where not. An image that holds a number that is none comes back as nan.
 
         Raises:
             ExpungeError: the cache cannot be written.
         """
         addresses = [source.address(request) for request in requests]
-        pictures: dict[str, Tensor] = {}
+        images: dict[str, Tensor] = {}
         missing: dict[tuple[int, float, str, bool], dict[str, Request]] = {}
         for address, request in zip(addresses, requests, strict=True):
-            picture = self._read(address, request)
-            if picture is not None:
-                pictures[address] = picture
+            image = self._read(address, request)
+            if image is not None:
+                images[address] = image
             else:
                 attacked = bool(request.text_hash)
                 key = (request.num_inference_steps, request.guidance_scale, request.stand_in, attacked)
@@ -185,18 +185,18 @@ class Cache:
                     progress(label, round(100 * (at + n * step / of)), 100 * total)
 
                 drawn = quantised(source.draw([request for _, request in part], tell))
-                for (address, _), picture in zip(part, drawn, strict=True):
+                for (address, _), image in zip(part, drawn, strict=True):
                     if not self.trouble:
-                        self._fresh += self._write(address, picture)
-                    pictures[address] = picture
+                        self._fresh += self._write(address, image)
+                    images[address] = image
                 if self.limit is not None and self._fresh > self.limit / 20:
                     self.prune(self.limit)
                 done += len(part)
                 self.drawn += len(part)
-        return torch.stack([_float(pictures[address]) for address in addresses])
+        return torch.stack([_float(images[address]) for address in addresses])
 
     def scores(self, address: str) -> dict[str, Tensor]:
-        """The numbers that lie beside a picture, by the identity of their metric."""
+        """The numbers that lie beside an image, by the identity of their metric."""
         path = self.path(address, ".safetensors")
         try:
             return safetensors.torch.load(path.read_bytes())
@@ -207,7 +207,7 @@ class Cache:
             return {}
 
     def keep_scores(self, address: str, scores: Mapping[str, Tensor]) -> None:
-        """Put numbers beside a picture, with those that are there."""
+        """Put numbers beside an image, with those that are there."""
         merged = {**self.scores(address), **scores}
         tensors = {key: value.detach().float().cpu().clone() for key, value in merged.items()}
         with replacing(self.path(address, ".safetensors")) as temporary:
@@ -217,7 +217,7 @@ class Cache:
         """Remove what was used longest ago until the cache holds at most `limit` bytes.
 
         Returns:
-            how many pictures went.
+            how many images went.
         """
         if self.trouble:
             return 0
@@ -238,7 +238,7 @@ class Cache:
         return gone
 
     def _read(self, address: str, request: Request) -> Tensor | None:
-        """A whole picture (3, height, width), uint8, or nan-marked; None if it is to be drawn."""
+        """A whole image (3, height, width), uint8, or nan-marked; None if it is to be drawn."""
         path = self.path(address)
         if not is_file(path):
             return None
@@ -261,13 +261,13 @@ class Cache:
             for ending in (".png", ".safetensors"):
                 self.path(address, ending).unlink(missing_ok=True)
             return None
-        picture = torch.from_numpy(array.copy()).permute(2, 0, 1)
-        return torch.full(picture.shape, -1, dtype=torch.int16) if broken else picture
+        image = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        return torch.full(image.shape, -1, dtype=torch.int16) if broken else image
 
-    def _write(self, address: str, picture: Tensor) -> int:
-        """Keep a picture; returns how many bytes it takes."""
-        broken = picture.dtype == torch.int16
-        array = picture.clamp(min=0).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    def _write(self, address: str, image: Tensor) -> int:
+        """Keep an image; returns how many bytes it takes."""
+        broken = image.dtype == torch.int16
+        array = image.clamp(min=0).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         notes = PngImagePlugin.PngInfo()
         notes.add_text("pixels", _digest(array))
         if broken:
@@ -277,19 +277,19 @@ class Cache:
             return temporary.stat().st_size
 
 
-def quantised(pictures: Tensor) -> list[Tensor]:
-    """Pictures in 8 bits, as files hold them; one with a nan in it becomes an int16 one of -1."""
-    rounded = (pictures.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    whole = pictures.isfinite().flatten(1).all(1)
+def quantised(images: Tensor) -> list[Tensor]:
+    """Images in 8 bits, as files hold them; one with a nan in it becomes an int16 one of -1."""
+    rounded = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    whole = images.isfinite().flatten(1).all(1)
     return [
-        picture if good else torch.full(picture.shape, -1, dtype=torch.int16)
-        for picture, good in zip(rounded, whole.tolist(), strict=True)
+        image if good else torch.full(image.shape, -1, dtype=torch.int16)
+        for image, good in zip(rounded, whole.tolist(), strict=True)
     ]
 
 
-def _float(picture: Tensor) -> Tensor:
+def _float(image: Tensor) -> Tensor:
     """Back to [0, 1]; -1 stands for what was no number."""
-    values = picture.float() / 255
+    values = image.float() / 255
     return values.masked_fill(values < 0, float("nan"))
 
 
@@ -305,18 +305,18 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
     """
     text = model.encode(list(prompts))
     other = model.encode([stand_in])
-    own = int(other.own[0].sum())
+    own = int(other.content_mask[0].sum())
     rows: list[Tensor] = []
     marks: list[Tensor] = []
     ids: list[Tensor] = []
     for row in range(len(text)):
-        end = 1 + int(text.own[row].sum())
+        end = 1 + int(text.content_mask[row].sum())
         last = text.embeddings.shape[1] - 1
         place = torch.arange(end, end + last - own).clamp(max=last)
         place = place.to(text.embeddings.device)
         for parts, mine, theirs in (
             (rows, text.embeddings[row], other.embeddings[0]),
-            (marks, text.own[row], other.own[0]),
+            (marks, text.content_mask[row], other.content_mask[0]),
             (ids, text.ids[row], other.ids[0]),
         ):
             parts.append(torch.cat([theirs[: 1 + own], mine[place]]))
@@ -324,7 +324,7 @@ def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
 
 
 def model_hash(model: Model) -> str:
-    """The hash of all that a model's pictures and edits hang on, but for the sampler: weights,
+    """The hash of all that a model's images and edits hang on, but for the sampler: weights,
     configurations, tokenizers, and what was set on its parts.
 
     Weights are read once, and again when one was replaced or written to: under a second a GB.
@@ -397,7 +397,7 @@ def _tensors(part: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def sampler(model: Model) -> dict[str, Any]:
-    """The scheduler's class and settings, and the pictures' size and the number format where they are
+    """The scheduler's class and settings, and the images' size and the number format where they are
     not the model's own."""
     scheduler = model.pipe.scheduler
     size = {} if model.sample_size is None else {"sample_size": model.sample_size}

@@ -1,4 +1,4 @@
-"""Looks: the numbers that metrics take of pictures, each picture drawn once and looked at once."""
+"""Looks: the numbers that metrics take of images, each image drawn once and looked at once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
-    """What was measured on the pictures of some cells."""
+class Measurements:
+    """What was measured on the images of some cells."""
 
     cells: tuple[Cell, ...]
     requests: tuple[tuple[Request, ...], ...]
-    """For each cell its pictures."""
+    """For each cell its images."""
     rows: Mapping[str, tuple[Tensor, ...]]
-    """For each metric, for each cell: (pictures, width)."""
+    """For each metric, for each cell: (images, width)."""
 
 
 def make(name: str, options: Mapping[str, Any]) -> Metric:
@@ -46,14 +46,14 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
 
 def key(metric: Metric) -> str:
     """The name under which a metric's numbers are kept: it changes with all they hang on."""
-    text = json.dumps(metric.looked_at, sort_keys=True, default=str)
+    text = json.dumps(metric.feature_key, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def requests(
     model: Model, cells: Sequence[Cell], steps: int | None, guidance: float | None
 ) -> tuple[tuple[Request, ...], ...]:
-    """The pictures of cells, with the sampler's settings filled in."""
+    """The images of cells, with the sampler's settings filled in."""
     steps = steps or model.num_inference_steps
     default = model.guidance_scale if guidance is None else guidance
     return tuple(
@@ -71,7 +71,7 @@ def requests(
     )
 
 
-def look(
+def measure(
     cache: Cache,
     source: Source,
     original: Source | None,
@@ -80,18 +80,18 @@ def look(
     metrics: Mapping[str, Metric],
     progress: Progress = quiet,
     label: str = "",
-) -> Looks:
-    """Measure the pictures of cells; draws only pictures that a metric has not yet seen.
+) -> Measurements:
+    """Measure the images of cells; draws only images that a metric has not yet seen.
 
     Args:
-        cache: where pictures and numbers are kept.
+        cache: where images and numbers are kept.
         source: what draws.
         original: what paired metrics compare with; None where `source` is the original itself, and
             paired metrics are passed over.
         cells: what to look at.
-        asked: for each cell its pictures, from `requests`.
+        asked: for each cell its images, from `requests`.
         metrics: by name.
-        progress: told how many pictures are done.
+        progress: told how many images are done.
         label: what progress calls it.
     """
     keys = {name: key(m) for name, m in metrics.items() if original is not None or not m.paired}
@@ -111,7 +111,7 @@ def look(
                 found[one].append(row)
         progress(label, 100 * min(start + CHUNK, len(flat)), 100 * len(flat))
     lengths = [len(group) for group in asked]
-    return Looks(
+    return Measurements(
         tuple(cells),
         tuple(tuple(group) for group in asked),
         {name: torch.stack(found[one]).split(lengths) for name, one in keys.items()},
@@ -126,7 +126,7 @@ def _chunk(
     metrics: Mapping[str, Metric],
     progress: Progress,
 ) -> list[tuple[str, Tensor]]:
-    """The rows of a few pictures, (key, row) picture after picture; new ones are kept.
+    """The rows of a few images, (key, row) image after image; new ones are kept.
 
     `metrics` are given by their keys.
     """
@@ -143,7 +143,7 @@ def _chunk(
     }
     rows = sorted({row for missing in lacking.values() for row in missing})
     if rows:
-        pictures = dict(zip(rows, cache.draw(source, [part[r] for r in rows], progress), strict=True))
+        images = dict(zip(rows, cache.draw(source, [part[r] for r in rows], progress), strict=True))
         paired = sorted({r for one, missing in lacking.items() if metrics[one].paired for r in missing})
         references = (
             dict(zip(paired, cache.draw(original, [part[r] for r in paired]), strict=True))
@@ -154,7 +154,7 @@ def _chunk(
             if not missing:
                 continue
             measured = metrics[one].measure(
-                torch.stack([pictures[r] for r in missing]),
+                torch.stack([images[r] for r in missing]),
                 [part[r].prompt for r in missing],
                 torch.stack([references[r] for r in missing]) if metrics[one].paired else None,
             )

@@ -23,11 +23,11 @@ from expunge.base.quiet import Progress, quiet
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, sampler
-from expunge.evaluation.measure import Looks, look, make, requests, require_known, warn_of_cuts
-from expunge.evaluation.scoring import Candidate, Case, Comparison, compared, family, judged
+from expunge.evaluation.measure import Measurements, make, measure, requests, require_known, warn_of_cuts
+from expunge.evaluation.scoring import Candidate, Comparison, SuiteResult, compared, family, score_suite
 from expunge.evaluation.statistics import LEVEL, Estimate
 from expunge.evaluation.suite import Cell, Suite
-from expunge.metric import Distance, Judge, Metric
+from expunge.metric import Classifier, Distance, Metric
 from expunge.model import Model
 
 FORMAT = 1
@@ -38,7 +38,7 @@ FORMAT = 1
 class Report:
     """The cases of all suites, and where every number comes from."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[SuiteResult, ...]
     full: bool
     provenance: Mapping[str, Any]
     cache: Cache = field(repr=False)
@@ -93,7 +93,7 @@ class Report:
         return {suite: family(rows) for suite, rows in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON."""
+        """Everything but the images, ready for JSON."""
         return {
             "format": FORMAT,
             "size": "full" if self.full else "quick",
@@ -147,11 +147,11 @@ class Report:
         Raises:
             ExpungeError: the folder holds results of other suites, or cannot be written.
         """
-        from expunge.evaluation.html_report import page
+        from expunge.evaluation.html_report import render_page
 
         folder = Path(folder)
         check_results(folder, [case.suite.name for case in self.cases])
-        html = page(self)
+        html = render_page(self)
         for name, text in (
             ("results.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"),
             ("results.csv", self.to_csv()),
@@ -172,7 +172,7 @@ def evaluate(
     cache: Cache | None = None,
     progress: Progress = quiet,
 ) -> Report:
-    """Judge edits by suites. Each picture is drawn once and each metric looks at it once.
+    """Classifier edits by suites. Each image is drawn once and each metric looks at it once.
 
     >>> report = evaluate(model, [edit], ["object"])  # doctest: +SKIP
     >>> report.save("report")                         # doctest: +SKIP
@@ -181,10 +181,10 @@ def evaluate(
         model: the original: the positive control, and the first row of every case.
         edits: what to judge.
         suites: suites, by name, file or as they are.
-        full: the paper's number of pictures instead of the quick one.
+        full: the paper's number of images instead of the quick one.
         metrics: what to measure besides what the suites say.
         options: fields of metrics, by name, over those of the suites.
-        cache: where pictures and numbers are kept; by default the user's cache folder.
+        cache: where images and numbers are kept; by default the user's cache folder.
         progress: told what is done.
 
     Raises:
@@ -221,9 +221,9 @@ def evaluate(
     for known, used, group, cells in plans:
         original, sources = drawing[known.scheduler]
         asked = requests(model, cells, known.num_inference_steps, known.guidance_scale)
-        looks = {"original": look(cache, original, None, cells, asked, used, progress, known.name)}
+        looks = {"original": measure(cache, original, None, cells, asked, used, progress, known.name)}
         for candidate in group:
-            looks[candidate.name] = look(
+            looks[candidate.name] = measure(
                 cache,
                 sources[candidate.name],
                 original,
@@ -235,7 +235,7 @@ def evaluate(
             )
         anchored = _anchored(cache, original, known, used, group, full, progress)
         here = {"original": original, **{c.name: sources[c.name] for c in group}}
-        cases.append(judged(known, used, group, looks, here, anchored))
+        cases.append(score_suite(known, used, group, looks, here, anchored))
     return Report(tuple(cases), full, _provenance(model, plans), cache)
 
 
@@ -271,7 +271,7 @@ def _anchored(
     group: Sequence[Candidate],
     full: bool,
     progress: Progress,
-) -> dict[str, Looks]:
+) -> dict[str, Measurements]:
     """What the original draws of each candidate's anchors, where a metric asks for it."""
     used = {n: m for n, m in metrics.items() if isinstance(m, Distance) and m.from_anchor}
     found = {}
@@ -280,7 +280,7 @@ def _anchored(
         asked = requests(original.model, cells, suite.num_inference_steps, suite.guidance_scale)
         if cells:
             label = f"{suite.name}, anchors"
-            found[candidate.name] = look(cache, original, None, cells, asked, used, progress, label)
+            found[candidate.name] = measure(cache, original, None, cells, asked, used, progress, label)
     return found
 
 
@@ -311,10 +311,10 @@ def known_to(suite: Suite, judge: Metric) -> Suite:
     Raises:
         ExpungeError: the judge answers no questions, or knows none of the labels.
     """
-    if not isinstance(judge, Judge):
+    if not isinstance(judge, Classifier):
         if suite.score != "H_a":
             raise ExpungeError(
-                f"suite {suite.name}: {suite.judge} does not say what a picture shows; only H_a can do"
+                f"suite {suite.name}: {suite.judge} does not say what a image shows; only H_a can do"
                 " without a judge that does"
             )
         return suite
@@ -361,7 +361,7 @@ def _numbers(table: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str,
     return {a: {b: _number(e) for b, e in parts.items()} for a, parts in table.items()}
 
 
-def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
+def _case_dict(case: SuiteResult, differences: Sequence[Comparison]) -> dict[str, Any]:
     suite = case.suite
     return {
         "suite": {
@@ -402,8 +402,8 @@ def _case_dict(case: Case, differences: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def _drawn_with(case: Case) -> dict[str, Any]:
-    """The scheduler with its settings, the steps and the guidance of a case's pictures."""
+def _drawn_with(case: SuiteResult) -> dict[str, Any]:
+    """The scheduler with its settings, the steps and the guidance of a case's images."""
     requests = [request for cell in case.rows[0].looks.requests for request in cell]
     scales = sorted({request.guidance_scale for request in requests})
     return {
@@ -432,7 +432,7 @@ def _provenance(
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),
         "intervals": f"95 %, {statistics.DRAWS} draws: low and high are about these concepts (prompts,"
-        " pictures and seeds of the edit resampled), general low and high about concepts in general"
+        " images and seeds of the edit resampled), general low and high about concepts in general"
         " (these resampled, too)",
         "comparisons": f"Holm: those of one number in one suite are a family, level {LEVEL:g}",
         "versions": {

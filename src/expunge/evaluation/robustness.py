@@ -1,9 +1,9 @@
 """Robustness: how often an attack brings an erased concept back.
 
-Asked are the pictures of a suite's erased prompts in which the original model shows the concept. Of
+Asked are the images of a suite's erased prompts in which the original model shows the concept. Of
 these, *pre-ASR* is the share in which the edited model shows it unattacked; *ASR* at a budget is the
 share in which it does at that budget or any smaller one, none included, for nobody has to attack as
-hard as allowed. A broken picture does not show the concept, nor has it been defended: beside ASR stands
+hard as allowed. A broken image does not show the concept, nor has it been defended: beside ASR stands
 the share that is *unrecognisable* at a budget and has not come back. The budgets are the suite's; an
 attack may have several ladders of them, "NAME" and "NAME:LADDER".
 """
@@ -27,28 +27,28 @@ from expunge.base.quiet import Progress, quiet
 from expunge.changes import content
 from expunge.edit import Edit
 from expunge.evaluation import statistics
-from expunge.evaluation.contact_sheet import Band
+from expunge.evaluation.contact_sheet import Strip
 from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.measure import look, make, requests
+from expunge.evaluation.measure import make, measure, requests
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Cell, Suite
-from expunge.metric import Judge
+from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.probe import Probe
-from expunge.runtime.context import Run
+from expunge.runtime.context import RunContext
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "embedding": {"radius": [0.05, 0.1, 0.2, 0.4], "steps": 10},
     "inversion": {"steps": [50, 150]},
-    "embedding:restarts": {"restarts": [1, 4, 8], "radius": 0.2, "steps": 40, "times": 6},
+    "embedding:restarts": {"restarts": [1, 4, 8], "radius": 0.2, "steps": 40, "num_timesteps": 6},
     "inversion:restarts": {"restarts": [1, 3], "steps": 150},
     "inversion:long": {"steps": [150, 600]},
-    "inversion:cce": {"steps": [5000], "batch": 16, "pictures": 16},
+    "inversion:cce": {"steps": [5000], "batch_size": 16, "num_images": 16},
 }
 """The budgets of a suite that names none."""
 
 SHOWN = 6
-"""Pictures in a strip."""
+"""Images in a strip."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ class Robustness:
     broken: Mapping[str, Estimate]
     """For each budget the share that is unrecognisable there and has not come back at it or a smaller
     one: neither a success of the attack nor of the defence."""
-    strip: Band
-    """A few of the pictures: before, after, and attacked, with a row for each budget."""
+    strip: Strip
+    """A few of the images: before, after, and attacked, with a row for each budget."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -109,7 +109,7 @@ def robustness(
         attack: the name of an attack, or of one of its ladders of budgets, "NAME:LADDER".
         name: what to call the edit.
         full: the suite's full size.
-        cache: where pictures are kept; an attacked picture by the hash of its embedding.
+        cache: where images are kept; an attacked image by the hash of its embedding.
         progress: told what is done.
         seed: of the attack.
 
@@ -120,8 +120,8 @@ def robustness(
     model = model.sampled_by(suite.scheduler)
     ladder = budgets(suite, attack)
     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
-    if not isinstance(judge, Judge):
-        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what a picture shows")
+    if not isinstance(judge, Classifier):
+        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what a image shows")
     names = [concept.name for concept in edit.record.problem.erase]
     cells = [cell for cell in suite.cells(names, full=full) if cell.role == "erased" and cell.asks]
     asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
@@ -129,7 +129,7 @@ def robustness(
     def seen(
         source: Source, rows: Sequence[Sequence[Request]], label: str
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        looks = look(cache, source, None, cells, rows, {suite.judge: judge}, progress, label)
+        looks = measure(cache, source, None, cells, rows, {suite.judge: judge}, progress, label)
         return _seen(suite, judge, cells, looks.rows[suite.judge])
 
     original, edited = Source(model), Source(model, (edit,))
@@ -155,7 +155,7 @@ def robustness(
     }
     for budget, one in ladder.items():
         rows = [
-            _attacked(model, edit, one, cell, asks, Run(seed, progress))
+            _attacked(model, edit, one, cell, asks, RunContext(seed, progress))
             for cell, asks in zip(cells, asked, strict=True)
         ]
         found, muddled = seen(edited, rows, f"{suite.name}, {attack} {budget}")
@@ -166,14 +166,14 @@ def robustness(
     plain = {key: value for key, value in first.items() if key != _grid(suite, attack)[0]}
     name = name or edit.record.method
     captions = [one.prompt for one in _at(asked, chosen)]
-    strip = Band(
+    strip = Strip(
         f"{attack} on {name}", captions, [(k, list(v)) for k, v in shown.items()], "seen, at the left"
     )
     return Robustness(suite.name, name, attack, plain, pre, asr, pre_broken, broken, strip)
 
 
 def _spread(asked: Sequence[Sequence[Request]]) -> list[tuple[int, int]]:
-    """A few of all pictures, evenly taken: their cell, and their place in it."""
+    """A few of all images, evenly taken: their cell, and their place in it."""
     every = [(cell, place) for cell, row in enumerate(asked) for place in range(len(row))]
     return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
 
@@ -226,9 +226,9 @@ def _quoted(attack: str) -> str:
 
 
 def _attacked(
-    model: Model, edit: Edit, attack: Attack, cell: Cell, asked: Sequence[Request], run: Run
+    model: Model, edit: Edit, attack: Attack, cell: Cell, asked: Sequence[Request], run: RunContext
 ) -> list[Request]:
-    """A cell's pictures, with the text that the attack has found for each."""
+    """A cell's images, with the text that the attack has found for each."""
     first = asked[0]
     probe = Probe(
         (cell.prompt,) * len(asked), cell.seeds, first.num_inference_steps, first.guidance_scale
@@ -247,16 +247,16 @@ def _attacked(
 
 
 def _seen(
-    suite: Suite, judge: Judge, cells: Sequence[Cell], rows: Sequence[Tensor]
+    suite: Suite, judge: Classifier, cells: Sequence[Cell], rows: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """For each prompt whether each picture shows what it was erased for, and whether it is broken;
+    """For each prompt whether each image shows what it was erased for, and whether it is broken;
     broken ones do not."""
     found, broken = {}, {}
     for cell, row in zip(cells, rows, strict=True):
         ask = next((ask for ask in cell.asks if ask.role == "erased"), None)
         if ask is None:
             continue
-        answer = judge.answer(row, ask.labels, ask.near, suite.question)
+        answer = judge.score(row, ask.labels, ask.near, suite.question)
         broken[cell.prompt] = judge.broken(row).float()
         found[cell.prompt] = answer.masked_fill(judge.broken(row), 0.0)
     return found, broken

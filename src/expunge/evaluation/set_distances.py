@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, with their intervals: from the original, from real pictures, and
+"""Distances between sets of images, with their intervals: from the original, from real images, and
 from what an anchor draws."""
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from expunge.evaluation import statistics
-from expunge.evaluation.measure import Looks
+from expunge.evaluation.measure import Measurements
 from expunge.evaluation.statistics import NONE, Estimate
 from expunge.metric import Apart, Distance
 
 FURTHER = "\0further seeds"
-"""Marks the pictures of an anchor that no other set shares its seeds with."""
+"""Marks the images of an anchor that no other set shares its seeds with."""
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """The rows of some pictures, and for each run of them the prompt."""
+class Images:
+    """The rows of some images, and for each run of them the prompt."""
 
     rows: Tensor
     prompts: tuple[tuple[str, int], ...]
 
     @classmethod
-    def of(cls, looks: Looks, metric: str, role: str) -> Pictures:
+    def of(cls, looks: Measurements, metric: str, role: str) -> Images:
         """Those of one role."""
         parts = [
             (cell.prompt, rows)
@@ -35,8 +35,8 @@ class Pictures:
         return cls._joined(parts)
 
     @classmethod
-    def halves(cls, looks: Looks, metric: str) -> tuple[Pictures, Pictures]:
-        """An anchor's pictures: with the seeds of the erased prompts, and with further ones."""
+    def halves(cls, looks: Measurements, metric: str) -> tuple[Images, Images]:
+        """An anchor's images: with the seeds of the erased prompts, and with further ones."""
         shared, further = [], []
         for cell, rows in zip(looks.cells, looks.rows[metric], strict=True):
             half = len(rows) // 2
@@ -45,11 +45,11 @@ class Pictures:
         return cls._joined(shared), cls._joined(further)
 
     @classmethod
-    def _joined(cls, parts: list[tuple[str, Tensor]]) -> Pictures:
+    def _joined(cls, parts: list[tuple[str, Tensor]]) -> Images:
         return cls(torch.cat([rows for _, rows in parts]), tuple((p, len(rows)) for p, rows in parts))
 
     def by_prompt(self, values: Tensor) -> dict[str, Tensor]:
-        """One number a picture, for each prompt."""
+        """One number an image, for each prompt."""
         found: dict[str, list[Tensor]] = {}
         lengths = [n for _, n in self.prompts]
         for (prompt, _), part in zip(self.prompts, values.split(lengths), strict=True):
@@ -57,35 +57,37 @@ class Pictures:
         return {prompt: torch.cat(parts) for prompt, parts in found.items()}
 
 
-def from_original(name: str, metric: Distance, looks: Looks, before: Looks, role: str) -> Estimate:
-    """How far a role's pictures are from real ones, or else from the original's.
+def from_original(
+    name: str, metric: Distance, looks: Measurements, before: Measurements, role: str
+) -> Estimate:
+    """How far a role's images are from real ones, or else from the original's.
 
-    There is no distance of the original from itself, nor of a single picture.
+    There is no distance of the original from itself, nor of a single image.
     """
-    pictures, real = Pictures.of(looks, name, role), metric.real()
-    if len(pictures.rows) < 2 or (looks is before and real is None):
+    images, real = Images.of(looks, name, role), metric.real()
+    if len(images.rows) < 2 or (looks is before and real is None):
         return NONE
     if real is not None:
-        return _between(metric, pictures, Pictures(real, (("real pictures", len(real)),)))
-    apart = metric.distance(pictures.rows, Pictures.of(before, name, role).rows)
-    # The same prompts and seeds: each pair of pictures is resampled together.
-    return statistics.moved(apart.value, pictures.by_prompt(apart.influence + apart.of_reference))
+        return _between(metric, images, Images(real, (("real images", len(real)),)))
+    apart = metric.distance(images.rows, Images.of(before, name, role).rows)
+    # The same prompts and seeds: each pair of images is resampled together.
+    return statistics.moved(apart.value, images.by_prompt(apart.influence + apart.of_reference))
 
 
 def from_anchor(
-    name: str, metric: Distance, looks: Looks, before: Looks, anchor: Looks
+    name: str, metric: Distance, looks: Measurements, before: Measurements, anchor: Measurements
 ) -> dict[str, Estimate]:
-    """How far the erased pictures are from the anchor's, between the floor and the ceiling."""
-    shared, further = Pictures.halves(anchor, name)
-    erased, original = (Pictures.of(one, name, "erased") for one in (looks, before))
+    """How far the erased images are from the anchor's, between the floor and the ceiling."""
+    shared, further = Images.halves(anchor, name)
+    erased, original = (Images.of(one, name, "erased") for one in (looks, before))
     if min(map(len, (erased.rows, shared.rows))) < 2:
         return {}
     sets = {"erased": erased, "floor": shared, "ceiling": original}
-    return {what: _between(metric, pictures, further) for what, pictures in sets.items()}
+    return {what: _between(metric, images, further) for what, images in sets.items()}
 
 
-def _between(metric: Distance, one: Pictures, other: Pictures) -> Estimate:
-    """The distance of two sets that share no picture's weight."""
+def _between(metric: Distance, one: Images, other: Images) -> Estimate:
+    """The distance of two sets that share no image's weight."""
     apart: Apart = metric.distance(one.rows, other.rows)
     return statistics.moved(
         apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.of_reference)

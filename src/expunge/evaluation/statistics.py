@@ -1,10 +1,10 @@
 """Means with their intervals, and what an erasure is worth: the harmonic means.
 
-Every interval comes from one resampling, with random numbers that hang on a prompt, a picture's place or
+Every interval comes from one resampling, with random numbers that hang on a prompt, an image's place or
 a concept alone, so that all edits, and the original, are resampled alike: a difference or a ratio of two
 of them is paired. There are two readings, and every number has both:
 
-    about these        the concepts are fixed; prompts and pictures are resampled (`Estimate.score`),
+    about these        the concepts are fixed; prompts and images are resampled (`Estimate.score`),
                        and with them the seeds of the edit where there are several
     about concepts     the concepts are resampled, too: the sentence is about objects, people or artists
     in general         as such (`Estimate.in_general`)
@@ -30,12 +30,12 @@ LEVEL = 0.05
 """How often chance alone may find a difference, over all comparisons of a family."""
 
 Answers = Mapping[str, Tensor]
-"""For each prompt (pictures,) numbers in the order of their seeds; nan counts neither way."""
+"""For each prompt (images,) numbers in the order of their seeds; nan counts neither way."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number, how many pictures are behind it, and its 95 % interval."""
+    """A number, how many images are behind it, and its 95 % interval."""
 
     value: float
     n: int
@@ -133,7 +133,7 @@ def _of(value: float, n: int, function: Callable[..., Tensor], *given: Estimate)
 
 
 NONE = Estimate(math.nan, 0, torch.full((DRAWS,), math.nan, dtype=torch.float64))
-"""No pictures, no number."""
+"""No images, no number."""
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -162,13 +162,13 @@ def mean(
     name: str = "",
     concepts: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """The mean over all pictures.
+    """The mean over all images.
 
     Args:
-        answers: the numbers of each prompt's pictures.
+        answers: the numbers of each prompt's images.
         share: whether they lie in [0, 1]; the interval then knows that 20 of 20 is not certainty.
-        name: means of different names share the weights of their pictures, not the prior: so one
-            picture that two models draw differently is no proof of a difference.
+        name: means of different names share the weights of their images, not the prior: so one
+            image that two models draw differently is no proof of a difference.
         concepts: the concept of each prompt. About these, concepts are fixed, and the prompts of
             each are resampled; without, all prompts are those of one.
     """
@@ -195,7 +195,7 @@ def mean(
 
 
 def moved(value: float, *influences: Answers) -> Estimate:
-    """A number that each picture moves a little, as a distance between sets (`metric.Apart`).
+    """A number that each image moves a little, as a distance between sets (`metric.Apart`).
 
     Its draws are value + Σ mean of the influences under resampling, a mean for each set.
     """
@@ -210,21 +210,21 @@ def resample(
     prior: Tensor | None,
     strata: Tensor | None = None,
 ) -> Tensor:
-    """Means under resampling of pictures, and of the prompts of each concept.
+    """Means under resampling of images, and of the prompts of each concept.
 
         mean = ȳ + Σ_p a_p √((n_p + 1)/(n_p − 1)) (Σ_s w_ps y_ps / Σ_s w_ps − ȳ_p) + √τ Σ_p u_p v_p
         share = (n mean + g₁) / (n + g₀ + g₁)
 
-    a_p is prompt p's share of the pictures. w ~ Exp(1) for each picture: the Bayesian bootstrap, whose
+    a_p is prompt p's share of the images. w ~ Exp(1) for each image: the Bayesian bootstrap, whose
     variance is made that of a mean of n_p numbers. v ~ N(0, 1) for each prompt, along the unit vector u
     of the prompts' distances from their concept's mean, so that two models on the same prompts are
     resampled alike. τ is the variance of the mean that the spread between prompts shows, widened to
-    Student's t for few of them, less what the pictures explain. g ~ Gamma(½) are Jeffreys' half
+    Student's t for few of them, less what the images explain. g ~ Gamma(½) are Jeffreys' half
     success and half failure: one prompt alone gets the Jeffreys interval of a proportion.
 
     Args:
-        values: (trials, prompts, pictures), nan where there is none.
-        weights: (draws, prompts, pictures), Exp(1).
+        values: (trials, prompts, images), nan where there is none.
+        weights: (draws, prompts, images), Exp(1).
         normals: (draws, prompts), standard normal.
         prior: (draws, 2), Gamma(½); None for numbers that are no shares.
         strata: (prompts,), the number of each prompt's concept, from 0; one concept by default.
@@ -276,7 +276,7 @@ def _between(
     squares = apart.square().sum(-1)
     told = ((counts >= 2).to(filled.dtype) * (free > 0)).sum(-1) > 0
     # Of two prompts Student's t would make an interval that is all there is: they count as three, and
-    # only where they are farther apart than their pictures explain.
+    # only where they are farther apart than their images explain.
     widened = squares * (_student(degrees.clamp(min=2)) / Z) ** 2
     counted = told & (degrees > 0) & ((degrees > 1) | (squares > explained))
     extra = (widened - explained).clamp(min=0) * counted
@@ -343,11 +343,11 @@ def _generator(text: str) -> torch.Generator:
 
 
 @lru_cache(maxsize=64)
-def _weights(prompt: str, pictures: int) -> tuple[Tensor, Tensor]:
-    """The prompt's (draws, pictures) and (draws,): the first pictures' weights hang not on how many."""
+def _weights(prompt: str, images: int) -> tuple[Tensor, Tensor]:
+    """The prompt's (draws, images) and (draws,): the first images' weights hang not on how many."""
     generator = _generator(f"prompt\0{prompt}")
     normals = torch.randn(DRAWS, generator=generator, dtype=torch.float64)
-    uniform = torch.rand(pictures, DRAWS, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(images, DRAWS, generator=generator, dtype=torch.float64)
     return -torch.log1p(-uniform).T, normals
 
 
@@ -358,14 +358,14 @@ def _normals(text: str) -> Tensor:
 
 
 def _laid_out(rows: Sequence[tuple[str, str, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values (prompts, pictures), the prompts' strata (prompts,), and their random numbers.
+    """Values (prompts, images), the prompts' strata (prompts,), and their random numbers.
 
-    One picture alone tells nothing of how much its prompt's pictures differ. So the prompts of a concept
-    with one picture each count as one prompt with many; and where a concept has but one picture in
+    One image alone tells nothing of how much its prompt's images differ. So the prompts of a concept
+    with one image each count as one prompt with many; and where a concept has but one image in
     all, it counts with others like it.
 
     Args:
-        rows: (prompt, concept, pictures' numbers).
+        rows: (prompt, concept, images' numbers).
     """
     groups: dict[tuple[str, str], list[tuple[str, Tensor]]] = {}
     for prompt, concept, values in rows:
@@ -388,11 +388,11 @@ def _laid_out(rows: Sequence[tuple[str, str, Tensor]]) -> tuple[Tensor, Tensor, 
 @lru_cache(maxsize=1)
 def _stacked(rows: tuple[tuple[tuple[str, int], ...], ...], longest: int) -> tuple[Tensor, Tensor]:
     """The random numbers of several rows, (draws, rows, longest) and (draws, rows): many means of the
-    same pictures follow one another."""
+    same images follow one another."""
     weights = torch.ones(DRAWS, len(rows), longest, dtype=torch.float64)
     normals = []
     for i, row in enumerate(rows):
-        found = [_weights(prompt, pictures) for prompt, pictures in row]
+        found = [_weights(prompt, images) for prompt, images in row]
         joined = torch.cat([w for w, _ in found], 1)
         weights[:, i, : joined.shape[1]] = joined
         normals.append(found[0][1])
@@ -429,7 +429,7 @@ def average(
     """The plain mean of several estimates: over concepts, as the papers average their H's.
 
     Where a concept comes several times, its estimates are of several seeds of the edit: they are
-    averaged first, and their spread, as far as the pictures do not explain it, enters both intervals.
+    averaged first, and their spread, as far as the images do not explain it, enters both intervals.
 
     Args:
         estimates: of one method.

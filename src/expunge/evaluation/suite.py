@@ -45,7 +45,7 @@ Question = Literal["best", "there", "probability"]
 
 @dataclass(frozen=True)
 class SuiteConcept:
-    """A concept of a suite, and how its pictures are known."""
+    """A concept of a suite, and how its images are known."""
 
     name: str
     labels: tuple[str, ...] = ()
@@ -82,12 +82,12 @@ class SuiteConcept:
 
 @dataclass(frozen=True)
 class Size:
-    """How many pictures to draw."""
+    """How many images to draw."""
 
     erased: int = fields.bounded(20, at_least=1)
     """For each erased concept, over all its prompts."""
     erased_in_all: int = fields.bounded(0, at_least=0)
-    """For all erased concepts together at the least: fewer concepts get more pictures each."""
+    """For all erased concepts together at the least: fewer concepts get more images each."""
     synonyms: int = fields.bounded(20, at_least=1)
     """For each synonym."""
     retained: int = fields.bounded(20, at_least=1)
@@ -290,7 +290,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Ask:
-    """One question to a picture: is this concept in it?"""
+    """One question to an image: is this concept in it?"""
 
     role: str
     concept: str
@@ -302,7 +302,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Cell:
-    """A prompt, its seeds, and what is asked of its pictures."""
+    """A prompt, its seeds, and what is asked of its images."""
 
     role: str
     """The role it is shown under."""
@@ -328,7 +328,7 @@ class Settings:
     model: str = "emoji"
     """The model it is made for; any other can be named when it is run."""
     judge: str = "detector"
-    """The metric that answers what a picture shows."""
+    """The metric that answers what an image shows."""
     question: Question = "best"
     """What it is asked: its best label, whether a label is there at all, or a label's probability."""
     metrics: tuple[str, ...] = ()
@@ -340,7 +340,7 @@ class Settings:
     scheduler: str = ""
     """The sampler, by diffusers' class, such as DDIM; by default the model's own."""
     first_seed: int = 0
-    """Every prompt's pictures have this seed and those after it."""
+    """Every prompt's images have this seed and those after it."""
     anchor: str | None = None
     """What erased concepts should become, where methods are compared at one anchor."""
     erase: tuple[str, ...] = ()
@@ -599,10 +599,10 @@ class Suite(Settings):
             cells += [Cell("anchor", "", prompt, self._seeds(2 * n), ()) for prompt, _, n in filled]
         return tuple(cells)
 
-    def _filled(self, role: str, concept: SuiteConcept, words: str, pictures: int) -> Iterator[Cell]:
+    def _filled(self, role: str, concept: SuiteConcept, words: str, images: int) -> Iterator[Cell]:
         """The cells of one concept under one name."""
         templates = self.templates.get(role) or self.templates.get("erased", ())
-        for prompt, other, n in self._spread(templates, words, pictures):
+        for prompt, other, n in self._spread(templates, words, images):
             asks = [Ask(role, concept.name, concept.labels, concept.near, words)]
             if other is not None:
                 asks.append(Ask(self.others_role, other.name, other.labels, other.near, other.words))
@@ -610,18 +610,18 @@ class Suite(Settings):
             yield Cell(role, concept.name, prompt, self._seeds(n), tuple(asks), None, stand_in)
 
     def _spread(
-        self, templates: Sequence[str], words: str, pictures: int
+        self, templates: Sequence[str], words: str, images: int
     ) -> Iterator[tuple[str, SuiteConcept | None, int]]:
-        """Pictures spread evenly over all prompts: (prompt, the other in it, how many)."""
+        """Images spread evenly over all prompts: (prompt, the other in it, how many)."""
         filled: list[tuple[str, SuiteConcept | None]] = []
         for template in templates:
             for other in self.others if "{other}" in template else (None,):
                 text = template.replace("{other}", other.words) if other else template
                 filled.append((text.replace("{}", words), other))
-        if len(filled) > pictures:
-            filled = [filled[i * len(filled) // pictures] for i in range(pictures)]
+        if len(filled) > images:
+            filled = [filled[i * len(filled) // images] for i in range(images)]
         for i, (prompt, other) in enumerate(filled):
-            yield prompt, other, pictures // len(filled) + (i < pictures % len(filled))
+            yield prompt, other, images // len(filled) + (i < images % len(filled))
 
     def _seeds(self, n: int) -> tuple[int, ...]:
         return tuple(range(self.first_seed, self.first_seed + n))
@@ -635,7 +635,7 @@ class Suite(Settings):
         for prompt, seed, guidance in rows:
             seeds = self._seeds(size.each) if seed is None else (seed,)
             named = concept.name if concept else ""
-            item = prompt if len(seeds) > 1 else named  # one picture says little of its prompt
+            item = prompt if len(seeds) > 1 else named  # one image says little of its prompt
             asks = (Ask(one.role, concept.name, concept.labels, concept.near, item),) if concept else ()
             yield Cell(one.role, named, prompt, seeds, asks, guidance)
 

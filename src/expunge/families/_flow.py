@@ -17,11 +17,11 @@ from expunge.text import TextEntry
 
 
 class FlowModel(LatentModel):
-    """A transformer in which text and picture attend to each other, trained by flow matching.
+    """A transformer in which text and image attend to each other, trained by flow matching.
 
     Text is static in two places alone: the layer that embeds its tokens (`context_embedder`) and
     the layers that embed its pooled vector (`time_text_embed.text_embedder`). Behind them, every
-    block mixes it with the picture.
+    block mixes it with the image.
 
     At time t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
     """
@@ -39,7 +39,7 @@ class FlowModel(LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         raise ExpungeError(
-            f"{type(self).__name__} has no cross-attention: {self.lacks['cross-attention']}"
+            f"{type(self).__name__} has no cross-attention: {self.missing_capabilities['cross-attention']}"
         )
 
     def text_entries(self) -> tuple[TextEntry, ...]:
@@ -71,11 +71,11 @@ def beside(first: Tensor, second: Tensor) -> Tensor:
 
 
 def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
-    """How far a sampler's times lean toward noise for a picture of so many tokens: linear in them.
+    """How far a sampler's times lean toward noise for an image of so many tokens: linear in them.
 
     Args:
         config: the scheduler's.
-        tokens: how many the transformer makes of the picture.
+        tokens: how many the transformer makes of the image.
         most: the largest shift, where the configuration does not say it.
     """
     small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

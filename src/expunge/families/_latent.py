@@ -56,7 +56,7 @@ class LatentModel(Model):
     def vocabulary(self) -> tuple[str, ...]:
         return _text.vocabulary(self.pipe.tokenizer)
 
-    def times(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
+    def timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
         """The times at which `trajectory` asks the denoiser, from noise on."""
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         return tuple(round(float(t)) for t in scheduler.timesteps)
@@ -74,7 +74,7 @@ class LatentModel(Model):
         if guided:
             text = Text.joined([self.unconditional(len(seeds)), text])
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
-        # One generator a picture, on the CPU: its noise depends on neither batch nor device.
+        # One generator an image, on the CPU: its noise depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.randn((1, *self._latent_shape), generator=g) for g in generators])
         latents = noise.to(self.device, self.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -145,20 +145,20 @@ class LatentModel(Model):
         if overflows:
             cast(torch.float32)
         try:
-            pictures = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+            images = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
         finally:
             if overflows:
                 cast(dtype)
-        return (pictures / 2 + 0.5).clamp(0, 1).float().cpu()
+        return (images / 2 + 0.5).clamp(0, 1).float().cpu()
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipe.vae
         height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
-        if pictures.shape[-2:] != (height, width):
-            found = " × ".join(map(str, pictures.shape[:-3:-1]))
-            raise ExpungeError(f"a picture is {found} pixels; this model draws {width} × {height}")
-        given = pictures.to(self.device, vae.dtype) * 2 - 1
+        if images.shape[-2:] != (height, width):
+            found = " × ".join(map(str, images.shape[:-3:-1]))
+            raise ExpungeError(f"a image is {found} pixels; this model draws {width} × {height}")
+        given = images.to(self.device, vae.dtype) * 2 - 1
         latents = vae.encode(given, return_dict=False)[0].mode()
         return self._scaled(latents).to(self.device, self.dtype)
 

@@ -18,7 +18,7 @@ class Tokens:
     """(n, tokens), int64"""
     mask: Tensor
     """(n, tokens), 1 where there is no padding"""
-    own: Tensor
+    content_mask: Tensor
     """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding"""
 
 

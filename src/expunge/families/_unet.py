@@ -18,7 +18,7 @@ from expunge.text import TextEntry
 class UNetModel(LatentModel):
     """A U-Net that text enters through the key and value projections of every cross-attention.
 
-    They see the same token embeddings in every layer, picture and step.
+    They see the same token embeddings in every layer, image and step.
     """
 
     denoiser = "unet"
@@ -50,7 +50,7 @@ class UNetModel(LatentModel):
         )
 
     @classmethod
-    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         if layer in OUTSIDE:
             return OUTSIDE[layer]
         found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)(?:\.(.+))?", layer)
@@ -72,7 +72,7 @@ class UNetModel(LatentModel):
         return f"{'input' if side == 'down' else 'output'}_blocks.{i + (side == 'down')}.{part}.{inside}"
 
     @classmethod
-    def layout(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
+    def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
         blocks = {found[1] for name in tensors if (found := re.search(r"output_blocks\.(\d+)\.", name))}
         levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
         attending = {

@@ -29,8 +29,8 @@ class Flux(FlowModel):
 
     pipelines = ("FluxPipeline",)
     most_tokens = 512
-    lacks: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("flux-dev", "flux-schnell")
     mark = "double_blocks.0.img_attn.norm.key_norm.scale"
@@ -57,7 +57,7 @@ class Flux(FlowModel):
         return Text(
             tuple(prompts),
             states.to(self.device, self.dtype),
-            tokens.own.to(self.device),
+            tokens.content_mask.to(self.device),
             tokens.ids.to(self.device),
             torch.cat([output.pooler_output for output in pooled]).to(self.device, self.dtype),
             end(tokens)[:, None].to(self.device),
@@ -67,7 +67,7 @@ class Flux(FlowModel):
         return self._guided(latents, torch.as_tensor(t), text, 1.0)
 
     @classmethod
-    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         for pattern, name in ORIGINALS:
             if found := re.fullmatch(pattern, layer):
                 return found.expand(name)

@@ -29,8 +29,8 @@ class SD3(FlowModel):
 
     pipelines = ("StableDiffusion3Pipeline",)
     most_tokens = T5_TOKENS
-    lacks: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     # "v1" is what diffusers calls all that it does not know.
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
@@ -47,7 +47,7 @@ class SD3(FlowModel):
         return Text(
             tuple(prompts),
             beside(torch.cat([states, more], -1), t5_states.to(states)).to(self.device, self.dtype),
-            torch.cat([first.own, third.own], 1).to(self.device),
+            torch.cat([first.content_mask, third.content_mask], 1).to(self.device),
             torch.cat([first.ids, third.ids], 1).to(self.device),
             torch.cat([pooled, also_pooled], 1).to(self.device, self.dtype),
             torch.stack([end(first), parts[0] + end(third)], 1).to(self.device),
@@ -73,7 +73,7 @@ class SD3(FlowModel):
         )[0]
 
     @classmethod
-    def original(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         for pattern, name in ORIGINALS:
             if found := re.fullmatch(pattern, layer):
                 return found.expand(name)

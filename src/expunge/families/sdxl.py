@@ -18,7 +18,7 @@ class SDXL(UNetModel):
     Token embeddings are both encoders' last hidden states but one, side by side (768 + 1280 wide); they
     enter through the keys and values of every cross-attention. The second encoder's pooled output, a
     vector of the whole prompt, joins the time embedding through `add_embedding.linear_1`, beside
-    the picture's size.
+    the image's size.
 
     Unconditional is what the pipeline takes for no negative prompt: zeros, where its configuration says
     `force_zeros_for_empty_prompt`, else the empty prompt.
@@ -38,7 +38,7 @@ class SDXL(UNetModel):
         return Text(
             tuple(prompts),
             torch.cat([states, more], -1).to(self.device, self.dtype),
-            tokens.own.to(self.device),
+            tokens.content_mask.to(self.device),
             tokens.ids.to(self.device),
             pooled.to(self.device, self.dtype),
         )
@@ -50,11 +50,11 @@ class SDXL(UNetModel):
         if text.pooled is None:
             raise TypeError("text must have a pooled vector, not None")
         zeros, pooled = torch.zeros_like(text.embeddings), torch.zeros_like(text.pooled)
-        return Text(text.prompts, zeros, text.own, text.ids, pooled)
+        return Text(text.prompts, zeros, text.content_mask, text.ids, pooled)
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         size = [side * self.pipe.vae_scale_factor for side in self._latent_shape[1:]]
-        # The size that the picture had, where it was cut, and the size that it has.
+        # The size that the image had, where it was cut, and the size that it has.
         sizes = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
         added: dict[str, Any] = {"text_embeds": text.pooled, "time_ids": sizes.repeat(len(latents), 1)}
         return self.network(

@@ -17,7 +17,7 @@ class StableDiffusion(UNetModel):
     """A CLIP text encoder, a U-Net with cross-attention, and a KL-VAE.
 
     Text enters through the key and value projections of every cross-attention (`attn2`), always as
-    the same token embeddings: they do not depend on the layer, the picture or the time.
+    the same token embeddings: they do not depend on the layer, the image or the time.
     """
 
     pipelines = ("StableDiffusionPipeline",)
@@ -34,7 +34,7 @@ class StableDiffusion(UNetModel):
         return Text(
             tuple(prompts),
             torch.cat(embeddings).to(self.device, self.dtype),
-            tokens.own.to(self.device),
+            tokens.content_mask.to(self.device),
             tokens.ids.to(self.device),
         )
 

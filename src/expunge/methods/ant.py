@@ -17,12 +17,12 @@ from expunge.changes import Changes
 from expunge.erasing import fusion, saliency
 from expunge.erasing.caption_gram import captions_for
 from expunge.erasing.guidance_training import (
-    Course,
     Layers,
     Part,
     Reverse,
     Steering,
-    Subject,
+    TrainingConcept,
+    TrajectoryConfig,
     layers_of,
     part_of,
     train_factors,
@@ -35,8 +35,8 @@ from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem, key
-from expunge.runtime.context import Run, Tensors
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext, Tensors
+from expunge.runtime.cost import Cost
 from expunge.runtime.schedulers import scheduler_name
 from expunge.text import Text
 
@@ -54,18 +54,18 @@ FLOOR = 1e-9
 prompt speaks of stays as it was, and float64 keeps seven digits of the rest."""
 
 MANY = {"trained": "low-rank", "drawn_by": "original", "trajectories": 0, "trajectory_guidance": 7.5,
-        "prediction_guidance": 7.5, "samples": 2, "strength": 4.3, "steps": 400, "preserve": 0.4,
+        "prediction_guidance": 7.5, "samples": 2, "strength": 4.3, "max_train_steps": 400, "preserve": 0.4,
         "unconditional_late": 0.5, "unconditional_early": 0.2, "training_templates": ("{}",),
         "layers": "blocks", "scheduler": "DDIM"}  # fmt: skip
 """The paper's values for many concepts, as released."""
 
 EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "scheduler": "", "preserve": 0.4,
-         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch": 16,
+         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch_size": 16,
          "micro_batch": 0}  # fmt: skip
 """What the emoji model's presets share: its own sampler draws, once."""
 
-EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "rate": 3e-3,
-              "steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
+EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "learning_rate": 3e-3,
+              "max_train_steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
               "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
 
 EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "strength": 1.0,
@@ -84,14 +84,14 @@ MIXED = (
 """Prompts with a concept alone and beside another thing, of which no suite with unsafe things knows."""
 
 EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
-                "rate": 1e-3, "steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
+                "learning_rate": 1e-3, "max_train_steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ANT(Method):
     """Auto-steering denoising trajectories: no anchor; guidance reversed from a step t' on.
 
-    Early steps, near noise, bring a picture onto the manifold of pictures; a concept's detail comes
+    Early steps, near noise, bring an image onto the manifold of images; a concept's detail comes
     later. So early predictions are kept, late ones turned away, and those for the empty prompt kept.
     With δ₀ = ε₀(z, c) − ε₀(z, ∅),
 
@@ -123,10 +123,10 @@ class ANT(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "explicit": {"about": "the paper's, on SD 1.x: weights with a mask, t' = 43 of 50",
-                     "trained": "weights", "turn": -3.75, "steps": 250, "scheduler": "DDIM"},
+                     "trained": "weights", "turn": -3.75, "max_train_steps": 250, "scheduler": "DDIM"},
         "explicit-as-released": {
             "about": "its code on SD 1.x, not its text: time split reversed, smallest halves masked",
-            "trained": "weights", "turn": -3.75, "steps": 250, "scheduler": "DDIM",
+            "trained": "weights", "turn": -3.75, "max_train_steps": 250, "scheduler": "DDIM",
             "reverse": "early", "mask_half": "smallest", "unconditional_gradient": False},
         "identity": {"about": "the paper's, on SD 1.x: many at once, t' = 40 of 50", **MANY,
                      "turn": -3.18, **published(2e-12, 1e13)},
@@ -135,31 +135,38 @@ class ANT(Method):
         "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
                    "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
         "emoji-object": {"about": "one object of the emoji model; chosen on other words", **EMOJI_MANY,
-                         **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0},
+                         **EMOJI_ALONE, "max_train_steps": 120, "fuse_prior": 100.0},
         "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
                            "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
                            "strength": 1.0},
         "emoji-object-anchored": {"about": "one object, turned to the anchor: ours", **EMOJI_MANY,
-                                  **EMOJI_ALONE, "steps": 120, "fuse_prior": 100.0, "samples": 4,
+                                  **EMOJI_ALONE, "max_train_steps": 120, "fuse_prior": 100.0, "samples": 4,
                                   **EMOJI_ANCHORED},
         "emoji-identity-anchored": {"about": "flags, turned to the anchor: ours", **EMOJI_MANY,
                                     "turn": -5.0, "through_fusion": True, "strength": 1.0,
                                     **EMOJI_ANCHORED},
         "emoji-style": {"about": "a style of the emoji model; chosen on noto", **EMOJI_MANY,
-                        **EMOJI_ALONE, "steps": 200},
+                        **EMOJI_ALONE, "max_train_steps": 200},
         "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
-                           "rank": 16, "steps": 120, "turn": -5.0, "strength": 1.5,
+                           "rank": 16, "max_train_steps": 120, "turn": -5.0, "strength": 1.5,
                            "fuse_prior": 10000.0},
         "emoji-explicit-anchored": {"about": "weapons told as one, turned to the anchor: ours",
-                                    **EMOJI_MANY, **EMOJI_ALONE, **EMOJI_ANCHORED, "steps": 200,
+                                    **EMOJI_MANY, **EMOJI_ALONE, **EMOJI_ANCHORED, "max_train_steps": 200,
                                     "trajectories": 60, "samples": 8, "templates": MIXED,
                                     "captions": "vocabulary"},
         "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
-        "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "steps": 5,
-                 "rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
+        "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "max_train_steps": 5,
+                 "learning_rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
                  "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
                  "captions": ""},
     }  # fmt: skip
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "clip": "max_grad_norm",
+        "batch": "batch_size",
+    }
 
     trained: Literal["auto", "weights", "low-rank"] = "auto"
     """What is trained: the denoiser's own weights, or a low-rank change a concept, fused at the end;
@@ -203,9 +210,9 @@ class ANT(Method):
     released."""
     samples: int = bounded(1, at_least=1)
     """Trajectories of each concept in a training step."""
-    steps: int = bounded(250, at_least=0)
+    max_train_steps: int = bounded(250, at_least=0)
     """Training steps."""
-    rate: float = bounded(5e-4, above=0)
+    learning_rate: float = bounded(5e-4, above=0)
     """Adam's learning rate; larger erases more, and more of what is near."""
     maps: int = bounded(100, at_least=0)
     """Saliency maps at the most, for weights; 0 trains all of them. With the largest halves the number
@@ -234,7 +241,7 @@ class ANT(Method):
     within transformer, residual and sampler blocks, as released."""
     weight_decay: float = bounded(0.01, at_least=0)
     """AdamW's weight decay, for low-rank changes."""
-    clip: float = bounded(1.0, above=0)
+    max_grad_norm: float = bounded(1.0, above=0)
     """The largest norm of one concept's gradient, for low-rank changes."""
     strength: float = bounded(1.0, above=0)
     """s, what each low-rank change is multiplied by when they are fused."""
@@ -251,7 +258,7 @@ class ANT(Method):
     captions: str = "general"
     """The prior's captions: "general"; "vocabulary", the tokenizer's own words; a text file with one
     a line; "" for none, the retained alone."""
-    batch: int = bounded(4, at_least=1)
+    batch_size: int = bounded(4, at_least=1)
     """Concepts trained together, or points of a map at once; more is faster and takes more memory."""
     micro_batch: int = bounded(4, at_least=0)
     """Rows of the denoiser that have gradients at once; 0 for all. It changes memory and speed alone: at
@@ -275,19 +282,19 @@ class ANT(Method):
     def reads_anchor(self) -> bool:
         return self.turn_to == "anchor"
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         many, asked = self._many(problem), self.course.objective
         rows = 1 + (self.trajectory_guidance > 1)
         whole = rows * (self.trajectory_steps or num_inference_steps)
         names = sum(len(c.names) * len(self.templates or TEMPLATES[c.kind]) for c in problem.erase)
         prompts = 3 * names + len(fusion.RETAINED) * len(problem.retain) if many else names
-        points = (len(problem.erase) if many else 1) * self.steps * self.samples
+        points = (len(problem.erase) if many else 1) * self.max_train_steps * self.samples
         # Kept trajectories are foretold twice at every step; others end half the way on average.
         drawn = self._kept * 2 * whole if self._kept else points * (whole // 2 + len(asked.of_original))
         maps = 0 if many else self.maps
         # What stays by a term of its own is met as often as the concept.
         staying = bool(self.retain_weight)
-        return Work(
+        return Cost(
             prompts,
             drawn * (len(problem.erase) if many and self._kept else 1 + staying) + maps * whole,
             points * (len(asked.of_student) + staying) + maps * self.map_samples,
@@ -299,7 +306,7 @@ class ANT(Method):
         """Whether each concept gets a low-rank change, and these are fused."""
         return len(problem.erase) > 1 if self.trained == "auto" else self.trained == "low-rank"
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         many = self._many(problem)
         for what in ("mask", "augmentations", "retain_weight"):
             if many and getattr(self, what):
@@ -313,7 +320,7 @@ class ANT(Method):
         return self.train_masked(steering, problem, run)
 
     @property
-    def course(self) -> Course:
+    def course(self) -> TrajectoryConfig:
         """How trajectories are drawn and what is asked of them."""
         objective = Objective(
             self.negative_guidance,
@@ -324,7 +331,7 @@ class ANT(Method):
             self.turn_to == "anchor",
             self.unconditional_gradient,
         )
-        return Course(
+        return TrajectoryConfig(
             objective,
             self.turn,
             self.reverse,
@@ -335,7 +342,7 @@ class ANT(Method):
 
     # One concept: weights with a mask.
 
-    def train_masked(self, steering: Steering, problem: Problem, run: Run) -> Changes:
+    def train_masked(self, steering: Steering, problem: Problem, run: RunContext) -> Changes:
         """The trained weights, those of the saliency mask alone; several concepts count as one."""
         model, parameters = steering.model, part_of(steering.model, self.part)
         prompts = [p for concept in problem.erase for p in self._prompts(model, concept)]
@@ -348,7 +355,7 @@ class ANT(Method):
         generator = run.generator("training")
         return train_weights(
             steering,
-            Subject(
+            TrainingConcept(
                 problem.erase[0].name,
                 model.encode(prompts),
                 generator,
@@ -356,8 +363,8 @@ class ANT(Method):
             ),
             InPlace(parameters, masks),
             run,
-            steps=self.steps,
-            rate=self.rate,
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
             samples=self.samples,
             kept=self._kept,
             by_original=self.drawn_by == "original",
@@ -366,7 +373,9 @@ class ANT(Method):
             retain_weight=self.retain_weight,
         )
 
-    def _retained(self, model: Model, problem: Problem, generator: torch.Generator) -> Subject | None:
+    def _retained(
+        self, model: Model, problem: Problem, generator: torch.Generator
+    ) -> TrainingConcept | None:
         """Prompts that stay as they are: of the retained and of the captions, as often."""
         if not self.retain_weight:
             return None
@@ -381,9 +390,9 @@ class ANT(Method):
             raise ExpungeError("retain_weight keeps nothing: retain something, or give captions")
         times = max(1, len(general) // max(1, len(named)))
         rows = [*(list(range(len(named))) * times), *range(len(named), len(named) + len(general))]
-        return Subject("retained", model.encode([*named, *general])[rows], generator)
+        return TrainingConcept("retained", model.encode([*named, *general])[rows], generator)
 
-    def _mask(self, steering: Steering, prompts: Sequence[str], run: Run) -> saliency.Mask:
+    def _mask(self, steering: Steering, prompts: Sequence[str], run: RunContext) -> saliency.Mask:
         """The mask of the file, or a new one, which is kept there and with the unfinished work."""
         model, parameters = steering.model, part_of(steering.model, self.part)
         file = Path(self.mask) if self.mask else run.folder and run.folder / "mask" / "mask.safetensors"
@@ -400,7 +409,7 @@ class ANT(Method):
             maps=self.maps,
             samples=self.map_samples,
             settle=self.settle,
-            batch=self._together(1),
+            batch_size=self._together(1),
             half=self.mask_half,
         )
         if file:
@@ -417,9 +426,9 @@ class ANT(Method):
 
     # Many concepts: a low-rank change each, and their fusion.
 
-    def _sums(self, model: Model, problem: Problem, run: Run) -> tuple[Tensor, Tensor]:
+    def _sums(self, model: Model, problem: Problem, run: RunContext) -> tuple[Tensor, Tensor]:
         """Σ e eᵀ over all tokens of the concepts' prompts, and the weighted prior: (d, d), float64."""
-        kept = fusion.kept(
+        kept = fusion.retained_gram(
             model,
             problem,
             run,
@@ -431,7 +440,7 @@ class ANT(Method):
         return whole, self.fuse_prior * kept
 
     def train(
-        self, model: Model, problem: Problem, run: Run, whole: Tensor, prior: Tensor
+        self, model: Model, problem: Problem, run: RunContext, whole: Tensor, prior: Tensor
     ) -> dict[str, Tensors]:
         """For each concept B and D of every key and value: `LAYER.up` (out, rank), `LAYER.down`.
 
@@ -447,14 +456,14 @@ class ANT(Method):
         train = partial(self._train, model, problem, run.seed, inverse)
         title = Steering(model, self.course).title
         names = [concept.name for concept in problem.erase]
-        return run.pieces(train, names, batch=self._together(self._rows_together), label=title)
+        return run.map_cached(train, names, batch_size=self._together(self._rows_together), label=title)
 
     def _train(
         self, model: Model, problem: Problem, seed: int, inverse: Tensor | None, names: Sequence[str]
     ) -> dict[str, Tensors]:
-        run, templates = Run(seed), self.training_templates or self.templates
+        run, templates = RunContext(seed), self.training_templates or self.templates
         subjects = [
-            Subject(
+            TrainingConcept(
                 concept.name,
                 model.encode(self._prompts(model, concept, templates)),
                 run.generator("training", concept.name),
@@ -471,10 +480,10 @@ class ANT(Method):
             run,
             rank=self.rank,
             alpha=self.alpha,
-            steps=self.steps,
-            rate=self.rate,
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            clip=self.clip,
+            max_grad_norm=self.max_grad_norm,
             samples=self.samples,
             kept=self._kept,
             by_original=self.drawn_by == "original",
@@ -506,12 +515,12 @@ class ANT(Method):
             ridge=self._ridge(whole, prior),
         )
         layers = [entry.layer for entry in model.text_entries()]
-        return fusion.laid(layers, matrix, fitted, self.strength)
+        return fusion.assemble_changes(layers, matrix, fitted, self.strength)
 
-    def _rows(self, model: Model, problem: Problem) -> fusion.Asked:
+    def _rows(self, model: Model, problem: Problem) -> fusion.LazyTensors:
         """For each concept the tokens of its prompts, (n, d)."""
         prompts = {concept.name: self._prompts(model, concept) for concept in problem.erase}
-        return fusion.Asked(
+        return fusion.LazyTensors(
             prompts, lambda name: model.encode(prompts[name]).embeddings.flatten(0, 1).cpu()
         )
 
@@ -527,7 +536,11 @@ class ANT(Method):
 
     def _together(self, rows: int) -> int:
         """How many concepts, or points of a map, go through the network together, of so many rows."""
-        return min(self.batch, max(1, self.micro_batch // rows)) if self.micro_batch else self.batch
+        return (
+            min(self.batch_size, max(1, self.micro_batch // rows))
+            if self.micro_batch
+            else self.batch_size
+        )
 
     @property
     def _kept(self) -> int:

@@ -1,4 +1,4 @@
-"""ESD: train a part of the denoiser to turn away from the concept, wherever its own pictures lead."""
+"""ESD: train a part of the denoiser to turn away from the concept, wherever its own images lead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from expunge.base.fields import bounded
 from expunge.changes import Changes
-from expunge.erasing.guidance_training import Course, Steering, Subject, part_of, train_weights
+from expunge.erasing.guidance_training import (
+    Steering,
+    TrainingConcept,
+    TrajectoryConfig,
+    part_of,
+    train_weights,
+)
 from expunge.erasing.prompt_templates import require_place
 from expunge.method import Method
 from expunge.model import Model
@@ -17,12 +23,12 @@ from expunge.ops.in_place import InPlace
 from expunge.ops.noise_level import on_latents
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
-from expunge.runtime.context import Run
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext
+from expunge.runtime.cost import Cost
 
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
-EMOJI = {"trajectory_steps": 0, "rate": 3e-5, "steps": 100, "samples": 2, "turn": -2.5,
+EMOJI = {"trajectory_steps": 0, "learning_rate": 3e-5, "max_train_steps": 100, "samples": 2, "turn": -2.5,
          "templates": ("{}", "an image of the {}", "the {} in a picture")}  # fmt: skip
 """Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
 
@@ -59,9 +65,14 @@ class ESD(Method):
                            **EMOJI, "part": "x"},
         "emoji-style": {"about": "styles of the emoji model; not tuned", **EMOJI, "part": "x"},
         "emoji-explicit": {"about": "weapons of the emoji model; not tuned", **EMOJI, "part": "u"},
-        "fast": {"about": "a rough try in a few steps", "part": "x-strict", "steps": 10, "rate": 1e-3,
+        "fast": {"about": "a rough try in a few steps", "part": "x-strict", "max_train_steps": 10, "learning_rate": 1e-3,
                  "trajectory_steps": 4, "unconditional": 3.0},
     }  # fmt: skip
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+    }
 
     part: Literal["x", "x-strict", "u"] = "x"
     """x, the cross-attentions; x-strict, of these the keys and values alone; u, all the rest."""
@@ -83,9 +94,9 @@ class ESD(Method):
     """Denoising steps of a trajectory; 0 for the model's own."""
     samples: int = bounded(1, at_least=1)
     """Trajectories in a training step."""
-    steps: int = bounded(1000, at_least=0)
+    max_train_steps: int = bounded(1000, at_least=0)
     """Training steps."""
-    rate: float = bounded(1e-5, above=0)
+    learning_rate: float = bounded(1e-5, above=0)
     """Adam's learning rate; larger erases more, and more of what is near."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts to erase a concept in, with {} in its place."""
@@ -95,12 +106,12 @@ class ESD(Method):
         require_place(self.templates)
 
     @property
-    def course(self) -> Course:
+    def course(self) -> TrajectoryConfig:
         """How trajectories are drawn and what is asked of them."""
         eta, ours = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
         objective = Objective(eta, 0.0, keep) if ours else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
-        return Course(
+        return TrajectoryConfig(
             objective,
             self.turn,
             "always" if ours else "late",
@@ -112,26 +123,26 @@ class ESD(Method):
     def reads_anchor(self) -> bool:
         return False
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         # Every step follows a trajectory to some place, half the way on average.
         drawn = (
             (self.trajectory_steps or num_inference_steps) * (1 + (self.trajectory_guidance > 1)) // 2
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        points, asked = self.steps * self.samples, self.course.objective
-        return Work(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
+        points, asked = self.max_train_steps * self.samples, self.course.objective
+        return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         names = [name for concept in problem.erase for name in concept.names]
         prompts = [template.format(name) for name in names for template in self.templates]
         model.require_window(prompts)
         turn = on_latents(self.turn, self.turn_side, model.latents_side)
         return train_weights(
             Steering(model, dataclasses.replace(self.course, turn=turn)),
-            Subject(names[0], model.encode(prompts), run.generator("training")),
+            TrainingConcept(names[0], model.encode(prompts), run.generator("training")),
             InPlace(part_of(model, PARTS[self.part])),
             run,
-            steps=self.steps,
-            rate=self.rate,
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
             samples=self.samples,
         )

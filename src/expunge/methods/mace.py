@@ -15,8 +15,14 @@ from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.changes import Changes, Right, find
 from expunge.erasing import fusion, object_masks, reference_images
-from expunge.erasing.fusion import Asked
-from expunge.erasing.guidance_training import Course, Steering, Subject, layers_of, train_factors
+from expunge.erasing.fusion import LazyTensors
+from expunge.erasing.guidance_training import (
+    Steering,
+    TrainingConcept,
+    TrajectoryConfig,
+    layers_of,
+    train_factors,
+)
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
 from expunge.method import Method
 from expunge.model import Model
@@ -28,8 +34,8 @@ from expunge.ops.noise_level import on_latents
 from expunge.ops.prompt_alignment import match, phrase_positions
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept, Problem
-from expunge.runtime.context import Run, Tensors
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext, Tensors
+from expunge.runtime.cost import Cost
 from expunge.text import Text
 
 Stage = Literal["refine", "suppress", "fuse"]
@@ -55,7 +61,7 @@ def published(scale: float, domain: float = 0.0) -> dict[str, float]:
 
 def identities(domain: float) -> dict[str, float]:
     """The paper's values for identities and styles: they differ in what the retained weigh."""
-    return {"ridge": 0.0, "rate": 1e-4, "focal_side": 64, **published(1e-4, domain)}
+    return {"ridge": 0.0, "learning_rate": 1e-4, "focal_side": 64, **published(1e-4, domain)}
 
 
 OURS = "1,040 captions of ours stand in for COCO's (captions)"
@@ -131,22 +137,22 @@ class Lesson:
     tokens: Tensor
     """(prompts, tokens), bool."""
     latents: Tensor
-    """(pictures, c, h, w), clean."""
+    """(images, c, h, w), clean."""
     masks: Tensor
-    """(pictures, h, w)"""
+    """(images, h, w)"""
     generator: torch.Generator
 
     def sample(self, chances: Tensor) -> Sample:
-        """A prompt, a picture, a time by its chance, and noise."""
-        row, picture = (
+        """A prompt, an image, a time by its chance, and noise."""
+        row, image = (
             int(torch.randint(n, (), generator=self.generator))
             for n in (len(self.text), len(self.latents))
         )
         t = int(torch.multinomial(chances, 1, generator=self.generator))
         noise = torch.randn(self.latents.shape[1:], generator=self.generator)
-        latents = self.latents[picture]
+        latents = self.latents[image]
         return Sample(
-            self.text[[row]], self.tokens[row], latents, self.masks[picture], t, noise.to(latents)
+            self.text[[row]], self.tokens[row], latents, self.masks[image], t, noise.to(latents)
         )
 
 
@@ -164,7 +170,7 @@ class MACE(Method):
     W' = W M, one matrix M for every layer, since no embedding depends on the layer.
 
     *suppress*: for each concept a change B D of W' is trained to lower the attention A that its
-    tokens S get inside the object's mask in pictures of it:
+    tokens S get inside the object's mask in images of it:
 
         min_{B,D}  Σ_layers (Σ_{i∈S} ‖Aⁱ ⊙ mask‖²)^½
 
@@ -181,7 +187,7 @@ class MACE(Method):
     The paper's "target", "destination" and "preservation" are our erase, anchor and retain. λ and the
     sums are as published: a sum over templates and names, each of 77 tokens.
 
-    Cost: closed forms take seconds on a CPU; drawing 8 pictures and 50 short training steps a concept.
+    Cost: closed forms take seconds on a CPU; drawing 8 images and 50 short training steps a concept.
 
     Source: Lu et al., CVPR 2024, arXiv 2403.06135, eq. 1–7.
     """
@@ -193,25 +199,34 @@ class MACE(Method):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "object": {"about": f"the paper's, on SD 1.x; ridge 10 to 1000 by object; {NO_PRIOR}",
-                   "ridge": 100.0, "rate": 1e-5, "focal_side": 64, **published(0)},
+                   "ridge": 100.0, "learning_rate": 1e-5, "focal_side": 64, **published(0)},
         "identity-1": {"about": f"the paper's, on SD 1.x, for one; {OURS}", **identities(8e3)},
         "identity-5": {"about": f"the paper's, on SD 1.x, for about 5; {OURS}", **identities(5e4)},
         "identity-10": {"about": f"the paper's, on SD 1.x, for about 10; {OURS}", **identities(8e4)},
         "identity-100": {"about": f"the paper's, on SD 1.x, for about 100; {OURS}", **identities(2e5)},
         "style": {"about": f"the paper's, on SD 1.x; {OURS}", **identities(8e4)},
         "explicit": {"about": f"the paper's, on SD 1.x, but for a floor under its ridge of 0; {OURS}",
-                     "ridge": 0.0, "ridge_floor": 3.0, "rate": 1e-5, "steps": 120, "focal": False,
+                     "ridge": 0.0, "ridge_floor": 3.0, "learning_rate": 1e-5, "max_train_steps": 120, "focal": False,
                      **published(7e-7)},
         "emoji": {"about": "everything on the emoji model; refine erases, suppress is all but off",
-                  "ridge": 100.0, "rate": 1e-4, "refine_prior": 100.0, "fuse_prior": 100.0,
-                  "domain_weight": 10.0, "batch": 16},
+                  "ridge": 100.0, "learning_rate": 1e-4, "refine_prior": 100.0, "fuse_prior": 100.0,
+                  "domain_weight": 10.0, "batch_size": 16},
         "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
-                 "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "rate": 0.03, "steps": 5,
-                 "pictures": 2, "picture_steps": 3},
+                 "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "learning_rate": 0.03, "max_train_steps": 5,
+                 "num_images": 2, "num_inference_steps": 3},
     }  # fmt: skip
 
     needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "clip": "max_grad_norm",
+        "batch": "batch_size",
+        "pictures": "num_images",
+        "picture_steps": "num_inference_steps",
+        "pictures_from": "images_from",
+    }
     stages: tuple[Stage, ...] = STAGES
     """Which of the three to run; "fuse" has nothing to do without another."""
     ridge: float = bounded(100.0, at_least=0)
@@ -238,17 +253,17 @@ class MACE(Method):
     combine: Literal["average", "sum"] = "average"
     """What becomes of the concepts' changes without *fuse*: W' + Σ BᵢDᵢ / n, weights that sum to one;
     or W' + Σ BᵢDᵢ, each as strong as alone."""
-    steps: int = bounded(50, at_least=0)
+    max_train_steps: int = bounded(50, at_least=0)
     """Training steps a concept."""
-    rate: float = bounded(1e-5, above=0)
+    learning_rate: float = bounded(1e-5, above=0)
     """AdamW's learning rate; larger erases more, and more of what is near."""
     weight_decay: float = bounded(0.01, at_least=0)
     """AdamW's weight decay."""
-    clip: float = bounded(1.0, above=0)
+    max_grad_norm: float = bounded(1.0, above=0)
     """The largest norm of one concept's gradient."""
     lesson: Literal["attention", "trajectory"] = "attention"
     """What a change is trained on: the attention it should lower, or ANT's objective, on as many
-    trajectories as there would be pictures, with its weights for identities and styles."""
+    trajectories as there would be images, with its weights for identities and styles."""
     norm: Literal["joint", "squared"] = "joint"
     """One norm over heads, pixels and tokens of a layer, as released, or its square, as printed."""
     end_tokens: bool = True
@@ -264,16 +279,16 @@ class MACE(Method):
     focal_side: int = bounded(0, at_least=0)
     """The side of the latents that the window is meant for, 64 for Stable Diffusion 1.x: on larger ones
     it moves to more noise, see `ops.noise_level`. 0 takes it as it stands on every size."""
-    pictures: int = bounded(8, at_least=1)
-    """Pictures drawn of a concept."""
-    picture_steps: int = bounded(0, at_least=0, at_most=1000)
+    num_images: int = bounded(8, at_least=1)
+    """Images drawn of a concept."""
+    num_inference_steps: int = bounded(0, at_least=0, at_most=1000)
     """Denoising steps for each of them; 0 for the model's own."""
-    pictures_from: str = ""
-    """A folder of pictures to use instead, one folder in it for each concept, named as it is."""
+    images_from: str = ""
+    """A folder of images to use instead, one folder in it for each concept, named as it is."""
     masks: str = "attention"
     """Where the concept is in them: "attention", the model's own; "none", everywhere; "grounded-sam";
-    or a folder of PNGs named as the pictures. Styles are everywhere."""
-    batch: int = bounded(4, at_least=1)
+    or a folder of PNGs named as the images. Styles are everywhere."""
+    batch_size: int = bounded(4, at_least=1)
     """Concepts trained together; more is faster and takes more memory."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
@@ -291,7 +306,7 @@ class MACE(Method):
             )
         require_place(self.templates)
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         concepts = len(problem.erase)
         prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
         told = {(c.kind, c.anchor): len(self.templates or TEMPLATES[c.kind]) for c in problem.erase}
@@ -301,16 +316,16 @@ class MACE(Method):
         captions = self.captions if weighs else ""
         prompts += sum(told.values()) + staying
         if "suppress" not in self.stages:
-            return Work(prompts, captions=captions, products=products)
+            return Cost(prompts, captions=captions, products=products)
         # Those of what is trained are read for it, and again to fuse.
         prompts += sum(len(self._prompts(c)) for c in problem.erase) * (1 + ("fuse" in self.stages))
-        drawn = 2 * (self.picture_steps or num_inference_steps)
-        of_one = 1 if self.pictures_from else drawn  # what is read is encoded
+        drawn = 2 * (self.num_inference_steps or num_inference_steps)
+        of_one = 1 if self.images_from else drawn  # what is read is encoded
         of_one += len(object_masks.LOG_SNRS) if self.masks == "attention" else 0
-        predictions = concepts * self.pictures * of_one
-        return Work(prompts, predictions, concepts * self.steps, captions, products)
+        predictions = concepts * self.num_images * of_one
+        return Cost(prompts, predictions, concepts * self.max_train_steps, captions, products)
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         groups = self._groups(model, problem)
         sums = Sums.of(groups)
         kept = self._kept(model, problem, run)
@@ -324,7 +339,9 @@ class MACE(Method):
         layers = [entry.layer for entry in model.text_entries()]
         averaged = factors and "fuse" not in self.stages and self.combine == "average"
         scale = 1 / len(factors) if averaged else 1.0
-        return fusion.laid(layers, None if self.stages == ("suppress",) else matrix, factors, scale)
+        return fusion.assemble_changes(
+            layers, None if self.stages == ("suppress",) else matrix, factors, scale
+        )
 
     def refine(self, sums: Sums, kept: Tensor) -> Tensor:
         """M, (d, d), float64: sends what is around a concept where it goes around its anchor.
@@ -337,7 +354,9 @@ class MACE(Method):
         ridge = floored(self.ridge, self.ridge_floor, sums.contexts)
         return right_factor(sums.cross, sums.contexts, prior, ridge)
 
-    def suppress(self, model: Model, problem: Problem, matrix: Tensor, run: Run) -> dict[str, Tensors]:
+    def suppress(
+        self, model: Model, problem: Problem, matrix: Tensor, run: RunContext
+    ) -> dict[str, Tensors]:
         """For each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
 
         Args:
@@ -348,7 +367,9 @@ class MACE(Method):
         """
         # Bound to plain data, so that it can run elsewhere, too.
         train = partial(self._train, model, problem, matrix, run.seed)
-        return run.pieces(train, [c.name for c in problem.erase], batch=self.batch, label="training")
+        return run.map_cached(
+            train, [c.name for c in problem.erase], batch_size=self.batch_size, label="training"
+        )
 
     def fuse(
         self,
@@ -403,9 +424,9 @@ class MACE(Method):
             groups.append(Group(model.encode, goals, prompts))
         return groups
 
-    def _kept(self, model: Model, problem: Problem, run: Run) -> Tensor:
+    def _kept(self, model: Model, problem: Problem, run: RunContext) -> Tensor:
         """P + ω P_retained, (d, d): means of Σ_positions e eᵀ over captions and retained prompts."""
-        return fusion.kept(
+        return fusion.retained_gram(
             model,
             problem,
             run,
@@ -418,26 +439,26 @@ class MACE(Method):
         self, model: Model, problem: Problem, matrix: Tensor, seed: int, names: Sequence[str]
     ) -> dict[str, Tensors]:
         """`suppress` for the concepts of these names."""
-        run = Run(seed)
+        run = RunContext(seed)
         concepts = [concept for concept in problem.erase if concept.name in names]
         if self.lesson == "trajectory":
             return self._train_on_trajectories(model, concepts, matrix, run)
         return self.train(model, [self._lesson(model, c, run) for c in concepts], matrix, run)
 
     def _train_on_trajectories(
-        self, model: Model, concepts: Sequence[Concept], matrix: Tensor, run: Run
+        self, model: Model, concepts: Sequence[Concept], matrix: Tensor, run: RunContext
     ) -> dict[str, Tensors]:
         """`suppress` with ANT's objective, on trajectories of the original."""
         subjects = [
-            Subject(c.name, model.encode(self._prompts(c)), run.generator("training", c.name))
+            TrainingConcept(c.name, model.encode(self._prompts(c)), run.generator("training", c.name))
             for c in concepts
         ]
         layers = layers_of(model, "text")
-        course = Course(
+        course = TrajectoryConfig(
             # ANT's weights for identities and styles; it turns at step 40 of 50.
             Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
             turn=on_latents(-3.18, self.focal_side, model.latents_side),
-            num_inference_steps=self.picture_steps,
+            num_inference_steps=self.num_inference_steps,
             guidance_scale=model.guidance_scale,
         )
         return train_factors(
@@ -447,16 +468,16 @@ class MACE(Method):
             run,
             rank=self.rank,
             alpha=self.rank,
-            steps=self.steps,
-            rate=self.rate,
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            clip=self.clip,
-            kept=self.pictures,
+            max_grad_norm=self.max_grad_norm,
+            kept=self.num_images,
             on=[Right(layers, matrix)] if "refine" in self.stages else [],
         )
 
     def train(
-        self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: Run
+        self, model: Model, lessons: Sequence[Lesson], matrix: Tensor, run: RunContext
     ) -> dict[str, Tensors]:
         """`suppress` for some concepts in one batch, once what they are trained on is there."""
         layers = tuple(entry.layer for entry in model.text_entries())
@@ -480,10 +501,10 @@ class MACE(Method):
             minimise(
                 [*ups, *downs],
                 losses,
-                steps=self.steps,
-                rate=self.rate,
+                max_train_steps=self.max_train_steps,
+                learning_rate=self.learning_rate,
                 weight_decay=self.weight_decay,
-                clip=self.clip,
+                max_grad_norm=self.max_grad_norm,
                 names=[lesson.concept for lesson in lessons],
             )
         return {
@@ -495,23 +516,23 @@ class MACE(Method):
             for b, lesson in enumerate(lessons)
         }
 
-    def _lesson(self, model: Model, concept: Concept, run: Run) -> Lesson:
-        """A concept's prompts, pictures and masks: found once, used at every step."""
+    def _lesson(self, model: Model, concept: Concept, run: RunContext) -> Lesson:
+        """A concept's prompts, images and masks: found once, used at every step."""
         prompts, templates = self._prompts(concept), self.templates or TEMPLATES[concept.kind]
         text = model.encode(prompts)
         sides = [template.split("{}") for template in templates] * len(concept.names)
         before, after = (
             [model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True)
         )
-        phrase = phrase_positions(before, after, text.own)
+        phrase = phrase_positions(before, after, text.content_mask)
         place = torch.arange(phrase.shape[1], device=phrase.device)
-        ending = place > text.own.sum(1, keepdim=True)
+        ending = place > text.content_mask.sum(1, keepdim=True)
 
-        if self.pictures_from:
-            shown = reference_images.read(model, concept.name, prompts[0], self.pictures_from)
+        if self.images_from:
+            shown = reference_images.read(model, concept.name, prompts[0], self.images_from)
         else:
-            steps = self.picture_steps or None
-            shown = reference_images.drawn(model, concept.name, prompts[0], self.pictures, run, steps)
+            steps = self.num_inference_steps or None
+            shown = reference_images.drawn(model, concept.name, prompts[0], self.num_images, run, steps)
         source = "none" if concept.kind == "style" else self.masks
         mask = object_masks.find(source, model, shown, (phrase | ending)[:1], run)
         return Lesson(
@@ -580,7 +601,7 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
     ids, goal_ids, alone = text.ids.cpu(), goal.ids.cpu(), []
     for row, embeddings in enumerate(text.embeddings.cpu()):
         there = row % len(goal)
-        for (own, end), (_, goal_end) in zip(text.stretches(row), goal.stretches(there), strict=True):
+        for (own, end), (_, goal_end) in zip(text.segments(row), goal.segments(there), strict=True):
             e, place = embeddings[own], moved[there, own]
             m = match(ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start))
             place[: m.head] += e[: m.head]
@@ -589,10 +610,12 @@ def _align(text: Text, goal: Text, moved: Tensor) -> Tensor:
     return torch.cat(alone)
 
 
-def _rows(groups: Sequence[Group]) -> Asked:
+def _rows(groups: Sequence[Group]) -> LazyTensors:
     """For each concept all its tokens, (n, width)."""
     of = {name: group for group in groups for name in group.erased}
-    return Asked(of, lambda name: of[name].read(of[name].erased[name]).embeddings.flatten(0, 1).cpu())
+    return LazyTensors(
+        of, lambda name: of[name].read(of[name].erased[name]).embeddings.flatten(0, 1).cpu()
+    )
 
 
 def _resized(mask: Tensor, size: Sequence[int]) -> Tensor:

@@ -16,8 +16,8 @@ from expunge.erasing.prompt_templates import require_place
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.runtime.context import Run
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext
+from expunge.runtime.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class OCE(Method):
         super().__post_init__()
         require_place(self.templates)
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         general = len(captions(self.captions)) if self.captions and self.general_scale else 0
-        return Work(prompts=2 * erased + len(problem.retain) + general)
+        return Cost(prompts=2 * erased + len(problem.retain) + general)
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
         model.require_window([prompt for pair in prompts for prompt in pair])
         target = last_tokens(model.encode([erased for erased, _ in prompts]))

@@ -16,8 +16,8 @@ from expunge.erasing.prompt_templates import require_place
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
-from expunge.runtime.context import Run
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext
+from expunge.runtime.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class SPEED(Method):
         super().__post_init__()
         require_place(self.templates)
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        return Work(prompts=2 * erased + len(problem.retain) + self.general + 1)
+        return Cost(prompts=2 * erased + len(problem.retain) + self.general + 1)
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
         model.require_window([prompt for pair in prompts for prompt in pair])
         target = last_tokens(model.encode([erased for erased, _ in prompts]))

@@ -1,4 +1,4 @@
-"""UCE: one closed-form refit of the keys and values; seconds on a CPU, no pictures, no gradients."""
+"""UCE: one closed-form refit of the keys and values; seconds on a CPU, no images, no gradients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Concept, Problem
-from expunge.runtime.context import Run
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext
+from expunge.runtime.cost import Cost
 from expunge.text import Text
 
 TEMPLATES = {
@@ -112,13 +112,13 @@ class UCE(Method):
         if not self.retain_templates:
             raise ExpungeError("retain_templates is empty: what is retained needs a prompt, such as {}")
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
         texts = [text for text in self._retained(problem) if text]
         retained = len(self.retain_templates) * len(texts) + 1
-        return Work(prompts=2 * sum(templates) + retained + self.general, products=8)
+        return Cost(prompts=2 * sum(templates) + retained + self.general, products=8)
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         tokens, pooled = _Sums(), _Sums()
 
         for concept in problem.erase:
@@ -189,7 +189,7 @@ class UCE(Method):
         e, a = (torch.cat(rows) for rows in zip(*pairs, strict=True))
         return e, a
 
-    def _words(self, model: Model, problem: Problem, run: Run) -> Sequence[str]:
+    def _words(self, model: Model, problem: Problem, run: RunContext) -> Sequence[str]:
         """A sample of the tokenizer's words, without those that are being erased."""
         taken = {w for c in problem.erase for name in c.names for w in re.findall(r"\w+", name.lower())}
         words = [word for word in model.vocabulary() if word not in taken]
@@ -224,5 +224,5 @@ def _from_last(text: Text, row: int) -> list[Tensor]:
 
     A prompt without any, the empty one, has its start token there, or its end if there is no start.
     """
-    stretches = text.stretches(row)
-    return [text.embeddings[row, max(own.start, end - 1) : own.stop] for own, end in stretches]
+    segments = text.segments(row)
+    return [text.embeddings[row, max(own.start, end - 1) : own.stop] for own, end in segments]

@@ -20,14 +20,14 @@ from expunge.emoji.clip import HERE, Clip
 class Towers:
     """Both towers of a CLIP."""
 
-    embed_pictures: Callable[[Tensor], Tensor]
+    embed_images: Callable[[Tensor], Tensor]
     """(n, 3, height, width) in [0, 1] to (n, shared), each of length one."""
     embed_texts: Callable[[Sequence[str]], Tensor]
     """(n, shared), each of length one."""
     features: Callable[[Tensor], Tensor]
-    """(n, width): the picture tower's pooled output."""
+    """(n, width): the image tower's pooled output."""
     size: int
-    """The side of the square pictures that it reads."""
+    """The side of the square images that it reads."""
     digest: str
     """The hash of its weights."""
 
@@ -55,18 +55,18 @@ def _emoji() -> Towers:
     digest = hashlib.sha256()
     for file in sorted((HERE / "clip").glob("*.safetensors")):
         digest.update(file.read_bytes())
-    size: int = clip.picture.config.image_size  # type: ignore[union-attr, assignment]
+    size: int = clip.image.config.image_size  # type: ignore[union-attr, assignment]
 
-    def fitted(pictures: Tensor) -> Tensor:
-        return resized(pictures.nan_to_num(), size)
+    def fitted(images: Tensor) -> Tensor:
+        return resized(images.nan_to_num(), size)
 
     @torch.inference_mode()
-    def features(pictures: Tensor) -> Tensor:
-        parts = fitted(pictures).split(64)
-        return torch.cat([clip.picture(pixel_values=part * 2 - 1).pooler_output for part in parts])
+    def features(images: Tensor) -> Tensor:
+        parts = fitted(images).split(64)
+        return torch.cat([clip.image(pixel_values=part * 2 - 1).pooler_output for part in parts])
 
     return Towers(
-        lambda pictures: clip.embed_pictures(fitted(pictures)),
+        lambda images: clip.embed_images(fitted(images)),
         clip.embed_texts,
         features,
         size,
@@ -94,13 +94,13 @@ def _transformers(model: str) -> Towers:
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
     @torch.inference_mode()
-    def features(pictures: Tensor) -> Tensor:
-        parts = ((resized(pictures.nan_to_num(), size) - mean) / std).split(32)
+    def features(images: Tensor) -> Tensor:
+        parts = ((resized(images.nan_to_num(), size) - mean) / std).split(32)
         return torch.cat([clip.vision_model(pixel_values=part).pooler_output for part in parts])
 
     @torch.inference_mode()
-    def embed_pictures(pictures: Tensor) -> Tensor:
-        return functional.normalize(clip.visual_projection(features(pictures)), dim=1)
+    def embed_images(images: Tensor) -> Tensor:
+        return functional.normalize(clip.visual_projection(features(images)), dim=1)
 
     @torch.inference_mode()
     def embed_texts(texts: Sequence[str]) -> Tensor:
@@ -110,13 +110,13 @@ def _transformers(model: str) -> Towers:
         )
         return functional.normalize(clip.text_projection(clip.text_model(**ids).pooler_output), dim=1)
 
-    return Towers(embed_pictures, embed_texts, features, size, digest.hexdigest())
+    return Towers(embed_images, embed_texts, features, size, digest.hexdigest())
 
 
-def resized(pictures: Tensor, size: int) -> Tensor:
-    """Pictures scaled to a square, the bicubic way with smoothing, in [0, 1]."""
-    if pictures.shape[2:] == (size, size):
-        return pictures
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images scaled to a square, the bicubic way with smoothing, in [0, 1]."""
+    if images.shape[2:] == (size, size):
+        return images
     return functional.interpolate(
-        pictures, (size, size), mode="bicubic", align_corners=False, antialias=True
+        images, (size, size), mode="bicubic", align_corners=False, antialias=True
     ).clamp(0, 1)

@@ -66,4 +66,4 @@ def centred(values: Tensor) -> Tensor:
 
 def require(a: Tensor, b: Tensor) -> None:
     if min(len(a), len(b)) < 2:
-        raise ExpungeError("a distance between sets of pictures needs at least two of each")
+        raise ExpungeError("a distance between sets of images needs at least two of each")

@@ -1,4 +1,4 @@
-"""What the distances between sets of pictures share: the features of a CLIP's picture tower."""
+"""What the distances between sets of images share: the features of a CLIP's image tower."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any
 
 from torch import Tensor
 
-from expunge.metric import Distance, read_pictures
+from expunge.metric import Distance, read_images
 from expunge.metrics._clip import towers
 
 
 @dataclass(frozen=True)
 class OfFeatures(Distance):
-    """A distance between the picture tower's pooled outputs of two sets of pictures."""
+    """A distance between the image tower's pooled outputs of two sets of images."""
 
     model: str = "emoji"
     """The shipped CLIP, or one of transformers by folder or hub id."""
 
     @property
-    def looked_at(self) -> Mapping[str, Any]:
+    def feature_key(self) -> Mapping[str, Any]:
         digest = towers(self.model).digest
-        return {"features": f"picture tower of the CLIP {self.model}, pooled", "sha256": digest}
+        return {"features": f"image tower of the CLIP {self.model}, pooled", "sha256": digest}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return self.looked_at
+        return self.feature_key
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        return towers(self.model).features(pictures)
+        return towers(self.model).features(images)
 
 
 @dataclass(frozen=True)
 class FromOriginalOrReal(OfFeatures):
-    """Such a distance from what the original draws, or from real pictures."""
+    """Such a distance from what the original draws, or from real images."""
 
     against: str = ""
-    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+    """A folder of real images; by default what the original draws for the same prompts and seeds."""
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return {**self.looked_at, "against": self.against or "the original's pictures"}
+        return {**self.feature_key, "against": self.against or "the original's images"}
 
     def real(self) -> Tensor | None:
         if not self.against:
             return None
         size = towers(self.model).size
-        return towers(self.model).features(read_pictures(self.against, (size, size)))
+        return towers(self.model).features(read_images(self.against, (size, size)))

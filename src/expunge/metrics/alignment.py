@@ -14,14 +14,14 @@ from expunge.metrics._features import OfFeatures
 
 @dataclass(frozen=True)
 class Alignment(OfFeatures):
-    """The kernel distance from the pictures that the original draws of the anchor: 0 is the same
+    """The kernel distance from the images that the original draws of the anchor: 0 is the same
     distribution.
 
     The anchor is drawn twice, with the seeds of the erased prompt and with as many further ones. All
-    three numbers compare n pictures with the n of the further seeds:
+    three numbers compare n images with the n of the further seeds:
 
         erased      what is drawn for the erased prompt
-        floor       the anchor's own pictures: what chance leaves
+        floor       the anchor's own images: what chance leaves
         ceiling     what the original draws for the erased prompt: nothing erased
 
     Anchors are the edit's own, or the suite's where edits are compared at one anchor.

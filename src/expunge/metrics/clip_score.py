@@ -1,4 +1,4 @@
-"""CLIP score: how well a picture goes with its prompt, 100 times the cosine."""
+"""CLIP score: how well an image goes with its prompt, 100 times the cosine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expunge.metrics._clip import towers
 
 @dataclass(frozen=True)
 class ClipScore(Metric):
-    """100 · max(0, cos(picture, prompt)).
+    """100 · max(0, cos(image, prompt)).
 
     Source: Hessel et al., CLIPScore, EMNLP 2021, eq. 1, scaled as in the erasure papers.
     """
@@ -29,9 +29,9 @@ class ClipScore(Metric):
         return {"model": self.model, "sha256": towers(self.model).digest}
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         clip = towers(self.model)
         distinct = list(dict.fromkeys(prompts))
         texts = clip.embed_texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
-        return 100 * (clip.embed_pictures(pictures) * texts).sum(1, keepdim=True).clamp(min=0)
+        return 100 * (clip.embed_images(images) * texts).sum(1, keepdim=True).clamp(min=0)

@@ -1,4 +1,4 @@
-"""CLIP zero-shot: which of some classes a picture goes with best, and how surely."""
+"""CLIP zero-shot: which of some classes an image goes with best, and how surely."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.metric import Judge, blank
+from expunge.metric import Classifier, blank
 from expunge.metrics._clip import towers
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -19,17 +19,17 @@ TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 
 
 @dataclass(frozen=True)
-class ClipZeroshot(Judge):
-    """softmax(scale · cos(picture, "a photo of the CLASS")) over the classes.
+class ClipZeroshot(Classifier):
+    """softmax(scale · cos(image, "a photo of the CLASS")) over the classes.
 
-    Its row ends with 1 where the picture is blank. The first number, for the table, is the highest
+    Its row ends with 1 where the image is blank. The first number, for the table, is the highest
     probability. MACE's accuracies are the mean probability of the class.
 
     Source: Radford et al., CLIP, ICML 2021, section 3.1.2.
     """
 
     classes: tuple[str, ...] = TEN
-    """What a picture can be."""
+    """What an image can be."""
     template: str = "a photo of the {}"
     scale: float = bounded(100.0, above=0)
     """Of the cosines before the softmax."""
@@ -52,17 +52,17 @@ class ClipZeroshot(Judge):
         }
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         clip = towers(self.model)
         texts = clip.embed_texts([self.template.format(name) for name in self.classes])
-        chances = (self.scale * clip.embed_pictures(pictures) @ texts.T).softmax(1)
-        return torch.cat([chances, blank(pictures)[:, None].float()], 1)
+        chances = (self.scale * clip.embed_images(images) @ texts.T).softmax(1)
+        return torch.cat([chances, blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
         return label in self.classes
 
-    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+    def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
         places = [self.classes.index(label) for label in labels if self.knows(label)]
         chances = rows[:, : len(self.classes)]
         if question == "best":

@@ -1,4 +1,4 @@
-"""The emoji model's detector: which of its things a picture shows, in which style, or none."""
+"""The emoji model's detector: which of its things an image shows, in which style, or none."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from expunge.emoji.detector import FOLDER, NOTHING, SIZE, Detector, Recognition
-from expunge.metric import Judge, blank
+from expunge.metric import Classifier, blank
 from expunge.metrics._clip import resized
 
 
 @dataclass(frozen=True)
-class EmojiDetector(Judge):
+class EmojiDetector(Classifier):
     """The probabilities of all labels, of all styles, and of *unrecognisable*.
 
-    Labels and styles are both asked for by name. Blank pictures, and those that are no numbers, are
+    Labels and styles are both asked for by name. Blank images, and those that are no numbers, are
     unrecognisable whatever the network says.
     """
 
@@ -47,10 +47,10 @@ class EmojiDetector(Judge):
         }
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        seen = _load(self._path)(resized(pictures.nan_to_num(), SIZE))
-        broken = seen.unrecognisable.masked_fill(blank(pictures), 1.0)
+        seen = _load(self._path)(resized(images.nan_to_num(), SIZE))
+        broken = seen.unrecognisable.masked_fill(blank(images), 1.0)
         return torch.cat([seen.labels, seen.styles, broken[:, None]], 1)
 
     def recognition(self, rows: Tensor) -> Recognition:
@@ -64,7 +64,7 @@ class EmojiDetector(Judge):
         settings = _load(self._path).settings
         return label in settings.label_names or label in settings.style_names
 
-    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+    def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
         seen = self.recognition(rows)
         names = seen.settings.label_names
         styles = [style for style in labels if style in seen.settings.style_names]

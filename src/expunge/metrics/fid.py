@@ -1,4 +1,4 @@
-"""FID: the Fréchet distance on Inception features, against the original's pictures or real ones."""
+"""FID: the Fréchet distance on Inception features, against the original's images or real ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Apart, Distance, read_pictures
+from expunge.metric import Apart, Distance, read_images
 from expunge.metrics._distances import frechet
 
 
@@ -20,7 +20,7 @@ class Fid(Distance):
     """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of 2048 Inception features, as torch-fidelity computes them.
 
     Needs the package torch-fidelity and its weights: in torch's cache, or at `weights`. It is too large
-    by about c/n for sets of n pictures, and thousands are usual: compare sets of one size.
+    by about c/n for sets of n images, and thousands are usual: compare sets of one size.
 
     Source: Heusel et al., NeurIPS 2017.
     """
@@ -28,7 +28,7 @@ class Fid(Distance):
     weights: str = ""
     """The file of the weights; by default torch's cache, filled from the net where it can be."""
     against: str = ""
-    """A folder of real pictures; by default what the original draws for the same prompts and seeds."""
+    """A folder of real images; by default what the original draws for the same prompts and seeds."""
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -39,21 +39,21 @@ class Fid(Distance):
             "features": "inception-v3-compat, 2048, resized as TensorFlow 1 does",
             "torch-fidelity": version("torch-fidelity"),
             "weights": self.weights or "pt_inception-2015-12-05",
-            "against": self.against or "the original's pictures",
+            "against": self.against or "the original's images",
         }
 
     @torch.inference_mode()
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        whole = (pictures.nan_to_num() * 255).round().to(torch.uint8)
+        whole = (images.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
     def distance(self, rows: Tensor, reference: Tensor) -> Apart:
         return frechet(rows, reference)
 
     def real(self) -> Tensor | None:
-        return self.measure(read_pictures(self.against, (299, 299)), ()) if self.against else None
+        return self.measure(read_images(self.against, (299, 299)), ()) if self.against else None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Fréchet distance: how far a set of pictures is from the original's, by CLIP features."""
+"""Fréchet distance: how far a set of images is from the original's, by CLIP features."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from expunge.metrics._features import FromOriginalOrReal
 
 @dataclass(frozen=True)
 class Frechet(FromOriginalOrReal):
-    """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of the picture tower's pooled output.
+    """‖μ − μ₀‖² + tr(Σ + Σ₀ − 2 (Σ Σ₀)^½) of the image tower's pooled output.
 
-    It is too large by about c/n for sets of n pictures: compare sets of one size. Its interval says
+    It is too large by about c/n for sets of n images: compare sets of one size. Its interval says
     how far chance moves the value at this n, not where the distance of endless sets lies.
 
-    Source: Dowson, Landau 1982; as a measure of pictures Heusel et al., NeurIPS 2017.
+    Source: Dowson, Landau 1982; as a measure of images Heusel et al., NeurIPS 2017.
     """
 
     def distance(self, rows: Tensor, reference: Tensor) -> Apart:

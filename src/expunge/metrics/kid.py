@@ -1,4 +1,4 @@
-"""Kernel distance: how far a set of pictures is from the original's, by CLIP features."""
+"""Kernel distance: how far a set of images is from the original's, by CLIP features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expunge.metrics._features import FromOriginalOrReal
 class Kid(FromOriginalOrReal):
     """The unbiased squared maximum mean discrepancy with a cubic kernel, on the tower's pooled output.
 
-    Its expectation does not hang on the number of pictures; it can fall below zero.
+    Its expectation does not hang on the number of images; it can fall below zero.
 
     Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018, eq. 4.
     """

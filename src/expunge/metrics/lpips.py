@@ -1,4 +1,4 @@
-"""LPIPS: how far a picture looks from the original's of the same prompt and seed."""
+"""LPIPS: how far an image looks from the original's of the same prompt and seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expunge.metric import Metric
 
 @dataclass(frozen=True)
 class Lpips(Metric):
-    """The learned perceptual distance: 0 for the same picture, as torchmetrics computes it.
+    """The learned perceptual distance: 0 for the same image, as torchmetrics computes it.
 
     Needs the package torchmetrics with torchvision, and the network's weights in torch's cache.
 
@@ -38,12 +38,12 @@ class Lpips(Metric):
 
     @torch.inference_mode()
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         if references is None:
-            raise TypeError("references must be a tensor of pictures, not None")
+            raise TypeError("references must be a tensor of images, not None")
         distance, rows = _distance(self.network), []
-        for one, other in zip(pictures.nan_to_num(), references.nan_to_num(), strict=True):
+        for one, other in zip(images.nan_to_num(), references.nan_to_num(), strict=True):
             rows.append(distance(one[None], other[None]).reshape(1))
         return torch.stack(rows)
 

@@ -1,4 +1,4 @@
-"""Pixel distance: how far a picture is from the original's of the same prompt and seed."""
+"""Pixel distance: how far an image is from the original's of the same prompt and seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from expunge.metric import Metric
 
 @dataclass(frozen=True)
 class PixelDistance(Metric):
-    """The root of the mean square difference of all channels, in [0, 1]; 0 for the same picture."""
+    """The root of the mean square difference of all channels, in [0, 1]; 0 for the same image."""
 
     higher_is_better: ClassVar[bool] = False
     paired: ClassVar[bool] = True
@@ -23,9 +23,9 @@ class PixelDistance(Metric):
         return {"version": 1}
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         if references is None:
-            raise TypeError("references must be a tensor of pictures, not None")
-        difference = pictures.nan_to_num() - references.nan_to_num()
+            raise TypeError("references must be a tensor of images, not None")
+        difference = images.nan_to_num() - references.nan_to_num()
         return difference.flatten(1).square().mean(1, keepdim=True).sqrt()

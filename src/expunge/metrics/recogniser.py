@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Judge, blank
+from expunge.metric import Classifier, blank
 
 
 @dataclass(frozen=True, eq=False)
-class Classifier:
+class LabelledNetwork:
     """An image classifier and its labels."""
 
     processor: Any
@@ -25,32 +25,32 @@ class Classifier:
     labels: tuple[str, ...]
     digest: str
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """(n, labels): softmax of the logits."""
         parts = []
-        for part in pictures.nan_to_num().split(32):
+        for part in images.nan_to_num().split(32):
             given = self.processor(images=list(part), do_rescale=False, return_tensors="pt")
             parts.append(self.network(**given).logits.softmax(1))
         return torch.cat(parts)
 
 
 @dataclass(frozen=True)
-class Recogniser(Judge):
+class Recogniser(Classifier):
     """softmax of one or more image classifiers' logits, each over its own labels.
 
     A label is looked for among those of the classifier that has it: styles in one, objects in another.
-    A picture whose best label is `nothing` (no face, say) counts neither for nor against, as in the
-    protocols that ask among pictures with a face. Labels are compared without regard to case, and
+    An image whose best label is `nothing` (no face, say) counts neither for nor against, as in the
+    protocols that ask among images with a face. Labels are compared without regard to case, and
     hyphens and underscores are spaces.
     """
 
     folders: tuple[str, ...] = ()
     """Folders that transformers reads as image classifiers, weights as safetensors."""
     nothing: str = ""
-    """Their label for pictures that show none of their classes."""
+    """Their label for images that show none of their classes."""
 
     @property
-    def _classifiers(self) -> tuple[Classifier, ...]:
+    def _classifiers(self) -> tuple[LabelledNetwork, ...]:
         if not self.folders:
             raise ExpungeError(
                 "the recogniser needs folders that transformers reads as image classifiers:"
@@ -69,15 +69,15 @@ class Recogniser(Judge):
 
     @torch.inference_mode()
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
-        seen = [one(pictures) for one in self._classifiers]
-        return torch.cat([*seen, blank(pictures)[:, None].float()], 1)
+        seen = [one(images) for one in self._classifiers]
+        return torch.cat([*seen, blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
         return any(_plain(label) in one.labels for one in self._classifiers)
 
-    def answer(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+    def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
         wanted = {_plain(label) for label in labels}
         names, chances = next(
             (one.labels, part) for one, part in self._parts(rows) if wanted & set(one.labels)
@@ -102,7 +102,7 @@ class Recogniser(Judge):
         ]
         return [", ".join(names) for names in zip(*bests, strict=True)]
 
-    def _parts(self, rows: Tensor) -> list[tuple[Classifier, Tensor]]:
+    def _parts(self, rows: Tensor) -> list[tuple[LabelledNetwork, Tensor]]:
         """Each classifier with its columns."""
         classifiers = self._classifiers
         parts = rows[:, :-1].split([len(one.labels) for one in classifiers], 1)
@@ -114,7 +114,7 @@ def _plain(label: str) -> str:
 
 
 @cache
-def _load(folder: str) -> Classifier:
+def _load(folder: str) -> LabelledNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
@@ -129,4 +129,4 @@ def _load(folder: str) -> Classifier:
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     table = network.config.id2label
     labels = tuple(_plain(table[i]) for i in range(len(table)))
-    return Classifier(processor, network, labels, digest.hexdigest())
+    return LabelledNetwork(processor, network, labels, digest.hexdigest())

@@ -15,7 +15,7 @@ from expunge.metric import Metric
 
 @dataclass(frozen=True)
 class Structure(Metric):
-    """The correlation of both pictures at low resolution: 1 is the same layout, 0 none of it.
+    """The correlation of both images at low resolution: 1 is the same layout, 0 none of it.
 
     Colours are kept: the channels are compared as they are, less the mean of all.
     """
@@ -24,20 +24,20 @@ class Structure(Metric):
     paired: ClassVar[bool] = True
 
     size: int = bounded(8, at_least=2)
-    """The side of the reduced picture, in pixels."""
+    """The side of the reduced image, in pixels."""
 
     @property
     def provenance(self) -> Mapping[str, Any]:
         return {"version": 1, "size": self.size}
 
     def measure(
-        self, pictures: Tensor, prompts: Sequence[str], references: Tensor | None = None
+        self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         if references is None:
-            raise TypeError("references must be a tensor of pictures, not None")
+            raise TypeError("references must be a tensor of images, not None")
         a, b = (
             functional.adaptive_avg_pool2d(p.nan_to_num(), self.size).flatten(1)
-            for p in (pictures, references)
+            for p in (images, references)
         )
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         return functional.cosine_similarity(a, b, dim=1)[:, None]

@@ -24,7 +24,7 @@ class Once(nn.Module):
 
 
 @contextlib.contextmanager
-def answering_once(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+def cache_outputs(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """Let some layers answer once for the length of a block in which no weight changes.
 
     Args:

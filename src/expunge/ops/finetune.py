@@ -20,10 +20,10 @@ def minimise(
     parameters: Sequence[Tensor],
     losses: Callable[[int], Tensor | Iterable[Tensor]],
     *,
-    steps: int,
-    rate: float,
+    max_train_steps: int,
+    learning_rate: float,
     weight_decay: float = 0.01,
-    clip: float = 1.0,
+    max_grad_norm: float = 1.0,
     names: Sequence[str] = (),
 ) -> None:
     """Train `parameters` in place.
@@ -37,23 +37,23 @@ def minimise(
         parameters: tensors (n, …).
         losses: the losses (n,) of a step, counted from 0; or parts of them, whose sum they are. Parts
             are asked for one after the other, and the graph of each is let go before the next.
-        steps: how many steps.
-        rate: AdamW's learning rate.
+        max_train_steps: how many steps.
+        learning_rate: AdamW's learning rate.
         weight_decay: AdamW's, decoupled.
-        clip: the largest norm of one problem's gradient.
+        max_grad_norm: the largest norm of one problem's gradient.
         names: of the problems, for the warning.
 
     Raises:
         ExpungeError: a loss runs away before any state was kept.
     """
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     sound: list[Tensor] = []
     history: list[list[float]] = [[] for _ in parameters[0]]
     stopped: set[int] = set()
     for parameter in parameters:
         parameter.requires_grad_()
     with torch.enable_grad():
-        for step in range(steps):
+        for step in range(max_train_steps):
             gradients: list[Tensor | None] = [None] * len(parameters)
             total: Tensor | None = None
             asked = losses(step)
@@ -74,7 +74,7 @@ def minimise(
                 now = [parameter.detach().clone() for parameter in parameters]
                 _put_back(now, sound, stopped)
                 sound = now
-            for parameter, gradient in zip(parameters, clipped(gradients, clip), strict=True):
+            for parameter, gradient in zip(parameters, clipped(gradients, max_grad_norm), strict=True):
                 parameter.grad = gradient
             optimiser.step()
     for parameter in parameters:
@@ -133,10 +133,10 @@ def diverged(losses: Sequence[float], window: int = 10) -> bool:
     return len(losses) >= 2 * window and sum(last) > 10 * sum(first)
 
 
-def clipped(gradients: Sequence[Tensor | None], clip: float) -> list[Tensor | None]:
+def clipped(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
     """Gradients (n, …) with the norm of each row, over all tensors, at most `clip`."""
     squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
-    factor = (clip / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
+    factor = (max_grad_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
     return [
         None if g is None else g * factor.reshape(-1, *(1,) * (g.ndim - 1)).to(g.dtype)
         for g in gradients

@@ -99,7 +99,7 @@ class Background:
         ridge: λ, how much of a sphere the spread Σ of the tokens is taken for, in units of σ², its
             mean variance. Small values part the concept from these tokens best, large values hold
             best against perturbations.
-        deviations: k, how many standard deviations above the mean of `general` count as closed.
+        n_std: k, how many standard n_std above the mean of `general` count as closed.
         shut: (j, d), every token that must stay, if `retained` has but some, for the direction.
     """
 
@@ -108,10 +108,10 @@ class Background:
         general: Tensor,
         retained: Tensor,
         ridge: float,
-        deviations: float,
+        n_std: float,
         shut: Tensor | None = None,
     ) -> None:
-        self.general, self.retained, self.deviations = general.double(), retained.double(), deviations
+        self.general, self.retained, self.n_std = general.double(), retained.double(), n_std
         self.shut = self.retained if shut is None else shut.double()
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
@@ -148,7 +148,7 @@ class Background:
     def edge(self, direction: Tensor) -> float:
         """How far along a direction tokens still count as closed; the concept's mean is at 1."""
         general = self.general @ direction - self.mean @ direction
-        edge = float(general.mean() + self.deviations * general.std())
+        edge = float(general.mean() + self.n_std * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
         return max(min(edge, 0.5), self.reach(direction, self.retained))
 
@@ -168,7 +168,7 @@ class Gate(NamedTuple):
     """()"""
 
 
-def gate(rows: Tensor, background: Background, *, margin: float, leak: float) -> Gate:
+def gate(rows: Tensor, background: Background, *, margin: float, retain_openness: float) -> Gate:
     """The gate of some tokens, in closed form.
 
     Along w (`Background.direction`), the background ends at `edge` and the concept begins at `start`,
@@ -181,7 +181,7 @@ def gate(rows: Tensor, background: Background, *, margin: float, leak: float) ->
         rows: (n, d), the tokens to open on.
         background: those to stay closed on.
         margin: above 0, below 1; small values open wider: synonyms and perturbed tokens, too.
-        leak: above 0, below ½.
+        retain_openness: above 0, below ½.
 
     Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
     """
@@ -190,7 +190,7 @@ def gate(rows: Tensor, background: Background, *, margin: float, leak: float) ->
     # Where the two touch, the gate is as steep as a twentieth of the way to the concept's mean makes it.
     start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
-    slope = math.log(1 / leak - 1) / (margin * (start - edge))
+    slope = math.log(1 / retain_openness - 1) / (margin * (start - edge))
     offset = float(direction @ background.mean)
     places = torch.tensor([centre + offset, slope], dtype=torch.float64)
     return Gate(direction, places[0], places[1])

@@ -68,7 +68,7 @@ def floored(ridge: float, floor: float, gram: Tensor) -> float:
 def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """M = (C + P + λI) (G + P + λI)⁻¹.
 
-    One Cholesky factorisation in float64; no pictures, no gradients.
+    One Cholesky factorisation in float64; no images, no gradients.
 
     >>> eye = torch.eye(3)
     >>> torch.allclose(right_factor(0 * eye, 0 * eye, 0 * eye, ridge=2.0), eye.double())

@@ -8,9 +8,9 @@ import math
 def on_latents(log_snr: float, meant_for: int, side: int) -> float:
     """A log-SNR that was chosen on latents of one size, for those of another.
 
-    A coarse picture is a mean over pixels. With r times as many of them a side, the noise in that mean
-    falls by r, the picture stays: what was hidden at a log-SNR of λ is hidden at λ − 2 ln r. So where a
-    picture's layout ends and its detail begins, a window for training or a step to turn at, moves to
+    A coarse image is a mean over pixels. With r times as many of them a side, the noise in that mean
+    falls by r, the image stays: what was hidden at a log-SNR of λ is hidden at λ − 2 ln r. So where a
+    image's layout ends and its detail begins, a window for training or a step to turn at, moves to
     more noise on larger latents.
 
     >>> on_latents(1.12, meant_for=64, side=64)
@@ -24,6 +24,6 @@ def on_latents(log_snr: float, meant_for: int, side: int) -> float:
         side: height and width of the latents it is wanted for.
 
     Source: Hoogeboom et al., simple diffusion, ICML 2023, arXiv 2301.11093, section 3.1; the sizes
-        are of latents here, not of pictures.
+        are of latents here, not of images.
     """
     return log_snr - 2 * math.log(side / meant_for) if meant_for else log_snr

@@ -38,7 +38,7 @@ def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
 
     Args:
         first, second: (tokens,), the tokenizer's numbers: start, words, end, padding.
-        ends: where the end token of each stands.
+        eos_index: where the end token of each stands.
     """
     shorter = min(ends)
     same = first[:shorter] == second[:shorter]
@@ -55,7 +55,7 @@ def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -
 
     Args:
         before, after: how many tokens the words before the phrase have, and those after it.
-        own: (n, tokens), bool, the prompts' own tokens.
+        content_mask: (n, tokens), bool, the prompts' own tokens.
     """
     place = torch.arange(own.shape[1], device=own.device)
     first, last = (torch.tensor(x, device=own.device)[:, None] for x in (before, after))

@@ -1,6 +1,6 @@
 """The objective that steers a trajectory away from a concept.
 
-Early steps, near noise, bring a picture onto the manifold of pictures; a concept's detail comes later.
+Early steps, near noise, bring an image onto the manifold of images; a concept's detail comes later.
 So guidance keeps its direction early and is reversed late. With δ₀ = ε₀(z, c) − ε₀(z, ∅),
 
     L = ‖ε(z_l, c) − [ε₀(z_l, ∅) − η δ₀]‖²            late: away from the concept

@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """The surroundings of a `fit` or an attack.
 
     >>> def double(names):
@@ -42,12 +42,12 @@ class Run:
         digest = hashlib.sha256("\0".join((str(self.seed), *names)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-    def pieces(
+    def map_cached(
         self,
         function: Callable[[Sequence[str]], Mapping[str, Mapping[str, torch.Tensor]]],
         names: Sequence[str],
         *,
-        batch: int = 1,
+        batch_size: int = 1,
         label: str = "",
     ) -> dict[str, Tensors]:
         """The tensors of every name, on the CPU, made by `function` or read from the work folder.
@@ -62,14 +62,14 @@ class Run:
             function: makes the tensors of some names. On Ray it is pickled with what it closes
                 over; a `Run` in there has its seed and nothing else.
             names: what to make; the work folder tells pieces apart by name and label.
-            batch: how many names at a time.
+            batch_size: how many names at a time.
             label: what is made, for the progress.
 
         Raises:
             ExpungeError: a piece cannot be written, or the cluster does not answer.
         """
         names = list(dict.fromkeys(names))
-        batches = [names[i : i + batch] for i in range(0, len(names), batch)]
+        batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
         place = self.folder / store.stem(label) if self.folder else None
         found = store.kept(place, names) if place else {}
         missing = [members for members in batches if not found.keys() >= set(members)]
@@ -112,4 +112,4 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where a run is sent, its progress, folder and cluster stay behind."""
-        return Run, (self.seed,)
+        return RunContext, (self.seed,)

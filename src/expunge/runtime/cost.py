@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """How much a method asks of a model."""
 
     prompts: int = 0
     """Prompts to read."""
     predictions: int = 0
-    """Predictions of the denoiser, for one picture each."""
+    """Predictions of the denoiser, for one image each."""
     gradients: int = 0
     """Predictions with gradients."""
     captions: str = ""

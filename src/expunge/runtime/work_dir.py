@@ -75,7 +75,7 @@ def opened(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Pa
                 _remove(folder)
 
 
-def discard(folder: str | Path) -> None:
+def remove(folder: str | Path) -> None:
     """Take a work folder away, if it is there and is one, and no other command is at work in it."""
     if (Path(folder) / COMMAND).is_file():
         with _locked(Path(folder)) as free:

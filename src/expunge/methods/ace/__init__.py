@@ -29,18 +29,18 @@ from expunge.ops.gates import Background, affine, directions, gate, stacked
 from expunge.ops.pgd import bounded as attacked
 from expunge.ops.prompt_alignment import match, phrase_positions
 from expunge.problem import Concept, Problem
-from expunge.runtime.context import Run, Tensors
-from expunge.runtime.cost import Work
+from expunge.runtime.context import RunContext, Tensors
+from expunge.runtime.cost import Cost
 from expunge.text import Text
 
 Stage = Literal["gate", "harden", "fortify"]
 STAGES: tuple[Stage, ...] = ("gate", "harden", "fortify")
 
 SHOWN, WORDS = 24, 200
-"""To fortify: pictures of each concept, and of how many general words one is drawn to hold. Of what is
+"""To fortify: images of each concept, and of how many general words one is drawn to hold. Of what is
 retained by name half as many are drawn in all, so that it is met more often than any general word."""
 
-EMOJI = {"directions": "anchor", "general": 1000, "goal_ridge": 0.1, "hold": 3.0}
+EMOJI = {"directions": "anchor", "general": 1000, "goal_ridge": 0.1, "anchor_hold_weight": 3.0}
 """What the emoji model's presets share."""
 
 BANDS = (0, 3, 9, 27)
@@ -52,7 +52,7 @@ REMAINDER = 0.3
 """The share of a concept that may be left in the vector of a whole prompt without a word."""
 
 ATTENDED = ("attention", "attention-by-head")
-"""The reductions that look at attention in drawn pictures."""
+"""The reductions that look at attention in drawn images."""
 
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
@@ -100,7 +100,7 @@ class ACE(Method):
         W̃ e = W e − s(e) U Uᵀ (W e − W e_anchor)
 
     This is one small change of e itself, shared by all layers (`changes.Gated`): what a gate costs
-    does not grow with the layers, and a drawing asks it once. No pictures, no gradients.
+    does not grow with the layers, and a drawing asks it once. No images, no gradients.
 
     Where a vector of the whole prompt enters too (SDXL, SD 3, FLUX), it gets a gate and directions of
     its own, in the same closed form; what they leave is said, as a share.
@@ -109,7 +109,7 @@ class ACE(Method):
 
         g ∝ |Σ Qᵀ (A_concept − A_anchor)|
 
-    over heads, times and pictures of the concept and of its anchor, Q and A the queries and the
+    over heads, times and images of the concept and of its anchor, Q and A the queries and the
     attention to the phrase, for every layer its own, `damping` in its largest channel and cut at 1;
     m is the gate.
 
@@ -119,7 +119,7 @@ class ACE(Method):
         outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a
                     + (ρ ‖W ẽ(r) − W r‖² + η ‖W ẽ(e) − W ẽ₀(e)‖²) / b
 
-    with z_t from pictures of the concept, over gates, directions and goals, ẽ₀ the closed form, r
+    with z_t from images of the concept, over gates, directions and goals, ẽ₀ the closed form, r
     general and retained tokens, and the anchor's, and a and b how far concept and anchor are apart in
     the same units, the noise and keys and values. The denoiser sees the text through W alone, so the
     inner attack needs no denoiser.
@@ -145,18 +145,30 @@ class ACE(Method):
         "emoji": {"about": "the emoji model", **EMOJI},
         "emoji-fortified": {"about": "the emoji model, held against learnt words, too; minutes",
                             "stages": STAGES, **EMOJI},
-        "fast": {"about": "a rough try in a few steps", "general": 20, "pictures": 1, "picture_steps": 2,
-                 "most_overlap": 1.0,
-                 "rounds": 1, "steps": 2, "attack_steps": 2},
+        "fast": {"about": "a rough try in a few steps", "general": 20, "num_images": 1, "num_inference_steps": 2,
+                 "max_overlap": 1.0,
+                 "rounds": 1, "max_train_steps": 2, "attack_steps": 2},
     }  # fmt: skip
 
     needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "steps": "max_train_steps",
+        "rate": "learning_rate",
+        "pictures": "num_images",
+        "picture_steps": "num_inference_steps",
+        "leak": "retain_openness",
+        "deviations": "n_std",
+        "most_overlap": "max_overlap",
+        "hold": "anchor_hold_weight",
+        "fortify_rate": "fortify_learning_rate",
+    }
 
     stages: tuple[Stage, ...] = ("gate", "harden")
     """Which to run; "harden" goes on from "gate", which always runs, and "fortify" from both."""
     reduction: Literal["shared", "layer", "damped", "attention", "attention-by-head"] = "shared"
     """Directions: one set for all layers; one for each layer; or K ⊙ (1 − s gᵀ), which turns channels
-    down: those that tell concept and anchor apart; or, literally, those of QᵀΔAttn in drawn pictures,
+    down: those that tell concept and anchor apart; or, literally, those of QᵀΔAttn in drawn images,
     summed over a layer's heads or each head's own."""
     damping: float = bounded(4.0, above=0)
     """The largest channel of QᵀΔAttn's g, before g is cut at 1: larger turns more channels down, and 1
@@ -185,11 +197,11 @@ class ACE(Method):
     margin: float = bounded(0.4, above=0, at_most=0.95)
     """Where between retained tokens (0) and the concept's (1) a gate is half open: small values catch
     more synonyms and perturbed tokens."""
-    leak: float = bounded(0.01, above=0, at_most=0.4)
+    retain_openness: float = bounded(0.01, above=0, at_most=0.4)
     """How far a gate is open on the nearest retained token."""
-    deviations: float = bounded(4.0, at_least=0)
-    """How many standard deviations above the mean of general tokens count as closed."""
-    most_overlap: float = bounded(0.9, above=0, at_most=1)
+    n_std: float = bounded(4.0, at_least=0)
+    """How many standard n_std above the mean of general tokens count as closed."""
+    max_overlap: float = bounded(0.9, above=0, at_most=1)
     """How far into the concept, whose own mean is at 1, a retained prompt may lie; beyond, it cannot
     stay while the concept goes, and that is an error."""
     general: int = bounded(200, at_least=1)
@@ -206,28 +218,28 @@ class ACE(Method):
     recovered: float = bounded(0.1, at_least=0, at_most=1)
     """An attack fails if it brings back less than this share of what the anchor lacks, in keys and
     values."""
-    steps: int = bounded(4, at_least=1)
+    max_train_steps: int = bounded(4, at_least=1)
     """Training steps after each attack."""
-    rate: float = bounded(0.003, above=0)
+    learning_rate: float = bounded(0.003, above=0)
     """AdamW's learning rate, as a share of each tensor's own size."""
     retain_weight: float = bounded(1.0, at_least=0)
     """ρ, weight of what is retained. Both losses are in units of the concept's own distance from its
     anchor, so that one weight fits models that see much of their text and little."""
-    hold: float = bounded(0.0, at_least=0)
+    anchor_hold_weight: float = bounded(0.0, at_least=0)
     """η, weight of what the closed form has made of the concept's own prompts, where nobody attacks:
-    an anchor that draws no picture of one kind is no good guide."""
-    pictures: int = bounded(4, at_least=1)
-    """Pictures drawn of a concept, from which z_t is made; for QᵀΔAttn as many of its anchor."""
-    picture_steps: int = bounded(10, at_least=0, at_most=1000)
+    an anchor that draws no image of one kind is no good guide."""
+    num_images: int = bounded(4, at_least=1)
+    """Images drawn of a concept, from which z_t is made; for QᵀΔAttn as many of its anchor."""
+    num_inference_steps: int = bounded(10, at_least=0, at_most=1000)
     """Denoising steps for each of them; 0 for the model's own."""
 
     fortify_steps: int = bounded(300, at_least=1)
     """Training steps of the cross-attentions, for all concepts together."""
-    fortify_rate: float = bounded(3e-4, above=0)
+    fortify_learning_rate: float = bounded(3e-4, above=0)
     """Adam's learning rate at first; it falls evenly to nothing."""
     fortify_noisiest: float = bounded(0.5, above=0, at_most=1)
     """The share of all times, from pure noise on, at which the concept is turned to its anchor: what a
-    picture shows is decided there, and training spread over all times holds less."""
+    image shows is decided there, and training spread over all times holds less."""
     fortify_radius: float = bounded(0.8, above=0)
     """How far attacks may go from another word's prompt, as a share of each token's norm."""
     fortify_retain: float = bounded(4.0, at_least=0)
@@ -247,24 +259,24 @@ class ACE(Method):
 
     def check_family(self, family: type[Model]) -> None:
         super().check_family(family)
-        if self.reduction in ATTENDED and "cross-attention" in family.lacks:
+        if self.reduction in ATTENDED and "cross-attention" in family.missing_capabilities:
             raise ExpungeError(
                 f"ACE's reduction {self.reduction!r} needs cross-attention, and {family.__name__} has"
-                f" none: {family.lacks['cross-attention']}; set reduction to 'shared'"
+                f" none: {family.missing_capabilities['cross-attention']}; set reduction to 'shared'"
             )
 
-    def work(self, problem: Problem, num_inference_steps: int) -> Work:
+    def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         told = sum(len(self._templates(c)) * (len(c.names) + 1) for c in problem.erase)
         ways, sorts = len(self._ways(problem)), len({c.kind for c in problem.erase})
         staying = ways * (len(problem.retain) + len({c.anchor for c in problem.erase}))
         prompts = told + staying + self.general * sorts
         predictions = trained = 0
         if self.reduction in ATTENDED:
-            guided = 2 * (self.picture_steps or num_inference_steps)
-            predictions = 2 * len(problem.erase) * self.pictures * (guided + 2 * LEVELS)
+            guided = 2 * (self.num_inference_steps or num_inference_steps)
+            predictions = 2 * len(problem.erase) * self.num_images * (guided + 2 * LEVELS)
         if "harden" in self.stages:
-            drawn = 2 * self.pictures * ((self.picture_steps or num_inference_steps) + LEVELS)
-            trained = len(problem.erase) * self.pictures * self.rounds * self.steps
+            drawn = 2 * self.num_images * ((self.num_inference_steps or num_inference_steps) + LEVELS)
+            trained = len(problem.erase) * self.num_images * self.rounds * self.max_train_steps
             # The anchor's noise is foretold at every step, too.
             predictions += len(problem.erase) * drawn + trained
         if "fortify" in self.stages:
@@ -274,9 +286,9 @@ class ACE(Method):
             predictions += 2 * shown * num_inference_steps + 4 * batch * self.fortify_steps
             trained += 4 * batch * self.fortify_steps
         # The spread of the general words and its root, for each kind; directions for each concept.
-        return Work(prompts, predictions, trained, products=40 + 10 * sorts + 8 * len(problem.erase))
+        return Cost(prompts, predictions, trained, products=40 + 10 * sorts + 8 * len(problem.erase))
 
-    def fit(self, model: Model, problem: Problem, run: Run) -> Changes:
+    def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         staying = self._staying(model, problem)
         groups, vectors = self._read(model, problem, staying)
         layers = self._layers(model)
@@ -304,7 +316,7 @@ class ACE(Method):
         shared: Sequence[Sequence[Concept]],
         backgrounds: Mapping[str, Background],
         whole: Mapping[str, Gated],
-        run: Run,
+        run: RunContext,
     ) -> Gated:
         """The closed form after attacks on it."""
         (closed,) = changes
@@ -318,7 +330,7 @@ class ACE(Method):
             for ground in [backgrounds[m[0].name]]
         }
         train = partial(self._harden, model, [_one(m) for m in shared], parts, rows, whole, run.seed)
-        found = run.pieces(train, list(parts), label="hardening")
+        found = run.map_cached(train, list(parts), label="hardening")
         hardened: dict[str, Any] = found
         return _joined([dataclasses.replace(parts[n], **hardened[n]) for n in hardened])
 
@@ -343,7 +355,7 @@ class ACE(Method):
         self, model: Model, problem: Problem, staying: Mapping[str, Text]
     ) -> tuple[dict[str, list[Group]], dict[str, Group]]:
         """As `read`, and for each concept the vectors of its whole prompts, where there are any."""
-        known = torch.cat([text.embeddings[text.own] for text in staying.values()]).double()
+        known = torch.cat([text.embeddings[text.content_mask] for text in staying.values()]).double()
         groups, vectors = {}, {}
         for concept in problem.erase:
             text, anchored = self._encoded(model, concept)
@@ -375,7 +387,7 @@ class ACE(Method):
         of = [name for name, members in groups.items() for _ in members]
         grounds = [background[n] if isinstance(background, Mapping) else background for n in of]
         gates = [
-            gate(g.rows, ground, margin=self.margin, leak=self.leak)
+            gate(g.rows, ground, margin=self.margin, retain_openness=self.retain_openness)
             for g, ground in zip(flat, grounds, strict=True)
         ]
         switch = {
@@ -480,7 +492,7 @@ class ACE(Method):
             word = int(theirs[there].nonzero().max()) if concept.anchor else 1
             places = phrase[row].nonzero()[:, 0]
             found[0].append((e[places], n[word].expand(len(places), -1)))
-            ends = tuple(int(x.own[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
+            ends = tuple(int(x.content_mask[i].sum()) + 1 for x, i in ((text, row), (anchored, there)))
             m = match(text.ids[row].cpu(), anchored.ids[there].cpu(), (ends[0], ends[1]))
             after, last = max(m.first, int(places[-1]) + 1), m.first + m.tail
             marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
@@ -502,7 +514,7 @@ class ACE(Method):
         return groups
 
     def _backgrounds(
-        self, model: Model, problem: Problem, staying: Mapping[str, Text], run: Run
+        self, model: Model, problem: Problem, staying: Mapping[str, Text], run: RunContext
     ) -> dict[str, Grounds]:
         """For each concept general words in the phrasing kept for its own kind, and what is retained."""
         kept = torch.cat([_thinned(text) for text in staying.values()])
@@ -521,21 +533,21 @@ class ACE(Method):
                 chosen = ["", *(template.format(word) for word in general)]
                 tokens, vectors = self._tokens(model, chosen, f"reading {concept.kind} words", run)
                 found[concept.kind] = Grounds(
-                    Background(tokens, kept, self.gate_ridge, self.deviations, shut),
+                    Background(tokens, kept, self.gate_ridge, self.n_std, shut),
                     None
                     if vectors is None
-                    else Background(vectors, torch.cat(whole), self.gate_ridge, self.deviations),
+                    else Background(vectors, torch.cat(whole), self.gate_ridge, self.n_std),
                 )
         return {concept.name: found[concept.kind] for concept in problem.erase}
 
-    def _general(self, model: Model, problem: Problem, run: Run) -> list[str]:
+    def _general(self, model: Model, problem: Problem, run: RunContext) -> list[str]:
         """Some words of the tokenizer's that are in no concept's name."""
         found = words(model, problem.erase)
         order = torch.randperm(len(found), generator=run.generator("words"))
         return [found[i] for i in order[: self.general].tolist()]
 
     def _tokens(
-        self, model: Model, prompts: Sequence[str], label: str, run: Run
+        self, model: Model, prompts: Sequence[str], label: str, run: RunContext
     ) -> tuple[Tensor, Tensor | None]:
         """Those that tell a gate enough of the prompts, (n, d), and the vectors of whole prompts."""
         tokens, vectors = [], []
@@ -579,7 +591,7 @@ class ACE(Method):
                 if ground is None:
                     raise TypeError("a background of vectors is expected where a concept has vectors")
                 # One that cannot be told from what is retained stays as it is.
-                apart = ground.reach(ground.direction(group.rows), ground.retained) <= self.most_overlap
+                apart = ground.reach(ground.direction(group.rows), ground.retained) <= self.max_overlap
                 if self.pooled and group.differs and apart:
                     groups[name] = [group]
             width = next(iter(vectors.values())).rows.shape[1]
@@ -614,14 +626,14 @@ class ACE(Method):
 
     # QᵀΔAttn.
 
-    def attended(self, model: Model, problem: Problem, run: Run) -> dict[str, dict[str, Tensor]]:
+    def attended(self, model: Model, problem: Problem, run: RunContext) -> dict[str, dict[str, Tensor]]:
         """g of each concept and layer, (out,), at least 0 and at most 1.
 
             g ∝ |Σ Qᵀ (A_concept − A_anchor)|
 
         A is the attention to the phrase's own tokens, in the concept's prompt and in its anchor's (0
         where there is none), Q the queries beside the first; the sum runs over pixels, over `LEVELS`
-        times and over pictures drawn with either prompt; with reduction "attention" over heads, too.
+        times and over images drawn with either prompt; with reduction "attention" over heads, too.
 
         Args:
             model: the original.
@@ -640,16 +652,16 @@ class ACE(Method):
         return found
 
     @torch.no_grad()
-    def _attended(self, model: Model, concept: Concept, run: Run) -> dict[str, Tensor]:
+    def _attended(self, model: Model, concept: Concept, run: RunContext) -> dict[str, Tensor]:
         """g of each attention, (heads · width,), by the name of its layer of keys."""
         template = self._templates(concept)[0]
         prompts = template.format(concept.name), self._goal(concept)
         text = model.encode(prompts)
         before, after = (model.count_tokens(side.strip()) for side in template.split("{}"))
-        counted = phrase_positions([before] * 2, [after] * 2, text.own).float()
+        counted = phrase_positions([before] * 2, [after] * 2, text.content_mask).float()
         if not concept.anchor:
             counted[1] = 0
-        n, steps = self.pictures, self.picture_steps or None
+        n, steps = self.num_images, self.num_inference_steps or None
         drawn = [reference_images.drawn(model, concept.name, p, n, run, steps).latents for p in prompts]
         shown = torch.cat(drawn)
         attentions = model.cross_attentions()
@@ -708,12 +720,12 @@ class ACE(Method):
                     for name in problem.retain
                 }
                 nearest = max(overlaps, key=lambda name: overlaps[name], default="")
-                if not nearest or overlaps[nearest] <= self.most_overlap:
+                if not nearest or overlaps[nearest] <= self.max_overlap:
                     apart[concept].append(group)
                 elif group is members[0]:
                     raise ExpungeError(
                         f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
-                        f" is {overlaps[nearest]:.2f}, and {self.most_overlap:g} is the most allowed"
+                        f" is {overlaps[nearest]:.2f}, and {self.max_overlap:g} is the most allowed"
                     )
         width = len(next(iter(backgrounds.values())).mean)
         check_memory(sum(map(len, apart.values())), self.rank or 8, width)
@@ -732,7 +744,7 @@ class ACE(Method):
         names: Sequence[str],
     ) -> dict[str, Tensors]:
         """`harden` for the concepts of these names."""
-        run, found = Run(seed), {}
+        run, found = RunContext(seed), {}
         for concept in concepts:
             if concept.name in names:
                 part, staying = parts[concept.name], rows[concept.name]
@@ -746,7 +758,7 @@ class ACE(Method):
         gated: Gated,
         retained: Tensor,
         general: Tensor,
-        run: Run,
+        run: RunContext,
         whole: Mapping[str, Gated] | None = None,
     ) -> dict[str, Tensor]:
         """A concept's gates, directions and goals after attacks on them.
@@ -766,7 +778,7 @@ class ACE(Method):
         text = model.encode([template.format(name) for name in names])
         anchored = model.encode([self._goal(concept)])
         shown = reference_images.drawn(
-            model, concept.name, text.prompts[0], self.pictures, run, self.picture_steps or None
+            model, concept.name, text.prompts[0], self.num_images, run, self.num_inference_steps or None
         ).latents
         root = stacked([model.weight(layer) for layer in gated.layers]).to(text.embeddings)
         generator = run.generator("hardening", concept.name)
@@ -811,15 +823,21 @@ class ACE(Method):
                 error = (model.predict(noisy, t, given) - goal).square().mean() * noises
                 harm = _apart(root, step.given(kept), kept).mean() * weigh
                 lost = _apart(root, step.given(text.embeddings), closed).mean() * weigh
-                return (error + self.retain_weight * harm + self.hold * lost)[None]
+                return (error + self.retain_weight * harm + self.anchor_hold_weight * lost)[None]
 
             with frozen(model.parameters()):
-                minimise(list(shifts.values()), losses, steps=self.steps, rate=self.rate, weight_decay=0)
+                minimise(
+                    list(shifts.values()),
+                    losses,
+                    max_train_steps=self.max_train_steps,
+                    learning_rate=self.learning_rate,
+                    weight_decay=0,
+                )
         return {name: getattr(now(), name).detach().cpu() for name in FACTORS}
 
     # Stage 3.
 
-    def fortify(self, model: Model, problem: Problem, changes: Changes, run: Run) -> Changes:
+    def fortify(self, model: Model, problem: Problem, changes: Changes, run: RunContext) -> Changes:
         """New weights of the cross-attentions, behind the gates.
 
         Raises:
@@ -855,8 +873,8 @@ class ACE(Method):
             ],
             fortifying.Held(model.encode(texts), held, own[closed]),
             run,
-            steps=self.fortify_steps,
-            rate=self.fortify_rate,
+            max_train_steps=self.fortify_steps,
+            learning_rate=self.fortify_learning_rate,
             radius=self.fortify_radius,
             noisiest=self.fortify_noisiest,
             retain_weight=self.fortify_retain,
@@ -878,7 +896,7 @@ def _attention_to(counted: Tensor, attention: Tensor, query: Tensor) -> tuple[Te
 
 
 def _times(named: int) -> int:
-    """How many pictures are drawn of each prompt that is held by name."""
+    """How many images are drawn of each prompt that is held by name."""
     return max(1, WORDS // (2 * named))
 
 
@@ -918,13 +936,13 @@ def _phrases(model: Model, templates: Sequence[str], text: Text, names: int) -> 
     """Where the phrase stands in each prompt, (n, tokens), bool; prompts run name after name."""
     sides = [template.split("{}") for template in templates] * names
     before, after = ([model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True))
-    return phrase_positions(before, after, text.own)
+    return phrase_positions(before, after, text.content_mask)
 
 
 def _thinned(text: Text) -> Tensor:
     """Start, own and end tokens, and a few of the padding, (n, d): it is much the same all along."""
-    end = text.own.sum(1, keepdim=True) + 1
-    behind = torch.arange(text.own.shape[1], device=end.device) - end
+    end = text.content_mask.sum(1, keepdim=True) + 1
+    behind = torch.arange(text.content_mask.shape[1], device=end.device) - end
     few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
     return text.embeddings[(behind <= 0) | few]
 
@@ -988,7 +1006,7 @@ def _apart(root: Tensor, given: Tensor, other: Tensor) -> Tensor:
 def _noises_apart(
     model: Model, text: Text, anchored: Text, shown: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """E ‖ε₀(z_t, t, e) − ε₀(z_t, t, e_anchor)‖², a number's mean, at `LEVELS` times of each picture."""
+    """E ‖ε₀(z_t, t, e) − ε₀(z_t, t, e_anchor)‖², a number's mean, at `LEVELS` times of each image."""
     levels, rows = len(model.log_snr()), [i % len(text) for i in range(len(shown))]
     squares = []
     for at in range(LEVELS):

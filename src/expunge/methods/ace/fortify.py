@@ -21,7 +21,7 @@ from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen
 from expunge.ops.in_place import InPlace
 from expunge.ops.pgd import stepped
-from expunge.runtime.context import Run, Tensors
+from expunge.runtime.context import RunContext, Tensors
 from expunge.text import Text
 
 LEVELS, DRAWS = 24, 4
@@ -34,7 +34,7 @@ STRIDE = 0.1
 """How far an attack moves at once, as a share of its bound."""
 
 ELSEWHERE = 0.3
-"""The share of what is held for which the noisy pictures are the concept's."""
+"""The share of what is held for which the noisy images are the concept's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Target:
     anchor: Text
     """(1,), its anchor's."""
     latents: Tensor
-    """(n, c, h, w), pictures of it."""
+    """(n, c, h, w), images of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Held:
     text: Text
     """(n,) prompts."""
     latents: Tensor
-    """(n, c, h, w), a picture of each."""
+    """(n, c, h, w), an image of each."""
     words: Text
     """(m,) prompts of other words; attacks start at them, too."""
 
@@ -67,10 +67,10 @@ def fortify(
     gates: Gated,
     targets: Sequence[Target],
     held: Held,
-    run: Run,
+    run: RunContext,
     *,
-    steps: int,
-    rate: float,
+    max_train_steps: int,
+    learning_rate: float,
     radius: float,
     noisiest: float,
     retain_weight: float,
@@ -81,10 +81,10 @@ def fortify(
         outer   min E ‖ε(z_t, t, ẽ(r + δ)) − ε₀(z_t, t, e_anchor)‖² / a_t
                     + ρ ‖ε(y_t, t, ẽ(h)) − ε₀(y_t, t, h)‖² / a
 
-    z_t are noisy pictures of the concept, r other words' prompts, ẽ the gates, h what is held, y_t
-    pictures of it and, in part, of the concept or of another; a_t is how far apart the original's
+    z_t are noisy images of the concept, r other words' prompts, ẽ the gates, h what is held, y_t
+    images of it and, in part, of the concept or of another; a_t is how far apart the original's
     predictions for concept and anchor are at that time, a its mean over time. t is drawn from the
-    noisiest times, where it is decided what a picture shows. An attack makes one move a step, on the
+    noisiest times, where it is decided what an image shows. An attack makes one move a step, on the
     weights as they are then, and after some moves begins at another word.
 
     Nothing is learnt of words as textual inversion learns them: an attack moves the tokens of a prompt
@@ -96,8 +96,8 @@ def fortify(
         targets: the concepts.
         held: what stays.
         run: its seed; the state is kept in its folder, and taken up again.
-        steps: of the outer, in all.
-        rate: Adam's learning rate at first; it falls evenly to nothing.
+        max_train_steps: of the outer, in all.
+        learning_rate: Adam's learning rate at first; it falls evenly to nothing.
         radius: of the attacks, a share of each token's norm.
         noisiest: the share of all times, from pure noise on, that t is drawn from; h is held at all.
         retain_weight: ρ.
@@ -116,7 +116,7 @@ def fortify(
     every = torch.cat([held.latents, *(target.latents for target in targets)])
     own = torch.cat([target.latents for target in targets])
     trained = InPlace(part_of(model, "cross-attention"))
-    optimiser = torch.optim.Adam(trained.values, lr=rate, foreach=False)
+    optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
     start, losses = _resumed(run, trained, optimiser, attacks)
     sound: list[Tensor] = []
 
@@ -135,8 +135,8 @@ def fortify(
 
     with frozen(model.parameters()), trained, torch.enable_grad():
         trained.write()
-        for step in range(start, steps):
-            run.progress("fortifying", step, steps)
+        for step in range(start, max_train_steps):
+            run.progress("fortifying", step, max_train_steps)
             rows = below(POOL, BATCH).unique()
             whose = attacks.owner[rows].tolist()
             here = [targets[i] for i in whose]
@@ -181,7 +181,7 @@ def fortify(
             for value, found_gradient in zip(trained.values, trained.gradients(loss), strict=True):
                 value.grad = found_gradient
             for group in optimiser.param_groups:
-                group["lr"] = rate * (1 - step / steps)
+                group["lr"] = learning_rate * (1 - step / max_train_steps)
             optimiser.step()
             optimiser.zero_grad()
             trained.write()
@@ -240,7 +240,7 @@ def _apart(model: Model, target: Target, generator: torch.Generator) -> Tensor:
         )
         squares.append((one - other).float().square().mean((1, 2, 3)).cpu())
     found = torch.stack(squares).mean(0)
-    # Where a picture is all but clean nothing is left to tell, and the smallest noise would count most.
+    # Where an image is all but clean nothing is left to tell, and the smallest noise would count most.
     found = found.clamp(min=1e-3 * float(found.max()))
     return interpolate(found.log()[None, None], levels, mode="linear")[0, 0].exp()
 
@@ -258,7 +258,7 @@ def _state(
 
 
 def _resumed(
-    run: Run, trained: InPlace, optimiser: torch.optim.Optimizer, attacks: Attacks
+    run: RunContext, trained: InPlace, optimiser: torch.optim.Optimizer, attacks: Attacks
 ) -> tuple[int, list[float]]:
     """Take up the state that was kept, if any: the steps done, and their losses."""
     state = run.checkpoint("fortifying")
