@@ -2,8 +2,8 @@
 
 A word is learnt against an edit of UCE, and against an edit that changes nothing: where the original
 itself does not draw the concept of the learnt word, the attack was too weak to be counted (80 % is
-asked). Batch and images are those of Circumventing Concept Erasure (Pham et al., ICLR 2024), the steps as
-few as asked: its 5,000 take 33 times as long as 150. Writes `results/inversion_cce.json` after every edit.
+asked). Batch and images are those of Circumventing Concept Erasure (Pham et al., ICLR 2024), the steps
+as few as asked: its 5,000 take 33 times as long as 150. Writes `results/inversion_cce.json`.
 
     python experiments/inversion_cce.py [--steps 150] [--words airplane cat ship]
 """
