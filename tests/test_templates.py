@@ -166,11 +166,11 @@ def shapes(templates):
 
 @pytest.mark.parametrize("name", registry.names("methods"))
 def test_no_method_reads_what_stays_as_it_erases_or_is_judged(model, monkeypatch, name):
-    """Whatever a method reads, of every kind: but for the erased and their anchors, nothing stands in
-    words that something is erased in, and what is retained in none that a suite judges by."""
+    """Whatever a method reads: but for the erased and their anchors, nothing stands in words that
+    something is erased in, and what is retained in none that a suite judges by."""
     method = registry.get("methods", name)
     method = method.preset("fast") if "fast" in method.presets else method()
-    told = {"object": "airplane", "identity": "person", "style": "art", "explicit": "clothes"}
+    told = {"object": "airplane", "style": "art"}  # two kinds, each with phrasings of its own
     erased = tuple(Concept(words, "sky", kind=kind) for kind, words in told.items())
     kept, read, encode = "horse truck", [], type(model).encode
 
