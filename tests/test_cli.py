@@ -18,7 +18,7 @@ import expunge
 from expunge import Edit, ExpungeError
 from expunge.base import registry
 from expunge.cli.export_commands import Loading
-from expunge.cli.main import main
+from expunge.cli.main import _judged_names, _nearest, _spelled, main
 from expunge.runtime.cost import Cost
 from tiny import flux, sdxl
 
@@ -375,6 +375,20 @@ def test_a_name_of_no_known_word_is_said(run):
     assert f"{said} 'qqqq', 'brid' (near: 'bird'), 'hores' (near: 'horse'): look" in err
     assert f"{said} 'grond' (near: 'ground') in the anchor" in err
     assert "zzyzx" not in err
+
+
+def test_the_near_name_is_one_that_the_model_is_asked_for():
+    names = _judged_names("emoji")
+    near = {"flag of Frence": "flag of France", "a hrose": "horse", "Pistl": "pistol", "qqqq": ""}
+    assert {name: _nearest(name, names) for name in near} == near
+    assert _judged_names("somebody's") == []
+
+
+def test_what_a_suite_asks_for_is_spelled_as_meant(model, monkeypatch):
+    monkeypatch.setattr("expunge.cli.main._judged_names", lambda name: ["Zaphod Beeblebrox", "horse"])
+    assert _spelled(model, ["Zaphod Beeblebrox", "horse", "an airplane"]) == ""
+    assert _spelled(model, ["zaphod Beeblebrocks"]).startswith("'zaphod' (near: 'Zaphod Beeblebrox')")
+    assert _spelled(model, ["a hrose", "brid"]) == "'hrose' (near: 'horse'), 'brid' (near: 'bird')"
 
 
 def test_what_is_piped_has_no_blanks_at_its_lines_ends(run, edit):

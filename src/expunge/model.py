@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, nearest
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.ops.attention import CrossAttention
@@ -250,8 +249,7 @@ class Model(ABC):
 
     def near(self, word: str) -> str:
         """The word of the tokenizer's own that is spelled most like one; "" where none is."""
-        words = list(dict.fromkeys(known.casefold() for known in self.vocabulary()))
-        return next(iter(difflib.get_close_matches(word.casefold(), words, n=1, cutoff=0.75)), "")
+        return nearest(word.casefold(), (known.casefold() for known in self.vocabulary()), 0.75)
 
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:

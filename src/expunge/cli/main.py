@@ -31,7 +31,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from expunge import __version__
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, listed, nearest, unknown
 from expunge.base.fields import spelled_out
 from expunge.checkpoints import loading
 from expunge.cli import concept_files, export_commands
@@ -319,19 +319,47 @@ def _say_anchors(model: Model, problem: Problem) -> None:
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
+        if concept.anchor and (strange := _spelled(model, [concept.anchor])):
             warnings.warn(
-                f"this model's tokenizer has no token for {_spelled(model, strange)} in the anchor"
-                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
+                f"this model's tokenizer has no token for {strange} in the anchor {concept.anchor!r}:"
+                f" is it what {concept.name!r} should become?",
                 ExpungeWarning,
                 stacklevel=1,
             )
 
 
-def _spelled(model: Model, words: Sequence[str]) -> str:
-    """Words that the tokenizer can only spell, each with the nearest that it knows."""
-    near = {word: model.near(word) for word in words}
-    return listed([repr(word) + (f" (near: {near[word]!r})" * bool(near[word])) for word in near], 3)
+def _spelled(model: Model, names: Sequence[str]) -> str:
+    """The words that the tokenizer can only spell, each with what it may be meant to be.
+
+    What a suite of the model asks for is spelled as it is meant.
+    """
+    if not any(map(model.unfamiliar, names)):
+        return ""
+    judged = _judged_names(model.name)
+    told: dict[str, str] = {}
+    for name in names:
+        near = _nearest(name, judged)
+        if near.casefold() == name.casefold():
+            continue
+        for word in model.unfamiliar(name):
+            told.setdefault(word, near or model.near(word))
+    return listed([repr(word) + f" (near: {near!r})" * bool(near) for word, near in told.items()], 3)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The name that is spelled most like one, but for an article; "" where none is."""
+    bare = re.sub(r"^(an?|the) ", "", name.casefold())
+    known = {one.casefold(): one for one in names}
+    return known.get(nearest(bare, known, 0.8), "")
+
+
+def _judged_names(model: str) -> list[str]:
+    """The names of all that the suites of a model ask for."""
+    from expunge.evaluation.suite import Suite
+
+    suites = [Suite.read(name) for name in registry.names("suites")]
+    concepts = [one for suite in suites if suite.model == model for one in suite.concepts]
+    return [name for one in concepts for name in (*one.names, *one.synonyms)]
 
 
 def _say_unfamiliar(model: Model, problem: Problem) -> None:
@@ -340,11 +368,10 @@ def _say_unfamiliar(model: Model, problem: Problem) -> None:
     What is retained may be anybody's names: of those only words near to one of the model's are said.
     """
     names = [name for concept in problem.erase for name in concept.names]
-    strange = [word for name in names for word in model.unfamiliar(name)]
-    strange += [w for text in problem.retain for w in model.unfamiliar(text) if model.near(w)]
-    if strange:
+    names += [text for text in problem.retain if any(map(model.near, model.unfamiliar(text)))]
+    if strange := _spelled(model, names):
         warnings.warn(
-            f"this model's tokenizer has no token for {_spelled(model, strange)}:"
+            f"this model's tokenizer has no token for {strange}:"
             " look whether it is spelled as you meant",
             ExpungeWarning,
             stacklevel=1,
