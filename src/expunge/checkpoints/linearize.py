@@ -12,7 +12,7 @@ from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.pooled_gates import through
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Problem
@@ -84,7 +84,7 @@ def fit_static_weights(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return LinearFit(tuple(fitted), 0.0, 0.0)
-    templates = ["{}", *(TEMPLATES[concept.kind][0] for concept in problem.erase)]
+    templates = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
     retained_prompts = [way.format(name) for name in problem.retain for way in dict.fromkeys(templates)]
     retained = model.encode(["", *retained_prompts])
     groups = _group_layers(gates)

@@ -72,8 +72,9 @@ def merge(
         progress: called with a label, the number of steps done, and their total.
 
     Raises:
-        ExpungeError: there are fewer than two edits, or two equal ones; an edit does not fit the model;
-            two change the same weight where no text enters; λ or ρ is out of range.
+        ExpungeError: there are fewer than two edits, or two equal ones; two give one concept different
+            anchors; an edit does not fit the model; two change the same weight where no text enters; λ
+            or ρ is out of range.
 
     Source: the fusion of MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7.
     """
@@ -86,6 +87,7 @@ def merge(
             f"ridge must be above 0 and prior_scale at least 0, and both finite,"
             f" not {ridge}, {prior_scale}"
         )
+    _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
         check_numbers(edit.changes, f"edit {number} of those to merge")
@@ -150,6 +152,29 @@ def join_problems(problems: Sequence[Problem]) -> Problem:
             stacklevel=3,
         )
     return Problem(tuple(concepts), tuple(text for text in retained if text not in lost))
+
+
+def _check_anchors(edits: Sequence[Edit]) -> None:
+    """Check that no concept has two anchors: its fused weights would lie between the two.
+
+    Raises:
+        ExpungeError: one has.
+    """
+    anchors: dict[str, str | None] = {}
+    for edit in edits:
+        if not edit.record.reads_anchor:
+            continue
+        for concept in edit.record.problem.erase:
+            for name in concept.names:
+                first, second = anchors.setdefault(key(name), concept.anchor), concept.anchor
+                if key(first or "") != key(second or ""):
+                    one, other = (
+                        repr(x) if x else "what the empty prompt draws" for x in (first, second)
+                    )
+                    raise ExpungeError(
+                        f"{name!r} becomes {one} in one of the edits to merge and {other} in another:"
+                        " merged, it would become neither: erase it in one of them alone"
+                    )
 
 
 def _drop_places(changes: Sequence[WeightChange], shared: set[Place]) -> list[WeightChange]:
