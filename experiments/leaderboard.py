@@ -44,6 +44,8 @@ from expunge.problem import Kind
 HERE = Path(__file__).parent
 PAGE = "docs/reference/leaderboard.md"
 SIZES = ("quick", "full")
+EDIT_SEEDS = 3
+"""How many times a full table makes every edit, each with another seed."""
 TINY = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)
 
 
@@ -138,8 +140,9 @@ def judge(
     candidates = []
     for problem in problems(task, suite, take):
         for name in methods:
-            job = Job(method_for(name, model, task.kind), name, problem, 0, title=name)
-            candidates.append(job.done(model, folder / "edits", progress))
+            for seed in range(EDIT_SEEDS if full else 1):
+                job = Job(method_for(name, model, task.kind), name, problem, seed, title=name)
+                candidates.append(job.done(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
@@ -172,7 +175,10 @@ def rows(report: Report) -> dict[str, Any]:
             "unrecognisable": number(average(broken)),
             "edits": 0 if method == "original" else len(members),
             "seconds an edit": round(sum(seconds) / len(seconds), 1) if seconds else None,
-            "each": {", ".join(case.erased): number(row.h) for case, row in members},
+            "each": {
+                name: number(average([row.h for case, row in members if ", ".join(case.erased) == name]))
+                for name in dict.fromkeys(", ".join(case.erased) for case, _ in members)
+            },
         }
     return found
 
