@@ -276,6 +276,14 @@ def test_every_page_is_in_the_contents():
         assert page.removeprefix("docs/") in nav, page
 
 
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks"])
+def test_every_script_is_listed(folder):
+    scripts = [path.relative_to(HERE / folder) for path in sorted((HERE / folder).rglob("*.py"))]
+    assert len(scripts) > 10
+    missing = [str(path) for path in scripts if str(path) not in TEXTS[f"{folder}/README.md"]]
+    assert not missing
+
+
 def test_the_drawing_names_every_room():
     drawing = (HERE / "docs" / "images" / "architecture-rooms.svg").read_text("utf-8")
     words = set(re.findall(r"\w+", drawing))
