@@ -49,6 +49,11 @@ def output_of(command: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def names(kind: str) -> list[str]:
+    """Return the names that `expunge list KIND` prints."""
+    return [line.split()[0] for line in output_of(f"expunge list {kind}").splitlines()]
+
+
 def fill(markdown: str) -> str:
     """Return a page with every mark followed by what it asks for."""
     return MARK.sub(lambda found: found[0] + "\n\n" + _asked(found[1], found[2]), markdown)
@@ -58,9 +63,8 @@ def _asked(kind: str, what: str) -> str:
     if kind in ("run", "options"):
         text = output_of(what)
         return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())
-    registry = importlib.import_module("expunge.base.registry")
     parts = []
-    for name in registry.names(what):
+    for name in names(what):
         command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
         text = output_of(command)
         own = re.sub(r"^ *-{9,}\n", "", text.partition(OWN)[2])  # the rule under the title
