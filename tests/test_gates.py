@@ -272,7 +272,7 @@ def test_saved_loaded_and_shown(pipe, tmp_path):
 
 def test_a_gate_is_no_weight():
     with pytest.raises(
-        ExpungeError, match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.plain` fits"
+        ExpungeError, match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.fit_static_weights` fits"
     ):
         gated((KEY,), WIDTH).weight(torch.zeros(16, WIDTH))
 
@@ -327,7 +327,7 @@ class TestClosedForm:
         general, mean = torch.randn(500, 16), 8 * torch.eye(16)[0]
         concept, retained = mean + torch.randn(50, 16), 8 * torch.eye(16)[1] + torch.randn(50, 16)
         background = Background(general, retained, 1.0, 4.0)
-        found = gate(concept, background, margin=0.4, leak=0.01)
+        found = gate(concept, background, margin=0.4, retain_openness=0.01)
         s = torch.sigmoid(
             found.slope
             * (torch.cat([concept, retained, general]) @ found.direction.float() - found.centre)
@@ -343,7 +343,8 @@ class TestClosedForm:
         background = Background(torch.randn(500, 16), torch.zeros(0, 16), 1.0, 4.0)
         concept = 8 * torch.eye(16)[0] + torch.randn(50, 16)
         half_open = [
-            float(gate(concept, background, margin=m, leak=0.01).centre) for m in (0.2, 0.4, 0.8)
+            float(gate(concept, background, margin=m, retain_openness=0.01).centre)
+            for m in (0.2, 0.4, 0.8)
         ]
         assert half_open == sorted(half_open)
         assert half_open[0] < half_open[2]
@@ -379,14 +380,14 @@ class TestPlainWeights:
         found = fit_static_weights(
             model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from=""
         )
-        from expunge.erasing.prompt_templates import TEMPLATES
+        from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 
         left, right = [0.5**0.5 * torch.eye(WIDTH).double()], [0.5**0.5 * torch.eye(WIDTH).double()]
         for name in ("cat", "dog"):
             e = model.encode([t.format(name) for t in TEMPLATES["object"]]).embeddings.double()
             left.append(e.flatten(0, 1) / len(e) ** 0.5)
             right.append(change.given(e).flatten(0, 1) / len(e) ** 0.5)
-        e = model.encode(["", "ship", TEMPLATES["object"][0].format("ship")]).embeddings.double()
+        e = model.encode(["", "ship", KEPT["object"].format("ship")]).embeddings.double()
         left.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         right.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         slow = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
