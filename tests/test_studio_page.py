@@ -86,8 +86,7 @@ def opened(studio, browser):
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(studio[0])
-        page.wait_for_selector("#x-erase")
-        page.wait_for_function("document.querySelector('#x-method input')?.value")
+        page.wait_for_selector("#x-examples button:enabled")
         return page
 
     yield open_page
@@ -113,9 +112,10 @@ def tab(page, name):
 
 def toast(page):
     """The sentence that the page shows, and none of what a program says to its makers."""
-    said = page.wait_for_selector(".toast-body").inner_text()
+    said = page.wait_for_selector("[data-testid=toast-text]").inner_text()
     assert "Traceback" not in said
-    page.click(".toast-close")
+    page.locator("[data-testid=toast-close]").first.click()
+    page.wait_for_selector("[data-testid=toast-text]", state="detached")
     return said
 
 

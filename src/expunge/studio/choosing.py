@@ -12,7 +12,7 @@ from typing import Any
 
 from expunge.base.errors import ExpungeError, unknown
 from expunge.base.files import size
-from expunge.checkpoints.pace import said
+from expunge.checkpoints.pace import format_duration
 from expunge.cli import concept_files
 from expunge.problem import Concept, key
 from expunge.studio import choice, recipes, uploads
@@ -198,7 +198,9 @@ class Choosing:
         except ExpungeError as error:
             return Foresight(problem=str(error))
         told = (
-            "this method does not say how long it takes" if seconds is None else f"about {said(seconds)}"
+            "this method does not say how long it takes"
+            if seconds is None
+            else f"about {format_duration(seconds)}"
         )
         return Foresight(f"{size(memory)} of weights in memory", told, tuple(notes))
 

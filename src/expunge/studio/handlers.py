@@ -45,7 +45,7 @@ BUDGETS = {"inversion": (10, 600, 100, 10), "embedding": (1, 40, 10, 1)}
 """Least, most, first and step of an attack's budget."""
 
 
-AWAY = "This page was away for too long: reload it, and the session goes on as it was."
+AWAY = "This page is still coming, or was away for too long: reload it, and all goes on as it was."
 
 
 class Handlers:

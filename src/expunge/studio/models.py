@@ -17,7 +17,7 @@ from expunge.base.errors import ExpungeError
 from expunge.base.files import size
 from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import Plan, estimate, estimate_model
+from expunge.checkpoints.cost_estimate import CostEstimate, estimate, estimate_model
 from expunge.checkpoints.load import load
 from expunge.erasing.caption_gram import unread
 from expunge.method import Method
@@ -42,7 +42,7 @@ class Loaded:
     """A model in memory, and how fast it is here."""
 
     model: Model
-    plan: Plan
+    plan: CostEstimate
 
     def foresee(self, method: Method, problem: Problem) -> tuple[float, float | None]:
         """Bytes of weights in memory, and seconds that erasing takes; None where nobody can say."""
@@ -93,7 +93,7 @@ class Models:
             raise ExpungeError(f"name a model: {shipped}, a folder, a .safetensors file or a hub id")
         if name in self._loaded or name in registry.names("models"):
             return
-        if not self.local_files and not loading.on_hub(name):
+        if not self.local_files and not loading.is_hub_id(name):
             raise ExpungeError(
                 "this studio can be reached from other machines, so it reads no files by their place:"
                 " name a shipped model or a hub id"

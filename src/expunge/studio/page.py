@@ -74,8 +74,12 @@ class Page:
     def _top(self) -> None:
         with gr.Row(elem_id="x-top"):
             gr.HTML(views.HEADER)
-            self.opened = gr.UploadButton("Open …", size="sm", elem_id="x-open", scale=0, min_width=96)
-            self.share = gr.Button("Save …", size="sm", elem_id="x-save", scale=0, min_width=96)
+            self.opened = gr.UploadButton(
+                "Open …", size="sm", interactive=False, elem_id="x-open", scale=0, min_width=96
+            )
+            self.share = gr.Button(
+                "Save …", size="sm", interactive=False, elem_id="x-save", scale=0, min_width=96
+            )
             self.theme = gr.Button("Light / dark", size="sm", elem_id="x-theme", scale=0, min_width=110)
             self.shared = gr.DownloadButton("studio.json", elem_id="x-shared", visible="hidden")
 
@@ -116,7 +120,7 @@ class Page:
                     elem_id="x-text",
                     placeholder="airplane|jet=sky\nflag of Japan=a flag, identity",
                 )
-                self.take_text = gr.Button("Take this list", size="sm")
+                self.take_text = gr.Button("Take this list", size="sm", interactive=False)
                 self.list_file = gr.File(label=".txt, .csv or .toml", height=96, elem_id="x-list")
             with gr.Accordion("Another model", open=False):
                 self.model = gr.Textbox(
@@ -124,7 +128,7 @@ class Page:
                     elem_id="x-model",
                     info="emoji (it ships), a diffusers folder, a .safetensors file, or a hub id",
                 )
-                self.take_model = gr.Button("Use this model", size="sm")
+                self.take_model = gr.Button("Use this model", size="sm", interactive=False)
 
     def _cards(self, who: str | None, version: int) -> None:
         """A card a concept: its other names, what it becomes, its kind."""
@@ -282,7 +286,7 @@ class Page:
 
     def _wire_choice(self) -> None:
         do = self.do
-        waiting = list(self.examples.values())
+        waiting = [*self.examples.values(), self.take_text, self.take_model, self.opened, self.share]
         self.blocks.load(
             partial(do.arrive, n=len(waiting)),
             self.kept,

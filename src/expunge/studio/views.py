@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from expunge.checkpoints.pace import said
+from expunge.checkpoints.pace import format_duration
 from expunge.studio.choosing import Foresight
 from expunge.studio.jobs import CANCELLED, DONE, FAILED, WAITING, Job
 from expunge.studio.looking import Pair
@@ -73,7 +73,7 @@ def progress(session: Session, side: str = "left") -> str:
         return "".join(
             f'<p class="x-say" role="status">{escape(_capital(n))}</p>' for n in job.notes[:4]
         )
-    left = f", about {said(job.left)} left" if job.left is not None else ""
+    left = f", about {format_duration(job.left)} left" if job.left is not None else ""
     doing = f": {job.step}" if job.step else ""
     return _bar(job.share, f"{job.label}{doing}{left}", "working")
 

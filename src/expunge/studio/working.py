@@ -17,9 +17,9 @@ from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, unknown
 from expunge.base.image_files import to_pil
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import operations
+from expunge.checkpoints.cost_estimate import count_operations
 from expunge.checkpoints.export import export
-from expunge.checkpoints.model_card import write_card
+from expunge.checkpoints.model_card import render_card, write_card
 from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
@@ -70,8 +70,13 @@ def erase_in(
     with contextlib.ExitStack() as stack:
         progress: Any = job.progress
         if work is not None:
-            threads = stack.enter_context(Threads(small=operations(model) < SMALL))
-            pace = Pace(model, loaded.plan.totals(work), loaded.plan.foretold, loaded.plan.beside(work))
+            threads = stack.enter_context(Threads(small=count_operations(model) < SMALL))
+            pace = Pace(
+                model,
+                loaded.plan.count_units(work),
+                loaded.plan.unit_seconds,
+                loaded.plan.overhead(work),
+            )
             pace.listeners += [lambda *_: threads.look(), _Listener(job)]
             stack.enter_context(pace)
 
@@ -324,7 +329,7 @@ def take_in(
     if form == "card":
         path = place / f"{stem}.md"
         place.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_card(edit, "edit", report=report), encoding="utf-8")
+        write_card(path, render_card(edit, "edit", report=report))
         return Taken((path,), ())
     checkpoint = Checkpoint.find(model)
     if form == "diffusers":
