@@ -295,6 +295,15 @@ def test_the_site_loads_nothing_from_the_network():
     assert "font: false" in config
     assert not re.search(r"https?://", config)
     assert "mermaid" not in config  # the theme fetches it
+    here = '<a href="https://arxiv.org"><img src="a.png"><link rel="stylesheet" href="../a.css">'
+    assert hooks().on_post_page(here) == here
+    for page in (
+        '<img alt="" src="https://x.org/a.png">',
+        "<script async src=//x.org/a.js></script>",
+        '<link href="https://fonts.x.org/css" rel="stylesheet">',
+    ):
+        with pytest.raises(SystemExit, match="x.org"):
+            hooks().on_post_page(here + page)
 
 
 def test_reference_pages_are_filled_by_the_program():
