@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
-from expunge.checkpoints import lora_names
+from expunge.checkpoints.lora.base_models import describe_base
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
 from tiny import (
@@ -282,7 +282,7 @@ def test_a_lora_of_another_family_and_a_gguf_file(tmp_path):
     z_image().save_pretrained(tmp_path / "tiny")
     factors = {"transformer.context_embedder.lora_A.weight": torch.ones(1, 8),
                "transformer.context_embedder.lora_B.weight": torch.ones(8, 1)}  # fmt: skip
-    save_file(factors, tmp_path / "x.safetensors", lora_names.base_of("Flux2"))
+    save_file(factors, tmp_path / "x.safetensors", describe_base(registry.get("families", "flux2")))
     with pytest.raises(
         ExpungeError, match="not a LoRA for this model, but, as it says, for FLUX.2: .*no layer"
     ):

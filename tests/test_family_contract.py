@@ -377,7 +377,7 @@ def test_a_folder_is_loaded_and_draws_the_same(pipe, family, tmp_path):
 # Random text encoders keep what is retained no better than the concept.
 @pytest.mark.filterwarnings("ignore::expunge.ExpungeWarning")
 def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_moments, "WORK", 0)  # few captions tell enough
+    monkeypatch.setattr(text_moments, "MAX_MULTIPLICATIONS", 0)  # few captions tell enough
     pipe.save_pretrained(tmp_path / "tiny")
     model = loaded(tmp_path / "tiny", family)
     method = registry.get("methods", "uce")(general=0)

@@ -11,11 +11,28 @@ import expunge
 from expunge import ExpungeError
 from expunge.base import registry
 from expunge.changes import LowRank
-from expunge.checkpoints import loading, lora_names
-from expunge.checkpoints.export import by_place, export
-from expunge.checkpoints.lora import Lora, read
+from expunge.checkpoints import loading
+from expunge.checkpoints.export import export
+from expunge.checkpoints.lora import Lora, read_lora
+from expunge.checkpoints.lora.base_models import describe_base, read_base_title
+from expunge.checkpoints.lora.keys import find_layers, make_diffusers_stem
+from expunge.checkpoints.lora.programs import (
+    ALL,
+    PROGRAMS,
+    choose_form,
+    describe_support,
+    find_support,
+    make_table,
+)
+from expunge.checkpoints.weight_changes import group_by_place
+from expunge.families.flux import Flux
+from expunge.families.sd3 import SD3
+from expunge.families.sdxl import SDXL
+from expunge.families.stable_diffusion import StableDiffusion
 from test_export import edited, low_rank
 from tiny import PIPELINES
+
+FAMILIES = {family.__name__: family for family in (StableDiffusion, SDXL, SD3, Flux)}
 
 
 def standard_unet():
@@ -165,21 +182,23 @@ def as_forge(state, family, network):
 
 
 NEW = [
-    (family.__name__, form)
+    (family, form)
     for family in (registry.get("families", name) for name in registry.names("families"))
-    for form in family.lora_readers
+    for form in ("lora", "kohya")
+    if family.__name__ not in FAMILIES and form in family.lora_naming.readers
 ]
+NEW_IDS = [f"{family.__name__}-{form}" for family, form in NEW]
 
 
-@pytest.mark.parametrize(("family", "form"), NEW)
+@pytest.mark.parametrize(("family", "form"), NEW, ids=NEW_IDS)
 def test_comfyui_reads_what_a_family_says(written, family, form):
-    _, network, files, deltas = written[family]
+    _, network, files, deltas = written[family.__name__]
     state = load_file(files[form])
-    if family not in NEW_NAMES:  # ComfyUI has no such model
-        assert not lora_names.reads(form, family, "comfyui")
+    if family.__name__ not in NEW_NAMES:  # ComfyUI has no such model
+        assert not find_support(form, family, "comfyui")
         return
-    moved, unread = as_comfyui(state, comfyui(family, network))
-    if lora_names.reads(form, family, "comfyui"):
+    moved, unread = as_comfyui(state, comfyui(family.__name__, network))
+    if find_support(form, family, "comfyui"):
         assert (set(moved), unread) == (set(deltas), set())
         for name, delta in moved.items():
             torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
@@ -187,15 +206,15 @@ def test_comfyui_reads_what_a_family_says(written, family, form):
         assert not moved
 
 
-@pytest.mark.parametrize(("family", "form"), NEW)
+@pytest.mark.parametrize(("family", "form"), NEW, ids=NEW_IDS)
 def test_diffusers_takes_a_file_for_what_a_family_says(written, family, form):
     """Its own reader of files, before PEFT is asked."""
-    pipe, _, files, deltas = written[family]
-    said = lora_names.reads(form, family, "diffusers")
+    pipe, _, files, deltas = written[family.__name__]
+    said = find_support(form, family, "diffusers")
     if not hasattr(pipe, "lora_state_dict"):
         assert not said
         return
-    if said != lora_names.ALL:
+    if said != ALL:
         return  # the rest is FLUX.1's
     state = pipe.lora_state_dict(load_file(files[form]))
     found = state[0] if isinstance(state, tuple) else state
@@ -211,27 +230,23 @@ def test_diffusers_takes_a_file_for_what_a_family_says(written, family, form):
         torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "form"), NEW)
+@pytest.mark.parametrize(("family", "form"), NEW, ids=NEW_IDS)
 def test_a_new_familys_lora_is_read_back_and_halved(written, family, form):
-    pipe, network, files, deltas = written[family]
+    pipe, network, files, deltas = written[family.__name__]
     for strength in (1.0, 0.5, 2.0):
-        found = read(files[form], type(pipe), network.config, strength)
+        found = read_lora(files[form], type(pipe), network.config, strength)
         assert {c.layers[0].partition(".")[2] for c in found} == deltas.keys()
         for change in found:
             delta = strength * deltas[change.layers[0].partition(".")[2]]
             torch.testing.assert_close(change.up @ change.down, delta, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted({family for family, _ in NEW}))
-def test_a_new_familys_lora_says_its_base(family):
-    said = lora_names.base_of(family)
-    kinds = (registry.get("families", name) for name in registry.names("families"))
-    kind = next(kind for kind in kinds if kind.__name__ == family)
-    assert lora_names.base_named(said) == kind.lora_base["name"]
+@pytest.mark.parametrize(("family", "form"), NEW, ids=NEW_IDS)
+def test_a_new_familys_lora_says_its_base(family, form):
+    said = describe_base(family)
+    assert read_base_title(said) == family.lora_naming.bases[""].title
     assert said["modelspec.architecture"].endswith("/lora")
-    assert "reads" in lora_names.loads_in("lora", family) or "Loads" in lora_names.loads_in(
-        "lora", family
-    )
+    assert describe_support(form, family).startswith("Loads whole in ")
 
 
 def as_a1111(state, family, network):
@@ -297,20 +312,24 @@ def written(tmp_path_factory):
     made = {}
     for name, make in PIPELINES.items():
         pipe = make()
-        family = loading.family_of(type(pipe).__name__)
+        family = loading.find_family(type(pipe).__name__)
         model = expunge.load(pipe)
         network = standard_unet() if name == "stable_diffusion" else network_of(pipe)
         pipe.register_modules(**{family.denoiser: network})
         changes = low_rank(model)
-        lora = Lora.of(lambda layer, _, model=model: model.weight(layer), by_place(changes))
+        lora = Lora.from_changes(
+            lambda layer, _, model=model: model.weight(layer), group_by_place(changes)
+        )
         files = {}
-        named = all(family.kohya(c.layers[0].partition(".")[2], network.config) for c in changes)
+        named = all(
+            family.kohya_layer_name(c.layers[0].partition(".")[2], network.config) for c in changes
+        )
         for form in ("lora", "kohya") if named else ("lora",):
             files[form] = tmp_path_factory.mktemp(name) / f"{form}.safetensors"
             naming = "kohya" if form == "kohya" else "diffusers"
             lora.save(
                 files[form], naming,
-                lambda x, f=family, n=network: f.kohya(x.partition(".")[2], n.config),
+                lambda x, f=family, n=network: f.kohya_layer_name(x.partition(".")[2], n.config),
                 torch.float32, {},
             )  # fmt: skip
         deltas = {c.layers[0].partition(".")[2]: c.up @ c.down for c in changes}
@@ -327,10 +346,10 @@ def test_the_table_is_what_the_programs_maps_say(written, form, family, program)
     moved, unread = AS[program](state, family, network)
     for name, delta in moved.items():
         torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
-    said = lora_names.reads(form, family, program)
-    if said == lora_names.ALL:
+    said = find_support(form, FAMILIES[family], program)
+    if said == ALL:
         assert (len(moved), unread) == (len(deltas), set())
-    elif said == lora_names.NONE:
+    elif said == "":
         assert not moved
         assert unread == set(state)
     else:
@@ -342,7 +361,9 @@ def test_the_table_is_what_the_programs_maps_say(written, form, family, program)
 @pytest.mark.parametrize("family", ["StableDiffusion", "SDXL", "SD3", "Flux"])
 def test_every_form_of_every_family_is_read_back(written, form, family):
     pipe, network, files, deltas = written[family]
-    found = {c.layers[0].partition(".")[2]: c for c in read(files[form], type(pipe), network.config)}
+    found = {
+        c.layers[0].partition(".")[2]: c for c in read_lora(files[form], type(pipe), network.config)
+    }
     assert found.keys() == deltas.keys()
     for name, change in found.items():
         torch.testing.assert_close(change.up @ change.down, deltas[name], rtol=1e-4, atol=1e-5)
@@ -353,29 +374,29 @@ def test_every_form_of_every_family_is_read_back(written, form, family):
 def test_diffusers_reads_what_the_table_says(written, form, family):
     pytest.importorskip("peft")
     pipe, network, files, deltas = written[family]
-    said = lora_names.reads(form, family, "diffusers")
+    said = find_support(form, FAMILIES[family], "diffusers")
     pipe.load_lora_weights(str(files[form])) if said else None
     loaded = {key.partition(".lora_A")[0] for key, _ in network.named_parameters() if ".lora_A" in key}
     if said:
         pipe.unload_lora_weights()
-    assert loaded == (set(deltas) if said == lora_names.ALL else set())
+    assert loaded == (set(deltas) if said == ALL else set())
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_every_layer_is_found_again_in_every_naming(name):
     pipe = PIPELINES[name]()
-    network, family = network_of(pipe), loading.family_of(type(pipe).__name__)
+    network, family = network_of(pipe), loading.find_family(type(pipe).__name__)
     seen = 0
     for layer in weighted(network):
         whole = f"{family.denoiser}.{layer}"
         original = family.ldm_layer_name(layer, network.config)
         stems = {whole, f"base_model.model.{layer}", f"{family.denoiser}.base_model.model.{layer}",
                  f"lora_unet_{layer.replace('.', '_')}", f"lycoris_{layer.replace('.', '_')}",
-                 lora_names.diffusers_stem(whole)[0]}  # fmt: skip
+                 make_diffusers_stem(whole)[0]}  # fmt: skip
         if original:
             stems |= {f"diffusion_model.{original}", f"lora_unet_{original.replace('.', '_')}", original}
         for stem in stems:
-            assert lora_names.layers(stem, family, network.config) == ((whole, None),), stem
+            assert find_layers(stem, family, network.config) == ((whole, None),), stem
             seen += 1
     assert seen > 100
 
@@ -393,7 +414,7 @@ def test_layers_that_are_one_in_the_first_code_are_split(tmp_path):
         state[f"lora_unet_{stem}.lora_down.weight"] = torch.randn(rank, width)
         state[f"lora_unet_{stem}.alpha"] = torch.tensor(6.0)
     save_file(state, tmp_path / "x.safetensors")
-    found = {c.layers[0]: c.up @ c.down for c in read(tmp_path / "x.safetensors", type(pipe), {})}
+    found = {c.layers[0]: c.up @ c.down for c in read_lora(tmp_path / "x.safetensors", type(pipe), {})}
 
     def product(stem):
         return (
@@ -413,7 +434,7 @@ def test_layers_that_are_one_in_the_first_code_are_split(tmp_path):
     torch.testing.assert_close(
         found["transformer.norm_out.linear"], torch.cat([last[width:], last[:width]])
     )
-    for change in read(tmp_path / "x.safetensors", type(pipe), {}):
+    for change in read_lora(tmp_path / "x.safetensors", type(pipe), {}):
         layer = pipe.transformer.get_submodule(change.layers[0].partition(".")[2])
         assert change.fits(layer.weight.shape)
 
@@ -431,8 +452,8 @@ def test_a_program_gets_the_form_that_it_reads(program, name, form, tmp_path):
         edited(model, low_rank(model)), program, tmp_path / "model", tmp_path / "x.safetensors"
     )
     assert done.form == form
-    assert lora_names.loads_in(form, type(model).__name__) in done.notes[-1]
-    assert lora_names.CALLED[program] in done.notes[-1]
+    assert describe_support(form, type(model)) in done.notes[-1]
+    assert PROGRAMS[program] in done.notes[-1]
 
 
 def test_a_layer_without_a_name_of_kohyas_goes_to_comfyui_in_diffusers_naming(tmp_path):
@@ -457,16 +478,16 @@ def test_what_no_program_reads_is_refused():
     with pytest.raises(
         ExpungeError, match="A1111 reads no LoRA of this edit for SD3: export a single file"
     ):
-        lora_names.form_for("a1111", "SD3", True)
-    with pytest.raises(ExpungeError, match="A1111 does not draw with FLUX.1 at all"):
-        lora_names.form_for("a1111", "Flux", True)
+        choose_form("a1111", SD3, True)
+    with pytest.raises(ExpungeError, match="A1111 does not run FLUX.1 at all"):
+        choose_form("a1111", Flux, True)
 
 
 def test_the_page_has_the_table():
     from pathlib import Path
 
-    page = (Path(__file__).parents[1] / "docs" / "use-elsewhere.md").read_text(encoding="utf-8")
-    assert lora_names.table() in page
+    page = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
+    assert make_table() in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -484,7 +505,7 @@ def test_the_page_has_the_table():
     ],
 )  # fmt: skip
 def test_a_lora_says_for_which_base_it_is(family, variant, version, second, architecture, named):
-    said = lora_names.base_of(family, variant)
+    said = describe_base(FAMILIES[family], variant)
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, second)
     assert said["modelspec.architecture"] == architecture
-    assert lora_names.base_named(said) == named
+    assert read_base_title(said) == named

@@ -8,12 +8,12 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, nearest
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.ops.attention import CrossAttention
@@ -21,6 +21,9 @@ from expunge.ops.cached_layers import cache_outputs
 from expunge.probe import Probe
 from expunge.runtime.schedulers import replaced
 from expunge.text import Text, TextEntry
+
+if TYPE_CHECKING:
+    from expunge.families._lora import FusedLayers, LayerRows, LoraNaming
 
 ANCHORS = {
     "object": "sky",
@@ -54,18 +57,19 @@ class Model(ABC):
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """For each form of a LoRA ("lora", "kohya") what each of `lora_names.PROGRAMS` reads of it, in order:
-    "all", "" for nothing, or which part."""
-    lora_base: ClassVar[Mapping[str, str]] = {}
-    """What a LoRA says of its base: "name" in a sentence, and trainers' "version", "architecture",
-    "implementation" and "resolution"."""
     text_refiner: ClassVar[tuple[str, ...]] = ()
     """Layers from the text entries on that see text alone, and no time, by how their names begin."""
     read_ahead: ClassVar[tuple[str, ...]] = ()
     """Layers of the denoiser between its text encoder and its text entries, in order: they see nothing
     but text. `encode` applies them, so that `Text.embeddings` is what the entries read, and `predict`
     passes them by."""
+    ldm_layers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Regular expressions of the denoiser's layers, and what the original code calls each of them."""
+    ldm_fused_layers: ClassVar[FusedLayers] = ()
+    """The original code's layers that are several here, or one with its rows in another order."""
+    lora_naming: ClassVar[LoraNaming]
+    """Which programs read LoRAs of this family, and how their metadata name its base models; by default
+    diffusers alone. See `expunge.families._lora`."""
     missing_capabilities: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 
@@ -182,7 +186,45 @@ class Model(ABC):
             layer: its name inside the denoiser.
             config: the denoiser's configuration, or what `layout` makes of a single file.
         """
+        for pattern, name in cls.ldm_layers:
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
         return None
+
+    @classmethod
+    def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
+        """Find the denoiser's layers that the original code calls `name`; inverts `ldm_layer_name`.
+
+        Args:
+            name: a layer's name in the original code, without the prefix of the denoiser.
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+
+        Returns:
+            each layer, and how its rows are selected from the original layer's; empty if there is none.
+        """
+        number = r"(\d+)"
+        for pattern, original in cls.ldm_layers:
+            wanted = re.escape(original).replace(r"\\1", number)
+            if found := re.fullmatch(wanted, name):
+                block = found[1] if found.groups() else ""
+                return ((pattern.replace(number, block).replace("\\.", "."), None),)
+        for pattern, parts in cls.ldm_fused_layers:
+            if found := re.fullmatch(pattern, name):
+                return tuple((found.expand(layer), pick) for layer, pick in parts)
+        return ()
+
+    @classmethod
+    def infer_variant(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
+    ) -> str:
+        """Tell apart the base models of a family, as keys of `lora_naming.bases`; "" is the usual one.
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names of a checkpoint's tensors, as its files call them, and their shapes.
+            prediction_type: what the scheduler's configuration says; "" if there is none.
+        """
+        return ""
 
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
@@ -190,7 +232,7 @@ class Model(ABC):
         return {}
 
     @classmethod
-    def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def kohya_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """What a layer of the denoiser is called in a LoRA of kohya's naming; None where nothing is."""
         original = cls.ldm_layer_name(layer, config)
         return None if original is None else "lora_unet_" + original.replace(".", "_")
@@ -266,6 +308,10 @@ class Model(ABC):
             return dict(found)
         places = {key: f"{self.denoiser}.{name}.{key}".rpartition(".") for key, _ in found}
         return {key: self.stored(layer, parameter) for key, (layer, _, parameter) in places.items()}
+
+    def near(self, word: str) -> str:
+        """The word of the tokenizer's own that is spelled most like one; "" where none is."""
+        return nearest(word.casefold(), (known.casefold() for known in self.vocabulary()), 0.75)
 
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:
@@ -418,7 +464,8 @@ class Model(ABC):
         It ends with the last of them.
 
         Args:
-            text, seeds: a row and the number of its noise for each image.
+            text: n rows, one for each image.
+            seeds: the numbers of their noises, n.
             at: numbers of steps, rising.
         """
         steps = self.trajectory(

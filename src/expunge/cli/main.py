@@ -31,10 +31,10 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from expunge import __version__
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, listed, nearest, unknown
 from expunge.base.fields import spelled_out
 from expunge.checkpoints import loading
-from expunge.cli import concept_files, export_commands
+from expunge.cli import concept_files, export_commands, studio_command
 from expunge.cli.export_commands import Loading
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from expunge.base.quiet import Progress
-    from expunge.checkpoints.cost_estimate import Plan
+    from expunge.checkpoints.cost_estimate import CostEstimate
     from expunge.checkpoints.pace import Pace
     from expunge.edit import Edit
     from expunge.evaluation.image_cache import Cache
@@ -72,6 +72,7 @@ usage: expunge COMMAND …
   undo MODEL        a model that export wrote as it was before
   info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
   list KIND         methods, models, families, attacks, metrics, suites
+  studio            all of it in the browser, on this machine
 
   expunge COMMAND --help    shows its options
   expunge --version         shows the version
@@ -255,7 +256,7 @@ def draw_command(options: Draw) -> None:
                 " -o FOLDER/ takes more"
             )
     files.check_writable(output / "0.png" if to_folder else output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     for path in options.edit:
         files.read_header(path)
     from expunge.edit import Edit
@@ -310,7 +311,7 @@ def _check_erase(options: Erase) -> Problem:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     return problem
 
 
@@ -319,13 +320,63 @@ def _say_anchors(model: Model, problem: Problem) -> None:
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
+        if concept.anchor and (strange := _spelled(model, [concept.anchor])):
             warnings.warn(
-                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
-                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
+                f"this model's tokenizer has no token for {strange} in the anchor {concept.anchor!r}:"
+                f" is it what {concept.name!r} should become?",
                 ExpungeWarning,
                 stacklevel=1,
             )
+
+
+def _spelled(model: Model, names: Sequence[str]) -> str:
+    """The words that the tokenizer can only spell, each with what it may be meant to be.
+
+    What a suite of the model asks for is spelled as it is meant.
+    """
+    if not any(map(model.unfamiliar, names)):
+        return ""
+    judged = _judged_names(model.name)
+    told: dict[str, str] = {}
+    for name in names:
+        near = _nearest(name, judged)
+        if near.casefold() == name.casefold():
+            continue
+        for word in model.unfamiliar(name):
+            told.setdefault(word, near or model.near(word))
+    return listed([repr(word) + f" (near: {near!r})" * bool(near) for word, near in told.items()], 3)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The name that is spelled most like one, but for an article; "" where none is."""
+    bare = re.sub(r"^(an?|the) ", "", name.casefold())
+    known = {one.casefold(): one for one in names}
+    return known.get(nearest(bare, known, 0.8), "")
+
+
+def _judged_names(model: str) -> list[str]:
+    """The names of all that the suites of a model ask for."""
+    from expunge.evaluation.suite import Suite
+
+    suites = [Suite.read(name) for name in registry.names("suites")]
+    concepts = [one for suite in suites if suite.model == model for one in suite.concepts]
+    return [name for one in concepts for name in (*one.names, *one.synonyms)]
+
+
+def _say_unfamiliar(model: Model, problem: Problem) -> None:
+    """The words that may be misspelt.
+
+    What is retained may be anybody's names: of those only words near to one of the model's are said.
+    """
+    names = [name for concept in problem.erase for name in concept.names]
+    names += [text for text in problem.retain if any(map(model.near, model.unfamiliar(text)))]
+    if strange := _spelled(model, names):
+        warnings.warn(
+            f"this model's tokenizer has no token for {strange}:"
+            " look whether it is spelled as you meant",
+            ExpungeWarning,
+            stacklevel=1,
+        )
 
 
 def erase_command(options: Erase, method: Any) -> None:
@@ -344,16 +395,7 @@ def erase_command(options: Erase, method: Any) -> None:
         options.loading.show_plan(options.model, lambda steps: method.estimate_cost(problem, steps))
         return
     model = options.loading.load(options.model, method.estimate_cost(problem, 1))
-    named = (
-        word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
-    )
-    if strange := [repr(word) for word in dict.fromkeys(named)]:
-        warnings.warn(
-            f"this model's tokenizer has no token for {listed(strange, 3)}:"
-            " look whether it is spelled as you meant",
-            ExpungeWarning,
-            stacklevel=1,
-        )
+    _say_unfamiliar(model, problem)
     if method.reads_anchor:
         _say_anchors(model, problem)
     elif told := [concept for concept in problem.erase if concept.anchor]:
@@ -404,7 +446,7 @@ def evaluate_command(options: Evaluate) -> None:
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
     for name in models:
-        loading.find(name)
+        loading.find_source(name)
     for name in options.edits:
         if not Path(name).is_dir():
             files.read_header(name)
@@ -484,7 +526,7 @@ def _attack(
         shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
         broken = ", ".join(f"{budget}: {_score(one)}" for budget, one in row.broken.items())
         table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares, broken)
-    _out().print(table)
+    _print(table)
     print(f"attacked images: {images}")
 
 
@@ -525,7 +567,7 @@ def _show(report: Report) -> None:
             for row in case.rows:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
                 table.add_row(row.name, *[words] * several, *map(_score, numbers))
-        _out().print(table)
+        _print(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
             print(f"left out, for the original seldom draws them: {listed(left_out, 5)}")
@@ -586,7 +628,7 @@ def info_command(options: Info) -> None:
     )
     table.add_row("hash", edit.hash[:16])
     table.add_row("fits", _fit(edit, options.model))
-    _out().print(table)
+    _print(table)
 
 
 def list_command(options: List) -> None:
@@ -597,13 +639,14 @@ def list_command(options: List) -> None:
     table.add_column()
     for name in names:
         table.add_row(name, registry.describe(options.kind, name))
-    _out().print(table if names else f"no {options.kind} yet")
+    _print(table if names else f"no {options.kind} yet")
     if options.kind == "methods":
         heads, *rows = registry.matrix()
         grid = Table(*heads, box=None, pad_edge=False)
         for row in rows:
             grid.add_row(*row)
-        _out().print(grid)
+        _print("")
+        _print(grid)
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
@@ -615,6 +658,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "undo": (export_commands.Undo, export_commands.undo_command),
     "info": (Info, info_command),
     "list": (List, list_command),
+    "studio": (studio_command.Studio, studio_command.studio_command),
 }
 """The commands but for `erase`, whose options depend on the method."""
 
@@ -690,7 +734,7 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
         table.add_row(name, preset.get("about", ""), spelled_out(values))
-    _out().print(table if presets else f"{method} has no presets")
+    _print(table if presets else f"{method} has no presets")
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: bool = True) -> T:
@@ -846,13 +890,12 @@ def _sentence(said: str, command: str) -> str:
 def _fit(edit: Edit, model: str | None) -> str:
     """Whether an edit fits a model, in words."""
     from expunge.checkpoints.checkpoint import Checkpoint
-    from expunge.checkpoints.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = fits(edit, Checkpoint.find(name))
+        same = Checkpoint.find(name).fits(edit)
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise
@@ -862,17 +905,17 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 def _threads(model: Model) -> Threads:
     """The CPU's threads for some work with a model."""
-    from expunge.checkpoints.cost_estimate import operations
+    from expunge.checkpoints.cost_estimate import count_operations
     from expunge.runtime.threads import SMALL, Threads
 
-    return Threads(small=operations(model) < SMALL)
+    return Threads(small=count_operations(model) < SMALL)
 
 
-def _pace(model: Model, plan: Plan, work: Cost) -> Pace:
+def _pace(model: Model, plan: CostEstimate, work: Cost) -> Pace:
     """What counts the work of a model, and says how long the rest of it takes."""
     from expunge.checkpoints.pace import Pace
 
-    return Pace(model, plan.totals(work), plan.foretold, plan.beside(work))
+    return Pace(model, plan.count_units(work), plan.unit_seconds, plan.overhead(work))
 
 
 @contextlib.contextmanager
@@ -893,21 +936,21 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
         if pace is None:
             yield _lines(say)
             return
-        from expunge.checkpoints.pace import lines
+        from expunge.checkpoints.pace import make_printer
 
-        pace.listeners.append(lines(pace, say))
+        pace.listeners.append(make_printer(pace, say))
         yield _only_what_was_there()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
         if pace is not None:
-            from expunge.checkpoints.pace import said
+            from expunge.checkpoints.pace import format_duration
 
             whole = bars.add_task("in all", total=1.0)
             pace.listeners.append(
                 lambda left, done: bars.update(
-                    whole, completed=done, description=f"about {said(left)} left in all"
+                    whole, completed=done, description=f"about {format_duration(left)} left in all"
                 )
             )
 
@@ -1000,8 +1043,15 @@ def _notes(console: Console) -> Iterator[None]:
         yield
 
 
-def _out() -> Console:
-    return _console()
+def _print(shown: Table | str) -> None:
+    """Print to a terminal as it is; elsewhere without the blanks that fill a table's last column."""
+    console = _console()
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as caught:
+        console.print(shown)
+    print("\n".join(line.rstrip() for line in caught.get().splitlines()))
 
 
 WIDE = 100_000

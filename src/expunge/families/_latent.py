@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ from torch.func import functional_call
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.quiet import Progress, quiet
 from expunge.families import _text
+from expunge.families._lora import LoraNaming
 from expunge.model import Model, require_unicode, warn_cut
 from expunge.probe import Probe
 from expunge.text import Text
@@ -31,6 +30,7 @@ FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 class LatentModel(Model):
     """A denoiser of an autoencoder's latents."""
 
+    lora_naming = LoraNaming()
     contrasts: bool = True
     """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
     takes_guidance: bool = True
@@ -83,14 +83,6 @@ class LatentModel(Model):
     @abstractmethod
     def _read(self, prompts: list[str]) -> Text:
         """Distinct prompts as the denoiser sees them, with gradients where they are enabled."""
-
-    @classmethod
-    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
-        # A table `ORIGINALS` stands beside a family whose first code has other names.
-        for pattern, name in getattr(sys.modules[cls.__module__], "ORIGINALS", ()):
-            if found := re.fullmatch(pattern, layer):
-                return found.expand(name)
-        return None
 
     def knows(self, prompt: str) -> bool:
         return _text.knows(self.pipe.tokenizer, prompt)

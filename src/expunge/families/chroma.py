@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from expunge.families._flow import FlowModel, end, shift, t5
-from expunge.families.flux import ORIGINALS as ORIGINALS  # its first code names layers alike
+from expunge.families._lora import ALL, BaseModel, LoraNaming
+from expunge.families.flux import Flux
 from expunge.text import Text, TextEntry
 
 
@@ -31,16 +32,28 @@ class Chroma(FlowModel):
     }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "lora": ("all", "all", "", "", ""),
-        "kohya": ("none of the layers through which text enters", "all", "", "", ""),
-    }
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "Chroma",
-        "version": "chroma",
-        "architecture": "chroma",
-        "implementation": "https://huggingface.co/lodestones/Chroma",
-    }
+    ldm_layers = Flux.ldm_layers  # its original code names layers alike
+    ldm_fused_layers = Flux.ldm_fused_layers
+    lora_naming = LoraNaming(
+        title="Chroma",
+        bases={
+            "": BaseModel(
+                "Chroma",
+                "chroma",
+                "chroma",
+                "https://huggingface.co/lodestones/Chroma",
+                1024,
+            )
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL},
+            "kohya": {"diffusers": "none of the layers through which text enters", "comfyui": ALL},
+        },
+        words=(
+            "distilled_guidance_layer",
+            "in_proj",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 5.0, "num_inference_steps": 35, **(settings or {})}

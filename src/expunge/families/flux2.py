@@ -14,6 +14,7 @@ from torch import Tensor
 from expunge.families import _text
 from expunge.families._flow import end
 from expunge.families._llm import LanguageModelText
+from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally, swap_shift_and_scale
 from expunge.text import Text
 
 LAYERS = {"Flux2KleinPipeline": (9, 18, 27), "Flux2Pipeline": (10, 20, 30)}
@@ -37,19 +38,61 @@ class Flux2(LanguageModelText):
     single_files = ("flux-2-dev",)
     single_file_key = "single_stream_modulation.lin.weight"
     most_tokens = 512
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "lora": ("all", "all", "", "", ""),
-        "kohya": ("all", "all", "", "", ""),
-    }
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "FLUX.2",
-        "version": "flux2",
-        "architecture": "flux-2",
-        "implementation": "https://github.com/black-forest-labs/flux2",
-    }
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
+    ldm_layers = (
+        (r"context_embedder", r"txt_in"),
+        (r"x_embedder", r"img_in"),
+        (r"time_guidance_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
+        (r"time_guidance_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
+        (r"time_guidance_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
+        (r"time_guidance_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
+        (r"double_stream_modulation_img\.linear", r"double_stream_modulation_img.lin"),
+        (r"double_stream_modulation_txt\.linear", r"double_stream_modulation_txt.lin"),
+        (r"single_stream_modulation\.linear", r"single_stream_modulation.lin"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+        (r"proj_out", r"final_layer.linear"),
+    )
+    ldm_fused_layers = (
+        (r"double_blocks\.(\d+)\.img_attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
+        (r"double_blocks\.(\d+)\.txt_attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
+        (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
+    )  # fmt: skip
+    lora_naming = LoraNaming(
+        title="FLUX.2",
+        bases={
+            "": BaseModel(
+                "FLUX.2",
+                "flux2",
+                "flux-2",
+                "https://github.com/black-forest-labs/flux2",
+                1024,
+            )
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL},
+            "kohya": {"diffusers": ALL, "comfyui": ALL},
+        },
+        words=(
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+            "to_qkv_mlp_proj",
+            "linear_in",
+            "linear_out",
+            "time_guidance_embed",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         told = bool(pipe.transformer.config.guidance_embeds)
@@ -143,36 +186,3 @@ class Flux2(LanguageModelText):
         norm, config = self.pipe.vae.bn, self.pipe.vae.config
         mean, variance = (x.view(1, -1, 1, 1).to(like) for x in (norm.running_mean, norm.running_var))
         return mean, (variance + config.batch_norm_eps).sqrt()
-
-
-ORIGINALS = (
-    (r"context_embedder", r"txt_in"),
-    (r"x_embedder", r"img_in"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
-    (r"time_guidance_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
-    (r"time_guidance_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
-    (r"double_stream_modulation_img\.linear", r"double_stream_modulation_img.lin"),
-    (r"double_stream_modulation_txt\.linear", r"double_stream_modulation_txt.lin"),
-    (r"single_stream_modulation\.linear", r"single_stream_modulation.lin"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
-    (r"proj_out", r"final_layer.linear"),
-)
-"""What the first code calls the layers that have a place of their own there."""
-
-JOINED = (
-    (r"double_blocks\.(\d+)\.img_attn\.qkv", r"transformer_blocks.\1.attn", ("to_q", "to_k", "to_v")),
-    (
-        r"double_blocks\.(\d+)\.txt_attn\.qkv",
-        r"transformer_blocks.\1.attn",
-        ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ),
-)
-"""What it holds in one layer, in equal parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from expunge.families import _text
 from expunge.families._cross import CrossAttentionModel
 from expunge.families._flow import end, t5
+from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally
 from expunge.families._noise import Diffusion
 from expunge.text import Text
 
@@ -28,13 +29,51 @@ class PixArt(Diffusion, CrossAttentionModel):
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     read_ahead = ("caption_projection",)
     most_tokens = 300
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {"lora": ("", "all", "", "", "")}
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "PixArt",
-        "version": "pixart",
-        "architecture": "pixart-sigma",
-        "implementation": "https://github.com/PixArt-alpha/PixArt-sigma",
-    }
+    ldm_layers = (
+        (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
+        (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.mlp.fc1"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.mlp.fc2"),
+        (r"caption_projection\.linear_1", r"y_embedder.y_proj.fc1"),
+        (r"caption_projection\.linear_2", r"y_embedder.y_proj.fc2"),
+        (r"adaln_single\.emb\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
+        (r"adaln_single\.emb\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
+        (r"adaln_single\.linear", r"t_block.1"),
+        (r"pos_embed\.proj", r"x_embedder.proj"),
+        (r"proj_out", r"final_layer.linear"),
+    )
+    ldm_fused_layers = (
+        (r"blocks\.(\d+)\.attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn1", "to_q to_k to_v")),
+        (r"blocks\.(\d+)\.cross_attn\.kv_linear",
+         split_equally(r"transformer_blocks.\1.attn2", "to_k to_v")),
+    )  # fmt: skip
+    lora_naming = LoraNaming(
+        title="PixArt",
+        bases={
+            "": BaseModel(
+                "PixArt",
+                "pixart",
+                "pixart-sigma",
+                "https://github.com/PixArt-alpha/PixArt-sigma",
+                1024,
+            )
+        },
+        readers={"lora": {"comfyui": ALL}},
+        words=(
+            "adaln_single",
+            "patch_embed",
+            "caption_projection",
+            "y_proj",
+            "t_block",
+            "cross_attn",
+            "kv_linear",
+            "q_linear",
+            "resolution_embedder",
+            "aspect_ratio_embedder",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
@@ -95,26 +134,3 @@ class PixArt(Diffusion, CrossAttentionModel):
             "resolution": torch.tensor([[height, width]]).repeat(n, 1).to(self.device, self.dtype),
             "aspect_ratio": torch.tensor([[height / width]]).repeat(n, 1).to(self.device, self.dtype),
         }
-
-
-ORIGINALS = (
-    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.mlp.fc2"),
-    (r"caption_projection\.linear_1", r"y_embedder.y_proj.fc1"),
-    (r"caption_projection\.linear_2", r"y_embedder.y_proj.fc2"),
-    (r"adaln_single\.emb\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
-    (r"adaln_single\.emb\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
-    (r"adaln_single\.linear", r"t_block.1"),
-    (r"pos_embed\.proj", r"x_embedder.proj"),
-    (r"proj_out", r"final_layer.linear"),
-)
-"""What the first code calls the layers that have a place of their own there."""
-
-JOINED = (
-    (r"blocks\.(\d+)\.attn\.qkv", r"transformer_blocks.\1.attn1", ("to_q", "to_k", "to_v")),
-    (r"blocks\.(\d+)\.cross_attn\.kv_linear", r"transformer_blocks.\1.attn2", ("to_k", "to_v")),
-)
-"""What it holds in one layer, in equal parts."""

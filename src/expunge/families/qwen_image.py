@@ -13,6 +13,7 @@ from torch import Tensor
 from expunge.families import _text
 from expunge.families._flow import end, shift
 from expunge.families._llm import LanguageModelText, filled
+from expunge.families._lora import ALL, BaseModel, LoraNaming
 from expunge.text import Text, TextEntry
 
 
@@ -33,19 +34,26 @@ class QwenImage(LanguageModelText):
     single_files = ("v1",)
     single_file_key = "txt_norm.weight"
     most_tokens = 512
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "lora": ("all", "all", "", "", ""),
-        "kohya": ("all", "all", "", "", ""),
-    }
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "Qwen-Image",
-        "version": "qwen_image",
-        "architecture": "Qwen-Image",
-        "implementation": "https://github.com/QwenLM/Qwen-Image",
-    }
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
+    ldm_layers = ((r"(.+)", r"\1"),)
+    lora_naming = LoraNaming(
+        title="Qwen-Image",
+        bases={
+            "": BaseModel(
+                "Qwen-Image",
+                "qwen_image",
+                "Qwen-Image",
+                "https://github.com/QwenLM/Qwen-Image",
+                1024,
+            )
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL},
+            "kohya": {"diffusers": ALL, "comfyui": ALL},
+        },
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 4.0, "num_inference_steps": 50, **(settings or {})}
@@ -140,7 +148,3 @@ class QwenImage(LanguageModelText):
             torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std)
         )
         return mean, deviation
-
-
-ORIGINALS = ((r"(.+)", r"\1"),)
-"""What the first code calls its layers: as diffusers does."""

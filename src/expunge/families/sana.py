@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._cross import CrossAttentionModel
+from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally
 from expunge.families._noise import Flow
 from expunge.text import Text
 
@@ -31,13 +32,58 @@ class Sana(Flow, CrossAttentionModel):
     single_files = ("sana",)
     single_file_key = "cross_attn.kv_linear.weight"
     most_tokens = 600
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {"lora": ("all", "", "", "", "")}
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "SANA",
-        "version": "sana",
-        "architecture": "sana",
-        "implementation": "https://github.com/NVlabs/Sana",
-    }
+    ldm_layers = (
+        (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
+        (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.conv_inverted", r"blocks.\1.mlp.inverted_conv.conv"),
+        (r"transformer_blocks\.(\d+)\.ff\.conv_depth", r"blocks.\1.mlp.depth_conv.conv"),
+        (r"transformer_blocks\.(\d+)\.ff\.conv_point", r"blocks.\1.mlp.point_conv.conv"),
+        (r"caption_projection\.linear_1", r"y_embedder.y_proj.fc1"),
+        (r"caption_projection\.linear_2", r"y_embedder.y_proj.fc2"),
+        (r"caption_norm", r"attention_y_norm"),
+        (r"time_embed\.emb\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
+        (r"time_embed\.emb\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
+        (r"time_embed\.linear", r"t_block.1"),
+        (r"patch_embed\.proj", r"x_embedder.proj"),
+        (r"proj_out", r"final_layer.linear"),
+    )
+    ldm_fused_layers = (
+        (r"blocks\.(\d+)\.attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn1", "to_q to_k to_v")),
+        (r"blocks\.(\d+)\.cross_attn\.kv_linear",
+         split_equally(r"transformer_blocks.\1.attn2", "to_k to_v")),
+    )  # fmt: skip
+    lora_naming = LoraNaming(
+        title="SANA",
+        bases={
+            "": BaseModel(
+                "SANA",
+                "sana",
+                "sana",
+                "https://github.com/NVlabs/Sana",
+                1024,
+            )
+        },
+        readers={"lora": {"diffusers": ALL}},
+        words=(
+            "patch_embed",
+            "caption_projection",
+            "caption_norm",
+            "attention_y_norm",
+            "y_proj",
+            "t_block",
+            "cross_attn",
+            "kv_linear",
+            "q_linear",
+            "conv_inverted",
+            "conv_depth",
+            "conv_point",
+            "inverted_conv",
+            "depth_conv",
+            "point_conv",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
@@ -97,28 +143,3 @@ class Sana(Flow, CrossAttentionModel):
                 return_dict=False,
             )[0]
         return output[:, : latents.shape[1]]
-
-
-ORIGINALS = (
-    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.conv_inverted", r"blocks.\1.mlp.inverted_conv.conv"),
-    (r"transformer_blocks\.(\d+)\.ff\.conv_depth", r"blocks.\1.mlp.depth_conv.conv"),
-    (r"transformer_blocks\.(\d+)\.ff\.conv_point", r"blocks.\1.mlp.point_conv.conv"),
-    (r"caption_projection\.linear_1", r"y_embedder.y_proj.fc1"),
-    (r"caption_projection\.linear_2", r"y_embedder.y_proj.fc2"),
-    (r"caption_norm", r"attention_y_norm"),
-    (r"time_embed\.emb\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
-    (r"time_embed\.emb\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
-    (r"time_embed\.linear", r"t_block.1"),
-    (r"patch_embed\.proj", r"x_embedder.proj"),
-    (r"proj_out", r"final_layer.linear"),
-)
-"""What the first code calls the layers that have a place of their own there."""
-
-JOINED = (
-    (r"blocks\.(\d+)\.attn\.qkv", r"transformer_blocks.\1.attn1", ("to_q", "to_k", "to_v")),
-    (r"blocks\.(\d+)\.cross_attn\.kv_linear", r"transformer_blocks.\1.attn2", ("to_k", "to_v")),
-)
-"""What it holds in one layer, in equal parts."""

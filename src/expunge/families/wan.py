@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from expunge.base.errors import ExpungeError
 from expunge.families import _text
 from expunge.families._cross import CrossAttentionModel
 from expunge.families._flow import end, t5
+from expunge.families._lora import ALL, BaseModel, LoraNaming
 from expunge.families._noise import Flow
 from expunge.text import Text
 
@@ -34,17 +35,47 @@ class Wan(Flow, CrossAttentionModel):
     single_files = ("wan-t2v-1.3B", "wan-t2v-14B")
     single_file_key = "head.modulation"
     most_tokens = 512
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "lora": ("all", "", "", "", ""),
-        "kohya": ("", "all", "", "", ""),  # diffusers wants a LoRA of every layer there
-    }
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "Wan",
-        "version": "wan2.1",
-        "architecture": "wan2.1",
-        "implementation": "https://github.com/Wan-Video/Wan2.1",
-        "resolution": "1280x720",
-    }
+    ldm_layers = (
+        (r"blocks\.(\d+)\.attn1\.to_q", r"blocks.\1.self_attn.q"),
+        (r"blocks\.(\d+)\.attn1\.to_k", r"blocks.\1.self_attn.k"),
+        (r"blocks\.(\d+)\.attn1\.to_v", r"blocks.\1.self_attn.v"),
+        (r"blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q"),
+        (r"blocks\.(\d+)\.attn2\.to_k", r"blocks.\1.cross_attn.k"),
+        (r"blocks\.(\d+)\.attn2\.to_v", r"blocks.\1.cross_attn.v"),
+        (r"blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.o"),
+        (r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
+        (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
+        (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
+        (r"condition_embedder\.text_embedder\.linear_1", r"text_embedding.0"),
+        (r"condition_embedder\.text_embedder\.linear_2", r"text_embedding.2"),
+        (r"condition_embedder\.time_embedder\.linear_1", r"time_embedding.0"),
+        (r"condition_embedder\.time_embedder\.linear_2", r"time_embedding.2"),
+        (r"condition_embedder\.time_proj", r"time_projection.1"),
+        (r"patch_embedding", r"patch_embedding"),
+        (r"proj_out", r"head.head"),
+    )
+    lora_naming = LoraNaming(
+        title="Wan",
+        bases={
+            "": BaseModel(
+                "Wan",
+                "wan2.1",
+                "wan2.1",
+                "https://github.com/Wan-Video/Wan2.1",
+                1280,
+            )
+        },
+        readers={"lora": {"diffusers": ALL}, "kohya": {"comfyui": ALL}},
+        words=(
+            "cross_attn",
+            "text_embedding",
+            "time_projection",
+            "patch_embedding",
+            "condition_embedder",
+            "time_embedder",
+            "time_proj",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 5.0, "num_inference_steps": 50, **(settings or {})}
@@ -142,24 +173,3 @@ class Wan(Flow, CrossAttentionModel):
             for x in (config.latents_mean, config.latents_std)
         )
         return mean, deviation
-
-
-ORIGINALS = (
-    *(
-        (rf"blocks\.(\d+)\.{ours}\.to_{x}", rf"blocks.\1.{theirs}.{x}")
-        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for x in "qkv"
-    ),
-    (r"blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.o"),
-    (r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
-    (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
-    (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
-    (r"condition_embedder\.text_embedder\.linear_1", r"text_embedding.0"),
-    (r"condition_embedder\.text_embedder\.linear_2", r"text_embedding.2"),
-    (r"condition_embedder\.time_embedder\.linear_1", r"time_embedding.0"),
-    (r"condition_embedder\.time_embedder\.linear_2", r"time_embedding.2"),
-    (r"condition_embedder\.time_proj", r"time_projection.1"),
-    (r"patch_embedding", r"patch_embedding"),
-    (r"proj_out", r"head.head"),
-)
-"""What the first code calls its layers."""

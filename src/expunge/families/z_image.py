@@ -12,6 +12,7 @@ from torch import Tensor
 from expunge.families import _text
 from expunge.families._flow import end, shift
 from expunge.families._llm import LanguageModelText, filled
+from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally
 from expunge.text import Text, TextEntry
 
 
@@ -30,21 +31,49 @@ class ZImage(LanguageModelText):
     read_ahead = ("cap_embedder.0",)
     text_refiner = ("cap_embedder.1", "context_refiner.")
     most_tokens = 512
-    lora_readers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "lora": ("all", "all", "", "", ""),
-        "kohya": ("all", "all", "", "", ""),
-    }
-    lora_base: ClassVar[Mapping[str, str]] = {
-        "name": "Z-Image",
-        "version": "z_image",
-        "architecture": "Z-Image",
-        "implementation": "https://github.com/Tongyi-MAI/Z-Image",
-    }
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("z-image-turbo",)
     single_file_key = "cap_embedder.0.weight"
+    ldm_layers = (
+        (r"layers\.(\d+)\.attention\.to_out\.0", r"layers.\1.attention.out"),
+        (r"context_refiner\.(\d+)\.attention\.to_out\.0", r"context_refiner.\1.attention.out"),
+        (r"noise_refiner\.(\d+)\.attention\.to_out\.0", r"noise_refiner.\1.attention.out"),
+        (r"all_x_embedder\.2-1", r"x_embedder"),
+        (r"all_final_layer\.2-1\.linear", r"final_layer.linear"),
+        (r"all_final_layer\.2-1\.adaLN_modulation\.1", r"final_layer.adaLN_modulation.1"),
+        (r"((?!.*\.attention\.to_[qkv]$).+)", r"\1"),
+    )
+    ldm_fused_layers = tuple(
+        (rf"{of}\.(\d+)\.attention\.qkv", split_equally(rf"{of}.\1.attention", "to_q to_k to_v"))
+        for of in ("layers", "context_refiner", "noise_refiner")
+    )
+    lora_naming = LoraNaming(
+        title="Z-Image",
+        bases={
+            "": BaseModel(
+                "Z-Image",
+                "z_image",
+                "Z-Image",
+                "https://github.com/Tongyi-MAI/Z-Image",
+                1024,
+            )
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL},
+            "kohya": {"diffusers": ALL, "comfyui": ALL},
+        },
+        words=(
+            "cap_embedder",
+            "context_refiner",
+            "noise_refiner",
+            "feed_forward",
+            "all_x_embedder",
+            "all_final_layer",
+            "norm_final",
+        ),
+    )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         # Nothing in its files tells the turbo model, by far the most used one, from the base.
@@ -96,20 +125,3 @@ class ZImage(LanguageModelText):
         usual = getattr(self.pipe, "default_sample_size", 1024 // self.pipe.vae_scale_factor)
         side = self.sample_size or usual
         return self.network.in_channels, side, side
-
-
-BLOCKS = ("layers", "context_refiner", "noise_refiner")
-
-ORIGINALS = (
-    *((rf"{of}\.(\d+)\.attention\.to_out\.0", rf"{of}.\1.attention.out") for of in BLOCKS),
-    (r"all_x_embedder\.2-1", r"x_embedder"),
-    (r"all_final_layer\.2-1\.linear", r"final_layer.linear"),
-    (r"all_final_layer\.2-1\.adaLN_modulation\.1", r"final_layer.adaLN_modulation.1"),
-    (r"((?!.*\.attention\.to_[qkv]$).+)", r"\1"),
-)
-"""What the first code calls the layers that have a place of their own there: most as diffusers does."""
-
-JOINED = tuple(
-    (rf"{of}\.(\d+)\.attention\.qkv", rf"{of}.\1.attention", ("to_q", "to_k", "to_v")) for of in BLOCKS
-)
-"""What it holds in one layer, in equal parts."""
