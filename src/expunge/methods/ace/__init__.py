@@ -858,8 +858,8 @@ class ACE(Method):
         retained = [way.format(name) for name in problem.retain for way in told]
         if not len(closed):
             raise ExpungeError(
-                "every general word opens a gate, so there is none for fortify to attack from: raise n_std,"
-                " or set stages to 'gate harden'"
+                "every general word opens a gate, so there is none for fortify to attack from: raise"
+                " n_std, or set stages to 'gate harden'"
             )
         anchors = [self._goal(concept) for concept in problem.erase]
         named = list(dict.fromkeys([*retained, *anchors, ""]))
