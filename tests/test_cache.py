@@ -246,11 +246,12 @@ def test_the_empty_prompt_of_sdxl_and_the_window_of_flux_are_other_images(cache)
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_drawing_and_saving_change_no_address(family, cache, tmp_path):
-    model = expunge.load(PIPELINES[family]())
-    if family == "flux":
-        model.pipe.default_sample_size = 128  # as it is loaded
+    PIPELINES[family]().save_pretrained(tmp_path / "first")
+    model = expunge.load(tmp_path / "first")
+    # Some are made to draw smaller than they are loaded, and so large they are not drawn with here.
+    sized = family in ("flux", "flux2", "qwen_image", "chroma", "z_image", "wan")
     before = Source(model).identity
-    if family != "flux":
+    if not sized:
         cache.draw(Source(model), [Request("a ship", 0, 1, 3.0)])
     model.encode(["a cat", "a very long prompt of many words"])
     assert Source(model).identity == before

@@ -421,13 +421,22 @@ class Model(ABC):
         for name, part in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and part is not None:
                 tokenizer = self.pipe.components[name.replace("text_encoder", "tokenizer")]
-                ids = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one of its own
+                # A language model's token of a word behind others has the space before it.
+                alone, behind = (
+                    tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+                    for said in ("a", f"a {word}")
+                )
+                ids = behind[len(alone) :]
                 if len(ids) != 1:
                     raise ExpungeError(
                         f"{word!r} is {len(ids)} tokens to this model; take one of one token"
                     )
                 weight = part.get_input_embeddings().weight
-                layers = [m for m in part.modules() if getattr(m, "weight", None) is weight]
+                # What makes words of states may share the weight.
+                layers = [
+                    m for m in part.modules() if isinstance(m, torch.nn.Embedding) and m.weight is weight
+                ]
                 found.append((layers, ids[0]))
         return found
 
