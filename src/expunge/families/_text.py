@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -129,46 +129,64 @@ def chat_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **options:
 
 
 def tokenize_in(
-    tokenizer: Any, prompts: Sequence[str], template: Template, length: int, **options: Any
+    tokenizer: Any,
+    prompts: Sequence[str],
+    template: Template,
+    length: int,
+    *,
+    padding: Literal["max_length", "longest"] = "max_length",
+    side: Literal["left", "right", "own"] = "own",
 ) -> Tokens:
     """The tokens of prompts in a template, as a language model's tokenizer makes them.
 
     A token that holds the template's last space and the prompt's first letter counts as the prompt's.
+    The tokenizer is not told how to pad, as it would remember that.
 
     Args:
         tokenizer: one that says which characters each token stands for.
         prompts: the texts.
         template: what stands around each.
         length: the most tokens that a text may have, template and all; what is more is cut off.
-        **options: how the tokenizer pads; by default to `length`.
+        padding: up to `length`, or to the longest text.
+        side: where the padding stands; by default where the tokenizer puts it.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    texts = [template.around(prompt) for prompt in prompts]
-    padded = tokenizer(
-        texts,
-        **{"padding": "max_length", "max_length": length, "truncation": True, **options},
+    found = tokenizer(
+        [template.around(prompt) for prompt in prompts],
+        max_length=length,
+        truncation=True,
         return_offsets_mapping=True,
-        return_tensors="pt",
     )
-    starts, stops = padded.offset_mapping.unbind(-1)
+    longest = length if padding == "max_length" else max(map(len, found.input_ids))
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    left = (tokenizer.padding_side if side == "own" else side) == "left"
+
+    def padded(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
+        blanks = ([value] * (longest - len(row)) for row in rows)
+        pairs = zip(rows, blanks, strict=True)
+        return torch.tensor([[*b, *row] if left else [*row, *b] for row, b in pairs])
+
+    ids, offsets = padded(found.input_ids, fill), padded(found.offset_mapping, (0, 0))
+    attended = padded([[1] * len(row) for row in found.input_ids], 0)
+    starts, stops = offsets.unbind(-1)
     first = len(template.before)
     last = torch.tensor([[first + len(prompt)] for prompt in prompts])
-    mask = padded.attention_mask.bool()
+    mask = attended.bool()
     own = mask & (stops > first) & (starts < last) & (stops > starts)
     place = torch.arange(own.shape[1])
     # Behind the own tokens; where there are none, behind the template's beginning.
     before = mask & (stops <= first)
     behind = torch.where(own.any(1, keepdim=True), own, before)
     end = torch.where(behind, place + 1, 0).amax(1).clamp_max(own.shape[1] - 1)
-    return Tokens(padded.input_ids, padded.attention_mask, own, end)
+    return Tokens(ids, attended, own, end)
 
 
 def surroundings(tokenizer: Any, template: Template) -> int:
     """How many tokens a template has beside those of the prompt."""
-    tokens = tokenize_in(tokenizer, ["a"], template, 2**20, padding=False)
+    tokens = tokenize_in(tokenizer, ["a"], template, 2**20, padding="longest")
     return int((~tokens.content_mask).sum())
 
 
 def own_tokens(tokenizer: Any, prompt: str, template: Template) -> int:
     """How many tokens of its own a prompt has in a template, uncut."""
-    return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding=False).content_mask.sum())
+    return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding="longest").content_mask.sum())

@@ -78,8 +78,8 @@ class QwenImage(LanguageModelText):
             prompts,
             self.template,
             length + left_out,
-            padding=True,
-            padding_side="right",
+            padding="longest",
+            side="right",
         )
         states = self._hidden(tokens, [-1])
         return Text(

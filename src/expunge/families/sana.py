@@ -113,7 +113,7 @@ class Sana(Flow, CrossAttentionModel):
         more = len(tokenizer.encode(instruction)) - 2 if instruction else 0
         said = [prompt.lower().strip() for prompt in prompts]
         template = _text.Template(instruction)
-        tokens = _text.tokenize_in(tokenizer, said, template, length + more, padding_side="right")
+        tokens = _text.tokenize_in(tokenizer, said, template, length + more, side="right")
         states = []
         for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):
             encoder = self.pipe.text_encoder

@@ -93,7 +93,7 @@ class ZImage(LanguageModelText):
     def _read(self, prompts: list[str]) -> Text:
         length = self.max_sequence_length
         tokens = _text.tokenize_in(
-            self.pipe.tokenizer, prompts, self.template, length, padding=True, padding_side="right"
+            self.pipe.tokenizer, prompts, self.template, length, padding="longest", side="right"
         )
         return Text(
             tuple(prompts),
