@@ -204,7 +204,7 @@ def test_lists_and_help(run):
         ("erase ucee --concept a -o e.safetensors", "no method 'ucee'; did you mean 'uce'"),
         (
             "erase --concept a",
-            f"name a method after erase, one of: {', '.join(registry.names('methods'))}",
+            f"name a method after erase, one of: {', '.join(registry.list_names('methods'))}",
         ),
         ("erase uce --concept a -o e.safetensors --rigde 1", "'--rigde'; did you mean '--ridge'"),
         ("erase uce --concpet a -o e.safetensors", "'--concpet'; did you mean '--concept'"),

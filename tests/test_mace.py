@@ -520,8 +520,10 @@ class TestMasks:
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
             drawn = image_files.to_pil(torch.rand(3, 16, 16))
-            image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            image_files.save(image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            image_files.save_image(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
+            image_files.save_image(
+                image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png"
+            )
         return tmp_path
 
     @staticmethod

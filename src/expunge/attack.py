@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
@@ -22,7 +22,7 @@ class Attack(ABC):
     """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     @abstractmethod
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:

@@ -16,18 +16,18 @@ import torch
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.fields import build_recorded
+from expunge.base.fields import build_from_record
 from expunge.base.files import read_header, replacing
 from expunge.changes import (
     KINDS,
     Applied,
     Changes,
+    build_change,
+    check_finite,
     check_fit,
-    check_numbers,
-    content,
-    from_spec,
+    encode_tensor,
 )
-from expunge.fingerprint import base, places, same_base
+from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
 from expunge.problem import Problem
 
@@ -61,7 +61,9 @@ class Record:
     def reads_anchor(self) -> bool:
         """Whether it mattered to the method what a concept becomes; True for one not known here."""
         try:
-            return bool(build_recorded(registry.get("methods", self.method), self.fields).reads_anchor)
+            return bool(
+                build_from_record(registry.get("methods", self.method), self.fields).reads_anchor
+            )
         except ExpungeError:
             return True
 
@@ -85,7 +87,7 @@ class Edit:
         for change in self.changes:
             digest.update(json.dumps(change.spec, sort_keys=True).encode())
             for name, tensor in sorted(change.tensors.items()):
-                digest.update(name.encode() + content(tensor))
+                digest.update(name.encode() + encode_tensor(tensor))
         return digest.hexdigest()
 
     def require_family(self, family: type[Model]) -> None:
@@ -111,7 +113,7 @@ class Edit:
         if isinstance(model, Model):
             self.require_family(type(model))
         check_fit(root, self.changes)
-        return same_base(base(model), places(self.changes), self.record.base)
+        return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 
     def apply(self, pipe: Model | Any) -> Applied:
         """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
@@ -141,7 +143,7 @@ class Edit:
         Raises:
             ExpungeError: the file cannot be written, or the edit holds nan or infinity.
         """
-        check_numbers(self.changes, "the edit")
+        check_finite(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
@@ -171,7 +173,7 @@ class Edit:
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
             tensors = safetensors.torch.load_file(path)
             changes = tuple(
-                from_spec(
+                build_change(
                     spec, {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
                 )
                 for i, spec in enumerate(data["changes"])
@@ -181,5 +183,5 @@ class Edit:
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
-        check_numbers(changes, str(path))
+        check_finite(changes, str(path))
         return cls(changes, record)

@@ -14,17 +14,17 @@ from typing import Any
 
 from expunge import fingerprint
 from expunge.base import registry
-from expunge.base.errors import ExpungeWarning, listed
-from expunge.base.quiet import Progress, quiet
+from expunge.base.errors import ExpungeWarning, join_names
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import Change
 from expunge.edit import Edit, Record
-from expunge.fingerprint import base, base_hash, places
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
 from expunge.runtime import ray_backend
 from expunge.runtime.context import RunContext
-from expunge.runtime.work_dir import opened
+from expunge.runtime.work_dir import open_work_dir
 
 
 def erase(
@@ -33,7 +33,7 @@ def erase(
     method: Method | str = "uce",
     *,
     seed: int = 0,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     work: str | Path | None = None,
     ray: str = "",
 ) -> Edit:
@@ -57,7 +57,7 @@ def erase(
         ExpungeError: no such method, a name that the model cannot read, a work folder of another
             command, or a cluster that does not answer.
     """
-    ray_backend.check(ray)
+    ray_backend.check_address(ray)
     if isinstance(method, str):
         method = registry.get("methods", method)()
     if not isinstance(method, Method):
@@ -71,19 +71,19 @@ def erase(
     model.require_words(prompts)
     method.check_family(type(model))
     _warn_of_overlaps(problem)
-    read = base(model)
+    read = make_base_reader(model)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
         "fields": dataclasses.asdict(method),
         "problem": dataclasses.asdict(problem),
         # What was finished with one model is not gone on with in another: all of it counts.
-        "model": fingerprint.of_model(model) if work is not None else "",
+        "model": fingerprint.hash_model(model) if work is not None else "",
         "seed": seed,
     }
     if named := _files(command["fields"]):
         command["files"] = named
     start = time.monotonic()
-    with opened(work, command) as folder:
+    with open_work_dir(work, command) as folder:
         run = RunContext(seed, progress, folder, ray)
         changes: tuple[Change, ...] = tuple(method.fit(model, problem, run))
     record = Record(
@@ -91,10 +91,10 @@ def erase(
         fields=command["fields"],
         problem=problem,
         model=model.name,
-        base=base_hash(read, places(changes)),
+        base=hash_base(read, list_places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
-        versions=versions(),
+        versions=read_versions(),
         family=type(model).__name__,
     )
     return Edit(changes, record)
@@ -120,13 +120,13 @@ def _warn_of_overlaps(problem: Problem) -> None:
         of = dict.fromkeys(problem.retain, "retained")
         shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs]
         warnings.warn(
-            f"names that share words with an erased one may change with it: {listed(shown, 3)}",
+            f"names that share words with an erased one may change with it: {join_names(shown, 3)}",
             ExpungeWarning,
             stacklevel=3,
         )
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """The versions of what an edit hangs on."""
     return {
         name: importlib.metadata.version(name)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from expunge.changes import Changes, base_parameter, content
+from expunge.changes import Changes, encode_tensor, read_base_parameter
 from expunge.model import Model
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "sample_size", "max_sequence_length", "autocast")
 """How a model draws, beside its weights and configurations."""
 
 
-def of_model(model: Model) -> str:
+def hash_model(model: Model) -> str:
     """The hash of a model's weights, configurations, tokenizers, scheduler and settings.
 
     Parameters that were left on the disk count by what of them a method can ask: the layers through
@@ -37,22 +37,22 @@ def of_model(model: Model) -> str:
             for key, tensor in (*part.named_parameters(), *part.named_buffers()):
                 add(key, tuple(tensor.shape), str(tensor.dtype))
                 if not tensor.is_meta:
-                    digest.update(content(tensor))
+                    digest.update(encode_tensor(tensor))
         elif hasattr(part, "get_vocab"):
-            add(of_tokenizer(part))
+            add(hash_tokenizer(part))
     if model.stored:
         for entry in (*model.text_entries(), *model.pooled_entries()):
             add(entry.layer)
-            digest.update(content(model.stored(entry.layer, "weight")))
+            digest.update(encode_tensor(model.stored(entry.layer, "weight")))
     return digest.hexdigest()
 
 
-def of_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """The hash of what a tokenizer makes of any text."""
     record: dict[str, Any] = {
         "vocab": tokenizer.get_vocab(),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "settings": scalars(tokenizer, ("name_or_path", "vocab_file")),
+        "settings": read_scalars(tokenizer, ("name_or_path", "vocab_file")),
         "length": tokenizer.model_max_length,
         "sides": [getattr(tokenizer, f"{part}_side", None) for part in ("padding", "truncation")],
     }
@@ -71,7 +71,7 @@ def is_scalar(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
     """The single values among the attributes of an object, but for its private ones and some."""
     values = vars(thing).items()
     return {k: v for k, v in values if is_scalar(v) and not k.startswith("_") and k not in but}
@@ -86,19 +86,19 @@ def _plain(config: object) -> dict[str, str]:
     return {key: str(v) for key, v in items if not key.startswith("_") and key not in dropped}
 
 
-Read = Callable[[str, str], torch.Tensor]
+ParameterReader = Callable[[str, str], torch.Tensor]
 """Gives a layer's parameter, by the names of both."""
 
 
-def base(model: Model | Any) -> Read:
+def make_base_reader(model: Model | Any) -> ParameterReader:
     """Reads the parameters of a model or a pipeline, beneath whatever lies on them."""
     root = model.pipe if isinstance(model, Model) else model
     if isinstance(model, Model) and model.stored:
         return model.stored
-    return lambda layer, parameter: base_parameter(root, layer, parameter)
+    return lambda layer, parameter: read_base_parameter(root, layer, parameter)
 
 
-def base_hash(read: Read, places: Iterable[tuple[str, str]]) -> str:
+def hash_base(read: ParameterReader, places: Iterable[tuple[str, str]]) -> str:
     """The hash of some parameters, named by layer and parameter, as rounded to float16.
 
     The rounding lets the half-precision variant of a model count as the model itself.
@@ -106,18 +106,18 @@ def base_hash(read: Read, places: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
     for layer, parameter in sorted(places):
         tensor = read(layer, parameter)
-        digest.update(f"{layer}.{parameter}".encode() + content(tensor.to(torch.float16)))
+        digest.update(f"{layer}.{parameter}".encode() + encode_tensor(tensor.to(torch.float16)))
     return digest.hexdigest()
 
 
-def same_base(read: Read, places: Iterable[tuple[str, str]], base: str) -> bool:
+def is_same_base(read: ParameterReader, places: Iterable[tuple[str, str]], base: str) -> bool:
     """Whether a hash is that of some parameters, or of these in bfloat16, where edits are made, too."""
     places = tuple(places)
-    if base_hash(read, places) == base:
+    if hash_base(read, places) == base:
         return True
-    return base_hash(lambda *place: read(*place).to(torch.bfloat16), places) == base
+    return hash_base(lambda *place: read(*place).to(torch.bfloat16), places) == base
 
 
-def places(changes: Changes) -> set[tuple[str, str]]:
+def list_places(changes: Changes) -> set[tuple[str, str]]:
     """The parameters that changes take the place of."""
     return {(layer, change.parameter) for change in changes for layer in change.layers}

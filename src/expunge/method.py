@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.fields import build, check
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.fields import build, check_fields
 from expunge.changes import Changes
 from expunge.model import Model
 from expunge.problem import Problem
@@ -34,7 +34,7 @@ class Method(ABC):
     them; on the command line and in TOML the old name is answered with the new one."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     @property
     def reads_anchor(self) -> bool:
@@ -66,7 +66,7 @@ class Method(ABC):
             ExpungeError: no such preset, or a value that does not fit.
         """
         if name not in cls.presets:
-            raise unknown("preset", name, cls.presets)
+            raise UnknownNameError("preset", name, cls.presets)
         values = {**cls.presets[name], **overrides}
         values.pop("about", None)
         return build(cls, values)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import PARALLEL, Applied, Change, Changes, find_layer, find_layer_path, is_compiled
 from expunge.ops.attention import CrossAttention
 from expunge.ops.cached_layers import cache_outputs
 from expunge.probe import Probe
-from expunge.runtime.schedulers import replaced
+from expunge.runtime.schedulers import replace_scheduler
 from expunge.text import Text, TextEntry
 
 ANCHORS = {
@@ -213,7 +213,7 @@ class Model(ABC):
         """The weight of a layer as it stands, without its gradient."""
         if self.stored:
             return self.stored(layer, "weight")
-        return find(self.pipe, layer).weight.detach()  # type: ignore[operator]
+        return find_layer(self.pipe, layer).weight.detach()  # type: ignore[operator]
 
     def require_window(self, prompts: Sequence[str]) -> None:
         """Check that no prompt would be cut.
@@ -221,7 +221,7 @@ class Model(ABC):
         Raises:
             ExpungeError: one would.
         """
-        require_unicode(prompts)
+        check_unicode(prompts)
         for prompt in dict.fromkeys(prompts):
             if (n := self.count_tokens(prompt)) > self.window:
                 shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
@@ -241,7 +241,7 @@ class Model(ABC):
                     f"this model's tokenizer knows no character of {prompt!r}; say it in other words"
                 )
 
-    def unfamiliar(self, prompt: str) -> list[str]:
+    def find_unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt, of three letters or more, that the tokenizer can only spell."""
         known = {word.casefold() for word in self.vocabulary()}
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
@@ -276,7 +276,7 @@ class Model(ABC):
         finally:
             self.autocast = before
 
-    def sampled_by(self, scheduler: str) -> Model:
+    def with_scheduler(self, scheduler: str) -> Model:
         """The same model drawing with another scheduler; its weights are shared, and this one stays.
 
         Args:
@@ -285,7 +285,7 @@ class Model(ABC):
         Raises:
             ExpungeError: there is no such scheduler, or it is not for a model of this kind.
         """
-        other = replaced(self.pipe.scheduler, scheduler, type(self).__name__)
+        other = replace_scheduler(self.pipe.scheduler, scheduler, type(self).__name__)
         if other is self.pipe.scheduler:
             return self
         model = copy.copy(self)
@@ -375,7 +375,7 @@ class Model(ABC):
         guidance_scale: float | None = None,
     ) -> tuple[int, Tensor]:
         """The time and latents after `until` steps from noise: (t, (n, c, h, w))."""
-        (passed,) = self.passing(
+        (passed,) = self.denoise_at(
             text,
             seeds,
             at=[until],
@@ -384,7 +384,7 @@ class Model(ABC):
         )
         return passed
 
-    def passing(
+    def denoise_at(
         self,
         text: Text,
         seeds: Sequence[int],
@@ -405,7 +405,7 @@ class Model(ABC):
             text, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
         passed = []
-        with self._text_read_once():
+        with self._cache_text():
             for done, point in enumerate(steps):
                 if done in at:
                     passed.append(point)
@@ -414,7 +414,9 @@ class Model(ABC):
         raise ExpungeError(f"until must be 0 to {done}, not {at[-1]}")
 
     @torch.inference_mode()
-    def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:
+    def draw(
+        self, probe: Probe, *, batch_size: int = 16, progress: Progress = ignore_progress
+    ) -> Tensor:
         """The images of a probe: (n, 3, height, width), float32 on the CPU, in [0, 1].
 
         Args:
@@ -434,7 +436,7 @@ class Model(ABC):
                 num_inference_steps=steps,
                 guidance_scale=probe.guidance_scale,
             )
-            with self._text_read_once():
+            with self._cache_text():
                 for step, (_, latents) in enumerate(trajectory):
                     done = start * steps + min(step, steps) * len(rows)
                     progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
@@ -442,16 +444,20 @@ class Model(ABC):
         progress("drawing", len(probe) * steps, len(probe) * steps)
         return torch.cat(images)
 
-    def _text_read_once(self) -> contextlib.AbstractContextManager[None]:
+    def _cache_text(self) -> contextlib.AbstractContextManager[None]:
         """For a block in which the text is the same at every step, and so is what layers make of it."""
         entries = (*self.text_entries(), *self.pooled_entries())
-        if any(compiled(module) for entry in entries for module in path_to(self.pipe, entry.layer)):
+        if any(
+            is_compiled(module)
+            for entry in entries
+            for module in find_layer_path(self.pipe, entry.layer)
+        ):
             return contextlib.nullcontext()  # what was compiled is left as it is
         layers = [entry.layer.rpartition(".") for entry in entries]
-        return cache_outputs([(find(self.pipe, parent), name) for parent, _, name in layers])
+        return cache_outputs([(find_layer(self.pipe, parent), name) for parent, _, name in layers])
 
 
-def require_unicode(prompts: Sequence[str]) -> None:
+def check_unicode(prompts: Sequence[str]) -> None:
     """Check that every prompt is text: bytes that are no UTF-8 come from a command line as surrogates.
 
     Raises:
@@ -465,7 +471,7 @@ def require_unicode(prompts: Sequence[str]) -> None:
             raise ExpungeError(f"'{shown}' is not text in UTF-8; see what encoding it is in") from None
 
 
-def warn_cut(prompt: str, tokens: int, window: int) -> None:
+def warn_truncated(prompt: str, tokens: int, window: int) -> None:
     """Say that a prompt is longer than the window and will be cut."""
     warnings.warn(
         f"{prompt[:40]!r}… has {tokens} tokens; the model reads the first {window}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 
 Kind = Literal["object", "identity", "style", "explicit"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -38,14 +38,14 @@ class Concept:
     """Further names to erase with it."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         object.__setattr__(self, "name", tidy(self.name))
         object.__setattr__(self, "synonyms", tuple(tidy(name) for name in self.synonyms))
         if self.anchor is not None:
             object.__setattr__(self, "anchor", tidy(self.anchor))
         if not all(self.names):
             raise ExpungeError("a concept needs a name; this one is empty")
-        if self.anchor is not None and key(self.anchor) in map(key, self.names):
+        if self.anchor is not None and normalize_name(self.anchor) in map(normalize_name, self.names):
             raise ExpungeError(f"the anchor of {self.name!r} is the concept itself")
 
     @property
@@ -99,11 +99,11 @@ class Problem:
             raise ExpungeError("a prompt to retain is empty")
         seen: set[str] = set()
         for name in (name for concept in self.erase for name in concept.names):
-            if key(name) in seen:
+            if normalize_name(name) in seen:
                 raise ExpungeError(f"{name!r} is to be erased twice")
-            seen.add(key(name))
+            seen.add(normalize_name(name))
         for text in self.retain:
-            if key(text) in seen:
+            if normalize_name(text) in seen:
                 raise ExpungeError(f"{text!r} cannot be both erased and retained")
 
     def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
@@ -122,7 +122,7 @@ class Problem:
         """
         owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
         others = [*owned, *((text, None) for text in self.retain)]
-        words = {name: set(re.findall(r"\w+", key(name))) for name, _ in others}
+        words = {name: set(re.findall(r"\w+", normalize_name(name))) for name, _ in others}
         return [
             (name, other)
             for name, place in owned
@@ -171,11 +171,11 @@ def _shapes(text: str, place: int) -> bool:
     return text[place] in _JOINERS and inside and min(text[place - 1], text[place + 1]) > "\u058f"
 
 
-def key(name: str) -> str:
+def normalize_name(name: str) -> str:
     """What two spellings of one name share: they may differ in case, spacing, Unicode's forms, unseen
     characters, and the sort of an apostrophe or a hyphen.
 
-    >>> key("Ｃａｔ  face\u200b") == key("cat face")
+    >>> normalize_name("Ｃａｔ  face\u200b") == normalize_name("cat face")
     True
     """
     text = _UNSEEN.sub("", tidy(name)).translate(_SPELLINGS)
@@ -189,4 +189,4 @@ def key(name: str) -> str:
 def _other(concept: Concept, anchors: Mapping[str, str]) -> str:
     """The kind's anchor, or the empty prompt where that is the concept itself."""
     anchor = anchors[concept.kind]
-    return "" if key(anchor) in map(key, concept.names) else anchor
+    return "" if normalize_name(anchor) in map(normalize_name, concept.names) else anchor

@@ -22,14 +22,14 @@ def bounded(
     above: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """A number field with its range; `check` keeps it there."""
+    """A number field with its range; `check_fields` keeps it there."""
     limits = {"at least": at_least, "above": above, "at most": at_most}
     return dataclasses.field(
         default=default, metadata={word: limit for word, limit in limits.items() if limit is not None}
     )
 
 
-def check(instance: Any) -> None:
+def check_fields(instance: Any) -> None:
     """Check every field of a dataclass instance against its type and range.
 
     Lists become tuples where a tuple is declared, and whole numbers become floats where a float
@@ -70,7 +70,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
-def build_recorded(cls: type[T], values: Mapping[str, Any]) -> T:
+def build_from_record(cls: type[T], values: Mapping[str, Any]) -> T:
     """Make `cls` from values that were written before; old field names are read as the new ones.
 
     Raises:
@@ -104,13 +104,13 @@ def _fitted(value: Any, kind: Any, name: str) -> Any:
     raise ExpungeError(f"{name} must be {words.get(kind, 'a list of text')}, not {value!r}")
 
 
-def spelled(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A field's value, as people read it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "default"
     return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value) or "none"
 
 
-def spelled_out(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """Fields with their values, as people read them."""
-    return ", ".join(f"{name} {spelled(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {format_value(value)}" for name, value in values.items())

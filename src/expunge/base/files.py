@@ -209,16 +209,16 @@ def check_weights(folder: str | Path) -> None:
             raise ExpungeError(f"{file} is {PICKLED}")
 
 
-def slug(text: str, longest: int = 60) -> str:
+def make_slug(text: str, longest: int = 60) -> str:
     """What is legible of a text in a file name: lower-case letters of English, digits and hyphens.
 
-    >>> slug("Côte d'Ivoire 🇨🇮")
+    >>> make_slug("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire'
     """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest]
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches.
 
     Raises:
@@ -250,10 +250,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ExpungeError(f"{path} is not a TOML file: {error}") from None
 
 
-def size(n: float) -> str:
+def format_bytes(n: float) -> str:
     """A number of bytes in words.
 
-    >>> size(1234567), size(2e9), size(80)
+    >>> size(1234567), format_bytes(2e9), format_bytes(80)
     ('1.2 MB', '2.0 GB', '0.1 kB')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
@@ -293,7 +293,7 @@ def check_space(folder: str | Path, needed: int) -> None:
         raise ExpungeError(f"cannot write {folder}: {error.strerror or error}") from error
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {size(free)} free; {size(needed)} are to be written"
+            f"the disk of {folder} has {format_bytes(free)} free; {format_bytes(needed)} are to be written"
         )
 
 

@@ -29,7 +29,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 """The image files that are found in a folder."""
 
 
-def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
+def make_grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
     """Images (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
     tiles = [to_pil(image, width) for image in images]
     if columns is None:
@@ -42,7 +42,9 @@ def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int 
     return sheet
 
 
-def read(path: str | Path, size: tuple[int, int] | None = None, background: str = "white") -> Tensor:
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, background: str = "white"
+) -> Tensor:
     """An image file as a tensor (3, height, width), float32 in [0, 1], as a viewer shows it.
 
     It is turned as its camera noted, 16 bits a channel become 8, and what is transparent shows the
@@ -124,7 +126,7 @@ def _flat(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(behind, image).convert("RGB")
 
 
-def save(image: Image.Image, path: str | Path) -> None:
+def save_image(image: Image.Image, path: str | Path) -> None:
     """Write an image; the ending of the name decides the format.
 
     Raises:
@@ -135,7 +137,7 @@ def save(image: Image.Image, path: str | Path) -> None:
         image.save(temporary)
 
 
-def keep(image: Image.Image, folder: str | Path, name: str) -> Path:
+def save_unique(image: Image.Image, folder: str | Path, name: str) -> Path:
     """Write an image as a PNG of this name; a number is added where another image has it already.
 
     Raises:
@@ -146,7 +148,7 @@ def keep(image: Image.Image, folder: str | Path, name: str) -> Path:
         if _same(path, image):
             return path
         number += 1
-    save(image, path)
+    save_image(image, path)
     return path
 
 

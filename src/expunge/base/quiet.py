@@ -10,12 +10,12 @@ Progress = Callable[[str, int, int], None]
 """Called with a label, how much is done, and how much there is."""
 
 
-def quiet(label: str, done: int, total: int) -> None:
+def ignore_progress(label: str, done: int, total: int) -> None:
     """The progress of a library: none."""
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Silence diffusers, transformers and the hub for the length of a block."""
     import diffusers
     import huggingface_hub

@@ -11,7 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 
 HERE = Path(__file__).parents[1]
 
@@ -19,17 +19,17 @@ KINDS = ("methods", "models", "families", "attacks", "metrics", "suites")
 """What can be listed."""
 
 
-def names(kind: str) -> list[str]:
+def list_names(kind: str) -> list[str]:
     """The names of all plug-ins of a kind, in order.
 
-    >>> "uce" in names("methods")
+    >>> "uce" in list_names("methods")
     True
 
     Raises:
         ExpungeError: there is no such kind.
     """
     if kind not in KINDS:
-        raise unknown("list of", kind, KINDS)
+        raise UnknownNameError("list of", kind, KINDS)
     if kind == "models":
         return sorted(folder.parent.name for folder in HERE.glob("*/pipeline"))
     if kind == "suites":
@@ -54,10 +54,10 @@ def describe(kind: str, name: str) -> str:
     return (text or "").splitlines()[0] if text else ""
 
 
-def declared(kind: str, name: str, attribute: str) -> dict[str, str]:
+def read_declared(kind: str, name: str, attribute: str) -> dict[str, str]:
     """What a plug-in's class says in one table of plain texts, read without importing it.
 
-    >>> declared("methods", "mace", "needs")
+    >>> read_declared("methods", "mace", "needs")
     {'suppress': 'cross-attention'}
     """
     for node in ast.walk(ast.parse(_file(kind, name).read_text(encoding="utf-8"))):
@@ -68,16 +68,16 @@ def declared(kind: str, name: str, attribute: str) -> dict[str, str]:
     return {}
 
 
-def suits(method: str) -> str:
+def describe_support(method: str) -> str:
     """On which families a method works, and what of it on the others, in words.
 
-    >>> suits("uce")
+    >>> describe_support("uce")
     'every family'
     """
-    needs = declared("methods", method, "needs")
+    needs = read_declared("methods", method, "needs")
     said: dict[str, list[str]] = {}
-    for family in names("families"):
-        lacks = declared("families", family, "lacks")
+    for family in list_names("families"):
+        lacks = read_declared("families", family, "lacks")
         missing = [stage for stage, need in needs.items() if need in lacks]
         said.setdefault(", ".join(missing), []).append(family)
     if list(said) == [""]:
@@ -95,9 +95,9 @@ def get(kind: str, name: str) -> type[Any]:
     Raises:
         ExpungeError: there is no such plug-in; the nearest is named.
     """
-    if name not in names(kind):
+    if name not in list_names(kind):
         singular = "family" if kind == "families" else kind[:-1]
-        raise unknown(singular, name, names(kind))
+        raise UnknownNameError(singular, name, list_names(kind))
     module = importlib.import_module(f"expunge.{kind}.{name}")
     base = _contract(kind)
     found = [

@@ -34,9 +34,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.fields import build
-from expunge.problem import KINDS, Concept, Kind, key
+from expunge.problem import KINDS, Concept, Kind, normalize_name
 
 COLUMNS = ("name", "anchor", "kind", "synonyms")
 """The columns that a `.csv` file may have."""
@@ -71,9 +71,11 @@ def read_concepts(
     seen: dict[str, str] = {}
     for where, concept in _READERS[path.suffix.lower()](path, text, kind):
         for name in concept.names:
-            if key(name) in seen:
-                raise ExpungeError(f"{path}, {where}: {name!r} was there on {seen[key(name)]}")
-            seen[key(name)] = where
+            if normalize_name(name) in seen:
+                raise ExpungeError(
+                    f"{path}, {where}: {name!r} was there on {seen[normalize_name(name)]}"
+                )
+            seen[normalize_name(name)] = where
         concepts.append(concept)
     if not concepts and not retain:
         raise ExpungeError(f"{path} names no concept")
@@ -91,7 +93,7 @@ def _read_lines(path: Path, text: str, kind: Kind) -> Located:
             named, comma, own = content.rpartition(",")
             own = own.strip()
             if comma and own not in KINDS:
-                problem = unknown("kind of concept", own, KINDS)
+                problem = UnknownNameError("kind of concept", own, KINDS)
                 raise ExpungeError(f"{problem} (what follows the last comma is the kind)")
             concept = Concept.parse(named if comma else content, cast(Kind, own) if comma else kind)
         yield where, concept
@@ -131,7 +133,7 @@ def _check_header(columns: list[str]) -> list[str]:
     """
     for column in columns:
         if column not in COLUMNS:
-            raise unknown("column", column, COLUMNS)
+            raise UnknownNameError("column", column, COLUMNS)
     if "name" not in columns or len(set(columns)) < len(columns):
         raise ExpungeError(f"the header must name each column once, and one of them name: {columns}")
     return columns
@@ -167,7 +169,7 @@ def _parse_toml(path: Path, text: str) -> dict[str, Any]:
         raise ExpungeError(f"{path} is not TOML: {error}") from error
     for name in data:
         if name not in ("concept", "retain"):
-            raise ExpungeError(f"{path}: {unknown('key', name, ('concept', 'retain'))}")
+            raise ExpungeError(f"{path}: {UnknownNameError('key', name, ('concept', 'retain'))}")
     return data
 
 

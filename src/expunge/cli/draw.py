@@ -90,9 +90,9 @@ def run_draw(options: DrawOptions) -> None:
     if to_folder:
         for image, request in zip(images, requests, strict=True):
             name = f"{_make_file_name(request.prompt)}-{request.seed}-{source.address(request)[:8]}"
-            image_files.keep(image_files.to_pil(image), output, name)
+            image_files.save_unique(image_files.to_pil(image), output, name)
     else:
-        image_files.save(image_files.grid(images), output)
+        image_files.save_image(image_files.make_grid(images), output)
     print(f"{options.output}: {len(probe)} image{'s' * (len(probe) > 1)} of {options.prompt!r}")
 
 
@@ -109,5 +109,5 @@ def _make_file_name(prompt: str, longest: int = 60) -> str:
         name = name.encode("utf8")[:longest].decode("utf8", "ignore").strip("-")
         os.fsencode(name)
     except UnicodeEncodeError:  # the file system's encoding has no such letters
-        name = files.slug(prompt, longest)
+        name = files.make_slug(prompt, longest)
     return name or "image"

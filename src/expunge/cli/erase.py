@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
-from expunge.base.fields import spelled_out
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
+from expunge.base.fields import format_values
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
 from expunge.cli.loading_options import LoadingOptions
@@ -71,7 +71,7 @@ def run_erase(arguments: Sequence[str]) -> None:
         ExpungeError: an unknown method or option, or a problem that cannot be solved.
     """
     name = arguments[0] if arguments else "--help"
-    known = registry.names("methods")
+    known = registry.list_names("methods")
     if name in ("-h", "--help"):
         print("usage: expunge erase METHOD --concept NAME[=ANCHOR] -o EDIT …\n")
         print("\n".join(f"  {n:<8} {registry.describe('methods', n)}" for n in known))
@@ -80,7 +80,7 @@ def run_erase(arguments: Sequence[str]) -> None:
     if name.startswith("-"):
         raise ExpungeError(f"name a method after erase, one of: {', '.join(known)}")
     if name not in known:
-        raise unknown("method", name, known)
+        raise UnknownNameError("method", name, known)
     command = f"erase {name}"
     preset = read_value(arguments, "--preset")
     if preset != "list" and not {"-h", "--help"} & set(arguments):
@@ -109,7 +109,7 @@ def check_problem(options: EraseOptions) -> Problem:
         ExpungeError: the concepts, the model or the output file are not usable.
     """
     if options.kind not in KINDS:
-        raise unknown("kind of concept", options.kind, KINDS)
+        raise UnknownNameError("kind of concept", options.kind, KINDS)
     named = tuple(Concept.parse(text, options.kind) for text in options.concept)
     in_file, retain = (
         concept_files.read_concepts(options.concepts, options.kind) if options.concepts else ((), ())
@@ -127,7 +127,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     problem = check_problem(options)
     from expunge.runtime import ray_backend, work_dir
 
-    ray_backend.check(options.ray)
+    ray_backend.check_address(options.ray)
     from expunge.checkpoints.checkpoint import Checkpoint
     from expunge.erasure import erase
 
@@ -150,7 +150,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
             stacklevel=1,
         )
     cost = method.estimate_cost(problem, model.num_inference_steps)
-    folder = work_dir.beside(options.output)
+    folder = work_dir.find_work_dir(options.output)
     how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
     try:
         with contextlib.ExitStack() as stack:
@@ -174,19 +174,22 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
         raise
     edit.save(options.output)
     work_dir.remove(folder)
-    names = listed([concept.name for concept in problem.erase], 10)
-    size = files.size(Path(options.output).stat().st_size)
+    names = join_names([concept.name for concept in problem.erase], 10)
+    size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
 
 
 def _warn_unfamiliar(model: Model, problem: Problem) -> None:
     """Warn of words in the names to erase that the tokenizer has no token for: they may be misspelt."""
     words = (
-        word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
+        word
+        for concept in problem.erase
+        for name in concept.names
+        for word in model.find_unknown_words(name)
     )
     if strange := [repr(word) for word in dict.fromkeys(words)]:
         warnings.warn(
-            f"this model's tokenizer has no token for {listed(strange, 3)}:"
+            f"this model's tokenizer has no token for {join_names(strange, 3)}:"
             " look whether it is spelled as you meant",
             ExpungeWarning,
             stacklevel=1,
@@ -198,7 +201,7 @@ def _announce_anchors(model: Model, problem: Problem) -> None:
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
+        if concept.anchor and (strange := model.find_unknown_words(concept.anchor)):
             warnings.warn(
                 f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
                 f" {concept.anchor!r}: is it what {concept.name!r} should become?",
@@ -228,5 +231,5 @@ def _print_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> Non
     table.add_column(overflow="fold")
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
-        table.add_row(name, preset.get("about", ""), spelled_out(values))
+        table.add_row(name, preset.get("about", ""), format_values(values))
     print_table(table if presets else f"{method} has no presets")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, listed, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError, join_names
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import read_autocast
 from expunge.cli.terminal import make_table, print_table, show_progress
@@ -77,7 +77,9 @@ class RunOptions:
 def run_evaluate(options: EvaluateOptions) -> None:
     """Run `expunge evaluate`."""
     if not options.suite:
-        raise ExpungeError(f"name a suite with --suite, one of: {', '.join(registry.names('suites'))}")
+        raise ExpungeError(
+            f"name a suite with --suite, one of: {', '.join(registry.list_names('suites'))}"
+        )
     limit, autocast = _parse_bytes(options.cache_limit), read_autocast(options.autocast)
     from expunge.evaluation.suite import Suite
 
@@ -128,8 +130,8 @@ def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> str:
     """
     for attack in options.attack:
         # What follows a colon chooses one of the attack's variants.
-        if attack.partition(":")[0] not in registry.names("attacks"):
-            raise unknown("attack", attack.partition(":")[0], registry.names("attacks"))
+        if attack.partition(":")[0] not in registry.list_names("attacks"):
+            raise UnknownNameError("attack", attack.partition(":")[0], registry.list_names("attacks"))
     models = {options.model or suite.model for suite in suites}
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
@@ -141,8 +143,8 @@ def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> str:
         elif not options.erases:
             raise ExpungeError(f"{name} is a folder; say with --erases NAME what it has erased")
     for name in options.metric:
-        if name not in registry.names("metrics"):
-            raise unknown("metric", name, registry.names("metrics"))
+        if name not in registry.list_names("metrics"):
+            raise UnknownNameError("metric", name, registry.list_names("metrics"))
     files.check_results(options.output, [suite.name for suite in suites])
     files.check_writable(Path(options.output) / "results.json")
     return model
@@ -167,7 +169,7 @@ def _run_attacks(
     Raises:
         ExpungeError: a candidate is a diffusers folder, not an edit.
     """
-    from expunge.base.image_files import save
+    from expunge.base.image_files import save_image
     from expunge.evaluation.contact_sheet import contact_sheet
     from expunge.evaluation.robustness import robustness
 
@@ -184,7 +186,7 @@ def _run_attacks(
     with files.replacing(Path(options.output) / "robustness.json") as temporary:
         temporary.write_text(text + "\n", "utf8")
     images = Path(options.output) / "robustness.png"
-    save(contact_sheet([one.strip for one in results], 96), images)
+    save_image(contact_sheet([one.strip for one in results], 96), images)
     table = make_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
     for row in results:
         shares = ", ".join(f"{budget}: {_format_score(asr)}" for budget, asr in row.asr.items())
@@ -234,7 +236,7 @@ def print_report(report: Report) -> None:
         print_table(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
-            print(f"left out, for the original seldom draws them: {listed(left_out, 5)}")
+            print(f"left out, for the original seldom draws them: {join_names(left_out, 5)}")
 
 
 def _format_score(estimate: Estimate | None) -> str:

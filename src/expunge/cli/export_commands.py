@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import LoadingOptions, parse_loras, read_dtype
 
@@ -65,7 +65,7 @@ def run_export(options: ExportOptions) -> None:
     from expunge.edit import Edit
 
     if options.to not in TARGETS:
-        raise unknown("form to export to", options.to, TARGETS)
+        raise UnknownNameError("form to export to", options.to, TARGETS)
     if options.push_to_hub:
         hub.check_push(options.push_to_hub)
     if options.to != "diffusers":
@@ -98,7 +98,7 @@ def _choose_model(recorded: str, named: str | None) -> str:
         ExpungeError: none was named, and the edit's record does not say where to find it.
     """
     name = named or recorded
-    if named or name in registry.names("models") or loading.on_hub(name):
+    if named or name in registry.list_names("models") or loading.on_hub(name):
         return name
     raise ExpungeError(
         f"the edit was made from {name or 'a model without a name'}: say where with --model"
@@ -108,7 +108,7 @@ def _choose_model(recorded: str, named: str | None) -> str:
 def _measure_size(path: Path) -> str:
     """Return the size of a file, or of all files in a folder, in words."""
     found = path.rglob("*") if path.is_dir() else [path]
-    return files.size(sum(file.stat().st_size for file in found if file.is_file()))
+    return files.format_bytes(sum(file.stat().st_size for file in found if file.is_file()))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def run_merge(options: MergeOptions) -> None:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    from expunge.changes import summary
+    from expunge.changes import summarize
     from expunge.checkpoints.merge import merge
     from expunge.edit import Edit
 
@@ -148,7 +148,7 @@ def run_merge(options: MergeOptions) -> None:
     edit.save(options.output)
     erased = len(edit.record.problem.erase)
     concepts = f"{erased} concept{'s' * (erased > 1)}"
-    print(f"{options.output}: {concepts} of {len(edits)} edits, {summary(edit.changes)}")
+    print(f"{options.output}: {concepts} of {len(edits)} edits, {summarize(edit.changes)}")
 
 
 @dataclass(frozen=True)

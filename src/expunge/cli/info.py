@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import spelled_out
+from expunge.base.fields import format_values
 from expunge.cli.terminal import make_table, print_table
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_info(options: InfoOptions) -> None:
     if is_model(options.edit):
         print_model(options.edit)
         return
-    from expunge.changes import summary
+    from expunge.changes import summarize
     from expunge.edit import Edit
 
     edit = Edit.load(options.edit)
@@ -52,10 +52,10 @@ def run_info(options: InfoOptions) -> None:
         becomes = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
         table.add_row("erases", f"{concept.name}{also} ({concept.kind}); {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
-    table.add_row("method", f"{record.method}: {spelled_out(record.fields)}")
+    table.add_row("method", f"{record.method}: {format_values(record.fields)}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
-    table.add_row("changes", summary(edit.changes))
+    table.add_row("changes", summarize(edit.changes))
     table.add_row(
         "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
     )
@@ -66,18 +66,18 @@ def run_info(options: InfoOptions) -> None:
 
 def run_list(options: ListOptions) -> None:
     """Run `expunge list`."""
-    names = registry.names(options.kind)
+    names = registry.list_names(options.kind)
     table = make_table()
     table.add_column(overflow="fold")
     for name in names:
-        families = (registry.suits(name),) if options.kind == "methods" else ()
+        families = (registry.describe_support(name),) if options.kind == "methods" else ()
         table.add_row(name, registry.describe(options.kind, name), *families)
     print_table(table if names else f"no {options.kind} yet")
 
 
 def is_model(path: str) -> bool:
     """Whether a path is a model, not an edit: a shipped model, a folder, or a file without a record."""
-    if files.is_dir(path) or path in registry.names("models"):
+    if files.is_dir(path) or path in registry.list_names("models"):
         return True
     return files.is_file(path) and "expunge" not in files.read_header(path).get("__metadata__", {})
 
@@ -123,7 +123,7 @@ def _describe_fit(edit: Edit, model: str | None) -> str:
     from expunge.checkpoints.export import fits
 
     name = model or edit.record.model
-    if model is None and name not in registry.names("models"):
+    if model is None and name not in registry.list_names("models"):
         return "name the model at hand with --model to see"
     try:
         same = fits(edit, Checkpoint.find(name))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.checkpoints import loading
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class LoadingOptions:
     def _needs_text_alone(self, cost: Cost | None, is_file: bool) -> bool:
         """Whether the text encoders are enough. A single file is always read whole, and a LoRA and
         offloading need the whole model."""
-        return bool(cost and cost.reads_alone) and not (is_file or self.lora or self.offload)
+        return bool(cost and cost.text_only) and not (is_file or self.lora or self.offload)
 
 
 def read_dtype(name: str) -> torch.dtype:
@@ -129,7 +129,7 @@ def read_dtype(name: str) -> torch.dtype:
         ExpungeError: the name is none of `DTYPES`.
     """
     if name not in DTYPES:
-        raise unknown("number format", name, DTYPES)
+        raise UnknownNameError("number format", name, DTYPES)
     import torch
 
     return getattr(torch, name)
@@ -142,7 +142,7 @@ def read_autocast(name: str | None) -> torch.dtype | None:
         ExpungeError: the name is neither float16 nor bfloat16.
     """
     if name is not None and name not in (half := DTYPES[1:]):
-        raise unknown("number format to draw in", name, half)
+        raise UnknownNameError("number format to draw in", name, half)
     return None if name is None else read_dtype(name)
 
 

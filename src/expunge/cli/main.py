@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expunge import __version__
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.cli import draw, erase, evaluate, export_commands, info
 from expunge.cli.options import parse_options
 from expunge.cli.terminal import catch_interrupts, make_console, show_warnings
@@ -109,4 +109,4 @@ def _run_command(arguments: list[str]) -> None:
         options, run = COMMANDS[command]
         run(parse_options(options, command, arguments[1:]))
     else:
-        raise unknown("command", command, [*COMMANDS, "erase"])
+        raise UnknownNameError("command", command, [*COMMANDS, "erase"])

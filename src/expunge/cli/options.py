@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.cli.loading_options import LoadingOptions
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
             now = f"--{renamed[name].replace('_', '-')}"
             raise ExpungeError(f"the option {name} of {command} is named {now} now")
         known = {f"--{f.name.replace('_', '-')}" for f in _list_fields(options)}
-        raise unknown(f"option of {command}", name, known)
+        raise UnknownNameError(f"option of {command}", name, known)
 
 
 def find_unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:

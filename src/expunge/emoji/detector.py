@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header
 
 FOLDER = Path(__file__).parent / "detector"
@@ -69,7 +69,7 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Settings:
+class DetectorConfig:
     """What `config.json` holds: the shape of the network, the names, and the thresholds."""
 
     label_names: tuple[str, ...]
@@ -93,7 +93,7 @@ class Recognition:
     """(n, styles)"""
     unrecognisable: Tensor
     """(n,): noise, blur, a muddle; a plain background is none of these."""
-    settings: Settings
+    settings: DetectorConfig
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,7 +117,7 @@ class Recognition:
         """
         names = self.settings.label_names
         if label not in names:
-            raise unknown("label", label, names)
+            raise UnknownNameError("label", label, names)
         index = names.index(label)
         return self.labels[:, index] >= self.settings.thresholds[index]
 
@@ -140,7 +140,7 @@ class Detector:
     Cost: about 0.04 GFLOP an image; a thousand images in a second or two on two cores.
     """
 
-    def __init__(self, network: Network, settings: Settings) -> None:
+    def __init__(self, network: Network, settings: DetectorConfig) -> None:
         self.network, self.settings = network.eval(), settings
 
     @classmethod
@@ -159,7 +159,9 @@ class Detector:
                 name: tuple(table[name])
                 for name in ("label_names", "style_names", "widths", "thresholds")
             }
-            settings = Settings(**many, nothing=table["nothing"], unrecognisable=table["unrecognisable"])
+            settings = DetectorConfig(
+                **many, nothing=table["nothing"], unrecognisable=table["unrecognisable"]
+            )
             network = Network(len(settings.label_names), len(settings.style_names), settings.widths)
             network.load_state_dict(safetensors.torch.load_file(weights))
         except OSError as error:

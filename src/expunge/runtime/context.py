@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.runtime import ray_backend, store
 from expunge.runtime.store import Tensors
 
@@ -30,7 +30,7 @@ class RunContext:
 
     seed: int = 0
     """The one number all random choices follow from."""
-    progress: Progress = quiet
+    progress: Progress = ignore_progress
     """Told what is done."""
     folder: Path | None = None
     """Where finished pieces are kept; None keeps nothing."""
@@ -70,8 +70,8 @@ class RunContext:
         """
         names = list(dict.fromkeys(names))
         batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-        place = self.folder / store.stem(label) if self.folder else None
-        found = store.kept(place, names) if place else {}
+        place = self.folder / store.make_stem(label) if self.folder else None
+        found = store.load_entries(place, names) if place else {}
         missing = [members for members in batches if not found.keys() >= set(members)]
         done = len(names) - sum(map(len, missing))
         self.progress(label, done, len(names))
@@ -79,17 +79,17 @@ class RunContext:
             for name in members:
                 found[name] = made[name]
                 if place:
-                    store.keep(place, name, made[name])
+                    store.save_entry(place, name, made[name])
             done += len(members)
             self.progress(label, done, len(names))
         return {name: found[name] for name in names}
 
     def checkpoint(self, label: str) -> Tensors | None:
-        """What `keep_checkpoint` kept last; None if that is nothing, or broken."""
+        """What `save_checkpoint` kept last; None if that is nothing, or broken."""
         place = self.folder / CHECKPOINTS if self.folder else None
-        return store.kept(place, [label]).get(label) if place else None
+        return store.load_entries(place, [label]).get(label) if place else None
 
-    def keep_checkpoint(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save_checkpoint(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the state of unfinished work, in the place of the one before; it is there whole or not
         at all. Without a work folder, nothing is kept.
 
@@ -97,7 +97,7 @@ class RunContext:
             ExpungeError: it cannot be written.
         """
         if self.folder:
-            store.keep(self.folder / CHECKPOINTS, label, store.plain(tensors))
+            store.save_entry(self.folder / CHECKPOINTS, label, store.copy_to_cpu(tensors))
 
     def _made(
         self, function: ray_backend.Make, batches: Sequence[Sequence[str]]
@@ -108,7 +108,7 @@ class RunContext:
             return
         for members in batches:
             made = function(members)
-            yield members, {name: store.plain(made[name]) for name in members}
+            yield members, {name: store.copy_to_cpu(made[name]) for name in members}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where a run is sent, its progress, folder and cluster stay behind."""

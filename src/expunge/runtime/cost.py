@@ -21,6 +21,6 @@ class Cost:
     """What its equations cost, in products of two matrices as wide as the text embeddings, float64."""
 
     @property
-    def reads_alone(self) -> bool:
+    def text_only(self) -> bool:
         """Whether the text encoders are enough."""
         return not (self.predictions or self.gradients)

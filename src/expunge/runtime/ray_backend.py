@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from expunge.base.errors import ExpungeError
-from expunge.runtime.store import Tensors, plain
+from expunge.runtime.store import Tensors, copy_to_cpu
 
 Make = Callable[[Sequence[str]], Mapping[str, Mapping[str, torch.Tensor]]]
 """Makes the tensors of some names."""
@@ -28,7 +28,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """HTTP/2's empty settings, with which both sides begin; the fourth byte says what it is."""
 
 
-def check(address: str) -> None:
+def check_address(address: str) -> None:
     """Find out before the work whether it could be spread; "" is no cluster, and always well.
 
     Raises:
@@ -113,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    check(address)
+    check_address(address)
     import ray
 
     if ray.is_initialized():
@@ -145,4 +145,4 @@ def _make(box: list[Any], threads: int, names: Sequence[str]) -> dict[str, Tenso
         _held[reference] = ray.get(reference)
     torch.set_num_threads(threads)
     made = _held[reference](names)
-    return {name: plain(made[name]) for name in names}
+    return {name: copy_to_cpu(made[name]) for name in names}

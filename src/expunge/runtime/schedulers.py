@@ -19,10 +19,10 @@ LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """What a configuration that does not say so means for latents, in place of the defaults for pixels."""
 
 
-def scheduler_name(name: str) -> str:
+def parse_scheduler(name: str) -> str:
     """The short name of a scheduler: diffusers' class, without "Scheduler".
 
-    >>> scheduler_name("ddim"), scheduler_name("DDIMScheduler"), scheduler_name("")
+    >>> scheduler_name("ddim"), parse_scheduler("DDIMScheduler"), parse_scheduler("")
     ('DDIM', 'DDIM', '')
 
     Raises:
@@ -37,27 +37,27 @@ def scheduler_name(name: str) -> str:
     raise ExpungeError(f"there is no scheduler {name!r}{hint}")
 
 
-def matches_flow(scheduler: Any) -> bool:
+def is_flow_matching(scheduler: Any) -> bool:
     """Whether a pipeline's scheduler is one for flow matching."""
     return type(scheduler).__name__.startswith("FlowMatch")
 
 
-def replaced(scheduler: Any, name: str, model: str) -> Any:
+def replace_scheduler(scheduler: Any, name: str, model: str) -> Any:
     """A scheduler of another class with the same noise schedule; the same one where it is of that class.
 
     Args:
         scheduler: the pipeline's.
-        name: as `scheduler_name` reads it.
+        name: as `parse_scheduler` reads it.
         model: what to call the model in an error.
 
     Raises:
         ExpungeError: there is none of that name, or it is not for the kind of model that this is.
     """
-    wanted = scheduler_name(name)
+    wanted = parse_scheduler(name)
     own = type(scheduler).__name__
     if not wanted or own == f"{wanted}Scheduler":
         return scheduler
-    if matches_flow(scheduler) != (wanted in FLOW):
+    if is_flow_matching(scheduler) != (wanted in FLOW):
         kinds = ("predict noise", "learn a flow")
         mine, theirs = kinds if wanted in FLOW else reversed(kinds)
         raise ExpungeError(

@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import read_header, replacing, slug
+from expunge.base.files import make_slug, read_header, replacing
 
 Tensors = dict[str, torch.Tensor]
 """What a piece consists of."""
 
 
-def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """The tensors as a file would give them back: on the CPU, without gradients, nothing shared."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -25,32 +25,32 @@ def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     }
 
 
-def stem(name: str) -> str:
+def make_stem(name: str) -> str:
     """A file name, without its ending, for any name: what is legible of it, and its hash.
 
-    >>> stem("Côte d'Ivoire 🇨🇮")
+    >>> make_stem("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire-8cfcbc84914202fb'
     """
-    legible = slug(name, 40)
+    legible = make_slug(name, 40)
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{legible}-{digest}" if legible else digest
 
 
-def keep(folder: Path, name: str, tensors: Tensors) -> None:
+def save_entry(folder: Path, name: str, tensors: Tensors) -> None:
     """Keep a piece; it is there whole or not at all.
 
     Raises:
         ExpungeError: the file cannot be written.
     """
-    with replacing(folder / f"{stem(name)}.safetensors") as temporary:
+    with replacing(folder / f"{make_stem(name)}.safetensors") as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"name": name}))
 
 
-def kept(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
+def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
     """The pieces among `names` that were kept; one that is broken counts as missing, with a warning."""
     found = {}
     for name in names:
-        file = folder / f"{stem(name)}.safetensors"
+        file = folder / f"{make_stem(name)}.safetensors"
         if not file.exists():
             continue
         try:

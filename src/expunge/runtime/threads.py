@@ -40,7 +40,7 @@ class Ticks:
     """What this process has used."""
 
 
-def cores() -> float:
+def count_cores() -> float:
     """The cores that this process may use: by affinity, and by the quota of its control group."""
     try:
         allowed = float(len(os.sched_getaffinity(0)))
@@ -53,7 +53,7 @@ def cores() -> float:
         return allowed
 
 
-def ticks() -> Ticks | None:
+def read_ticks() -> Ticks | None:
     """What the processors have done so far; None where the system does not say."""
     try:
         line = Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()
@@ -66,16 +66,16 @@ def ticks() -> Ticks | None:
     return Ticks(time.monotonic(), busy / hertz, time.process_time())
 
 
-def others(before: Ticks, after: Ticks) -> float:
+def count_busy_cores(before: Ticks, after: Ticks) -> float:
     """How many cores other processes used between two moments, on average."""
     passed = max(after.at - before.at, 1e-3)
     return max(0.0, (after.busy - before.busy) - (after.ours - before.ours)) / passed
 
 
-def share(most: int, free: float) -> int:
+def choose_threads(most: int, free: float) -> int:
     """The threads to take of `most`, where so many cores are free: whole ones, one at least.
 
-    >>> share(2, 1.9), share(2, 1.2), share(8, 0.1)
+    >>> share(2, 1.9), choose_threads(2, 1.2), choose_threads(8, 0.1)
     (2, 1, 1)
     """
     return max(1, min(most, math.floor(free + 0.25)))
@@ -103,7 +103,7 @@ class Threads:
         if self.small:
             torch.set_num_threads(1)
             return self
-        before = ticks()
+        before = read_ticks()
         if before is not None:
             time.sleep(WINDOW)
             self.seen = before
@@ -120,10 +120,10 @@ class Threads:
             self._choose()
 
     def _choose(self) -> None:
-        before, now = self.seen, ticks()
+        before, now = self.seen, read_ticks()
         if before is None or now is None:
             return
         self.seen = now
-        chosen = share(self.most, cores() - others(before, now))
+        chosen = choose_threads(self.most, count_cores() - count_busy_cores(before, now))
         if chosen != torch.get_num_threads():
             torch.set_num_threads(chosen)

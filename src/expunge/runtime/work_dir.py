@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.base.errors import ExpungeError
-from expunge.base.files import replacing, slug
+from expunge.base.files import make_slug, replacing
 
 try:
     import fcntl
@@ -28,10 +28,10 @@ LOCK = ".lock"
 OR = "or choose another output"
 
 
-def beside(output: str | Path) -> Path:
+def find_work_dir(output: str | Path) -> Path:
     """The work folder of a command that writes `output`: beside it, and called after it.
 
-    >>> beside("edits/no-airplane.safetensors").name
+    >>> find_work_dir("edits/no-airplane.safetensors").name
     'no-airplane.safetensors.work'
     """
     output = Path(output)
@@ -42,12 +42,12 @@ def beside(output: str | Path) -> Path:
         longest = 255
     if len(os.fsencode(name)) > longest:
         digest = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]
-        name = f"{slug(output.name, 40)}-{digest}.work"
+        name = f"{make_slug(output.name, 40)}-{digest}.work"
     return output.with_name(name)
 
 
 @contextlib.contextmanager
-def opened(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Path | None]:
+def open_work_dir(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Path | None]:
     """The work folder of a command, for the length of a block; found again by the same command.
 
     It is left behind if anything was kept in it.
