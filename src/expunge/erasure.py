@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge import fingerprint
+from expunge import __version__, fingerprint
 from expunge.base import registry
 from expunge.base.errors import ExpungeWarning, join_names
 from expunge.base.quiet import Progress, ignore_progress
@@ -73,7 +73,7 @@ def erase(
     _warn_of_overlaps(problem)
     read = make_base_reader(model)
     command: dict[str, Any] = {
-        "method": type(method).__module__.rpartition(".")[2],
+        "method": registry.name_of("methods", type(method)),
         "fields": dataclasses.asdict(method),
         "problem": dataclasses.asdict(problem),
         # What was finished with one model is not gone on with in another: all of it counts.
@@ -128,7 +128,5 @@ def _warn_of_overlaps(problem: Problem) -> None:
 
 def read_versions() -> dict[str, str]:
     """The versions of what an edit hangs on."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("expunge", "torch", "diffusers", "transformers")
-    }
+    others = ("torch", "diffusers", "transformers")
+    return {"expunge": __version__, **{name: importlib.metadata.version(name) for name in others}}

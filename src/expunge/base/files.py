@@ -293,7 +293,8 @@ def check_space(folder: str | Path, needed: int) -> None:
         raise ExpungeError(f"cannot write {folder}: {error.strerror or error}") from error
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {format_bytes(free)} free; {format_bytes(needed)} are to be written"
+            f"the disk of {folder} has {format_bytes(free)} free;"
+            f" {format_bytes(needed)} are to be written"
         )
 
 

@@ -162,7 +162,7 @@ def family_of(pipeline: str) -> type[Any]:
     Raises:
         ExpungeError: none does.
     """
-    known = {name: registry.get("families", name) for name in registry.list_names("families")}
+    known = registry.load_all("families")
     for family in known.values():
         if pipeline in family.pipelines:
             return family
@@ -185,9 +185,8 @@ def family_of_file(path: Path) -> type[Any]:
         if name != "__metadata__"
     }
     kind = infer_diffusers_model_type(meta)
-    known = registry.list_names("families")
-    for name in known:
-        family = registry.get("families", name)
+    known = registry.load_all("families")
+    for family in known.values():
         if kind in family.single_files and any(family.single_file_key in tensor for tensor in meta):
             return family
     raise ExpungeError(f"{path} is a checkpoint of no family that is known; known: {', '.join(known)}")

@@ -38,6 +38,10 @@ class EvaluateOptions:
     """The folder for index.html, results.json and results.csv."""
     suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE", help_behavior_hint="")] = ()
     """A suite to judge by, once or more: its name (`expunge list suites`), or a TOML file."""
+    include: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="FOLDER", help_behavior_hint="")
+    ] = ()
+    """A folder of your own suites, found by their file names without .toml; once or more."""
     full: bool = False
     """Draw the papers' number of images instead of the quick one."""
     metric: Annotated[
@@ -66,6 +70,10 @@ class RunOptions:
     """The TOML file."""
     output: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder for the edits and the report; by default the file's name without .toml."""
+    include: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="FOLDER", help_behavior_hint="")
+    ] = ()
+    """A folder of your own suites, found by their file names without .toml; once or more."""
     full: bool = False
     """Draw the papers' number of images, whatever the file says."""
     autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError
@@ -33,6 +33,10 @@ class ListOptions:
 
     kind: Annotated[Positional[str], arg(metavar="KIND")] = "methods"
     """methods, models, families, attacks, metrics or suites."""
+    include: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="FOLDER", help_behavior_hint="")
+    ] = ()
+    """A folder of your own suites, found by their file names without .toml; once or more."""
 
 
 def run_info(options: InfoOptions) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expunge import __version__
+from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.cli import draw, erase, evaluate, export_commands, info
 from expunge.cli.options import parse_options
@@ -107,6 +108,8 @@ def _run_command(arguments: list[str]) -> None:
         erase.run_erase(arguments[1:])
     elif command in COMMANDS:
         options, run = COMMANDS[command]
-        run(parse_options(options, command, arguments[1:]))
+        parsed = parse_options(options, command, arguments[1:])
+        with registry.include_suites(getattr(parsed, "include", ())):
+            run(parsed)
     else:
         raise UnknownNameError("command", command, [*COMMANDS, "erase"])

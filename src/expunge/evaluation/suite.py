@@ -399,9 +399,7 @@ class Suite(Settings):
         """
         path = Path(name)
         if path.suffix.lower() != ".toml":
-            if str(name) not in registry.list_names("suites"):
-                raise UnknownNameError("suite", str(name), registry.list_names("suites"))
-            path = registry.HERE / "suites" / f"{name}.toml"
+            path = registry.find_suite(str(name))
         table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
