@@ -314,7 +314,7 @@ def known_to(suite: Suite, judge: Metric) -> Suite:
     if not isinstance(judge, Classifier):
         if suite.score != "H_a":
             raise ExpungeError(
-                f"suite {suite.name}: {suite.judge} does not say what a image shows; only H_a can do"
+                f"suite {suite.name}: {suite.judge} does not say what an image shows; only H_a can do"
                 " without a judge that does"
             )
         return suite

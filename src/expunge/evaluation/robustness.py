@@ -121,7 +121,7 @@ def robustness(
     ladder = budgets(suite, attack)
     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
     if not isinstance(judge, Classifier):
-        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what a image shows")
+        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what an image shows")
     names = [concept.name for concept in edit.record.problem.erase]
     cells = [cell for cell in suite.cells(names, full=full) if cell.role == "erased" and cell.asks]
     asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
