@@ -138,7 +138,7 @@ def test_an_image_of_too_many_pixels_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF"])
 def test_what_is_no_image_is_one_sentence(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(ExpungeError, match="it is no whole image"):
+    with pytest.raises(ExpungeError, match="it is not a whole image"):
         image_files.read_image(tmp_path / "x.png")
     with pytest.raises(ExpungeError, match="No such file"):
         image_files.read_image(tmp_path / "absent.png")

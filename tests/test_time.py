@@ -210,7 +210,7 @@ class TestThreads:
         state = {"threads": 2}
         monkeypatch.setattr(torch, "get_num_threads", lambda: state["threads"])
         monkeypatch.setattr(torch, "set_num_threads", lambda n: state.update(threads=n))
-        for name in threads.ASKED:
+        for name in threads.CHOSEN_BY_USER:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(threads, "count_cores", lambda: 2.0)
         monkeypatch.setattr(threads.time, "sleep", lambda _: None)
@@ -242,17 +242,17 @@ class TestThreads:
             seen = []
             for _ in range(3):
                 seen.append(two["threads"])
-                found.look()
+                found.adjust()
         assert seen == [2, 1, 2]
 
     def test_small_networks_have_one(self, two):
         with Threads(small=True) as found:
             assert two["threads"] == 1
-            found.look()
+            found.adjust()
             assert two["threads"] == 1
         assert two["threads"] == 2
 
-    @pytest.mark.parametrize("name", threads.ASKED)
+    @pytest.mark.parametrize("name", threads.CHOSEN_BY_USER)
     def test_who_has_chosen_is_left_alone(self, monkeypatch, two, name):
         monkeypatch.setenv(name, "2")
         with Threads(small=True):
@@ -261,7 +261,7 @@ class TestThreads:
     def test_a_system_that_does_not_say(self, monkeypatch, two):
         monkeypatch.setattr(threads, "read_ticks", lambda: None)
         with Threads() as found:
-            found.look()
+            found.adjust()
             assert two["threads"] == 2
 
     def test_shares(self):

@@ -1,4 +1,4 @@
-"""An edit: the changes that erase something, and where they come from."""
+"""An edit: the changes that erase concepts, with a record of how they were made. One file."""
 
 from __future__ import annotations
 
@@ -32,25 +32,31 @@ from expunge.model import Model
 from expunge.problem import Problem
 
 FORMAT = 1
-"""The version of the file's record."""
+"""The version of the file format."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where an edit comes from."""
+    """How an edit was made."""
 
     method: str
+    """The name of the method."""
     fields: Mapping[str, Any]
+    """The values of the method's fields."""
     problem: Problem
+    """What was to be erased and retained."""
     model: str
     """The name of the base model."""
     base: str
     """The hash of the base model's parameters that change."""
     seed: int
+    """The seed of all random numbers."""
     seconds: float
+    """How long it took."""
     versions: Mapping[str, str]
+    """The versions of expunge and the libraries it was made with."""
     family: str = ""
-    """The base model's family; none in older edits."""
+    """The base model's family; "" in older edits."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -59,7 +65,7 @@ class Record:
 
     @property
     def reads_anchor(self) -> bool:
-        """Whether it mattered to the method what a concept becomes; True for one not known here."""
+        """Whether the method used the anchors; True for a method that is not installed here."""
         try:
             return bool(
                 build_from_record(registry.get("methods", self.method), self.fields).reads_anchor
@@ -78,11 +84,13 @@ class Edit:
     """
 
     changes: Changes
+    """The changes, applied in order."""
     record: Record
+    """How they were made."""
 
     @property
     def hash(self) -> str:
-        """The hash of what the edit does; its record plays no part in it."""
+        """The hash of the changes; the record has no part in it."""
         digest = hashlib.sha256()
         for change in self.changes:
             digest.update(json.dumps(change.spec, sort_keys=True).encode())
@@ -94,7 +102,7 @@ class Edit:
         """Check that the edit is for models of this family.
 
         Raises:
-            ExpungeError: it is for those of another.
+            ExpungeError: it is for models of another.
         """
         if self.record.family not in ("", family.__name__):
             raise ExpungeError(
@@ -103,7 +111,7 @@ class Edit:
             )
 
     def fits(self, model: Model | Any) -> bool:
-        """Whether the edit was made from just these weights; half-precision copies count as them.
+        """Whether the edit was made from these very weights; half-precision copies of them count.
 
         Raises:
             ExpungeError: the model is of another family, or a layer is missing or has another shape:
@@ -116,10 +124,10 @@ class Edit:
         return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 
     def apply(self, pipe: Model | Any) -> Applied:
-        """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
+        """Apply the edit to a diffusers pipeline (or a model), until `remove()` is called on the result.
 
-        Edits stack; take them off in reverse. Changes that are weights are then saved with
-        the pipeline by `save_pretrained`.
+        Edits stack; remove them in reverse order. `save_pretrained` then saves changes that are static
+        weights with the pipeline.
 
         >>> applied = edit.apply(pipe)  # doctest: +SKIP
         >>> applied.remove()            # doctest: +SKIP
@@ -141,13 +149,13 @@ class Edit:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.
 
         Raises:
-            ExpungeError: the file cannot be written, or the edit holds nan or infinity.
+            ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
         check_finite(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
-        # Cloned: a file cannot hold two tensors that share their memory, and changes may.
+        # Changes may share memory, which safetensors refuses to save: clone.
         tensors = {
             f"{i}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for i, change in enumerate(self.changes)
@@ -161,7 +169,7 @@ class Edit:
         """Read an edit.
 
         Raises:
-            ExpungeError: the file is missing, cut short, is not an edit, or holds nan or infinity.
+            ExpungeError: the file is missing, cut short, not an edit, or contains NaN or infinity.
         """
         header = read_header(path)
         text = header.get("__metadata__", {}).get("expunge")

@@ -1,4 +1,4 @@
-"""What a model is, in one hash: everything that can play a part in what a method makes of it."""
+"""Hash a model, or the parameters of it that an edit changes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from expunge.changes import Changes, encode_tensor, read_base_parameter
 from expunge.model import Model
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "sample_size", "max_sequence_length", "autocast")
-"""How a model draws, beside its weights and configurations."""
+"""The attributes of a model that change its images, besides weights and configurations."""
 
 
 def hash_model(model: Model) -> str:
-    """The hash of a model's weights, configurations, tokenizers, scheduler and settings.
+    """Return the hash of a model's weights, configurations, tokenizers, scheduler and settings.
 
-    Parameters that were left on the disk count by what of them a method can ask: the layers through
-    which text enters. It takes a second or two a GB.
+    Where the denoiser was left on the disk, only the layers through which text enters count, which are
+    all that a method can read of it. It takes a second or two a GB.
 
     Args:
-        model: the model as it stands, with whatever lies on it.
+        model: the model, with all edits that are applied to it.
     """
     digest = hashlib.sha256()
 
@@ -48,7 +48,7 @@ def hash_model(model: Model) -> str:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """The hash of what a tokenizer makes of any text."""
+    """Return the hash of everything that determines a tokenizer's output."""
     record: dict[str, Any] = {
         "vocab": tokenizer.get_vocab(),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
@@ -58,7 +58,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     }
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         whole = json.loads(backend.to_str())
-        # Every call sets these two anew.
+        # Every call of the tokenizer sets these two anew.
         record["backend"] = {k: v for k, v in whole.items() if k not in ("truncation", "padding")}
     elif pieces := getattr(tokenizer, "sp_model", None):
         record["pieces"] = hashlib.sha256(pieces.serialized_model_proto()).hexdigest()
@@ -68,17 +68,18 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 
 def is_scalar(value: object) -> bool:
+    """Whether a value is None, a truth value, a number or a text."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def read_scalars(thing: object, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The single values among the attributes of an object, but for its private ones and some."""
+    """Return the public attributes of an object that are scalars, without those in `but`."""
     values = vars(thing).items()
     return {k: v for k, v in values if is_scalar(v) and not k.startswith("_") and k not in but}
 
 
 def _plain(config: object) -> dict[str, str]:
-    """A configuration without the names of files and versions."""
+    """Return a configuration without paths and versions, which do not change the model."""
     if config is None:
         return {}
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
@@ -87,11 +88,11 @@ def _plain(config: object) -> dict[str, str]:
 
 
 ParameterReader = Callable[[str, str], torch.Tensor]
-"""Gives a layer's parameter, by the names of both."""
+"""Returns a parameter, by the names of its layer and itself."""
 
 
 def make_base_reader(model: Model | Any) -> ParameterReader:
-    """Reads the parameters of a model or a pipeline, beneath whatever lies on them."""
+    """Return a function that reads the parameters of a model or a pipeline without any applied edit."""
     root = model.pipe if isinstance(model, Model) else model
     if isinstance(model, Model) and model.stored:
         return model.stored
@@ -99,9 +100,9 @@ def make_base_reader(model: Model | Any) -> ParameterReader:
 
 
 def hash_base(read: ParameterReader, places: Iterable[tuple[str, str]]) -> str:
-    """The hash of some parameters, named by layer and parameter, as rounded to float16.
+    """Return the hash of some parameters, each named by layer and parameter, rounded to float16.
 
-    The rounding lets the half-precision variant of a model count as the model itself.
+    By the rounding, the half-precision variant of a model has the same hash as the model itself.
     """
     digest = hashlib.sha256()
     for layer, parameter in sorted(places):
@@ -111,7 +112,13 @@ def hash_base(read: ParameterReader, places: Iterable[tuple[str, str]]) -> str:
 
 
 def is_same_base(read: ParameterReader, places: Iterable[tuple[str, str]], base: str) -> bool:
-    """Whether a hash is that of some parameters, or of these in bfloat16, where edits are made, too."""
+    """Whether a hash is that of some parameters, or of their bfloat16 copies.
+
+    Args:
+        read: reads a parameter.
+        places: the parameters, each named by layer and parameter.
+        base: the hash to compare with.
+    """
     places = tuple(places)
     if hash_base(read, places) == base:
         return True
@@ -119,5 +126,5 @@ def is_same_base(read: ParameterReader, places: Iterable[tuple[str, str]], base:
 
 
 def list_places(changes: Changes) -> set[tuple[str, str]]:
-    """The parameters that changes take the place of."""
+    """Return the parameters that changes replace, each named by layer and parameter."""
     return {(layer, change.parameter) for change in changes for layer in change.layers}

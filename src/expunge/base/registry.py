@@ -270,7 +270,7 @@ def _read_entry_points(kind: str, path: tuple[str, ...]) -> tuple[_Foreign, ...]
     found = []
     for point in importlib.metadata.entry_points(group=f"expunge.{kind}"):
         try:
-            package = str(point.dist.name) if point.dist else ""  # type: ignore[attr-defined]
+            package = str(point.dist.name) if point.dist else ""
         except Exception:  # metadata without a name
             package = ""
         found.append(_Foreign(point.name, package or "an unnamed package", point.value))

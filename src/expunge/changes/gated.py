@@ -121,8 +121,10 @@ class Gated(TokenGates, InputChange):
 
 @dataclass(frozen=True, eq=False)
 class Damped(TokenGates, OutputChange):
-    """y ⊙ Π_c (1 − max_i s_i(x) g_i), i over the gates of concept c: channels of a layer's output are
-    damped, each at most once by every concept."""
+    """y ⊙ Π_c (1 − max_i s_i(x) g_i), i over the gates of concept c: damps channels of a layer's output.
+
+    Several open gates of one concept damp a channel once, by the strongest of them.
+    """
 
     kind: ClassVar[str] = "damped"
     damping: Tensor

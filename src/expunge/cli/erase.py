@@ -164,7 +164,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
             show = stack.enter_context(show_progress(pace))
             if pace:
                 pace.tell = show
-                pace.listeners.append(lambda *_: threads.look())
+                pace.listeners.append(lambda *_: threads.adjust())
                 stack.enter_context(pace)
             progress = pace.progress if pace else show
             edit = erase(model, problem, method, progress=progress, **how)

@@ -117,8 +117,10 @@ class LoadingOptions:
         )
 
     def _needs_text_alone(self, cost: Cost | None, is_file: bool) -> bool:
-        """Whether the text encoders are enough. A single file is always read whole, and a LoRA and
-        offloading need the whole model."""
+        """Whether the text encoders are enough.
+
+        A single file is always read whole, and a LoRA and offloading need the whole model.
+        """
         return bool(cost and cost.text_only) and not (is_file or self.lora or self.offload)
 
 

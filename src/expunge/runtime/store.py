@@ -1,4 +1,4 @@
-"""Finished pieces of a long piece of work, kept in a folder: one `.safetensors` file each."""
+"""Save the finished parts of long work in a folder: one `.safetensors` file an entry."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.files import make_slug, read_header, replacing
 
 Tensors = dict[str, torch.Tensor]
-"""What a piece consists of."""
+"""The tensors of an entry, by name."""
 
 
 def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors as a file would give them back: on the CPU, without gradients, nothing shared."""
+    """Return the tensors as a file would return them: on the CPU, without gradients, sharing nothing."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -26,7 +26,7 @@ def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def make_stem(name: str) -> str:
-    """A file name, without its ending, for any name: what is legible of it, and its hash.
+    """Return a file name, without its ending, for any name: its ASCII letters and its hash.
 
     >>> make_stem("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire-8cfcbc84914202fb'
@@ -37,7 +37,12 @@ def make_stem(name: str) -> str:
 
 
 def save_entry(folder: Path, name: str, tensors: Tensors) -> None:
-    """Keep a piece; it is there whole or not at all.
+    """Save an entry, whole or not at all.
+
+    Args:
+        folder: the folder.
+        name: the entry's name; it may hold any character.
+        tensors: the entry's tensors.
 
     Raises:
         ExpungeError: the file cannot be written.
@@ -47,7 +52,7 @@ def save_entry(folder: Path, name: str, tensors: Tensors) -> None:
 
 
 def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
-    """The pieces among `names` that were kept; one that is broken counts as missing, with a warning."""
+    """Return the entries among `names` that were saved; a broken one counts as missing, with a warning."""
     found = {}
     for name in names:
         file = folder / f"{make_stem(name)}.safetensors"
@@ -58,7 +63,7 @@ def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
             found[name] = safetensors.torch.load(file.read_bytes())
         except (ExpungeError, safetensors.SafetensorError):
             warnings.warn(
-                f"the kept piece {file} of {name!r} is broken; it is made again",
+                f"the saved file {file} of {name!r} is broken; it is computed again",
                 ExpungeWarning,
                 stacklevel=3,
             )
