@@ -1,7 +1,7 @@
 """Judging edits: draw once, measure everything, say what is certain.
 
 `evaluate` lays out a *case* for every set of concepts erased, with the original as its first row and
-an edit in each further one. What the numbers mean stands in docs/judging.md.
+an edit in each further one. What the numbers mean stands in docs/explanation/judging.md.
 """
 
 from __future__ import annotations

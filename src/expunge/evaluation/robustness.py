@@ -196,7 +196,10 @@ def budgets(suite: Suite, attack: str) -> dict[str, Attack]:
     cls = registry.get("attacks", attack.partition(":")[0])
     field, values = _grid(suite, attack)
     rest = {key: value for key, value in _table(suite, attack).items() if key != field}
-    return {f"{field} {value:g}": fields.build(cls, {**rest, field: value}) for value in sorted(values)}
+    return {
+        f"{field} {value:g}": fields.build(cls, {**rest, field: value}, attack)
+        for value in sorted(values)
+    }
 
 
 def _table(suite: Suite, attack: str) -> Mapping[str, Any]:
