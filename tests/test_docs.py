@@ -108,8 +108,8 @@ def few(monkeypatch):
             )
         ),
     )
-    settings = loading.settings
-    monkeypatch.setattr(loading, "settings", lambda found: {**settings(found), "num_inference_steps": 2})
+    settings = loading.read_settings
+    monkeypatch.setattr(loading, "read_settings", lambda found: {**settings(found), "num_inference_steps": 2})
 
 
 @pytest.mark.parametrize("page", RUN)
