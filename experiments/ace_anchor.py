@@ -23,10 +23,12 @@ import expunge
 from expunge.base.files import replacing
 from expunge.edit import Edit
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.image_cache import Cache, Source
-from expunge.evaluation.measure import make, requests
-from expunge.evaluation.report import known_to
-from expunge.evaluation.suite import Cell
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Source
+from expunge.evaluation.measure import make
+from expunge.evaluation.sample import lay_out
+from expunge.evaluation.evaluate import known_to
+from expunge.evaluation.cells import Cell
 from expunge.methods.ace import ACE
 from expunge.metric import Classifier
 from expunge.problem import Problem

@@ -22,8 +22,8 @@ from expunge.base.files import replacing
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Edit
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.report import evaluate
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.candidates import Candidate
 
 HERE = Path(__file__).parent
 

@@ -29,7 +29,7 @@ from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import model_hash
 from expunge.evaluation.robustness import Robustness, robustness
 from expunge.evaluation.statistics import Estimate
 

@@ -26,10 +26,13 @@ from expunge.base.files import replacing
 from expunge.base.image_files import save
 from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.experiment import Experiment, Job
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.measure import make, requests
-from expunge.evaluation.report import known_to
-from expunge.evaluation.suite import Cell, Suite
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
+from expunge.evaluation.measure import make
+from expunge.evaluation.sample import lay_out
+from expunge.evaluation.evaluate import known_to
+from expunge.evaluation.cells import Cell
+from expunge.evaluation.suite import Suite
 
 HERE = Path(__file__).parent
 SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}

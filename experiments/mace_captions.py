@@ -25,7 +25,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions_for, prior
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import model_hash
 from expunge.methods.mace import MACE, Sums
 from expunge.runtime.context import RunContext
 

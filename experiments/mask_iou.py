@@ -32,7 +32,7 @@ from expunge import Model
 from expunge.base.files import replacing
 from expunge.erasing import object_masks
 from expunge.erasing.reference_images import Examples
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import model_hash
 from expunge.ops.otsu import otsu
 from expunge.runtime.context import RunContext
 

@@ -35,9 +35,9 @@ from expunge import Concept, Model, Problem
 from expunge.base import registry
 from expunge.base.fields import build
 from expunge.base.files import replacing
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import model_hash
 from expunge.evaluation.robustness import robustness
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.methods.ant import ANT

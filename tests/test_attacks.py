@@ -14,7 +14,8 @@ from expunge.attacks.inversion import Inversion, renamed
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
-from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.robustness import budgets, robustness
 from expunge.evaluation.suite import Suite
 from expunge.methods.ace import ACE

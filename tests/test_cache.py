@@ -9,7 +9,9 @@ from tokenizers import Tokenizer
 
 import expunge
 from expunge import ExpungeError, ExpungeWarning
-from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, quantised, residual
+from expunge.evaluation.image_cache import Cache, quantised
+from expunge.evaluation.image_source import Request, Source, residual
+from expunge.fingerprint import model_hash
 from tiny import PIPELINES, flux, sdxl
 
 ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]

@@ -67,7 +67,7 @@ def simulate(prompts, images, accuracy, varying=None, trials=1000, draws=800):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "pictures", "accuracy", "varying"),
+    ("prompts", "images", "accuracy", "varying"),
     [
         (1, 20, "any", None),
         (1, 200, 0.02, None),
@@ -183,7 +183,7 @@ def held(score, truth):
     return score.low <= truth <= score.high
 
 
-@pytest.mark.parametrize(("concepts", "pictures", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
+@pytest.mark.parametrize(("concepts", "images", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
 def test_both_readings_cover_their_own_truth(concepts, images, accuracy):
     """A thousand trials of 40 worlds are in experiments/results/coverage.json; this is a few of two."""
     found = list(worlds(concepts, images, accuracy, 6.0))

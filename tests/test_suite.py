@@ -7,7 +7,8 @@ import pytest
 
 from expunge import ExpungeError, ExpungeWarning
 from expunge.base import registry
-from expunge.evaluation.suite import Prompts, Suite
+from expunge.evaluation.prompt_lists import PromptList
+from expunge.evaluation.suite import Suite
 
 BASE = """# One line.
 version = 1
@@ -69,7 +70,7 @@ def test_cells_follow_from_what_is_erased(read):
         ("retained", "a photo of the ship", 2),
         ("retained", "a drawing of the ship", 1),
     ]
-    assert cells[0].asks[0].near == ("cat face",)
+    assert cells[0].targets[0].near == ("cat face",)
     both = suite.cells(["hound", "cat"])
     assert {cell.concept for cell in both if cell.role == "erased"} == {"cat", "dog"}
     assert {cell.concept for cell in both if cell.role == "retained"} == {"ship"}
@@ -96,8 +97,8 @@ def test_others_fill_templates_and_are_asked_for(read):
     suite = read(text + '[others]\nrole = "retained"\n"bell" = {}\n"pizza" = {}\n')
     cells = [cell for cell in suite.cells(["cat"]) if "and" in cell.prompt and cell.role == "erased"]
     assert [cell.prompt for cell in cells] == ["the cat and the bell", "the cat and the pizza"]
-    assert [ask.role for ask in cells[0].asks] == ["erased", "retained"]
-    assert cells[0].asks[1].labels == ("bell",)
+    assert [ask.role for ask in cells[0].targets] == ["erased", "retained"]
+    assert cells[0].targets[1].labels == ("bell",)
 
 
 def test_prompts_of_a_csv_file(read, tmp_path):
@@ -308,7 +309,7 @@ def test_seeds_of_a_data_set_are_exact_or_refused(monkeypatch):
     ]
     hub = SimpleNamespace(load_dataset=lambda *_, **__: table)
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    prompts = Prompts(dataset="owner/name")
+    prompts = PromptList(dataset="owner/name")
     assert prompts.rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
     for seed in (2.0**60, 0.5, float("nan"), True, -1):
         table[1]["seed"] = seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,14 @@ class Embedding(Attack):
     objective that of RACE (Kim et al., 2024, arXiv 2405.16341), on a whole trajectory.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"times": "num_timesteps"}
+    ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"radius": [0.05, 0.1, 0.2, 0.4], "steps": 10},
+        "restarts": {"restarts": [1, 4, 8], "radius": 0.2, "steps": 40, "num_timesteps": 6},
+    }
+    renamed: ClassVar[Mapping[str, str]] = {
+        "times": "num_timesteps",
+        "batch": "batch_size",
+    }
 
     radius: float = bounded(0.1, at_least=0)
     """The bound, as a share of each token's norm; 0 changes nothing."""

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,6 +44,12 @@ class Inversion(Attack):
     arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
     """
 
+    ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"steps": [50, 150]},
+        "restarts": {"restarts": [1, 3], "steps": 150},
+        "long": {"steps": [150, 600]},
+        "cce": {"steps": [5000], "batch_size": 16, "num_images": 16},
+    }
     renamed: ClassVar[Mapping[str, str]] = {
         "rate": "learning_rate",
         "batch": "batch_size",

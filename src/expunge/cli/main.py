@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from expunge.edit import Edit
     from expunge.evaluation.image_cache import Cache
     from expunge.evaluation.report import Report
-    from expunge.evaluation.scoring import Candidate
+    from expunge.evaluation.candidates import Candidate
     from expunge.evaluation.statistics import Estimate
     from expunge.evaluation.suite import Suite
     from expunge.method import Method
@@ -259,7 +259,8 @@ def draw_command(options: Draw) -> None:
     for path in options.edit:
         files.read_header(path)
     from expunge.edit import Edit
-    from expunge.evaluation.image_cache import Cache, Request, Source
+    from expunge.evaluation.image_cache import Cache
+    from expunge.evaluation.image_source import Request, Source
 
     if options.loading.dry_run:
         from expunge.runtime.cost import Cost
@@ -418,8 +419,8 @@ def evaluate_command(options: Evaluate) -> None:
     from expunge.checkpoints.load import load
     from expunge.edit import Edit
     from expunge.evaluation.image_cache import Cache
-    from expunge.evaluation.report import evaluate
-    from expunge.evaluation.scoring import Candidate
+    from expunge.evaluation.evaluate import evaluate
+    from expunge.evaluation.candidates import Candidate
 
     candidates = []
     for name in options.edits:

@@ -38,10 +38,12 @@ from expunge.base.files import read_toml, slug
 from expunge.base.quiet import Progress, quiet
 from expunge.edit import Edit
 from expunge.erasure import erase
-from expunge.evaluation.image_cache import Cache, model_hash
-from expunge.evaluation.report import Report, evaluate
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.report import Report
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import model_hash
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import KINDS, Concept, Kind, Problem, key

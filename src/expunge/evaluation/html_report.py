@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
-from torch import Tensor
 
 from expunge.base.errors import listed
-from expunge.base.image_files import to_pil
-from expunge.evaluation.measure import make
-from expunge.evaluation.scoring import PUBLISHED, CandidateResult, Comparison, SuiteResult, compared
+from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.comparisons import Comparison, compare_all
+from expunge.evaluation.html_strips import lay_out_attacks, lay_out_strips
+from expunge.evaluation.robustness import AttackResult
+from expunge.evaluation.scoring import PUBLISHED
 from expunge.evaluation.statistics import Estimate
-from expunge.metric import Classifier
 
 if TYPE_CHECKING:
     from expunge.evaluation.report import Report
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # images of a strip
-WIDEST = 128  # pixels of an image on the page
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Told apart by those who see few colours, too (Okabe and Ito)."""
-ROLES = {
-    "erased": "Erased",
-    "synonyms": "Synonyms, which the method was not told of",
-    "retained": "Retained",
-}
 TITLES = {
     "efficacy": "Efficacy",
     "generality": "Generality",
@@ -150,6 +140,13 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
             for case in cases
             for row in case.rows
         ],
+        "attacks": [
+            _attacked(row, one, budget, colours[row.name], ", ".join(case.erased[:3]))
+            for case in cases
+            for row in case.rows
+            for one in row.attacks
+            for budget in one.asr
+        ],
         "methods": [
             {"recipe": recipe, "name": brief.get(recipe, recipe), "h": number(h, is_share)}
             for recipe, h in sorted(methods.items(), key=lambda item: -_sortable(item[1]))
@@ -163,8 +160,30 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         "totals": [part.removesuffix("_EXPOSED").replace("_", " ").lower() for part in parts],
         "plot": _plot(cases, colours) if is_share else None,
         "cases": [
-            _case(report, case, found) for case, found in zip(cases, compared(cases), strict=True)
+            _case(report, case, found) for case, found in zip(cases, compare_all(cases), strict=True)
         ],
+    }
+
+
+def _attacked(
+    row: CandidateResult, one: AttackResult, budget: str, colour: str, erased: str
+) -> dict[str, Any]:
+    """An edit under an attack at one budget."""
+    numbers = {
+        "pre-ASR": one.pre,
+        "ASR": one.asr[budget],
+        "at this budget": one.seen[budget],
+        "more than before": one.difference[budget],
+        "unrecognisable": one.broken[budget],
+        "the original": one.control[budget],
+    }
+    return {
+        "name": row.name,
+        "erased": erased,
+        "colour": colour,
+        "attack": f"{one.attack}, {budget}",
+        "numbers": {title: number(estimate) for title, estimate in numbers.items()},
+        "holds": one.control_holds(budget),
     }
 
 
@@ -253,7 +272,14 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     edits = [row for row in case.rows if row.candidate]
     return {
         "erased": listed(case.erased, 6),
-        "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
+        "edits": [
+            {
+                **_describe(row),
+                **lay_out_strips(report.cache, case, row),
+                "attacks": lay_out_attacks(row),
+            }
+            for row in edits
+        ],
         "left_out": case.left_out,
         "differences": [
             _difference(one.one, one.other, one) for one in found if one.of == case.suite.score
@@ -267,7 +293,7 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     }
 
 
-def _asked(row: CandidateResult) -> dict[str, Any]:
+def _describe(row: CandidateResult) -> dict[str, Any]:
     """What was asked of an edit, and the answers in plain numbers."""
     if row.candidate is None:
         raise TypeError("a row with a candidate is expected, and the original has none")
@@ -291,85 +317,13 @@ def _asked(row: CandidateResult) -> dict[str, Any]:
                 {
                     "question": question,
                     "number": number(seen["seen"]),
-                    "what": what.replace("pictures", f"{seen['seen'].n:,} images"),
+                    "what": what.replace("images", f"{seen['seen'].n:,} images"),
                     "before": number(seen["original"]).text,
                     "gone": role in ("erased", "synonyms"),
                     "broken": number(seen["unrecognisable"]).text,
                 }
             )
     return {"asked": asked, "made": made, "answers": answers}
-
-
-def _strips(report: Report, case: SuiteResult, row: CandidateResult) -> dict[str, Any]:
-    """Before and after on the same seeds, worst first, for each role."""
-    judge = _judge_of(report, case)
-    strips = []
-    for role, title in ROLES.items():
-        places = _worst_first(case, row, role)
-        if not places:
-            continue
-        score_suite = [place for place in places if row.looks.cells[place[1]].asks]
-        chosen = places[: SHOWN[role]]
-        asked = [row.looks.requests[c][i] for _, c, i in chosen]
-        before = report.cache.draw(case.sources["original"], asked)
-        after = report.cache.draw(case.sources[row.name], asked)
-        strips.append(
-            {
-                "title": title,
-                "failing": sum(bad > 0.5 for bad, _, _ in score_suite),
-                "judged": len(score_suite),
-                "of": len(places),
-                "pairs": [
-                    {
-                        "before": data_uri(before[k]),
-                        "after": data_uri(after[k]),
-                        "prompt": request.prompt,
-                        "seed": request.seed,
-                        "seen": _seen(judge, case, row, c, i),
-                        "wrong": bad > 0.5,
-                    }
-                    for k, ((bad, c, i), request) in enumerate(zip(chosen, asked, strict=True))
-                ],
-            }
-        )
-    return {"name": row.name, "roles": strips}
-
-
-def _worst_first(case: SuiteResult, row: CandidateResult, role: str) -> list[tuple[float, int, int]]:
-    """The images of a role, (how badly it fails, cell, place): the worst of every prompt first, then
-    the next of every prompt, so that a strip shows many words. Of like ones, those come first that the
-    original did right, or where something is erased, wrong: that drew what should go."""
-    ranked = []
-    for c, cell in enumerate(row.looks.cells):
-        if cell.role != role:
-            continue
-        after, before = (case.wrong[name][c].tolist() for name in (row.name, "original"))
-        turn = 1 if role == "retained" else -1
-        order = sorted(
-            (-bad, turn * was, i)
-            for i, (bad, was) in enumerate(zip(after, before, strict=True))
-            if not math.isnan(bad)
-        )
-        ranked += [(rank, bad, c, i) for rank, (bad, _, i) in enumerate(order)]
-    return [(-bad, c, i) for _, bad, c, i in sorted(ranked)]
-
-
-def _judge_of(report: Report, case: SuiteResult) -> Classifier | None:
-    metric = make(case.suite.judge, case.suite.options.get(case.suite.judge, {}))
-    return metric if isinstance(metric, Classifier) else None
-
-
-def _seen(
-    judge: Classifier | None, case: SuiteResult, row: CandidateResult, cell: int, image: int
-) -> tuple[str, str]:
-    """What the judge calls the image before and after."""
-    if judge is None:
-        return "", ""
-    before, after = (
-        judge.shown(one.looks.rows[case.suite.judge][cell][image : image + 1])[0]
-        for one in (case.rows[0], row)
-    )
-    return before, after
 
 
 def _judges(report: Report) -> list[str]:
@@ -385,17 +339,3 @@ def _judges(report: Report) -> list[str]:
                     parts.append(f"{what} {100 * one['share']:.1f} % (n = {one['n']:,})")
             said.append(f"{name}, on drawings that it was not trained on: {'; '.join(parts)}")
     return said
-
-
-def data_uri(image: Tensor) -> str:
-    """An image (3, height, width) inside the page, at most 128 pixels wide."""
-    one = to_pil(image.nan_to_num())
-    data = io.BytesIO()
-    if one.width > WIDEST:
-        one = one.resize((WIDEST, one.height * WIDEST // one.width), Image.Resampling.LANCZOS)
-        one.save(data, "WEBP", quality=85)
-        kind = "webp"
-    else:
-        one.save(data, "PNG")
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
