@@ -25,7 +25,7 @@ from expunge.evaluation.candidates import Candidate, SuiteResult
 from expunge.evaluation.cells import ROLES, Cell
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source, sampler
-from expunge.evaluation.measure import by_name, make, measure, warn_of_cuts
+from expunge.evaluation.measure import by_name, make, measure, plugin_name, warn_of_cuts
 from expunge.evaluation.report import Report
 from expunge.evaluation.robustness import Controls, Defence, judge_attack
 from expunge.evaluation.sample import Sample, lay_out
@@ -56,6 +56,7 @@ def evaluate(
     *,
     full: bool = False,
     metrics: Sequence[str | Metric] = (),
+    judge: Classifier | None = None,
     attacks: Sequence[str | Attack] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     roles: Collection[str] = ROLES,
@@ -75,6 +76,7 @@ def evaluate(
         full: the paper's number of images instead of the quick one.
         metrics: what to measure besides what the suites say, by name or as they are; one that has the
             name of a suite's takes its place.
+        judge: what answers the suites' questions in the place of their own judge.
         attacks: what to attack every edit with, by name ("NAME", "NAME:LADDER"), at the suites' budgets,
             or as they are, at that one.
         options: fields of metrics, by name, over those of the suites.
@@ -93,7 +95,11 @@ def evaluate(
     for role in roles:
         if role not in ROLES:
             raise unknown("role", role, ROLES)
-    given = by_name(metrics)
+    if judge is not None:
+        if not isinstance(judge, Classifier):
+            raise TypeError(f"a judge must be a Classifier, not {judge!r}")
+        read = [dataclasses.replace(suite, judge=plugin_name(judge)) for suite in read]
+    given = by_name((*(one for one in (judge,) if one), *metrics))
     drawing = _sources(model, candidates, [suite.scheduler for suite in read])
     for candidate in candidates:
         if candidate.edit is not None:

@@ -139,7 +139,9 @@ class Source:
         """Apply the edits, or the condition, until the stack is closed; the model to draw with."""
         if one := self.condition:
             run = RunContext(one.seed, progress)
-            return stack.enter_context(one.attack.apply(self.model, one.edit, run))
+            # Measuring is in inference mode, in which a condition could not train.
+            with torch.inference_mode(False):
+                return stack.enter_context(one.attack.apply(self.model, one.edit, run))
         for edit in self.edits:
             stack.enter_context(edit.apply(self.model))
         return self.model
