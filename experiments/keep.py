@@ -90,7 +90,7 @@ def _figure(results: Any, name: str, score: str) -> str:
 def _short(request: Request) -> str:
     """What tells a prompt from the others."""
     return re.sub(
-        r"^(an? (photo|image|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
+        r"^(an? (photo|picture|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
     )
 
 

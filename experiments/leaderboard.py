@@ -285,7 +285,7 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    words, images = record["words"], record["images a word"] * len(record["words"])
+    words, images = record["words"], record["pictures a word"] * len(record["words"])
     return [
         "\n## Under attack\n",
         f"The share of images in which an erased word is seen again ({', '.join(words)};",

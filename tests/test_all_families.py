@@ -147,7 +147,7 @@ class TestContract:
         kind = registry.get("methods", name)
         fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
         needs = registry.declared("methods", name, "needs")
-        lacks = registry.declared("families", family, "lacks")
+        lacks = registry.declared("families", family, "missing_capabilities")
         assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
         missing = [stage for stage, need in needs.items() if need in lacks]
         # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.

@@ -183,7 +183,7 @@ class TestPoints:
                 targets = steering.original(sample)
             found = steering.losses(sample, targets)
             del model.predict
-            late, early = (steering.times.index(int(p.t)) for p in (sample.late, sample.early))
+            late, early = (steering.timesteps.index(int(p.t)) for p in (sample.late, sample.early))
             assert early < late
             assert (sum(rows), len(passes)) == (2 * late + 8, late + 2)
 
@@ -221,8 +221,8 @@ class TestPoints:
         assert ("late anchor" in original) == anchored
         for asked in objective.of_original:
             torch.testing.assert_close(original[asked], again[asked], rtol=1e-9, atol=1e-9)
-        assert set(sample.late.t.tolist()) <= {steering.times[i] for i in steering.late}
-        assert set(sample.early.t.tolist()) <= {steering.times[i] for i in steering.early}
+        assert set(sample.late.t.tolist()) <= {steering.timesteps[i] for i in steering.late}
+        assert set(sample.early.t.tolist()) <= {steering.timesteps[i] for i in steering.early}
 
     def test_time_direction(self):
         model = double()
@@ -760,7 +760,7 @@ class TestSchedulers:
         course = ANT(**QUICK).course
         own = Steering(model, dataclasses.replace(course, scheduler=""))
         steering, expected = Steering(model, course), Steering(ddim, course)
-        assert steering.times == expected.times != own.times
+        assert steering.timesteps == expected.timesteps != own.timesteps
         torch.testing.assert_close(
             steering.draw([subject(model)]).late.latents, expected.draw([subject(ddim)]).late.latents
         )
@@ -769,7 +769,7 @@ class TestSchedulers:
     def test_a_flow_keeps_its_own_and_refuses_ddim(self):
         model = expunge.load(tiny.sd3())
         course = dataclasses.replace(ANT(**QUICK).course, turn=0.0)
-        assert Steering(model, course).times == model.timesteps(4)
+        assert Steering(model, course).timesteps == model.timesteps(4)
         with pytest.raises(ExpungeError, match="DDIM is for models that predict noise"):
             Steering(model, dataclasses.replace(course, scheduler="DDIM"))
 

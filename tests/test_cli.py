@@ -47,7 +47,7 @@ def edit(run):
 def test_draw_one_grid(run):
     code, out, err = run("draw", "a ship", "-n", "3", "-o", "new/grid.png", "--steps", "2")
     assert (code, err) == (0, "")
-    assert "3 pictures of 'a ship'" in out
+    assert "3 images of 'a ship'" in out
     assert Image.open("new/grid.png").size == (3 * 196 + 4, 200)
 
 
@@ -618,7 +618,7 @@ def test_a_prompt_may_begin_with_a_hyphen(run, arguments, prompt):
         "draw", "--steps", "1", "-o", "x.png", "--model", "emoji", *arguments, model=False
     )
     assert (code, err) == (0, "")
-    assert out == f"x.png: 1 picture of {prompt!r}\n"
+    assert out == f"x.png: 1 image of {prompt!r}\n"
 
 
 def test_values_of_options_may_begin_with_a_hyphen(run):
