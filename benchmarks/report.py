@@ -30,9 +30,9 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.base.quiet import quiet
+from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
-from expunge.evaluation.evaluate import evaluate
 from expunge.methods.uce import UCE
 
 RESULT = Path(__file__).parent / "results" / "report.json"

@@ -22,13 +22,13 @@ import torch
 import expunge
 from expunge.base.files import replacing
 from expunge.edit import Edit
+from expunge.evaluation.cells import Cell
+from expunge.evaluation.evaluate import known_to
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source
 from expunge.evaluation.measure import make
 from expunge.evaluation.sample import lay_out
-from expunge.evaluation.evaluate import known_to
-from expunge.evaluation.cells import Cell
 from expunge.methods.ace import ACE
 from expunge.metric import Classifier
 from expunge.problem import Problem
@@ -58,7 +58,7 @@ def main() -> None:
         suite = known_to(suite, judge)
 
         def muddle(source: Source, cells: Sequence[Cell], judge: Classifier = judge) -> float:
-            asked = [one for some in requests(model, cells, None, None) for one in some]
+            asked = [one for sample in lay_out(model, cells) for one in sample.requests]
             images = torch.stack(list(cache.draw(source, asked)))
             rows = judge.measure(images, [one.prompt for one in asked])
             return round(float(judge.broken(rows).double().mean()), 4)

@@ -21,9 +21,9 @@ import expunge
 from expunge.base.files import replacing
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Edit
-from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.experiment import Experiment
 
 HERE = Path(__file__).parent
 

@@ -25,13 +25,12 @@ from expunge import Edit, Model
 from expunge.base.files import replacing
 from expunge.base.image_files import save
 from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.evaluate import known_to
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.measure import make
-from expunge.evaluation.sample import lay_out
-from expunge.evaluation.evaluate import known_to
-from expunge.evaluation.cells import Cell
+from expunge.evaluation.sample import Sample, lay_out
 from expunge.evaluation.suite import Suite
 
 HERE = Path(__file__).parent
@@ -39,11 +38,9 @@ SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}
 """Images of each role in a band; twice as many of the erased where they are many."""
 
 
-def chosen(
-    cells: Sequence[Cell], asked: Sequence[Sequence[Request]], role: str, n: int
-) -> list[Request]:
+def chosen(samples: Sequence[Sample], role: str, n: int) -> list[Request]:
     """The first images of a role, from as many of its prompts as there are."""
-    rows = [some for cell, some in zip(cells, asked, strict=True) if cell.role == role]
+    rows = [sample.requests for sample in samples if sample.cell.role == role]
     turns = itertools.zip_longest(*(rows[i] for i in _spread(len(rows), n)))
     return [one for turn in turns for one in turn if one is not None][:n]
 
@@ -61,12 +58,12 @@ def bands(
     for problem in dict.fromkeys(job.problem for job in jobs):
         names = [concept.name for concept in problem.erase]
         cells = suite.cells(names, full=results["size"] == "full")
-        asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
+        samples = lay_out(model, cells, suite.num_inference_steps, suite.guidance_scale)
         many = len(names) > 1
         shown = [
             one
             for role, n in SHOWN.items()
-            for one in chosen(cells, asked, role, 2 * n if many and role == "erased" else n)
+            for one in chosen(samples, role, 2 * n if many and role == "erased" else n)
         ]
         rows = [("before", cache.draw(Source(model), shown))]
         for job in jobs:

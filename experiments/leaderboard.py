@@ -30,15 +30,15 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
+from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.cells import Size, SuiteConcept
+from expunge.evaluation.evaluate import evaluate, known_to
 from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.measure import make
-from expunge.evaluation.evaluate import evaluate, known_to
 from expunge.evaluation.report import Report
-from expunge.evaluation.candidates import CandidateResult, SuiteResult
 from expunge.evaluation.scoring import TERMS
 from expunge.evaluation.statistics import Estimate, average
-from expunge.evaluation.cells import Size, SuiteConcept
 from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model

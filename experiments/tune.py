@@ -35,10 +35,9 @@ from expunge import Concept, Model, Problem
 from expunge.base import registry
 from expunge.base.fields import build
 from expunge.base.files import replacing
-from expunge.fingerprint import model_hash
-from expunge.evaluation.robustness import robustness
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import model_hash
 from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
@@ -194,8 +193,14 @@ def judge(
         quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
         fewer = dataclasses.replace(suite(task), sizes={"quick": quick})
         attacked = [
-            robustness(model, edit, fewer, attack, seed=seed)
-            for edit, attack, seed in itertools.product(edits, attacks, range(seeds))
+            result
+            for edit, seed in itertools.product(edits, range(seeds if attacks else 0))
+            for result in expunge.evaluate(
+                model, [edit], [fewer], attacks=attacks, roles=("erased",), seed=seed
+            )
+            .cases[0]
+            .rows[1]
+            .attacks
         ]
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from expunge.evaluation.measure import make
-from expunge.evaluation.sample import Sample
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.comparisons import compare_all, compare_pairs
+from expunge.evaluation.measure import make
+from expunge.evaluation.sample import Sample
 from expunge.evaluation.scoring import score_suite
 from expunge.evaluation.suite import Suite
 

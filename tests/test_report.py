@@ -13,10 +13,10 @@ import torch
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.evaluate import evaluate
-from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 
@@ -429,7 +429,9 @@ def test_the_experiments_of_this_repository_can_be_read():
 
 def test_fields_beside_a_preset(experiment):
     table = 'name = "mace"\npreset = "fast"\n'
-    experiment.write_text(EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "max_train_steps", 1))
+    experiment.write_text(
+        EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "max_train_steps", 1)
+    )
     first, _, other, _ = Experiment.read(experiment).jobs()
     assert first.method == type(first.method).preset("fast", max_train_steps=20)
     assert first.name == "mace fast, max_train_steps 20: airplane"

@@ -100,7 +100,9 @@ def weights_hash(model: Model) -> str:
     if known is None or (seen != state and not any(tensor.is_meta for _, tensor in tensors)):
         digest = hashlib.sha256()
         for key, tensor in tensors:
-            values = f"{tensor.dtype}{tuple(tensor.shape)}".encode() if tensor.is_meta else content(tensor)
+            values = (
+                f"{tensor.dtype}{tuple(tensor.shape)}".encode() if tensor.is_meta else content(tensor)
+            )
             digest.update(key.encode() + values)
         known = model.__dict__["_hash"] = digest.hexdigest()
         model.__dict__["_hashed"] = state

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from expunge.checkpoints.cost_estimate import Plan
     from expunge.checkpoints.pace import Pace
     from expunge.edit import Edit
+    from expunge.evaluation.candidates import Candidate
     from expunge.evaluation.image_cache import Cache
     from expunge.evaluation.report import Report
-    from expunge.evaluation.candidates import Candidate
     from expunge.evaluation.statistics import Estimate
     from expunge.evaluation.suite import Suite
     from expunge.method import Method
@@ -418,9 +418,9 @@ def evaluate_command(options: Evaluate) -> None:
     files.check_writable(Path(options.output) / "results.json")
     from expunge.checkpoints.load import load
     from expunge.edit import Edit
-    from expunge.evaluation.image_cache import Cache
-    from expunge.evaluation.evaluate import evaluate
     from expunge.evaluation.candidates import Candidate
+    from expunge.evaluation.evaluate import evaluate
+    from expunge.evaluation.image_cache import Cache
 
     candidates = []
     for name in options.edits:

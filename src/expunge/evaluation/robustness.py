@@ -50,7 +50,10 @@ class AttackResult:
     """One edit under one attack, on one suite. Every share is of the images that the original shows
     the concept in."""
 
+    edit: str
+    """What the report calls the edit."""
     attack: str
+    """The attack's name, or "NAME:LADDER"."""
     fields: Mapping[str, Any]
     """The attack's, but for what the budgets run over."""
     pre: Estimate
@@ -212,7 +215,17 @@ def judge_attack(
     rows = [(title, list(images)) for title, images in shown.items()]
     strip = Strip(where, captions, rows, "seen, at the left")
     return AttackResult(
-        ladder.name, ladder.fields, pre, asr, pre_broken, broken, seen, difference, control, strip
+        defence.name,
+        ladder.name,
+        ladder.fields,
+        pre,
+        asr,
+        pre_broken,
+        broken,
+        seen,
+        difference,
+        control,
+        strip,
     )
 
 
