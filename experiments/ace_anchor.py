@@ -61,7 +61,7 @@ def main() -> None:
             asked = [one for sample in lay_out(model, cells) for one in sample.requests]
             images = torch.stack(list(cache.draw(source, asked)))
             rows = judge.measure(images, [one.prompt for one in asked])
-            return round(float(judge.broken(rows).double().mean()), 4)
+            return round(float(judge.find_broken(rows).double().mean()), 4)
 
         cells = [
             cell

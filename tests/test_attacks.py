@@ -283,7 +283,7 @@ class TestJudged:
                 rows[0, 1] = float(first) + 1
                 return rows
 
-            def broken(self, rows):
+            def find_broken(self, rows):
                 return rows[:, 1] > 1.5
 
         found = attacked(model, edit, suite, Breaks(0.5), cache)
@@ -342,7 +342,7 @@ class Bright(Classifier):
     def score(self, rows, labels, near, question):
         return (rows[:, 0] > self.threshold).float()
 
-    def broken(self, rows):
+    def find_broken(self, rows):
         return torch.zeros(len(rows), dtype=torch.bool)
 
 

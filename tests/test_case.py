@@ -212,11 +212,11 @@ def test_parts_are_totalled_as_papers_count_them():
     nudenet = make("nudenet", {})
     rows = torch.zeros(3, 11)
     rows[0, 2], rows[1, 2], rows[1, 9] = 2, 1, 3
-    counts = nudenet.counts(rows, ["exposed"])
+    counts = nudenet.count_parts(rows, ["exposed"])
     assert len(counts) == 9
     assert int(counts["FEMALE_BREAST_EXPOSED"].sum()) == 3
     assert sum(int(c.sum()) for c in counts.values()) == 6
-    only = nudenet.counts(rows, ["BELLY_EXPOSED", "axe"])
+    only = nudenet.count_parts(rows, ["BELLY_EXPOSED", "axe"])
     assert {part: c.tolist() for part, c in only.items()} == {"BELLY_EXPOSED": [0, 3, 0]}
 
 

@@ -120,7 +120,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
         "terms": terms,
         "extra": extra,
-        "extra_titles": [f"{metric.replace('_', ' ')}, {role}" for metric, role in extra],
+        "extra_titles": [_metric_title(report, metric, role) for metric, role in extra],
         "published": list(PUBLISHED[suite.score]),
         "rows": [
             {
@@ -185,6 +185,13 @@ def _attacked(
         "numbers": {title: number(estimate) for title, estimate in numbers.items()},
         "holds": one.control_holds(budget),
     }
+
+
+def _metric_title(report: Report, metric: str, role: str) -> str:
+    """A column's title; on what should stay, an arrow says which way is better."""
+    up = report.provenance["metrics"][metric]["higher is better"]
+    arrow = (" ↑" if up else " ↓") if role == "retained" else ""
+    return f"{metric.replace('_', ' ')}, {role}{arrow}"
 
 
 def _count(row: CandidateResult, part: str) -> Number:

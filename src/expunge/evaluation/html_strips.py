@@ -102,7 +102,7 @@ def _seen(
     if judge is None:
         return "", ""
     before, after = (
-        judge.shown(one.samples[cell].features[case.suite.judge][image : image + 1])[0]
+        judge.describe(one.samples[cell].features[case.suite.judge][image : image + 1])[0]
         for one in (case.rows[0], row)
     )
     return before, after

@@ -162,6 +162,11 @@ def _measure_chunk(
                 [part[r].prompt for r in missing],
                 torch.stack([references[r] for r in missing]) if metrics[one].paired else None,
             )
+            if measured.ndim != 2 or len(measured) != len(missing):
+                raise TypeError(
+                    f"the metric {type(metrics[one]).__name__} must measure {len(missing)} images as a"
+                    f" tensor ({len(missing)}, width), not {tuple(measured.shape)}"
+                )
             for row, numbers in zip(missing, measured, strict=True):
                 new[row][where(one, row)] = numbers.float()
         for row in rows:

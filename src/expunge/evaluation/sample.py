@@ -111,7 +111,7 @@ def classify(suite: Suite, judge: Classifier, samples: Sequence[Sample]) -> tupl
     found = []
     for sample in samples:
         rows = sample.features[suite.judge]
-        broken = judge.broken(rows)
+        broken = judge.find_broken(rows)
 
         def ask(question: str, of: Sample = sample, broken: Tensor = broken) -> tuple[Tensor, ...]:
             return tuple(

@@ -234,7 +234,7 @@ def _totals(suite: Suite, judge: Classifier, samples: Sequence[Sample]) -> dict[
     found: dict[str, int] = {}
     for sample in samples:
         labels = [label for one in sample.cell.targets if one.role == "erased" for label in one.labels]
-        counts = judge.counts(sample.features[suite.judge], list(dict.fromkeys(labels)))
+        counts = judge.count_parts(sample.features[suite.judge], list(dict.fromkeys(labels)))
         for part, numbers in counts.items():
             found[part] = found.get(part, 0) + int(numbers.sum())
     return {"total": sum(found.values()), **found} if found else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from expunge.evaluation import statistics
 from expunge.evaluation.sample import Sample
 from expunge.evaluation.statistics import NONE, Estimate
-from expunge.metric import Apart, Distance
+from expunge.metric import Distance, SetDistance
 
 FURTHER = "\0further seeds"
 """Marks the images of an anchor that no other set shares its seeds with."""
@@ -73,14 +73,14 @@ def from_original(
         before: the original's, of the same cells.
         role: whose images.
     """
-    images, real = FeatureSet.of(samples, name, role), metric.real()
+    images, real = FeatureSet.of(samples, name, role), metric.load_real()
     if len(images.rows) < 2 or (samples is before and real is None):
         return NONE
     if real is not None:
         return _between(metric, images, FeatureSet(real, (("real images", len(real)),)))
     apart = metric.distance(images.rows, FeatureSet.of(before, name, role).rows)
     # The same prompts and seeds: each pair of images is resampled together.
-    return statistics.moved(apart.value, images.by_prompt(apart.influence + apart.of_reference))
+    return statistics.moved(apart.value, images.by_prompt(apart.influence + apart.reference_influence))
 
 
 def from_anchor(
@@ -109,7 +109,7 @@ def from_anchor(
 
 def _between(metric: Distance, one: FeatureSet, other: FeatureSet) -> Estimate:
     """The distance of two sets that share no image's weight."""
-    apart: Apart = metric.distance(one.rows, other.rows)
+    apart: SetDistance = metric.distance(one.rows, other.rows)
     return statistics.moved(
-        apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.of_reference)
+        apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.reference_influence)
     )

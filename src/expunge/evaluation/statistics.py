@@ -206,7 +206,7 @@ def mean(
 
 
 def moved(value: float, *influences: Answers) -> Estimate:
-    """A number that each image moves a little, as a distance between sets (`metric.Apart`).
+    """A number that each image moves a little, as a distance between sets (`metric.SetDistance`).
 
     Its draws are value + Σ mean of the influences under resampling, a mean for each set.
     """

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Apart
+from expunge.metric import SetDistance
 
 BLOCK = 1024  # rows of the kernel held at once
 
 
-def frechet(a: Tensor, b: Tensor) -> Apart:
+def frechet(a: Tensor, b: Tensor) -> SetDistance:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b) − 2 ‖A Bᵀ‖_*, where A = (a − μ_a)/√(n − 1) and B likewise.
 
     The nuclear norm ‖A Bᵀ‖_* is tr (Σ_a^½ Σ_b Σ_a^½)^½; with A = Q R it is that of R_a R_bᵀ = U S Vᵀ.
@@ -29,14 +29,14 @@ def frechet(a: Tensor, b: Tensor) -> Apart:
     shared_a = (qa @ (u @ (vt @ rb)) * left).sum(1)
     shared_b = (qb @ (vt.T @ (u.T @ ra)) * right).sum(1)
     value = between.square().sum() + left.square().sum() + right.square().sum() - 2 * s.sum()
-    return Apart(
+    return SetDistance(
         max(float(value), 0.0),
         centred(len(a) * (left.square().sum(1) - shared_a) + 2 * x @ between),
         centred(len(b) * (right.square().sum(1) - shared_b) - 2 * y @ between),
     )
 
 
-def kernel(a: Tensor, b: Tensor) -> Apart:
+def kernel(a: Tensor, b: Tensor) -> SetDistance:
     """The unbiased squared maximum mean discrepancy with k(x, y) = (x·y/d + 1)³.
 
     It is mean k(a, a') + mean k(b, b') − 2 mean k(a, b) over pairs of different rows; the influence of
@@ -47,7 +47,7 @@ def kernel(a: Tensor, b: Tensor) -> Apart:
     own_a, own_b = _means(a, a), _means(b, b)
     a_to_b, b_to_a = _means(a, b), _means(b, a)
     value = own_a.mean() + own_b.mean() - 2 * a_to_b.mean()
-    return Apart(float(value), centred(2 * (own_a - a_to_b)), centred(2 * (own_b - b_to_a)))
+    return SetDistance(float(value), centred(2 * (own_a - a_to_b)), centred(2 * (own_b - b_to_a)))
 
 
 def _means(a: Tensor, b: Tensor) -> Tensor:

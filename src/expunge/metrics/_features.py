@@ -45,7 +45,7 @@ class FromOriginalOrReal(OfFeatures):
     def provenance(self) -> Mapping[str, Any]:
         return {**self.feature_key, "against": self.against or "the original's images"}
 
-    def real(self) -> Tensor | None:
+    def load_real(self) -> Tensor | None:
         if not self.against:
             return None
         size = towers(self.model).size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import towers
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -57,7 +57,7 @@ class ClipZeroshot(Classifier):
         clip = towers(self.model)
         texts = clip.embed_texts([self.template.format(name) for name in self.classes])
         chances = (self.scale * clip.embed_images(images) @ texts.T).softmax(1)
-        return torch.cat([chances, blank(images)[:, None].float()], 1)
+        return torch.cat([chances, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
         return label in self.classes
@@ -70,8 +70,8 @@ class ClipZeroshot(Classifier):
         sure = chances[:, places].sum(1)
         return (sure >= 0.5).float() if question == "there" else sure
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
         return rows[:, -1] > 0.5
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
         return [self.classes[place] for place in rows[:, : len(self.classes)].argmax(1).tolist()]

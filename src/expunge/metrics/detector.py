@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expunge.emoji.detector import FOLDER, NOTHING, SIZE, Detector, Recognition
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import resized
 
 
@@ -50,7 +50,7 @@ class EmojiDetector(Classifier):
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         seen = _load(self._path)(resized(images.nan_to_num(), SIZE))
-        broken = seen.unrecognisable.masked_fill(blank(images), 1.0)
+        broken = seen.unrecognisable.masked_fill(is_blank(images), 1.0)
         return torch.cat([seen.labels, seen.styles, broken[:, None]], 1)
 
     def recognition(self, rows: Tensor) -> Recognition:
@@ -81,10 +81,10 @@ class EmojiDetector(Classifier):
         tops = seen.top()
         return torch.tensor([float("nan") if top in near else float(top in wanted) for top in tops])
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
         return self.recognition(rows).broken()
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
         tops = self.recognition(rows).top()
         return ["background only" if top == NOTHING else top for top in tops]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Apart, Distance, read_images
+from expunge.metric import Distance, SetDistance, read_images
 from expunge.metrics._distances import frechet
 
 
@@ -49,10 +49,10 @@ class Fid(Distance):
         whole = (images.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
         return frechet(rows, reference)
 
-    def real(self) -> Tensor | None:
+    def load_real(self) -> Tensor | None:
         return self.measure(read_images(self.against, (299, 299)), ()) if self.against else None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 
 PARTS = (
     "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
@@ -52,7 +52,7 @@ class NudeNet(Classifier):
                 if found["class"] in PARTS and found["score"] >= self.threshold:
                     row[1 + PARTS.index(found["class"])] += 1
         rows[:, 0] = rows[:, 1:-1].sum(1)
-        rows[:, -1] = blank(images).float()
+        rows[:, -1] = is_blank(images).float()
         return rows
 
     def knows(self, label: str) -> bool:
@@ -62,11 +62,11 @@ class NudeNet(Classifier):
         places = [0 if label == ANY else 1 + PARTS.index(label) for label in labels if self.knows(label)]
         return (rows[:, places] > 0).any(1).float()
 
-    def counts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
+    def count_parts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
         known = PARTS if ANY in labels else [label for label in labels if label in PARTS]
         return {part: rows[:, 1 + PARTS.index(part)] for part in known}
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
         return rows[:, -1] > 0.5
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Recogniser(Classifier):
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
         seen = [one(images) for one in self._classifiers]
-        return torch.cat([*seen, blank(images)[:, None].float()], 1)
+        return torch.cat([*seen, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
         return any(_plain(label) in one.labels for one in self._classifiers)
@@ -93,10 +93,10 @@ class Recogniser(Classifier):
         neither = [place for place, name in enumerate(names) if name in dropped]
         return answers.masked_fill(torch.isin(best, torch.tensor(neither)), float("nan"))
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
         return rows[:, -1] > 0.5
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
         bests = [
             [one.labels[place] for place in part.argmax(1).tolist()] for one, part in self._parts(rows)
         ]
