@@ -13,7 +13,7 @@ from conftest import weights
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.attack import Attack
 from expunge.attacks.embedding import Embedding
-from expunge.attacks.inversion import Inversion, renamed
+from expunge.attacks.inversion import Inversion, replace_name
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
@@ -167,7 +167,10 @@ class TestInversion:
         edit = expunge.erase(model, problem, "uce")
         attack = Inversion(steps=60, num_images=2, learning_rate=0.1)
         assert attack._word(model, edit) == "sky"
-        before, plain = model.draw(PROBE), model.encode([renamed(p, edit, "sky") for p in PROBE.prompts])
+        before, plain = (
+            model.draw(PROBE),
+            model.encode([replace_name(p, edit, "sky") for p in PROBE.prompts]),
+        )
         found = attack.run(model, edit, PROBE, RunContext())
         with model.using(edit):
             far = (model.draw(dataclasses.replace(PROBE, text=plain)) - before).square().mean()
@@ -188,7 +191,7 @@ class TestInversion:
         found = attack.run(model, edit, PROBE, RunContext())
         assert len({round(e, 9) for e in told["errors"]}) == 3  # three words of their own
         best = told["learnt"][told["errors"].index(min(told["errors"]))]
-        prompts = [renamed(p, edit, "sky") for p in PROBE.prompts]
+        prompts = [replace_name(p, edit, "sky") for p in PROBE.prompts]
         text = model.encode_with(prompts, "sky", best)
         torch.testing.assert_close(found.text.embeddings, text.embeddings)
         # The first is the one that there would be alone.
@@ -211,8 +214,8 @@ class TestInversion:
             model.word_vectors("xyz")
 
     def test_the_name_is_replaced_where_it_stands(self, edit):
-        assert renamed("a photo of the Airplane", edit, "sky") == "a photo of the sky"
-        assert renamed("airplanes", edit, "sky") == "airplanes sky"
+        assert replace_name("a photo of the Airplane", edit, "sky") == "a photo of the sky"
+        assert replace_name("airplanes", edit, "sky") == "airplanes sky"
 
 
 TABLE = {

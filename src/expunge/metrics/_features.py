@@ -31,6 +31,13 @@ class OfFeatures(Distance):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the image tower's pooled output, (n, width).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         return towers(self.model).features(images)
 
 

@@ -54,15 +54,32 @@ class ClipZeroshot(Classifier):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the probability of each class, and 1 for a blank image, (n, classes + 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         clip = towers(self.model)
         texts = clip.embed_texts([self.template.format(name) for name in self.classes])
         chances = (self.scale * clip.embed_images(images) @ texts.T).softmax(1)
+        # A blank image goes with some class best, too: only the last number tells it.
         return torch.cat([chances, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
         return label in self.classes
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """Return whether one of the labels is what images show, (n,) in [0, 1], or nan.
+
+        Args:
+            rows: (n, width), from `measure`.
+            labels: those that count as the concept.
+            near: not read: a class is one of few.
+            question: "best", "there" or "probability".
+        """
+        # Labels that are no class have no probability: a suite may name several for a concept.
         places = [self.classes.index(label) for label in labels if self.knows(label)]
         chances = rows[:, : len(self.classes)]
         if question == "best":

@@ -49,6 +49,14 @@ class EmojiDetector(Classifier):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the probabilities of labels, styles and unrecognisable, (n, labels + styles + 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
+        # nan would come out as nan, and rows are kept as numbers: black is unrecognisable, too.
         seen = _load(self._path)(resized(images.nan_to_num(), SIZE))
         broken = seen.unrecognisable.masked_fill(is_blank(images), 1.0)
         return torch.cat([seen.labels, seen.styles, broken[:, None]], 1)
@@ -65,11 +73,20 @@ class EmojiDetector(Classifier):
         return label in settings.label_names or label in settings.style_names
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """Return whether one of the labels is what images show, (n,) in [0, 1], or nan.
+
+        Args:
+            rows: (n, width), from `measure`.
+            labels: those that count as the concept.
+            near: labels whose images count neither way.
+            question: "best", "there" or "probability".
+        """
         seen = self.recognition(rows)
         names = seen.settings.label_names
         styles = [style for style in labels if style in seen.settings.style_names]
         wanted = [label for label in labels if label in names]
         if styles:
+            # One image has one style, and several labels: styles compete among themselves alone.
             places = [seen.settings.style_names.index(style) for style in styles]
             if question == "probability":
                 return seen.styles[:, places].amax(1)

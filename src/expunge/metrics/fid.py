@@ -46,6 +46,13 @@ class Fid(Distance):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return 2048 Inception features, (n, 2048).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         whole = (images.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
