@@ -13,6 +13,7 @@ from expunge import ExpungeError
 from expunge.base import registry
 from expunge.evaluation.measure import key, make, plugin_name
 from expunge.metric import Classifier, Distance, Metric, is_blank, read_images
+from expunge.metrics._clip import towers
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +405,15 @@ def test_a_metric_that_breaks_the_contract_is_told(model, tmp_path):
     samples = lay_out(model, cells[:1], 1)
     with pytest.raises(TypeError, match=r"Flat must measure \d+ images as a tensor \(\d+, width\)"):
         measure(Cache(tmp_path), Source(model), None, samples, {"flat": Flat()})
+
+
+def test_keys_are_those_of_earlier_versions():
+    """Rows are kept under them: a change of words must not throw them away."""
+    kept = {"features": "picture tower of the CLIP emoji, pooled", "sha256": towers("emoji").digest}
+    for name in ("frechet", "kid", "alignment"):
+        assert make(name, {}).feature_key == kept
+    assert make("pixel_distance", {}).feature_key == {"metric": "PixelDistance", "version": 1}
+    assert make("structure", {}).feature_key == {"metric": "Structure", "version": 1, "size": 8}
 
 
 def test_keys_change_with_options_and_names_are_near():

@@ -42,6 +42,11 @@ class Fid(Distance):
             "against": self.against or "the original's images",
         }
 
+    @property
+    def feature_key(self) -> Mapping[str, Any]:
+        # In the words of earlier versions: rows that they have kept are found by it.
+        return {**super().feature_key, "against": self.against or "the original's pictures"}
+
     @torch.inference_mode()
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
