@@ -29,7 +29,7 @@ from expunge.methods.uce import UCE
 from expunge.metric import Classifier
 from expunge.runtime.context import RunContext
 
-ATTACKS = registry.names("attacks")
+ATTACKS = registry.list_names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
 
 
@@ -481,15 +481,15 @@ class TestInTheReport:
         table = read_results(tmp_path / "report")
         original, row = table["cases"][0]["rows"]
         assert "attacks" not in original
-        assert [one["attack"] for one in row["attacks"]] == ["embedding", "rounded"]
+        assert [one["attack"] for one in row["attacks"]] == ["embedding", "Rounded"]
         budgets = row["attacks"][0]["ASR"]
         assert budgets["radius 0.4"] == {"value": 1, "n": 2, **{
             side: pytest.approx(budgets["radius 0.4"][side]) for side in ("low", "high")}}  # fmt: skip
         assert table["provenance"]["attack seed"] == 0
-        assert table["provenance"]["metrics"]["bright"]["higher is better"]
+        assert table["provenance"]["metrics"]["Bright"]["higher is better"]
         assert not (tmp_path / "report" / "robustness.json").exists()
         head = (tmp_path / "report" / "results.csv").read_text().splitlines()[0].split(",")
-        assert {"embedding pre-ASR", "embedding radius 0.4 ASR", "rounded as it is control"} <= set(head)
+        assert {"embedding pre-ASR", "embedding radius 0.4 ASR", "Rounded as it is control"} <= set(head)
 
     def test_the_page_has_a_table_and_the_images(self, report, tmp_path):
         page = (tmp_path / "report" / "index.html").read_text()
@@ -510,7 +510,7 @@ class TestInTheReport:
         found = read_results(tmp_path / "results.json")
         assert found["cases"][0]["images"] == 4
         assert "pictures" not in found["cases"][0]
-        assert [one["attack"] for one in found["cases"][0]["rows"][1]["attacks"]] == ["rounded"]
+        assert [one["attack"] for one in found["cases"][0]["rows"][1]["attacks"]] == ["Rounded"]
         for text, says in (
             ("{}", "is not a report"),
             ('{"format": 9}', "reads up to 2"),
@@ -543,9 +543,21 @@ class TestInTheReport:
 
 
 def test_an_attack_that_is_none_is_said_before_anything_is_drawn(capsys):
-    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attack", "embeding", "-o", "x"]
+    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attacks", "embeding", "-o", "x"]
     assert main(arguments) == 2
     assert "no attack 'embeding'; did you mean 'embedding'" in capsys.readouterr().err
+
+
+def test_attacks_are_read_one_after_the_other_and_the_old_option_is_answered(capsys):
+    from expunge.cli.evaluate import EvaluateOptions
+    from expunge.cli.options import parse_options
+
+    given = ["e.safetensors", "--attacks", "embedding", "inversion:long", "-o", "x", "--attacks", "a"]
+    found = parse_options(EvaluateOptions, "evaluate", given)
+    assert found.attacks == (("embedding", "inversion:long"), ("a",))
+    old = ["evaluate", "e.safetensors", "--suite", "object", "--attack", "embedding", "-o", "x"]
+    assert main(old) == 2
+    assert "the option --attack of evaluate is named --attacks now" in capsys.readouterr().err
 
 
 def test_an_attacked_image_has_an_address_of_its_own(model, edit, tmp_path):

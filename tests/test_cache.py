@@ -11,7 +11,7 @@ import expunge
 from expunge import ExpungeError, ExpungeWarning
 from expunge.evaluation.image_cache import Cache, quantised
 from expunge.evaluation.image_source import Request, Source, residual
-from expunge.fingerprint import model_hash
+from expunge.fingerprint import hash_for_images
 from tiny import PIPELINES, flux, sdxl
 
 ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]
@@ -73,13 +73,13 @@ def test_images_drawn_in_another_number_format_are_other_images(model, cache):
 
 
 def test_edits_lie_on_the_model_only_while_it_draws(model, edit, cache):
-    before = model_hash(model)
+    before = hash_for_images(model)
     plain, edited = cache.draw(Source(model), ASKED), cache.draw(Source(model, (edit,)), ASKED)
     assert not torch.equal(plain, edited)
     with edit.apply(model), pytest.raises(ExpungeError, match="take it off"):
         Source(model)
     del model.__dict__["_hash"]
-    assert model_hash(model) == before
+    assert hash_for_images(model) == before
 
 
 def test_a_run_that_was_stopped_goes_on(model, cache, monkeypatch):

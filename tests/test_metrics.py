@@ -11,7 +11,7 @@ import torch
 
 from expunge import ExpungeError
 from expunge.base import registry
-from expunge.evaluation.measure import key, make, plugin_name
+from expunge.evaluation.measure import key, make
 from expunge.metric import Classifier, Distance, Metric, is_blank, read_images
 from expunge.metrics._clip import towers
 
@@ -258,7 +258,7 @@ def test_recognisers_of_two_kinds(images, tmp_path):
         _ = make("recogniser", {}).provenance
 
 
-@pytest.fixture(params=registry.names("metrics"))
+@pytest.fixture(params=registry.list_names("metrics"))
 def metric(request):
     """Every metric of the folder that has what it needs; the others say in a sentence what that is."""
     made, reason = registry.get("metrics", request.param)(), ""
@@ -280,7 +280,7 @@ class TestContract:
     def test_says_what_it_is(self, metric):
         assert type(metric).__doc__
         assert metric.higher_is_better in (True, False)
-        assert registry.describe("metrics", plugin_name(metric)).endswith(".")
+        assert registry.describe("metrics", registry.name_of("metrics", type(metric))).endswith(".")
         with pytest.raises(dataclasses.FrozenInstanceError):
             metric.paired = not metric.paired
 
@@ -367,7 +367,7 @@ class TestContract:
     def test_bad_input_is_one_sentence(self, metric, images):
         cls = type(metric)
         with pytest.raises(ExpungeError, match="has no field 'modle'"):
-            make(plugin_name(metric), {"modle": 1})
+            make(registry.name_of("metrics", type(metric)), {"modle": 1})
         for field in dataclasses.fields(cls):
             with pytest.raises(ExpungeError, match=f"^{field.name} must be ") as caught:
                 cls(**{field.name: object()})

@@ -31,7 +31,7 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("name", registry.names("suites"))
+@pytest.mark.parametrize("name", registry.list_names("suites"))
 def test_shipped_suites_are_whole(name):
     suite = Suite.read(name)
     assert registry.describe("suites", name).endswith((".", "retained."))
@@ -51,9 +51,9 @@ def test_shipped_suites_are_whole(name):
 
 def test_there_are_suites():
     assert {"object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs"} <= set(
-        registry.names("suites")
+        registry.list_names("suites")
     )
-    assert len([name for name in registry.names("suites") if name.startswith("mace-")]) == 4
+    assert len([name for name in registry.list_names("suites") if name.startswith("mace-")]) == 4
 
 
 def test_cells_follow_from_what_is_erased(read):
@@ -122,7 +122,9 @@ def test_prompts_of_a_csv_file(read, tmp_path):
         suite.cells(["cat"])
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names("suites") if n.startswith(("mace", "unl"))])
+@pytest.mark.parametrize(
+    "name", [n for n in registry.list_names("suites") if n.startswith(("mace", "unl"))]
+)
 def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     """Their prompts are built from small stand-ins of the lists that a user brings."""
     monkeypatch.chdir(tmp_path)
@@ -217,8 +219,8 @@ def rows(read, tmp_path):
         data = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "list.csv").write_bytes(data)
         cells = read(LIST + more).cells(["cat"])
-        listed = [cell for cell in cells if cell.role == "erased" and "{}" not in cell.prompt][2:]
-        return [(cell.prompt, cell.seeds, cell.guidance) for cell in listed]
+        join_names = [cell for cell in cells if cell.role == "erased" and "{}" not in cell.prompt][2:]
+        return [(cell.prompt, cell.seeds, cell.guidance) for cell in join_names]
 
     return rows
 

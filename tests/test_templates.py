@@ -61,7 +61,7 @@ def trained() -> dict[str, set[str]]:
     """All that a method erases in: the shared lists, its own, its defaults' and its presets'."""
     lists = {f"{kind}": set(texts) for kind, texts in TEMPLATES.items()}
     lists |= {f"UCE {kind}": set(texts) for kind, texts in uce.TEMPLATES.items()}
-    for name in registry.names("methods"):
+    for name in registry.list_names("methods"):
         cls = registry.get("methods", name)
         for preset in ("", *cls.presets):
             method = cls.preset(preset) if preset else cls()
@@ -72,7 +72,7 @@ def trained() -> dict[str, set[str]]:
 def held() -> set[str]:
     """All that what stays is kept in."""
     some = {*RETAINED, GENERAL}
-    for name in registry.names("methods"):
+    for name in registry.list_names("methods"):
         cls = registry.get("methods", name)
         for preset in ("", *cls.presets):
             method = cls.preset(preset) if preset else cls()

@@ -1,9 +1,9 @@
 """The contract of an attack, or any other condition under which an erasure is judged.
 
 An attack changes what the edited model is asked (`Attack.run`: a harder probe) or the model itself
-(`Attack.apply`: weights rounded, trained further, with a LoRA on top). Judging draws the same prompts and
-seeds without the attack and under it, and the *original* model under the same attack beside them: an
-attack that ruins what the original draws shows nothing about an erasure.
+(`Attack.apply`: weights rounded, trained further, with a LoRA on top). Judging draws the same prompts
+and seeds without the attack and under it, and the *original* model under the same attack beside them:
+an attack that ruins what the original draws shows nothing about an erasure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
@@ -35,16 +35,16 @@ class Attack:
     attack's fields; one of them is a list, tried from its smallest value on. Without any, the attack is
     judged once, as its fields are."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
+    """Fields with another name in earlier versions: {old: new}; an old name is refused with the new."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if type(self).run is Attack.run and not self.changes_model:
             raise TypeError(f"the attack {type(self).__name__} must override run or apply")
 
     @property
     def changes_model(self) -> bool:
-        """Whether images under the attack come from a changed model, and not from a changed probe alone."""
+        """Whether images under the attack come from a changed model, not from a changed probe alone."""
         return type(self).apply is not Attack.apply
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
@@ -62,9 +62,9 @@ class Attack:
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
         """Change the model while images are drawn; the context manager gives the model to draw with.
 
-        By default that is the edited model. The images are cached under the attack's fields, the seed and
-        the edit, so what is done here may depend on nothing else; it is opened once for all images, and
-        not at all where they have been drawn before.
+        By default that is the edited model. The images are cached under the attack's fields, the seed
+        and the edit, so what is done here may depend on nothing else; it is opened once for all images,
+        and not at all where they have been drawn before.
 
         Args:
             model: the original; it is as it was when the context is left.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expunge.base import image_files
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Metric(ABC):
     """Whether its numbers lie in [0, 1]."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if not isinstance(getattr(self, "higher_is_better", None), bool):
             name = type(self).__name__
             raise TypeError(f"the metric {name} must say higher_is_better = True or False")
@@ -100,7 +100,7 @@ class Classifier(Metric):
 
     @abstractmethod
     def find_broken(self, rows: Tensor) -> Tensor:
-        """Return which images are unrecognisable, (n,) bool. They count neither as erased nor as kept."""
+        """Return which images are unrecognisable, (n,) bool: they are neither erased nor retained."""
 
     def count_parts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
         """Return how often images show each part that labels stand for, (n,) whole numbers.
@@ -156,7 +156,7 @@ class Distance(Metric):
         """
 
     def load_real(self) -> Tensor | None:
-        """Return the rows of real images to compare with, (m, width); None for what the original drew."""
+        """Return the rows of real images to compare with, (m, width); None for the original's."""
         return None
 
 
@@ -186,7 +186,7 @@ def read_images(folder: str | Path, size: tuple[int, int] | None = None) -> Tens
     )
     if not paths:
         raise ExpungeError(f"{folder} holds no images")
-    images = [image_files.read(path, size) for path in paths]
+    images = [image_files.read_image(path, size) for path in paths]
     if len({image.shape for image in images}) > 1:
         raise ExpungeError(f"the images in {folder} differ in size")
     return torch.stack(images)

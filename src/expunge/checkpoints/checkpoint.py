@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from expunge.base import files
-from expunge.base.errors import ExpungeError, listed
+from expunge.base.errors import ExpungeError, join_names
+from expunge.base.quiet import silence_libraries
 from expunge.changes import WeightChange
 from expunge.checkpoints import loading, lora, safetensors_io
 from expunge.checkpoints.load import working_device
@@ -117,7 +118,7 @@ class Checkpoint:
         denoiser = self.family.denoiser
         found = loading.Source(self.name, self.path, self.variant)
         pipe = loading.read_pipeline(found, dtype, **{denoiser: None, "vae": None})
-        with loading.quietly():
+        with silence_libraries():
             pipe.to(working_device(device))
         network = loading.empty(self.path, denoiser)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
@@ -380,7 +381,7 @@ def _renewed(said: Mapping[str, str], erased: Sequence[Erased]) -> dict[str, str
     new: dict[str, str | None] = {name: None for name in OUTDATED if name in said}
     if "modelspec.title" in was:
         names = [concept.name for one in erased for concept in one.record.problem.erase]
-        new["modelspec.title"] = f"{was['modelspec.title']} without {listed(names, 3)}"
+        new["modelspec.title"] = f"{was['modelspec.title']} without {join_names(names, 3)}"
     return {**new, **({WAS: json.dumps(was)} if was else {})}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expunge.base.files import size
+from expunge.base.files import format_bytes
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.load import working_device
 from expunge.checkpoints.loading import empty, read_index
@@ -105,12 +105,14 @@ class Plan:
 
     def lines(self, work: Cost | None) -> list[str]:
         """The plan in words; the last line says how long."""
-        parts = ", ".join(f"{name} {size(n * self.itemsize)}" for name, n in self.parameters.items())
+        parts = ", ".join(
+            f"{name} {format_bytes(n * self.itemsize)}" for name, n in self.parameters.items()
+        )
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
         turns = ", parts in turn" if len(self.together) > 1 else ""
         lines = [
             f"weights: {parts}{alone}",
-            f"memory: {size(self.memory)} of weights on the device{turns}",
+            f"memory: {format_bytes(self.memory)} of weights on the device{turns}",
             f"a prompt takes about {_time(self.prompt)}"
             + ("" if alone else f", a prediction about {_time(self.prediction)}"),
         ]

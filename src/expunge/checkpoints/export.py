@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.base.files import cache_folder, read_header, read_json, replacing
-from expunge.changes import Changes, WeightChange, check_numbers
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
+from expunge.base.files import find_cache_folder, read_header, read_json, replacing
+from expunge.changes import Changes, WeightChange, check_finite
 from expunge.checkpoints import hub, lora_names
 from expunge.checkpoints.checkpoint import NOTE, Checkpoint, Erased
 from expunge.checkpoints.linearize import LinearFit, fit_static_weights
@@ -30,7 +30,7 @@ from expunge.checkpoints.model_card import LORAS, is_ours, title, write_card
 from expunge.checkpoints.text_moments import Seen, seen
 from expunge.edit import Edit
 from expunge.erasing.caption_gram import text_hash
-from expunge.fingerprint import Read, places, same_base
+from expunge.fingerprint import ParameterReader, is_same_base, list_places
 from expunge.model import Model
 from expunge.ops.rounding import Cost, rounded
 from expunge.problem import Problem
@@ -108,7 +108,7 @@ def export(
             the disk is too full, or the output cannot be written.
     """
     if to not in TARGETS:
-        raise unknown("form to export to", to, TARGETS)
+        raise UnknownNameError("form to export to", to, TARGETS)
     if rank is not None and rank < 1:
         raise ExpungeError(f"the rank of a LoRA must be at least 1, not {rank}")
     if not 0 < energy <= 1:
@@ -118,7 +118,7 @@ def export(
         raise ExpungeError(f"{to} is a .safetensors file; {output} should end so")
     if to == "diffusers" and str(output).lower().endswith(".safetensors"):
         raise ExpungeError(f"diffusers is a folder; {output} should not end in .safetensors")
-    check_numbers(edit.changes, "the edit")
+    check_finite(edit.changes, "the edit")
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     if to == "diffusers" and checkpoint.is_file:
@@ -160,7 +160,9 @@ def export(
         about = {**base, "modelspec.title": title(edit), NOTE: _note([erased(edit)])}
         where = lora_names.loads_in(to, checkpoint.family.__name__)
         built = lora_names.base_named(base)
-        shipped = checkpoint.name in registry.names("models")  # other widths than any model they know
+        shipped = checkpoint.name in registry.list_names(
+            "models"
+        )  # other widths than any model they know
         whom = (
             f"For {checkpoint.name} alone, which is built like {built} but smaller: diffusers loads it."
         )
@@ -274,7 +276,7 @@ def _fitted(model: Model, edit: Edit) -> LinearFit:
     """The weights fitted to an edit's gates, found in the cache folder or kept there."""
     problem = json.dumps(dataclasses.asdict(edit.record.problem), sort_keys=True)
     command = "\n".join([text_hash(model, ()), edit.hash, edit.record.base, problem])
-    file = cache_folder() / "plain" / f"{hashlib.sha256(command.encode()).hexdigest()}.safetensors"
+    file = find_cache_folder() / "plain" / f"{hashlib.sha256(command.encode()).hexdigest()}.safetensors"
     if file.is_file():
         try:
             kept = Edit.load(file)
@@ -344,10 +346,10 @@ def after(
 
 def erased(edit: Edit) -> Erased:
     """The note that an erased model carries."""
-    return Erased(edit.record, edit.hash, tuple(sorted(places(edit.changes))))
+    return Erased(edit.record, edit.hash, tuple(sorted(list_places(edit.changes))))
 
 
-def fits(edit: Edit, checkpoint: Checkpoint, read: Read | None = None) -> bool:
+def fits(edit: Edit, checkpoint: Checkpoint, read: ParameterReader | None = None) -> bool:
     """Whether an edit was made from just these weights, as `Edit.fits`, of a model on the disk.
 
     Args:
@@ -368,7 +370,7 @@ def fits(edit: Edit, checkpoint: Checkpoint, read: Read | None = None) -> bool:
                     f"the edit does not fit: {layer} is {shape} in {checkpoint.name},"
                     f" and its {change.kind} change has {found}"
                 )
-    return same_base(read or checkpoint.read, places(edit.changes), edit.record.base)
+    return is_same_base(read or checkpoint.read, list_places(edit.changes), edit.record.base)
 
 
 def push(done: Export, repository: str, *, private: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.checkpoints import loading
 from expunge.checkpoints.lora import fuse
 from expunge.model import Model
@@ -65,7 +65,7 @@ def load(
     family = loading.family_of(type(pipe).__name__)
     for file, scale in lora:
         fuse(file, pipe, scale)
-    with quietly():  # they tell of half precision on a CPU
+    with silence_libraries():  # they tell of half precision on a CPU
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         elif device == "cpu":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header, read_json
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.checkpoints.hub import absent, fetch, offline
 from expunge.checkpoints.variants import IDLE, check_read, components, read_variants, weight_files
 
@@ -60,7 +60,7 @@ def find(model: str | Path, variant: str | None = None) -> Source:
         ExpungeError: there is none, it has no such variant, or its weight files are pickled, missing, or
             cut short.
     """
-    shipped = registry.names("models")
+    shipped = registry.list_names("models")
     path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
     if files.is_file(path):
         if variant:
@@ -72,7 +72,7 @@ def find(model: str | Path, variant: str | None = None) -> Source:
             return Source(str(model), None, variant)
         if "/" in str(model) or path.suffix:
             raise ExpungeError(f"there is no file or folder {model}{_near(path)}")
-        raise unknown("model", str(model), shipped)
+        raise UnknownNameError("model", str(model), shipped)
     if not files.is_file(path / "model_index.json"):
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
     check_read(path, variant)
@@ -97,12 +97,12 @@ def fetched(source: Source, *, weights: bool = True) -> Source:
     """
     if source.path:
         return source
-    with quietly():
+    with silence_libraries():
         folder = fetch(source.name, weights=weights, variant=source.variant)
     if weights:
         if lacking := _lacking(folder):
             # Some repositories hold half-precision weights and nothing else.
-            with quietly():
+            with silence_libraries():
                 folder = fetch(source.name, variant="*")
             lacking = _lacking(folder)
         if lacking:
@@ -162,7 +162,7 @@ def family_of(pipeline: str) -> type[Any]:
     Raises:
         ExpungeError: none does.
     """
-    known = {name: registry.get("families", name) for name in registry.names("families")}
+    known = registry.load_all("families")
     for family in known.values():
         if pipeline in family.pipelines:
             return family
@@ -185,9 +185,8 @@ def family_of_file(path: Path) -> type[Any]:
         if name != "__metadata__"
     }
     kind = infer_diffusers_model_type(meta)
-    known = registry.names("families")
-    for name in known:
-        family = registry.get("families", name)
+    known = registry.load_all("families")
+    for family in known.values():
         if kind in family.single_files and any(family.single_file_key in tensor for tensor in meta):
             return family
     raise ExpungeError(f"{path} is a checkpoint of no family that is known; known: {', '.join(known)}")
@@ -218,7 +217,7 @@ def read_pipeline(
     if source.path is None:
         raise TypeError(f"a source on this machine is expected, and {source.name} is one of the hub")
     try:
-        with quietly():
+        with silence_libraries():
             if source.is_file:
                 family = family_of_file(source.path)
                 beside = _beside(source.path, config, family, dtype)
@@ -379,7 +378,7 @@ def empty(folder: Path, part: str) -> Any:
     library, name = read_index(folder)[part]
     config = read_json(folder / part / "config.json")
     try:
-        with quietly(), torch.device("meta"):
+        with silence_libraries(), torch.device("meta"):
             if library == "diffusers":
                 return getattr(diffusers, name).from_config(config)
             kind = getattr(transformers, name)

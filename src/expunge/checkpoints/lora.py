@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.files import check_space, read_header, replacing
-from expunge.changes import Dense, LowRank, Right, WeightChange, check_fit, find
+from expunge.changes import Dense, LowRank, Right, WeightChange, check_fit, find_layer
 from expunge.checkpoints import loading, lora_names
 from expunge.ops.low_rank import balanced, compressed, noise, probes, shared, truncated
 
@@ -235,7 +235,7 @@ def read(
         modules, _ = _modules(raw, path)
     if not modules:
         if any("lora" in name or "hada_" in name or "lokr_" in name for name in others):
-            shown = listed([_short(name) for name in others], 2)
+            shown = join_names([_short(name) for name in others], 2)
             raise ExpungeError(f"{path} is not a LoRA that can be read: nothing here reads {shown}")
         raise ExpungeError(f"{path} is not a LoRA: no tensor of it is named so")
     family = loading.family_of(pipeline.__name__)
@@ -248,7 +248,7 @@ def read(
                 raise ExpungeError(f"{path} is not one LoRA: it changes {layer} twice")
             changes[layer] = change
     if others:
-        shown = listed([_short(name) for name in others], 2)
+        shown = join_names([_short(name) for name in others], 2)
         warnings.warn(
             f"{path}: {len(others)} of {len(raw)} tensors left out, being no LoRA of a layer: {shown}",
             ExpungeWarning,
@@ -296,7 +296,7 @@ def fuse(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
         reason = str(error).partition(": ")[2]
         raise ExpungeError(f"{path} is not a LoRA for this model: {reason}") from None
     for change in changes:
-        module: Any = find(pipe, *change.layers)
+        module: Any = find_layer(pipe, *change.layers)
         after = change.weight(module.weight.detach())
         if not bool(after.isfinite().all()):
             raise ExpungeError(

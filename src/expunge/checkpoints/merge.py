@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_numbers
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_finite
 from expunge.checkpoints.export import by_place, weights
 from expunge.checkpoints.lora import Place, composed
 from expunge.edit import Edit, Record
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.erasure import versions
-from expunge.fingerprint import base, base_hash, places
+from expunge.erasure import read_versions
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
-from expunge.problem import Problem, key
+from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
 
@@ -45,7 +45,7 @@ def merge(
     *,
     ridge: float = 1.0,
     prior_scale: float = 0.1,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Edit:
     """One edit that erases what several do.
 
@@ -81,7 +81,7 @@ def merge(
         )
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_numbers(edit.changes, f"edit {number} of those to merge")
+        check_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
@@ -113,10 +113,10 @@ def merge(
         fields={"ridge": ridge, "prior_scale": prior_scale, "of": [edit.hash for edit in edits]},
         problem=problem,
         model=edits[0].record.model,
-        base=base_hash(base(model), places(changes)),
+        base=hash_base(make_base_reader(model), list_places(changes)),
         seed=0,
         seconds=round(time.monotonic() - start, 3),
-        versions=versions(),
+        versions=read_versions(),
         family=type(model).__name__,
     )
     return Edit(tuple(changes), record)
@@ -126,12 +126,12 @@ def joined(problems: Sequence[Problem]) -> Problem:
     """Everything that several problems erase, and what they retain of the rest."""
     concepts, seen = [], set[str]()
     for concept in (concept for problem in problems for concept in problem.erase):
-        names = tuple(name for name in concept.names if key(name) not in seen)
-        seen |= set(map(key, names))
+        names = tuple(name for name in concept.names if normalize_name(name) not in seen)
+        seen |= set(map(normalize_name, names))
         if names:
             concepts.append(dataclasses.replace(concept, name=names[0], synonyms=names[1:]))
     retained = dict.fromkeys(text for problem in problems for text in problem.retain)
-    lost = [text for text in retained if key(text) in seen]
+    lost = [text for text in retained if normalize_name(text) in seen]
     if lost:
         warnings.warn(
             f"one edit retains what another erases, and it will be erased: {', '.join(lost)}",

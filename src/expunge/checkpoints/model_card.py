@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from expunge import __version__
-from expunge.base.errors import ExpungeError, listed
-from expunge.base.fields import spelled_out
-from expunge.changes import summary
+from expunge.base.errors import ExpungeError, join_names
+from expunge.base.fields import format_values
+from expunge.changes import summarize
 from expunge.edit import Edit
 
 LIMITS = """\
@@ -56,9 +56,9 @@ def write_card(
     lines += [
         "",
         f"* Retained by name: {', '.join(record.problem.retain) or 'nothing'}.",
-        f"* Method: {record.method} ({spelled_out(record.fields)}), seed {record.seed}.",
+        f"* Method: {record.method} ({format_values(record.fields)}), seed {record.seed}.",
         f"* Base: {record.model or 'unnamed'}; the changed tensors' hash there is `{record.base[:16]}`.",
-        f"* Changes: {summary(edit.changes)}; edit `{edit.hash[:16]}`.",
+        f"* Changes: {summarize(edit.changes)}; edit `{edit.hash[:16]}`.",
         f"{MARK}{__version__} as {target}.",
         *(f"* {note}" for note in notes),
         f"* Licence: {licence or 'that of the base model'}.",
@@ -87,7 +87,7 @@ LORAS = ("lora", "kohya")
 def title(edit: Edit) -> str:
     """What to call a model that an edit lies on."""
     names = [concept.name for concept in edit.record.problem.erase]
-    return f"{edit.record.model or 'A model'} without {listed(names, 3)}"
+    return f"{edit.record.model or 'A model'} without {join_names(names, 3)}"
 
 
 def _yaml(header: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.model import Model
 
 KINDS = ("prompts", "predictions", "gradients")
@@ -74,7 +74,7 @@ class Pace:
         totals: dict[str, float],
         foretold: dict[str, float],
         beside: float = 0.0,
-        tell: Progress = quiet,
+        tell: Progress = ignore_progress,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.beside, self.tell, self.clock = model, beside, tell, clock

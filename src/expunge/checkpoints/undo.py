@@ -16,7 +16,7 @@ from expunge.checkpoints.export import by_place, weights
 from expunge.checkpoints.lora import Place
 from expunge.checkpoints.safetensors_io import Change, Stored
 from expunge.edit import Edit
-from expunge.fingerprint import same_base
+from expunge.fingerprint import is_same_base
 
 LARGEST_CONDITION = 1e6
 """Beyond this, a matrix that was multiplied onto float32 weights cannot be divided out again."""
@@ -77,7 +77,7 @@ def _from_original(source: Checkpoint, last: Erased) -> dict[Place, Change]:
         raise ExpungeError(
             f"{source.name} is {source.family.__name__}, and what was erased was {last.record.family}"
         )
-    if not same_base(source.read, last.places, last.record.base):
+    if not is_same_base(source.read, last.places, last.record.base):
         raise ExpungeError(
             f"{source.name} has other weights than the model that was erased; it cannot be put back"
         )

@@ -10,8 +10,7 @@ from typing import Any
 from expunge.attack import Attack
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import spelled
-from expunge.evaluation.measure import plugin_name
+from expunge.base.fields import format_value
 from expunge.evaluation.suite import Suite
 
 
@@ -37,7 +36,11 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
         TypeError: it is neither a name nor an attack.
     """
     if isinstance(attack, Attack):
-        return Ladder(plugin_name(attack), dataclasses.asdict(attack), {_spell(attack): attack})
+        return Ladder(
+            registry.name_of("attacks", type(attack)),
+            dataclasses.asdict(attack),
+            {_spell(attack): attack},
+        )
     if not isinstance(attack, str):
         raise TypeError(f"an attack must be a name or an Attack, not {attack!r}")
     name, _, rung = attack.partition(":")
@@ -71,7 +74,7 @@ def _known(suite: Suite) -> list[str]:
     """The ladders that a suite or an attack names."""
     own = [
         f"{name}:{rung}" if rung else name
-        for name in registry.names("attacks")
+        for name in registry.list_names("attacks")
         for rung in registry.get("attacks", name).ladders
     ]
     return list(dict.fromkeys((*suite.attacks, *own)))
@@ -80,7 +83,7 @@ def _known(suite: Suite) -> list[str]:
 def _spell(attack: Attack) -> str:
     """What tells an attack from one with its default fields, in words."""
     changed = [
-        f"{field.name} {spelled(value)}"
+        f"{field.name} {format_value(value)}"
         for field in dataclasses.fields(attack)
         if (value := getattr(attack, field.name)) != field.default
     ]

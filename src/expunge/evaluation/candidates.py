@@ -15,7 +15,7 @@ from expunge.evaluation.robustness import AttackResult
 from expunge.evaluation.sample import Sample
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Suite
-from expunge.fingerprint import model_hash
+from expunge.fingerprint import hash_for_images
 from expunge.metric import Metric
 from expunge.model import Model
 
@@ -49,7 +49,7 @@ class Candidate:
         if self.edit is None:
             if self.model is None:
                 raise TypeError("a candidate must have an edit or a model, and this has neither")
-            return {"kind": "model", "model": self.model.name, "hash": model_hash(self.model)}
+            return {"kind": "model", "model": self.model.name, "hash": hash_for_images(self.model)}
         return {"kind": "edit", "hash": self.edit.hash, **dataclasses.asdict(self.edit.record)}
 
     @property

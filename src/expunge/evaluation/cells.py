@@ -43,7 +43,7 @@ class SuiteConcept:
     """What is drawn as retained when this is erased; by default what the suite says."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if not self.name.strip():
             raise ExpungeError("a concept of the suite has no name")
         for part in ("name", "words"):
@@ -85,7 +85,7 @@ class Size:
     """For each prompt of a list that brings no seeds of its own."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
 
 
 @dataclass(frozen=True)

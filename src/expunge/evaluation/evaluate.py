@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from expunge.attack import Attack
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.quiet import Progress, quiet
+from expunge.base import registry
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.attack_budgets import Ladder, read_ladder
@@ -25,14 +26,14 @@ from expunge.evaluation.candidates import Candidate, SuiteResult
 from expunge.evaluation.cells import ROLES, Cell
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source, sampler
-from expunge.evaluation.measure import by_name, make, measure, plugin_name, warn_of_cuts
+from expunge.evaluation.measure import by_name, make, measure, warn_of_cuts
 from expunge.evaluation.report import Report
 from expunge.evaluation.robustness import Controls, Defence, judge_attack
 from expunge.evaluation.sample import Sample, lay_out
 from expunge.evaluation.scoring import score_suite
 from expunge.evaluation.statistics import LEVEL
 from expunge.evaluation.suite import Suite
-from expunge.fingerprint import model_hash
+from expunge.fingerprint import hash_for_images
 from expunge.metric import Classifier, Distance, Metric
 from expunge.model import Model
 
@@ -62,7 +63,7 @@ def evaluate(
     roles: Collection[str] = ROLES,
     seed: int = 0,
     cache: Cache | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Report:
     """Judge edits by suites. Each image is drawn once and each metric looks at it once.
 
@@ -94,11 +95,13 @@ def evaluate(
     candidates, read = _check_candidates(edits), _check_suites(suites)
     for role in roles:
         if role not in ROLES:
-            raise unknown("role", role, ROLES)
+            raise UnknownNameError("role", role, ROLES)
     if judge is not None:
         if not isinstance(judge, Classifier):
             raise TypeError(f"a judge must be a Classifier, not {judge!r}")
-        read = [dataclasses.replace(suite, judge=plugin_name(judge)) for suite in read]
+        read = [
+            dataclasses.replace(suite, judge=registry.name_of("metrics", type(judge))) for suite in read
+        ]
     given = by_name((*(one for one in (judge,) if one), *metrics))
     drawing = _sources(model, candidates, [suite.scheduler for suite in read])
     for candidate in candidates:
@@ -153,13 +156,13 @@ def _sources(
         ExpungeError: a model cannot use one of them.
     """
     found = {}
-    model_hash(model)  # once for all: copies of the model know it
+    hash_for_images(model)  # once for all: copies of the model know it
     for scheduler in dict.fromkeys(schedulers):
-        sampled = model.sampled_by(scheduler)
+        sampled = model.with_scheduler(scheduler)
         found[scheduler] = (
             Source(sampled),
             {
-                c.name: Source(c.model.sampled_by(scheduler))
+                c.name: Source(c.model.with_scheduler(scheduler))
                 if c.model
                 else Source(sampled, (c.edit,) if c.edit else ())
                 for c in candidates
@@ -312,8 +315,8 @@ def _provenance(model: Model, plans: Sequence[_Plan], seed: int) -> dict[str, An
     attacked = {"attack seed": seed} if any(plan.ladders for plan in plans) else {}
     return {
         "model": model.name,
-        "model sha256": model_hash(model),
-        "sampler": sampler(model.sampled_by(suite.scheduler)),
+        "model sha256": hash_for_images(model),
+        "sampler": sampler(model.with_scheduler(suite.scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from expunge.base.errors import listed
+from expunge.base.errors import join_names
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
 from expunge.evaluation.comparisons import Comparison, compare_all
 from expunge.evaluation.html_strips import lay_out_attacks, lay_out_strips
@@ -278,7 +278,7 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
-        "erased": listed(case.erased, 6),
+        "erased": join_names(case.erased, 6),
         "edits": [
             {
                 **_describe(row),

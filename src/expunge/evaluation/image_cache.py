@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import cache_folder, check_writable, is_dir, is_file, replacing
-from expunge.base.quiet import Progress, quiet
+from expunge.base.files import check_writable, find_cache_folder, is_dir, is_file, replacing
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.evaluation.image_source import BATCH, Request, Source
 
 FOLDER = "pictures"
@@ -64,7 +64,7 @@ class Cache:
         self.trouble = ""
         """Why images cannot be kept; "" where they can."""
         try:
-            self.folder = (cache_folder() if folder is None else Path(folder)) / FOLDER
+            self.folder = (find_cache_folder() if folder is None else Path(folder)) / FOLDER
             check_writable(self.folder / "ab" / "x.png")
         except ExpungeError as error:
             self.trouble = (
@@ -81,9 +81,18 @@ class Cache:
     def path(self, address: str, ending: str = ".png") -> Path:
         return self.folder / address[:2] / f"{address[2:]}{ending}"
 
-    def draw(self, source: Source, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
-        """Images (n, 3, height, width) in [0, 1], in steps of 1/255: read where they are there,
-        drawn where not. An image that holds a number that is none comes back as nan.
+    def draw(
+        self, source: Source, requests: Sequence[Request], progress: Progress = ignore_progress
+    ) -> Tensor:
+        """Return images (n, 3, height, width) in [0, 1], in steps of 1/255.
+
+        They are read where they are there, and drawn where not. An image that contains nan or infinity
+        comes back as nan.
+
+        Args:
+            source: what draws.
+            requests: what to draw.
+            progress: told how many of the missing ones are drawn.
 
         Raises:
             ExpungeError: the cache cannot be written.

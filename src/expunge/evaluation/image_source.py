@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from expunge.attack import Attack
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import content
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import encode_tensor
 from expunge.edit import Edit
-from expunge.fingerprint import config_as_read, model_hash
+from expunge.fingerprint import config_as_read, hash_for_images
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.runtime.context import RunContext
@@ -87,7 +87,7 @@ class Source:
     def __post_init__(self) -> None:
         identity: dict[str, Any] = {
             "format": FORMAT,
-            "model": model_hash(self.model),
+            "model": hash_for_images(self.model),
             "edits": [edit.hash for edit in self.edits],
             "sampler": sampler(self.model),
             "schedule": _set_on(self.model.pipe.scheduler),
@@ -100,7 +100,7 @@ class Source:
         """Return the address of one of its images."""
         return hashlib.sha256((self.identity + json.dumps(request.record)).encode()).hexdigest()
 
-    def draw(self, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
+    def draw(self, requests: Sequence[Request], progress: Progress = ignore_progress) -> Tensor:
         """Draw images of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
@@ -159,7 +159,7 @@ def sampler(model: Model) -> dict[str, Any]:
 def _set_on(scheduler: Any) -> dict[str, str]:
     """What can be set on a scheduler beside its configuration: a noise schedule, a shift."""
     found = {
-        key: hashlib.sha256(content(value)).hexdigest()[:16]
+        key: hashlib.sha256(encode_tensor(value)).hexdigest()[:16]
         for key in ("betas", "alphas_cumprod", "final_alpha_cumprod")
         if isinstance(value := getattr(scheduler, key, None), Tensor)
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.attack import Attack
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.evaluation.cells import Cell
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
@@ -38,19 +36,6 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
     return metric
 
 
-def plugin_name(plugin: Metric | Attack) -> str:
-    """Return the name of a metric or an attack: its file's, or of one from elsewhere its class's.
-
-    >>> from expunge.metrics.clip_score import ClipScore
-    >>> plugin_name(ClipScore())
-    'clip_score'
-    """
-    package, _, name = type(plugin).__module__.rpartition(".")
-    if package in ("expunge.metrics", "expunge.attacks"):
-        return name
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(plugin).__name__).lower()
-
-
 def by_name(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
     """Return metrics under their names; None in the place of one that is still to be made.
 
@@ -64,7 +49,7 @@ def by_name(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
             registry.get("metrics", one)
         elif not isinstance(one, Metric):
             raise TypeError(f"a metric must be a name or a Metric, not {one!r}")
-        name = one if isinstance(one, str) else plugin_name(one)
+        name = one if isinstance(one, str) else registry.name_of("metrics", type(one))
         if name in found:
             raise ExpungeError(f"the metric {name} is named twice")
         found[name] = None if isinstance(one, str) else one
@@ -83,7 +68,7 @@ def measure(
     original: Source | None,
     samples: Sequence[Sample],
     metrics: Mapping[str, Metric],
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     label: str = "",
 ) -> tuple[Sample, ...]:
     """Return the samples with what metrics measure of them; draws only what a metric has not yet seen.

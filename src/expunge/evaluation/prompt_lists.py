@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expunge.base import fields
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed
-from expunge.problem import key
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
+from expunge.problem import normalize_name
 
 SEEDS = ("evaluation_seed", "sd_seed", "seed")
 """The columns of seeds that the papers' lists of prompts have."""
@@ -46,7 +46,7 @@ class PromptList:
     """The column of the guidance scales; by default the first of `GUIDANCE` that is there."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if sum(map(bool, (self.texts, self.csv, self.dataset))) != 1:
             raise ExpungeError("a list of prompts has texts, a csv or a dataset: just one of them")
         for number, text in enumerate(self.texts, 1):
@@ -85,7 +85,7 @@ class PromptList:
             raise ExpungeError(f"{source} holds no prompts")
         if empty:  # nobody can mend a data set of the Hub
             warnings.warn(
-                f"{source}: {listed(empty, 3)} left out, for the prompt is empty",
+                f"{source}: {join_names(empty, 3)} left out, for the prompt is empty",
                 ExpungeWarning,
                 stacklevel=2,
             )
@@ -109,7 +109,7 @@ class PromptList:
             if named:
                 near = difflib.get_close_matches(_column(named), plain, n=1, cutoff=0.6)
                 hint = f"; did you mean {columns[plain.index(near[0])]!r}?" if near else ""
-                has = listed([name for name in columns if name], 12)
+                has = join_names([name for name in columns if name], 12)
                 raise ExpungeError(f"{source} has no column {named!r}; it has {has}{hint}")
             for name, column in zip(plain, columns, strict=True):
                 if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
@@ -213,7 +213,7 @@ class PromptList:
 
 def _column(name: str) -> str:
     """What two ways to write the name of a column share."""
-    return re.sub(r"[\s_-]+", "_", key(name))
+    return re.sub(r"[\s_-]+", "_", normalize_name(name))
 
 
 def _number(value: Any, what: str) -> Decimal | None:

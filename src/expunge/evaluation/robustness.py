@@ -22,8 +22,8 @@ from torch import Tensor
 
 from expunge.attack import Attack
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import content
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import encode_tensor
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.attack_budgets import Ladder
@@ -160,7 +160,7 @@ def judge_attack(
     ladder: Ladder,
     *,
     seed: int = 0,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     controls: Controls | None = None,
 ) -> AttackResult:
     """Attack an edit on a suite's erased prompts, at each budget anew.
@@ -296,7 +296,7 @@ def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run:
                 text=text,
                 text_hash=""
                 if text is None
-                else hashlib.sha256(content(text.embeddings[0])).hexdigest(),
+                else hashlib.sha256(encode_tensor(text.embeddings[0])).hexdigest(),
             )
         )
     return Sample(sample.cell, tuple(requests))
