@@ -174,7 +174,7 @@ def main() -> None:
     problems = tuple(p for p in experiment.problems if p.erase[0].name == options.word)
     methods = tuple(one for one in experiment.methods if one["name"] == "ace")
     (job,) = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
-    edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+    edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
     assert isinstance(edit, Edit)
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=6)

@@ -71,7 +71,7 @@ def main() -> None:
         with model.autocasting(torch.bfloat16):
             row = {"the anchor": muddle(Source(model), [anchored(cell, problem) for cell in cells])}
             for job in experiment.jobs():
-                edit = job.done(model, options.edits / f"flags-{n}" / "edits").edit
+                edit = job.run(model, options.edits / f"flags-{n}" / "edits").edit
                 assert isinstance(edit, Edit)
                 row[job.title or job.method_name] = muddle(Source(model, (edit,)), cells)
             gates = ACE.preset("emoji", stages=("gate",))

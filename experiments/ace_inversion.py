@@ -54,7 +54,7 @@ def main() -> None:
         word = job.problem.erase[0].name
         if word not in options.words:
             continue
-        edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+        edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
         assert isinstance(edit, Edit)
         (change,) = edit.changes
         assert isinstance(change, Gated)

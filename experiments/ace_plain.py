@@ -42,7 +42,7 @@ def main() -> None:
         name = job.problem.erase[0].name
         if job.method_name != "ace" or (options.only and name not in options.only):
             continue
-        edit = job.done(model, folder).edit
+        edit = job.run(model, folder).edit
         assert isinstance(edit, Edit)
         fit = fit_static_weights(model, edit.changes, edit.record.problem)
         weights = dataclasses.replace(edit, changes=fit.changes)

@@ -122,7 +122,7 @@ def main() -> None:
     }
     jobs = experiment.jobs()
     for job in sorted(jobs, key=lambda job: problems.index(job.problem)):
-        candidate = job.done(model, options.edits)
+        candidate = job.run(model, options.edits)
         assert isinstance(candidate.edit, Edit)
         record["edits"][job.name] = {"hash": candidate.edit.hash, "attacks": {}}
         for attack in ATTACKS:

@@ -142,7 +142,7 @@ def judge(
     for problem in problems(task, suite, take):
         for name in methods:
             job = Job(method_for(name, model, task.kind), name, problem, 0, title=name)
-            candidates.append(job.done(model, folder / "edits", progress))
+            candidates.append(job.run(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)

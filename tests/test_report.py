@@ -451,6 +451,8 @@ def test_fields_beside_a_preset(experiment):
         ("suites", "suits", "did you mean 'suites'"),
         ('["own.toml"]', '["absent.toml"]', "cannot read"),
         ('["own.toml"]', "[]", "names no suite"),
+        ("seeds = [0]", 'attacks = ["embeding"]', "did you mean 'embedding'"),
+        ("seeds = [0]", 'attacks = ["embedding:far"]', "no budgets for the attack embedding:far"),
         ('"ship=street"', '"guitar"', "knows nothing of 'guitar'"),
         ('["airplane=sky", "ship=street"]', "[]", "has no concepts"),
         ("seeds = [0]", "seeds = []", "has no seeds"),

@@ -5,6 +5,7 @@
     concepts = ["airplane", "bird=sky", ["cat", "dog"]]    # erased one after the other; a list together
     retain = "others"                                      # the other concepts, or a list of prompts
     seeds = [0, 1]
+    attacks = ["embedding", "inversion"]                   # each edit under attack, at the suites' budgets
 
     [[methods]]
     name = "uce"
@@ -38,6 +39,7 @@ from expunge.base.files import make_slug, read_toml
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.erasure import erase
+from expunge.evaluation.attack_budgets import read_ladder
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.image_cache import Cache
@@ -88,8 +90,14 @@ class Job:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
         return f"{make_slug(self.name)}-{digest}.safetensors"
 
-    def done(self, model: Model, folder: Path, progress: Progress = ignore_progress) -> Candidate:
-        """The edit, made if it is not in the folder yet, going on where an earlier try stopped."""
+    def run(self, model: Model, folder: Path, progress: Progress = ignore_progress) -> Candidate:
+        """Return the edit, made if it is not in the folder yet, going on where an earlier try stopped.
+
+        Args:
+            model: what to erase from.
+            folder: where edits are kept.
+            progress: told what is done.
+        """
         file = folder / self.file(model)
         if not file.is_file():
             place = find_work_dir(file)
@@ -113,6 +121,8 @@ class Experiment:
     model: str = "emoji"
     seeds: tuple[int, ...] = (0,)
     full: bool = False
+    attacks: tuple[str, ...] = ()
+    """What every edit is attacked with, "NAME" or "NAME:LADDER"."""
 
     @classmethod
     def read(cls, path: str | Path) -> Experiment:
@@ -132,9 +142,11 @@ class Experiment:
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):
             raise ExpungeError(f'{path} names no method: write [[methods]] and name = "uce"')
         problems = _problems(table.get("concepts", []), table.get("retain", "others"), head.kind)
-        experiment = cls(tuple(methods), problems, suites, head.model, head.seeds, head.full)
+        experiment = cls(tuple(methods), problems, suites, head.model, head.seeds, head.full, head.attacks)
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
+            for attack in head.attacks:
+                read_ladder(suite, attack)
             for problem in problems:
                 suite.erased([concept.name for concept in problem.erase])
         return experiment
@@ -178,9 +190,9 @@ class Experiment:
         candidates = []
         for done, job in enumerate(jobs):
             progress("erasing", done, len(jobs))
-            candidates.append(job.done(model, folder / "edits", progress))
+            candidates.append(job.run(model, folder / "edits", progress))
         progress("erasing", len(jobs), len(jobs))
-        how: Any = {"full": self.full, "cache": cache, "progress": progress}
+        how: Any = {"full": self.full, "attacks": self.attacks, "cache": cache, "progress": progress}
         with model.autocasting(autocast):
             report = evaluate(model, candidates, self.suites, **how)
         report.save(folder)
@@ -196,6 +208,7 @@ class _Head:
     kind: Kind = "object"
     seeds: tuple[int, ...] = (0,)
     full: bool = False
+    attacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
