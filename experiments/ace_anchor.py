@@ -23,11 +23,11 @@ import expunge
 from expunge.base.files import replacing
 from expunge.edit import Edit
 from expunge.evaluation.cells import Cell
-from expunge.evaluation.evaluate import known_to
+from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source
-from expunge.evaluation.measure import make
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.sample import lay_out
 from expunge.methods.ace import ACE
 from expunge.metric import Classifier
@@ -53,9 +53,9 @@ def main() -> None:
     for n in (1, 5, 10, 20):
         experiment = Experiment.read(HERE / "ace" / f"flags-{n}.toml")
         (suite,), (problem,) = experiment.suites, experiment.problems
-        judge = make(suite.judge, suite.options.get(suite.judge, {}))
+        judge = make_metric(suite.judge, suite.options.get(suite.judge, {}))
         assert isinstance(judge, Classifier)
-        suite = known_to(suite, judge)
+        suite = restrict_to_judge(suite, judge)
 
         def muddle(source: Source, cells: Sequence[Cell], judge: Classifier = judge) -> float:
             asked = [one for sample in lay_out(model, cells) for one in sample.requests]

@@ -27,7 +27,7 @@ from expunge.base.files import replacing
 from expunge.base.image_files import save_image
 from expunge.edit import Edit
 from expunge.evaluation import statistics
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.robustness import AttackResult
 from expunge.evaluation.statistics import Estimate
@@ -149,7 +149,7 @@ def main() -> None:
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
         print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
     save_image(
-        contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to
+        draw_contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to
     )
     table = Table("", *next(iter(means.values())))
     for method, row in means.items():

@@ -24,12 +24,12 @@ import expunge
 from expunge import Edit, Model
 from expunge.base.files import replacing
 from expunge.base.image_files import save_image
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
-from expunge.evaluation.evaluate import known_to
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
+from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
-from expunge.evaluation.measure import make
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.sample import Sample, lay_out
 from expunge.evaluation.suite import Suite
 
@@ -105,13 +105,13 @@ def main() -> None:
     with replacing(options.results / group / f"{name}.json") as file:
         shutil.copyfile(options.folder / "results.json", file)
     suite = experiment.suites[0]
-    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
     # What has been made so far: a run may have been stopped.
     made = [job for job in experiment.jobs() if (options.folder / "edits" / job.file(model)).is_file()]
     rounded = results["provenance"]["sampler"].get("autocast")
     with model.autocasting(getattr(torch, rounded) if rounded else None):
         found = list(bands(model, suite, made, options.folder, results))
-    save_image(contact_sheet(found, 96), options.images / f"{group}-{name}.png")
+    save_image(draw_contact_sheet(found, 96), options.images / f"{group}-{name}.png")
 
 
 if __name__ == "__main__":

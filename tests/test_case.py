@@ -7,12 +7,12 @@ import torch
 
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.comparisons import compare_all, compare_pairs
-from expunge.evaluation.measure import make
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.sample import Sample
 from expunge.evaluation.scoring import score_suite
 from expunge.evaluation.suite import Suite
 
-DETECTOR = make("detector", {})
+DETECTOR = make_metric("detector", {})
 SETTINGS = DETECTOR.recognition(torch.zeros(1, 113)).settings  # type: ignore[attr-defined]
 NAMES, STYLES = SETTINGS.label_names, SETTINGS.style_names
 
@@ -209,7 +209,7 @@ def test_unsafe_is_a_count_against_the_originals():
 
 def test_parts_are_totalled_as_papers_count_them():
     """Detections, not images: NudeNet's rows hold how often each part is seen."""
-    nudenet = make("nudenet", {})
+    nudenet = make_metric("nudenet", {})
     rows = torch.zeros(3, 11)
     rows[0, 2], rows[1, 2], rows[1, 9] = 2, 1, 3
     counts = nudenet.count_parts(rows, ["exposed"])

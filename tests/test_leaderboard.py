@@ -30,7 +30,7 @@ def test_every_task_has_problems_that_its_suite_knows(board):
         found = board.problems(task, suite, 0)
         assert found
         for problem in found:
-            erased = suite.erased([concept.name for concept in problem.erase])
+            erased = suite.find_erased([concept.name for concept in problem.erase])
             assert len(erased) == len(problem.erase)
             assert problem.retain
             held_out = {word for concept in erased for word in concept.synonyms}
@@ -65,7 +65,7 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
     board.keep(tmp_path, "quick", again.cases[0].suite, again, model)
     assert cache.drawn == drawn
     assert (tmp_path / "leaderboard-quick.json").read_text() == first
-    rows = json.loads(first)["suites"]["content_mask"]["rows"]
+    rows = json.loads(first)["suites"]["own"]["rows"]
     assert list(rows) == ["original", "uce"]
     assert rows["uce"]["H_o"]["value"] == pytest.approx(report.cases[0].rows[1].h.value, abs=1e-4)
     table = board.table(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from expunge import ExpungeError
 from expunge.base import registry
-from expunge.evaluation.measure import key, make
+from expunge.evaluation.measure import make_metric, metric_key
 from expunge.metric import Classifier, Distance, Metric, is_blank, read_images
 from expunge.metrics._clip import towers
 
@@ -35,7 +35,7 @@ PROMPTS = ["a photo of the cat", "a photo of the ship"] * 12
 
 
 def test_clip_score(images, clip):
-    score = make("clip_score", {}).measure(images, PROMPTS)[:, 0]
+    score = make_metric("clip_score", {}).measure(images, PROMPTS)[:, 0]
     slow = []
     for image, prompt in zip(images, PROMPTS, strict=True):
         a = clip.image(pixel_values=image[None] * 2 - 1).pooler_output[0].detach().double().numpy()
@@ -49,7 +49,7 @@ def test_clip_score(images, clip):
 
 
 def test_clip_zeroshot(images, clip):
-    metric = make("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0})
+    metric = make_metric("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0})
     rows = metric.measure(images, PROMPTS)
     texts = clip.embed_texts([f"a photo of the {name}" for name in ("cat", "ship", "dog")])
     cosines = (clip.embed_images(images) @ texts.T).double().numpy()
@@ -61,7 +61,7 @@ def test_clip_zeroshot(images, clip):
     )
     assert metric.score(rows, ["ship"], [], "best").tolist() == (chances.argmax(1) == 1).tolist()
     with pytest.raises(ExpungeError, match="at least two classes"):
-        make("clip_zeroshot", {"classes": ["cat"]})
+        make_metric("clip_zeroshot", {"classes": ["cat"]})
 
 
 def test_distances(images, clip):
@@ -71,7 +71,7 @@ def test_distances(images, clip):
         for p in (images, other)
     )
     for name in ("frechet", "kid"):
-        metric = make(name, {})
+        metric = make_metric(name, {})
         rows, reference = metric.measure(images, PROMPTS), metric.measure(other, PROMPTS)
         if name == "frechet":
             first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -91,7 +91,7 @@ def test_distances(images, clip):
         assert metric.distance(rows, reference).value == pytest.approx(slow, rel=1e-4, abs=1e-4)
         with pytest.raises(ExpungeError, match="at least two"):
             metric.distance(rows[:1], reference)
-    assert make("frechet", {}).distance(rows, rows).value == pytest.approx(0, abs=1e-6)
+    assert make_metric("frechet", {}).distance(rows, rows).value == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (9, 30)])  # more and fewer rows than columns
@@ -101,7 +101,7 @@ def test_influences_are_what_each_image_does_to_a_distance(name, sizes):
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in sizes)
     b = 1.3 * b + 0.4
-    metric = make(name, {})
+    metric = make_metric(name, {})
 
     def weighted(x, y, place, extra):
         """The distance where the weight of row `place` of x is (1 + extra)/n."""
@@ -138,10 +138,10 @@ def test_influences_are_what_each_image_does_to_a_distance(name, sizes):
 @pytest.mark.parametrize(("name", "paired"), [("frechet", True), ("kid", True), ("kid", False)])
 def test_intervals_of_distances_cover(name, paired):
     """100 pairs of sets: the truth is the distance that sets of this size have on the average."""
-    from expunge.evaluation.statistics import moved
+    from expunge.evaluation.statistics import shift_by_influence
 
     torch.manual_seed(5)
-    metric, found = make(name, {}), []
+    metric, found = make_metric(name, {}), []
     for _ in range(100):
         a, own = torch.randn(2, 40, 8).double()
         b = 0.8 * a + 0.6 * own if paired else own
@@ -152,7 +152,7 @@ def test_intervals_of_distances_cover(name, paired):
             if paired
             else [{"p": apart.influence}, {"q": apart.reference_influence}]
         )
-        found.append(moved(apart.value, *sets).score)
+        found.append(shift_by_influence(apart.value, *sets).score)
     truth = sum(score.value for score in found) / len(found)
     assert 0.9 <= sum(score.low <= truth <= score.high for score in found) / len(found) <= 0.99
 
@@ -162,7 +162,7 @@ def test_distance_from_real_images(images, tmp_path):
 
     for i, image in enumerate(images[:4]):
         to_pil(image).save(tmp_path / f"{i}.png")
-    metric = make("frechet", {"against": str(tmp_path)})
+    metric = make_metric("frechet", {"against": str(tmp_path)})
     assert metric.load_real().shape[0] == 4
     assert metric.provenance["against"] == str(tmp_path)
     assert metric.distance(metric.measure(images[:4], PROMPTS[:4]), metric.load_real()).value < 1e-2
@@ -172,22 +172,22 @@ def test_distance_from_real_images(images, tmp_path):
 
 def test_pixel_distance_and_structure(images):
     other = images.roll(1, 0)
-    distance = make("pixel_distance", {}).measure(images, PROMPTS, other)[:, 0]
+    distance = make_metric("pixel_distance", {}).measure(images, PROMPTS, other)[:, 0]
     slow = [np.sqrt(((a - b) ** 2).mean()) for a, b in zip(images.numpy(), other.numpy(), strict=True)]
     assert distance.numpy() == pytest.approx(np.array(slow), abs=1e-5)
-    structure = make("structure", {}).measure(images, PROMPTS, other)[:, 0]
+    structure = make_metric("structure", {}).measure(images, PROMPTS, other)[:, 0]
     small = [
         p.reshape(24, 3, 8, 8, 8, 8).mean((3, 5)).reshape(24, -1)
         for p in (images.numpy(), other.numpy())
     ]
     slow = [np.corrcoef(a, b)[0, 1] for a, b in zip(*small, strict=True)]
     assert structure.numpy() == pytest.approx(np.array(slow), abs=1e-4)
-    assert make("structure", {}).measure(images, PROMPTS, images)[:, 0].min() > 0.9999
-    assert make("pixel_distance", {}).measure(images, PROMPTS, images).max() == 0
+    assert make_metric("structure", {}).measure(images, PROMPTS, images)[:, 0].min() > 0.9999
+    assert make_metric("pixel_distance", {}).measure(images, PROMPTS, images).max() == 0
 
 
 def test_detector_answers():
-    metric = make("detector", {})
+    metric = make_metric("detector", {})
     settings = metric.recognition(torch.zeros(1, 113)).settings
     names, styles = settings.label_names, settings.style_names
     rows = torch.full((4, len(names) + len(styles) + 1), 0.001)
@@ -217,7 +217,7 @@ def test_blank_and_broken_images_are_unrecognisable(images):
     batch = torch.stack([nan, white, black, images[0]])
     assert is_blank(batch).tolist() == [True, True, True, False]
     for name in ("detector", "clip_zeroshot"):
-        metric = make(name, {})
+        metric = make_metric(name, {})
         assert isinstance(metric, Classifier)
         rows = metric.measure(batch, PROMPTS[:4])
         assert metric.find_broken(rows)[:3].tolist() == [True] * 3
@@ -241,7 +241,7 @@ def test_recognisers_of_two_kinds(images, tmp_path):
         networks[kind].save_pretrained(tmp_path / kind)
         ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / kind)
     folders = [str(tmp_path / kind) for kind in kinds]
-    metric = make("recogniser", {"folders": folders, "nothing": "no face"})
+    metric = make_metric("recogniser", {"folders": folders, "nothing": "no face"})
     rows = metric.measure(images, PROMPTS)
     for kind, columns in (("styles", slice(0, 3)), ("objects", slice(3, 5))):
         with torch.no_grad():
@@ -255,7 +255,7 @@ def test_recognisers_of_two_kinds(images, tmp_path):
     assert metric.describe(rows)[0].partition(",")[0] in ("van gogh", "crayon", "rust")
     assert len(metric.provenance["classifiers"]) == 2
     with pytest.raises(ExpungeError, match=r"needs folders .* \[options.recogniser\]"):
-        _ = make("recogniser", {}).provenance
+        _ = make_metric("recogniser", {}).provenance
 
 
 @pytest.fixture(params=registry.list_names("metrics"))
@@ -287,7 +287,7 @@ class TestContract:
     def test_says_what_its_numbers_hang_on(self, metric):
         again = type(metric)()
         assert json.loads(json.dumps(dict(metric.provenance))) == dict(again.provenance)
-        assert key(metric) == key(again)
+        assert metric_key(metric) == metric_key(again)
 
     def test_gives_a_row_of_numbers_for_each_image(self, metric, images):
         rows = self.measure(metric, images[:3])
@@ -367,7 +367,7 @@ class TestContract:
     def test_bad_input_is_one_sentence(self, metric, images):
         cls = type(metric)
         with pytest.raises(ExpungeError, match="has no field 'modle'"):
-            make(registry.name_of("metrics", type(metric)), {"modle": 1})
+            make_metric(registry.name_of("metrics", type(metric)), {"modle": 1})
         for field in dataclasses.fields(cls):
             with pytest.raises(ExpungeError, match=f"^{field.name} must be ") as caught:
                 cls(**{field.name: object()})
@@ -411,16 +411,20 @@ def test_keys_are_those_of_earlier_versions():
     """Rows are kept under them: a change of words must not throw them away."""
     kept = {"features": "picture tower of the CLIP emoji, pooled", "sha256": towers("emoji").digest}
     for name in ("frechet", "kid", "alignment"):
-        assert make(name, {}).feature_key == kept
-    assert make("pixel_distance", {}).feature_key == {"metric": "PixelDistance", "version": 1}
-    assert make("structure", {}).feature_key == {"metric": "Structure", "version": 1, "size": 8}
+        assert make_metric(name, {}).feature_key == kept
+    assert make_metric("pixel_distance", {}).feature_key == {"metric": "PixelDistance", "version": 1}
+    assert make_metric("structure", {}).feature_key == {"metric": "Structure", "version": 1, "size": 8}
 
 
 def test_keys_change_with_options_and_names_are_near():
-    one, other = make("clip_zeroshot", {}), make("clip_zeroshot", {"scale": 50.0})
-    assert key(one) != key(other)
-    assert key(make("frechet", {})) == key(make("kid", {})) == key(make("alignment", {}))
+    one, other = make_metric("clip_zeroshot", {}), make_metric("clip_zeroshot", {"scale": 50.0})
+    assert metric_key(one) != metric_key(other)
+    assert (
+        metric_key(make_metric("frechet", {}))
+        == metric_key(make_metric("kid", {}))
+        == metric_key(make_metric("alignment", {}))
+    )
     with pytest.raises(ExpungeError, match="did you mean 'clip_score'"):
-        make("clip_scor", {})
+        make_metric("clip_scor", {})
     with pytest.raises(ExpungeError, match="no field 'modle'; did you mean 'model'"):
-        make("clip_score", {"modle": "x"})
+        make_metric("clip_score", {"modle": "x"})

@@ -87,13 +87,13 @@ def test_images_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
 def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
     """Against the kernel distance of images drawn and compared by hand."""
     from expunge.evaluation.image_source import Request, Source
-    from expunge.evaluation.measure import make
+    from expunge.evaluation.measure import make_metric
 
     cache = Cache(tmp_path / "cache")
     report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
     assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three images
     (case,) = report.cases
-    metric = make("alignment", {})
+    metric = make_metric("alignment", {})
 
     def rows(source, prompt, seeds):
         asked = [Request(prompt, seed, 2, model.guidance_scale) for seed in seeds]
@@ -378,14 +378,14 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     report = read.run(model, tmp_path / "out", cache=cache)
     assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
     assert [len(case.rows) for case in report.cases] == [3, 3]
-    means = report.methods()["own"]
+    means = report.average_methods()["own"]
     assert len(means) == 3  # the original and two recipes
-    ((suite, one, other, difference),) = report.differences()
+    ((suite, one, other, difference),) = report.pair_methods()
     assert suite == "own"
     assert difference.value == means[one].value - means[other].value
     assert torch.equal(difference.draws, means[one].draws - means[other].draws)  # paired
     fewer = [dataclasses.replace(report.cases[0], rows=report.cases[0].rows[:2]), report.cases[1]]
-    assert not dataclasses.replace(report, cases=tuple(fewer)).differences()
+    assert not dataclasses.replace(report, cases=tuple(fewer)).pair_methods()
     monkeypatch.setattr("expunge.evaluation.experiment.erase", None)  # nothing is left to erase
     table = report.to_dict()["differences between methods"]
     assert [one["comparisons"] for one in table] == [1]

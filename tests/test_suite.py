@@ -312,14 +312,14 @@ def test_seeds_of_a_data_set_are_exact_or_refused(monkeypatch):
     hub = SimpleNamespace(load_dataset=lambda *_, **__: table)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     prompts = PromptList(dataset="owner/name")
-    assert prompts.rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
+    assert prompts.read_rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
     for seed in (2.0**60, 0.5, float("nan"), True, -1):
         table[1]["seed"] = seed
         with pytest.raises(ExpungeError, match="owner/name, row 2: "):
-            prompts.rows(Path())
+            prompts.read_rows(Path())
     table[1] = {"prompt": None, "seed": 1}
     with pytest.warns(ExpungeWarning, match="owner/name: row 2 left out, for the prompt is empty"):
-        assert len(prompts.rows(Path())) == 2
+        assert len(prompts.read_rows(Path())) == 2
 
 
 def test_empty_texts_are_refused(read):
@@ -335,6 +335,6 @@ def test_names_are_found_in_any_unicode_form(read, form):
     suite = read(normalize(form, text))
     for name in ("Türkiye", "flag of TÜRKIYE", "flag\u200b of Türkiye", "ﬂag of Türkiye"):
         for other in ("NFC", "NFD"):
-            assert [c.name for c in suite.erased([normalize(other, name)])] == ["Türkiye"]
+            assert [c.name for c in suite.find_erased([normalize(other, name)])] == ["Türkiye"]
     with pytest.raises(ExpungeError, match="is there twice"):
         read(text + '"Tu\u0308rkiye" = {}\n')

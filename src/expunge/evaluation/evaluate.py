@@ -25,8 +25,8 @@ from expunge.evaluation.attack_budgets import Ladder, read_ladder
 from expunge.evaluation.candidates import Candidate, SuiteResult
 from expunge.evaluation.cells import ROLES, Cell
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.image_source import Source, sampler
-from expunge.evaluation.measure import by_name, make, measure, warn_of_cuts
+from expunge.evaluation.image_source import Source, describe_sampler
+from expunge.evaluation.measure import make_metric, measure, name_metrics, warn_of_cuts
 from expunge.evaluation.report import Report
 from expunge.evaluation.robustness import Controls, Defence, judge_attack
 from expunge.evaluation.sample import Sample, lay_out
@@ -102,7 +102,7 @@ def evaluate(
         read = [
             dataclasses.replace(suite, judge=registry.name_of("metrics", type(judge))) for suite in read
         ]
-    given = by_name((*(one for one in (judge,) if one), *metrics))
+    given = name_metrics((*(one for one in (judge,) if one), *metrics))
     drawing = _sources(model, candidates, [suite.scheduler for suite in read])
     for candidate in candidates:
         if candidate.edit is not None:
@@ -183,10 +183,11 @@ def _plan(
 ) -> list[_Plan]:
     """A suite's cases, with everything checked that can be before anything is drawn."""
     metrics = {
-        name: given.get(name) or make(name, {**suite.options.get(name, {}), **options.get(name, {})})
+        name: given.get(name)
+        or make_metric(name, {**suite.options.get(name, {}), **options.get(name, {})})
         for name in dict.fromkeys((suite.judge, *suite.metrics, *given))
     }
-    known = known_to(suite, metrics[suite.judge])
+    known = restrict_to_judge(suite, metrics[suite.judge])
     ladders = [read_ladder(suite, attack) for attack in attacks]
     if ladders and not isinstance(metrics[suite.judge], Classifier):
         raise ExpungeError(
@@ -197,7 +198,7 @@ def _plan(
         raise ExpungeError("an attack is named twice")
     groups: dict[tuple[str, ...], list[Candidate]] = {}
     for candidate in candidates:
-        erased = tuple(concept.name for concept in known.erased(candidate.erases))
+        erased = tuple(concept.name for concept in known.find_erased(candidate.erases))
         groups.setdefault(tuple(sorted(erased)), []).append(candidate)
     plans = []
     for group in groups.values():
@@ -276,7 +277,7 @@ def _attack_case(
     return dataclasses.replace(case, rows=tuple(rows))
 
 
-def known_to(suite: Suite, judge: Metric) -> Suite:
+def restrict_to_judge(suite: Suite, judge: Metric) -> Suite:
     """Return the suite without what its judge cannot tell: a small world has fewer concepts.
 
     Raises:
@@ -316,7 +317,7 @@ def _provenance(model: Model, plans: Sequence[_Plan], seed: int) -> dict[str, An
     return {
         "model": model.name,
         "model sha256": hash_for_images(model),
-        "sampler": sampler(model.with_scheduler(suite.scheduler)),
+        "sampler": describe_sampler(model.with_scheduler(suite.scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),

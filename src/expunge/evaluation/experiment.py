@@ -5,7 +5,7 @@
     concepts = ["airplane", "bird=sky", ["cat", "dog"]]    # erased one after the other; a list together
     retain = "others"                                      # the other concepts, or a list of prompts
     seeds = [0, 1]
-    attacks = ["embedding", "inversion"]                   # each edit under attack, at the suites' budgets
+    attacks = ["embedding", "inversion"]                   # tried on each edit, at the suites' budgets
 
     [[methods]]
     name = "uce"
@@ -142,13 +142,15 @@ class Experiment:
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):
             raise ExpungeError(f'{path} names no method: write [[methods]] and name = "uce"')
         problems = _problems(table.get("concepts", []), table.get("retain", "others"), head.kind)
-        experiment = cls(tuple(methods), problems, suites, head.model, head.seeds, head.full, head.attacks)
+        experiment = cls(
+            tuple(methods), problems, suites, head.model, head.seeds, head.full, head.attacks
+        )
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
             for attack in head.attacks:
                 read_ladder(suite, attack)
             for problem in problems:
-                suite.erased([concept.name for concept in problem.erase])
+                suite.find_erased([concept.name for concept in problem.erase])
         return experiment
 
     def jobs(self) -> list[Job]:

@@ -63,7 +63,7 @@ class Number:
     """Of a full bar, 0 to 1."""
 
 
-def number(estimate: Estimate | None, percent: bool = True) -> Number:
+def format_number(estimate: Estimate | None, percent: bool = True) -> Number:
     """An estimate in words."""
     if estimate is None or math.isnan(estimate.value):
         return Number("–")
@@ -113,7 +113,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         for role in ("erased", "floor", "ceiling", "retained")
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
-    methods, brief = report.methods()[name], _brief(rows)
+    methods, brief = report.average_methods()[name], _brief(rows)
     parts = list(dict.fromkeys(part for row in rows for part in row.totals))
     return {
         "suite": suite,
@@ -128,14 +128,16 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
                 "erased": ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else ""),
                 "original": row.candidate is None,
                 "colour": colours[row.name],
-                "h": number(row.h, is_share),
-                "terms": [number(row.terms.get(term), is_share) for term in terms],
-                "broken": number(row.roles.get("erased", {}).get("unrecognisable")),
+                "h": format_number(row.h, is_share),
+                "terms": [format_number(row.terms.get(term), is_share) for term in terms],
+                "broken": format_number(row.roles.get("erased", {}).get("unrecognisable")),
                 "published": [
-                    number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
+                    format_number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
                 ],
                 "totals": [_count(row, part) for part in parts],
-                "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
+                "extra": [
+                    format_number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra
+                ],
             }
             for case in cases
             for row in case.rows
@@ -148,14 +150,14 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
             for budget in one.asr
         ],
         "methods": [
-            {"recipe": recipe, "name": brief.get(recipe, recipe), "h": number(h, is_share)}
+            {"recipe": recipe, "name": brief.get(recipe, recipe), "h": format_number(h, is_share)}
             for recipe, h in sorted(methods.items(), key=lambda item: -_sortable(item[1]))
         ]
         if len(cases) > 1
         else [],
         "between": [
             _difference(brief.get(one.one, one.one), brief.get(one.other, one.other), one)
-            for one in (report.compared().get(name, []) if len(cases) > 1 else [])
+            for one in (report.compare_methods().get(name, []) if len(cases) > 1 else [])
         ],
         "totals": [part.removesuffix("_EXPOSED").replace("_", " ").lower() for part in parts],
         "plot": _plot(cases, colours) if is_share else None,
@@ -182,7 +184,7 @@ def _attacked(
         "erased": erased,
         "colour": colour,
         "attack": f"{one.attack}, {budget}",
-        "numbers": {title: number(estimate) for title, estimate in numbers.items()},
+        "numbers": {title: format_number(estimate) for title, estimate in numbers.items()},
         "holds": one.control_holds(budget),
     }
 
@@ -206,7 +208,7 @@ def _difference(one: str, other: str, found: Comparison) -> dict[str, Any]:
         "of": found.of,
         "one": one,
         "other": other,
-        "number": number(found.difference, found.of != "H_a"),
+        "number": format_number(found.difference, found.of != "H_a"),
         "sure": found.sure,
         "sure_in_general": found.sure_in_general,
         "family": found.family,
@@ -323,11 +325,11 @@ def _describe(row: CandidateResult) -> dict[str, Any]:
             answers.append(
                 {
                     "question": question,
-                    "number": number(seen["seen"]),
+                    "number": format_number(seen["seen"]),
                     "what": what.replace("images", f"{seen['seen'].n:,} images"),
-                    "before": number(seen["original"]).text,
+                    "before": format_number(seen["original"]).text,
                     "gone": role in ("erased", "synonyms"),
-                    "broken": number(seen["unrecognisable"]).text,
+                    "broken": format_number(seen["unrecognisable"]).text,
                 }
             )
     return {"asked": asked, "made": made, "answers": answers}

@@ -54,8 +54,8 @@ def lay_out_strips(cache: Cache, case: SuiteResult, row: CandidateResult) -> dic
                 "of": len(places),
                 "pairs": [
                     {
-                        "before": data_uri(before[k]),
-                        "after": data_uri(after[k]),
+                        "before": encode_data_uri(before[k]),
+                        "after": encode_data_uri(after[k]),
                         "prompt": request.prompt,
                         "seed": request.seed,
                         "seen": _seen(judge, case, row, c, i),
@@ -114,7 +114,7 @@ def lay_out_attacks(row: CandidateResult) -> list[dict[str, Any]]:
         {
             "title": one.strip.title,
             "rows": [
-                {"label": label, "images": [data_uri(image) for image in images]}
+                {"label": label, "images": [encode_data_uri(image) for image in images]}
                 for label, images in one.strip.rows
             ],
             "captions": list(one.strip.captions),
@@ -123,7 +123,7 @@ def lay_out_attacks(row: CandidateResult) -> list[dict[str, Any]]:
     ]
 
 
-def data_uri(image: Tensor) -> str:
+def encode_data_uri(image: Tensor) -> str:
     """An image (3, height, width) inside the page, at most 128 pixels wide."""
     one = to_pil(image.nan_to_num())
     data = io.BytesIO()

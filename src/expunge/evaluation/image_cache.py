@@ -120,7 +120,7 @@ class Cache:
                 def tell(label: str, step: int, of: int, at: int = done, n: int = len(part)) -> None:
                     progress(label, round(100 * (at + n * step / of)), 100 * total)
 
-                drawn = quantised(source.draw([request for _, request in part], tell))
+                drawn = quantise(source.draw([request for _, request in part], tell))
                 for (address, _), image in zip(part, drawn, strict=True):
                     if not self.trouble:
                         self._fresh += self._write(address, image)
@@ -131,7 +131,7 @@ class Cache:
                 self.drawn += len(part)
         return torch.stack([_float(images[address]) for address in addresses])
 
-    def scores(self, address: str) -> dict[str, Tensor]:
+    def read_scores(self, address: str) -> dict[str, Tensor]:
         """The numbers that lie beside an image, by the identity of their metric."""
         path = self.path(address, ".safetensors")
         try:
@@ -144,7 +144,7 @@ class Cache:
 
     def keep_scores(self, address: str, scores: Mapping[str, Tensor]) -> None:
         """Put numbers beside an image, with those that are there."""
-        merged = {**self.scores(address), **scores}
+        merged = {**self.read_scores(address), **scores}
         tensors = {key: value.detach().float().cpu().clone() for key, value in merged.items()}
         with replacing(self.path(address, ".safetensors")) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors))
@@ -213,7 +213,7 @@ class Cache:
             return temporary.stat().st_size
 
 
-def quantised(images: Tensor) -> list[Tensor]:
+def quantise(images: Tensor) -> list[Tensor]:
     """Images in 8 bits, as files hold them; one with a nan in it becomes an int16 one of -1."""
     rounded = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     whole = images.isfinite().flatten(1).all(1)

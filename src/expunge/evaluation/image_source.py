@@ -38,7 +38,7 @@ class Request:
     num_inference_steps: int
     guidance_scale: float
     stand_in: str = ""
-    """The prompt whose own tokens take the place of this prompt's (`residual`)."""
+    """The prompt whose own tokens take the place of this prompt's (`encode_residual`)."""
     text: Text | None = field(default=None, compare=False, repr=False)
     """Encoded text, one row, to draw from in place of the prompt: an attacked one."""
     text_hash: str = ""
@@ -89,7 +89,7 @@ class Source:
             "format": FORMAT,
             "model": hash_for_images(self.model),
             "edits": [edit.hash for edit in self.edits],
-            "sampler": sampler(self.model),
+            "sampler": describe_sampler(self.model),
             "schedule": _set_on(self.model.pipe.scheduler),
         }
         if self.condition:
@@ -104,7 +104,7 @@ class Source:
         """Draw images of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
-        text = residual(self.model, prompts, first.stand_in) if first.stand_in else None
+        text = encode_residual(self.model, prompts, first.stand_in) if first.stand_in else None
         if first.text is not None:
             text = Text.joined([request.text for request in requests if request.text is not None])
         seeds = tuple(request.seed for request in requests)
@@ -147,7 +147,7 @@ class Source:
         return self.model
 
 
-def sampler(model: Model) -> dict[str, Any]:
+def describe_sampler(model: Model) -> dict[str, Any]:
     """The scheduler's class and settings, and the images' size and the number format where they are
     not the model's own."""
     scheduler = model.pipe.scheduler
@@ -167,7 +167,7 @@ def _set_on(scheduler: Any) -> dict[str, str]:
     return found if shift is None else {**found, "shift": str(shift)}
 
 
-def residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
+def encode_residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
     """The prompts' end and padding tokens alone, behind the start and own tokens of the stand-in.
 
     A text encoder tells the end token what the whole prompt says. Where the two differ in length,

@@ -26,7 +26,7 @@ CHUNK = 64
 """Images that are drawn and measured together."""
 
 
-def make(name: str, options: Mapping[str, Any]) -> Metric:
+def make_metric(name: str, options: Mapping[str, Any]) -> Metric:
     """Make a metric by its name, with its options.
 
     Raises:
@@ -36,7 +36,7 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
     return metric
 
 
-def by_name(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
+def name_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
     """Return metrics under their names; None in the place of one that is still to be made.
 
     Raises:
@@ -56,7 +56,7 @@ def by_name(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
     return found
 
 
-def key(metric: Metric) -> str:
+def metric_key(metric: Metric) -> str:
     """Return the name under which a metric's numbers are kept: it changes with all they hang on."""
     text = json.dumps(metric.feature_key, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -83,7 +83,7 @@ def measure(
         progress: told how many images are done.
         label: what progress calls it.
     """
-    keys = {name: key(m) for name, m in metrics.items() if original is not None or not m.paired}
+    keys = {name: metric_key(m) for name, m in metrics.items() if original is not None or not m.paired}
     by_key = {keys[name]: metrics[name] for name in keys}
     requests = [request for sample in samples for request in sample.requests]
     rows: dict[str, list[Tensor]] = {one: [] for one in by_key}
@@ -121,7 +121,7 @@ def _measure_chunk(
     """
     places = [source.address(request) for request in part]
     references_at = [original.address(request) for request in part] if original else [""] * len(part)
-    known = [cache.scores(place) for place in places]
+    known = [cache.read_scores(place) for place in places]
 
     def where(one: str, row: int) -> str:
         return f"{one}:{references_at[row][:16]}" if metrics[one].paired else one

@@ -53,7 +53,7 @@ class PromptList:
             if not text.strip():
                 raise ExpungeError(f"prompt {number} of a list of texts is empty")
 
-    def rows(self, folder: Path) -> list[tuple[str, int | None, float | None]]:
+    def read_rows(self, folder: Path) -> list[tuple[str, int | None, float | None]]:
         """The prompts, each with its seed and guidance where it brings them.
 
         Seeds are whole numbers from 0 to below 2**63, read exactly or refused.

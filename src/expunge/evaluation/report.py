@@ -32,7 +32,7 @@ class Report:
     provenance: Mapping[str, Any]
     cache: Cache = field(repr=False)
 
-    def methods(self) -> dict[str, dict[str, Estimate]]:
+    def average_methods(self) -> dict[str, dict[str, Estimate]]:
         """For each suite, for each recipe, its H averaged over concepts and seeds of the edit."""
         found: dict[str, dict[str, list[tuple[str, Estimate]]]] = {}
         shares = {case.suite.name: case.suite.score != "H_a" for case in self.cases}
@@ -51,14 +51,14 @@ class Report:
             for suite, recipes in found.items()
         }
 
-    def differences(self) -> list[tuple[str, str, str, Estimate]]:
+    def pair_methods(self) -> list[tuple[str, str, str, Estimate]]:
         """The paired differences of these means: (suite, one recipe, other, difference).
 
         Only between recipes that have been judged in the same cases: means over other concepts do not
         compare.
         """
         found = []
-        for suite, means in self.methods().items():
+        for suite, means in self.average_methods().items():
             cases = {
                 recipe: sorted(
                     case.erased
@@ -73,11 +73,11 @@ class Report:
                     found.append((suite, one, other, means[one].minus(means[other])))
         return found
 
-    def compared(self) -> dict[str, list[Comparison]]:
+    def compare_methods(self) -> dict[str, list[Comparison]]:
         """For each suite these differences, corrected for how many of them there are."""
         found: dict[str, list[tuple[str, str, str, Estimate]]] = {}
         scores = {case.suite.name: case.suite.score for case in self.cases}
-        for suite, one, other, difference in self.differences():
+        for suite, one, other, difference in self.pair_methods():
             found.setdefault(suite, []).append((scores[suite], one, other, difference))
         return {suite: correct_family(rows) for suite, rows in found.items()}
 
@@ -93,11 +93,11 @@ class Report:
             ],
             "methods": {
                 suite: {recipe: h.to_dict() for recipe, h in recipes.items()}
-                for suite, recipes in self.methods().items()
+                for suite, recipes in self.average_methods().items()
             },
             "differences between methods": [
                 {"suite": suite, **comparison_table(one)}
-                for suite, rows in self.compared().items()
+                for suite, rows in self.compare_methods().items()
                 for one in rows
             ],
         }

@@ -106,7 +106,7 @@ def _between(
     return add
 
 
-def over_concepts(
+def widen_to_concepts(
     draws: Tensor,
     units: Mapping[str, float],
     parts: Mapping[str, float] | None = None,
@@ -217,13 +217,13 @@ def _stacked(rows: tuple[tuple[tuple[str, int], ...], ...], longest: int) -> tup
     return weights, torch.stack(normals, 1)
 
 
-def prior_of(name: str) -> Tensor:
+def draw_prior(name: str) -> Tensor:
     """(draws, 2) of Gamma(½): half the square of a standard normal."""
     generator = _generator(f"prior\0{name}")
     return torch.randn(DRAWS, 2, generator=generator, dtype=torch.float64) ** 2 / 2
 
 
-def over_seeds(
+def draw_seed_noise(
     groups: Mapping[str, Sequence[tuple[float, Tensor]]],
     units: Mapping[str, float],
     each: Mapping[str, Tensor],

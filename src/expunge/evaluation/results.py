@@ -10,7 +10,7 @@ from typing import Any
 from expunge.base.errors import ExpungeError
 from expunge.evaluation.candidates import SuiteResult
 from expunge.evaluation.comparisons import Comparison
-from expunge.evaluation.image_source import sampler
+from expunge.evaluation.image_source import describe_sampler
 from expunge.evaluation.statistics import Estimate
 
 FORMAT = 2
@@ -152,7 +152,7 @@ def _drawn_with(case: SuiteResult) -> dict[str, Any]:
     requests = [request for sample in case.rows[0].samples for request in sample.requests]
     scales = sorted({request.guidance_scale for request in requests})
     return {
-        **sampler(case.sources["original"].model),
+        **describe_sampler(case.sources["original"].model),
         "num_inference_steps": requests[0].num_inference_steps,
         "guidance_scale": scales[0] if len(scales) == 1 else scales,
     }

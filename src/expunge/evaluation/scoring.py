@@ -19,7 +19,7 @@ from expunge.evaluation.candidates import Candidate, CandidateResult, SuiteResul
 from expunge.evaluation.cells import ROLES, Target
 from expunge.evaluation.image_source import Source
 from expunge.evaluation.sample import GONE, Sample, classify
-from expunge.evaluation.set_distances import from_anchor, from_original
+from expunge.evaluation.set_distances import measure_from_anchor, measure_from_original
 from expunge.evaluation.statistics import NONE, Estimate
 from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier, Distance, Metric
@@ -89,11 +89,11 @@ def score_suite(
         totals = _totals(suite, judge, some) if isinstance(judge, Classifier) else {}
         one = (h, terms, roles, measured, published, each, tuple(some), totals)
         rows.append(CandidateResult(by_name.get(name), *one))
-    erased = suite.erased(group[0].erases)
+    erased = suite.find_erased(group[0].erases)
     return SuiteResult(
         suite,
         tuple(concept.name for concept in erased),
-        tuple(concept.name for concept in suite.retained(erased)),
+        tuple(concept.name for concept in suite.find_retained(erased)),
         tuple(left_out),
         tuple(rows),
         sources,
@@ -190,7 +190,7 @@ def _terms(
     erased = roles.get("erased", {}).get("counted", NONE)
     if suite.score == "H_style" and "plain" in roles:
         chance = roles["plain"]["original"]
-        efficacy = statistics.corrected(erased, chance) if erased.n and chance.n else NONE
+        efficacy = statistics.correct_for_chance(erased, chance) if erased.n and chance.n else NONE
     elif suite.score == "H_unsafe":
         efficacy = relative.get("erased", NONE).map(lambda x: 1 - x)
     else:
@@ -278,12 +278,12 @@ def _measured(
         if name not in samples[0].features or (name == suite.judge and isinstance(metric, Classifier)):
             continue
         if isinstance(metric, Distance) and metric.from_anchor:
-            found[name] = from_anchor(name, metric, samples, original, anchor) if anchor else {}
+            found[name] = measure_from_anchor(name, metric, samples, original, anchor) if anchor else {}
             continue
         found[name] = {}
         for role in roles:
             if isinstance(metric, Distance):
-                found[name][role] = from_original(name, metric, samples, original, role)
+                found[name][role] = measure_from_original(name, metric, samples, original, role)
             elif isinstance(metric, Classifier):
                 found[name][role] = _probability(name, metric, samples, role)
             else:

@@ -59,7 +59,7 @@ class FeatureSet:
         return {prompt: torch.cat(parts) for prompt, parts in found.items()}
 
 
-def from_original(
+def measure_from_original(
     name: str, metric: Distance, samples: Sequence[Sample], before: Sequence[Sample], role: str
 ) -> Estimate:
     """Measure how far a role's images are from real ones, or else from the original's.
@@ -80,10 +80,12 @@ def from_original(
         return _between(metric, images, FeatureSet(real, (("real images", len(real)),)))
     apart = metric.distance(images.rows, FeatureSet.of(before, name, role).rows)
     # The same prompts and seeds: each pair of images is resampled together.
-    return statistics.moved(apart.value, images.by_prompt(apart.influence + apart.reference_influence))
+    return statistics.shift_by_influence(
+        apart.value, images.by_prompt(apart.influence + apart.reference_influence)
+    )
 
 
-def from_anchor(
+def measure_from_anchor(
     name: str,
     metric: Distance,
     samples: Sequence[Sample],
@@ -110,6 +112,6 @@ def from_anchor(
 def _between(metric: Distance, one: FeatureSet, other: FeatureSet) -> Estimate:
     """The distance of two sets that share no image's weight."""
     apart: SetDistance = metric.distance(one.rows, other.rows)
-    return statistics.moved(
+    return statistics.shift_by_influence(
         apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.reference_influence)
     )

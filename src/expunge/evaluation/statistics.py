@@ -22,11 +22,11 @@ from torch import Tensor
 
 from expunge.evaluation.resampling import (
     DRAWS,
-    over_concepts,
-    over_seeds,
+    draw_prior,
+    draw_seed_noise,
     pad_prompts,
-    prior_of,
     resample,
+    widen_to_concepts,
 )
 
 LEVEL = 0.05
@@ -89,7 +89,7 @@ class Estimate:
         if len(self.units) < 2 or self.units.keys() != other.units.keys():
             return found
         units = {name: unit - other.units[name] for name, unit in self.units.items()}
-        return Estimate(value, n, found.draws, over_concepts(found.draws, units), units)
+        return Estimate(value, n, found.draws, widen_to_concepts(found.draws, units), units)
 
     def over(self, other: Estimate, cap: float = 1.0) -> Estimate:
         """The paired ratio, never above `cap`."""
@@ -190,7 +190,7 @@ def mean(
         return NONE
     value = float(torch.cat([values for _, values in rows]).nanmean())
     padded, strata, weights, normals = pad_prompts([(p, of.get(p, ""), v) for p, v in rows])
-    prior = prior_of(name) if share else None
+    prior = draw_prior(name) if share else None
     draws = resample(padded[None], weights, normals, prior, strata)[0]
     by_concept: dict[str, list[Tensor]] = {}
     for prompt, values in rows:
@@ -201,11 +201,11 @@ def mean(
         return Estimate(value, n, draws)
     units = {concept: float(v.mean()) for concept, v in known.items()}
     parts = {concept: len(v) / n for concept, v in known.items()}
-    general = over_concepts(draws, units, parts, name if share else None)
+    general = widen_to_concepts(draws, units, parts, name if share else None)
     return Estimate(value, n, draws, general.clamp(0, 1) if share else general)
 
 
-def moved(value: float, *influences: Answers) -> Estimate:
+def shift_by_influence(value: float, *influences: Answers) -> Estimate:
     """A number that each image moves a little, as a distance between sets (`metric.SetDistance`).
 
     Its draws are value + Σ mean of the influences under resampling, a mean for each set.
@@ -214,7 +214,7 @@ def moved(value: float, *influences: Answers) -> Estimate:
     return Estimate(value, means[0].n, value + torch.stack([one.draws for one in means]).sum(0))
 
 
-def harmonic(terms: Sequence[Tensor]) -> Tensor:
+def take_harmonic_mean(terms: Sequence[Tensor]) -> Tensor:
     """The harmonic mean of terms in [0, 1]; zero where one of them is."""
     stacked = torch.stack([term.clamp(0, 1) for term in terms])
     mean = len(terms) / (1 / stacked.clamp(min=1e-12)).sum(0)
@@ -228,8 +228,8 @@ def harmonic_mean(terms: Sequence[Estimate]) -> Estimate:
     """
     if any(math.isnan(term.value) for term in terms):
         return NONE
-    value = float(harmonic([torch.tensor(term.value, dtype=torch.float64) for term in terms]))
-    return _of(value, sum(t.n for t in terms), lambda *draws: harmonic(draws), *terms)
+    value = float(take_harmonic_mean([torch.tensor(term.value, dtype=torch.float64) for term in terms]))
+    return _of(value, sum(t.n for t in terms), lambda *draws: take_harmonic_mean(draws), *terms)
 
 
 def average(
@@ -261,17 +261,17 @@ def average(
     # concave. Their spread falls with the number of estimates and that does not, unless it is taken off.
     draws = draws - (1 - 1 / len(kept)) * (draws.mean() - value)
     pairs = {name: [(e.value, e.draws) for e in group] for name, group in groups.items()}
-    draws = draws + over_seeds(pairs, units, each)
+    draws = draws + draw_seed_noise(pairs, units, each)
     if share:
         draws = draws.clamp(0, 1)
     general = None
     if len(units) > 1:
-        general = over_concepts(draws, units, None, "average" if share else None)
+        general = widen_to_concepts(draws, units, None, "average" if share else None)
         general = general.clamp(0, 1) if share else general
     return Estimate(value, sum(e.n for e in kept), draws, general, units)
 
 
-def corrected(seen: Estimate, chance: Estimate) -> Estimate:
+def correct_for_chance(seen: Estimate, chance: Estimate) -> Estimate:
     """UA: what of a share is gone, counted against the share that comes by chance.
 
     UA = 1 − max(0, seen − chance) / (1 − chance)

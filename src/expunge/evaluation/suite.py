@@ -227,18 +227,18 @@ class Suite(Settings):
                 if role != "plain" and "{}" not in template:
                     raise ExpungeError(f"a template has {{}} for the concept; {template!r} has not")
 
-    def concept(self, name: str) -> SuiteConcept | None:
+    def find_concept(self, name: str) -> SuiteConcept | None:
         """The concept that goes by a name, or None."""
         wanted = normalize_name(name)
         return next((c for c in self.concepts if wanted in map(normalize_name, c.names)), None)
 
-    def erased(self, names: Sequence[str]) -> tuple[SuiteConcept, ...]:
+    def find_erased(self, names: Sequence[str]) -> tuple[SuiteConcept, ...]:
         """Which of its concepts an edit erases, by the names that it erases.
 
         Raises:
             ExpungeError: none.
         """
-        found = [self.concept(name) for name in names]
+        found = [self.find_concept(name) for name in names]
         concepts = tuple(dict.fromkeys(concept for concept in found if concept))
         if not concepts:
             shown = ", ".join(c.name for c in self.concepts[:12])
@@ -249,7 +249,7 @@ class Suite(Settings):
             )
         return concepts
 
-    def retained(self, erased: Sequence[SuiteConcept]) -> tuple[SuiteConcept, ...]:
+    def find_retained(self, erased: Sequence[SuiteConcept]) -> tuple[SuiteConcept, ...]:
         """The concepts that should stay when these are erased."""
         names = [name for concept in erased for name in concept.retain]
         if not names:
@@ -265,7 +265,7 @@ class Suite(Settings):
         Raises:
             ExpungeError: it knows none of them, or a file of prompts is missing.
         """
-        gone = self.erased(erased)
+        gone = self.find_erased(erased)
         size = self.sizes["full" if full else "quick"]
         each = max(size.erased, -(-size.erased_in_all // len(gone)))
         cells: list[Cell] = []
@@ -273,7 +273,7 @@ class Suite(Settings):
             cells += self._filled("erased", concept, concept.words, each)
             for synonym in concept.synonyms:
                 cells += self._filled("synonyms", concept, synonym, size.synonyms)
-        for concept in self.retained(gone):
+        for concept in self.find_retained(gone):
             cells += self._filled("retained", concept, concept.words, size.retained)
         targets = tuple(c.target("plain", c.words) for c in gone)
         for prompt, _, n in self._spread(self.templates.get("plain", ()), "", size.plain):
@@ -299,10 +299,10 @@ class Suite(Settings):
         Returns:
             nothing where an anchor is not known, or prompts are no templates.
         """
-        gone = self.erased(erased)
+        gone = self.find_erased(erased)
         size = self.sizes["full" if full else "quick"]
         each = max(size.erased, -(-size.erased_in_all // len(gone)))
-        known = {c.name: anchor for name, anchor in anchors.items() if (c := self.concept(name))}
+        known = {c.name: anchor for name, anchor in anchors.items() if (c := self.find_concept(name))}
         chosen = [self.anchor if self.anchor is not None else known.get(c.name) for c in gone]
         templates = self.templates.get("erased", ())
         if None in chosen or not templates:
@@ -343,10 +343,10 @@ class Suite(Settings):
 
     def _listed(self, one: PromptList, size: Size) -> Iterator[Cell]:
         """The cells of a list of prompts."""
-        rows = one.rows(self.folder)
+        rows = one.read_rows(self.folder)
         if size.prompts and len(rows) > size.prompts:
             rows = [rows[i * len(rows) // size.prompts] for i in range(size.prompts)]
-        concept = self.concept(one.concept) if one.concept else None
+        concept = self.find_concept(one.concept) if one.concept else None
         for prompt, seed, guidance in rows:
             seeds = self._seeds(size.each) if seed is None else (seed,)
             named = concept.name if concept else ""
