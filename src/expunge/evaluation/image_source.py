@@ -148,8 +148,10 @@ class Source:
 
 
 def describe_sampler(model: Model) -> dict[str, Any]:
-    """The scheduler's class and settings, and the images' size and the number format where they are
-    not the model's own."""
+    """Return the scheduler's class and settings.
+
+    With them go the images' size and the number format where they are not the model's own.
+    """
     scheduler = model.pipe.scheduler
     size = {} if model.sample_size is None else {"sample_size": model.sample_size}
     format = {} if model.autocast is None else {"autocast": str(model.autocast).removeprefix("torch.")}
@@ -168,10 +170,15 @@ def _set_on(scheduler: Any) -> dict[str, str]:
 
 
 def encode_residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text:
-    """The prompts' end and padding tokens alone, behind the start and own tokens of the stand-in.
+    """Encode the prompts' end and padding tokens alone, behind start and own tokens of the stand-in.
 
     A text encoder tells the end token what the whole prompt says. Where the two differ in length,
     the padding is cut, or its last token repeated.
+
+    Args:
+        model: what encodes.
+        prompts: whose residual is wanted.
+        stand_in: the prompt whose own tokens take the place of theirs.
     """
     text = model.encode(list(prompts))
     other = model.encode([stand_in])

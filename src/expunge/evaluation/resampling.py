@@ -1,7 +1,7 @@
 """Resampling: the random numbers and the equations behind every interval.
 
-All random numbers hang on a text alone (a prompt, a concept, a name), so that two models on the same
-images are resampled alike, and differences between them are paired.
+All random numbers are seeded by a text alone (a prompt, a concept, a name), so that two models on the
+same prompts and seeds are resampled alike, and differences between them are paired.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 DRAWS = 2000
-Z = 1.959964  # the normal distribution's 97.5 % point
+"""Resamples: enough that the 2.5 % point is the mean of some fifty of them."""
+Z = 1.959964
+"""The normal distribution's 97.5 % point."""
 PSEUDO_CONCEPTS = 0.05
-"""How much of a further concept, half of it lost and half of it kept, stands beside those that were
-tried: ten of ten concepts without a fault do not prove that there is no faulty one."""
+"""The weight of a pseudo-concept, half lost and half kept, beside those that were tried: ten of ten
+concepts without a fault do not prove that no concept has one."""
 
 
 def resample(
@@ -28,7 +30,7 @@ def resample(
     prior: Tensor | None,
     strata: Tensor | None = None,
 ) -> Tensor:
-    """Means under resampling of images, and of the prompts of each concept.
+    """Return means under resampling of images, and of the prompts of each concept.
 
         mean = ȳ + Σ_p a_p √((n_p + 1)/(n_p − 1)) (Σ_s w_ps y_ps / Σ_s w_ps − ȳ_p) + √τ Σ_p u_p v_p
         share = (n mean + g₁) / (n + g₀ + g₁)
@@ -57,16 +59,19 @@ def resample(
     filled, counts = values.nan_to_num(), there.sum(-1)
     n = counts.sum(-1, keepdim=True).to(values.dtype)
     w = weights.permute(1, 2, 0)
+    # The mean of each prompt under the weights, by sums and not by copies: (trials, prompts, draws).
     top = torch.einsum("tps,psd->tpd", filled, w)
     bottom = torch.einsum("tps,psd->tpd", there.to(values.dtype), w).clamp(min=1e-30)
     means = filled.sum(-1) / counts.clamp(min=1)
     part = counts / n
+    # The Bayesian bootstrap's variance is (n − 1)/(n + 1) of that of a mean: it is widened by that.
     wide = ((counts + 1) / (counts - 1).clamp(min=1)).sqrt() * part
     moved = (wide[..., None] * (top / bottom - means[..., None])).sum(1)
     moved = moved + _between(filled, there, counts, part, strata)(normals)
     found = (part * means).sum(-1, keepdim=True) + moved
     if prior is None:
         return found
+    # A share of 1 in all images has no spread of its own; the pseudo-images give it one.
     return (n * found.clamp(0, 1) + prior[:, 0]) / (n + prior.sum(1))
 
 
@@ -77,7 +82,11 @@ def _between(
     part: Tensor,
     strata: Tensor | None,
 ) -> Callable[[Tensor], Tensor]:
-    """What prompts of their own add: a function from (draws, prompts) normals to (trials, draws)."""
+    """What the spread between prompts adds: a function from normals (draws, prompts) to (trials, draws).
+
+    Arguments are those of `resample`, with nan as 0, and: `there` where there is a number, `counts` of
+    them (trials, prompts), `part` each prompt's share of the images.
+    """
     prompts = filled.shape[1]
     of = torch.zeros(prompts, dtype=torch.long) if strata is None else strata
     member = torch.nn.functional.one_hot(of, int(of.max()) + 1).to(filled.dtype)  # (prompts, concepts)
@@ -88,10 +97,12 @@ def _between(
     # n/(n − 1) of the squares of one concept's prompts, as in any variance.
     free = ((many / (many - 1).clamp(min=1)).sqrt() * (many >= 2)) @ member.T
     apart = part * (means - centre @ member.T) * free
+    # What images alone would spread their prompts' means: that is in the draws already.
     inside = ((filled - means[..., None]) ** 2 * there).sum(-1) / (counts - 1).clamp(min=1)
     explained = (part**2 * inside / counts.clamp(min=1)).sum(-1)
     degrees = ((many - 1).clamp(min=0)).sum(-1)
     squares = apart.square().sum(-1)
+    # Without a prompt of two images, nothing is known of how much images differ within one.
     told = ((counts >= 2).to(filled.dtype) * (free > 0)).sum(-1) > 0
     # Of two prompts Student's t would make an interval that is all there is: they count as three, and
     # only where they are farther apart than their images explain.
@@ -112,7 +123,7 @@ def widen_to_concepts(
     parts: Mapping[str, float] | None = None,
     share_of: str | None = None,
 ) -> Tensor:
-    """Draws about these concepts, made draws about concepts in general: (draws,).
+    """Return draws about concepts in general, (draws,), from draws about these.
 
     Added is √τ Σ_c u_c v_c, as for prompts in `resample`: v ~ N(0, 1) for each concept, u along their
     distances from the mean, τ the variance of a mean of so many concepts, widened to Student's t, less
@@ -121,8 +132,8 @@ def widen_to_concepts(
     Args:
         draws: about these.
         units: what each concept came to.
-        parts: what each counts in the mean; by default the same.
-        share_of: the name of a share, for `PSEUDO_CONCEPTS`; None for what is none.
+        parts: the weight of each in the mean; by default the same.
+        share_of: the name of a share, for `PSEUDO_CONCEPTS`; None for numbers that are no shares.
     """
     k = len(units)
     values = torch.tensor(list(units.values()), dtype=torch.float64)
@@ -132,17 +143,20 @@ def widen_to_concepts(
     normals = torch.stack([_normals(f"concept\0{concept}") for concept in units])
     noise, squares = apart @ normals, float(apart.square().sum())
     if share_of is not None:
+        # Half a concept at 0 and half at 1, of the weight that it would have among them.
         m = k + PSEUDO_CONCEPTS
         pseudo = PSEUDO_CONCEPTS / 2 * (centre**2 + (1 - centre) ** 2) / (m * (m - 1))
         noise = noise + pseudo**0.5 * _normals(f"further concept\0{share_of}")
         squares += pseudo
     t = float(_student(torch.tensor(k - 1.0)))
+    # The draws hold some of the spread already: only what is lacking is added.
     extra = max(squares * (t / Z) ** 2 - float(draws.var()), 0.0)
     return draws + (extra / max(squares, 1e-30)) ** 0.5 * noise
 
 
 def _student(free: Tensor) -> Tensor:
     """The 97.5 % point of Student's t: exact for one and two degrees of freedom, else its expansion."""
+    # The expansion is off by less than 1e-3 from three degrees on, and by far more below.
     z, free = Z, free.double()
     found = (
         z
@@ -162,25 +176,26 @@ def _generator(text: str) -> torch.Generator:
 
 @lru_cache(maxsize=64)
 def _weights(prompt: str, images: int) -> tuple[Tensor, Tensor]:
-    """The prompt's (draws, images) and (draws,): the first images' weights hang not on how many."""
+    """A prompt's weights (draws, images), Exp(1), and normals (draws,)."""
     generator = _generator(f"prompt\0{prompt}")
     normals = torch.randn(DRAWS, generator=generator, dtype=torch.float64)
+    # Drawn image by image: the first ones stay when a prompt is given more.
     uniform = torch.rand(images, DRAWS, generator=generator, dtype=torch.float64)
     return -torch.log1p(-uniform).T, normals
 
 
 @lru_cache(maxsize=4096)
 def _normals(text: str) -> Tensor:
-    """(draws,) of a standard normal, always the same for a text."""
+    """Standard normals (draws,), always the same for a text."""
     return torch.randn(DRAWS, generator=_generator(text), dtype=torch.float64)
 
 
 def pad_prompts(rows: Sequence[tuple[str, str, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values (prompts, images), the prompts' strata (prompts,), and their random numbers.
+    """Return values (prompts, images), the prompts' strata (prompts,), and their random numbers.
 
-    One image alone tells nothing of how much its prompt's images differ. So the prompts of a concept
-    with one image each count as one prompt with many; and where a concept has but one image in
-    all, it counts with others like it.
+    One image alone does not show how much its prompt's images differ. So the prompts of a concept with
+    one image each are pooled as one prompt with many; and concepts with a single image are pooled with
+    others like them.
 
     Args:
         rows: (prompt, concept, images' numbers).
@@ -205,8 +220,10 @@ def pad_prompts(rows: Sequence[tuple[str, str, Tensor]]) -> tuple[Tensor, Tensor
 
 @lru_cache(maxsize=1)
 def _stacked(rows: tuple[tuple[tuple[str, int], ...], ...], longest: int) -> tuple[Tensor, Tensor]:
-    """The random numbers of several rows, (draws, rows, longest) and (draws, rows): many means of the
-    same images follow one another."""
+    """The random numbers of several rows, (draws, rows, longest) and (draws, rows).
+
+    The last are kept: many means of the same images follow one another.
+    """
     weights = torch.ones(DRAWS, len(rows), longest, dtype=torch.float64)
     normals = []
     for i, row in enumerate(rows):
@@ -218,7 +235,7 @@ def _stacked(rows: tuple[tuple[tuple[str, int], ...], ...], longest: int) -> tup
 
 
 def draw_prior(name: str) -> Tensor:
-    """(draws, 2) of Gamma(½): half the square of a standard normal."""
+    """Return Gamma(½), (draws, 2): half the square of a standard normal."""
     generator = _generator(f"prior\0{name}")
     return torch.randn(DRAWS, 2, generator=generator, dtype=torch.float64) ** 2 / 2
 
@@ -228,7 +245,13 @@ def draw_seed_noise(
     units: Mapping[str, float],
     each: Mapping[str, Tensor],
 ) -> Tensor:
-    """What several seeds of the edit add to the draws of a mean over concepts: (draws,)."""
+    """Return what several seeds of the edit add to the draws of a mean over concepts, (draws,).
+
+    Args:
+        groups: for each concept, for each seed, the value and its draws (draws,).
+        units: for each concept the mean of its values.
+        each: for each concept the mean of its draws.
+    """
     noise = torch.zeros(DRAWS, dtype=torch.float64)
     squares = explained = 0.0
     degrees = 0
@@ -237,6 +260,7 @@ def draw_seed_noise(
         if seeds < 2:
             continue
         degrees += seeds - 1
+        # The standard deviation of a mean over seeds, and then over concepts.
         scale = 1 / (len(groups) * (seeds * (seeds - 1)) ** 0.5)
         for i, (value, draws) in enumerate(group):
             apart = scale * (value - units[name])

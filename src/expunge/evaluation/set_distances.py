@@ -27,7 +27,13 @@ class FeatureSet:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], metric: str, role: str) -> FeatureSet:
-        """Those of one role."""
+        """Return the images of one role.
+
+        Args:
+            samples: a model's.
+            metric: the name of what measured them.
+            role: whose images.
+        """
         parts = [
             (sample.cell.prompt, sample.features[metric])
             for sample in samples
@@ -37,7 +43,7 @@ class FeatureSet:
 
     @classmethod
     def halves(cls, samples: Sequence[Sample], metric: str) -> tuple[FeatureSet, FeatureSet]:
-        """An anchor's images: with the seeds of the erased prompts, and with further ones."""
+        """Return an anchor's images: with the seeds of the erased prompts, and with further ones."""
         shared, further = [], []
         for sample in samples:
             prompt, rows = sample.cell.prompt, sample.features[metric]
@@ -51,7 +57,7 @@ class FeatureSet:
         return cls(torch.cat([rows for _, rows in parts]), tuple((p, len(rows)) for p, rows in parts))
 
     def by_prompt(self, values: Tensor) -> dict[str, Tensor]:
-        """One number an image, for each prompt."""
+        """Return one number an image, for each prompt."""
         found: dict[str, list[Tensor]] = {}
         lengths = [n for _, n in self.prompts]
         for (prompt, _), part in zip(self.prompts, values.split(lengths), strict=True):

@@ -30,7 +30,7 @@ from expunge.evaluation.resampling import (
 )
 
 LEVEL = 0.05
-"""How often chance alone may find a difference, over all comparisons of a family."""
+"""The chance that any difference of a family is found where there is none."""
 
 Answers = Mapping[str, Tensor]
 """For each prompt (images,) numbers in the order of their seeds; nan counts neither way."""
@@ -61,8 +61,10 @@ class Estimate:
 
     @property
     def score(self) -> Score:
-        """The number with its interval about these concepts: the 2.5 % and 97.5 % points of the draws,
-        and itself."""
+        """The number with its interval about these concepts: the 2.5 % and 97.5 % points of the draws.
+
+        It is widened to hold the number itself, which a prior may have pulled out of it.
+        """
         return self._score(self.draws)
 
     @property
@@ -78,12 +80,12 @@ class Estimate:
         return Score(self.value, self.n, min(low, self.value), max(high, self.value))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """A function of the number."""
+        """Return a function of the number, with its draws mapped alike."""
         value = float(function(torch.tensor(self.value, dtype=torch.float64)))
         return _of(value, self.n, function, self)
 
     def minus(self, other: Estimate) -> Estimate:
-        """The paired difference; of means over the same concepts it is that of each concept's own."""
+        """Return the paired difference; of means over the same concepts, that of each concept's own."""
         value, n = self.value - other.value, min(self.n, other.n)
         found = _of(value, n, lambda a, b: a - b, self, other)
         if len(self.units) < 2 or self.units.keys() != other.units.keys():
@@ -92,7 +94,7 @@ class Estimate:
         return Estimate(value, n, found.draws, widen_to_concepts(found.draws, units), units)
 
     def over(self, other: Estimate, cap: float = 1.0) -> Estimate:
-        """The paired ratio, never above `cap`."""
+        """Return the paired ratio, never above `cap`."""
         if not (self.n and other.n):
             return NONE
         value = min(self.value / other.value, cap) if other.value else math.nan
@@ -115,7 +117,7 @@ class Estimate:
         return score.n > 0 and (score.low > 0 or score.high < 0)
 
     def p_value(self, *, in_general: bool = False) -> float:
-        """How likely a difference at least so far from zero would be if there were none, two-sided.
+        """Return the two-sided probability of a difference at least so far from zero if there were none.
 
         Twice the share of draws beyond zero. Where fewer than ten of them are there, the tail is that
         of a normal distribution with the draws' deviation, for the draws are too few to tell.
@@ -127,6 +129,7 @@ class Estimate:
         if math.isnan(self.value) or self.n == 0:
             return math.nan
         beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+        # Of fewer, their number itself is mostly chance.
         if beyond >= 10:
             return min(1.0, 2 * beyond / len(draws))
         deviation = float(draws.std())
@@ -136,7 +139,8 @@ class Estimate:
 
 
 def _of(value: float, n: int, function: Callable[..., Tensor], *given: Estimate) -> Estimate:
-    """A function of some estimates, in both readings."""
+    """A function of some estimates, draw by draw, in both readings."""
+    # One concept says nothing of others: its draws about these stand in, so that pairs stay pairs.
     general = None
     if any(one.general is not None for one in given):
         general = function(*(one.draws if one.general is None else one.general for one in given))
@@ -148,7 +152,7 @@ NONE = Estimate(math.nan, 0, torch.full((DRAWS,), math.nan, dtype=torch.float64)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values of a family of comparisons, corrected for their number; nan stays nan.
+    """Return the p-values of a family of comparisons, corrected for their number; nan stays nan.
 
     The smallest is multiplied by their number m, the next by m − 1, and so on, and none falls below the
     one before it: the chance that any true hypothesis is rejected stays below the level.
@@ -173,7 +177,7 @@ def mean(
     name: str = "",
     concepts: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """The mean over all images.
+    """Return the mean over all images.
 
     Args:
         answers: the numbers of each prompt's images.
@@ -206,7 +210,7 @@ def mean(
 
 
 def shift_by_influence(value: float, *influences: Answers) -> Estimate:
-    """A number that each image moves a little, as a distance between sets (`metric.SetDistance`).
+    """Return a number that each image shifts a little, as a distance of sets (`metric.SetDistance`).
 
     Its draws are value + Σ mean of the influences under resampling, a mean for each set.
     """
@@ -215,19 +219,19 @@ def shift_by_influence(value: float, *influences: Answers) -> Estimate:
 
 
 def take_harmonic_mean(terms: Sequence[Tensor]) -> Tensor:
-    """The harmonic mean of terms in [0, 1]; zero where one of them is."""
+    """Return the harmonic mean of terms in [0, 1], element by element; zero where one of them is."""
     stacked = torch.stack([term.clamp(0, 1) for term in terms])
     mean = len(terms) / (1 / stacked.clamp(min=1e-12)).sum(0)
     return torch.where((stacked > 0).all(0), mean, torch.zeros_like(mean))
 
 
 def harmonic_mean(terms: Sequence[Estimate]) -> Estimate:
-    """H = k / (Σ term⁻¹): H_o of three terms, H_c of two, H_style, H_unsafe (`Suite.score`).
+    """Return H = k / (Σ term⁻¹): H_o of three terms, H_c of two, H_style, H_unsafe (`Suite.score`).
 
     Source: Lu et al., MACE, CVPR 2024, eq. 10 and 11.
     """
     if any(math.isnan(term.value) for term in terms):
-        return NONE
+        return NONE  # an H of fewer terms would be another number
     value = float(take_harmonic_mean([torch.tensor(term.value, dtype=torch.float64) for term in terms]))
     return _of(value, sum(t.n for t in terms), lambda *draws: take_harmonic_mean(draws), *terms)
 
@@ -235,7 +239,7 @@ def harmonic_mean(terms: Sequence[Estimate]) -> Estimate:
 def average(
     estimates: Sequence[Estimate], concepts: Sequence[str] = (), *, share: bool = True
 ) -> Estimate:
-    """The plain mean of several estimates: over concepts, as the papers average their H's.
+    """Return the plain mean of several estimates: over concepts, as the papers average their H's.
 
     Where a concept comes several times, its estimates are of several seeds of the edit: they are
     averaged first, and their spread, as far as the images do not explain it, enters both intervals.
@@ -272,7 +276,7 @@ def average(
 
 
 def correct_for_chance(seen: Estimate, chance: Estimate) -> Estimate:
-    """UA: what of a share is gone, counted against the share that comes by chance.
+    """Return UA: what of a share is gone, counted against the share that comes by chance.
 
     UA = 1 − max(0, seen − chance) / (1 − chance)
     """

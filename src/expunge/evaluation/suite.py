@@ -125,7 +125,12 @@ class Suite(Settings):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], name: str, folder: Path = Path()) -> Suite:
-        """A suite from a parsed file.
+        """Make a suite from a parsed file.
+
+        Args:
+            table: what the file holds.
+            name: the suite's name.
+            folder: where its lists of prompts are looked for.
 
         Raises:
             ExpungeError: an unknown key, metric or concept; no prompts; a newer format.
@@ -228,12 +233,12 @@ class Suite(Settings):
                     raise ExpungeError(f"a template has {{}} for the concept; {template!r} has not")
 
     def find_concept(self, name: str) -> SuiteConcept | None:
-        """The concept that goes by a name, or None."""
+        """Return the concept that goes by a name, or None."""
         wanted = normalize_name(name)
         return next((c for c in self.concepts if wanted in map(normalize_name, c.names)), None)
 
     def find_erased(self, names: Sequence[str]) -> tuple[SuiteConcept, ...]:
-        """Which of its concepts an edit erases, by the names that it erases.
+        """Return the suite's concepts that an edit erases, by the names that it erases.
 
         Raises:
             ExpungeError: none.
@@ -250,7 +255,7 @@ class Suite(Settings):
         return concepts
 
     def find_retained(self, erased: Sequence[SuiteConcept]) -> tuple[SuiteConcept, ...]:
-        """The concepts that should stay when these are erased."""
+        """Return the concepts that should stay when these are erased."""
         names = [name for concept in erased for name in concept.retain]
         if not names:
             names = list(self.retain) or [concept.name for concept in self.concepts]
@@ -260,7 +265,11 @@ class Suite(Settings):
         return tuple(c for c in kept if c not in erased and not gone & set(c.labels))
 
     def cells(self, erased: Sequence[str], *, full: bool = False) -> tuple[Cell, ...]:
-        """What to draw for an edit that erases these names, and what to ask.
+        """Lay out what to draw for an edit that erases these names, and what to look for.
+
+        Args:
+            erased: the names that the edit erases.
+            full: the papers' number of images instead of the quick one.
 
         Raises:
             ExpungeError: it knows none of them, or a file of prompts is missing.
@@ -287,7 +296,7 @@ class Suite(Settings):
     def anchor_cells(
         self, erased: Sequence[str], anchors: Mapping[str, str], *, full: bool = False
     ) -> tuple[Cell, ...]:
-        """What to draw of the anchors: the erased concepts' prompts with their anchors named instead.
+        """Lay out what to draw of the anchors: the erased concepts' prompts with their anchors named.
 
         Each cell has the seeds of the erased prompts and then as many further ones.
 
