@@ -19,6 +19,7 @@ from expunge import Edit, ExpungeError
 from expunge.base import registry
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.main import main
+from expunge.cli.spelling import describe_unknown_words, find_nearest_name, list_suite_names
 from expunge.runtime.cost import Cost
 from tiny import flux, sdxl
 
@@ -367,7 +368,65 @@ def test_an_anchor_of_no_known_word_is_said(run):
 def test_a_name_of_no_known_word_is_said(run):
     code, _, err = run("erase", "uce", "--concept", "airplne=sky", "-o", "e.safetensors")
     assert code == 0
-    assert "note: this model's tokenizer has no token for 'airplne': look whether it is spelled" in err
+    said = "note: this model's tokenizer has no token for"
+    assert f"{said} 'airplne' (near: 'airplane'): look whether it is spelled" in err
+    # Nothing is near to some; what is retained is misspelt in silence otherwise.
+    retained = ("--retain", "brid", "--retain", "the zzyzx", "--retain", "a hores")
+    err = run("erase", "uce", "--concept", "qqqq=grond", *retained, "-o", "f.safetensors")[2]
+    assert f"{said} 'qqqq', 'brid' (near: 'bird'), 'hores' (near: 'horse'): look" in err
+    assert f"{said} 'grond' (near: 'ground') in the anchor" in err
+    assert "zzyzx" not in err
+
+
+def test_the_near_name_is_one_that_the_model_is_asked_for():
+    names = list_suite_names("emoji")
+    near = {"flag of Frence": "flag of France", "a hrose": "horse", "Pistl": "pistol", "qqqq": ""}
+    assert {name: find_nearest_name(name, names) for name in near} == near
+    assert list_suite_names("somebody's") == []
+
+
+def test_what_a_suite_asks_for_is_spelled_as_meant(model, monkeypatch):
+    monkeypatch.setattr(
+        "expunge.cli.spelling.list_suite_names", lambda name: ["Zaphod Beeblebrox", "horse"]
+    )
+    assert describe_unknown_words(model, ["Zaphod Beeblebrox", "horse", "an airplane"]) == ""
+    assert describe_unknown_words(model, ["zaphod Beeblebrocks"]).startswith(
+        "'zaphod' (near: 'Zaphod Beeblebrox')"
+    )
+    assert (
+        describe_unknown_words(model, ["a hrose", "brid"])
+        == "'hrose' (near: 'horse'), 'brid' (near: 'bird')"
+    )
+
+
+def test_what_is_piped_has_no_blanks_at_its_lines_ends(run, edit):
+    for command in (
+        ("list", "methods"),
+        ("list", "suites"),
+        ("info", edit),
+        ("erase", "mace", "--preset", "list"),
+    ):
+        out = run(*command)[1]
+        assert out.count("\n") > 2
+        assert all(line == line.rstrip() for line in out.splitlines()), command
+
+
+def test_one_concept_with_two_anchors_is_not_merged(run, edit, folder):
+    def erased(method, concept, file):
+        assert run("erase", method, "--concept", concept, "-o", file)[0] == 0
+        return file
+
+    def merged(*files):
+        return run("merge", *files, "--model", str(folder), "-o", "m.safetensors")
+
+    for concept in ("airplane=ground", "Airplane=", "jet|airplane=street"):
+        other = erased("uce", concept, "other.safetensors")
+        code, _, err = merged(edit, other)
+        assert code == 2
+        assert "'sky' in one of the edits to merge and" in err
+        assert "merged, it would become neither" in err
+        assert not Path("m.safetensors").exists()
+    assert merged(edit, erased("oce", "airplane=sky", "same.safetensors"))[0] == 0
 
 
 def test_info_of_a_shipped_model(run):

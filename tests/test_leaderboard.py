@@ -71,14 +71,9 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
     table = board.table(tmp_path)
     assert "| method | H_o | efficacy | specificity | generality | unrecognisable |" in table
     assert f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>" in table
-    board.TASKS, tasks = (board.Task("own", "object"),), board.TASKS
-    summary = board.summary(tmp_path)
-    board.TASKS = tasks
-    assert summary.splitlines()[0] == "| | own, quick |"
-    assert summary.splitlines()[3].startswith(f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>")
-    text = f"Before.\n{board.BEGIN}\nold\n{board.END}\nAfter.\n"
-    assert (
-        board.put_between(text, summary) == f"Before.\n{board.BEGIN}\n{summary}\n{board.END}\nAfter.\n"
-    )
-    with pytest.raises(SystemExit, match="no <!-- leaderboard -->"):
-        board.put_between("Before. After.", summary)
+
+
+def test_the_page_is_that_of_the_results(board):
+    page = (SCRIPT.parents[1] / board.PAGE).read_text("utf-8")
+    assert page == board.table(SCRIPT.parent / "results")
+    assert page.count("| uce |") >= 2

@@ -95,7 +95,7 @@ def test_a_broken_piece_is_made_again_and_said(tmp_path, damage):
     file = next(tmp_path.rglob("a-*.safetensors"))
     file.write_bytes(damage(file.read_bytes()))
     maker = Maker(run)
-    with pytest.warns(ExpungeWarning, match="of 'a' is broken; it is made again"):
+    with pytest.warns(ExpungeWarning, match="of 'a' is broken; it is computed again"):
         assert equal(run.map_cached(maker, ["a", "b"]), expected)
     assert maker.asked == [["a"]]
     assert equal(run.map_cached(Maker(run), ["a", "b"]), expected)
@@ -235,7 +235,7 @@ def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     assert run.checkpoint("other") is None
     (file,) = (tmp_path / "work").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.warns(ExpungeWarning, match="is broken; it is made again"):
+    with pytest.warns(ExpungeWarning, match="is broken; it is computed again"):
         assert run.checkpoint("training") is None
     assert RunContext().checkpoint("training") is None
     RunContext().save_checkpoint("training", {})

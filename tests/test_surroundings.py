@@ -345,7 +345,7 @@ def test_two_equal_commands_at_once(tmp_path):
 def test_a_killed_command_holds_nothing(tmp_path):
     code = (
         "import os, sys; from expunge.runtime import work_dir\n"
-        "with work_dir.opened(sys.argv[1], {'model': 'a'}) as place:\n"
+        "with work_dir.open_work_dir(sys.argv[1], {'model': 'a'}) as place:\n"
         "    (place / 'pieces').mkdir(); os.kill(os.getpid(), 9)"
     )
     run = subprocess.run(

@@ -25,6 +25,25 @@ def join_names(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def find_nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return the known name spelled most like one; of several, one with the same letters in another order.
+
+    >>> find_nearest("hrose", ["house", "horse"]), find_nearest("x", ["house"])
+    ('horse', '')
+
+    Args:
+        name: the name that was given.
+        known: the names to choose from.
+        cutoff: the least similarity, from 0 to 1, as `difflib` measures it.
+
+    Returns:
+        The nearest name; "" where none is similar enough.
+    """
+    found = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=5, cutoff=cutoff)
+    swapped = [one for one in found if sorted(one) == sorted(name)]
+    return next(iter([*swapped, *found]), "")
+
+
 class UnknownNameError(ExpungeError):
     """A name that does not exist; its message gives the nearest one that does, or all of them.
 

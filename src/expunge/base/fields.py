@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -59,8 +60,13 @@ def check_fields(instance: Any) -> None:
         object.__setattr__(instance, field.name, value)
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
     """Build an instance of `cls` from a mapping such as a TOML table.
+
+    Args:
+        cls: a dataclass.
+        values: its fields.
+        what: what a message calls it, in the words of the file; by default the words of the class's name.
 
     Raises:
         ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
@@ -69,12 +75,27 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     renamed = getattr(cls, "renamed", {})
     for key in values:
         if key not in known and key in renamed:
-            raise ExpungeError(f"{cls.__name__}'s field {key!r} is named {renamed[key]!r} now")
+            raise ExpungeError(
+                f"{what or _split_words(cls)}: the field {key!r} is named {renamed[key]!r} now"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-            raise ExpungeError(f"{cls.__name__} has no field {key!r}{hint}")
+            raise ExpungeError(f"{what or _split_words(cls)} has no field {key!r}{hint}")
     return cls(**values)
+
+
+def _split_words(cls: type) -> str:
+    """Return the words of a class's name: the author of a TOML table has never seen the class.
+
+    >>> _split_words(type("_SuiteConcept", (), {})), _split_words(type("UCE", (), {}))
+    ('a suite concept', 'UCE')
+    """
+    name = cls.__name__.strip("_")
+    if name.isupper():
+        return name
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def build_from_record(cls: type[T], values: Mapping[str, Any]) -> T:

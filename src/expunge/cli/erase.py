@@ -23,6 +23,7 @@ from expunge.checkpoints import loading
 from expunge.cli import concept_files
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
+from expunge.cli.spelling import announce_anchors, warn_unknown_words
 from expunge.cli.terminal import make_table, print_table, show_progress
 from expunge.problem import KINDS, Concept, Problem
 
@@ -139,9 +140,9 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
         return
     # One step is enough to tell whether the method needs more than the text encoders.
     model = options.loading.load(options.model, method.estimate_cost(problem, 1))
-    _warn_unfamiliar(model, problem)
+    warn_unknown_words(model, problem)
     if method.reads_anchor:
-        _announce_anchors(model, problem)
+        announce_anchors(model, problem)
     elif unused := [concept for concept in problem.erase if concept.anchor]:
         warnings.warn(
             f"{type(method).__name__}, as it is set, reads no anchor: what {unused[0].name!r} becomes is"
@@ -177,37 +178,6 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     names = join_names([concept.name for concept in problem.erase], 10)
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
-
-
-def _warn_unfamiliar(model: Model, problem: Problem) -> None:
-    """Warn of words in the names to erase that the tokenizer has no token for: they may be misspelt."""
-    words = (
-        word
-        for concept in problem.erase
-        for name in concept.names
-        for word in model.find_unknown_words(name)
-    )
-    if strange := [repr(word) for word in dict.fromkeys(words)]:
-        warnings.warn(
-            f"this model's tokenizer has no token for {join_names(strange, 3)}:"
-            " look whether it is spelled as you meant",
-            ExpungeWarning,
-            stacklevel=1,
-        )
-
-
-def _announce_anchors(model: Model, problem: Problem) -> None:
-    """Print the anchors that the model chose, and warn of given ones that its tokenizer cannot read."""
-    for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
-        if concept.anchor is None:
-            print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.find_unknown_words(concept.anchor)):
-            warnings.warn(
-                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
-                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
-                ExpungeWarning,
-                stacklevel=1,
-            )
 
 
 def _choose_threads(model: Model) -> Threads:

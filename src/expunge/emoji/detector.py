@@ -103,7 +103,7 @@ class Recognition:
         return len(self.labels)
 
     def top(self) -> list[str]:
-        """Return what each image shows: its best label, "nothing" (a bare background) or "unrecognisable"."""
+        """Return what each image shows: its best label, "nothing" or "unrecognisable"."""
         best, where = self.labels.max(1)
         names = [self.settings.label_names[index] for index in where.tolist()]
         for i in range(len(self)):

@@ -62,7 +62,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
     numbers = all(isinstance(value, (int, float)) for value in values)
     rungs = {
         f"{field} {value:g}" if numbers else f"{field} {value}": fields.build(
-            cls, {**rest, field: value}
+            cls, {**rest, field: value}, attack
         )
         for value in (sorted(values) if numbers else values)
     }

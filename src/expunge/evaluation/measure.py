@@ -32,7 +32,7 @@ def make_metric(name: str, options: Mapping[str, Any]) -> Metric:
     Raises:
         ExpungeError: there is no such metric or option.
     """
-    metric: Metric = fields.build(registry.get("metrics", name), options)
+    metric: Metric = fields.build(registry.get("metrics", name), options, name)
     return metric
 
 

@@ -1,6 +1,6 @@
 """The report: the cases of all suites, and where every number comes from.
 
-What the numbers mean stands in docs/judging.md.
+What the numbers mean stands in docs/explanation/judging.md.
 """
 
 from __future__ import annotations

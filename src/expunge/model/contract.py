@@ -45,8 +45,7 @@ class FamilyContract(ABC):
         self.guidance_scale = float(settings.get("guidance_scale", 7.5))
         self.anchors = {**ANCHORS, **settings.get("anchors", {})}
         self.stored: Callable[[str, str], Tensor] | None = None
-        """Reads a parameter, by the names of its layer and itself, from the disk where the denoiser was left
-        there; else None."""
+        """Reads a parameter from the disk, by its layer's name and its own; None where all is loaded."""
         self.sample_size: int | None = settings.get("sample_size")
         """Height and width of the latents, where it is not the family's default."""
         self.autocast: torch.dtype | None = None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, find_nearest
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import PARALLEL, Applied, Change, Changes, find_layer, find_layer_path, is_compiled
 from expunge.model.contract import FamilyContract
@@ -98,6 +98,10 @@ class Model(FamilyContract):
         known = {word.casefold() for word in self.vocabulary()}
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
         return [word for word in dict.fromkeys(words) if word not in known]
+
+    def find_near_word(self, word: str) -> str:
+        """Return the word of the vocabulary spelled most like one; "" where none is near."""
+        return find_nearest(word.casefold(), (known.casefold() for known in self.vocabulary()), 0.75)
 
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:

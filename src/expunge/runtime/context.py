@@ -35,10 +35,13 @@ class RunContext:
     folder: Path | None = None
     """The work folder, for resuming; None saves nothing."""
     ray: str = ""
-    """The address of a Ray cluster; "" runs in this process, "local" starts a cluster on this machine."""
+    """The address of a Ray cluster; "" runs in this process, "local" starts one on this machine."""
 
     def generator(self, *names: str) -> torch.Generator:
-        """Return a CPU generator seeded by the run's seed and the names: work may then run in any order."""
+        """Return a CPU generator that is seeded by the run's seed and the names.
+
+        With one for each piece of work, the pieces may be computed in any order.
+        """
         digest = hashlib.sha256("\0".join((str(self.seed), *names)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 

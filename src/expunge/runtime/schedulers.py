@@ -43,7 +43,7 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 def replace_scheduler(scheduler: Any, name: str, model: str) -> Any:
-    """Return a scheduler of another class with the same noise schedule; itself where the class is its own.
+    """Return a scheduler of another class with the same noise schedule, or itself if of that class.
 
     Args:
         scheduler: the pipeline's scheduler.

@@ -52,7 +52,7 @@ def save_entry(folder: Path, name: str, tensors: Tensors) -> None:
 
 
 def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
-    """Return the entries among `names` that were saved; a broken one counts as missing, with a warning."""
+    """Return the entries among `names` that were saved, without broken ones, which raise a warning."""
     found = {}
     for name in names:
         file = folder / f"{make_stem(name)}.safetensors"
