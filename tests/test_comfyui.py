@@ -1,4 +1,4 @@
-"""The ComfyUI nodes, on a stand-in that keeps the patcher's published contract over real diffusers classes."""
+"""The ComfyUI nodes, on a stand-in of its patcher over diffusers' real classes."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_compare_puts_before_above_after(nodes):
     compare = nodes.NODE_CLASS_MAPPINGS["ExpungeCompare"]().compare
     before, after = torch.zeros(2, 16, 16, 3), torch.ones(2, 16, 16, 3)
     (sheet,) = compare(before, after, "airplane")
-    assert sheet.shape[0] == 1 and sheet.shape[3] == 3
+    assert (sheet.shape[0], sheet.shape[3]) == (1, 3)
     dark = (sheet[0] < 0.02).all(-1).nonzero()[:, 0].float().mean()
     assert dark < sheet.shape[1] / 2
     with pytest.raises(ExpungeError, match="as many images of one size"):
@@ -189,7 +189,9 @@ def test_the_workflow_wires_nodes_that_exist(nodes):
     assert len(ours) >= 2
     for node in ours:
         declared = nodes.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()["required"]
-        sockets = [name for name, (kind, *_) in declared.items() if str(kind).isupper() and kind != "STRING"]
+        sockets = [
+            name for name, (kind, *_) in declared.items() if str(kind).isupper() and kind != "STRING"
+        ]
         sockets = [name for name in sockets if declared[name][0] not in ("FLOAT", "INT")]
         assert [socket["name"] for socket in node["inputs"]] == sockets
         assert len(node["widgets_values"]) == len(declared) - len(sockets)
