@@ -14,7 +14,8 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
-from expunge.model import Model, require_unicode, warn_cut
+from expunge.families._lora import LoraNaming
+from expunge.model import Model, check_unicode, warn_truncated
 from expunge.text import Text
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
@@ -24,6 +25,7 @@ FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 class LatentModel(Model):
     """A denoiser of an autoencoder's latents, with a CLIP among its text encoders."""
 
+    lora_naming = LoraNaming()
     contrasts: ClassVar[bool] = True
     """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
 
@@ -40,10 +42,10 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
-        require_unicode(distinct)
+        check_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
-                warn_cut(prompt, n, self.window)
+                warn_truncated(prompt, n, self.window)
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
     @abstractmethod

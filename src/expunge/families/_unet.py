@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import check_asked, named_layers
+from expunge.changes import check_in_use, iterate_layers
 from expunge.families._latent import LatentModel
+from expunge.families._lora import LayerRows
 from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
@@ -34,10 +35,10 @@ class UNetModel(LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found: list[tuple[str, Any]] = [
-            (name, module) for name, module in named_layers(self.network) if name.endswith("attn2")
+            (name, module) for name, module in iterate_layers(self.network) if name.endswith("attn2")
         ]
         for name, _ in found:
-            check_asked(self.pipe, f"unet.{name}.to_k", hooked=True)
+            check_in_use(self.pipe, f"unet.{name}.to_k", hooked=True)
         return tuple(
             CrossAttention(module.to_q, module.to_k, module.heads, module.scale) for _, module in found
         )
@@ -45,7 +46,7 @@ class UNetModel(LatentModel):
     def text_entries(self) -> tuple[TextEntry, ...]:
         return tuple(
             TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
-            for name, _ in named_layers(self.network)
+            for name, _ in iterate_layers(self.network)
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         )
 
@@ -72,6 +73,14 @@ class UNetModel(LatentModel):
         return f"{'input' if side == 'down' else 'output'}_blocks.{i + (side == 'down')}.{part}.{inside}"
 
     @classmethod
+    def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
+        for layer, original in OUTSIDE.items():
+            if name == original:
+                return ((layer, None),)
+        found = _find_in_blocks(name, config)
+        return ((found, None),) if found else ()
+
+    @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
         blocks = {found[1] for name in tensors if (found := re.search(r"output_blocks\.(\d+)\.", name))}
         levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
@@ -85,6 +94,29 @@ class UNetModel(LatentModel):
     def _signal(self) -> Tensor:
         """ᾱ, the variance of the signal at each time; (T,), float64."""
         return self.pipe.scheduler.alphas_cumprod.detach().cpu().double()
+
+
+def _find_in_blocks(name: str, config: Mapping[str, Any]) -> str | None:
+    """The diffusers layer of a block that the original code calls `name`; None where it has no such."""
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)|middle_block\.(\d+)\.(.+)", name)
+    if not found:
+        return None
+    each = config.get("layers_per_block", 2)
+    a_block = (each if isinstance(each, int) else each[0]) + 1
+    resnet = {original: ours for ours, original in RESNET.items()}
+    side, number, part, inside, middle, of_middle = found.groups()
+    if middle is not None:
+        if middle == "1":
+            return f"mid_block.attentions.0.{of_middle}"
+        return f"mid_block.resnets.{int(middle) // 2}.{resnet.get(of_middle, of_middle)}"
+    # The input blocks are counted from the first convolution, which is their number 0.
+    block, i = divmod(int(number) - (side == "input"), a_block)
+    way = "down" if side == "input" else "up"
+    if inside in ("op", "conv"):
+        return f"{way}_blocks.{block}.{way}samplers.0.conv"
+    if part == "0":
+        return f"{way}_blocks.{block}.resnets.{i}.{resnet.get(inside, inside)}"
+    return f"{way}_blocks.{block}.attentions.{i}.{inside}"
 
 
 OUTSIDE = {
