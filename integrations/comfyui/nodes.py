@@ -12,7 +12,7 @@ from expunge.base import registry
 from expunge.base.errors import ExpungeError
 from expunge.changes import WeightChange
 from expunge.edit import Edit
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext
 
@@ -114,7 +114,7 @@ class Compare:
         rows = [
             (name, list(x.movedim(-1, 1).cpu())) for name, x in (("before", before), ("after", after))
         ]
-        sheet = contact_sheet([Strip(title, [""] * len(before), rows)], 256)
+        sheet = draw_contact_sheet([Strip(title, [""] * len(before), rows)], 256)
         return (torch.from_numpy(np.asarray(sheet.convert("RGB"), np.float32) / 255)[None],)
 
 
