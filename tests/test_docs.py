@@ -109,10 +109,12 @@ def few(monkeypatch):
             )
         ),
     )
-    settings = loading.read_settings
-    monkeypatch.setattr(
-        loading, "read_settings", lambda found: {**settings(found), "num_inference_steps": 2}
-    )
+    read_settings = loading.read_settings
+    for module in ("load", "loading"):
+        monkeypatch.setattr(
+            f"expunge.checkpoints.{module}.read_settings",
+            lambda source: {**read_settings(source), "num_inference_steps": 2},
+        )
 
 
 @pytest.mark.parametrize("page", RUN)
