@@ -60,7 +60,7 @@ def _asked(kind: str, what: str) -> str:
         return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())
     registry = importlib.import_module("expunge.base.registry")
     parts = []
-    for name in registry.names(what):
+    for name in registry.list_names(what):
         command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
         text = output_of(command)
         own = re.sub(r"^ *-{9,}\n", "", text.partition(OWN)[2])  # the rule under the title

@@ -27,6 +27,7 @@ def hash_model(model: Model) -> str:
     """
     digest = hashlib.sha256()
 
+    # JSON marks where one value ends, so that two lists of values never hash alike by running together.
     def add(*what: object) -> None:
         digest.update(json.dumps(what, sort_keys=True, default=str).encode())
 
@@ -34,6 +35,7 @@ def hash_model(model: Model) -> str:
     for name, part in sorted(model.pipe.components.items()):
         add(name, type(part).__name__, _plain(getattr(part, "config", None)))
         if isinstance(part, torch.nn.Module):
+            # Buffers count: batch norms and position ids are among them.
             for key, tensor in (*part.named_parameters(), *part.named_buffers()):
                 add(key, tuple(tensor.shape), str(tensor.dtype))
                 if not tensor.is_meta:
@@ -41,6 +43,7 @@ def hash_model(model: Model) -> str:
         elif hasattr(part, "get_vocab"):
             add(hash_tokenizer(part))
     if model.stored:
+        # The denoiser's own parameters are meta tensors without values.
         for entry in (*model.text_entries(), *model.pooled_entries()):
             add(entry.layer)
             digest.update(encode_tensor(model.stored(entry.layer, "weight")))
@@ -83,6 +86,7 @@ def _plain(config: object) -> dict[str, str]:
     if config is None:
         return {}
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
+    # These depend on the library or the folder that a model was saved by.
     dropped = ("transformers_version", "dtype", "torch_dtype", "architectures")
     return {key: str(v) for key, v in items if not key.startswith("_") and key not in dropped}
 
@@ -105,6 +109,7 @@ def hash_base(read: ParameterReader, places: Iterable[tuple[str, str]]) -> str:
     By the rounding, the half-precision variant of a model has the same hash as the model itself.
     """
     digest = hashlib.sha256()
+    # Sorted: the order of a set differs from process to process.
     for layer, parameter in sorted(places):
         tensor = read(layer, parameter)
         digest.update(f"{layer}.{parameter}".encode() + encode_tensor(tensor.to(torch.float16)))
