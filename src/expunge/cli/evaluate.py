@@ -144,7 +144,7 @@ def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> str:
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
     model = models.pop()
-    loading.find(model)
+    loading.find_source(model)
     for name in options.edits:
         if not Path(name).is_dir():
             files.read_header(name)

@@ -88,21 +88,22 @@ def is_model(path: str) -> bool:
 
 def print_model(path: str) -> None:
     """Print what a model or a LoRA on the disk says of itself: its family, and what it has lost."""
-    from expunge.checkpoints.checkpoint import Checkpoint, noted
+    from expunge.checkpoints.checkpoint import Checkpoint
+    from expunge.checkpoints.erasure_notes import read_notes
 
     header = files.read_header(path) if Path(path).is_file() else {}
     if any("lora" in name for name in header):
-        from expunge.checkpoints.lora import about
+        from expunge.checkpoints.lora import read_lora_info
 
-        lora = about(path)
+        lora = read_lora_info(path)
         rows = [("lora", f"{path}, rank {lora.rank} on {lora.layers} layers")]
         rows.append(("for", lora.base or "it does not say which base"))
-        history = noted(header)
+        history = read_notes(header)
     else:
         checkpoint = Checkpoint.find(path)
         kind = "single file" if checkpoint.is_file else "diffusers folder"
         rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
-        history = checkpoint.erased()
+        history = checkpoint.read_erasures()
     for erased in history:
         record = erased.record
         concepts = ", ".join(
@@ -124,13 +125,12 @@ def _describe_fit(edit: Edit, model: str | None) -> str:
         ExpungeError: the model cannot be read.
     """
     from expunge.checkpoints.checkpoint import Checkpoint
-    from expunge.checkpoints.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.list_names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = fits(edit, Checkpoint.find(name))
+        same = Checkpoint.find(name).fits(edit)
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise
