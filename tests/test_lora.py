@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
+from edits import edited, gated, low_rank
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.changes import Dense, LowRank, Right, Sparse
 from expunge.checkpoints.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from expunge.checkpoints.lora import Lora, fuse_lora, read_lora, read_lora_info
 from expunge.checkpoints.lora.base_models import read_base_title
 from expunge.checkpoints.merge import merge
 from expunge.cli.export_commands import strengths
-from test_export import edited, gated, low_rank
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = f"lora_unet_{LAYER.replace('.', '_')}"
