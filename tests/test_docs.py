@@ -18,12 +18,12 @@ import test_methods
 from conftest import tiny_pipeline
 from expunge import Concept, Problem
 from expunge.base import registry
-from expunge.checkpoints import loading
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.suite import Size, Suite
 from expunge.methods.uce import UCE
+from expunge.model import Model
 from test_imports import ORDER
 from tiny import single_file
 
@@ -108,8 +108,12 @@ def few(monkeypatch):
             )
         ),
     )
-    settings = loading.settings
-    monkeypatch.setattr(loading, "settings", lambda found: {**settings(found), "num_inference_steps": 2})
+    made = Model.__init__
+
+    def quick(self, pipe, name="", settings=None):
+        made(self, pipe, name, {**(settings or {}), "num_inference_steps": 2})
+
+    monkeypatch.setattr(Model, "__init__", quick)
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -124,6 +128,7 @@ def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
         if block.file:
             text = block.text.replace('name = "uce"', 'name = "uce"\ngeneral = 5')
             text = text.replace('name = "mace"', 'name = "mace"\ncaptions = ""')
+            text = re.sub(r"^concepts = .*", 'concepts = ["airplane"]', text, flags=re.MULTILINE)
             Path(block.file).write_text(text, "utf-8")
         elif block.language == "python":
             exec(compile(block.text, page, "exec"), names)
