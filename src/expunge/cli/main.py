@@ -34,7 +34,7 @@ from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, listed, nearest, unknown
 from expunge.base.fields import spelled_out
 from expunge.checkpoints import loading
-from expunge.cli import concept_files, export_commands
+from expunge.cli import concept_files, export_commands, studio_command
 from expunge.cli.export_commands import Loading
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -72,6 +72,7 @@ usage: expunge COMMAND …
   undo MODEL        a model that export wrote as it was before
   info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
   list KIND         methods, models, families, attacks, metrics, suites
+  studio            all of it in the browser, on this machine
 
   expunge COMMAND --help    shows its options
   expunge --version         shows the version
@@ -651,6 +652,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "undo": (export_commands.Undo, export_commands.undo_command),
     "info": (Info, info_command),
     "list": (List, list_command),
+    "studio": (studio_command.Studio, studio_command.studio_command),
 }
 """The commands but for `erase`, whose options depend on the method."""
 
