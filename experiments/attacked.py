@@ -24,7 +24,7 @@ from rich.table import Table
 
 import expunge
 from expunge.base.files import replacing
-from expunge.base.image_files import save
+from expunge.base.image_files import save_image
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.contact_sheet import Strip, contact_sheet
@@ -141,7 +141,9 @@ def main() -> None:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
         print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
-    save(contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to)
+    save_image(
+        contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to
+    )
     table = Table("", *next(iter(means.values())))
     for method, row in means.items():
         table.add_row(method, *(f"{100 * value.value:.0f}" for value in row.values()))

@@ -24,7 +24,7 @@ import torch
 import expunge
 from expunge import Edit, Model
 from expunge.base.files import replacing
-from expunge.base.image_files import save
+from expunge.base.image_files import save_image
 from expunge.evaluation.contact_sheet import Strip, contact_sheet
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache, Request, Source
@@ -116,7 +116,7 @@ def main() -> None:
     rounded = results["provenance"]["sampler"].get("autocast")
     with model.autocasting(getattr(torch, rounded) if rounded else None):
         found = list(bands(model, suite, made, options.folder, results))
-    save(contact_sheet(found, 96), options.images / f"{group}-{name}.png")
+    save_image(contact_sheet(found, 96), options.images / f"{group}-{name}.png")
 
 
 if __name__ == "__main__":

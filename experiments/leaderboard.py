@@ -344,7 +344,7 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     record = json.loads(file.read_text("utf8")) if file.is_file() else {}
     if record.get("made with") != facts:
         record = {"made with": facts, "suites": {}}
-    known = suite.name in registry.names("suites")
+    known = suite.name in registry.list_names("suites")
     about = registry.describe("suites", suite.name) if known else suite.notes
     record["suites"][suite.name] = {
         "version": suite.version,
@@ -360,7 +360,9 @@ def main() -> None:
     """Classifier, keep the results, write the table."""
     names = [task.suite for task in TASKS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=registry.names("methods"), help="default: all")
+    parser.add_argument(
+        "--methods", nargs="+", default=registry.list_names("methods"), help="default: all"
+    )
     parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
     parser.add_argument("--full", action="store_true", help="the papers' number of images")
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")

@@ -225,7 +225,7 @@ def judge(
 def main() -> None:
     """Try what was asked for; the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("method", choices=registry.names("methods"))
+    parser.add_argument("method", choices=registry.list_names("methods"))
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
     parser.add_argument(
         "--preset", default="", help="where to start from; default: emoji, or the defaults"
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="more images, where the task's suite has them"
     )
-    parser.add_argument("--attack", nargs="*", default=[], choices=registry.names("attacks"))
+    parser.add_argument("--attack", nargs="*", default=[], choices=registry.list_names("attacks"))
     parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()

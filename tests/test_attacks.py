@@ -22,7 +22,7 @@ from expunge.methods.uce import UCE
 from expunge.metric import Classifier
 from expunge.runtime.context import RunContext
 
-ATTACKS = registry.names("attacks")
+ATTACKS = registry.list_names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expunge.base.quiet import quiet
+from expunge.base.quiet import ignore_progress
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.suite import Suite
 from test_report import SUITE_TEXT
@@ -52,7 +52,7 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
             take=1,
             folder=tmp_path / "work",
             cache=cache,
-            progress=quiet,
+            progress=ignore_progress,
         )
 
     report = judge()

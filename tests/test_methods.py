@@ -14,7 +14,7 @@ from expunge.base import registry
 from expunge.erasing.prompt_templates import RETAINED
 from expunge.methods.uce import TEMPLATES, UCE
 
-METHODS = registry.names("methods")
+METHODS = registry.list_names("methods")
 
 
 def test_the_folder_is_the_list():

@@ -252,7 +252,7 @@ def test_recognisers_of_two_kinds(images, tmp_path):
         _ = make("recogniser", {}).provenance
 
 
-@pytest.mark.parametrize("name", registry.names("metrics"))
+@pytest.mark.parametrize("name", registry.list_names("metrics"))
 def test_every_metric_keeps_to_the_contract(name):
     metric = registry.get("metrics", name)()
     facts, said = None, ""

@@ -471,7 +471,7 @@ def test_a_gate_moves_by_its_strength():
     )  # fmt: skip
     (half,) = scaled([gate], 0.5)
     x = torch.randn(2, 3)
-    torch.testing.assert_close(half.given(x), (x + gate.given(x)) / 2)
+    torch.testing.assert_close(half.change_input(x), (x + gate.change_input(x)) / 2)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan")])

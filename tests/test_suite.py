@@ -30,7 +30,7 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("name", registry.names("suites"))
+@pytest.mark.parametrize("name", registry.list_names("suites"))
 def test_shipped_suites_are_whole(name):
     suite = Suite.read(name)
     assert registry.describe("suites", name).endswith((".", "retained."))
@@ -50,9 +50,9 @@ def test_shipped_suites_are_whole(name):
 
 def test_there_are_suites():
     assert {"object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs"} <= set(
-        registry.names("suites")
+        registry.list_names("suites")
     )
-    assert len([name for name in registry.names("suites") if name.startswith("mace-")]) == 4
+    assert len([name for name in registry.list_names("suites") if name.startswith("mace-")]) == 4
 
 
 def test_cells_follow_from_what_is_erased(read):
@@ -121,7 +121,9 @@ def test_prompts_of_a_csv_file(read, tmp_path):
         suite.cells(["cat"])
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names("suites") if n.startswith(("mace", "unl"))])
+@pytest.mark.parametrize(
+    "name", [n for n in registry.list_names("suites") if n.startswith(("mace", "unl"))]
+)
 def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     """Their prompts are built from small stand-ins of the lists that a user brings."""
     monkeypatch.chdir(tmp_path)

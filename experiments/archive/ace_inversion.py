@@ -36,7 +36,7 @@ def opened(change: Gated, text: Text) -> dict[str, float]:
     """The widest gate on each part of the first prompt, and how far its tokens are moved."""
     e = text.embeddings[:1]
     widest, last = change.gates(e)[0].amax(-1), int(text.content_mask[0].sum())
-    moved = (change.given(e) - e).norm(dim=-1) / e.norm(dim=-1)
+    moved = (change.change_input(e) - e).norm(dim=-1) / e.norm(dim=-1)
     parts = {"word": widest[last], "end": widest[last + 1], "padding": widest[last + 2 :].max()}
     return {name: round(float(x), 3) for name, x in {**parts, "moved": moved[:, 1:].mean()}.items()}
 

@@ -1,4 +1,4 @@
-"""The contract of an attack: it turns a probe into a harder one."""
+"""The contract of an attack: it turns a probe into one that brings an erased concept back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
@@ -16,14 +16,23 @@ from expunge.runtime.context import RunContext
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """A way to bring an erased concept back. One subclass a file in `attacks/`."""
+    """An attack that brings an erased concept back. One subclass a file in `attacks/`; its fields are
+    its options.
+    """
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
+    """Fields with another name in earlier versions: {old: new}; an old name is refused with the new."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     @abstractmethod
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
-        """The probe made harder for the edited model. The model is left as it was."""
+        """Return the probe that brings the concept back, and leave the model as it was.
+
+        Args:
+            model: the original model; apply the edit with `model.using(edit)`.
+            edit: the edit to attack.
+            probe: the prompts and seeds to start from.
+            run: seed, progress and work folder.
+        """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expunge.base import image_files
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Metric(ABC):
     """Whether its numbers lie in [0, 1]."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     @property
     @abstractmethod
@@ -153,7 +153,7 @@ def read_images(folder: str | Path, size: tuple[int, int] | None = None) -> Tens
     )
     if not paths:
         raise ExpungeError(f"{folder} holds no images")
-    found = [image_files.read(path, size) for path in paths]
+    found = [image_files.read_image(path, size) for path in paths]
     if len({image.shape for image in found}) > 1:
         raise ExpungeError(f"the images in {folder} differ in size")
     return torch.stack(found)

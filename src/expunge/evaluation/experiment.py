@@ -35,8 +35,8 @@ import torch
 
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.files import read_toml, slug
-from expunge.base.quiet import Progress, quiet
+from expunge.base.files import make_slug, read_toml
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.erasure import erase
 from expunge.evaluation.image_cache import Cache, model_hash
@@ -45,8 +45,8 @@ from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model
-from expunge.problem import KINDS, Concept, Kind, Problem, key
-from expunge.runtime.work_dir import beside, remove
+from expunge.problem import KINDS, Concept, Kind, Problem, normalize_name
+from expunge.runtime.work_dir import find_work_dir, remove
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Job:
             model_hash(model),
         ]
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{slug(self.name)}-{digest}.safetensors"
+        return f"{make_slug(self.name)}-{digest}.safetensors"
 
-    def done(self, model: Model, folder: Path, progress: Progress = quiet) -> Candidate:
+    def done(self, model: Model, folder: Path, progress: Progress = ignore_progress) -> Candidate:
         """The edit, made if it is not in the folder yet, going on where an earlier try stopped."""
         file = folder / self.file(model)
         if not file.is_file():
-            place = beside(file)
+            place = find_work_dir(file)
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
             remove(place)
@@ -164,7 +164,7 @@ class Experiment:
         *,
         autocast: torch.dtype | None = None,
         cache: Cache | None = None,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> Report:
         """Make the edits that are not there yet, judge them all, and write the report to `folder`.
 
@@ -202,7 +202,7 @@ class _Head:
     full_seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if not self.suites:
             raise ExpungeError('the experiment names no suite: write suites = ["object"]')
         if not self.seeds:
@@ -230,14 +230,16 @@ def _problems(concepts: Any, retain: Any, kind: Kind) -> tuple[Problem, ...]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ExpungeError(f"a concept is NAME or NAME=ANCHOR, or a list of them, not {one!r}")
         groups.append(tuple(Concept.parse(text, kind) for text in texts))
-    names = list({key(concept.name): concept.name for group in groups for concept in group}.values())
+    names = list(
+        {normalize_name(concept.name): concept.name for group in groups for concept in group}.values()
+    )
     problems = []
     for group in groups:
-        gone = {key(name) for concept in group for name in concept.names}
+        gone = {normalize_name(name) for concept in group for name in concept.names}
         if retain == "others":
-            kept = [name for name in names if key(name) not in gone]
+            kept = [name for name in names if normalize_name(name) not in gone]
         elif isinstance(retain, list) and all(isinstance(text, str) for text in retain):
-            kept = [text for text in retain if key(text) not in gone]
+            kept = [text for text in retain if normalize_name(text) not in gone]
         else:
             raise ExpungeError(f'retain is "others" or a list of prompts, not {retain!r}')
         problems.append(Problem(group, tuple(kept)))

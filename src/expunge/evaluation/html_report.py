@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from expunge.base.errors import listed
+from expunge.base.errors import join_names
 from expunge.base.image_files import to_pil
 from expunge.evaluation.measure import make
 from expunge.evaluation.scoring import PUBLISHED, CandidateResult, Comparison, SuiteResult, compared
@@ -252,7 +252,7 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
-        "erased": listed(case.erased, 6),
+        "erased": join_names(case.erased, 6),
         "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
         "left_out": case.left_out,
         "differences": [

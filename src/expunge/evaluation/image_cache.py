@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import cache_folder, check_writable, is_dir, is_file, replacing
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import content
+from expunge.base.files import check_writable, find_cache_folder, is_dir, is_file, replacing
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import encode_tensor
 from expunge.edit import Edit
-from expunge.fingerprint import is_scalar, of_tokenizer, scalars
+from expunge.fingerprint import hash_tokenizer, is_scalar, read_scalars
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.text import Text
@@ -93,7 +93,7 @@ class Source:
         """The address of one of its images."""
         return hashlib.sha256((self.identity + json.dumps(request.record)).encode()).hexdigest()
 
-    def draw(self, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
+    def draw(self, requests: Sequence[Request], progress: Progress = ignore_progress) -> Tensor:
         """Draw images of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
@@ -137,7 +137,7 @@ class Cache:
         self.trouble = ""
         """Why images cannot be kept; "" where they can."""
         try:
-            self.folder = (cache_folder() if folder is None else Path(folder)) / "pictures"
+            self.folder = (find_cache_folder() if folder is None else Path(folder)) / "pictures"
             check_writable(self.folder / "ab" / "x.png")
         except ExpungeError as error:
             self.trouble = (
@@ -154,7 +154,9 @@ class Cache:
     def path(self, address: str, ending: str = ".png") -> Path:
         return self.folder / address[:2] / f"{address[2:]}{ending}"
 
-    def draw(self, source: Source, requests: Sequence[Request], progress: Progress = quiet) -> Tensor:
+    def draw(
+        self, source: Source, requests: Sequence[Request], progress: Progress = ignore_progress
+    ) -> Tensor:
         """Images (n, 3, height, width) in [0, 1], in steps of 1/255: read where they are there,
         drawn where not. An image that holds a number that is none comes back as nan.
 
@@ -336,7 +338,7 @@ def model_hash(model: Model) -> str:
         (name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)
     )
     tensors = [(f"{name}.{key}", t) for name, part in parts for key, t in _tensors(part)]
-    if any(hasattr(tensor, "beneath") for _, tensor in tensors):
+    if any(hasattr(tensor, "expunge_base") for _, tensor in tensors):
         raise ExpungeError("an edit lies on this model; take it off and give it along instead")
     state = [(key, id(tensor), _version(tensor)) for key, tensor in tensors]
     known, seen = model.__dict__.get("_hash"), model.__dict__.get("_hashed")
@@ -344,19 +346,19 @@ def model_hash(model: Model) -> str:
     if known is None or (seen != state and not any(tensor.is_meta for _, tensor in tensors)):
         digest = hashlib.sha256()
         for key, tensor in tensors:
-            digest.update(key.encode() + content(tensor))
+            digest.update(key.encode() + encode_tensor(tensor))
         known = model.__dict__["_hash"] = digest.hexdigest()
         model.__dict__["_hashed"] = state
     others = sorted(
-        (name, of_tokenizer(part))
+        (name, hash_tokenizer(part))
         for name, part in model.pipe.components.items()
         if hasattr(part, "get_vocab")
     )
     settings = {
         "weights": known,
         "family": type(model).__name__,
-        "model": scalars(model, ("name", "num_inference_steps", "guidance_scale", "sample_size")),
-        "pipe": {k: v for k, v in scalars(model.pipe).items() if v is not None},
+        "model": read_scalars(model, ("name", "num_inference_steps", "guidance_scale", "sample_size")),
+        "pipe": {k: v for k, v in read_scalars(model.pipe).items() if v is not None},
         "config": {
             key: value
             for key, value in model.pipe.config.items()
@@ -380,7 +382,7 @@ def _switches(part: torch.nn.Module) -> list[Any]:
     but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")
     found: list[Any] = []
     for name, module in part.named_modules():
-        values = scalars(module, but)
+        values = read_scalars(module, but)
         lora = {
             key: getattr(module, key)
             for key in ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
@@ -408,7 +410,7 @@ def sampler(model: Model) -> dict[str, Any]:
 def _set_on(scheduler: Any) -> dict[str, str]:
     """What can be set on a scheduler beside its configuration: a noise schedule, a shift."""
     found = {
-        key: hashlib.sha256(content(value)).hexdigest()[:16]
+        key: hashlib.sha256(encode_tensor(value)).hexdigest()[:16]
         for key in ("betas", "alphas_cumprod", "final_alpha_cumprod")
         if isinstance(value := getattr(scheduler, key, None), Tensor)
     }

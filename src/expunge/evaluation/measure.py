@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.evaluation.image_cache import Cache, Request, Source
 from expunge.evaluation.suite import Cell
 from expunge.metric import Metric
@@ -78,7 +78,7 @@ def measure(
     cells: Sequence[Cell],
     asked: Sequence[Sequence[Request]],
     metrics: Mapping[str, Metric],
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     label: str = "",
 ) -> Measurements:
     """Measure the images of cells; draws only images that a metric has not yet seen.

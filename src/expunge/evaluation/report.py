@@ -19,7 +19,7 @@ from typing import Any
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import check_results, replacing
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, sampler
@@ -170,7 +170,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     cache: Cache | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Report:
     """Classifier edits by suites. Each image is drawn once and each metric looks at it once.
 
@@ -250,11 +250,11 @@ def _drawing(
     found = {}
     model_hash(model)  # once for all: copies of the model know it
     for scheduler in dict.fromkeys(schedulers):
-        sampled = model.sampled_by(scheduler)
+        sampled = model.with_scheduler(scheduler)
         found[scheduler] = (
             Source(sampled),
             {
-                c.name: Source(c.model.sampled_by(scheduler))
+                c.name: Source(c.model.with_scheduler(scheduler))
                 if c.model
                 else Source(sampled, (c.edit,) if c.edit else ())
                 for c in candidates
@@ -427,7 +427,7 @@ def _provenance(
     return {
         "model": model.name,
         "model sha256": model_hash(model),
-        "sampler": sampler(model.sampled_by(plans[0][0].scheduler)),
+        "sampler": sampler(model.with_scheduler(plans[0][0].scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
         "metrics": json.loads(json.dumps(metrics, default=str)),

@@ -23,8 +23,8 @@ from torch import Tensor
 from expunge.attack import Attack
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import content
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import encode_tensor
 from expunge.edit import Edit
 from expunge.evaluation import statistics
 from expunge.evaluation.contact_sheet import Strip
@@ -97,7 +97,7 @@ def robustness(
     name: str = "",
     full: bool = False,
     cache: Cache | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     seed: int = 0,
 ) -> Robustness:
     """Attack an edit on a suite's erased prompts, at each of its budgets anew.
@@ -117,7 +117,7 @@ def robustness(
         ExpungeError: no such attack, a budget it does not take, or a suite without a judge.
     """
     cache = Cache() if cache is None else cache
-    model = model.sampled_by(suite.scheduler)
+    model = model.with_scheduler(suite.scheduler)
     ladder = budgets(suite, attack)
     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
     if not isinstance(judge, Classifier):
@@ -240,7 +240,7 @@ def _attacked(
         dataclasses.replace(
             one,
             text=text[[row]],
-            text_hash=hashlib.sha256(content(text.embeddings[row])).hexdigest(),
+            text_hash=hashlib.sha256(encode_tensor(text.embeddings[row])).hexdigest(),
         )
         for row, one in enumerate(asked)
     ]

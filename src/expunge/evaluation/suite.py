@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expunge.base import fields, registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
 from expunge.base.files import read_toml
-from expunge.problem import key, tidy
-from expunge.runtime.schedulers import scheduler_name
+from expunge.problem import normalize_name, tidy
+from expunge.runtime.schedulers import parse_scheduler
 
 FORMAT = 1
 """The version of the file's layout."""
@@ -62,7 +62,7 @@ class SuiteConcept:
     """What is drawn as retained when this is erased; by default what the suite says."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if not self.name.strip():
             raise ExpungeError("a concept of the suite has no name")
         for part in ("name", "words"):
@@ -100,7 +100,7 @@ class Size:
     """For each prompt of a list that brings no seeds of its own."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Prompts:
     """The column of the guidance scales; by default the first of `GUIDANCE` that is there."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if sum(map(bool, (self.texts, self.csv, self.dataset))) != 1:
             raise ExpungeError("a list of prompts has texts, a csv or a dataset: just one of them")
         for number, text in enumerate(self.texts, 1):
@@ -162,7 +162,7 @@ class Prompts:
             raise ExpungeError(f"{source} holds no prompts")
         if empty:  # nobody can mend a data set of the Hub
             warnings.warn(
-                f"{source}: {listed(empty, 3)} left out, for the prompt is empty",
+                f"{source}: {join_names(empty, 3)} left out, for the prompt is empty",
                 ExpungeWarning,
                 stacklevel=2,
             )
@@ -186,7 +186,7 @@ class Prompts:
             if named:
                 near = difflib.get_close_matches(_column(named), plain, n=1, cutoff=0.6)
                 hint = f"; did you mean {columns[plain.index(near[0])]!r}?" if near else ""
-                has = listed([name for name in columns if name], 12)
+                has = join_names([name for name in columns if name], 12)
                 raise ExpungeError(f"{source} has no column {named!r}; it has {has}{hint}")
             for name, column in zip(plain, columns, strict=True):
                 if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
@@ -356,8 +356,8 @@ class Settings:
     """What a reader of its results should know."""
 
     def __post_init__(self) -> None:
-        fields.check(self)
-        object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
+        fields.check_fields(self)
+        object.__setattr__(self, "scheduler", parse_scheduler(self.scheduler))
 
 
 @dataclass(frozen=True)
@@ -399,9 +399,7 @@ class Suite(Settings):
         """
         path = Path(name)
         if path.suffix.lower() != ".toml":
-            if str(name) not in registry.names("suites"):
-                raise unknown("suite", str(name), registry.names("suites"))
-            path = registry.HERE / "suites" / f"{name}.toml"
+            path = registry.find_suite(str(name))
         table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
@@ -420,7 +418,7 @@ class Suite(Settings):
         known = [*Settings.__dataclass_fields__, *parts]
         for word in plain:
             if word not in known:
-                raise unknown("key", word, known)
+                raise UnknownNameError("key", word, known)
         settings = Settings(**plain)
         if settings.version < 1:
             raise ExpungeError("it needs a version, a whole number from 1")
@@ -437,13 +435,13 @@ class Suite(Settings):
             if Path(other).stem == name:
                 raise ExpungeError(f"known_as names the suite itself, {other!r}")
             said = cls.read(folder / other if other.lower().endswith(".toml") else other).concepts
-            told = {key(concept.name): concept for concept in said}
+            told = {normalize_name(concept.name): concept for concept in said}
             concepts, more = (
-                tuple(_known_as(concept, told.get(key(concept.name))) for concept in group)
+                tuple(_known_as(concept, told.get(normalize_name(concept.name))) for concept in group)
                 for group in (concepts, more)
             )
-        bare = {key(text): text for text in reversed((*settings.erase, *settings.retain))}
-        named = {key(concept.name) for concept in concepts}
+        bare = {normalize_name(text): text for text in reversed((*settings.erase, *settings.retain))}
+        named = {normalize_name(concept.name) for concept in concepts}
         concepts += tuple(SuiteConcept(bare[text]) for text in reversed(bare) if text not in named)
         lists = table.get("prompts", [])
         if not isinstance(lists, list):
@@ -480,28 +478,30 @@ class Suite(Settings):
 
     def _check(self) -> None:
         names = [concept.name for concept in self.concepts]
-        known = set(map(key, names))
+        known = set(map(normalize_name, names))
         if len(known) < len(names):
-            twice = next(n for n, count in Counter(map(key, names)).items() if count > 1)
+            twice = next(n for n, count in Counter(map(normalize_name, names)).items() if count > 1)
             raise ExpungeError(f"the concept {twice!r} is there twice")
         if not names:
             raise ExpungeError("it has no concepts, so there is nothing to erase")
         for size in self.sizes:
             if size not in ("quick", "full"):
-                raise unknown("size", size, ("quick", "full"))
+                raise UnknownNameError("size", size, ("quick", "full"))
         for metric in (self.judge, *self.metrics, *self.options):
-            if metric not in registry.names("metrics"):
-                raise unknown("metric", metric, registry.names("metrics"))
+            if metric not in registry.list_names("metrics"):
+                raise UnknownNameError("metric", metric, registry.list_names("metrics"))
         for attack in self.attacks:
-            if attack.partition(":")[0] not in registry.names("attacks"):
-                raise unknown("attack", attack.partition(":")[0], registry.names("attacks"))
+            if attack.partition(":")[0] not in registry.list_names("attacks"):
+                raise UnknownNameError(
+                    "attack", attack.partition(":")[0], registry.list_names("attacks")
+                )
         for concept in self.concepts:
             for name in concept.retain:
-                if key(name) not in known:
-                    raise unknown("concept", name, names)
+                if normalize_name(name) not in known:
+                    raise UnknownNameError("concept", name, names)
         for one in self.prompts:
-            if one.concept and key(one.concept) not in known:
-                raise unknown("concept", one.concept, names)
+            if one.concept and normalize_name(one.concept) not in known:
+                raise UnknownNameError("concept", one.concept, names)
             if one.role in ("erased", "synonyms") and not one.concept:
                 raise ExpungeError(f"a list of {one.role} prompts must say which concept they call for")
         if not self.templates.get("erased") and not any(one.role == "erased" for one in self.prompts):
@@ -515,8 +515,8 @@ class Suite(Settings):
 
     def concept(self, name: str) -> SuiteConcept | None:
         """The concept that goes by a name, or None."""
-        wanted = key(name)
-        return next((c for c in self.concepts if wanted in map(key, c.names)), None)
+        wanted = normalize_name(name)
+        return next((c for c in self.concepts if wanted in map(normalize_name, c.names)), None)
 
     def erased(self, names: Sequence[str]) -> tuple[SuiteConcept, ...]:
         """Which of its concepts an edit erases, by the names that it erases.
@@ -541,8 +541,8 @@ class Suite(Settings):
         if not names:
             names = list(self.retain) or [concept.name for concept in self.concepts]
         gone = {label for concept in erased for label in concept.labels}
-        wanted = set(map(key, names))
-        kept = (concept for concept in self.concepts if key(concept.name) in wanted)
+        wanted = set(map(normalize_name, names))
+        kept = (concept for concept in self.concepts if normalize_name(concept.name) in wanted)
         return tuple(c for c in kept if c not in erased and not gone & set(c.labels))
 
     def cells(self, erased: Sequence[str], *, full: bool = False) -> tuple[Cell, ...]:
@@ -565,7 +565,9 @@ class Suite(Settings):
         for prompt, _, n in self._spread(self.templates.get("plain", ()), "", size.plain):
             cells.append(Cell("plain", "", prompt, self._seeds(n), asks))
         for one in self.prompts:
-            if one.role in ("retained", "plain") or key(one.concept) in {key(c.name) for c in gone}:
+            if one.role in ("retained", "plain") or normalize_name(one.concept) in {
+                normalize_name(c.name) for c in gone
+            }:
                 cells += self._listed(one, size)
         return tuple(cells)
 
@@ -642,7 +644,7 @@ class Suite(Settings):
 
 def _column(name: str) -> str:
     """What two ways to write the name of a column share."""
-    return re.sub(r"[\s_-]+", "_", key(name))
+    return re.sub(r"[\s_-]+", "_", normalize_name(name))
 
 
 def _number(value: Any, what: str) -> Decimal | None:
@@ -702,7 +704,7 @@ def _templates(table: Any) -> dict[str, tuple[str, ...]]:
     templates = {}
     for role, texts in _is_table(table, "templates").items():
         if role not in ROLES:
-            raise unknown("role", role, ROLES)
+            raise UnknownNameError("role", role, ROLES)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ExpungeError(f"templates.{role} must be a list of text")
         templates[role] = tuple(texts)
