@@ -358,7 +358,7 @@ def test_the_examples_of_judging_mean_what_they_say(tmp_path):
 
 def example():
     """The method of the tutorial."""
-    names = {"__name__": "dim"}
+    names = {"__name__": "Dim"}  # as what it is recorded as
     block = next(b for b in blocks("docs/tutorials/add-a-method.md") if b.language == "python")
     exec(block.text, names)
     return names["Dim"]
@@ -371,6 +371,6 @@ class TestTheExampleKeepsTheContract(test_methods.TestContract):
     def method(self, monkeypatch):
         describe = registry.describe
         monkeypatch.setattr(
-            registry, "describe", lambda kind, name: "DIM." if name == "dim" else describe(kind, name)
+            registry, "describe", lambda kind, name: "DIM." if name == "Dim" else describe(kind, name)
         )
         return example()()
