@@ -467,6 +467,10 @@ sizes = { quick = { erased = 2, retained = 1 } }
 [concepts]
 "airplane" = {}
 "ship" = {}
+[attacks]
+embedding = { radius = [0.1], steps = 1 }
+[options]
+clip_zeroshot = { classes = ["airplane", "ship"], scale = 1e-9 }
 """
     )
     command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
@@ -477,6 +481,12 @@ sizes = { quick = { erased = 2, retained = 1 } }
     code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
     assert "0 images drawn" in out
     assert "pixel_distance retained" in Path("report/results.csv").read_text()
+    code, out, _ = run(*command, "--attacks", "embedding", "--cache-limit", "0")
+    assert code == 0
+    assert "embedding radius 0.1" in out
+    assert "original" in out
+    assert "embedding radius 0.1 ASR" in Path("report/results.csv").read_text()
+    assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
     code, out, _ = run(*command)
     assert "6 images drawn" in out  # the cache had been emptied
 
@@ -602,7 +612,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         ("cut.safetensors", "not a whole safetensors file"),
         ("old.ckpt", "but pickled"),
         ("other.safetensors", "of no family that is known"),
-        ("nan", "numbers that are none"),
+        ("nan", "NaN or infinity"),
         (edit, "is an edit, not a model"),
     ):
         for command in (

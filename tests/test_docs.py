@@ -20,8 +20,9 @@ from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
+from expunge.evaluation.cells import Size
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.suite import Size, Suite
+from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.model import Model
 from test_imports import ORDER

@@ -90,13 +90,14 @@ class Applied:
                     modules = [find_layer_path(root, layer)[-1] for layer in change.layers]
                     self._hooks += _register_hooks(modules, change)
         except BaseException:
+            # An interrupt, too, must not leave the pipeline half changed.
             self.remove()
             raise
 
     def _swap(self, module: nn.Module, name: str, changes: Sequence[WeightChange]) -> None:
         """Replace a parameter by what its changes make of it, one after the other."""
         original = module._parameters[name]
-        if original is None:
+        if original is None:  # checked before; for the type checker
             raise TypeError(f"{type(module).__name__} has no parameter {name}, which check_fit found")
         value = original.detach()
         for change in changes:

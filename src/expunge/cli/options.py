@@ -88,7 +88,8 @@ def check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
         ExpungeError: one does not exist: its new name if it was renamed, or the nearest one.
     """
     method = {f.name: f.default for f in dataclasses.fields(options)}.get("method")
-    renamed = {f"--{old.replace('_', '-')}": new for old, new in getattr(method, "renamed", {}).items()}
+    names = {**getattr(options, "renamed", {}), **getattr(method, "renamed", {})}
+    renamed = {f"--{old.replace('_', '-')}": new for old, new in names.items()}
     for name in find_unknown_options(options, arguments):
         if name in renamed:
             now = f"--{renamed[name].replace('_', '-')}"
