@@ -13,7 +13,7 @@ from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import Damped, find
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing import reference_images
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
 from expunge.ops.gates import stacked
 from expunge.ops.pgd import bounded
@@ -310,7 +310,7 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
     of_both = general(both)
     words = method._general(worded, both, run)
     for concept in both.erase:
-        told = [TEMPLATES[concept.kind][0].format(word) for word in words]
+        told = [KEPT[concept.kind].format(word) for word in words]
         text = worded.encode(["", *told])
         ends = text.embeddings[range(len(text)), text.content_mask.sum(1) + 1].double()  # end tokens
         near = torch.cdist(ends, of_both[concept.name]).amin(1)
@@ -319,7 +319,7 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
         assert torch.cdist(ends[1:], other).amin(1).min() > 1e-2
     # What is retained is kept in the ways of both kinds.
     kept = method._staying(worded, both)["ship"].prompts
-    assert set(kept) == {"ship", *(TEMPLATES[kind][0].format("ship") for kind in ("object", "style"))}
+    assert set(kept) == {"ship", *(KEPT[kind].format("ship") for kind in ("object", "style"))}
 
 
 @pytest.fixture(scope="module")

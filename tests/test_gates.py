@@ -379,14 +379,14 @@ class TestPlainWeights:
         found = fit_static_weights(
             model, (change,), problem, ridge=0.5, retain_scale=2.0, captions_from=""
         )
-        from expunge.erasing.prompt_templates import TEMPLATES
+        from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 
         left, right = [0.5**0.5 * torch.eye(WIDTH).double()], [0.5**0.5 * torch.eye(WIDTH).double()]
         for name in ("cat", "dog"):
             e = model.encode([t.format(name) for t in TEMPLATES["object"]]).embeddings.double()
             left.append(e.flatten(0, 1) / len(e) ** 0.5)
             right.append(change.given(e).flatten(0, 1) / len(e) ** 0.5)
-        e = model.encode(["", "ship", TEMPLATES["object"][0].format("ship")]).embeddings.double()
+        e = model.encode(["", "ship", KEPT["object"].format("ship")]).embeddings.double()
         left.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         right.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         slow = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T

@@ -12,7 +12,7 @@ from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.pooled_gates import through
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Problem
@@ -20,8 +20,6 @@ from expunge.text import Text
 
 VECTORS = 500
 """How many captions the vector of a whole prompt is held on."""
-
-RETAINED = ("{}", "here is the {}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ def fit_static_weights(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return LinearFit(tuple(kept), 0.0, 0.0)
-    ways = ["{}", *(TEMPLATES[concept.kind][0] for concept in problem.erase)]
+    ways = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
     retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
     stays = model.encode(["", *retained])
     groups = _alike(gates)

@@ -148,6 +148,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 RETAINED = ("{}", "here is the {}", "a print of the {}", "a {} in a frame")
 """The prompts in which what a problem retains is kept. It may be a whole prompt, and is kept as such."""
 
+KEPT: dict[str, str] = {
+    "object": "a print of the {}",
+    "identity": "a print of {}",
+    "style": "a print by {}",
+    "explicit": "a print of {}",
+}
+"""By kind, a phrasing to keep names and general words in, built like the first of `TEMPLATES`."""
+
 GENERAL = "a depiction of the {}"
 """The prompt in which a word that a tokenizer knows is kept."""
 

@@ -19,7 +19,7 @@ from expunge.base.fields import bounded
 from expunge.changes import Changes, Damped, Gated, find
 from expunge.erasing import pooled_gates, reference_images
 from expunge.erasing.caption_gram import words
-from expunge.erasing.prompt_templates import TEMPLATES, require_place
+from expunge.erasing.prompt_templates import KEPT, TEMPLATES, require_place
 from expunge.method import Method
 from expunge.methods.ace import fortify as fortifying
 from expunge.model import Model
@@ -53,9 +53,6 @@ REMAINDER = 0.3
 
 ATTENDED = ("attention", "attention-by-head")
 """The reductions that look at attention in drawn images."""
-
-RETAINED = ("{}", "here is the {}")
-"""The prompts in which a gate is kept closed on what a problem retains."""
 
 LEVELS = 8
 """At how many times, evenly spaced, the noise that concept and anchor call for is compared."""
@@ -296,11 +293,11 @@ class ACE(Method):
         groups, vectors = self._read(model, problem, staying)
         layers = self._layers(model)
         grounds = self._backgrounds(model, problem, staying, run)
-        groups = self._told_apart(problem, groups, {n: g.tokens for n, g in grounds.items()}, staying)
+        tokens = {name: ground.tokens for name, ground in grounds.items()}
+        groups = self._told_apart(model, problem, groups, tokens, staying)
         shared = self._shared(problem)
         groups = {c.name: groups[c.name] for members in shared for c in members}
         weights = {name: model.weight(name) for name in layers}
-        tokens = {name: ground.tokens for name, ground in grounds.items()}
         damping = self.attended(model, problem, run) if self.reduction in ATTENDED else None
         counts = [len(members) for members in shared]
         changes = self.gate(groups, tokens, weights, counts, damping)
@@ -519,7 +516,7 @@ class ACE(Method):
     def _backgrounds(
         self, model: Model, problem: Problem, staying: Mapping[str, Text], run: RunContext
     ) -> dict[str, Grounds]:
-        """For each concept general words in the first template of its own kind, and what is retained."""
+        """For each concept general words in the phrasing kept for its own kind, and what is retained."""
         kept = torch.cat([_thinned(text) for text in staying.values()])
         shut = torch.cat([text.embeddings.flatten(0, 1) for text in staying.values()])
         whole = [text.pooled for text in staying.values() if text.pooled is not None]
@@ -532,7 +529,7 @@ class ACE(Method):
         general, found = self._general(model, problem, run), dict[str, Grounds]()
         for concept in problem.erase:
             if concept.kind not in found:
-                template = self._templates(concept)[0]
+                template = KEPT[concept.kind]
                 chosen = ["", *(template.format(word) for word in general)]
                 tokens, vectors = self._tokens(model, chosen, f"reading {concept.kind} words", run)
                 found[concept.kind] = Grounds(
@@ -564,8 +561,9 @@ class ACE(Method):
         return torch.cat(tokens), torch.cat(vectors) if vectors else None
 
     def _ways(self, problem: Problem) -> list[str]:
-        """The prompts in which gates are kept closed on what a problem retains: those of its kinds."""
-        return list(dict.fromkeys(["{}", *(self._templates(c)[0] for c in problem.erase)]))
+        """The prompts in which gates are kept closed on what a problem retains: the bare name, and for
+        each kind that it erases a phrasing in which nothing is erased."""
+        return list(dict.fromkeys(["{}", *(KEPT[c.kind] for c in problem.erase)]))
 
     def _staying(self, model: Model, problem: Problem) -> dict[str, Text]:
         """What is retained, and the anchors, in a few prompts each."""
@@ -695,6 +693,7 @@ class ACE(Method):
 
     def _told_apart(
         self,
+        model: Model,
         problem: Problem,
         groups: Mapping[str, Sequence[Group]],
         backgrounds: Mapping[str, Background],
@@ -707,12 +706,17 @@ class ACE(Method):
                 than there is.
         """
         apart: dict[str, list[Group]] = {}
+        names = {concept.name: concept.names for concept in problem.erase}
         for concept, members in groups.items():
             apart[concept], background = [], backgrounds[concept]
+            bare = model.encode(names[concept]).embeddings
+            one = {n for n in problem.retain if _among(bare, staying[n].embeddings[0])}
             for group in members:
                 way = background.direction(group.rows)
                 overlaps = {
-                    name: _overlap(background, way, group.rows, _thinned(staying[name]).double())
+                    name: max(
+                        background.reach(way, _thinned(staying[name]).double()), float(name in one)
+                    )
                     for name in problem.retain
                 }
                 nearest = max(overlaps, key=lambda name: overlaps[name], default="")
@@ -842,8 +846,7 @@ class ACE(Method):
         (gates,) = changes
         if not isinstance(gates, Gated):
             raise TypeError(f"a Gated change is expected, not a {type(gates).__name__}")
-        kinds = {concept.kind: self._templates(concept)[0] for concept in problem.erase}
-        told = list(dict.fromkeys(kinds.values()))
+        told = list(dict.fromkeys(KEPT[concept.kind] for concept in problem.erase))
         # Kind after kind in turn, so that each has as many.
         general = enumerate(self._general(model, problem, run))
         ways = [told[i % len(told)].format(word) for i, word in general]
@@ -962,10 +965,13 @@ def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tup
     return found
 
 
-def _overlap(background: Background, way: Tensor, rows: Tensor, tokens: Tensor) -> float:
-    """How far into a concept tokens reach along a way: 1 where one of them is one of its rows."""
-    same = torch.cdist(tokens, rows.double()).amin(1) <= 1e-3 * tokens.norm(dim=1)
-    return max(background.reach(way, tokens), float(same.any()))
+def _among(texts: Tensor, other: Tensor) -> bool:
+    """Whether a text, (tokens, d), is one of some, (n, tokens, d).
+
+    What is erased and what is retained stand in different phrasings, and a text encoder tells tokens in
+    different places apart: that two names are one shows where both stand alone.
+    """
+    return bool(((texts - other).norm(dim=2) <= 1e-3 * other.norm(dim=1)).all(1).any())
 
 
 def _one(concepts: Sequence[Concept]) -> Concept:
