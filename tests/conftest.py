@@ -15,7 +15,7 @@ import expunge
 torch.set_num_threads(1)
 
 WORDS = (
-    "airplane aircraft sky ship bird cat dog frog horse truck photo image drawing the of one art"
+    "airplane aircraft sky ship bird cat dog frog horse truck photo picture drawing the of one art"
     " style person clothes wearing with ground street jet plane"
 ).split()
 

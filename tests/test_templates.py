@@ -10,7 +10,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.changes import HookedChange
-from expunge.checkpoints.linearize import plain
+from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing.caption_gram import captions
 from expunge.erasing.prompt_templates import GENERAL, KEPT, RETAINED, TEMPLATES
 from expunge.evaluation.suite import Suite
@@ -181,7 +181,7 @@ def test_no_method_reads_what_stays_as_it_erases_or_is_judged(model, monkeypatch
     monkeypatch.setattr(type(model), "encode", spied)
     edit = expunge.erase(model, Problem(erased, (kept,)), method)
     if any(isinstance(change, HookedChange) for change in edit.changes):
-        plain(model, edit.changes, edit.record.problem)
+        fit_static_weights(model, edit.changes, edit.record.problem)
     erasing = shapes(text for texts in trained().values() for text in texts)
     keeping, patterns = shapes(held()), judged()
     given = {text for text in read if text not in set(captions("general"))}
