@@ -29,6 +29,7 @@ from expunge.methods.mace import MACE
 from expunge.ops.in_place import InPlace
 from expunge.ops.trajectory import Objective
 from expunge.runtime.context import RunContext
+from quick import quick
 
 FOUR = Objective(0.7, 0.4, 0.5, 0.2)
 COURSE = TrajectoryConfig(FOUR, -2.0, num_inference_steps=6)
@@ -508,7 +509,7 @@ class TestMany:
         ids=["mask", "augmentations", "retain_weight"],
     )
     def test_what_only_weights_have(self, model, given):
-        method = ANT.preset("fast", **given)
+        method = quick("ant", **given)
         (what,) = given
         with pytest.raises(ExpungeError, match=f"know no {what}: leave it out, or train weights"):
             expunge.erase(model, PROBLEM, method)
@@ -516,7 +517,7 @@ class TestMany:
     def test_through_the_fusion_is_another_edit(self, model):
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
         one, two = (
-            expunge.erase(model, problem, ANT.preset("fast", through_fusion=through))
+            expunge.erase(model, problem, quick("ant", through_fusion=through))
             for through in (False, True)
         )
         assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
@@ -525,12 +526,12 @@ class TestMany:
     def test_the_edit_is_one_matrix_and_one_change_a_layer(self):
         model = double()
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
-        edit = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=2))
+        edit = expunge.erase(model, problem, quick("ant", trained="auto", batch_size=2))
         right, *low = edit.changes
         assert right.kind == "right"
         assert len(low) == 14
         assert {change.down.shape for change in low} == {(2, 32)}
-        one = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=1))
+        one = expunge.erase(model, problem, quick("ant", trained="auto", batch_size=1))
         for a, b in zip(edit.changes[1:], one.changes[1:], strict=True):
             w = model.weight(a.layers[0])
             torch.testing.assert_close(a.weight(w), b.weight(w), rtol=1e-3, atol=1e-4)
@@ -817,7 +818,7 @@ class TestESD:
         assert part_of(model, "text").keys() < x
 
     def test_with_ants_objective(self, model):
-        method = ESD.preset("fast", max_train_steps=2, turn=-2.0)
+        method = quick("esd", max_train_steps=2, turn=-2.0)
         edits = [
             expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=name))
             for name in ("esd", "ant")

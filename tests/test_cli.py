@@ -20,6 +20,7 @@ from expunge.base import registry
 from expunge.cli.export_commands import Loading
 from expunge.cli.main import main
 from expunge.runtime.cost import Cost
+from quick import options as quick_options
 from tiny import flux, sdxl
 
 
@@ -97,7 +98,7 @@ def test_erase_prints_the_anchor_it_chose(run):
 
 
 def test_erase_says_when_a_method_reads_no_anchor(run):
-    told = ("erase", "ant", "--preset", "fast", "--concept", "airplane=sky", "-o", "e.safetensors")
+    told = ("erase", "ant", *quick_options("ant"), "--concept", "airplane=sky", "-o", "e.safetensors")
     code, out, err = run(*told)
     assert code == 0
     assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err

@@ -670,7 +670,7 @@ def test_fields_out_of_range(settings, message):
 
 
 def test_presets_are_methods_and_templates_are_thirty():
-    assert {"object", "identity-1", "identity-100", "style", "explicit", "fast"} <= set(MACE.presets)
+    assert {"object", "identity-1", "identity-100", "style", "explicit"} <= set(MACE.presets)
     for values in MACE.presets.values():
         assert values["about"]
         MACE(**{name: value for name, value in values.items() if name != "about"})

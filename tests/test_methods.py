@@ -13,6 +13,7 @@ from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.base import registry
 from expunge.erasing.prompt_templates import RETAINED
 from expunge.methods.uce import TEMPLATES, UCE
+from quick import quick
 
 METHODS = registry.names("methods")
 
@@ -28,9 +29,7 @@ def test_the_folder_is_the_list():
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    method = registry.get("methods", request.param)
-    fast = method.presets.get("fast", {})
-    return method(**{name: value for name, value in fast.items() if name != "about"})
+    return quick(request.param)
 
 
 class TestContract:

@@ -26,8 +26,8 @@ class Method(ABC):
     """Field values that belong together, by name; `about`, no field, says in a line what for."""
 
     needs: ClassVar[Mapping[str, str]] = {}
-    """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
-    says why one has it not. A method without stages names itself."""
+    """What each stage needs of a family that not every family has, as literal texts. A family's
+    `missing_capabilities` says why it has not. A method without stages names itself."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Fields that had another name in earlier versions: {old: new}. Records of old edits are read with
@@ -39,6 +39,11 @@ class Method(ABC):
     @property
     def reads_anchor(self) -> bool:
         """Whether it matters to this method, as its fields are, what a concept becomes."""
+        return True
+
+    @property
+    def reads_retain(self) -> bool:
+        """Whether this method, as its fields are, reads what a problem retains."""
         return True
 
     def check_family(self, family: type[Model]) -> None:

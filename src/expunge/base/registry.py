@@ -77,7 +77,7 @@ def suits(method: str) -> str:
     needs = declared("methods", method, "needs")
     said: dict[str, list[str]] = {}
     for family in names("families"):
-        lacks = declared("families", family, "lacks")
+        lacks = declared("families", family, "missing_capabilities")
         missing = [stage for stage, need in needs.items() if need in lacks]
         said.setdefault(", ".join(missing), []).append(family)
     if list(said) == [""]:

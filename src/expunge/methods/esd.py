@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_training import (
     Steering,
@@ -27,10 +28,6 @@ from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
 
 PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
-
-EMOJI = {"trajectory_steps": 0, "learning_rate": 3e-5, "max_train_steps": 100, "samples": 2, "turn": -2.5,
-         "templates": ("{}", "an image of the {}", "the {} in a picture")}  # fmt: skip
-"""Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,7 @@ class ESD(Method):
         " ICCV 2023, arXiv 2303.07345."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "style": {"about": "the paper's, on SD 1.x", "part": "x"},
-        "object": {"about": "the paper's, on SD 1.x", "part": "u"},
-        "explicit": {"about": "the paper's, on SD 1.x", "part": "u"},
-        "emoji-object": {"about": "objects of the emoji model; not tuned", **EMOJI, "part": "u"},
-        "emoji-identity": {"about": "flags of the emoji model; rate tried on other words",
-                           **EMOJI, "part": "x"},
-        "emoji-style": {"about": "styles of the emoji model; not tuned", **EMOJI, "part": "x"},
-        "emoji-explicit": {"about": "weapons of the emoji model; not tuned", **EMOJI, "part": "u"},
-        "fast": {"about": "a rough try in a few steps", "part": "x-strict", "max_train_steps": 10, "learning_rate": 1e-3,
-                 "trajectory_steps": 4, "unconditional": 3.0},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
         "steps": "max_train_steps",
@@ -121,6 +107,10 @@ class ESD(Method):
 
     @property
     def reads_anchor(self) -> bool:
+        return False
+
+    @property
+    def reads_retain(self) -> bool:
         return False
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Dense
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.concept_tokens import last_tokens, pairs
@@ -41,18 +42,7 @@ class OCE(Method):
     """
 
     citation: ClassVar[str] = "OCE: Orthogonal Concept Erasure. ICML 2026, arXiv 2605.28902."
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "object": {"about": "the paper's, for objects in Stable Diffusion",
-                   "erase_scale": 2000.0, "general_scale": 10.0, "retain_scale": 0.0, "ridge": 10.0},
-        "identity": {"about": "the paper's, for people in Stable Diffusion",
-                     "erase_scale": 3500.0, "general_scale": 50.0, "retain_scale": 5.0, "ridge": 10.0},
-        "style": {"about": "the paper's, for styles in Stable Diffusion",
-                  "erase_scale": 500.0, "general_scale": 10.0, "retain_scale": 1.0, "ridge": 10.0},
-        "explicit": {"about": "the paper's, for nudity in Stable Diffusion",
-                     "erase_scale": 3000.0, "general_scale": 20.0, "retain_scale": 0.0, "ridge": 10.0},
-        "fast": {"about": "a rough try: more on what is retained", "erase_scale": 1000.0,
-                 "general_scale": 50.0, "retain_scale": 100.0, "ridge": 10.0},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     erase_scale: float = bounded(2000.0, at_least=0)
     """s_e, weight of leaving the concepts' directions for the anchors'. 0 changes nothing."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, LowRank
 from expunge.erasing.concept_tokens import general_words, last_tokens, pairs
 from expunge.erasing.prompt_templates import require_place
@@ -53,16 +54,7 @@ class SPEED(Method):
         "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models."
         " ICLR 2026, arXiv 2503.07392."
     )
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "few": {"about": "the paper's, for a few objects, people or styles", "threshold": 0.1},
-        "many": {
-            "about": "the paper's, for many concepts", "threshold": 1e-4, "strength_penalty": 0.05,
-        },
-        "explicit": {
-            "about": "the paper's, for nudity",
-            "threshold": 0.1, "strength_penalty": 0.7, "invariant_slack": 0.5,
-        },
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     threshold: float = bounded(0.1, above=0)
     """Largest eigenvalue of C₀C₀ᵀ that counts as none, in units of a squared embedding. Larger leaves

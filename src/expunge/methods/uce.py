@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Right
 from expunge.erasing.prompt_templates import RETAINED, require_place
 from expunge.method import Method
@@ -71,15 +72,7 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "original": {"about": "as first published, on SD 1.x", "ridge": 0.5, "retain_scale": 0.1,
-                     "general": 0, "templates": NAME, "retain_templates": NAME, "weigh": "prompt",
-                     "also_retain": ("empty-if-alone",)},
-        "rewrite": {"about": "as published again in 2025, on SD 1.x: one token of each prompt",
-                    "ridge": 0.5, "retain_scale": 1.0, "general": 0, "templates": NAME,
-                    "retain_templates": NAME, "weigh": "prompt", "positions": "last",
-                    "retain_positions": "last", "also_retain": ()},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     ridge: float = bounded(50.0, above=0)
     """λ, pull to the original weights in every direction, in units of a squared embedding (about 600

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning, listed
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Damped, Gated, find
 from expunge.erasing import pooled_gates, reference_images
 from expunge.erasing.caption_gram import words
@@ -39,9 +40,6 @@ STAGES: tuple[Stage, ...] = ("gate", "harden", "fortify")
 SHOWN, WORDS = 24, 200
 """To fortify: images of each concept, and of how many general words one is drawn to hold. Of what is
 retained by name half as many are drawn in all, so that it is met more often than any general word."""
-
-EMOJI = {"directions": "anchor", "general": 1000, "goal_ridge": 0.1, "anchor_hold_weight": 3.0}
-"""What the emoji model's presets share."""
 
 BANDS = (0, 3, 9, 27)
 """Where the gates of the end and the padding begin, in tokens from the end token on: what these
@@ -140,15 +138,7 @@ class ACE(Method):
         " public summaries."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gate": {"about": "the closed form alone, seconds for dozens", "stages": ("gate",)},
-        "emoji": {"about": "the emoji model", **EMOJI},
-        "emoji-fortified": {"about": "the emoji model, held against learnt words, too; minutes",
-                            "stages": STAGES, **EMOJI},
-        "fast": {"about": "a rough try in a few steps", "general": 20, "num_images": 1, "num_inference_steps": 2,
-                 "max_overlap": 1.0,
-                 "rounds": 1, "max_train_steps": 2, "attack_steps": 2},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
 

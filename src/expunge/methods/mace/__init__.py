@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Right, find
 from expunge.erasing import fusion, object_masks, reference_images
 from expunge.erasing.fusion import LazyTensors
@@ -43,29 +44,6 @@ STAGES: tuple[Stage, ...] = ("refine", "suppress", "fuse")
 
 COCO = 616_767
 """The captions of COCO, which the paper's prior is the sum over."""
-
-
-def published(scale: float, domain: float = 0.0) -> dict[str, float]:
-    """The paper's scales of a prior that is a sum, for one that is a mean.
-
-    Both priors, scale · Σ_captions, are scale · 616,767 times the mean per caption. Within both stands
-    domain · Σ_names, over 100 names and one prompt each as far as is known: 100 times the mean, to
-    616,767.
-    """
-    return {
-        "refine_prior": scale * COCO,
-        "fuse_prior": scale * COCO,
-        "domain_weight": domain * 100 / COCO,
-    }
-
-
-def identities(domain: float) -> dict[str, float]:
-    """The paper's values for identities and styles: they differ in what the retained weigh."""
-    return {"ridge": 0.0, "learning_rate": 1e-4, "focal_side": 64, **published(1e-4, domain)}
-
-
-OURS = "1,040 captions of ours stand in for COCO's (captions)"
-NO_PRIOR = "no prior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,24 +175,7 @@ class MACE(Method):
         " CVPR 2024, arXiv 2403.06135."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "object": {"about": f"the paper's, on SD 1.x; ridge 10 to 1000 by object; {NO_PRIOR}",
-                   "ridge": 100.0, "learning_rate": 1e-5, "focal_side": 64, **published(0)},
-        "identity-1": {"about": f"the paper's, on SD 1.x, for one; {OURS}", **identities(8e3)},
-        "identity-5": {"about": f"the paper's, on SD 1.x, for about 5; {OURS}", **identities(5e4)},
-        "identity-10": {"about": f"the paper's, on SD 1.x, for about 10; {OURS}", **identities(8e4)},
-        "identity-100": {"about": f"the paper's, on SD 1.x, for about 100; {OURS}", **identities(2e5)},
-        "style": {"about": f"the paper's, on SD 1.x; {OURS}", **identities(8e4)},
-        "explicit": {"about": f"the paper's, on SD 1.x, but for a floor under its ridge of 0; {OURS}",
-                     "ridge": 0.0, "ridge_floor": 3.0, "learning_rate": 1e-5, "max_train_steps": 120, "focal": False,
-                     **published(7e-7)},
-        "emoji": {"about": "everything on the emoji model; refine erases, suppress is all but off",
-                  "ridge": 100.0, "learning_rate": 1e-4, "refine_prior": 100.0, "fuse_prior": 100.0,
-                  "domain_weight": 10.0, "batch_size": 16},
-        "fast": {"about": "a rough try in a few steps", "ridge": 1.0, "refine_prior": 10.0,
-                 "fuse_prior": 10.0, "domain_weight": 50.0, "captions": "", "learning_rate": 0.03, "max_train_steps": 5,
-                 "num_images": 2, "num_inference_steps": 3},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
 

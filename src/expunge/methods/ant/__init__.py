@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing import fusion, saliency
 from expunge.erasing.caption_gram import captions_for
@@ -40,51 +41,9 @@ from expunge.runtime.cost import Cost
 from expunge.runtime.schedulers import scheduler_name
 from expunge.text import Text
 
-COCO = 616_767
-"""The captions of COCO, which the paper's prior is the sum over."""
-
-
-def published(scale: float, domain: float) -> dict[str, float]:
-    """The released scales of a prior that is a sum, for one that is a mean, over 100 names."""
-    return {"fuse_prior": scale * COCO, "domain_weight": domain * 100 / COCO, "ridge": 0.0}
-
-
 FLOOR = 1e-9
 """The least ridge of the fusion, as a share of the sum of its equations' squares (their trace): what no
 prompt speaks of stays as it was, and float64 keeps seven digits of the rest."""
-
-MANY = {"trained": "low-rank", "drawn_by": "original", "trajectories": 0, "trajectory_guidance": 7.5,
-        "prediction_guidance": 7.5, "samples": 2, "strength": 4.3, "max_train_steps": 400, "preserve": 0.4,
-        "unconditional_late": 0.5, "unconditional_early": 0.2, "training_templates": ("{}",),
-        "layers": "blocks", "scheduler": "DDIM"}  # fmt: skip
-"""The paper's values for many concepts, as released."""
-
-EMOJI = {"drawn_by": "original", "trajectory_steps": 0, "scheduler": "", "preserve": 0.4,
-         "unconditional_late": 0.5, "unconditional_early": 0.2, "batch_size": 16,
-         "micro_batch": 0}  # fmt: skip
-"""What the emoji model's presets share: its own sampler draws, once."""
-
-EMOJI_MANY = {**EMOJI, "trained": "low-rank", "layers": "text", "rank": 4, "alpha": 4.0, "learning_rate": 3e-3,
-              "max_train_steps": 60, "turn": -3.0, "negative_guidance": 3.0, "trajectories": 4, "strength": 2.0,
-              "fuse_prior": 1000.0, "domain_weight": 10.0}  # fmt: skip
-
-EMOJI_ALONE = {"turn": -5.0, "negative_guidance": 1.0, "through_fusion": True, "strength": 1.0,
-               "rank": 16}  # fmt: skip
-"""One concept by a low-rank change: of a higher rank, and as the fusion will leave it."""
-
-EMOJI_ANCHORED = {"turn_to": "anchor", "negative_guidance": 0.25}
-"""Turned to the anchor, and little past it."""
-
-MIXED = (
-    "an image of the {}", "a snapshot of {}", "a painting of the {}", "a watercolor of {}",
-    "a photo with {}", "one {} and nothing else", "the {} in a picture", "the {} in the middle",
-    "the butterfly beside the {}", "the {} beside the pig", "the snail next to the {}",
-    "the {} next to the soccer ball",
-)  # fmt: skip
-"""Prompts with a concept alone and beside another thing, of which no suite with unsafe things knows."""
-
-EMOJI_MASKED = {**EMOJI, "trained": "weights", "part": "cross-attention", "turn": -5.0, "samples": 2,
-                "learning_rate": 1e-3, "max_train_steps": 100, "trajectories": 20, "maps": 40}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,45 +80,7 @@ class ANT(Method):
         " Concepts. ACM MM 2025, arXiv 2504.12782."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "explicit": {"about": "the paper's, on SD 1.x: weights with a mask, t' = 43 of 50",
-                     "trained": "weights", "turn": -3.75, "max_train_steps": 250, "scheduler": "DDIM"},
-        "explicit-as-released": {
-            "about": "its code on SD 1.x, not its text: time split reversed, smallest halves masked",
-            "trained": "weights", "turn": -3.75, "max_train_steps": 250, "scheduler": "DDIM",
-            "reverse": "early", "mask_half": "smallest", "unconditional_gradient": False},
-        "identity": {"about": "the paper's, on SD 1.x: many at once, t' = 40 of 50", **MANY,
-                     "turn": -3.18, **published(2e-12, 1e13)},
-        "style": {"about": "the paper's, on SD 1.x: many at once, t' = 47 of 50", **MANY,
-                  "turn": -4.58, **published(1e-12, 7e12)},
-        "object": {"about": "ours, on SD 1.x: weights or many at once, t' = 40 of 50", "turn": -3.18,
-                   "preserve": 0.4, "unconditional_late": 0.5, "unconditional_early": 0.2},
-        "emoji-object": {"about": "one object of the emoji model; chosen on other words", **EMOJI_MANY,
-                         **EMOJI_ALONE, "max_train_steps": 120, "fuse_prior": 100.0},
-        "emoji-identity": {"about": "flags of the emoji model; chosen on other words", **EMOJI_MANY,
-                           "turn": -5.0, "negative_guidance": 1.0, "through_fusion": True,
-                           "strength": 1.0},
-        "emoji-object-anchored": {"about": "one object, turned to the anchor: ours", **EMOJI_MANY,
-                                  **EMOJI_ALONE, "max_train_steps": 120, "fuse_prior": 100.0, "samples": 4,
-                                  **EMOJI_ANCHORED},
-        "emoji-identity-anchored": {"about": "flags, turned to the anchor: ours", **EMOJI_MANY,
-                                    "turn": -5.0, "through_fusion": True, "strength": 1.0,
-                                    **EMOJI_ANCHORED},
-        "emoji-style": {"about": "a style of the emoji model; chosen on noto", **EMOJI_MANY,
-                        **EMOJI_ALONE, "max_train_steps": 200},
-        "emoji-explicit": {"about": "weapons of the emoji model; chosen on food", **EMOJI_MANY,
-                           "rank": 16, "max_train_steps": 120, "turn": -5.0, "strength": 1.5,
-                           "fuse_prior": 10000.0},
-        "emoji-explicit-anchored": {"about": "weapons told as one, turned to the anchor: ours",
-                                    **EMOJI_MANY, **EMOJI_ALONE, **EMOJI_ANCHORED, "max_train_steps": 200,
-                                    "trajectories": 60, "samples": 8, "templates": MIXED,
-                                    "captions": "vocabulary"},
-        "emoji-masked": {"about": "one concept of the emoji model, by its weights", **EMOJI_MASKED},
-        "fast": {"about": "a rough try in a few steps", "trained": "low-rank", "rank": 1, "max_train_steps": 5,
-                 "learning_rate": 0.03, "drawn_by": "original", "trajectories": 2, "trajectory_steps": 4,
-                 "turn": -2.0, "ridge": 1.0, "fuse_prior": 10.0, "domain_weight": 50.0,
-                 "captions": ""},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
         "steps": "max_train_steps",
@@ -281,6 +202,10 @@ class ANT(Method):
     @property
     def reads_anchor(self) -> bool:
         return self.turn_to == "anchor"
+
+    @property
+    def reads_retain(self) -> bool:
+        return self.trained != "weights" or self.retain_weight > 0
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         many, asked = self._many(problem), self.course.objective
