@@ -8,7 +8,8 @@ import torch
 import expunge
 from conftest import tiny_pipeline
 from expunge import ExpungeError, ExpungeWarning
-from expunge.erasing.caption_gram import BATCH, WORDS, captions, captions_for, prior, words
+from expunge.erasing.caption_gram import BATCH, WORDS, captions, captions_for, prior
+from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext
 
@@ -86,7 +87,7 @@ def test_the_words_of_a_vocabulary(worded):
     erased = (Concept("airplane", synonyms=("cat dog",)),)
     gone = {"airplane", "cat", "dog"}
     assert gone < set(worded.vocabulary())
-    known = words(worded, erased)
+    known = vocabulary_words(worded, erased)
     assert known == [word for word in worded.vocabulary() if word not in gone]
     found = captions_for(worded, "vocabulary", erased)
     assert found == tuple(f"a depiction of the {word}" for word in known[:WORDS])

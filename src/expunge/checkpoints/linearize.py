@@ -12,7 +12,7 @@ from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.pooled_gates import through
-from expunge.erasing.prompt_templates import KEPT, TEMPLATES
+from expunge.erasing.prompt_templates import KEPT, assemble_prompts, assemble_retained_prompts
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Problem
@@ -83,7 +83,7 @@ def fit_static_weights(
     if not gates:
         return LinearFit(tuple(kept), 0.0, 0.0)
     ways = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
-    retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
+    retained = assemble_retained_prompts(problem.retain, list(dict.fromkeys(ways)))
     stays = model.encode(["", *retained])
     groups = _alike(gates)
     whole_prompts = {entry.layer for entry in model.pooled_entries()}
@@ -147,7 +147,7 @@ class _Sums:
 
 def _prompts(problem: Problem, name: str) -> list[str]:
     concept = next(c for c in problem.erase if c.name == name)
-    return [template.format(one) for one in concept.names for template in TEMPLATES[concept.kind]]
+    return assemble_prompts(concept)
 
 
 def _alike(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChange]]:

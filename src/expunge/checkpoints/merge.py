@@ -19,7 +19,7 @@ from expunge.checkpoints.export import by_place, weights
 from expunge.checkpoints.lora import Place, composed
 from expunge.edit import Edit, Record
 from expunge.erasing.caption_gram import captions, prior
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import assemble_prompts
 from expunge.erasure import versions
 from expunge.fingerprint import base, base_hash, places
 from expunge.model import Model
@@ -161,12 +161,7 @@ def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Pro
 
     erased = []
     for problem in problems:
-        sums = [
-            total(
-                [template.format(name) for name in concept.names for template in TEMPLATES[concept.kind]]
-            )
-            for concept in problem.erase
-        ]
+        sums = [total(assemble_prompts(concept)) for concept in problem.erase]
         erased.append(torch.stack(sums).sum(0))
     retained = [text for problem in problems for text in problem.retain]
     kept = total(["", *retained])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.files import cache_folder, read_header, replacing
 from expunge.erasing.caption_gram import captions, text_hash
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import assemble_prompts
 from expunge.model import Model
 from expunge.ops.least_squares import gram
 from expunge.problem import Problem
@@ -72,10 +72,7 @@ def seen(model: Model, problem: Problem) -> dict[str, Seen]:
     if parameters > LARGEST:
         return {}
     count = max(16, min(208, int(WORK / (2 * max(parameters, 1) * (model.window + 2)))))
-    spread = [
-        [t.format(name) for name in concept.names for t in TEMPLATES[concept.kind]]
-        for concept in problem.erase
-    ]
+    spread = [assemble_prompts(concept) for concept in problem.erase]
     most = max(1, count // max(len(spread), 1))
     spread = [_some(prompts, most) for prompts in spread]
     plain = ["", *_some(list(captions("general")), count), *_some(list(problem.retain), count)]

@@ -17,6 +17,7 @@ from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
 from expunge.base.files import cache_folder, read_header, replacing
 from expunge.changes import content
+from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.erasing.prompt_templates import GENERAL
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -128,7 +129,7 @@ def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[
     """
     if source != VOCABULARY:
         return captions(source)
-    return tuple(GENERAL.format(word) for word in words(model, erased)[:WORDS])
+    return tuple(GENERAL.format(word) for word in vocabulary_words(model, erased)[:WORDS])
 
 
 def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
@@ -152,12 +153,6 @@ def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> 
     if model is not None and kept.is_dir() and any(kept.iterdir()):
         return 0 if (kept / f"{text_hash(model, found)}.safetensors").is_file() else len(found)
     return len(found)
-
-
-def words(model: Model, erased: Sequence[Concept]) -> list[str]:
-    """The tokenizer's own words that are in no concept's name, in the order of their numbers."""
-    taken = {word for concept in erased for name in concept.names for word in name.lower().split()}
-    return [word for word in model.vocabulary() if word not in taken]
 
 
 def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:

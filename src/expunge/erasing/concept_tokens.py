@@ -1,4 +1,4 @@
-"""The rows of a text that stand for a concept: each prompt's last own token, in every encoder."""
+"""The token embeddings that stand for a concept or a word, and the words that stand for all others."""
 
 from __future__ import annotations
 
@@ -14,48 +14,43 @@ from expunge.text import Text
 
 
 def last_tokens(text: Text) -> Tensor:
-    """The embedding of each prompt's last own token, in float64 on the CPU.
-
-    A prompt without any, the empty one, has its start token there, or its end token where there is no
-    start.
+    """Take the embedding of each prompt's last content token, of every encoder (`Text.from_last_token`).
 
     Args:
         text: n encoded prompts.
 
     Returns:
-        (n · encoders, width): prompt by prompt, encoder by encoder.
+        (n · encoders, d), float64 on the CPU: prompt by prompt, encoder by encoder.
     """
-    rows = []
-    for row in range(len(text)):
-        for own, end in text.segments(row):
-            rows.append(text.embeddings[row, max(own.start, end - 1)])
-    return torch.stack(rows).double().cpu()
+    places = [(row, span.start) for row in range(len(text)) for span in text.from_last_token(row)]
+    return torch.stack([text.embeddings[row, place] for row, place in places]).double().cpu()
 
 
-def pairs(concept: Concept, templates: Sequence[str]) -> list[tuple[str, str]]:
-    """The prompts that name a concept, each with the same prompt about its anchor.
-
-    Every name of the concept stands in every template. The empty anchor is the empty prompt.
-    """
-    return [
-        (template.format(name), template.format(concept.anchor) if concept.anchor else "")
-        for name in concept.names
-        for template in templates
-    ]
-
-
-def general_words(
-    model: Model, concepts: Sequence[Concept], n: int, generator: torch.Generator
-) -> list[str]:
-    """A sample of the words that the tokenizer knows whole, without those in any concept's names.
+def vocabulary_words(model: Model, erased: Sequence[Concept]) -> list[str]:
+    """List the words that the tokenizer knows whole, without those in any concept's names.
 
     Args:
         model: whose tokenizer to ask.
-        concepts: what is erased.
-        n: at most so many words.
-        generator: chooses them.
+        erased: the concepts.
+
+    Returns:
+        The words in the order of the tokenizer's numbers, which is that of their frequency.
     """
-    taken = {word for c in concepts for name in c.names for word in re.findall(r"\w+", name.lower())}
-    words = [word for word in model.vocabulary() if word not in taken]
+    taken = {word for c in erased for name in c.names for word in re.findall(r"\w+", name.lower())}
+    return [word for word in model.vocabulary() if word not in taken]
+
+
+def sample_words(
+    model: Model, erased: Sequence[Concept], n: int, generator: torch.Generator
+) -> list[str]:
+    """Draw some of `vocabulary_words`.
+
+    Args:
+        model: whose tokenizer to ask.
+        erased: the concepts.
+        n: how many words, at most.
+        generator: chooses the words.
+    """
+    words = vocabulary_words(model, erased)
     order = torch.randperm(len(words), generator=generator)
     return [words[i] for i in order[:n].tolist()]

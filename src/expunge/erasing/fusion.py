@@ -11,7 +11,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeWarning
 from expunge.changes import Change, Changes, LowRank, Right
 from expunge.erasing.caption_gram import captions_for, prior
-from expunge.erasing.prompt_templates import RETAINED
+from expunge.erasing.prompt_templates import assemble_retained_prompts
 from expunge.model import Model
 from expunge.ops.least_squares import floored, fused, gram, moved_by
 from expunge.ops.low_rank import balanced
@@ -63,7 +63,7 @@ def retained_gram(
             stacklevel=5,
         )
     elif problem.retain:
-        prompts = [template.format(text) for text in problem.retain for template in RETAINED]
+        prompts = assemble_retained_prompts(problem.retain)
         for start in range(0, len(prompts), 64):
             e = model.encode(prompts[start : start + 64]).embeddings
             total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)

@@ -39,7 +39,8 @@ class FlowModel(LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         raise ExpungeError(
-            f"{type(self).__name__} has no cross-attention: {self.missing_capabilities['cross-attention']}"
+            f"{type(self).__name__} has no cross-attention:"
+            f" {self.missing_capabilities['cross-attention']}"
         )
 
     def text_entries(self) -> tuple[TextEntry, ...]:

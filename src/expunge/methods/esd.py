@@ -17,7 +17,7 @@ from expunge.erasing.guidance_training import (
     part_of,
     train_weights,
 )
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.prompt_templates import assemble_prompts, require_place
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
@@ -123,13 +123,12 @@ class ESD(Method):
         return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        names = [name for concept in problem.erase for name in concept.names]
-        prompts = [template.format(name) for name in names for template in self.templates]
+        prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]
         model.require_window(prompts)
         turn = on_latents(self.turn, self.turn_side, model.latents_side)
         return train_weights(
             Steering(model, dataclasses.replace(self.course, turn=turn)),
-            TrainingConcept(names[0], model.encode(prompts), run.generator("training")),
+            TrainingConcept(problem.erase[0].name, model.encode(prompts), run.generator("training")),
             InPlace(part_of(model, PARTS[self.part])),
             run,
             max_train_steps=self.max_train_steps,

@@ -12,8 +12,12 @@ from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Dense
 from expunge.erasing.caption_gram import captions, prior
-from expunge.erasing.concept_tokens import last_tokens, pairs
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.concept_tokens import last_tokens
+from expunge.erasing.prompt_templates import (
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -68,10 +72,12 @@ class OCE(Method):
         return Cost(prompts=2 * erased + len(problem.retain) + general)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
-        model.require_window([prompt for pair in prompts for prompt in pair])
-        target = last_tokens(model.encode([erased for erased, _ in prompts]))
-        anchor = last_tokens(model.encode([anchored for _, anchored in prompts]))
+        erased, anchored = [], []
+        for concept in problem.erase:
+            erased += assemble_prompts(concept, self.templates)
+            anchored += assemble_anchor_prompts(concept, self.templates) * len(concept.names)
+        model.require_window(erased + anchored)
+        target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         width = target.shape[1]
         kept = (
             last_tokens(model.encode(problem.retain))

@@ -12,8 +12,12 @@ from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, LowRank
-from expunge.erasing.concept_tokens import general_words, last_tokens, pairs
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.concept_tokens import last_tokens, sample_words
+from expunge.erasing.prompt_templates import (
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -80,12 +84,14 @@ class SPEED(Method):
         return Cost(prompts=2 * erased + len(problem.retain) + self.general + 1)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
-        model.require_window([prompt for pair in prompts for prompt in pair])
-        target = last_tokens(model.encode([erased for erased, _ in prompts]))
-        anchor = last_tokens(model.encode([anchored for _, anchored in prompts]))
+        erased, anchored = [], []
+        for concept in problem.erase:
+            erased += assemble_prompts(concept, self.templates)
+            anchored += assemble_anchor_prompts(concept, self.templates) * len(concept.names)
+        model.require_window(erased + anchored)
+        target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         anchors = {concept.anchor for concept in problem.erase if concept.anchor}
-        words = general_words(model, problem.erase, self.general, run.generator("words"))
+        words = sample_words(model, problem.erase, self.general, run.generator("words"))
         retained = list(dict.fromkeys([*problem.retain, *sorted(anchors), *words]))
         if not retained:
             raise ExpungeError("SPEED needs something to retain: name it, or set general above 0")

@@ -19,8 +19,14 @@ from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Damped, Gated, find
 from expunge.erasing import pooled_gates, reference_images
-from expunge.erasing.caption_gram import words
-from expunge.erasing.prompt_templates import KEPT, TEMPLATES, require_place
+from expunge.erasing.concept_tokens import sample_words
+from expunge.erasing.prompt_templates import (
+    KEPT,
+    TEMPLATES,
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.methods.ace import fortify as fortifying
 from expunge.model import Model
@@ -459,8 +465,8 @@ class ACE(Method):
     def _encoded(self, model: Model, concept: Concept) -> tuple[Text, Text]:
         """A concept's prompts, name after name, and its anchor's, one a template."""
         templates = self._templates(concept)
-        prompts = [template.format(name) for name in concept.names for template in templates]
-        goals = [template.format(concept.anchor) if concept.anchor else "" for template in templates]
+        prompts = assemble_prompts(concept, templates)
+        goals = assemble_anchor_prompts(concept, templates)
         model.require_window([*prompts, *goals])
         return model.encode(prompts), model.encode(goals)
 
@@ -532,9 +538,7 @@ class ACE(Method):
 
     def _general(self, model: Model, problem: Problem, run: RunContext) -> list[str]:
         """Some words of the tokenizer's that are in no concept's name."""
-        found = words(model, problem.erase)
-        order = torch.randperm(len(found), generator=run.generator("words"))
-        return [found[i] for i in order[: self.general].tolist()]
+        return sample_words(model, problem.erase, self.general, run.generator("words"))
 
     def _tokens(
         self, model: Model, prompts: Sequence[str], label: str, run: RunContext

@@ -24,7 +24,13 @@ from expunge.erasing.guidance_training import (
     layers_of,
     train_factors,
 )
-from expunge.erasing.prompt_templates import TEMPLATES, require_place
+from expunge.erasing.prompt_templates import (
+    RETAINED,
+    TEMPLATES,
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.attention import AttentionReader, energy, grid
@@ -272,7 +278,7 @@ class MACE(Method):
         prompts = sum(len(self._prompts(concept)) for concept in problem.erase)
         told = {(c.kind, c.anchor): len(self.templates or TEMPLATES[c.kind]) for c in problem.erase}
         weighs = self.refine_prior > 0 or self.fuse_prior > 0
-        staying = len(fusion.RETAINED) * len(problem.retain) if weighs and self.domain_weight else 0
+        staying = len(RETAINED) * len(problem.retain) if weighs and self.domain_weight else 0
         products = 8 * (1 + ("fuse" in self.stages)) + concepts
         captions = self.captions if weighs else ""
         prompts += sum(told.values()) + staying
@@ -368,8 +374,7 @@ class MACE(Method):
 
     def _prompts(self, concept: Concept) -> list[str]:
         """A concept's names in its templates, name after name."""
-        templates = self.templates or TEMPLATES[concept.kind]
-        return [template.format(name) for name in concept.names for template in templates]
+        return assemble_prompts(concept, self.templates)
 
     def _groups(self, model: Model, problem: Problem) -> list[Group]:
         """The concepts and their anchors, in words."""
@@ -377,9 +382,8 @@ class MACE(Method):
         for concept in problem.erase:
             sorts.setdefault((concept.kind, concept.anchor or ""), []).append(concept)
         groups = []
-        for (kind, anchor), concepts in sorts.items():
-            templates = self.templates or TEMPLATES[kind]
-            goals = [template.format(anchor) if anchor else "" for template in templates]
+        for concepts in sorts.values():
+            goals = assemble_anchor_prompts(concepts[0], self.templates)
             prompts = {concept.name: self._prompts(concept) for concept in concepts}
             model.require_window([*goals, *(p for some in prompts.values() for p in some)])
             groups.append(Group(model.encode, goals, prompts))
