@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Model, Problem
 from expunge.base import registry
-from expunge.base.fields import build
+from expunge.base.fields import build, flatten
 from expunge.base.files import replacing
 from expunge.evaluation.image_cache import model_hash
 from expunge.evaluation.robustness import robustness
@@ -41,6 +41,8 @@ from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.methods.ant import ANT
+from expunge.methods.ant.low_rank import LowRankChanges
+from expunge.methods.ant.settings import SharedSettings
 from expunge.methods.mace import MACE, Lesson
 from expunge.runtime.context import RunContext, Tensors
 
@@ -60,20 +62,33 @@ class RememberingMACE(MACE):
 
 
 @dataclass(frozen=True)
-class RememberingANT(ANT):
-    """ANT that trains its low-rank changes once, however many fusions are tried on them."""
+class RememberingChanges(LowRankChanges):
+    """Low-rank changes that are trained once, however many fusions are tried on them."""
 
     def train(
-        self, model: Model, problem: Problem, run: RunContext, whole: Tensor, prior: Tensor
+        self,
+        settings: SharedSettings,
+        model: Model,
+        problem: Problem,
+        run: RunContext,
+        whole: Tensor,
+        prior: Tensor,
     ) -> dict[str, Tensors]:
         fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
         if self.through_fusion:
             fusion = fusion[:1]
-        fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in fusion]
+        fields = tuple(value for name, value in flatten(settings).items() if name not in fusion)
         key = (*fields, problem.erase, run.seed)
         if key not in FACTORS:
-            FACTORS[key] = super().train(model, problem, run, whole, prior)
+            FACTORS[key] = super().train(settings, model, problem, run, whole, prior)
         return FACTORS[key]
+
+
+@dataclass(frozen=True)
+class RememberingANT(ANT):
+    """ANT with low-rank changes that are remembered."""
+
+    low_rank: RememberingChanges = field(default_factory=RememberingChanges)
 
 
 ATTACKED = 4
@@ -247,11 +262,11 @@ def main() -> None:
     start = options.preset or ("emoji" if "emoji" in cls.presets else "")
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):
-        method, default = build(cls, base | values), cls()
+        method, default = build(cls, base | values), flatten(cls())
         fields = {
-            field.name: getattr(method, field.name)
-            for field in dataclasses.fields(method)
-            if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
+            name: value
+            for name, value in flatten(method).items()
+            if name != "batch_size" and value != default[name]
         }
         title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
         title += "; full size" * options.full

@@ -15,6 +15,7 @@ from typing import Any
 from expunge import fingerprint
 from expunge.base import registry
 from expunge.base.errors import ExpungeWarning, listed
+from expunge.base.fields import flatten
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import Change
 from expunge.edit import Edit, Record
@@ -74,7 +75,7 @@ def erase(
     read = base(model)
     command: dict[str, Any] = {
         "method": type(method).__module__.rpartition(".")[2],
-        "fields": dataclasses.asdict(method),
+        "fields": flatten(method),
         "problem": dataclasses.asdict(problem),
         # What was finished with one model is not gone on with in another: all of it counts.
         "model": fingerprint.of_model(model) if work is not None else "",

@@ -32,7 +32,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from expunge import __version__
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
-from expunge.base.fields import spelled_out
+from expunge.base.fields import leaves, spelled_out
 from expunge.checkpoints import loading
 from expunge.cli import concept_files, export_commands
 from expunge.cli.export_commands import Loading
@@ -808,7 +808,7 @@ def _unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:
 def _all_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     for field in dataclasses.fields(options):
         if field.name == "method":
-            yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+            yield from leaves(type(field.default))
         elif field.name == "loading":
             yield from dataclasses.fields(Loading)
         else:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, replacing
-from expunge.erasing.guidance_training import Steering, TrainingConcept
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.trajectories import TrainingConcept
 from expunge.fingerprint import base, base_hash
 from expunge.model import Model
 from expunge.ops.finetune import frozen
@@ -83,7 +84,7 @@ class Mask:
             raise ExpungeError(f"the mask {path} was made for another model, of other weights")
 
 
-def find(
+def make_mask(
     steering: Steering,
     parameters: Mapping[str, nn.Parameter],
     prompts: Sequence[str],
@@ -102,7 +103,7 @@ def find(
     where training starts, where the terms that keep things as they are have no gradient.
 
     Args:
-        steering: the course.
+        steering: the trajectories and their losses.
         parameters: what is to be masked, by name.
         prompts: the concept and its augmentations.
         run: its seed, and who is told.
@@ -123,7 +124,7 @@ def find(
         unconditional_early=0.0,
         preserve=steering.objective.preserve if pulls else 0.0,
     )
-    steering = Steering(model, dataclasses.replace(steering.course, objective=objective))
+    steering = Steering(model, dataclasses.replace(steering.config, objective=objective))
     text, intersection = model.encode(prompts), Intersection(half)
     asked = {p: (p.requires_grad, p.grad) for p in parameters.values()}
     try:
@@ -160,10 +161,10 @@ def _add_map(
     batch_size: int,
 ) -> None:
     """One map: gradients of all samples add up on the parameters, and are then let go one by one."""
-    parts = steering.walk(subject, samples).split(batch_size)
+    parts = steering.draw_points_along(subject, samples).split(batch_size)
     for part in parts:
         with torch.enable_grad():
-            loss = steering.losses(part).sum()
+            loss = steering.compute_losses(part).sum()
         if part is not parts[-1]:
             loss.backward()
         else:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
-from expunge.erasing.guidance_training import (
-    Steering,
-    TrainingConcept,
-    TrajectoryConfig,
-    part_of,
-    train_weights,
-)
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.guidance_training import train_weights
+from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_prompts, require_place
+from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
@@ -27,7 +24,7 @@ from expunge.problem import Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
 
-PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
+PARTS: Mapping[str, Part] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
 
 @dataclass(frozen=True)
@@ -92,15 +89,15 @@ class ESD(Method):
         require_place(self.templates)
 
     @property
-    def course(self) -> TrajectoryConfig:
-        """How trajectories are drawn and what is asked of them."""
-        eta, ours = self.negative_guidance, self.objective == "esd"
+    def trajectory_config(self) -> TrajectoryConfig:
+        """How trajectories are drawn, and the objective on them."""
+        eta, own = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
-        objective = Objective(eta, 0.0, keep) if ours else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
+        objective = Objective(eta, 0.0, keep) if own else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
         return TrajectoryConfig(
             objective,
             self.turn,
-            "always" if ours else "late",
+            "always" if own else "late",
             self.trajectory_steps,
             self.trajectory_guidance,
         )
@@ -119,7 +116,7 @@ class ESD(Method):
             (self.trajectory_steps or num_inference_steps) * (1 + (self.trajectory_guidance > 1)) // 2
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        points, asked = self.max_train_steps * self.samples, self.course.objective
+        points, asked = self.max_train_steps * self.samples, self.trajectory_config.objective
         return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
@@ -127,9 +124,9 @@ class ESD(Method):
         model.require_window(prompts)
         turn = on_latents(self.turn, self.turn_side, model.latents_side)
         return train_weights(
-            Steering(model, dataclasses.replace(self.course, turn=turn)),
+            Steering(model, dataclasses.replace(self.trajectory_config, turn=turn)),
             TrainingConcept(problem.erase[0].name, model.encode(prompts), run.generator("training")),
-            InPlace(part_of(model, PARTS[self.part])),
+            InPlace(select_parameters(model, PARTS[self.part])),
             run,
             max_train_steps=self.max_train_steps,
             learning_rate=self.learning_rate,

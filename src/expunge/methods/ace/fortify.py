@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from expunge.changes import Changes, Dense, Gated
-from expunge.erasing.guidance_training import part_of
+from expunge.erasing.parameters import select_parameters
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen
 from expunge.ops.in_place import InPlace
@@ -115,7 +115,7 @@ def fortify(
     attacks = Attacks(held.words.embeddings, len(targets), radius, generator)
     every = torch.cat([held.latents, *(target.latents for target in targets)])
     own = torch.cat([target.latents for target in targets])
-    trained = InPlace(part_of(model, "cross-attention"))
+    trained = InPlace(select_parameters(model, "cross-attention"))
     optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
     start, losses = _resumed(run, trained, optimiser, attacks)
     sound: list[Tensor] = []

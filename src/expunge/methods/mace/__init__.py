@@ -17,13 +17,9 @@ from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Right, find
 from expunge.erasing import fusion, object_masks, reference_images
 from expunge.erasing.fusion import LazyTensors
-from expunge.erasing.guidance_training import (
-    Steering,
-    TrainingConcept,
-    TrajectoryConfig,
-    layers_of,
-    train_factors,
-)
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.guidance_training import train_factors
+from expunge.erasing.parameters import select_layers
 from expunge.erasing.prompt_templates import (
     RETAINED,
     TEMPLATES,
@@ -31,6 +27,7 @@ from expunge.erasing.prompt_templates import (
     assemble_prompts,
     require_place,
 )
+from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.attention import AttentionReader, energy, grid
@@ -418,7 +415,7 @@ class MACE(Method):
             TrainingConcept(c.name, model.encode(self._prompts(c)), run.generator("training", c.name))
             for c in concepts
         ]
-        layers = layers_of(model, "text")
+        layers = select_layers(model, "text")
         course = TrajectoryConfig(
             # ANT's weights for identities and styles; it turns at step 40 of 50.
             Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
@@ -437,8 +434,8 @@ class MACE(Method):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            kept=self.num_images,
-            on=[Right(layers, matrix)] if "refine" in self.stages else [],
+            n_stored=self.num_images,
+            base_changes=[Right(layers, matrix)] if "refine" in self.stages else [],
         )
 
     def train(
