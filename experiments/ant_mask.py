@@ -86,9 +86,7 @@ def main() -> None:
     found, total = counts(options.word, options.maps, method)
     rows = {}
     for half, left in found.items():
-        when = next(
-            (n for n in range(1, len(left) + 1) if settled(left[:n], weights.settle)), None
-        )
+        when = next((n for n in range(1, len(left) + 1) if settled(left[:n], weights.settle)), None)
         shares = {
             str(n): round(left[n - 1] / total, 5) for n in (1, 5, 10, 20, 50, 100) if n <= len(left)
         }

@@ -24,7 +24,8 @@ import expunge
 from expunge import Model
 from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions
-from expunge.methods.mace import MACE, Sums
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
 from expunge.runtime.context import RunContext
 
 WORDINGS = ("a view of the {}", "a beautiful image of the {}", "a shot of the {}")
@@ -59,10 +60,10 @@ def main() -> None:
         return {name: round(float(value), 3) for name, value in {"left": left, **drift}.items()}
 
     rows: list[dict[str, Any]] = []
-    groups = MACE()._groups(model, problem)
-    sums = Sums.of(groups)
+    groups = group_by_anchor(model, problem)
+    sums = PromptSums.of(groups)
     kept = {
-        domain: MACE(refine_prior=1.0, domain_weight=domain)._kept(model, problem, RunContext())
+        domain: MACE(refine_prior=1.0, domain_weight=domain).sum_retained(model, problem, RunContext())
         for domain in DOMAINS
     }
     for ridge, prior, domain in itertools.product(RIDGES, PRIORS, DOMAINS):

@@ -43,7 +43,8 @@ from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.ant.low_rank import LowRankChanges
 from expunge.methods.ant.settings import SharedSettings
-from expunge.methods.mace import MACE, Lesson
+from expunge.methods.mace import MACE
+from expunge.methods.mace.suppression import SuppressionData
 from expunge.runtime.context import RunContext, Tensors
 
 HERE = Path(__file__).parent
@@ -53,10 +54,10 @@ HERE = Path(__file__).parent
 class RememberingMACE(MACE):
     """MACE that finds a concept's images and masks once, however many values are tried on them."""
 
-    def _lesson(self, model: Model, concept: Concept, run: RunContext) -> Lesson:
+    def prepare(self, model: Model, concept: Concept, run: RunContext) -> SuppressionData:
         key = (concept, run.seed, self.templates, self.num_images, self.num_inference_steps, self.masks)
         if (*key, self.end_tokens) not in LESSONS:
-            LESSONS[*key, self.end_tokens] = super()._lesson(model, concept, run)
+            LESSONS[*key, self.end_tokens] = super().prepare(model, concept, run)
         lesson = LESSONS[*key, self.end_tokens]
         return dataclasses.replace(lesson, generator=run.generator("training", concept.name))
 
@@ -94,7 +95,7 @@ class RememberingANT(ANT):
 ATTACKED = 4
 """Images of each prompt that are attacked, which takes long."""
 
-LESSONS: dict[Any, Lesson] = {}
+LESSONS: dict[Any, SuppressionData] = {}
 FACTORS: dict[Any, dict[str, Tensors]] = {}
 REMEMBERING: dict[str, type[Method]] = {"mace": RememberingMACE, "ant": RememberingANT}
 

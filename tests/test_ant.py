@@ -536,7 +536,7 @@ class TestMany:
                       captions="", learning_rate=0.01)  # fmt: skip
         lessons = ("attention", "trajectory")
         one, two = (
-            expunge.erase(model, PROBLEM, dataclasses.replace(method, lesson=lesson))
+            expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=lesson))
             for lesson in lessons
         )
         assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
@@ -599,7 +599,8 @@ class TestMicroBatches:
             )
             changes = train_weights(
                 steering, one, InPlace(parameters), RunContext(0), max_train_steps=3,
-                learning_rate=1e-3, samples=3, micro_batch=micro_batch, retained=other, retain_weight=0.5)  # fmt: skip
+                learning_rate=1e-3, samples=3, micro_batch=micro_batch, retained=other,
+                retain_weight=0.5)  # fmt: skip
             return [change.value for change in changes], rows.most
 
         (whole, all_rows), (parts, few) = train(0), train(2)

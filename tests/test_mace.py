@@ -16,7 +16,9 @@ from expunge.base import image_files
 from expunge.erasing import object_masks, reference_images
 from expunge.erasing.fusion import RETAINED
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.methods.mace import MACE, Sums, focal
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
+from expunge.methods.mace.suppression import focal, timestep_probabilities
 from expunge.ops.attention import read_attention
 from expunge.ops.low_rank import each_its_own
 from expunge.runtime.context import RunContext
@@ -289,12 +291,13 @@ def test_suppress_lowers_the_attention(double):
 def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings):
     method = MACE(**{**FAST, "captions": captions, "batch_size": 4, "ridge": 0.5, **settings})
     problem = PROBLEM if "fuse_prior" in settings else Problem(PROBLEM.erase)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
+    groups = group_by_anchor(double, problem, method.templates)
+    kept = method.sum_retained(double, problem, RunContext(0))
     rows = {
         c.name: torch.cat([double.encode([t.format(n)]).embeddings[0] for n in c.names for t in SHORT])
         for c in problem.erase
     }
-    sums = Sums.of(groups)
+    sums = PromptSums.of(groups)
     torch.testing.assert_close(sums.whole, sum(e.T @ e for e in rows.values()))
     torch.manual_seed(9)
     matrix = torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
@@ -334,8 +337,9 @@ def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
 def test_half_precision_keeps_the_edit(double):
     method, problem = MACE(**FAST), Problem(PROBLEM.erase)
     _, *low = fit(double, problem, method)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
-    sums = Sums.of(groups)
+    groups = group_by_anchor(double, problem, method.templates)
+    kept = method.sum_retained(double, problem, RunContext(0))
+    sums = PromptSums.of(groups)
     matrix = method.refine(sums, kept)
     factors = method.suppress(double, problem, matrix, RunContext(0))
     _, fused = method.fuse(groups, sums, kept, matrix, factors)
@@ -373,7 +377,7 @@ def test_without_fuse_the_changes_are_averaged_on_what_was_refined(model):
 def test_the_floor_is_in_the_first_stage(model):
     """λ is what the floor says, wherever the ridge is less."""
     problem, floor = Problem(PROBLEM.erase[:1]), 0.2
-    sums = Sums.of(MACE(templates=SHORT)._groups(model, problem))
+    sums = PromptSums.of(group_by_anchor(model, problem, SHORT))
     least = floor * float(sums.contexts.trace()) / 32
     made = [
         fit(model, problem, MACE(stages=("refine",), templates=SHORT, **fields))[0].matrix
@@ -420,9 +424,9 @@ def test_a_window_moves_with_the_size_of_the_latents(model):
     wide = {"focal_high": 1.0, "focal_low": -1.0}
     here = model.latents_side
     assert here == 8
-    level, plain = model.log_snr(), MACE(**wide)._chances(model)
+    level, plain = model.log_snr(), timestep_probabilities(MACE(**wide), model)
     for side, shift in ((here, 0.0), (2 * here, 2 * math.log(2)), (here // 2, -2 * math.log(2))):
-        chances = MACE(**wide, focal_side=side)._chances(model)
+        chances = timestep_probabilities(MACE(**wide, focal_side=side), model)
         moved = float((chances * level).sum() - (plain * level).sum())
         assert moved == pytest.approx(shift, abs=0.05)
 
@@ -709,13 +713,17 @@ def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
         return text
 
     monkeypatch.setattr(model, "encode", read)
-    sums = Sums.of(method._groups(model, problem))
+    sums = PromptSums.of(group_by_anchor(model, problem, method.templates))
     assert len(most) == 6
     assert max(most) == 3  # the anchor's, the one before, and its own
     torch.manual_seed(0)
     downs = {c.name: {"x.down": torch.randn(1, 32), "x.up": torch.ones(8, 1)} for c in problem.erase}
     method.fuse(
-        method._groups(model, problem), sums, torch.eye(32).double(), torch.eye(32).double(), downs
+        group_by_anchor(model, problem, method.templates),
+        sums,
+        torch.eye(32).double(),
+        torch.eye(32).double(),
+        downs,
     )
     assert len(most) == 11
     assert max(most) == 3

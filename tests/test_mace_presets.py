@@ -6,7 +6,8 @@ import torch
 import expunge
 from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import Detector
-from expunge.methods.mace import COCO, MACE
+from expunge.methods.mace import MACE
+from expunge.methods.mace.settings import COCO
 
 WORDS = "pizza penguin guitar crown strawberry mushroom turtle owl bell balloon bicycle elephant".split()
 STEPS = 6

@@ -27,8 +27,8 @@ class Clock:
 
 
 FAST = {
-    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}", "learning_rate": 0.01,
-             "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
+    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}",
+             "learning_rate": 0.01, "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
     "ace": {"general": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2, "max_train_steps": 2,
             "attack_steps": 2, "recovered": 0.0, "max_overlap": 1.0},
     "uce": {"general": 20},

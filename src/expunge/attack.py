@@ -19,7 +19,8 @@ class Attack(ABC):
     """A way to bring an erased concept back. One subclass a file in `attacks/`."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
+    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the
+    new."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expunge.model import Model
+from expunge.ops.prompt_alignment import phrase_positions
 from expunge.problem import Concept
 from expunge.text import Text
 
@@ -24,6 +25,23 @@ def last_tokens(text: Text) -> Tensor:
     """
     places = [(row, span.start) for row in range(len(text)) for span in text.from_last_token(row)]
     return torch.stack([text.embeddings[row, place] for row, place in places]).double().cpu()
+
+
+def find_phrases(model: Model, templates: Sequence[str], text: Text, n_names: int = 1) -> Tensor:
+    """Find where the concept's phrase stands in prompts made of it.
+
+    Args:
+        model: whose tokenizer counts the words around the phrase.
+        templates: phrasings with {} in the phrase's place.
+        text: the prompts, name after name, each template by template.
+        n_names: how many names there are.
+
+    Returns:
+        (n, tokens), bool.
+    """
+    sides = [template.split("{}") for template in templates] * n_names
+    before, after = ([model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True))
+    return phrase_positions(before, after, text.content_mask)
 
 
 def vocabulary_words(model: Model, erased: Sequence[Concept]) -> list[str]:
