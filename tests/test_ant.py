@@ -179,7 +179,7 @@ class TestPoints:
                 targets = steering.predict_original(sample)
             found = steering.compute_losses(sample, targets)
             del model.predict
-            late, early = (steering.times.index(int(p.t)) for p in (sample.late, sample.early))
+            late, early = (steering.timesteps.index(int(p.t)) for p in (sample.late, sample.early))
             assert early < late
             assert (sum(rows), len(passes)) == (2 * late + 8, late + 2)
 
@@ -217,8 +217,8 @@ class TestPoints:
         assert ("late anchor" in original) == anchored
         for asked in objective.of_original:
             torch.testing.assert_close(original[asked], again[asked], rtol=1e-9, atol=1e-9)
-        assert set(sample.late.t.tolist()) <= {steering.times[i] for i in steering.late}
-        assert set(sample.early.t.tolist()) <= {steering.times[i] for i in steering.early}
+        assert set(sample.late.t.tolist()) <= {steering.timesteps[i] for i in steering.late}
+        assert set(sample.early.t.tolist()) <= {steering.timesteps[i] for i in steering.early}
 
     def test_time_direction(self):
         model = double()
@@ -391,10 +391,10 @@ class TestSaliency:
             augmentations=("airplane", "a jet"),
         )
         steering = Steering(model, method.trajectory_config)
-        mask = method.weights.find_mask(method, steering, method.augmentations, RunContext(4))
+        mask = method.weights.find_mask(method, steering, method.weights.augmentations, RunContext(4))
         expected, objective = None, Objective()
         bare = dataclasses.replace(method.trajectory_config, objective=objective)
-        for i, prompt in enumerate(method.augmentations):
+        for i, prompt in enumerate(method.weights.augmentations):
             one = TrainingConcept(
                 prompt, model.encode([prompt]), RunContext(4).generator("saliency", str(i))
             )
@@ -666,7 +666,7 @@ class TestAsReleased:
         probe = (torch.randn(1, 4, 8, 8), 500, model.encode(["airplane"]))
         with torch.no_grad():
             first, seen = model.predict(*probe), []
-        draw = Steering.draw
+        draw = Steering.draw_points
 
         def spy(self, subjects):
             with torch.no_grad():
@@ -676,7 +676,7 @@ class TestAsReleased:
             seen.append((now - first).abs().max())
             return draw(self, subjects)
 
-        monkeypatch.setattr(Steering, "draw", spy)
+        monkeypatch.setattr(Steering, "draw_points", spy)
         fields = {
             **QUICK,
             "trained": trained,
@@ -701,7 +701,7 @@ class TestAsReleased:
         train = train_factors
 
         def spy(steering, subjects, layers, run, **how):
-            told.append((subjects[0].text.prompts, layers, how["kept"], how["drawn_by_original"]))
+            told.append((subjects[0].text.prompts, layers, how["n_stored"], how["drawn_by_original"]))
             return train(steering, subjects, layers, run, **how)
 
         monkeypatch.setattr("expunge.methods.ant.low_rank.train_factors", spy)
