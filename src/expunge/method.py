@@ -46,7 +46,8 @@ class Method(ABC):
                     f"{cls.__name__}'s field {name!r} is one of its {group}:"
                     f" {cls.__name__}({group}={kind.__name__}({name}=…)), or {cls.__name__}.of({name}=…)"
                 )
-        require_known(cls, fields, [field.name for field in dataclasses.fields(cls) if field.init])
+        names = [*(field.name for field in dataclasses.fields(cls)), *(f.name for f in leaves(cls))]
+        require_known(cls, fields, names)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

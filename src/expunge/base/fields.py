@@ -58,7 +58,7 @@ def groups(cls: type[Any]) -> dict[str, type[Any]]:
     From the outside, on the command line, in TOML and in records, their fields stand among the others.
     """
     hints = typing.get_type_hints(cls)
-    kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    kinds: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
 
@@ -161,7 +161,8 @@ def _fitted(value: Any, kind: Any, name: str) -> Any:
     if kind in (bool, int, str) and type(value) is kind:
         return value
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-    said = f"a {kind.__name__}" if dataclasses.is_dataclass(kind) else words.get(kind, "a list of text")
+    grouped = dataclasses.is_dataclass(kind) and isinstance(kind, type)
+    said = f"a {kind.__name__}" if grouped else words.get(kind, "a list of text")
     raise ExpungeError(f"{name} must be {said}, not {value!r}")
 
 
