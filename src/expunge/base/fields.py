@@ -59,7 +59,7 @@ def groups(cls: type[Any]) -> dict[str, type[Any]]:
     """
     hints = typing.get_type_hints(cls)
     kinds: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    return {n: k for n, k in kinds.items() if isinstance(k, type) and dataclasses.is_dataclass(k)}
 
 
 def leaves(cls: type[Any]) -> list[dataclasses.Field[Any]]:
