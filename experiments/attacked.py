@@ -116,7 +116,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "model sha256": model_hash(model),
         "words": options.words,
-        "images a word": options.images,
+        "pictures a word": options.images,
         "autocast": "" if options.float32 else "bfloat16",
         "edits": {},
     }

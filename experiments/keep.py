@@ -1,7 +1,8 @@
 """Keep what `expunge run` came to: its numbers beside the experiments, its images in the docs.
 
-Copies `results.json` to `experiments/results/GROUP/NAME.json`, and draws (from the cache) a band for
-each edit, before above after, to `docs/images/GROUP-NAME.png`: the erased, its synonyms, and what stays.
+Copies `results.json` to `experiments/results/GROUP/NAME.json`, of quick size to `NAME-quick.json`, and
+draws (from the cache) a band for each edit, before above after, to `docs/images/GROUP-NAME.png`: the
+erased, its synonyms, and what stays.
 
     expunge run experiments/mace/objects.toml --full --autocast bfloat16 -o objects.work
     python experiments/keep.py experiments/mace/objects.toml objects.work
@@ -87,7 +88,7 @@ def _figure(results: Any, name: str, score: str) -> str:
 def _short(request: Request) -> str:
     """What tells a prompt from the others."""
     return re.sub(
-        r"^(an? (photo|image|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
+        r"^(an? (photo|picture|drawing|oil painting) of )?the (flag of (the )?)?", "", request.prompt
     )
 
 
@@ -98,12 +99,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what `expunge run` wrote to")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--numbers-alone", action="store_true", help="draw nothing")
     options = parser.parse_args()
     experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
     results = json.loads((options.folder / "results.json").read_text("utf8"))
     group, name = options.experiment.parent.name, options.experiment.stem
+    name += "-quick" * (results["size"] == "quick")
     with replacing(options.results / group / f"{name}.json") as file:
         shutil.copyfile(options.folder / "results.json", file)
+    if options.numbers_alone:
+        return
     suite = experiment.suites[0]
     suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
     # What has been made so far: a run may have been stopped.

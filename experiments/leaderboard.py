@@ -3,12 +3,12 @@
 What is done is found again (edits by their content, images and scores in the cache), so that a run
 that was stopped goes on, and a further method or suite costs what is new of it. Each suite's report is
 a page in the work folder. Writes `experiments/results/leaderboard-SIZE.json`, and from those files the
-table `docs/leaderboard.md`.
+page `docs/reference/leaderboard.md`.
 
     python experiments/leaderboard.py                              # quick, all methods
     python experiments/leaderboard.py --full --methods uce mace
     python experiments/leaderboard.py --suites object --take 1 --tiny     # does it work?
-    python experiments/leaderboard.py --table --readme README.md    # the tables alone
+    python experiments/leaderboard.py --table                      # the page alone, from the results
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from expunge.model import Model
 from expunge.problem import Kind
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- leaderboard -->", "<!-- end of the leaderboard -->"
+PAGE = "docs/reference/leaderboard.md"
 SIZES = ("quick", "full")
+EDIT_SEEDS = 3
+"""How many times a full table makes every edit, each with another seed."""
 TINY = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)
 
 
@@ -72,15 +74,15 @@ FULL = {
     "ten objects in turn": ("objects", ""),
     "20 flags": ("flags-20", ""),
     "four styles in turn": ("styles", ""),
-    "weapons told as nine": ("unsafe", "weapon, pistol, knife …"),
-    "weapons told as one": ("unsafe", "weapon"),
+    "weapons as nine concepts": ("unsafe", "weapon, pistol, knife …"),
+    "weapons as one concept": ("unsafe", "weapon"),
 }
 """Experiments of `experiments/ace`, run at full size, by what their columns say; where one problem of
 several is meant, what its rows are called."""
 ANCHORED = {
     "ten objects in turn": "objects-anchored",
     "20 flags": "flags-anchored",
-    "weapons told as one": "unsafe-anchored",
+    "weapons as one concept": "unsafe-anchored",
 }
 """Experiments of `experiments/ant` with ANT turned to the anchor, by the columns they stand in."""
 LEAST_IN_TURN = 3  # of a list of identities so many are erased alone
@@ -138,8 +140,9 @@ def judge(
     candidates = []
     for problem in problems(task, suite, take):
         for name in methods:
-            job = Job(method_for(name, model, task.kind), name, problem, 0, title=name)
-            candidates.append(job.done(model, folder / "edits", progress))
+            for seed in range(EDIT_SEEDS if full else 1):
+                job = Job(method_for(name, model, task.kind), name, problem, seed, title=name)
+                candidates.append(job.done(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
@@ -172,7 +175,10 @@ def rows(report: Report) -> dict[str, Any]:
             "unrecognisable": number(average(broken)),
             "edits": 0 if method == "original" else len(members),
             "seconds an edit": round(sum(seconds) / len(seconds), 1) if seconds else None,
-            "each": {", ".join(case.erased): number(row.h) for case, row in members},
+            "each": {
+                name: number(average([row.h for case, row in members if ", ".join(case.erased) == name]))
+                for name in dict.fromkeys(", ".join(case.erased) for case, _ in members)
+            },
         }
     return found
 
@@ -187,12 +193,19 @@ def table(results: Path) -> str:
     """The leaderboard in Markdown, from the files of results."""
     parts = [
         "# Leaderboard\n",
-        "The emoji model, judged by its own suites ([judging.md](judging.md) says how). Every number is",
-        "in per cent with its 95 % interval, averaged over what was erased; H is the harmonic mean of",
-        "the terms beside it. A method's settings are its preset for the emoji model, or its defaults.",
-        "Made by `python experiments/leaderboard.py` from `experiments/results/leaderboard-*.json`.",
-        "Tables that name an experiment are from before training, retaining and judging had templates",
-        "of their own; the quick ones are from after it.",
+        "The shipped emoji model, judged by its own suites ([how judging",
+        "works](../explanation/judging.md)). Every number is in per cent with its 95 % interval,",
+        "averaged over what was erased; H is the harmonic mean of the terms beside it. Each method runs",
+        "with its preset for the emoji model, or with its defaults. `python experiments/leaderboard.py`",
+        "makes this page from `experiments/results/leaderboard-*.json`.",
+        "",
+        "**Which prompt templates.** The quick tables were made after the templates for training,",
+        "retaining and judging were separated; their intervals are about words in general. The tables",
+        "under *Full size* and *Under attack* were made before that, with the older templates and",
+        "intervals about these words alone.",
+        "",
+        "**What the tables can tell.** Where methods score 99 and more, a suite does not separate them",
+        "on this model. The original keeps everything and erases nothing, so its H is 0.",
     ]
     for size in SIZES:
         file = results / f"leaderboard-{size}.json"
@@ -282,15 +295,25 @@ def under_attack(results: Path) -> list[str]:
     if not file.is_file():
         return []
     record = json.loads(file.read_text("utf8"))
-    words, images = record["words"], record["images a word"] * len(record["words"])
+    words, images = record["words"], record["pictures a word"] * len(record["words"])
     return [
         "\n## Under attack\n",
         f"The share of images in which an erased word is seen again ({', '.join(words)};",
-        f"{images} images): without attack (pre-ASR), and under two kinds, each with ever more to",
-        "spend: a bounded attack on the prompt's embedding, and a word learnt by textual inversion.",
-        "Made by `python experiments/attacked.py`.\n",
+        f"{images} images): without an attack (pre-ASR), and under two attacks with growing budgets,",
+        "a bounded attack on the prompt's embedding and a word learnt by textual inversion. Lower is",
+        "better. An image that the attack breaks counts as not seen. `python experiments/attacked.py`",
+        "makes this table.\n",
         attacked(record["means"]),
+        *_longer(results / "ace" / "attacked-longer.json"),
     ]
+
+
+def _longer(file: Path) -> list[str]:
+    """What longer attacks brought back, in Markdown; nothing where they have not been run."""
+    if not file.is_file():
+        return []
+    means = json.loads(file.read_text("utf8"))["means"]
+    return [f"\nLonger attacks get further (`experiments/results/ace/{file.name}`):\n", attacked(means)]
 
 
 def attacked(means: dict[str, Any]) -> str:
@@ -304,38 +327,6 @@ def _percent(one: dict[str, Any]) -> str:
     if one["value"] is None:
         return "–"
     return f"{100 * one['value']:.1f} <sub>{100 * one['low']:.0f}–{100 * one['high']:.0f}</sub>"
-
-
-def summary(results: Path) -> str:
-    """The H of every method on every suite, at the largest size there is, in Markdown."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for size in SIZES:
-        file = results / f"leaderboard-{size}.json"
-        if file.is_file():
-            record = json.loads(file.read_text("utf8"))
-            found |= {name: (size, one) for name, one in record["suites"].items()}
-    suites = [task.suite for task in TASKS if task.suite in found]
-    methods = list(dict.fromkeys(method for name in suites for method in found[name][1]["rows"]))
-    lines = []
-    for method in methods:
-        rows = [(found[name][1]["rows"].get(method), found[name][1]["score"]) for name in suites]
-        cells = [_percent(row[score]) if row else "–" for row, score in rows]
-        lines.append([method, *cells])
-    return grid(["", *(f"{name}, {found[name][0]}" for name in suites)], lines)
-
-
-def _both(results: Path) -> str:
-    """The README's tables."""
-    return "\n\n".join(filter(None, [full_size(results), *under_attack(results)[-1:], summary(results)]))
-
-
-def put_between(text: str, inside: str) -> str:
-    """The text with `inside` between its two markers."""
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"there is no {BEGIN} … {END} to put the table between")
-    return f"{before}{BEGIN}\n{inside}\n{END}{after}"
 
 
 def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -> None:
@@ -378,8 +369,9 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "leaderboard.md")
-    parser.add_argument("--readme", type=Path, help="a file with markers to put the summary between")
+    parser.add_argument(
+        "--docs", type=Path, default=HERE.parent / "docs" / "reference" / "leaderboard.md"
+    )
     parser.add_argument(
         "--table", action="store_true", help="write the table from the results there are"
     )
@@ -426,10 +418,6 @@ def main() -> None:
             )
     with replacing(options.docs) as temporary:
         temporary.write_text(table(options.results), "utf8")
-    if options.readme:
-        text = options.readme.read_text("utf8")
-        with replacing(options.readme) as temporary:
-            temporary.write_text(put_between(text, _both(options.results)), "utf8")
 
 
 if __name__ == "__main__":

@@ -771,7 +771,7 @@ class TestSchedulers:
     def test_a_flow_keeps_its_own_and_refuses_ddim(self):
         model = expunge.load(tiny.sd3())
         course = dataclasses.replace(ANT.of(**QUICK).trajectory_config, turn=0.0)
-        assert Steering(model, course).times == model.timesteps(4)
+        assert Steering(model, course).timesteps == model.timesteps(4)
         with pytest.raises(ExpungeError, match="DDIM is for models that predict noise"):
             Steering(model, dataclasses.replace(course, scheduler="DDIM"))
 

@@ -39,7 +39,7 @@ def test_training_steps(training_steps, method, way, tmp_path):
 
 def table(name):
     """The rows of a table of the page, between its comments."""
-    page = (HERE.parent / "docs" / "use-elsewhere.md").read_text()
+    page = (HERE.parent / "docs" / "notes" / "export.md").read_text()
     return page.partition(f"<!-- {name} -->\n")[2].partition("\n<!-- end")[0].splitlines()[2:]
 
 

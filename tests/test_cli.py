@@ -18,7 +18,7 @@ import expunge
 from expunge import Edit, ExpungeError
 from expunge.base import registry
 from expunge.cli.export_commands import Loading
-from expunge.cli.main import main
+from expunge.cli.main import _judged_names, _nearest, _spelled, main
 from expunge.runtime.cost import Cost
 from quick import options as quick_options
 from tiny import flux, sdxl
@@ -48,7 +48,7 @@ def edit(run):
 def test_draw_one_grid(run):
     code, out, err = run("draw", "a ship", "-n", "3", "-o", "new/grid.png", "--steps", "2")
     assert (code, err) == (0, "")
-    assert "3 pictures of 'a ship'" in out
+    assert "3 images of 'a ship'" in out
     assert Image.open("new/grid.png").size == (3 * 196 + 4, 200)
 
 
@@ -368,7 +368,58 @@ def test_an_anchor_of_no_known_word_is_said(run):
 def test_a_name_of_no_known_word_is_said(run):
     code, _, err = run("erase", "uce", "--concept", "airplne=sky", "-o", "e.safetensors")
     assert code == 0
-    assert "note: this model's tokenizer has no token for 'airplne': look whether it is spelled" in err
+    said = "note: this model's tokenizer has no token for"
+    assert f"{said} 'airplne' (near: 'airplane'): look whether it is spelled" in err
+    # Nothing is near to some; what is retained is misspelt in silence otherwise.
+    retained = ("--retain", "brid", "--retain", "the zzyzx", "--retain", "a hores")
+    err = run("erase", "uce", "--concept", "qqqq=grond", *retained, "-o", "f.safetensors")[2]
+    assert f"{said} 'qqqq', 'brid' (near: 'bird'), 'hores' (near: 'horse'): look" in err
+    assert f"{said} 'grond' (near: 'ground') in the anchor" in err
+    assert "zzyzx" not in err
+
+
+def test_the_near_name_is_one_that_the_model_is_asked_for():
+    names = _judged_names("emoji")
+    near = {"flag of Frence": "flag of France", "a hrose": "horse", "Pistl": "pistol", "qqqq": ""}
+    assert {name: _nearest(name, names) for name in near} == near
+    assert _judged_names("somebody's") == []
+
+
+def test_what_a_suite_asks_for_is_spelled_as_meant(model, monkeypatch):
+    monkeypatch.setattr("expunge.cli.main._judged_names", lambda name: ["Zaphod Beeblebrox", "horse"])
+    assert _spelled(model, ["Zaphod Beeblebrox", "horse", "an airplane"]) == ""
+    assert _spelled(model, ["zaphod Beeblebrocks"]).startswith("'zaphod' (near: 'Zaphod Beeblebrox')")
+    assert _spelled(model, ["a hrose", "brid"]) == "'hrose' (near: 'horse'), 'brid' (near: 'bird')"
+
+
+def test_what_is_piped_has_no_blanks_at_its_lines_ends(run, edit):
+    for command in (
+        ("list", "methods"),
+        ("list", "suites"),
+        ("info", edit),
+        ("erase", "mace", "--preset", "list"),
+    ):
+        out = run(*command)[1]
+        assert out.count("\n") > 2
+        assert all(line == line.rstrip() for line in out.splitlines()), command
+
+
+def test_one_concept_with_two_anchors_is_not_merged(run, edit, folder):
+    def erased(method, concept, file):
+        assert run("erase", method, "--concept", concept, "-o", file)[0] == 0
+        return file
+
+    def merged(*files):
+        return run("merge", *files, "--model", str(folder), "-o", "m.safetensors")
+
+    for concept in ("airplane=ground", "Airplane=", "jet|airplane=street"):
+        other = erased("uce", concept, "other.safetensors")
+        code, _, err = merged(edit, other)
+        assert code == 2
+        assert "'sky' in one of the edits to merge and" in err
+        assert "merged, it would become neither" in err
+        assert not Path("m.safetensors").exists()
+    assert merged(edit, erased("oce", "airplane=sky", "same.safetensors"))[0] == 0
 
 
 def test_info_of_a_shipped_model(run):
@@ -619,7 +670,7 @@ def test_a_prompt_may_begin_with_a_hyphen(run, arguments, prompt):
         "draw", "--steps", "1", "-o", "x.png", "--model", "emoji", *arguments, model=False
     )
     assert (code, err) == (0, "")
-    assert out == f"x.png: 1 picture of {prompt!r}\n"
+    assert out == f"x.png: 1 image of {prompt!r}\n"
 
 
 def test_values_of_options_may_begin_with_a_hyphen(run):

@@ -113,11 +113,11 @@ def test_retain_alone(file):
         (
             "c.toml",
             '\n[[concept]]\nname="a"\nanker="b"',
-            "line 2: Concept has no field 'anker'; did you mean",
+            "line 2: a concept has no field 'anker'; did you mean",
         ),
         ("c.toml", "[[concept]]\nname=3", "line 1: name must be text, not 3"),
         ("c.toml", "[[concept]]\nanchor='a'", "line 1: a concept needs a name"),
-        ("c.toml", "concept=[{name='a'}, {nam='b'}]", "concept 2: Concept has no field 'nam'"),
+        ("c.toml", "concept=[{name='a'}, {nam='b'}]", "concept 2: a concept has no field 'nam'"),
         ("c.toml", "retain='bird'", "retain must be a list of prompts, not 'bird'"),
         ("c.json", "{}", "from a .txt, .csv or .toml file, not"),
     ],

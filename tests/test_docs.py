@@ -1,165 +1,339 @@
-"""Every command and code block of the README and the docs runs."""
+"""Every command and code block of the README and the docs runs, and every link leads somewhere."""
 
+import dataclasses
+import importlib.util
+import itertools
 import re
 import shlex
 import shutil
+import unicodedata
+from functools import cache
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
 
 import expunge
-from conftest import tiny_pipeline, weights
+import test_methods
+from conftest import tiny_pipeline
 from expunge import Concept, Problem
 from expunge.base import registry
+from expunge.checkpoints import loading
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
-from expunge.method import Method
+from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.suite import Size, Suite
+from test_imports import ORDER
 from tiny import single_file
 
 HERE = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(str(path.relative_to(HERE)) for path in HERE.glob("docs/**/*.md"))]
+TEXTS = {page: (HERE / page).read_text("utf-8") for page in PAGES}
+ALSO = ["CONTRIBUTING.md", "experiments/README.md", "benchmarks/README.md"]
+"""Pages whose links and commands are checked too."""
+TEXTS |= {page: (HERE / page).read_text("utf-8") for page in ALSO}
+
+QUICKER = {
+    "uce": "--general 5",
+    "mace": "--stages refine fuse --captions ''",
+    "ace": "--stages gate --general 20",
+    "speed": "--general 20",
+    "oce": "--captions ''",
+}
+"""What is added to a page's `erase`, so that it takes seconds."""
+FEW = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)
+ATTACKS = {"embedding": {"radius": [0.05, 0.1], "steps": 1}}
 
 
-def blocks(file: str, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", (HERE / file).read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    file: str
+    """The file that the page says to save it as, or ""."""
 
 
-def notes(err: str) -> list[str]:
-    """What was said beside progress, of which a slow machine says more."""
-    return [line for line in err.splitlines() if "% done" not in line]
+def blocks(page):
+    """The blocks of a page, in order."""
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE):
+        before = TEXTS[page][: match.start()].rstrip().rpartition("\n")[2]
+        named = re.search(r"Save this as `([^`]+)`:$", before)
+        found.append(Block(match[1], match[2], named[1] if named else ""))
+    return found
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    commands = "".join(blocks("README.md", "bash")).splitlines()
-    assert len(commands) >= 5
-    for command in commands:
-        program, *arguments = shlex.split(command, comments=True)
-        assert program == "expunge"
-        assert main(arguments) == 0, command
-    out, err = capsys.readouterr()
-    assert not notes(err)
-    assert "airplane" in out
-    made = {path.name for path in tmp_path.iterdir()}
-    wanted = {"cats.png", "no-airplane.safetensors", "after.png", "mace.safetensors"}
-    assert made == wanted | {"no-airplane-lora.safetensors", "no-airplane-lora.md"}
+def commands(text):
+    """The commands of a block, one a line but for those that a backslash continues."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_python(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    found = blocks("README.md", "python")
-    assert len(found) >= 2
-    for block in found:
-        exec(block, names)
-    assert names["pictures"].shape == (4, 3, 64, 64)
+RUN = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
+OWN_MODEL = {"docs/how-to/use-your-own-model.md", "docs/tutorials/lora-to-comfyui.md"}
 
 
-def test_use_elsewhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (commands,) = blocks("docs/use-elsewhere.md", "bash")
-    for command in commands.splitlines():
-        program, *arguments = shlex.split(command)
-        assert program == "expunge"
-        assert main(arguments) == 0, command
-    out, err = capsys.readouterr()
-    assert not notes(err)
-    for said in (
-        "memory: ",
-        "in all 513 prompts: about",
-        "rank 32",
-        "of their norm is lost, but",
-        "of the erasure and",
-        "For emoji alone, which is built like Stable Diffusion 1.x but smaller: diffusers loads it.",
-        "airplane (becomes 'sky') by uce",
-        "airplane back",
-    ):
-        assert said in out
-    (block,) = blocks("docs/use-elsewhere.md", "python")
-    names: dict = {}
-    exec(block, names)
-    assert names["image"].size == (64, 64)
+def test_there_are_pages_to_run():
+    assert len(PAGES) > 30
+    assert len(RUN) > 10
+    assert set(RUN) > OWN_MODEL
 
 
-def test_use_elsewhere_with_a_file_of_ones_own(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    single_file(tiny_pipeline(), "dream.safetensors")
-    shutil.copytree(folder, "stable-diffusion-v1-5")
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory, folder):
+    """The files that pages on models of one's own speak of, tiny."""
+    path = tmp_path_factory.mktemp("own")
+    single_file(tiny_pipeline(), path / "dream.safetensors")
+    shutil.copytree(folder, path / "stable-diffusion-v1-5")
     edit = expunge.erase(expunge.load(folder), Problem((Concept("ship", "sky"),)))
-    export(edit, "kohya", folder, "style.safetensors")
-    before = {path: Path(path).read_bytes() for path in ("dream.safetensors", "style.safetensors")}
-    commands = "".join(blocks("docs/use-elsewhere.md", "sh")).replace("\\\n", "").splitlines()
-    assert len(commands) >= 5
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "expunge"
-        assert main(arguments) == 0, (command, capsys.readouterr().err)
-    assert {path: Path(path).read_bytes() for path in before} == before
-    assert "Van Gogh (becomes 'art') by uce" in capsys.readouterr().out
+    export(edit, "kohya", folder, path / "style.safetensors")
+    return path
 
 
-def test_use_elsewhere_with_peft(tmp_path, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """Suites of a few images in a few steps, and a small attack."""
+    read = Suite.read.__func__
+    monkeypatch.setattr(
+        Suite,
+        "read",
+        classmethod(
+            lambda cls, path: dataclasses.replace(
+                read(cls, path),
+                sizes={"quick": FEW, "full": FEW},
+                attacks=ATTACKS,
+            )
+        ),
+    )
+    settings = loading.settings
+    monkeypatch.setattr(loading, "settings", lambda found: {**settings(found), "num_inference_steps": 2})
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {}
+    if page in OWN_MODEL:
+        shutil.copytree(request.getfixturevalue("model_files"), tmp_path, dirs_exist_ok=True)
+        before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    names = {"__name__": "page"}
+    for block in blocks(page):
+        if block.file:
+            text = block.text.replace('name = "uce"', 'name = "uce"\ngeneral = 5')
+            text = text.replace('name = "mace"', 'name = "mace"\ncaptions = ""')
+            Path(block.file).write_text(text, "utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+        elif block.language == "bash":
+            for command in commands(block.text):
+                run(command, capsys)
+    assert {path: path.read_bytes() for path in before} == before  # what came in is never written to
+
+
+def run(command, capsys):
+    """Run one command of a page; it must end well and warn of nothing."""
+    program, *arguments = shlex.split(command)
+    assert program == "expunge", command
+    if arguments[0] == "erase":
+        arguments += shlex.split(QUICKER.get(arguments[1], ""))
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    notes = [line for line in err.splitlines() if "% done" not in line]
+    assert code == 0, (command, notes)
+    assert not [note for note in notes if "note: " in note and "no token" not in note], (command, notes)
+    for sign in ("-o", "--output"):
+        if sign in arguments and "--dry-run" not in arguments:
+            assert Path(arguments[arguments.index(sign) + 1]).exists(), command
+    return out
+
+
+def test_the_readme_shows_the_main_job():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 120
+    (image,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert (HERE / image).is_file()
+    (block,) = (block for block in blocks("README.md") if block.language == "bash")
+    assert len(commands(block.text)) == 5
+    assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 1
+
+
+@cache
+def help_of(command, method=""):
+    """The help of a command, as a person reads it."""
+    spec = importlib.util.spec_from_file_location("hooks", HERE / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks.output_of(f"expunge {command} {method} --help")
+
+
+def typed():
+    """(page, command) of all that pages name, in blocks that are not run and in their text."""
+    for page, text in TEXTS.items():
+        for block in blocks(page):
+            if block.language == "sh":
+                yield from ((page, command) for command in commands(block.text))
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([^`]+)`", prose):
+            if re.match(r"(expunge|python|make|bash) ", code):
+                yield page, " ".join(code.split())
+
+
+def test_commands_that_are_not_run_are_right():
+    seen = list(typed())
+    assert len(seen) > 60
+    targets = re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text("utf-8"), re.MULTILINE)
+    for page, command in seen:
+        for one in command.split(" && "):
+            program, *arguments = shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", one).replace("…", "x"))
+            if program == "expunge":
+                check(arguments, page)
+            elif program.endswith("python") and arguments[0].endswith(".py"):
+                assert (HERE / arguments[0]).is_file() or "NAME" in arguments[0], (page, one)
+            elif program == "make":
+                assert arguments[0] in targets, (page, one)
+
+
+def check(arguments, page):
+    """A command and its options are among those of the program; names of methods and presets too."""
+    command = arguments[0]
+    if command.isupper() or command.startswith("--"):
+        return
+    method = ""
+    if command == "erase":
+        method = arguments[1] if len(arguments) > 1 else "METHOD"
+        if method == "METHOD":
+            method = "uce"
+        elif method == "dim":  # the tutorial's own, which is not in the folder
+            return
+        assert method in registry.names("methods"), (page, arguments)
+        if "--preset" in arguments:
+            preset = arguments[arguments.index("--preset") + 1]
+            if preset != "list":
+                assert preset in registry.get("methods", method).presets, (page, arguments)
+    known = set(re.findall(r"--[a-z][a-z-]*", help_of(command, method)))
+    for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        assert option in known or option == "--help", (page, arguments, option)
+
+
+@pytest.mark.parametrize("name", ["uce", "mace", "ace", "ant"])
+def test_a_method_page_names_real_fields(name):
+    known = {field.name for field in dataclasses.fields(registry.get("methods", name))}
+    lines = TEXTS[f"docs/explanation/{name}.md"].splitlines()
+    named = set()
+    for start, line in enumerate(lines):
+        if line.startswith("|") and re.search(r"\| field \|", line):
+            column = [cell.strip() for cell in line.split("|")].index("field")
+            for row in itertools.takewhile(lambda row: row.startswith("|"), lines[start + 2 :]):
+                named |= set(re.findall(r"`(\w+)`", row.split("|")[column]))
+    assert len(named) > 3
+    assert named <= known
+
+
+def anchors(text):
+    """The anchors of a page's headings, as Markdown's table of contents makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE):
+        plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        plain = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        found.add(re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page])
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (HERE / page).parent / path if path else HERE / page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target.read_text("utf-8")), link
+
+
+def test_every_page_is_in_the_contents():
+    nav = (HERE / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    for page in PAGES[1:]:
+        assert page.removeprefix("docs/") in nav, page
+
+
+def test_the_drawing_names_every_room():
+    drawing = (HERE / "docs" / "images" / "architecture-rooms.svg").read_text("utf-8")
+    words = set(re.findall(r"\w+", drawing))
+    assert set(ORDER) <= words
+
+
+def test_the_site_loads_nothing_from_the_network():
+    config = (HERE / "mkdocs.yml").read_text("utf-8")
+    assert "font: false" in config
+    assert not re.search(r"https?://", config)
+    assert "mermaid" not in config  # the theme fetches it
+
+
+def test_reference_pages_are_filled_by_the_program():
+    spec = importlib.util.spec_from_file_location("hooks", HERE / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.fill(TEXTS["docs/reference/cli.md"])
+    for command in ("draw", "erase", "evaluate", "run", "export", "merge", "undo", "info", "list"):
+        assert f"usage: expunge {command}" in page
+    erase = page.partition("## erase")[2].partition("## evaluate")[0]
+    assert "--retain" in erase
+    assert "--ridge" not in erase
+    page = hooks.fill(TEXTS["docs/reference/methods.md"])
+    for method in registry.names("methods"):
+        assert f"### {method}\n" in page
+    assert "--ridge" in page
+    assert "usage:" not in page.partition("## Fields")[2]
+    with pytest.raises(SystemExit, match="failed"):
+        hooks.output_of("expunge list nothing")
+
+
+def test_peft_reads_the_lora_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     model = expunge.load("emoji")
     method = registry.get("methods", "uce")(general=5)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     export(edit, "lora", "emoji", "no-airplane-lora.safetensors")
-    (block,) = blocks("docs/use-elsewhere.md", "py")
-    names: dict = {"DiffusionPipeline": DiffusionPipeline}
-    exec(block.replace("OWNER/MODEL", str(registry.HERE / "emoji" / "pipeline")), names)
+    (block,) = (block for block in blocks("docs/how-to/export.md") if block.language == "py")
+    names = {"DiffusionPipeline": DiffusionPipeline}
+    exec(block.text.replace("OWNER/MODEL", str(registry.HERE / "emoji" / "pipeline")), names)
     assert any("lora" in name for name, _ in names["pipe"].unet.named_parameters())
 
 
-def test_judging(tmp_path):
-    (block,) = blocks("docs/judging.md", "python")
-    names: dict = {}
-    exec(block, names)
-    assert {"erased", "synonyms", "retained"} <= set(names["prompts"])
-    suite, table = blocks("docs/judging.md", "toml")
-    (tmp_path / "own.toml").write_text(suite)
-    assert [c.name for c in names["Suite"].read(tmp_path / "own.toml").concepts] == [
-        "cat",
-        "dog",
-        "horse",
-    ]
-    (tmp_path / "table.toml").write_text(table)
-    from expunge.evaluation.experiment import Experiment
-
-    assert len(Experiment.read(tmp_path / "table.toml").jobs()) == 9
-    schema = (HERE / "docs" / "judging.md").read_text().partition("## results.json")[2]
+def test_the_examples_of_judging_mean_what_they_say(tmp_path):
+    (suite,) = (block for block in blocks("docs/how-to/judge-an-edit.md") if block.language == "toml")
+    (tmp_path / suite.file).write_text(suite.text, "utf-8")
+    concepts = Suite.read(tmp_path / suite.file).concepts
+    assert [concept.name for concept in concepts] == ["cat", "dog", "horse"]
+    (table,) = (block for block in blocks("docs/how-to/compare-methods.md") if block.language == "toml")
+    (tmp_path / table.file).write_text(table.text, "utf-8")
+    assert len(Experiment.read(tmp_path / table.file).jobs()) == 9
+    schema = TEXTS["docs/reference/file-formats.md"].partition("## results.json")[2]
     for key in ("provenance", "cases", "methods", "left out", "differences", "larger than chance"):
         assert f"`{key}`" in schema or f".{key}" in schema or f"[].{key}" in schema
 
 
-def test_extending(model, problem, tmp_path):
-    (block,) = blocks("docs/extending.md", "python")
-    names: dict = {"__name__": "dim"}
-    exec(block, names)
-    method = names["Dim"]()
-    assert isinstance(method, Method)
-    edit = expunge.erase(model, problem, method)
-    edit.apply(model).remove()
-    assert len(edit.changes) == 14
-    # Saved and loaded it does the same, and it keeps what every method promises.
-    edit.save(tmp_path / "dim.safetensors")
-    again = expunge.Edit.load(tmp_path / "dim.safetensors")
-    assert again.hash == edit.hash
-    assert again.record.fields == edit.record.fields
-    assert again.fits(model)
-    assert expunge.erase(model, problem, method).hash == edit.hash
-    before = weights(model.pipe)
-    with again.apply(model):
-        after = weights(model.pipe)
-    changed = {key for key in before if not before[key].equal(after[key])}
-    assert changed == {f"{layer}.weight" for change in edit.changes for layer in change.layers}
-    assert all(tensor.equal(before[key]) for key, tensor in weights(model.pipe).items())
+def example():
+    """The method of the tutorial."""
+    names = {"__name__": "dim"}
+    block = next(b for b in blocks("docs/tutorials/add-a-method.md") if b.language == "python")
+    exec(block.text, names)
+    return names["Dim"]
 
 
-def test_make_targets_are_there():
-    named = set(re.findall(r"make ([a-z]+)", (HERE / "README.md").read_text()))
-    assert {"demo", "test", "check"} <= named
-    for target in named:
-        assert re.search(rf"^{target}:", (HERE / "Makefile").read_text(), re.MULTILINE)
+class TestTheExampleKeepsTheContract(test_methods.TestContract):
+    """What every method of the folder keeps, of the tutorial's."""
+
+    @pytest.fixture
+    def method(self, monkeypatch):
+        describe = registry.describe
+        monkeypatch.setattr(
+            registry, "describe", lambda kind, name: "DIM." if name == "dim" else describe(kind, name)
+        )
+        return example()()

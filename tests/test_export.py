@@ -21,7 +21,7 @@ from expunge.base import registry
 from expunge.changes import Dense, Gated, LowRank, Right, find
 from expunge.checkpoints import hub, safetensors_io
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import plan, plan_of, together
+from expunge.checkpoints.cost_estimate import estimate, estimate_model, together
 from expunge.checkpoints.export import export, fits
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.checkpoints.merge import merge
@@ -1021,8 +1021,8 @@ def test_a_plan_fetches_configurations_alone(on_hub, folder):
     assert {path.name for path in on_hub[1].rglob("*") if path.is_file()} == {
         "model_index.json", "config.json"
     }  # fmt: skip
-    made = plan(checkpoint, torch.float32, "cpu")
-    of_folder = plan_of(expunge.load(folder))
+    made = estimate(checkpoint, torch.float32, "cpu")
+    of_folder = estimate_model(expunge.load(folder))
     assert made.parameters == of_folder.parameters
     assert made.memory == of_folder.memory == 4 * sum(made.parameters.values())
 
@@ -1057,8 +1057,10 @@ def test_a_model_of_the_hub_that_is_here(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_a_plan_of_every_family(tiny, name):
     checkpoint = Checkpoint.find(tiny[name])
-    made, text = (plan(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True))
-    assert made.parameters == plan_of(expunge.load(tiny[name])).parameters
+    made, text = (
+        estimate(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True)
+    )
+    assert made.parameters == estimate_model(expunge.load(tiny[name])).parameters
     assert text.parameters == {k: n for k, n in made.parameters.items() if k in ("CLIP", "T5")}
     assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
     denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
@@ -1072,7 +1074,7 @@ def test_a_plan_of_every_family(tiny, name):
         there = dataclasses.replace(made, together=together(device, offload))
         assert there.memory == 2 * numbers
     with pytest.raises(ExpungeError, match="no accelerator to offload from"):
-        plan(checkpoint, torch.float16, "cpu", offload=True)
+        estimate(checkpoint, torch.float16, "cpu", offload=True)
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

@@ -171,8 +171,8 @@ class TestFortify:
         assert torch.equal(one.direction, other.direction)
 
     def test_its_cost_is_in_the_plan(self, problem):
-        more = dataclasses.replace(FORTIFY, fortify_steps=500).work(problem, 12)
-        less = FORTIFY.work(problem, 12)
+        more = dataclasses.replace(FORTIFY, fortify_steps=500).estimate_cost(problem, 12)
+        less = FORTIFY.estimate_cost(problem, 12)
         assert more.gradients > less.gradients > 0
         assert more.predictions > less.predictions
 

@@ -327,7 +327,7 @@ class TestClosedForm:
         general, mean = torch.randn(500, 16), 8 * torch.eye(16)[0]
         concept, retained = mean + torch.randn(50, 16), 8 * torch.eye(16)[1] + torch.randn(50, 16)
         background = Background(general, retained, 1.0, 4.0)
-        found = gate(concept, background, margin=0.4, leak=0.01)
+        found = gate(concept, background, margin=0.4, retain_openness=0.01)
         s = torch.sigmoid(
             found.slope
             * (torch.cat([concept, retained, general]) @ found.direction.float() - found.centre)
@@ -343,7 +343,8 @@ class TestClosedForm:
         background = Background(torch.randn(500, 16), torch.zeros(0, 16), 1.0, 4.0)
         concept = 8 * torch.eye(16)[0] + torch.randn(50, 16)
         half_open = [
-            float(gate(concept, background, margin=m, leak=0.01).centre) for m in (0.2, 0.4, 0.8)
+            float(gate(concept, background, margin=m, retain_openness=0.01).centre)
+            for m in (0.2, 0.4, 0.8)
         ]
         assert half_open == sorted(half_open)
         assert half_open[0] < half_open[2]

@@ -65,20 +65,15 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
     board.keep(tmp_path, "quick", again.cases[0].suite, again, model)
     assert cache.drawn == drawn
     assert (tmp_path / "leaderboard-quick.json").read_text() == first
-    rows = json.loads(first)["suites"]["content_mask"]["rows"]
+    rows = json.loads(first)["suites"]["own"]["rows"]
     assert list(rows) == ["original", "uce"]
     assert rows["uce"]["H_o"]["value"] == pytest.approx(report.cases[0].rows[1].h.value, abs=1e-4)
     table = board.table(tmp_path)
     assert "| method | H_o | efficacy | specificity | generality | unrecognisable |" in table
     assert f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>" in table
-    board.TASKS, tasks = (board.Task("own", "object"),), board.TASKS
-    summary = board.summary(tmp_path)
-    board.TASKS = tasks
-    assert summary.splitlines()[0] == "| | own, quick |"
-    assert summary.splitlines()[3].startswith(f"| uce | {100 * rows['uce']['H_o']['value']:.1f} <sub>")
-    text = f"Before.\n{board.BEGIN}\nold\n{board.END}\nAfter.\n"
-    assert (
-        board.put_between(text, summary) == f"Before.\n{board.BEGIN}\n{summary}\n{board.END}\nAfter.\n"
-    )
-    with pytest.raises(SystemExit, match="no <!-- leaderboard -->"):
-        board.put_between("Before. After.", summary)
+
+
+def test_the_page_is_that_of_the_results(board):
+    page = (SCRIPT.parents[1] / board.PAGE).read_text("utf-8")
+    assert page == board.table(SCRIPT.parent / "results")
+    assert page.count("| uce |") >= 2

@@ -378,7 +378,7 @@ def test_what_no_program_reads_is_refused():
 def test_the_page_has_the_table():
     from pathlib import Path
 
-    page = (Path(__file__).parents[1] / "docs" / "use-elsewhere.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
     assert lora_names.table() in page
 
 

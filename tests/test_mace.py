@@ -584,7 +584,7 @@ class TestMasks:
     @pytest.mark.parametrize(
         ("harm", "message"),
         [
-            ("no images", "has no pictures of 'airplane'"),
+            ("no images", "has no images of 'airplane'"),
             ("no folder", "there is no folder .*elsewhere"),
             ("broken image", "cannot read .*one.png: it is no whole image"),
             ("small image", "one.png: an image is 8 × 12 pixels; this model draws 16 × 16"),

@@ -158,7 +158,7 @@ def test_no_caption_uses_a_phrasing_of_the_suites(structures):
         ):
             assert is_held_out(filled), filled
     assert not is_held_out("a photo of a cat")
-    assert not is_held_out("an image in the style of Abrel Bolvane")
+    assert not is_held_out("a picture in the style of Abrel Bolvane")
 
 
 def test_captions_name_what_is_there_and_nobody_else(structures):

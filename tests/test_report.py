@@ -402,6 +402,32 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
         assert f">uce (ridge {ridge}):" in page
 
 
+def test_seeds_of_the_edit_at_full_size(experiment):
+    experiment.write_text("full_seeds = [4, 5]\n" + EXPERIMENT)
+    read = Experiment.read(experiment)
+    assert {job.seed for job in read.jobs()} == {0}
+    assert {job.seed for job in dataclasses.replace(read, full=True).jobs()} == {4, 5}
+    experiment.write_text(EXPERIMENT.replace("seeds = [0]", "seeds = [4, 5]"))
+    read = Experiment.read(experiment)
+    assert [job.seed for job in read.jobs()] == [
+        job.seed for job in dataclasses.replace(read, full=True).jobs()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("concepts", "concept", "an experiment has no field 'concept'"),
+        ("suites", "suite", "an experiment has no field 'suite'; did you mean 'suites'"),
+        ("general", "generl", "uce has no field 'generl'; did you mean 'general'"),
+    ],
+)
+def test_a_misspelt_field_is_told_in_the_readers_words(experiment, before, after, said):
+    experiment.write_text(EXPERIMENT.replace(before, after, 1))
+    with pytest.raises(ExpungeError, match=said):
+        Experiment.read(experiment)
+
+
 def test_presets_and_titles(experiment):
     experiment.write_text(EXPERIMENT + MACE_ROWS)
     *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
@@ -416,6 +442,11 @@ def test_the_experiments_of_this_repository_can_be_read():
     tuning = set(folder.glob("tune/*.toml"))
     tables = [Experiment.read(path) for path in set(folder.glob("*/*.toml")) - tuning]
     assert len(tables) >= 20
+    # A table at full size is of several seeds of every edit.
+    for read in tables:
+        full = dataclasses.replace(read, full=True).jobs()
+        assert len({job.seed for job in full}) >= 3
+        assert len(full) == 3 * len(read.jobs())
     assert all(len(read.jobs()) == len({job.name for job in read.jobs()}) for read in tables)
     # What values were chosen on is judged nowhere else, but for the style that says so.
     judged = {

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, nearest
 from expunge.base.quiet import Progress, quiet
 from expunge.changes import PARALLEL, Applied, Change, Changes, compiled, find, path_to
 from expunge.ops.attention import CrossAttention
@@ -247,6 +247,10 @@ class Model(ABC):
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
         return [word for word in dict.fromkeys(words) if word not in known]
 
+    def near(self, word: str) -> str:
+        """The word of the tokenizer's own that is spelled most like one; "" where none is."""
+        return nearest(word.casefold(), (known.casefold() for known in self.vocabulary()), 0.75)
+
     @contextlib.contextmanager
     def using(self, *edits: HasChanges | Changes) -> Iterator[None]:
         """Lay edits (or bare changes) on the model for a block; always takes them off again.
@@ -398,7 +402,8 @@ class Model(ABC):
         It ends with the last of them.
 
         Args:
-            text, seeds: a row and the number of its noise for each image.
+            text: n rows, one for each image.
+            seeds: the numbers of their noises, n.
             at: numbers of steps, rising.
         """
         steps = self.trajectory(

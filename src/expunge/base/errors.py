@@ -24,6 +24,17 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The name that is spelled most like one, "" where none is; of several, one that swaps its letters.
+
+    >>> nearest("hrose", ["house", "horse"]), nearest("x", ["house"])
+    ('horse', '')
+    """
+    found = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=5, cutoff=cutoff)
+    swapped = [one for one in found if sorted(one) == sorted(name)]
+    return next(iter([*swapped, *found]), "")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ExpungeError:
     """The error for a name that is not there, with the nearest one that is.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,13 +80,16 @@ def flatten(instance: Any) -> dict[str, Any]:
     return values
 
 
-def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str]) -> None:
+def require_known(
+    cls: type[Any], names: Iterable[str], known: Sequence[str], what: str = ""
+) -> None:
     """Check that fields are there.
 
     Args:
         cls: the dataclass.
         names: of the fields.
         known: the names that it takes.
+        what: what an error calls the dataclass; by default the words of its name.
 
     Raises:
         ExpungeError: a field has another name now, or there is none such; the nearest is named.
@@ -93,17 +97,24 @@ def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str]) ->
     renamed = getattr(cls, "renamed", {})
     for name in names:
         if name not in known and name in renamed:
-            raise ExpungeError(f"{cls.__name__}'s field {name!r} is named {renamed[name]!r} now")
+            raise ExpungeError(
+                f"{what or _spoken(cls)}: the field {name!r} is named {renamed[name]!r} now"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-            raise ExpungeError(f"{cls.__name__} has no field {name!r}{hint}")
+            raise ExpungeError(f"{what or _spoken(cls)} has no field {name!r}{hint}")
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
     """Make `cls` from a mapping such as a TOML table.
 
     Fields of its groups stand among the others, or in a table of the group's name.
+
+    Args:
+        cls: a dataclass.
+        values: its fields.
+        what: what an error calls it, as whoever wrote the table does; by default the words of its name.
 
     Raises:
         ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
@@ -112,7 +123,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     own = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.init and f.name not in grouped]
     within = {name: [field.name for field in leaves(kind)] for name, kind in grouped.items()}
     known = [*own, *(name for names in within.values() for name in names)]
-    require_known(cls, values, [*known, *grouped])
+    require_known(cls, values, [*known, *grouped], what)
     found = {key: value for key, value in values.items() if key in own}
     for group, names in within.items():
         inside = {key: value for key, value in values.items() if key in names}
@@ -124,8 +135,21 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         else:
             found[group] = table
         if inside:
-            found[group] = build(grouped[group], inside)
+            found[group] = build(grouped[group], inside, what or _spoken(cls))
     return cls(**found)
+
+
+def _spoken(cls: type) -> str:
+    """The words of a class's name: nobody who writes a table has met the class.
+
+    >>> _spoken(type("_SuiteConcept", (), {})), _spoken(type("UCE", (), {}))
+    ('a suite concept', 'UCE')
+    """
+    name = cls.__name__.strip("_")
+    if name.isupper():
+        return name
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def build_recorded(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -65,8 +65,9 @@ def merge(
         progress: told what is done.
 
     Raises:
-        ExpungeError: fewer than two; two are the same; one does not fit the model; two change the same
-            weight where no text enters; λ or ρ is out of range.
+        ExpungeError: fewer than two; two are the same; two turn one concept to different anchors; one
+            does not fit the model; two change the same weight where no text enters; λ or ρ is out of
+            range.
 
     Source: the fusion of MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7.
     """
@@ -79,6 +80,7 @@ def merge(
             f"ridge must be above 0 and prior_scale at least 0, and both finite,"
             f" not {ridge}, {prior_scale}"
         )
+    _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
         check_numbers(edit.changes, f"edit {number} of those to merge")
@@ -120,6 +122,29 @@ def merge(
         family=type(model).__name__,
     )
     return Edit(tuple(changes), record)
+
+
+def _check_anchors(edits: Sequence[Edit]) -> None:
+    """Check that no concept is turned to two anchors: fused, its weights would lie between the two.
+
+    Raises:
+        ExpungeError: one is.
+    """
+    anchors: dict[str, str | None] = {}
+    for edit in edits:
+        if not edit.record.reads_anchor:
+            continue
+        for concept in edit.record.problem.erase:
+            for name in concept.names:
+                first, second = anchors.setdefault(key(name), concept.anchor), concept.anchor
+                if key(first or "") != key(second or ""):
+                    one, other = (
+                        repr(x) if x else "what the empty prompt draws" for x in (first, second)
+                    )
+                    raise ExpungeError(
+                        f"{name!r} becomes {one} in one of the edits to merge and {other} in another:"
+                        " merged, it would become neither: erase it in one of them alone"
+                    )
 
 
 def joined(problems: Sequence[Problem]) -> Problem:

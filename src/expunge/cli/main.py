@@ -31,7 +31,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from expunge import __version__
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, listed, nearest, unknown
 from expunge.base.fields import leaves, spelled_out
 from expunge.checkpoints import loading
 from expunge.cli import concept_files, export_commands
@@ -319,13 +319,63 @@ def _say_anchors(model: Model, problem: Problem) -> None:
     for concept, chosen in zip(problem.erase, problem.with_anchors(model.anchors).erase, strict=True):
         if concept.anchor is None:
             print(f"{chosen.name!r} becomes {chosen.anchor!r}: the anchor of its kind, {chosen.kind}")
-        if concept.anchor and (strange := model.unfamiliar(concept.anchor)):
+        if concept.anchor and (strange := _spelled(model, [concept.anchor])):
             warnings.warn(
-                f"this model's tokenizer has no token for {', '.join(map(repr, strange))} in the anchor"
-                f" {concept.anchor!r}: is it what {concept.name!r} should become?",
+                f"this model's tokenizer has no token for {strange} in the anchor {concept.anchor!r}:"
+                f" is it what {concept.name!r} should become?",
                 ExpungeWarning,
                 stacklevel=1,
             )
+
+
+def _spelled(model: Model, names: Sequence[str]) -> str:
+    """The words that the tokenizer can only spell, each with what it may be meant to be.
+
+    What a suite of the model asks for is spelled as it is meant.
+    """
+    if not any(map(model.unfamiliar, names)):
+        return ""
+    judged = _judged_names(model.name)
+    told: dict[str, str] = {}
+    for name in names:
+        near = _nearest(name, judged)
+        if near.casefold() == name.casefold():
+            continue
+        for word in model.unfamiliar(name):
+            told.setdefault(word, near or model.near(word))
+    return listed([repr(word) + f" (near: {near!r})" * bool(near) for word, near in told.items()], 3)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The name that is spelled most like one, but for an article; "" where none is."""
+    bare = re.sub(r"^(an?|the) ", "", name.casefold())
+    known = {one.casefold(): one for one in names}
+    return known.get(nearest(bare, known, 0.8), "")
+
+
+def _judged_names(model: str) -> list[str]:
+    """The names of all that the suites of a model ask for."""
+    from expunge.evaluation.suite import Suite
+
+    suites = [Suite.read(name) for name in registry.names("suites")]
+    concepts = [one for suite in suites if suite.model == model for one in suite.concepts]
+    return [name for one in concepts for name in (*one.names, *one.synonyms)]
+
+
+def _say_unfamiliar(model: Model, problem: Problem) -> None:
+    """The words that may be misspelt.
+
+    What is retained may be anybody's names: of those only words near to one of the model's are said.
+    """
+    names = [name for concept in problem.erase for name in concept.names]
+    names += [text for text in problem.retain if any(map(model.near, model.unfamiliar(text)))]
+    if strange := _spelled(model, names):
+        warnings.warn(
+            f"this model's tokenizer has no token for {strange}:"
+            " look whether it is spelled as you meant",
+            ExpungeWarning,
+            stacklevel=1,
+        )
 
 
 def erase_command(options: Erase, method: Any) -> None:
@@ -344,16 +394,7 @@ def erase_command(options: Erase, method: Any) -> None:
         options.loading.show_plan(options.model, lambda steps: method.estimate_cost(problem, steps))
         return
     model = options.loading.load(options.model, method.estimate_cost(problem, 1))
-    named = (
-        word for concept in problem.erase for name in concept.names for word in model.unfamiliar(name)
-    )
-    if strange := [repr(word) for word in dict.fromkeys(named)]:
-        warnings.warn(
-            f"this model's tokenizer has no token for {listed(strange, 3)}:"
-            " look whether it is spelled as you meant",
-            ExpungeWarning,
-            stacklevel=1,
-        )
+    _say_unfamiliar(model, problem)
     if method.reads_anchor:
         _say_anchors(model, problem)
     elif told := [concept for concept in problem.erase if concept.anchor]:
@@ -484,7 +525,7 @@ def _attack(
         shares = ", ".join(f"{budget}: {_score(asr)}" for budget, asr in row.asr.items())
         broken = ", ".join(f"{budget}: {_score(one)}" for budget, one in row.broken.items())
         table.add_row(row.suite, row.edit, row.attack, _score(row.pre), shares, broken)
-    _out().print(table)
+    _print(table)
     print(f"attacked images: {images}")
 
 
@@ -525,7 +566,7 @@ def _show(report: Report) -> None:
             for row in case.rows:
                 numbers = (row.h, *(row.terms.get(term) for term in terms))
                 table.add_row(row.name, *[words] * several, *map(_score, numbers))
-        _out().print(table)
+        _print(table)
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
             print(f"left out, for the original seldom draws them: {listed(left_out, 5)}")
@@ -586,7 +627,7 @@ def info_command(options: Info) -> None:
     )
     table.add_row("hash", edit.hash[:16])
     table.add_row("fits", _fit(edit, options.model))
-    _out().print(table)
+    _print(table)
 
 
 def list_command(options: List) -> None:
@@ -598,7 +639,7 @@ def list_command(options: List) -> None:
     for name in names:
         families = (registry.suits(name),) if options.kind == "methods" else ()
         table.add_row(name, registry.describe(options.kind, name), *families)
-    _out().print(table if names else f"no {options.kind} yet")
+    _print(table if names else f"no {options.kind} yet")
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
@@ -685,7 +726,7 @@ def _show_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}
         table.add_row(name, preset.get("about", ""), spelled_out(values))
-    _out().print(table if presets else f"{method} has no presets")
+    _print(table if presets else f"{method} has no presets")
 
 
 def _parse(options: type[T], command: str, arguments: Sequence[str], *, alone: bool = True) -> T:
@@ -995,8 +1036,15 @@ def _notes(console: Console) -> Iterator[None]:
         yield
 
 
-def _out() -> Console:
-    return _console()
+def _print(shown: Table | str) -> None:
+    """Print to a terminal as it is; elsewhere without the blanks that fill a table's last column."""
+    console = _console()
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as caught:
+        console.print(shown)
+    print("\n".join(line.rstrip() for line in caught.get().splitlines()))
 
 
 WIDE = 100_000

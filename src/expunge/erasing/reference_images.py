@@ -78,7 +78,7 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
     place = folder_of(concept, folder)
     files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
     if not files:
-        raise ExpungeError(f"{place} has no pictures of {concept!r} (.png, .jpg or .webp)")
+        raise ExpungeError(f"{place} has no images of {concept!r} (.png, .jpg or .webp)")
     latents = []
     for path in files:
         try:

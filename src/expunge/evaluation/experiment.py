@@ -4,7 +4,8 @@
     suites = ["object"]
     concepts = ["airplane", "bird=sky", ["cat", "dog"]]    # erased one after the other; a list together
     retain = "others"                                      # the other concepts, or a list of prompts
-    seeds = [0, 1]
+    seeds = [0, 1]                                         # of the edits
+    full_seeds = [0, 1, 2]                                 # and at full size, where not the same
 
     [[methods]]
     name = "uce"
@@ -112,6 +113,8 @@ class Experiment:
     model: str = "emoji"
     seeds: tuple[int, ...] = (0,)
     full: bool = False
+    full_seeds: tuple[int, ...] = ()
+    """The seeds of the edits at full size; by default `seeds`."""
 
     @classmethod
     def read(cls, path: str | Path) -> Experiment:
@@ -122,7 +125,8 @@ class Experiment:
         """
         path = Path(path)
         table = read_toml(path)
-        head = fields.build(_Head, {k: v for k, v in table.items() if k in _Head.known()} | _rest(table))
+        values = {k: v for k, v in table.items() if k in _Head.known()} | _rest(table)
+        head = fields.build(_Head, values, "an experiment")
         suites = tuple(
             Suite.read(path.parent / name if name.lower().endswith(".toml") else name)
             for name in head.suites
@@ -131,7 +135,8 @@ class Experiment:
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):
             raise ExpungeError(f'{path} names no method: write [[methods]] and name = "uce"')
         problems = _problems(table.get("concepts", []), table.get("retain", "others"), head.kind)
-        experiment = cls(tuple(methods), problems, suites, head.model, head.seeds, head.full)
+        seeds = {"seeds": head.seeds, "full_seeds": head.full_seeds}
+        experiment = cls(tuple(methods), problems, suites, head.model, full=head.full, **seeds)
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
             for problem in problems:
@@ -140,16 +145,16 @@ class Experiment:
 
     def jobs(self) -> list[Job]:
         """The edits to make: every method on every problem with every seed."""
-        found = []
+        found, seeds = [], (self.full_seeds if self.full else ()) or self.seeds
         for table in self.methods:
             cls = registry.get("methods", table["name"])
             values = {k: v for k, v in table.items() if k not in ("name", "preset", "title")}
             preset, title = table.get("preset", ""), str(table.get("title", ""))
-            method = cls.preset(preset, **values) if preset else fields.build(cls, values)
+            method = cls.preset(preset, **values) if preset else fields.build(cls, values, table["name"])
             found += [
                 Job(method, table["name"], problem, seed, preset, title)
                 for problem in self.problems
-                for seed in self.seeds
+                for seed in seeds
             ]
         return found
 
@@ -195,6 +200,7 @@ class _Head:
     kind: Kind = "object"
     seeds: tuple[int, ...] = (0,)
     full: bool = False
+    full_seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         fields.check(self)

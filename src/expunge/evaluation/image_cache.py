@@ -253,7 +253,7 @@ class Cache:
                 os.utime(path)
         except (OSError, ValueError, SyntaxError) as error:
             warnings.warn(
-                f"a cached picture of {request.prompt!r}, seed {request.seed}, is damaged; drawn again",
+                f"a cached image of {request.prompt!r}, seed {request.seed}, is damaged; drawn again",
                 ExpungeWarning,
                 stacklevel=3,
             )

@@ -40,7 +40,7 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
     Raises:
         ExpungeError: there is no such metric or option.
     """
-    metric: Metric = fields.build(registry.get("metrics", name), options)
+    metric: Metric = fields.build(registry.get("metrics", name), options, name)
     return metric
 
 

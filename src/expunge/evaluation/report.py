@@ -1,7 +1,7 @@
 """Judging edits: draw once, measure everything, say what is certain.
 
 `evaluate` lays out a *case* for every set of concepts erased, with the original as its first row and
-an edit in each further one. What the numbers mean stands in docs/judging.md.
+an edit in each further one. What the numbers mean stands in docs/explanation/judging.md.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ def known_to(suite: Suite, judge: Metric) -> Suite:
     if not isinstance(judge, Classifier):
         if suite.score != "H_a":
             raise ExpungeError(
-                f"suite {suite.name}: {suite.judge} does not say what a image shows; only H_a can do"
+                f"suite {suite.name}: {suite.judge} does not say what an image shows; only H_a can do"
                 " without a judge that does"
             )
         return suite

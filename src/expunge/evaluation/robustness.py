@@ -121,7 +121,7 @@ def robustness(
     ladder = budgets(suite, attack)
     judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
     if not isinstance(judge, Classifier):
-        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what a image shows")
+        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what an image shows")
     names = [concept.name for concept in edit.record.problem.erase]
     cells = [cell for cell in suite.cells(names, full=full) if cell.role == "erased" and cell.asks]
     asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
@@ -196,7 +196,10 @@ def budgets(suite: Suite, attack: str) -> dict[str, Attack]:
     cls = registry.get("attacks", attack.partition(":")[0])
     field, values = _grid(suite, attack)
     rest = {key: value for key, value in _table(suite, attack).items() if key != field}
-    return {f"{field} {value:g}": fields.build(cls, {**rest, field: value}) for value in sorted(values)}
+    return {
+        f"{field} {value:g}": fields.build(cls, {**rest, field: value}, attack)
+        for value in sorted(values)
+    }
 
 
 def _table(suite: Suite, attack: str) -> Mapping[str, Any]:

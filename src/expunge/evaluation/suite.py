@@ -449,7 +449,7 @@ class Suite(Settings):
         if not isinstance(lists, list):
             raise ExpungeError("prompts is a list of tables: write [[prompts]]")
         sizes = {"quick": Size(), "full": Size()} | {
-            key: fields.build(Size, _is_table(value, f"sizes.{key}"))
+            key: fields.build(Size, _is_table(value, f"sizes.{key}"), f"sizes.{key}")
             for key, value in _is_table(table.get("sizes", {}), "sizes").items()
         }
         options = {
@@ -467,7 +467,9 @@ class Suite(Settings):
             others=more,
             others_role=role,
             templates=_templates(table.get("templates", {})),
-            prompts=tuple(fields.build(Prompts, _is_table(one, "prompts")) for one in lists),
+            prompts=tuple(
+                fields.build(Prompts, _is_table(one, "prompts"), "[[prompts]]") for one in lists
+            ),
             sizes=sizes,
             options=options,
             attacks=attacks,
@@ -684,7 +686,7 @@ def _is_table(value: Any, name: str) -> Mapping[str, Any]:
 def _concepts(table: Any, name: str) -> tuple[SuiteConcept, ...]:
     """The concepts of a table such as `"cat" = { near = ["cat face"] }`."""
     return tuple(
-        fields.build(SuiteConcept, {"name": key, **_is_table(value, f"{name}.{key}")})
+        fields.build(SuiteConcept, {"name": key, **_is_table(value, f"{name}.{key}")}, f"{name}.{key}")
         for key, value in _is_table(table, name).items()
     )
 

@@ -157,7 +157,7 @@ class LatentModel(Model):
         height, width = (side * self.pipe.vae_scale_factor for side in self._latent_shape[1:])
         if images.shape[-2:] != (height, width):
             found = " × ".join(map(str, images.shape[:-3:-1]))
-            raise ExpungeError(f"a image is {found} pixels; this model draws {width} × {height}")
+            raise ExpungeError(f"an image is {found} pixels; this model draws {width} × {height}")
         given = images.to(self.device, vae.dtype) * 2 - 1
         latents = vae.encode(given, return_dict=False)[0].mode()
         return self._scaled(latents).to(self.device, self.dtype)

@@ -22,7 +22,7 @@ class UNetModel(LatentModel):
     """
 
     denoiser = "unet"
-    mark = "input_blocks.0.0.weight"
+    single_file_key = "input_blocks.0.0.weight"
 
     def log_snr(self) -> Tensor:
         signal = self._signal()

@@ -33,7 +33,7 @@ class Flux(FlowModel):
         "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("flux-dev", "flux-schnell")
-    mark = "double_blocks.0.img_attn.norm.key_norm.scale"
+    single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
     contrasts = False
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:

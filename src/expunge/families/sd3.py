@@ -34,7 +34,7 @@ class SD3(FlowModel):
     }
     # "v1" is what diffusers calls all that it does not know.
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
-    mark = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
+    single_file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 
     def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length

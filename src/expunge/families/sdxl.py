@@ -27,7 +27,7 @@ class SDXL(UNetModel):
     pipelines = ("StableDiffusionXLPipeline",)
     # "v1" is what diffusers calls all that it does not know, as it does a U-Net alone.
     single_files = ("xl_base", "playground-v2-5", "v1")
-    mark = "label_emb.0.0.weight"
+    single_file_key = "label_emb.0.0.weight"
 
     def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length

@@ -69,7 +69,7 @@ class ACE(ACESettings):
     (`fortify.py`).
 
     The paper's "neutral" is our anchor. It states the aim, a closed-form gated low-rank nullification
-    and adversarial fine-tuning, and leaves the rest open: `docs/ace.md` says what is ours.
+    and adversarial fine-tuning, and leaves the rest open: `docs/explanation/ace.md` says what is ours.
 
     Source: ACE, arXiv 2504.11850, after its abstract and public summaries; reductions, gates and the
     closed form are this project's reading.

@@ -1,0 +1,77 @@
+"""Fill the site's reference pages with what the program itself prints.
+
+On the site, a line `<!-- run: expunge … -->` of a page is followed by the output of that command, so the
+reference cannot disagree with the parser. `options` leaves out a method's own options; `help` and
+`presets` show these of every method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from typing import Any
+from unittest import mock
+
+MARK = re.compile(r"^<!-- (run|options|presets|help): (.*?) -->$", re.MULTILINE)
+OWN = " method options\n"
+"""The title of a method's own options in its help."""
+WIDTH = 100
+"""Columns of the output, so that code blocks do not scroll on a wide screen."""
+
+
+def output_of(command: str) -> str:
+    """Return what a command of the program prints, at a fixed width.
+
+    Args:
+        command: as typed, beginning with `expunge`.
+
+    Raises:
+        SystemExit: the command failed; the site must not be built from an error.
+    """
+    program, *arguments = shlex.split(command)
+    if program != "expunge":
+        raise SystemExit(f"a page may run expunge alone, not {program}")
+    main = importlib.import_module("expunge.cli.main").main
+    out, err = io.StringIO(), io.StringIO()
+    sizes = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
+    with (
+        mock.patch.dict("os.environ", sizes),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main(arguments)
+    if code != 0:
+        raise SystemExit(f"{command} failed: {err.getvalue()}")
+    lines = (line.rstrip() for line in out.getvalue().splitlines())
+    return "\n".join(lines).strip("\n")
+
+
+def fill(markdown: str) -> str:
+    """Return a page with every mark followed by what it asks for."""
+    return MARK.sub(lambda found: found[0] + "\n\n" + _asked(found[1], found[2]), markdown)
+
+
+def _asked(kind: str, what: str) -> str:
+    if kind in ("run", "options"):
+        text = output_of(what)
+        return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())
+    registry = importlib.import_module("expunge.base.registry")
+    parts = []
+    for name in registry.names(what):
+        command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
+        text = output_of(command)
+        own = re.sub(r"^ *-{9,}\n", "", text.partition(OWN)[2])  # the rule under the title
+        parts.append(f"### {name}\n\n{_block(own or text)}")
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs' event: a page's Markdown, before it is rendered."""
+    return fill(markdown)
