@@ -31,11 +31,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["EXPUNGE_CACHE"] = cache  # so that no prior of another checkout is read
 
-        from conftest import tiny_pipeline
-        from quick import quick
-
         import expunge
+        from conftest import tiny_pipeline
         from expunge.base import registry
+        from quick import quick
 
         warnings.simplefilter("ignore")
         concepts = (

@@ -21,7 +21,6 @@ PACKAGE = Path(expunge.__file__).parent
 HERE = Path(__file__).parent.parent
 SUITES = [*sorted((PACKAGE / "suites").glob("*.toml")), *sorted(HERE.glob("experiments/tune/*.toml"))]
 NAME_ALONE = ""  # what is left of "{}": a concept's name is no phrasing
-UNTOLD = ("esd",)  # methods that never read what is retained
 HOLE, OTHER = "§", "otherthing"
 
 

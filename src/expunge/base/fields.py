@@ -80,9 +80,7 @@ def flatten(instance: Any) -> dict[str, Any]:
     return values
 
 
-def require_known(
-    cls: type[Any], names: Iterable[str], known: Sequence[str], what: str = ""
-) -> None:
+def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str], what: str = "") -> None:
     """Check that fields are there.
 
     Args:
