@@ -244,7 +244,11 @@ def train_factors(
         learning_rate, weight_decay: AdamW's.
         max_grad_norm: the largest norm of one concept's gradient.
         samples: trajectories a step, of each concept.
-        n_stored, drawn_by_original, micro_batch: as in `train_weights`; the concepts' rows stay
+        n_stored: as in `train_weights`; the concepts' rows stay
+            together.
+        drawn_by_original: as in `train_weights`; the concepts' rows stay
+            together.
+        micro_batch: as in `train_weights`; the concepts' rows stay
             together.
         base_changes: changes that the low-rank ones are trained upon. The original is the model without
             them, and it must draw the trajectories.

@@ -156,7 +156,9 @@ class ACE(ACESettings):
         """Train the cross-attentions behind the gates.
 
         Args:
-            model, problem, run: as in `fit`.
+            model: as in `fit`.
+            problem: as in `fit`.
+            run: as in `fit`.
             gates: of the first two stages.
 
         Returns:

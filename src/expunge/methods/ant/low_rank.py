@@ -69,7 +69,9 @@ class LowRankChanges:
 
         Args:
             settings: the objective, the trajectories and the training.
-            model, problem, run: as in `Method.fit`.
+            model: as in `Method.fit`.
+            problem: as in `Method.fit`.
+            run: as in `Method.fit`.
         """
         sums = self.sum_grams(settings, model, problem, run)
         factors = self.train(settings, model, problem, run, *sums)
@@ -82,7 +84,9 @@ class LowRankChanges:
 
         Args:
             settings: the templates and the captions.
-            model, problem, run: as in `Method.fit`.
+            model: as in `Method.fit`.
+            problem: as in `Method.fit`.
+            run: as in `Method.fit`.
 
         Returns:
             Both sums, (d, d), float64.
@@ -111,7 +115,9 @@ class LowRankChanges:
 
         Args:
             settings: the objective, the trajectories and the training.
-            model, problem, run: as in `Method.fit`.
+            model: as in `Method.fit`.
+            problem: as in `Method.fit`.
+            run: as in `Method.fit`.
             whole: Σ e eᵀ over all tokens of the concepts' prompts, (d, d).
             prior: the weighted prior, (d, d).
 
@@ -181,9 +187,11 @@ class LowRankChanges:
 
         Args:
             settings: the templates.
-            model, problem: as in `Method.fit`.
+            model: as in `Method.fit`.
+            problem: as in `Method.fit`.
             factors: what `train` returned.
-            whole, prior: as in `train`.
+            whole: as in `train`.
+            prior: as in `train`.
         """
         matrix, fitted = fusion.fuse(
             factors,

@@ -64,7 +64,9 @@ class MaskedWeights:
 
         Args:
             settings: the objective, the trajectories and the training.
-            model, problem, run: as in `Method.fit`.
+            model: as in `Method.fit`.
+            problem: as in `Method.fit`.
+            run: as in `Method.fit`.
 
         Raises:
             ExpungeError: the augmentations leave a concept out, the mask is another model's, nothing is

@@ -166,7 +166,8 @@ class MACE(MACESettings):
 
         Args:
             groups: the concepts' prompts; those with factors are encoded again.
-            sums, retained: as in `refine`.
+            sums: as in `refine`.
+            retained: as in `refine`.
             matrix: M.
             factors: what `suppress` returned.
         """

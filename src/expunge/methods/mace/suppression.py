@@ -188,7 +188,8 @@ def train_on_trajectories(
         settings: the training; as many trajectories are drawn as there would be images.
         model: the original.
         concepts: the concepts.
-        matrix, run: as in `train_on_attention`.
+        matrix: as in `train_on_attention`.
+        run: as in `train_on_attention`.
 
     Returns:
         As `train_on_attention`.
