@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from expunge.base.files import replacing
 from expunge.erasing.parameters import BLOCKS
 from expunge.methods.ant import ANT
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 
 FILE = Path(__file__).parent / "results" / "ant_memory.json"
 LIMIT = 24.0
@@ -72,7 +72,7 @@ def measured(concepts: int, rows: int) -> dict[str, Any]:
 
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            each_its_own(layers, ups, downs, METHOD.low_rank.alpha / METHOD.low_rank.rank),
+            use_own_factors(layers, ups, downs, METHOD.low_rank.alpha / METHOD.low_rank.rank),
         ):
             answer = unet(
                 torch.zeros(rows, 4, 64, 64),

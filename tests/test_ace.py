@@ -20,8 +20,8 @@ from expunge.methods.ace.backgrounds import draw_words, encode_retained, read_ba
 from expunge.methods.ace.closed_form import FACTORS, check_memory
 from expunge.methods.ace.harden import harden, measure_distance, measure_noise_distance
 from expunge.methods.ace.tokens import BANDS
-from expunge.ops.gates import stacked
-from expunge.ops.pgd import bounded
+from expunge.ops.gates import stack_root
+from expunge.ops.pgd import minimise_in_ball
 from expunge.runtime.context import RunContext
 from tiny import flux, sd3, sdxl
 
@@ -95,7 +95,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
 
 def keys_and_values(model):
     """A root of what all layers make of a token: ‖root x‖² is Σ ‖W x‖²."""
-    return stacked([model.weight(entry.layer) for entry in model.text_entries()]).float()
+    return stack_root([model.weight(entry.layer) for entry in model.text_entries()]).float()
 
 
 def prompts(model, name):
@@ -240,7 +240,7 @@ class TestAttention:
                      num_inference_steps=2)  # fmt: skip
         found = read_damping(method, model, problem, run)["airplane"]
         drawn = [
-            reference_images.drawn(
+            reference_images.draw_examples(
                 model, "airplane", TEMPLATES["object"][0].format(name), 1, run, 2
             ).latents
             for name in ("airplane", "sky")
@@ -454,7 +454,9 @@ class TestHarden:
         apart = measure_distance(root, e, n)
         lacks, offs = [], []
         for change in (soft, hard):
-            found, lack = bounded(lambda x, c=change: measure_distance(root, c.given(x), e), e, 0.4, 20)
+            found, lack = minimise_in_ball(
+                lambda x, c=change: measure_distance(root, c.given(x), e), e, 0.4, 20
+            )
             lacks.append(float(lack / apart))
             offs.append(float(measure_distance(root, change.given(found), n) / apart))
         assert 1 - lacks[0] ** 0.5 > 0.4  # the share that it brings back

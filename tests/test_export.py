@@ -31,8 +31,8 @@ from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.fingerprint import base, base_hash, places
-from expunge.ops.low_rank import shared
-from expunge.ops.rounding import rounded
+from expunge.ops.low_rank import factor_shared
+from expunge.ops.rounding import round_to
 from tiny import PIPELINES, sdxl, single_file
 
 PROBE = Probe.of("airplane", 2, num_inference_steps=2)
@@ -255,7 +255,7 @@ def test_layers_of_one_matrix_are_decomposed_once(folder, uce, tmp_path, monkeyp
 
     def counted(matrix, *given):
         asked.append(matrix)
-        return shared(matrix, *given)
+        return factor_shared(matrix, *given)
 
     monkeypatch.setattr("expunge.checkpoints.lora.shared", counted)
     _, edit = uce
@@ -314,7 +314,7 @@ def test_numbers_too_large_for_halves(folder, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_random_rounding_is_right_in_the_mean(dtype):
     value = torch.tensor([0.1, -0.33, 1.0, 0.0, 1e-4, 300.0, 1e9, -1e9]).repeat(4000, 1)
-    found = rounded(value, dtype, torch.Generator().manual_seed(0))
+    found = round_to(value, dtype, torch.Generator().manual_seed(0))
     assert found.dtype == dtype
     largest = torch.finfo(dtype).max
     torch.testing.assert_close(
@@ -322,7 +322,7 @@ def test_random_rounding_is_right_in_the_mean(dtype):
     )
     exact = torch.arange(256, dtype=torch.uint8).view(dtype)
     exact = exact[exact.float().isfinite()]
-    again = rounded(exact.float(), dtype, torch.Generator().manual_seed(1))
+    again = round_to(exact.float(), dtype, torch.Generator().manual_seed(1))
     assert torch.equal(again.float(), exact.float())
     for one in found.float()[:5].unique():
         assert one in exact.float()
@@ -762,7 +762,7 @@ def slow_fusion(model, layer, edits, prompts, kept, ridge):
 
 @pytest.mark.parametrize("kinds", ["right", "low-rank", "dense"])
 def test_merged_edits_answer_for_each(model, kinds):
-    from expunge.erasing.caption_gram import captions, prior
+    from expunge.erasing.caption_gram import compute_prior, read_captions
     from expunge.erasing.prompt_templates import TEMPLATES
     from expunge.runtime.context import RunContext
 
@@ -779,7 +779,7 @@ def test_merged_edits_answer_for_each(model, kinds):
     merged = merge(model, edits, ridge=0.3, prior_scale=0.2)
     prompts = [[t.format(name) for t in TEMPLATES["object"]] for name in ("airplane", "horse")]
     empty = model.encode([""]).embeddings[0].double()
-    kept = 0.2 * (prior(model, captions("general"), RunContext()).mean + empty.T @ empty)
+    kept = 0.2 * (compute_prior(model, read_captions("general"), RunContext()).mean + empty.T @ empty)
     wanted = slow_fusion(model, layer, edits, prompts, kept, 0.3)
     with model.using(merged):
         found = model.weight(layer).double()

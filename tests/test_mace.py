@@ -14,13 +14,12 @@ from conftest import tiny_pipeline, weights
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.base import image_files
 from expunge.erasing import object_masks, reference_images
-from expunge.erasing.fusion import RETAINED
-from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.erasing.prompt_templates import RETAINED, TEMPLATES
 from expunge.methods.mace import MACE
 from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
 from expunge.methods.mace.suppression import focal, timestep_probabilities
 from expunge.ops.attention import read_attention
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 from expunge.runtime.context import RunContext
 
 SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
@@ -135,13 +134,13 @@ def plain_training(model, problem, concept, method, matrix, seed):
     templates = method.templates
     prompts = [t.format(name) for name in concept.names for t in templates]
     text = model.encode(prompts)
-    shown = reference_images.drawn(
+    shown = reference_images.draw_examples(
         model, concept.name, prompts[0], method.num_images, run, method.num_inference_steps
     )
     first = 1 + model.count_tokens("a photo of the")
     tokens = torch.arange(77)[None] >= first  # its own, the end and the padding
     source = "none" if concept.kind == "style" else method.masks
-    mask = object_masks.find(source, model, shown, tokens, run)[:, None].double()
+    mask = object_masks.find_masks(source, model, shown, tokens, run)[:, None].double()
     mask = interpolate(mask, (8, 8), mode="nearest-exact")
 
     unet = copy.deepcopy(model.pipe.unet)
@@ -282,7 +281,7 @@ def test_suppress_lowers_the_attention(double):
 
     before = attention()
     ups, downs = ([factors[f"{x}.{part}"][None] for x in layers] for part in ("up", "down"))
-    with each_its_own(modules, ups, downs):
+    with use_own_factors(modules, ups, downs):
         after = attention()
     assert after < 0.9 * before
 
@@ -535,9 +534,13 @@ class TestMasks:
         return fit(model, problem, MACE(**{**FAST, **there, **settings}))
 
     def test_own_images_and_masks(self, model, files):
-        shown = reference_images.read(model, "airplane", "a photo of the airplane", files / "pictures")
+        shown = reference_images.read_examples(
+            model, "airplane", "a photo of the airplane", files / "pictures"
+        )
         assert len(shown) == 2
-        found = object_masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), RunContext(0))
+        found = object_masks.find_masks(
+            str(files / "masks"), model, shown, torch.zeros(1, 77), RunContext(0)
+        )
         assert found.shape == (2, 16, 16)
         assert found.sum() == 2 * 36
         with_masks, without = (self.erase(model, files, masks=m) for m in (str(files / "masks"), "none"))
@@ -549,19 +552,21 @@ class TestMasks:
         assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
 
     def test_attention_masks_find_the_brighter_part(self, model):
-        shown = reference_images.drawn(model, "ship", "ship", 3, RunContext(0), 2)
+        shown = reference_images.draw_examples(model, "ship", "ship", 3, RunContext(0), 2)
         phrase = torch.zeros(1, 77, dtype=torch.bool)
         phrase[0, 1] = True
-        found = object_masks.find("attention", model, shown, phrase, RunContext(0))
+        found = object_masks.find_masks("attention", model, shown, phrase, RunContext(0))
         assert found.shape == (3, 8, 8)
         assert set(found.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(found, object_masks.find("attention", model, shown, phrase, RunContext(0)))
+        assert torch.equal(
+            found, object_masks.find_masks("attention", model, shown, phrase, RunContext(0))
+        )
 
     @pytest.mark.parametrize("smallest", [16, 64])
     def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
         monkeypatch.setattr(object_masks, "SMALLEST", smallest)
         monkeypatch.setattr(object_masks, "LOG_SNRS", (0.5,))
-        shown = reference_images.drawn(model, "ship", "ship", 1, RunContext(0), 2)
+        shown = reference_images.draw_examples(model, "ship", "ship", 1, RunContext(0), 2)
         tokens = torch.arange(77)[None] > 0
         noise = torch.randn(shown.latents.shape, generator=RunContext(0).generator("masks", "ship"))
         t = (model.log_snr() - 0.5).abs().argmin()[None]
@@ -578,7 +583,7 @@ class TestMasks:
             fine += [grown[0, 0]] if pixels >= smallest else []
         assert 0 < len(fine) <= len(maps)
         assert (len(fine) < len(maps)) == (smallest == 64)
-        found = object_masks.attended(model, shown, tokens, RunContext(0))
+        found = object_masks.measure_attention(model, shown, tokens, RunContext(0))
         torch.testing.assert_close(found[0], sum(fine) / len(fine))
 
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.changes import HookedChange
 from expunge.checkpoints.linearize import fit_static_weights
-from expunge.erasing.caption_gram import captions
+from expunge.erasing.caption_gram import read_captions
 from expunge.erasing.prompt_templates import GENERAL, KEPT, RETAINED, TEMPLATES
 from expunge.evaluation.suite import Suite
 from expunge.methods import uce
@@ -143,7 +143,7 @@ def test_captions_are_no_judged_prompts():
         if words
     }
     named = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
-    for caption in captions("general"):
+    for caption in read_captions("general"):
         for found in named.finditer(caption.casefold()):
             template = caption[: found.start()] + "{}" + caption[found.end() :]
             assert not is_judged(template, patterns), caption
@@ -183,7 +183,7 @@ def test_no_method_reads_what_stays_as_it_erases_or_is_judged(model, monkeypatch
         fit_static_weights(model, edit.changes, edit.record.problem)
     erasing = shapes(text for texts in trained().values() for text in texts)
     keeping, patterns = shapes(held()), judged()
-    given = {text for text in read if text not in set(captions("general"))}
+    given = {text for text in read if text not in set(read_captions("general"))}
     assert any(kept in text for text in given) or not method.reads_retain
     for text in given:
         words = wording(text)

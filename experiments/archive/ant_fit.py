@@ -26,7 +26,7 @@ from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.parameters import select_layers
 from expunge.erasing.trajectories import TrainingConcept
 from expunge.methods.ant import ANT
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 from expunge.runtime.context import RunContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
@@ -67,7 +67,7 @@ def left(model: Model, problem: Problem, method: ANT) -> float:
         kept = steering.store_trajectories(subject, FRESH)
         picked = [steering.pick_points([subject], [kept]) for _ in range(POINTS)]
         before = sum(float(steering.compute_losses(*one)) for one in picked)
-        with each_its_own(modules, ups, downs):
+        with use_own_factors(modules, ups, downs):
             after = sum(float(steering.compute_losses(*one)) for one in picked)
     return after / before
 

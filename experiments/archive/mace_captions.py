@@ -24,7 +24,7 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.erasing.caption_gram import captions_for, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions_for
 from expunge.evaluation.image_cache import model_hash
 from expunge.methods.mace import MACE
 from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
@@ -77,7 +77,9 @@ def main() -> None:
     there = (unrelated @ weights.T).norm(dim=1)
     every = [concept for problem in PROBLEMS.values() for concept in problem.erase]  # read once for all
     means = {
-        source: prior(model, captions_for(model, source, every)).mean if source else torch.zeros(())
+        source: compute_prior(model, read_captions_for(model, source, every)).mean
+        if source
+        else torch.zeros(())
         for source in (*SOURCES, *options.captions)
     }
     rows: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from torch import Tensor
 import expunge
 from expunge import Model
 from expunge.base.files import replacing
-from expunge.erasing.caption_gram import captions
+from expunge.erasing.caption_gram import read_captions
 from expunge.methods.mace import MACE
 from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
 from expunge.runtime.context import RunContext
@@ -54,7 +54,7 @@ def main() -> None:
     goals = said([str(concept.anchor) for concept in problem.erase])
     watched = {
         "retained": said(list(problem.retain)),
-        "captions": end_states(model, list(captions("general")[::20])),
+        "captions": end_states(model, list(read_captions("general")[::20])),
     }
     far = (erased - goals).norm(dim=-1).mean()
 

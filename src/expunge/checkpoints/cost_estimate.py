@@ -17,7 +17,7 @@ from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.load import working_device
 from expunge.checkpoints.loading import empty, read_index
 from expunge.checkpoints.pace import measured
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.model import Model
 from expunge.problem import Concept
 from expunge.runtime.cost import Cost
@@ -87,7 +87,7 @@ class Plan:
 
     def totals(self, work: Cost) -> dict[str, float]:
         """How much there is of each, a prior's captions among the prompts."""
-        captions = unread(None, work.captions) if self.captions is None else self.captions
+        captions = count_unread(None, work.captions) if self.captions is None else self.captions
         return {
             "prompts": work.prompts + captions,
             "predictions": work.predictions,
@@ -191,7 +191,7 @@ def estimate_model(
     entries = [model.weight(entry.layer) for entry in model.text_entries()]
     made = dataclasses.replace(
         made,
-        captions=unread(model, work.captions, erased),
+        captions=count_unread(model, work.captions, erased),
         saving=SAVING + 2 * sum(2 * w.numel() for w in entries) / HASHED,
         product=_product(entries[0].shape[1]),
     )

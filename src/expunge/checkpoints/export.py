@@ -32,7 +32,7 @@ from expunge.edit import Edit
 from expunge.erasing.caption_gram import text_hash
 from expunge.fingerprint import Read, places, same_base
 from expunge.model import Model
-from expunge.ops.rounding import Cost, rounded
+from expunge.ops.rounding import RoundingCost, round_to
 from expunge.problem import Problem
 
 Target = Literal["diffusers", "safetensors", "lora", "kohya", "comfyui", "a1111", "forge", "sd-scripts"]
@@ -173,7 +173,7 @@ def export(
         return Export(output, notes, lora.error, to, place, lora.lost.erasure, lora.lost.drift)
     history = (*checkpoint.erased(), erased(edit))
     together = by_place([*_all(below), *fitted])
-    cost = Cost()
+    cost = RoundingCost()
 
     def said() -> tuple[str, ...]:
         """The notes, once everything is written."""
@@ -318,7 +318,7 @@ def by_place(changes: Sequence[WeightChange]) -> dict[Place, list[WeightChange]]
 
 
 def after(
-    changes: Mapping[Place, Sequence[WeightChange]], seed: str = "", cost: Cost | None = None
+    changes: Mapping[Place, Sequence[WeightChange]], seed: str = "", cost: RoundingCost | None = None
 ) -> dict[Place, Callable[[Tensor], Tensor]]:
     """What each parameter becomes, in its own dtype.
 
@@ -334,7 +334,7 @@ def after(
             value = change.weight(value)
         digest = hashlib.sha256(f"{seed}.{place[0]}.{place[1]}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        written = rounded(value, original.dtype, draw)
+        written = round_to(value, original.dtype, draw)
         if cost is not None and original.dtype.itemsize < 4:
             cost.add(original, value, written)
         return written

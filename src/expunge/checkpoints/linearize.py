@@ -10,11 +10,11 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
-from expunge.erasing.caption_gram import captions, prior
-from expunge.erasing.pooled_gates import through
+from expunge.erasing.caption_gram import compute_prior, read_captions
+from expunge.erasing.pooled_gates import apply_to_vectors
 from expunge.erasing.prompt_templates import KEPT, assemble_prompts, assemble_retained_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import gram, outer, right_factor, widened
+from expunge.ops.least_squares import gram, outer, pad_right_factor, solve_right_factor
 from expunge.problem import Problem
 from expunge.text import Text
 
@@ -101,19 +101,19 @@ def fit_static_weights(
         kept_whole = gram(_rows(stays, vectors).flatten(0, 1)).cpu()
         held = retain_scale * kept_whole / len(stays)
         if captions_from and prior_scale:
-            told = captions(captions_from)
+            told = read_captions(captions_from)
             if vectors:
                 some = _rows(model.encode(told[:VECTORS]), vectors)
                 held = held + prior_scale * gram(some.flatten(0, 1)).cpu() / len(some)
             else:
-                held = held + prior_scale * prior(model, told).mean
+                held = held + prior_scale * compute_prior(model, told).mean
         # A vector of the whole prompt is one row where its tokens are many.
         share = float(found.whole.trace() / torch.stack(tokens).mean()) if vectors and tokens else 1.0
-        matrix = right_factor(found.cross, found.whole, held, share * ridge)
+        matrix = solve_right_factor(found.cross, found.whole, held, share * ridge)
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
         missed, wanted = found.missed_by(matrix), found.missed_by(eye)
         drift = (matrix - eye) @ kept_whole @ (matrix - eye).T
-        kept.append(Right(layers, widened(matrix.float(), model.weight(layers[0]).shape[1])))
+        kept.append(Right(layers, pad_right_factor(matrix.float(), model.weight(layers[0]).shape[1])))
         for layer in layers:
             w = model.weight(layer).cpu().double()[:, : len(matrix)]
             lost.append(_squares(w, missed) / _squares(w, wanted))
@@ -174,7 +174,7 @@ def _rows(text: Text, vectors: bool) -> Tensor:
 def _through(stack: Sequence[InputChange], e: Tensor, inputs: int) -> Tensor:
     """What a stack of changes makes of rows that are the first of a layer's inputs."""
     for change in stack:
-        e = through(change, e, inputs)
+        e = apply_to_vectors(change, e, inputs)
     return e
 
 

@@ -26,7 +26,14 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, listed
 from expunge.base.files import check_space, read_header, replacing
 from expunge.changes import Dense, LowRank, Right, WeightChange, check_fit, find
 from expunge.checkpoints import loading, lora_names
-from expunge.ops.low_rank import balanced, compressed, noise, probes, shared, truncated
+from expunge.ops.low_rank import (
+    balance,
+    compress,
+    draw_probes,
+    factor_shared,
+    measure_rounding_noise,
+    truncate,
+)
 
 if TYPE_CHECKING:
     from expunge.checkpoints.text_moments import Seen
@@ -102,7 +109,7 @@ class Lora:
                 left_out.append((layer, parameter))
                 continue
             shapes[layer] = tuple(weight.shape)
-            found[layer] = balanced(*cutter.factors(layer, weight, some))
+            found[layer] = balance(*cutter.factors(layer, weight, some))
         if not found:
             raise ExpungeError("a LoRA holds changes of weights, and this edit changes none")
         most = max(up.shape[1] for up, _ in found.values())
@@ -602,8 +609,8 @@ class _Cutter:
         delta = (after - original).flatten(1)
         metric = self._metric(layer, delta.shape[1])
         dense = [change.value for change in changes if isinstance(change, Dense)]
-        floor = noise(original.flatten(1), metric, _unit(dense[-1])) if dense else 0.0
-        up, down = truncated(delta, self.rank, self.energy, metric, floor)
+        floor = measure_rounding_noise(original.flatten(1), metric, _unit(dense[-1])) if dense else 0.0
+        up, down = truncate(delta, self.rank, self.energy, metric, floor)
         self._count(layer, delta.shape[1], lambda z: delta @ z, (up, down))
         return up, down
 
@@ -626,7 +633,7 @@ class _Cutter:
                 torch.cat([moments, mixed.T], 1), torch.cat([mixed, seen @ own_down.T], 1),
             ])  # fmt: skip
             up, down = torch.cat([up, own_up], 1), torch.cat([down, own_down])
-        up, down = compressed(up, down, moments, self.rank, self.energy)
+        up, down = compress(up, down, moments, self.rank, self.energy)
 
         def whole(z: Tensor) -> Tensor:
             answer = w @ self._moved(group, z).to(w)
@@ -651,7 +658,7 @@ class _Cutter:
             unit = max((_unit(change.matrix) for change in rights), default=0.0)
             most = None if self.rank is None else max(4 * self.rank, 64)
             if rights:
-                up, down = shared(right, most, self.energy, metric, unit)
+                up, down = factor_shared(right, most, self.energy, metric, unit)
             else:
                 up, down = right[:, :0], right[:0]
             seen = down if metric is None else down @ metric
@@ -686,7 +693,7 @@ class _Cutter:
         if key not in self.probes:
             draw = torch.Generator().manual_seed(0)
             moments = (None, seen.erased, seen.kept) if seen else (None,)
-            self.probes[key] = tuple(probes(each, inputs, draw) for each in moments)
+            self.probes[key] = tuple(draw_probes(each, inputs, draw) for each in moments)
         for i, z in enumerate(self.probes[key]):
             wanted = change(z).double()
             self.sums[2 * i + 1] += float(wanted.square().sum())

@@ -18,13 +18,13 @@ from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightC
 from expunge.checkpoints.export import by_place, weights
 from expunge.checkpoints.lora import Place, composed
 from expunge.edit import Edit, Record
-from expunge.erasing.caption_gram import captions, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.prompt_templates import assemble_prompts
 from expunge.erasure import versions
 from expunge.fingerprint import base, base_hash, places
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram, widened
-from expunge.ops.low_rank import balanced
+from expunge.ops.least_squares import gram, pad_right_factor, solve_fusion
+from expunge.ops.low_rank import balance
 from expunge.problem import Problem, key
 from expunge.runtime.context import RunContext
 
@@ -191,10 +191,10 @@ def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Pro
     retained = [text for problem in problems for text in problem.retain]
     kept = total(["", *retained])
     if pooled:
-        some = captions("general")[:500]
+        some = read_captions("general")[:500]
         kept = kept + total(some)
     else:
-        kept = kept + prior(model, captions("general"), RunContext(progress=progress)).mean
+        kept = kept + compute_prior(model, read_captions("general"), RunContext(progress=progress)).mean
     return Rows(tuple(erased), kept)
 
 
@@ -210,8 +210,8 @@ def _fused(
     whole = torch.stack(rows.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
     parts = torch.cat([*rows.erased])
-    # With M the identity, `fused` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
-    _, solved = fused(eye, whole, prior_scale * rows.kept, ridge, parts)
+    # With M the identity, `solve_fusion` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
+    _, solved = solve_fusion(eye, whole, prior_scale * rows.kept, ridge, parts)
     reach = solved.split(len(whole))
     changes: list[Change] = []
     alike: dict[tuple[int, ...], list[str]] = {}
@@ -235,7 +235,7 @@ def _fused(
             alike.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
-            factors = balanced(torch.cat(ups, 1), torch.cat(downs))
+            factors = balance(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in alike.items()]
     return [*shared, *changes]
@@ -256,4 +256,4 @@ def _dense(
 
 def _reaching(k: Tensor, inputs: int) -> Tensor:
     """Gᵢ K for a layer that is given something else behind the text: that stays as each edit has it."""
-    return widened(k, inputs)
+    return pad_right_factor(k, inputs)

@@ -195,11 +195,11 @@ def measured(
         model: the model; it is left as it was.
         batch: images at once.
     """
-    from expunge.erasing.caption_gram import captions
+    from expunge.erasing.caption_gram import read_captions
     from expunge.ops.least_squares import gram
 
     found: dict[str, float] = {}
-    some = list(captions("general")[: 4 * batch])
+    some = list(read_captions("general")[: 4 * batch])
     model.encode(some[:1])
     with _timed(found, "prompts", len(some), clock):
         gram(model.encode(some).embeddings.flatten(0, 1).cpu())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.files import cache_folder, read_header, replacing
-from expunge.erasing.caption_gram import captions, text_hash
+from expunge.erasing.caption_gram import read_captions, text_hash
 from expunge.erasing.prompt_templates import assemble_prompts
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -75,7 +75,7 @@ def seen(model: Model, problem: Problem) -> dict[str, Seen]:
     spread = [assemble_prompts(concept) for concept in problem.erase]
     most = max(1, count // max(len(spread), 1))
     spread = [_some(prompts, most) for prompts in spread]
-    plain = ["", *_some(list(captions("general")), count), *_some(list(problem.retain), count)]
+    plain = ["", *_some(list(read_captions("general")), count), *_some(list(problem.retain), count)]
     encoders = text_hash(model, ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExpungeWarning)  # captions that are cut

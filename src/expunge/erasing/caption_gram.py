@@ -47,7 +47,7 @@ class Prior:
     """How many captions it is the mean of."""
 
 
-def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
+def compute_prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
     """The prior of some captions, as a model reads them.
 
     It is kept in the user's cache folder, one file of 8 d² bytes for each set of captions and each
@@ -83,10 +83,10 @@ def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) 
     return made
 
 
-def captions(source: str) -> tuple[str, ...]:
+def read_captions(source: str) -> tuple[str, ...]:
     """Captions by name: a shipped set, a text file with one a line, or a data set of the hub.
 
-    >>> len(captions("general")) >= 1000
+    >>> len(read_captions("general")) >= 1000
     True
 
     Args:
@@ -119,28 +119,28 @@ def captions(source: str) -> tuple[str, ...]:
     return found
 
 
-def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions as `captions` takes them, or for "vocabulary" a depiction of each word known.
+def read_captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
+    """Captions as `read_captions` takes them, or for "vocabulary" a depiction of each word known.
 
     Args:
         model: whose tokenizer knows words.
-        source: "vocabulary", or what `captions` takes.
+        source: "vocabulary", or what `read_captions` takes.
         erased: the concepts whose words are left out of a vocabulary.
     """
     if source != VOCABULARY:
-        return captions(source)
+        return read_captions(source)
     return tuple(GENERAL.format(word) for word in vocabulary_words(model, erased)[:WORDS])
 
 
-def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
+def count_unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
     """How many captions of a source have to be read, for want of a prior that was kept.
 
     Those of a data set of the hub are not known before it has been fetched, and count nothing.
 
     Args:
         model: who would read them; None for one that is not in memory: all have to be read.
-        source: as `captions_for` takes it; "" for none.
-        erased: as in `captions_for`.
+        source: as `read_captions_for` takes it; "" for none.
+        erased: as in `read_captions_for`.
     """
     if not source:
         return 0
@@ -148,7 +148,7 @@ def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> 
         return WORDS
     if source != VOCABULARY and not Path(source).is_file() and "/" in source:
         return 0
-    found = captions(source) if model is None else captions_for(model, source, erased)
+    found = read_captions(source) if model is None else read_captions_for(model, source, erased)
     kept = cache_folder() / "priors"
     if model is not None and kept.is_dir() and any(kept.iterdir()):
         return 0 if (kept / f"{text_hash(model, found)}.safetensors").is_file() else len(found)

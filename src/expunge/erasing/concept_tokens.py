@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expunge.model import Model
-from expunge.ops.prompt_alignment import phrase_positions
+from expunge.ops.prompt_alignment import locate_phrases
 from expunge.problem import Concept
 from expunge.text import Text
 
@@ -41,7 +41,7 @@ def find_phrases(model: Model, templates: Sequence[str], text: Text, n_names: in
     """
     sides = [template.split("{}") for template in templates] * n_names
     before, after = ([model.count_tokens(side.strip()) for side in x] for x in zip(*sides, strict=True))
-    return phrase_positions(before, after, text.content_mask)
+    return locate_phrases(before, after, text.content_mask)
 
 
 def vocabulary_words(model: Model, erased: Sequence[Concept]) -> list[str]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeWarning
 from expunge.changes import Change, Changes, LowRank, Right
-from expunge.erasing.caption_gram import captions_for, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions_for
 from expunge.erasing.prompt_templates import assemble_retained_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import floored, fused, gram, moved_by
-from expunge.ops.low_rank import balanced
+from expunge.ops.least_squares import apply_floor, gram, multiply_by_gram, solve_fusion
+from expunge.ops.low_rank import balance
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext, Tensors
 
@@ -68,7 +68,7 @@ def retained_gram(
             e = model.encode(prompts[start : start + 64]).embeddings
             total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
-        total += prior(model, captions_for(model, captions_from, problem.erase), run).mean
+        total += compute_prior(model, read_captions_for(model, captions_from, problem.erase), run).mean
     return total
 
 
@@ -100,9 +100,11 @@ def fuse(
         for name, tensors in factors.items()
     }
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
-    moved += [moved_by(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()]
-    ridge = floored(ridge, floor, whole)
-    matrix, solved = fused(matrix, whole, prior, ridge, torch.cat(moved))
+    moved += [
+        multiply_by_gram(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()
+    ]
+    ridge = apply_floor(ridge, floor, whole)
+    matrix, solved = solve_fusion(matrix, whole, prior, ridge, torch.cat(moved))
     answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
     return matrix, {
         name: {**tensors, **{key: next(answers) for key, _ in downs[name]}}
@@ -125,6 +127,6 @@ def assemble_changes(
     for layer in layers if factors else ():
         up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
         down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
-        halves = (x.half() for x in balanced(scale * up.double(), down.double()))
+        halves = (x.half() for x in balance(scale * up.double(), down.double()))
         changes.append(LowRank((layer,), *halves))
     return tuple(changes)

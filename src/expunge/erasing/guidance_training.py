@@ -11,9 +11,9 @@ from torch import Tensor
 from expunge.changes import Change, Changes, Dense, Sparse, find
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.trajectories import StoredTrajectories, TrainingConcept, TrajectorySample
-from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimise
+from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, minimise, warn_diverged
 from expunge.ops.in_place import InPlace
-from expunge.ops.low_rank import each_its_own, first_factors
+from expunge.ops.low_rank import init_factors, use_own_factors
 from expunge.ops.trajectory import Predictions
 from expunge.runtime.context import RunContext, Tensors
 
@@ -191,7 +191,7 @@ def _resumed(
 
 def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
     """Go back to the last sound state, and warn."""
-    broke_off(step, bool(good), "the edit", stacklevel=6)
+    warn_diverged(step, bool(good), "the edit", stacklevel=6)
     for value, before in zip(trained.values, good, strict=True):
         value.copy_(before)
 
@@ -261,7 +261,7 @@ def train_factors(
     """
     model, n = steering.model, len(subjects)
     modules = [find(model.pipe, layer) for layer in layers]
-    ups, downs = first_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
+    ups, downs = init_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
     entries = {entry.layer for entry in model.text_entries()}
     between = torch.stack(list(through)).to(downs[0]) if through else None
     used = list(downs)
@@ -269,7 +269,7 @@ def train_factors(
     with frozen(model.parameters()):
         once = [steering.store_trajectories(s, n_stored) for s in subjects] if n_stored else []
         stored = once * samples
-        with model.using(base_changes), each_its_own(modules, ups, used, alpha / rank) as switch:
+        with model.using(base_changes), use_own_factors(modules, ups, used, alpha / rank) as switch:
 
             def renew_used() -> None:
                 """Compute D A anew: the product is part of each part's graph, and is freed with it."""

@@ -14,9 +14,9 @@ from torch.nn.functional import interpolate
 
 from expunge.base import image_files
 from expunge.base.errors import ExpungeError, unknown
-from expunge.erasing.reference_images import Examples, folder_of
+from expunge.erasing.reference_images import Examples, find_folder
 from expunge.model import Model
-from expunge.ops.attention import grid, read_attention
+from expunge.ops.attention import infer_grid, read_attention
 from expunge.ops.otsu import otsu
 from expunge.runtime.context import RunContext
 
@@ -30,7 +30,7 @@ SMALLEST = 16
 """The fewest pixels of a map that says where something is: coarser ones point anywhere."""
 
 
-def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+def find_masks(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """The masks of a concept's examples: (n, h, w), 0 or 1.
 
     Args:
@@ -49,7 +49,7 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
     if source == "none":
         return torch.ones(len(examples), 1, 1)
     if source == "attention":
-        masks = from_attention(model, examples, tokens, run)
+        masks = masks_from_attention(model, examples, tokens, run)
     elif source == "grounded-sam":
         from expunge.erasing.grounded_sam import GroundedSAM
 
@@ -58,7 +58,7 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
     elif not Path(source).is_dir():
         raise unknown("folder or other source of masks", source, SOURCES)
     else:
-        masks = from_folder(source, model, examples)
+        masks = masks_from_folder(source, model, examples)
     for i, mask in enumerate(masks):
         if not mask.any() or mask.all():
             what = "full" if mask.any() else "empty"
@@ -69,17 +69,17 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
     return masks.float()
 
 
-def from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+def masks_from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """The brighter part of where a concept's tokens are attended to: (n, h, w), bool.
 
-    `attended`, split by Otsu's threshold.
+    `measure_attention`, split by Otsu's threshold.
     """
-    seen = attended(model, examples, tokens, run)
+    seen = measure_attention(model, examples, tokens, run)
     return seen > otsu(seen.flatten(1))[..., None]
 
 
 @torch.no_grad()
-def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+def measure_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
     """How much each pixel attends to a concept's tokens: (n, h, w).
 
     A mean over heads, layers and levels of noise. The end and padding tokens tell of the whole
@@ -95,7 +95,7 @@ def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) 
         pixels = attention.shape[2]
         if pixels < min(SMALLEST, height * width):
             return None
-        seen = (attention.float().mean(1) @ counted).unflatten(1, grid(pixels, height, width))
+        seen = (attention.float().mean(1) @ counted).unflatten(1, infer_grid(pixels, height, width))
         return interpolate(seen[:, None], (height, width), mode="bilinear")[:, 0]
 
     total = torch.zeros(())
@@ -112,14 +112,14 @@ def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) 
     return total / len(LOG_SNRS)
 
 
-def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
+def masks_from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
     """Masks read from files named as the images' files are, white where the concept is.
 
     They lie as the images do, in a folder of the concept's own or in `folder`. (n, h, w), bool.
     """
     if not examples.files:
         raise ExpungeError("masks from a folder belong to images from a folder: set images_from too")
-    place = folder_of(examples.concept, folder)
+    place = find_folder(examples.concept, folder)
     masks = []
     for file in examples.files:
         path = _named(place, Path(file).stem)

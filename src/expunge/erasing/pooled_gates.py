@@ -12,7 +12,7 @@ from expunge.changes import Gated, InputChange
 from expunge.text import Text
 
 
-def widened(gated: Gated, inputs: int) -> Gated:
+def pad_gates(gated: Gated, inputs: int) -> Gated:
     """Gates for a layer that is given something else behind the vector: SDXL's sizes.
 
     Args:
@@ -29,13 +29,13 @@ def widened(gated: Gated, inputs: int) -> Gated:
     )
 
 
-def through(change: InputChange, vectors: Tensor, inputs: int) -> Tensor:
+def apply_to_vectors(change: InputChange, vectors: Tensor, inputs: int) -> Tensor:
     """What a layer that is so wide is given in the place of vectors (n, d): (n, d)."""
     width = vectors.shape[-1]
     return change.given(pad(vectors, (0, inputs - width)))[..., :width]
 
 
-def given(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
+def apply_gates(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
     """The vectors of a text behind the gates that stand before the layers which read them.
 
     Args:
@@ -45,10 +45,10 @@ def given(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
     if text.pooled is None or not changes:
         return text.pooled
     change = next(iter(changes.values()))
-    return through(change, text.pooled, change.direction.shape[1])
+    return apply_to_vectors(change, text.pooled, change.direction.shape[1])
 
 
-def remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None) -> float:
+def measure_remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None) -> float:
     """How much of what parts a concept from its anchor is left: a share, as a layer sees it.
 
         (Σ ‖W (ẽ − a)‖² / Σ ‖W (e − a)‖²)^½,    1 where nothing is edited, 0 where nothing is left

@@ -159,14 +159,6 @@ KEPT: dict[str, str] = {
 long as the first of `TEMPLATES`, so that a word stands where an erased one stands: a random text encoder
 tells places apart as well as words."""
 
-KEPT: dict[str, str] = {
-    "object": "a print of the {}",
-    "identity": "a print of {}",
-    "style": "a print by {}",
-    "explicit": "a print of {}",
-}
-"""By kind, a phrasing to keep names and general words in, built like the first of `TEMPLATES`."""
-
 GENERAL = "a depiction of the {}"
 """The phrasing in which a prior keeps the words of a tokenizer's vocabulary."""
 

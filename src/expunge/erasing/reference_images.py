@@ -38,7 +38,7 @@ class Examples:
 
 
 @torch.no_grad()
-def drawn(
+def draw_examples(
     model: Model,
     concept: str,
     prompt: str,
@@ -53,7 +53,9 @@ def drawn(
 
 
 @torch.no_grad()
-def each(model: Model, label: str, prompts: Sequence[str], run: RunContext, batch: int = 16) -> Tensor:
+def draw_each(
+    model: Model, label: str, prompts: Sequence[str], run: RunContext, batch: int = 16
+) -> Tensor:
     """One image of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
     generator, steps = run.generator("examples", label), model.num_inference_steps
     parts = []
@@ -69,13 +71,13 @@ def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, s
     return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
 
 
-def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
+def read_examples(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
     """Read all images of a concept from `folder/concept`, or from `folder` if that is not there.
 
     Raises:
         ExpungeError: no images there, one is unreadable, or of another size than the model draws.
     """
-    place = folder_of(concept, folder)
+    place = find_folder(concept, folder)
     files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
     if not files:
         raise ExpungeError(f"{place} has no images of {concept!r} (.png, .jpg or .webp)")
@@ -89,7 +91,7 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
     return Examples(concept, prompt, torch.cat(latents), tuple(map(str, files)))
 
 
-def folder_of(concept: str, folder: str | Path) -> Path:
+def find_folder(concept: str, folder: str | Path) -> Path:
     """Where the files of a concept lie: a folder of its own within `folder`, or `folder` itself.
 
     The folder's name may be another spelling of the concept's, such as a file system makes of it.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expunge.changes import Changes, Right
 from expunge.model import Model
-from expunge.ops.least_squares import gram, outer, right_factor, widened
+from expunge.ops.least_squares import gram, outer, pad_right_factor, solve_right_factor
 from expunge.text import Text
 
 
@@ -59,7 +59,7 @@ class RefitSums:
         Raises:
             ExpungeError: the equations are singular; a larger ridge helps.
         """
-        return right_factor(self.cross, self.gram, self.prior, ridge).float()
+        return solve_right_factor(self.cross, self.gram, self.prior, ridge).float()
 
 
 @dataclass(eq=False)
@@ -122,7 +122,9 @@ class Refit:
             # A vector of the whole prompt is one row where its tokens are many: λ in proportion.
             share = float(self.pooled.gram.trace() / self.tokens.gram.trace())
             inputs = model.weight(entry.layer).shape[1]
-            changes.append(Right((entry.layer,), widened(self.pooled.solve(ridge * share), inputs)))
+            changes.append(
+                Right((entry.layer,), pad_right_factor(self.pooled.solve(ridge * share), inputs))
+            )
         return tuple(changes)
 
 

@@ -20,7 +20,7 @@ from expunge.fingerprint import base, base_hash
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.in_place import backward
-from expunge.ops.saliency import Intersection, packed, unpacked
+from expunge.ops.saliency import Intersection, pack_bits, unpack_bits
 from expunge.runtime.context import RunContext
 
 
@@ -45,7 +45,7 @@ class Mask:
         """
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         about = {"counts": self.counts, "base": self.base, "method": self.method, "shapes": shapes}
-        tensors = {name: packed(mask) for name, mask in self.masks.items()}
+        tensors = {name: pack_bits(mask) for name, mask in self.masks.items()}
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, {"expunge mask": json.dumps(about)}))
 
@@ -62,7 +62,7 @@ class Mask:
         about = json.loads(text)
         shapes = about.pop("shapes")
         bits = safetensors.torch.load(Path(path).read_bytes())
-        masks = {name: unpacked(tensor, shapes[name]) for name, tensor in bits.items()}
+        masks = {name: unpack_bits(tensor, shapes[name]) for name, tensor in bits.items()}
         return cls(masks, tuple(about["counts"]), about["base"], about["method"])
 
     def require_fit(

@@ -18,7 +18,7 @@ from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
-from expunge.ops.noise_level import on_latents
+from expunge.ops.noise_level import shift_log_snr
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext
@@ -122,7 +122,7 @@ class ESD(Method):
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]
         model.require_window(prompts)
-        turn = on_latents(self.turn, self.turn_side, model.latents_side)
+        turn = shift_log_snr(self.turn, self.turn_side, model.latents_side)
         return train_weights(
             Steering(model, dataclasses.replace(self.trajectory_config, turn=turn)),
             TrainingConcept(problem.erase[0].name, model.encode(prompts), run.generator("training")),

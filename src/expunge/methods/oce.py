@@ -11,7 +11,7 @@ from torch import Tensor
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Dense
-from expunge.erasing.caption_gram import captions, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.concept_tokens import last_tokens
 from expunge.erasing.prompt_templates import (
     assemble_anchor_prompts,
@@ -68,7 +68,7 @@ class OCE(Method):
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        general = len(captions(self.captions)) if self.captions and self.general_scale else 0
+        general = len(read_captions(self.captions)) if self.captions and self.general_scale else 0
         return Cost(prompts=2 * erased + len(problem.retain) + general)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
@@ -87,7 +87,7 @@ class OCE(Method):
         general = torch.zeros(width, width, dtype=torch.float64)
         if self.captions and self.general_scale:
             tokens = model.encode([""]).embeddings.shape[1]
-            general = prior(model, captions(self.captions), run).mean / tokens
+            general = compute_prior(model, read_captions(self.captions), run).mean / tokens
 
         changes = []
         values = [entry for entry in model.text_entries() if entry.role != "key"]

@@ -149,10 +149,10 @@ def energy(attention: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     return (per_pixel * mask.to(attention.dtype)[:, None]).sum((1, 2))
 
 
-def grid(pixels: int, height: int, width: int) -> tuple[int, int]:
+def infer_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
     """The height and width of a layer with so many pixels, in a network that halves its latents.
 
-    >>> grid(16, 8, 8), grid(12, 8, 5)
+    >>> infer_grid(16, 8, 8), infer_grid(12, 8, 5)
     ((4, 4), (4, 3))
 
     Raises:

@@ -68,13 +68,15 @@ def minimise(
             for b, last in enumerate(total.tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
-                    broke_off(step, bool(sound), "its change", names[b] if names else "")
+                    warn_diverged(step, bool(sound), "its change", names[b] if names else "")
                     stopped.add(b)
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 now = [parameter.detach().clone() for parameter in parameters]
                 _put_back(now, sound, stopped)
                 sound = now
-            for parameter, gradient in zip(parameters, clipped(gradients, max_grad_norm), strict=True):
+            for parameter, gradient in zip(
+                parameters, clip_gradients(gradients, max_grad_norm), strict=True
+            ):
                 parameter.grad = gradient
             optimiser.step()
     for parameter in parameters:
@@ -93,7 +95,7 @@ def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Itera
             parameter[row] = before[row]
 
 
-def broke_off(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
+def warn_diverged(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
     """Say that the loss runs away, and which state counts.
 
     Args:
@@ -133,7 +135,7 @@ def diverged(losses: Sequence[float], window: int = 10) -> bool:
     return len(losses) >= 2 * window and sum(last) > 10 * sum(first)
 
 
-def clipped(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
+def clip_gradients(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
     """Gradients (n, …) with the norm of each row, over all tensors, at most `clip`."""
     squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
     factor = (max_grad_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)

@@ -14,7 +14,7 @@ CLEAR = 0.3
 """The gap between background and concept that a gate needs, where the way between their means is 1."""
 
 
-def directions(
+def find_directions(
     weight: Tensor, differences: Tensor, *, energy: float = 1.0, rank: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The directions in which rows differ most to a layer: up (d, r) and down (r, d), float64.
@@ -25,9 +25,9 @@ def directions(
         up = D V_r S_r⁻¹,     down = U_rᵀ W,     W up down x = U_r U_rᵀ W x,     down up = 1:
 
     what `up down` takes from an input x is what the projector on the leading left singular vectors
-    takes from the layer's answer. For several layers, let W be a root of Σ W_lᵀ W_l (`stacked`).
+    takes from the layer's answer. For several layers, let W be a root of Σ W_lᵀ W_l (`stack_root`).
 
-    >>> up, down = directions(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rank=1)
+    >>> up, down = find_directions(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rank=1)
     >>> (up @ down).abs().round().tolist()
     [[1.0, 0.0], [0.0, 0.0]]
 
@@ -52,14 +52,15 @@ def directions(
     return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
 
 
-def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def fit_affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """The affine map that best foretells answers from rows: its matrix (r, d) and offset (r,), float64.
 
         min_{G, g} Σ_i w_i ‖G x_i + g − y_i‖² / Σ_i w_i + λ σ² ‖G‖²
 
     with σ² the rows' mean variance. Large λ leave the answers' mean.
 
-    >>> line, at = affine(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]), torch.ones(2), 0.0)
+    >>> x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]])
+    >>> line, at = fit_affine(x, y, torch.ones(2), 0.0)
     >>> line.tolist(), at.tolist()
     ([[2.0]], [1.0])
 
@@ -79,7 +80,7 @@ def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tupl
     return line, mean - line @ middle
 
 
-def stacked(weights: list[Tensor]) -> Tensor:
+def stack_root(weights: list[Tensor]) -> Tensor:
     """A root R (d, d) of Σ WᵀW: ‖R x‖² = Σ ‖W x‖² for every x; float64.
 
     Args:
@@ -168,7 +169,7 @@ class Gate(NamedTuple):
     """()"""
 
 
-def gate(rows: Tensor, background: Background, *, margin: float, retain_openness: float) -> Gate:
+def fit_gate(rows: Tensor, background: Background, *, margin: float, retain_openness: float) -> Gate:
     """The gate of some tokens, in closed form.
 
     Along w (`Background.direction`), the background ends at `edge` and the concept begins at `start`,

@@ -20,7 +20,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 
 FLOOR = 0.03
-"""The least ridge of an erasure that asks for one: see `floored`."""
+"""The least ridge of an erasure that asks for one: see `apply_floor`."""
 
 SOLVABLE = 1e-6
 """A floor that changes no result to be seen, and leaves no equations singular."""
@@ -48,13 +48,13 @@ def gram(rows: Tensor, blocks: int = 6) -> Tensor:
     return below.tril() + below.tril(-1).T
 
 
-def floored(ridge: float, floor: float, gram: Tensor) -> float:
+def apply_floor(ridge: float, floor: float, gram: Tensor) -> float:
     """λ, at least `floor` times the mean of G's diagonal.
 
     Few prompts leave most directions of a text space empty. Without λ, what such a direction does
     follows from round-off and from what little of the prompts reaches it; a floor keeps it in place.
 
-    >>> floored(0.5, 1e-3, 6000 * torch.eye(3))
+    >>> apply_floor(0.5, 1e-3, 6000 * torch.eye(3))
     6.0
 
     Args:
@@ -65,13 +65,13 @@ def floored(ridge: float, floor: float, gram: Tensor) -> float:
     return max(ridge, floor * float(gram.diagonal().double().mean()))
 
 
-def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
+def solve_right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """M = (C + P + λI) (G + P + λI)⁻¹.
 
     One Cholesky factorisation in float64; no images, no gradients.
 
     >>> eye = torch.eye(3)
-    >>> torch.allclose(right_factor(0 * eye, 0 * eye, 0 * eye, ridge=2.0), eye.double())
+    >>> torch.allclose(solve_right_factor(0 * eye, 0 * eye, 0 * eye, ridge=2.0), eye.double())
     True
 
     Args:
@@ -91,7 +91,7 @@ def right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Te
     return _divided(cross.double() + kept, gram.double() + kept, ridge)
 
 
-def fused(
+def solve_fusion(
     matrix: Tensor, gram: Tensor, prior: Tensor, ridge: float, moved: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One weight that answers for many low-rank changes, each on the rows it was made for.
@@ -109,7 +109,7 @@ def fused(
         gram: Σᵢ Gᵢ, (d, d).
         prior: P, (d, d).
         ridge: λ, at least 0, in units of a squared embedding.
-        moved: Dᵢ Gᵢ of any number of changes and layers, stacked, (n, d); see `moved_by`.
+        moved: Dᵢ Gᵢ of any number of changes and layers, stacked, (n, d); see `multiply_by_gram`.
 
     Returns:
         M₂, (d, d), and Dᵢ Gᵢ K, (n, d), both float64.
@@ -126,7 +126,7 @@ def fused(
     return solved[: len(first)], solved[len(first) :]
 
 
-def moved_by(down: Tensor, rows: Tensor) -> Tensor:
+def multiply_by_gram(down: Tensor, rows: Tensor) -> Tensor:
     """D G for G = Σ e eᵀ over `rows` (n, d), as (k, d) in float64.
 
     As (D Eᵀ) E it needs no G, and while k is below d/2 it is the cheaper way.
@@ -135,10 +135,10 @@ def moved_by(down: Tensor, rows: Tensor) -> Tensor:
     return (down.double() @ rows.T) @ rows
 
 
-def widened(matrix: Tensor, inputs: int) -> Tensor:
+def pad_right_factor(matrix: Tensor, inputs: int) -> Tensor:
     """M for a layer that is given something else behind the rows M is for: (inputs, inputs).
 
-    >>> widened(torch.tensor([[2.0]]), 2)
+    >>> pad_right_factor(torch.tensor([[2.0]]), 2)
     tensor([[2., 0.],
             [0., 1.]])
     """

@@ -27,7 +27,7 @@ class Switch:
 
 
 @contextmanager
-def each_its_own(
+def use_own_factors(
     layers: Sequence[nn.Module], ups: Sequence[Tensor], downs: Sequence[Tensor], scale: float = 1.0
 ) -> Iterator[Switch]:
     """Give every row of a batch the low-rank change of its problem, for the length of a block.
@@ -49,7 +49,7 @@ def each_its_own(
         yield switch
 
 
-def first_factors(
+def init_factors(
     layers: Sequence[nn.Module], rank: int, generators: Sequence[torch.Generator]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each layer B = 0, (n, out, rank), and D normal with deviation 1/rank, (n, rank, in).
@@ -97,7 +97,7 @@ def _adding(
     return add
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product B D, the largest entry of each column of B as large as that of D's row.
 
     Half precision then keeps the most of it. Empty columns stay empty.
@@ -111,7 +111,7 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * scale, down / scale[:, None]
 
 
-def truncated(
+def truncate(
     change: Tensor,
     rank: int | None,
     energy: float,
@@ -146,11 +146,11 @@ def truncated(
         root = delta if metric is None else delta @ torch.linalg.cholesky(metric)
         squares, right = _descending(root.T @ root)
         left = root @ right / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    kept = left[:, : leading(squares, rank, energy, floor)]
+    kept = left[:, : count_leading(squares, rank, energy, floor)]
     return kept, kept.T @ delta
 
 
-def shared(
+def factor_shared(
     matrix: Tensor, most: int | None, energy: float, metric: Tensor | None, unit: float
 ) -> tuple[Tensor, Tensor]:
     """P Q, the leading part of M − I, for all layers that become W M at once: Δ = W (M − I) ≈ (W P) Q.
@@ -158,7 +158,7 @@ def shared(
     Args:
         matrix: M, (d, d).
         most: how many directions are ever asked for; None for what the energy takes.
-        energy: as of `truncated`; a hundredth of what it gives away is given away here.
+        energy: as of `truncate`; a hundredth of what it gives away is given away here.
         metric: S, (d, d), or None.
         unit: the rounding unit of the number format that M was kept in; what its rounding alone
             would look like is left out.
@@ -168,12 +168,12 @@ def shared(
     """
     m = matrix.double()
     change = m - torch.eye(len(m), dtype=m.dtype)
-    floor = noise(m, metric, unit)
+    floor = measure_rounding_noise(m, metric, unit)
     tight = 1 - (1 - energy) / 100
-    return truncated(change, most, tight, metric, floor)
+    return truncate(change, most, tight, metric, floor)
 
 
-def compressed(
+def compress(
     up: Tensor, down: Tensor, moments: Tensor, rank: int | None, energy: float
 ) -> tuple[Tensor, Tensor]:
     """B D of smaller rank, the nearest in a metric, without ever forming the product.
@@ -182,7 +182,7 @@ def compressed(
         up: B, (out, n).
         down: D, (n, in).
         moments: D S Dᵀ, (n, n).
-        rank, energy: as of `truncated`.
+        rank, energy: as of `truncate`.
 
     Returns:
         the smaller B and D, float64.
@@ -191,13 +191,13 @@ def compressed(
     root = vectors * values.sqrt()
     gram = up.T @ up
     squares, right = _descending(root.T @ gram @ root)
-    r = leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
+    r = count_leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
     sides = right[:, :r] / squares[:r].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     turn = root @ sides
     return up @ turn, turn.T @ gram @ down
 
 
-def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
+def measure_rounding_noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
     """Twice the largest singular value, in a metric, of what rounding to a format does to a matrix.
 
     Measured on a drawn one, E = unit |value| u with u even between -1 and 1: ‖E S^½‖, by powers.
@@ -217,7 +217,7 @@ def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
     return 2 * size**0.5
 
 
-def leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> int:
+def count_leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> int:
     """How many singular values are kept, by their squares in descending order; at least 1.
 
     Args:
@@ -246,7 +246,7 @@ EXACT = 1024
 PROBES = 96
 
 
-def probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> Tensor:
+def draw_probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> Tensor:
     """Z, (inputs, n), such that ‖A Z‖² is ‖A G^½‖² for any A: exactly, or in the mean where it is wide.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def on_latents(log_snr: float, meant_for: int, side: int) -> float:
+def shift_log_snr(log_snr: float, meant_for: int, side: int) -> float:
     """A log-SNR that was chosen on latents of one size, for those of another.
 
     A coarse image is a mean over pixels. With r times as many of them a side, the noise in that mean
@@ -13,9 +13,9 @@ def on_latents(log_snr: float, meant_for: int, side: int) -> float:
     image's layout ends and its detail begins, a window for training or a step to turn at, moves to
     more noise on larger latents.
 
-    >>> on_latents(1.12, meant_for=64, side=64)
+    >>> shift_log_snr(1.12, meant_for=64, side=64)
     1.12
-    >>> round(on_latents(1.12, meant_for=64, side=128), 3)  # SDXL
+    >>> round(shift_log_snr(1.12, meant_for=64, side=128), 3)  # SDXL
     -0.266
 
     Args:

@@ -11,7 +11,7 @@ STRIDE = 0.25
 """The first step, as a share of the radius; steps shrink as 1/√step."""
 
 
-def bounded(
+def minimise_in_ball(
     objective: Callable[[Tensor], Tensor],
     start: Tensor,
     radius: float,
@@ -26,7 +26,7 @@ def bounded(
     the start among them. So more steps never do worse. Rows know nothing of one another.
 
     >>> start = torch.ones(1, 1, 2)
-    >>> found, value = bounded(lambda x: x[..., 0].square().sum(1), start, 0.5, 20)
+    >>> found, value = minimise_in_ball(lambda x: x[..., 0].square().sum(1), start, 0.5, 20)
     >>> round(float(found[0, 0, 0]), 2)
     0.29
 
@@ -58,11 +58,11 @@ def bounded(
         if step == steps or radius == 0:
             break
         length = STRIDE * reach / (step + 1) ** 0.5
-        shift = stepped(shift, gradient, length, reach)
+        shift = step_in_ball(shift, gradient, length, reach)
     return start + best, least
 
 
-def within(start: Tensor, radius: float, generators: Sequence[torch.Generator]) -> Tensor:
+def draw_in_ball(start: Tensor, radius: float, generators: Sequence[torch.Generator]) -> Tensor:
     """A random δ within the bound for each row: a direction and a length of each token's own.
 
     Args:
@@ -77,7 +77,7 @@ def within(start: Tensor, radius: float, generators: Sequence[torch.Generator]) 
     return (lengths * unit).to(start) * radius * start.norm(dim=-1, keepdim=True)
 
 
-def stepped(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor) -> Tensor:
+def step_in_ball(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor) -> Tensor:
     """Shifts one step down, every token's within its ball.
 
     Args:

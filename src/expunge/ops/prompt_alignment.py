@@ -29,11 +29,11 @@ class Match:
         return slice(self.head, self.first), slice(self.first + self.tail, None)
 
 
-def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
+def match_tokens(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     """Match two prompts by the common beginning and the common end of their words.
 
     >>> photo_of_cat, photo_of_big_dog = torch.tensor([0, 5, 6, 1, 1]), torch.tensor([0, 5, 8, 7, 1])
-    >>> match(photo_of_cat, photo_of_big_dog, (3, 4))
+    >>> match_tokens(photo_of_cat, photo_of_big_dog, (3, 4))
     Match(head=2, first=3, second=4, tail=1)
 
     Args:
@@ -50,7 +50,7 @@ def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     return Match(head, starts[0], starts[1], len(first) - max(starts))
 
 
-def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -> Tensor:
+def locate_phrases(before: Sequence[int], after: Sequence[int], own: Tensor) -> Tensor:
     """The positions of the phrase in each of n prompts: (n, tokens), bool.
 
     Args:

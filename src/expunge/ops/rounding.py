@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def round_to(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A tensor in another number format; below 16 bits up or down at random, by how near either is.
 
     To the nearest, a change smaller than half a step would vanish everywhere; so its mean stays.
@@ -31,7 +31,7 @@ def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Te
 
 
 @dataclass
-class Cost:
+class RoundingCost:
     """What rounding does to changes, added up over tensors."""
 
     formats: set[str] = field(default_factory=set)

@@ -86,14 +86,14 @@ def settled(counts: Sequence[int], share: float) -> bool:
     return before - counts[-1] <= share * before
 
 
-def packed(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
     """A bool tensor as bits: uint8, an eighth of its length."""
     bits = mask.flatten().to(torch.uint8).cpu()
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `packed`, for a tensor of this shape."""
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack_bits`, for a tensor of this shape."""
     each = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return each.flatten()[: torch.Size(shape).numel()].bool().reshape(tuple(shape))

@@ -12,7 +12,7 @@ from expunge.erasing import reference_images
 from expunge.methods.ace.settings import ACESettings
 from expunge.model import Model
 from expunge.ops.attention import read_with_queries
-from expunge.ops.prompt_alignment import phrase_positions
+from expunge.ops.prompt_alignment import locate_phrases
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext
 
@@ -58,11 +58,13 @@ def _read_concept(
     prompts = settings.first_prompt(concept), settings.anchor_prompt(concept)
     text = model.encode(prompts)
     before, after = (model.count_tokens(side.strip()) for side in template.split("{}"))
-    counted = phrase_positions([before] * 2, [after] * 2, text.content_mask).float()
+    counted = locate_phrases([before] * 2, [after] * 2, text.content_mask).float()
     if not concept.anchor:
         counted[1] = 0
     n, steps = settings.num_images, settings.num_inference_steps or None
-    drawn = [reference_images.drawn(model, concept.name, p, n, run, steps).latents for p in prompts]
+    drawn = [
+        reference_images.draw_examples(model, concept.name, p, n, run, steps).latents for p in prompts
+    ]
     shown = torch.cat(drawn)
     attentions = model.cross_attentions()
     sums = [torch.zeros(()) for _ in attentions]

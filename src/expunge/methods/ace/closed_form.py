@@ -15,7 +15,7 @@ from expunge.base.errors import ExpungeError
 from expunge.changes import Changes, Damped, Gated
 from expunge.methods.ace.settings import ATTENTION_REDUCTIONS, ACESettings
 from expunge.methods.ace.tokens import GateTokens
-from expunge.ops.gates import Background, affine, directions, gate, stacked
+from expunge.ops.gates import Background, find_directions, fit_affine, fit_gate, stack_root
 
 FACTORS = ("direction", "centre", "slope", "up", "down", "toward", "goal")
 """The tensors of a `Gated` change that say how it acts; the others say whose they are."""
@@ -43,7 +43,7 @@ def solve_gates(
     of = [name for name, members in tokens.items() for _ in members]
     closed_on = [background[n] if isinstance(background, Mapping) else background for n in of]
     gates = [
-        gate(g.rows, ground, margin=settings.margin, retain_openness=settings.retain_openness)
+        fit_gate(g.rows, ground, margin=settings.margin, retain_openness=settings.retain_openness)
         for g, ground in zip(flat, closed_on, strict=True)
     ]
     switch = {
@@ -67,7 +67,7 @@ def solve_gates(
             for layer, g in found.items()
         )
     roots = (
-        {tuple(weights): stacked(list(weights.values()))}
+        {tuple(weights): stack_root(list(weights.values()))}
         if settings.reduction == "shared"
         else {(layer,): weight for layer, weight in weights.items()}
     )
@@ -110,10 +110,10 @@ def _factors(
         groups: the tokens of the gates.
     """
     differences = torch.cat([g.differences for g in groups])
-    up, down = directions(root, differences, energy=settings.energy, rank=settings.rank)
+    up, down = find_directions(root, differences, energy=settings.energy, rank=settings.rank)
     rows, neutral = (torch.cat([getattr(g, n) for g in groups]) for n in ("rows", "neutral"))
     weights = torch.cat([torch.full((len(g.rows),), 1 / len(g.rows)) for g in groups]).to(rows)
-    line, goal = affine(rows, neutral.double() @ down.T, weights, settings.goal_ridge)
+    line, goal = fit_affine(rows, neutral.double() @ down.T, weights, settings.goal_ridge)
     return up, down, line, goal
 
 

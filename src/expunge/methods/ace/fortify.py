@@ -18,9 +18,9 @@ from torch.nn.functional import interpolate
 from expunge.changes import Changes, Dense, Gated
 from expunge.erasing.parameters import select_parameters
 from expunge.model import Model
-from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen
+from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, warn_diverged
 from expunge.ops.in_place import InPlace
-from expunge.ops.pgd import stepped
+from expunge.ops.pgd import step_in_ball
 from expunge.runtime.context import RunContext, Tensors
 from expunge.text import Text
 
@@ -183,7 +183,7 @@ def fortify(
             kept_loss = (predict(y, at, gated(staying, staying.embeddings)) - same).square().mean()
             loss = loss + config.retain_weight * kept_loss / mean.to(kept_loss)
             if diverged([*losses, float(loss.detach())]):
-                broke_off(step, bool(sound), "the edit")
+                warn_diverged(step, bool(sound), "the edit")
                 for value, before in zip(trained.values, sound, strict=True):
                     value.copy_(before)
                 break
@@ -242,7 +242,7 @@ class Attacks:
             gradient: of what they minimise, (n, tokens, d).
         """
         reach = self.config.radius * self.start[rows].norm(dim=-1, keepdim=True)
-        self.shift[rows] = stepped(
+        self.shift[rows] = step_in_ball(
             self.shift[rows].detach(), gradient, self.config.attack_step * reach, reach
         )
         self.moves[rows] += 1

@@ -52,7 +52,7 @@ def prepare_targets(
                 concept.name,
                 model.encode([prompt]),
                 model.encode([settings.anchor_prompt(concept)]),
-                reference_images.drawn(model, concept.name, prompt, CONCEPT_IMAGES, run).latents,
+                reference_images.draw_examples(model, concept.name, prompt, CONCEPT_IMAGES, run).latents,
             )
         )
     return targets
@@ -81,5 +81,5 @@ def prepare_retained(
     anchors = [settings.anchor_prompt(concept) for concept in problem.erase]
     named = list(dict.fromkeys([*retained, *anchors, ""]))
     stay = named * count_copies(len(named)) + [prompts[i] for i in closed[:WORD_IMAGES]]
-    images = reference_images.each(model, "what stays", stay, run)
+    images = reference_images.draw_each(model, "what stays", stay, run)
     return RetainSet(model.encode(stay), images, text[closed])

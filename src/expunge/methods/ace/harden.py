@@ -18,8 +18,8 @@ from expunge.methods.ace.settings import ACESettings
 from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.gates import Background, stacked
-from expunge.ops.pgd import bounded as attack
+from expunge.ops.gates import Background, stack_root
+from expunge.ops.pgd import minimise_in_ball as attack
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext, Tensors
 from expunge.text import Text
@@ -112,8 +112,8 @@ def harden(
     text = model.encode([settings.first_prompt(concept, name) for name in concept.names])
     anchored = model.encode([settings.anchor_prompt(concept)])
     n, steps = settings.num_images, settings.num_inference_steps or None
-    shown = reference_images.drawn(model, concept.name, text.prompts[0], n, run, steps).latents
-    root = stacked([model.weight(layer) for layer in gated.layers]).to(text.embeddings)
+    shown = reference_images.draw_examples(model, concept.name, text.prompts[0], n, run, steps).latents
+    root = stack_root([model.weight(layer) for layer in gated.layers]).to(text.embeddings)
     generator = run.generator("hardening", concept.name)
     # Both losses in units of how far concept and anchor are apart.
     weight_seen = 1 / measure_distance(root, text.embeddings, anchored.embeddings).mean()
@@ -134,7 +134,7 @@ def harden(
         return measure_distance(root, current().given(e), text.embeddings) * weight_seen
 
     levels, closed = model.log_snr(), gated.given(text.embeddings)
-    vectors = pooled_gates.given(pooled or {}, text)
+    vectors = pooled_gates.apply_gates(pooled or {}, text)
     for done in range(settings.rounds):
         run.progress(f"hardening {concept.name}", done, settings.rounds)
         hard, lack = attack(missing, text.embeddings, settings.radius, settings.attack_steps)

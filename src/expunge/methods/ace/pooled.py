@@ -60,10 +60,12 @@ def gate_vectors(
             if not isinstance(made, Gated):
                 raise TypeError(f"a Gated change is expected, not a {type(made).__name__}")
             narrow = made
-            changes[entry.layer] = pooled_gates.widened(made, weight.shape[1])
+            changes[entry.layer] = pooled_gates.pad_gates(made, weight.shape[1])
         for name, group in vectors.items():
             if group.differs:
-                left[name] = pooled_gates.remainder(weight[:, :width], group.rows, group.neutral, narrow)
+                left[name] = pooled_gates.measure_remainder(
+                    weight[:, :width], group.rows, group.neutral, narrow
+                )
         warned = [
             f"{100 * share:.0f} % of what parts {name!r} from its anchor"
             for name, share in left.items()

@@ -14,7 +14,7 @@ from expunge.erasing.concept_tokens import find_phrases
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.methods.ace.settings import ACESettings
 from expunge.model import Model
-from expunge.ops.prompt_alignment import match
+from expunge.ops.prompt_alignment import match_tokens
 from expunge.problem import Concept, Problem
 from expunge.text import Text
 
@@ -132,7 +132,7 @@ def group_tokens(
         places = phrase[row].nonzero()[:, 0]
         found[0].append((e[places], n[word].expand(len(places), -1)))
         ends = tuple(int(x.content_mask[i].sum()) + 1 for x, i in ((text, row), (anchored, goal_row)))
-        m = match(text.ids[row].cpu(), anchored.ids[goal_row].cpu(), (ends[0], ends[1]))
+        m = match_tokens(text.ids[row].cpu(), anchored.ids[goal_row].cpu(), (ends[0], ends[1]))
         after, last = max(m.first, int(places[-1]) + 1), m.first + m.tail
         marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
         shift = m.second - m.first

@@ -19,7 +19,7 @@ from expunge.erasing.prompt_templates import require_place
 from expunge.erasing.trajectories import TrainingConcept
 from expunge.methods.ant.settings import SharedSettings
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram
+from expunge.ops.least_squares import gram, solve_fusion
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext, Tensors
 
@@ -126,7 +126,7 @@ class LowRankChanges:
         """
         eye = torch.eye(len(whole), dtype=torch.float64)
         ridge = self._ridge(whole, prior)
-        inverse = fused(eye, whole, prior, ridge, eye)[1] if self.through_fusion else None
+        inverse = solve_fusion(eye, whole, prior, ridge, eye)[1] if self.through_fusion else None
         # Bound to plain data, so that it can be pickled and run on another machine.
         train = partial(self._train, settings, model, problem, run.seed, inverse)
         names = [concept.name for concept in problem.erase]

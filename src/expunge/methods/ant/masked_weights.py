@@ -13,7 +13,7 @@ from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded, check
 from expunge.changes import Changes
 from expunge.erasing import saliency
-from expunge.erasing.caption_gram import captions_for
+from expunge.erasing.caption_gram import read_captions_for
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.guidance_training import train_weights
 from expunge.erasing.parameters import Part, select_parameters
@@ -157,7 +157,9 @@ class MaskedWeights:
             return None
         named = assemble_retained_prompts(problem.retain)
         erased = [f" {key(name)} " for concept in problem.erase for name in concept.names]
-        captions = captions_for(model, settings.captions, problem.erase) if settings.captions else ()
+        captions = (
+            read_captions_for(model, settings.captions, problem.erase) if settings.captions else ()
+        )
         # A caption that names the concept would hold it where it is.
         general = [text for text in captions if not any(name in f" {key(text)} " for name in erased)]
         if not named and not general:

@@ -23,7 +23,7 @@ from expunge.methods.mace.suppression import (
     train_on_trajectories,
 )
 from expunge.model import Model
-from expunge.ops.least_squares import SOLVABLE, floored, right_factor
+from expunge.ops.least_squares import SOLVABLE, apply_floor, solve_right_factor
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext, Tensors
 from expunge.runtime.cost import Cost
@@ -131,8 +131,8 @@ class MACE(MACESettings):
             retained: the prior's sum, (d, d).
         """
         prior = self.refine_weight * retained
-        ridge = floored(self.ridge, self.ridge_floor, sums.contexts)
-        return right_factor(sums.cross, sums.contexts, prior, ridge)
+        ridge = apply_floor(self.ridge, self.ridge_floor, sums.contexts)
+        return solve_right_factor(sums.cross, sums.contexts, prior, ridge)
 
     def suppress(
         self, model: Model, problem: Problem, matrix: Tensor, run: RunContext

@@ -13,7 +13,7 @@ from expunge.erasing.fusion import LazyTensors
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer
-from expunge.ops.prompt_alignment import match
+from expunge.ops.prompt_alignment import match_tokens
 from expunge.problem import Concept, Problem
 from expunge.text import Text
 
@@ -97,7 +97,9 @@ def add_aligned(text: Text, goal: Text, moved: Tensor) -> Tensor:
         there = row % len(goal)
         for (own, end), (_, goal_end) in zip(text.segments(row), goal.segments(there), strict=True):
             e, place = embeddings[own], moved[there, own]
-            m = match(ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start))
+            m = match_tokens(
+                ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start)
+            )
             place[: m.head] += e[: m.head]
             place[m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
             alone += [e[positions] for positions in m.alone]

@@ -19,10 +19,10 @@ from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.methods.mace.settings import MACESettings
 from expunge.model import Model
-from expunge.ops.attention import AttentionReader, energy, grid
+from expunge.ops.attention import AttentionReader, energy, infer_grid
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.low_rank import each_its_own, first_factors
-from expunge.ops.noise_level import on_latents
+from expunge.ops.low_rank import init_factors, use_own_factors
+from expunge.ops.noise_level import shift_log_snr
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext, Tensors
@@ -101,13 +101,15 @@ def prepare(settings: MACESettings, model: Model, concept: Concept, run: RunCont
     ending = place > text.content_mask.sum(1, keepdim=True)
 
     if settings.images_from:
-        shown = reference_images.read(model, concept.name, prompts[0], settings.images_from)
+        shown = reference_images.read_examples(model, concept.name, prompts[0], settings.images_from)
     else:
         steps = settings.num_inference_steps or None
-        shown = reference_images.drawn(model, concept.name, prompts[0], settings.num_images, run, steps)
+        shown = reference_images.draw_examples(
+            model, concept.name, prompts[0], settings.num_images, run, steps
+        )
     # A style is everywhere in its images.
     source = "none" if concept.kind == "style" else settings.masks
-    mask = object_masks.find(source, model, shown, (phrase | ending)[:1], run)
+    mask = object_masks.find_masks(source, model, shown, (phrase | ending)[:1], run)
     return SuppressionData(
         concept.name,
         text,
@@ -140,7 +142,7 @@ def train_on_attention(
     layers = tuple(entry.layer for entry in model.text_entries())
     modules = [find(model.pipe, layer) for layer in layers]
     generators = [run.generator("factors", one.concept) for one in data]
-    ups, downs = first_factors(modules, settings.rank, generators)
+    ups, downs = init_factors(modules, settings.rank, generators)
     refined = [Right(layers, matrix)] if "refine" in settings.stages else []
     probabilities = timestep_probabilities(settings, model)
 
@@ -153,7 +155,7 @@ def train_on_attention(
     with (
         frozen(model.parameters()),
         model.using(refined),
-        each_its_own(modules, ups, downs),
+        use_own_factors(modules, ups, downs),
         AttentionReader(model.cross_attentions(), whole=whole) as reader,
     ):
         minimise(
@@ -202,7 +204,7 @@ def train_on_trajectories(
     config = TrajectoryConfig(
         # ANT's weights for identities and styles; it turns at step 40 of 50.
         Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
-        turn=on_latents(-3.18, settings.focal_side, model.latents_side),
+        turn=shift_log_snr(-3.18, settings.focal_side, model.latents_side),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=model.guidance_scale,
     )
@@ -248,7 +250,7 @@ def attention_losses(
     text = Text.joined([sample.text for sample in samples])
 
     def inside(attention: Tensor) -> Tensor:
-        size = grid(attention.shape[2], *latents.shape[-2:])
+        size = infer_grid(attention.shape[2], *latents.shape[-2:])
         return energy(attention, tokens, _resized(mask, size).flatten(1))
 
     parts = torch.stack(reader.read(inside, lambda: model.predict(noisy, t, text)))
@@ -262,7 +264,7 @@ def timestep_probabilities(settings: MACESettings, model: Model) -> Tensor:
     if not settings.focal:
         return torch.full_like(log_snr, 1 / len(log_snr))
     high, low = (
-        on_latents(level, settings.focal_side, model.latents_side)
+        shift_log_snr(level, settings.focal_side, model.latents_side)
         for level in (settings.focal_high, settings.focal_low)
     )
     return focal(log_snr, high, low, settings.focal_slope)
