@@ -1,4 +1,4 @@
-"""The prior: what a text encoder makes of everyday captions, as one matrix; and the captions."""
+"""The prior of closed forms: the mean Gram matrix of everyday captions' tokens; and the captions."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from expunge.problem import Concept
 from expunge.runtime.context import RunContext
 
 BATCH = 64
-"""Captions encoded together."""
+"""How many captions are encoded together."""
 
 VOCABULARY, WORDS = "vocabulary", 3000
-"""The captions that are the tokenizer's own words, and how many at the most, the most frequent first."""
+"""The name of the captions that are made of the tokenizer's own words; and how many words, at most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
     """The mean over captions of Σ e eᵀ, where e runs over all positions of a caption.
 
-    A mean, so that a prior of 1,000 captions means the same as one of 600,000: the sum that papers
+    With a mean, the weight of a prior of 1,000 captions is that of one of 600,000: the sum that papers
     use is `mean * count`. In units of a squared embedding.
 
     Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), the terms in eᵖ of eq. 2 and 7.
@@ -48,16 +48,16 @@ class Prior:
 
 
 def compute_prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
-    """The prior of some captions, as a model reads them.
+    """Compute the prior of some captions, or read it from the user's cache folder.
 
-    It is kept in the user's cache folder, one file of 8 d² bytes for each set of captions and each
-    text encoder, and found again by their content.
+    The cache holds one file of 8 d² bytes for each set of captions and each text encoder, named by the
+    hash of their content.
 
     Args:
-        model: whose text encoder and tokenizer to read with.
-        captions: the captions; one that is there twice counts twice. Those longer than the model's
+        model: whose text encoder and tokenizer read them.
+        captions: the captions; one that occurs twice counts twice. Those longer than the model's
             window are cut, with one warning.
-        run: told what is done.
+        run: is told how far it is.
 
     Raises:
         ExpungeError: there is no caption.
@@ -71,7 +71,7 @@ def compute_prior(model: Model, captions: Sequence[str], run: RunContext | None 
             count = int(read_header(file)["__metadata__"]["count"])
             return Prior(safetensors.torch.load(file.read_bytes())["mean"], count)
         except (ExpungeError, safetensors.SafetensorError, KeyError, ValueError):
-            pass  # broken: made again
+            pass  # a broken file is computed again
     made = _prior(model, captions, run)
     try:
         with replacing(file) as temporary:
@@ -84,7 +84,7 @@ def compute_prior(model: Model, captions: Sequence[str], run: RunContext | None 
 
 
 def read_captions(source: str) -> tuple[str, ...]:
-    """Captions by name: a shipped set, a text file with one a line, or a data set of the hub.
+    """Read captions by name: a shipped set, a text file with one a line, or a data set of the hub.
 
     >>> len(read_captions("general")) >= 1000
     True
@@ -120,7 +120,7 @@ def read_captions(source: str) -> tuple[str, ...]:
 
 
 def read_captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions as `read_captions` takes them, or for "vocabulary" a depiction of each word known.
+    """Read captions as `read_captions`; for "vocabulary", make one of each word the tokenizer knows.
 
     Args:
         model: whose tokenizer knows words.
@@ -133,12 +133,12 @@ def read_captions_for(model: Model, source: str, erased: Sequence[Concept]) -> t
 
 
 def count_unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
-    """How many captions of a source have to be read, for want of a prior that was kept.
+    """Count the captions of a source that have to be encoded: 0 where their prior is in the cache.
 
-    Those of a data set of the hub are not known before it has been fetched, and count nothing.
+    Those of a data set of the hub are not known before it has been fetched, and count 0.
 
     Args:
-        model: who would read them; None for one that is not in memory: all have to be read.
+        model: the model that would read them; None for one that is not in memory: all have to be read.
         source: as `read_captions_for` takes it; "" for none.
         erased: as in `read_captions_for`.
     """
@@ -177,7 +177,7 @@ def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:
 
 
 def text_hash(model: Model, captions: Sequence[str]) -> str:
-    """The hash of all that a prior follows from: captions, text encoders' weights, tokenizers."""
+    """Hash all that a prior follows from: captions, text encoders' weights, tokenizers."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
@@ -193,7 +193,7 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
 
 
 def _from_hub(source: str) -> list[str]:
-    """A column of text of a Hugging Face data set; a cell may hold several captions."""
+    """Read a column of text of a Hugging Face data set; a cell may hold several captions."""
     try:
         import datasets
     except ImportError:

@@ -1,4 +1,4 @@
-"""Fusing many low-rank changes into one weight that does to each concept's words what its own does."""
+"""Fuse many low-rank changes into one weight that does to each concept's words what its own does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from expunge.runtime.context import RunContext, Tensors
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are made when they are asked for, and not kept."""
+    """Tensors by name that are computed when they are asked for, and not stored."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
         self.names, self.make = names, make
@@ -44,14 +44,14 @@ def retained_gram(
     weighs: bool,
     domain_weight: float,
 ) -> Tensor:
-    """E_captions + ω E_retained of Σ_positions e eᵀ: (d, d), float64.
+    """Compute E_captions + ω E_retained of Σ_positions e eᵀ: (d, d), float64.
 
     Args:
-        model: whose text encoder to read with.
-        problem: names and prompts that stay, each read in four prompts; and what is erased.
-        run: told what is done.
-        captions_from: where the captions come from, as in `prior.captions_for`; "" for none.
-        weighs: whether the sum will weigh anything; without, captions are not read.
+        model: whose text encoder reads.
+        problem: names and prompts to retain, each read in four prompts; and what is erased.
+        run: is told how far it is.
+        captions_from: where the captions come from, as in `caption_gram.read_captions_for`; "" for none.
+        weighs: whether the sum will have any weight; if not, captions are not read.
         domain_weight: ω.
     """
     width = model.encode([""]).embeddings.shape[-1]
@@ -82,7 +82,7 @@ def fuse(
     ridge: float,
     floor: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensors]]:
-    """M₂, and the factors with each D replaced by D G K: together they act on each concept alone.
+    """Solve for M₂, and replace each D by D G K: together they act on each concept alone.
 
     The equation is that of `ops.least_squares.fused`.
 
@@ -115,12 +115,12 @@ def fuse(
 def assemble_changes(
     layers: Sequence[str], matrix: Tensor | None, factors: Mapping[str, Tensors], scale: float = 1.0
 ) -> Changes:
-    """One right factor of all layers, and one low-rank change a layer; column i is concept i's.
+    """Make one right factor of all layers, and one low-rank change a layer; column i is concept i's.
 
     Args:
         layers: the layers that change.
         matrix: M or M₂, (d, d); None where there is none.
-        factors: as in `fuse`; they are kept in half precision.
+        factors: as in `fuse`; the edit holds them in half precision.
         scale: what B D is multiplied by.
     """
     changes: list[Change] = [] if matrix is None else [Right(tuple(layers), matrix.float())]

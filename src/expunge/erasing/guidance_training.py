@@ -175,7 +175,9 @@ def _resumed(
 
     Args:
         run: where states are saved.
-        trained, optimiser, subject: take up the state.
+        trained: takes up the weights.
+        optimiser: takes up its state.
+        subject: takes up the state of its random numbers.
 
     Returns:
         How many steps were done, and their losses.
@@ -183,7 +185,7 @@ def _resumed(
     state = run.checkpoint("training")
     if state is None:
         return 0, []
-    trained.go_on(optimiser, state)
+    trained.resume(optimiser, state)
     subject.generator.set_state(state["numbers"])
     losses = state["losses"].tolist()
     return len(losses), losses
@@ -239,9 +241,11 @@ def train_factors(
         subjects: the concepts.
         layers: the layers that are trained.
         run: its seed.
-        rank, alpha: of the changes (alpha/rank) B D.
+        rank: of the changes (alpha/rank) B D.
+        alpha: their scale.
         max_train_steps: training steps.
-        learning_rate, weight_decay: AdamW's.
+        learning_rate: AdamW's.
+        weight_decay: AdamW's.
         max_grad_norm: the largest norm of one concept's gradient.
         samples: trajectories a step, of each concept.
         n_stored: as in `train_weights`; the concepts' rows stay

@@ -1,6 +1,6 @@
-"""Where in its images a concept is.
+"""Find where in its images a concept is.
 
-A mask (h, w) is 1 where it is and 0 elsewhere, in whatever size it was found.
+A mask (h, w) is 1 where the concept is and 0 elsewhere; its size is that of what it was found in.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ SOURCES = ("attention", "none", "grounded-sam")
 """Where masks come from, unless from a folder."""
 
 LOG_SNRS = (0.0, -1.0, -2.0)
-"""The noise at which attention is looked at: the object's place is settled, its detail is not."""
+"""The noise levels at which attention is read: the object's place is settled there, its detail is
+not."""
 
 SMALLEST = 16
-"""The fewest pixels of a map that says where something is: coarser ones point anywhere."""
+"""The fewest pixels of a map that locates anything: in coarser ones attention falls anywhere."""
 
 
 def find_masks(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """The masks of a concept's examples: (n, h, w), 0 or 1.
+    """Find the masks of a concept's examples: (n, h, w), 0 or 1.
 
     Args:
-        source: "attention": the model's own, thresholded. "none": everything. "grounded-sam": from
-            GroundingDINO and SAM. Otherwise a folder of PNGs named as the images' files.
+        source: "attention": the model's own, thresholded; "none": everywhere; "grounded-sam": from
+            GroundingDINO and SAM; otherwise a folder of PNGs named as the images' files.
         model: the model that draws the concept.
         examples: its images.
-        tokens: (1, tokens), bool, those of the examples' prompt that tell of the concept: its own, and
-            the end and padding after it.
-        run: for the noise.
+        tokens: (1, tokens), bool, the tokens of the examples' prompt that carry the concept: its
+            phrase's, and the end and padding after it.
+        run: its seed, for the noise.
 
     Raises:
         ExpungeError: a mask is missing, unreadable, of another shape than its image, wholly empty
@@ -70,9 +71,13 @@ def find_masks(source: str, model: Model, examples: Examples, tokens: Tensor, ru
 
 
 def masks_from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """The brighter part of where a concept's tokens are attended to: (n, h, w), bool.
+    """Threshold the attention to a concept's tokens by Otsu's method: (n, h, w), bool.
 
-    `measure_attention`, split by Otsu's threshold.
+    Args:
+        model: the model that draws the concept.
+        examples: its images.
+        tokens: as in `find_masks`.
+        run: its seed.
     """
     seen = measure_attention(model, examples, tokens, run)
     return seen > otsu(seen.flatten(1))[..., None]
@@ -80,10 +85,16 @@ def masks_from_attention(model: Model, examples: Examples, tokens: Tensor, run: 
 
 @torch.no_grad()
 def measure_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """How much each pixel attends to a concept's tokens: (n, h, w).
+    """Measure how much each pixel attends to a concept's tokens: (n, h, w).
 
-    A mean over heads, layers and levels of noise. The end and padding tokens tell of the whole
-    prompt, and are attended to from all over the object; its own words, from some part of it.
+    A mean over heads, layers and noise levels. The end and padding tokens carry the whole prompt, and
+    are attended to from all over the object; its own words, from some part of it.
+
+    Args:
+        model: the model that draws the concept.
+        examples: its images.
+        tokens: as in `find_masks`.
+        run: its seed.
     """
     latents = examples.latents
     height, width = latents.shape[-2:]
@@ -113,9 +124,15 @@ def measure_attention(model: Model, examples: Examples, tokens: Tensor, run: Run
 
 
 def masks_from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
-    """Masks read from files named as the images' files are, white where the concept is.
+    """Read masks from files named as the images' files, white where the concept is: (n, h, w), bool.
 
-    They lie as the images do, in a folder of the concept's own or in `folder`. (n, h, w), bool.
+    Args:
+        folder: holds the masks, or a folder of the concept's name with them.
+        model: not needed; masks are of the size of their images.
+        examples: the images, read from files.
+
+    Raises:
+        ExpungeError: the images are no files, or a mask is missing or of another size than its image.
     """
     if not examples.files:
         raise ExpungeError("masks from a folder belong to images from a folder: set images_from too")
@@ -135,7 +152,7 @@ def masks_from_folder(folder: str | Path, model: Model, examples: Examples) -> T
 
 
 def _named(folder: Path, stem: str) -> Path:
-    """The mask of that name, though its ending be in capitals or its letters of another Unicode form."""
+    """Find the mask of a name, with an ending in capitals or letters in another Unicode form, too."""
     exact = folder / f"{stem}.png"
     if exact.is_file():
         return exact

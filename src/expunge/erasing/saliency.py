@@ -1,4 +1,4 @@
-"""The saliency mask: which weights of a denoiser are trained, made from many maps, kept in a file."""
+"""Saliency masks: which weights of a denoiser are trained. Made from many maps, stored in a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from expunge.runtime.context import RunContext
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which weights matter to a concept, in every one of some maps."""
+    """The weights that matter to a concept in every one of some maps."""
 
     masks: Mapping[str, Tensor]
     """For each parameter, by its name, a bool tensor of its shape."""
@@ -35,10 +35,10 @@ class Mask:
     base: str
     """The hash of the parameters."""
     method: str
-    """The method it was made for."""
+    """The method that the mask was made for."""
 
     def save(self, path: str | Path) -> None:
-        """Write it to one `.safetensors` file, a bit a weight.
+        """Write the mask to one `.safetensors` file, a bit a weight.
 
         Raises:
             ExpungeError: the file cannot be written.
@@ -68,10 +68,16 @@ class Mask:
     def require_fit(
         self, model: Model, parameters: Mapping[str, nn.Parameter], method: str, path: str | Path
     ) -> None:
-        """Check that it was made for these parameters and this method.
+        """Check that the mask was made for these parameters and this method.
+
+        Args:
+            model: whose parameters they are.
+            parameters: by name.
+            method: its name.
+            path: of the mask, for messages.
 
         Raises:
-            ExpungeError: it was not.
+            ExpungeError: the mask was made for others.
         """
         if self.method != method:
             raise ExpungeError(f"the mask {path} was made for the method {self.method}, not {method}")
@@ -97,21 +103,22 @@ def make_mask(
     batch_size: int,
     half: str = "largest",
 ) -> Mask:
-    """Make a mask: each map from one prompt and one noise, prompts in turn, until it settles.
+    """Make a mask from maps, each of one prompt and one noise, prompts in turn, until it settles.
 
-    A map is the gradient of the loss summed over points of one trajectory of the original; it is taken
-    where training starts, where the terms that keep things as they are have no gradient.
+    A map is the gradient of the loss summed over points of one trajectory of the original. It is
+    computed
+    where training starts: there, the terms that keep predictions as they are have no gradient.
 
     Args:
         steering: the trajectories and their losses.
-        parameters: what is to be masked, by name.
+        parameters: the parameters to mask, by name.
         prompts: the concept and its augmentations.
-        run: its seed, and who is told.
-        method: whom it is for.
-        maps: how many maps at the most.
+        run: its seed; is told how far it is.
+        method: the name of the method that the mask is for.
+        maps: how many maps, at most.
         samples: points a map.
-        settle: stop when ten maps took away no more than this share of the weights; 0 never does.
-        batch_size: how many points at once.
+        settle: stop when the last ten maps removed at most this share of the weights; 0 never stops.
+        batch_size: points in one batch.
         half: which half of each tensor's gradients a map keeps, "largest" or "smallest".
 
     Raises:
@@ -144,7 +151,7 @@ def make_mask(
             parameter.requires_grad_(asks)
             parameter.grad = gradient
     run.progress("saliency", maps, maps)
-    for name, parameter in parameters.items():  # what the loss does not hang on is not trained
+    for name, parameter in parameters.items():  # what the loss does not depend on is not trained
         intersection.masks.setdefault(name, torch.zeros_like(parameter, dtype=torch.bool))
     if not intersection.counts[-1]:
         where = {"largest": "upper", "smallest": "lower"}[half]
@@ -160,7 +167,7 @@ def _add_map(
     samples: int,
     batch_size: int,
 ) -> None:
-    """One map: gradients of all samples add up on the parameters, and are then let go one by one."""
+    """Make one map: gradients of all samples add up on the parameters, and are then freed one by one."""
     parts = steering.draw_points_along(subject, samples).split(batch_size)
     for part in parts:
         with torch.enable_grad():

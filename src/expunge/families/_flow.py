@@ -23,13 +23,13 @@ class FlowModel(LatentModel):
     the layers that embed its pooled vector (`time_text_embed.text_embedder`). Behind them, every
     block mixes it with the image.
 
-    At time t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
+    At timestep t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
     """
 
     denoiser = "transformer"
 
     def log_snr(self) -> Tensor:
-        # Time 0 has no noise at all; it counts as a half.
+        # Timestep 0 has no noise at all, and an infinite log-SNR; it counts as a half.
         sigma = torch.arange(self._times + 1, dtype=torch.float64).clamp_min(0.5) / self._times
         return 2 * (torch.log1p(-sigma) - torch.log(sigma))
 
@@ -54,25 +54,32 @@ class FlowModel(LatentModel):
         return self.pipe.scheduler.config.num_train_timesteps
 
     def _time(self, t: Tensor | int, n: int) -> Tensor:
-        """A time for each of n rows."""
+        """Return a timestep for each of n rows."""
         return torch.as_tensor(t, device=self.device).to(self.dtype).expand(n)
 
 
 def t5(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> tuple[_text.Tokens, Tensor]:
-    """The tokens of prompts and T5's states of them, (n, length, width), padding included."""
+    """Encode prompts with T5: their tokens and states, (n, length, width), padding included.
+
+    Args:
+        tokenizer: T5's.
+        encoder: T5's.
+        prompts: distinct prompts.
+        length: to which prompts are padded or cut.
+    """
     tokens = _text.tokenize(tokenizer, prompts, length, starts=False)
     states = [encoder(ids.to(encoder.device))[0] for ids in tokens.ids.split(64)]
     return tokens, torch.cat(states)
 
 
 def beside(first: Tensor, second: Tensor) -> Tensor:
-    """Two encoders' tokens one after the other, the narrower ones filled up with zeros."""
+    """Join two encoders' tokens one after the other, the narrower ones padded with zeros."""
     width = max(first.shape[-1], second.shape[-1])
     return torch.cat([pad(x, (0, width - x.shape[-1])) for x in (first, second)], 1)
 
 
 def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
-    """How far a sampler's times lean toward noise for an image of so many tokens: linear in them.
+    """Compute how far a sampler's timesteps shift toward noise, linear in the image's tokens.
 
     Args:
         config: the scheduler's.
@@ -85,5 +92,5 @@ def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
 
 
 def end(tokens: _text.Tokens) -> Tensor:
-    """Where the end token of each prompt stands: (n,)."""
+    """Find the end token of each prompt: (n,)."""
     return tokens.mask.sum(1) - 1

@@ -14,7 +14,7 @@ from expunge.families._flow import FlowModel, beside, end, shift, t5
 from expunge.text import Text
 
 T5_TOKENS = 256
-"""How many tokens of T5 the pipeline gives to the denoiser."""
+"""How many tokens of T5 the pipeline gives the denoiser."""
 
 
 class SD3(FlowModel):
@@ -55,7 +55,7 @@ class SD3(FlowModel):
         )
 
     def _t5(self, prompts: Sequence[str]) -> tuple[_text.Tokens, Tensor]:
-        """T5's tokens and states; zeros, each prompt ending at once, where the pipeline has no T5."""
+        """Encode with T5; without one, return zeros, each prompt with its end token first."""
         if self.pipe.text_encoder_3 is not None:
             return t5(self.pipe.tokenizer_3, self.pipe.text_encoder_3, prompts, T5_TOKENS)
         empty = torch.zeros(len(prompts), T5_TOKENS, dtype=torch.int64)
@@ -103,4 +103,4 @@ ORIGINALS = (
     (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
     (r"proj_out", r"final_layer.linear"),
 )
-"""What the first code calls the layers that have a place of their own there."""
+"""What single files in the original layout call the layers that are not stacked or fused there."""

@@ -27,20 +27,17 @@ from expunge.runtime.cost import Cost
 
 @dataclass(frozen=True)
 class OCE(Method):
-    """Replace each value projection W by Q W, with the orthogonal Q nearest to erasing and retaining at
-    once.
+    """Orthogonal concept erasure: replace each value projection W by Q W, with an orthogonal Q.
 
         M = −s_e G (I − G*) + s_g W C_g Wᵀ + s_p Σ (W c_p)(W c_p)ᵀ + λ W Wᵀ = U Σ Vᵀ,    Q = U Vᵀ
 
     G and G* project on the span of the concepts' and of the anchors' values, C_g is the mean second
-    moment of a token
-    of everyday captions, c_p the last own tokens of what is retained. Q maximises tr(Qᵀ M). A rotation
-    cannot
-    send many values to zero, so what is not erased keeps its lengths and angles.
+    moment of a token of everyday captions, c_p the last content tokens of what is retained. Q maximises
+    tr(Qᵀ M). A rotation cannot send many values to zero, so what is not erased keeps its lengths and
+    angles.
 
-    Cost: encodes the captions once (kept in the cache), and one singular value decomposition a layer, as
-    wide as the
-    layer's output. It needs more output dimensions than concepts.
+    Cost: encodes the captions once (their prior is cached), and one singular value decomposition a
+    layer, as wide as the layer's output. It needs more output dimensions than concepts.
 
     Source: OCE, ICML 2026, arXiv 2605.28902. Prompts are the bare names.
     """
@@ -103,13 +100,14 @@ class OCE(Method):
     def objective(
         self, weight: Tensor, target: Tensor, anchor: Tensor, kept: Tensor, general: Tensor
     ) -> Tensor:
-        """M of a layer, (out, out), float64.
+        """Compute M of a layer, (out, out), float64.
 
         Args:
-            weight: W, (out, width).
-            target, anchor: (n, width), a row a token.
-            kept: (m, width), a row a token; m may be 0.
-            general: C_g, (width, width).
+            weight: W, (out, d).
+            target: tokens of the concepts, (n, d).
+            anchor: tokens of the anchors, (n, d).
+            kept: tokens of what is retained, (m, d); m may be 0.
+            general: C_g, (d, d).
         """
         eye = torch.eye(weight.shape[0], dtype=torch.float64)
         away, toward = projector(weight @ target.T), projector(weight @ anchor.T)
@@ -123,7 +121,7 @@ class OCE(Method):
 
 
 def projector(columns: Tensor) -> Tensor:
-    """The orthogonal projector on the span of some columns, each first made of length 1: (out, out).
+    """Compute the orthogonal projector on the span of some columns, normalised first: (out, out).
 
     Args:
         columns: (out, n).
@@ -135,6 +133,6 @@ def projector(columns: Tensor) -> Tensor:
 
 
 def nearest_rotation(matrix: Tensor) -> Tensor:
-    """U Vᵀ of M = U Σ Vᵀ: the orthogonal matrix Q with the largest tr(Qᵀ M)."""
+    """Compute U Vᵀ of M = U Σ Vᵀ: the orthogonal matrix Q with the largest tr(Qᵀ M)."""
     u, _, vh = torch.linalg.svd(matrix)
     return u @ vh

@@ -31,24 +31,19 @@ class SPEED(Method):
 
         min_Δ ‖(W + ΔP) C₁ − W C*‖² + s ‖ΔP‖²   with   ΔP C₂ = 0
 
-    The columns of C₁ and C* are the last own tokens of the concepts' and the anchors' prompts. P
-    projects on
-    the directions in which the retained embeddings C₀ have almost no energy: the eigenvectors of C₀ C₀ᵀ
-    whose
-    eigenvalue is below `threshold`. C₂ is the start token and three centres of the empty prompt's
-    tokens. With
-    N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
+    The columns of C₁ and C* are the last content tokens of the concepts' and the anchors' prompts. P
+    projects on the directions in which the retained embeddings C₀ have almost no energy: the eigenvectors
+    of C₀ C₀ᵀ whose eigenvalue is below `threshold`. C₂ is the start token and three centres of the empty
+    prompt's tokens. With N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
 
         ΔP = W (C* − C₁) C₁ᵀ [N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N].
 
     Which embeddings are retained is chosen for each layer: those that an unconstrained edit would move
-    more than
-    the mean does (influence), and random copies of them along the direction that the layer sees least
-    (augmentation).
+    more than the mean (influence), and random copies of them along the direction that the layer sees
+    least (augmentation).
 
     Cost: encodes a few hundred short prompts; two eigenvalue problems of the text's width a layer. The
-    change of
-    a layer has rank n, the number of prompts that are erased.
+    change of a layer has rank n, the number of prompts that are erased.
 
     Source: SPEED, ICLR 2026, arXiv 2503.07392. The words that stand in for the paper's retained captions
     are ours.
@@ -62,8 +57,7 @@ class SPEED(Method):
 
     threshold: float = bounded(0.1, above=0)
     """Largest eigenvalue of C₀C₀ᵀ that counts as none, in units of a squared embedding. Larger leaves
-    the edit
-    more directions: it erases more and moves the retained more."""
+    the edit more directions: it erases more and moves the retained more."""
     strength_penalty: float = bounded(1.0, above=0)
     """s, the pull of ΔP to zero. Larger erases less."""
     invariant_slack: float = bounded(0.0, at_least=0)
@@ -115,7 +109,7 @@ class SPEED(Method):
     def _retained(
         self, weight: Tensor, target: Tensor, anchor: Tensor, kept: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The retained embeddings that matter to a layer, and random copies of them: (m, width)."""
+        """Select the retained embeddings that matter to a layer, and random copies of them: (m, d)."""
         chosen = kept[influential(weight, target, anchor, kept)]
         if not self.augmentations:
             return chosen
@@ -127,14 +121,15 @@ class SPEED(Method):
 
 
 def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) -> Tensor:
-    """Which rows an unconstrained edit of a layer moves at least as far as it moves the mean row.
+    """Find the rows that an unconstrained edit of a layer moves at least as far as the mean row.
 
     Δ = W (C*C₁ᵀ − C₁C₁ᵀ)(I + C₁C₁ᵀ)⁻¹, and a row c₀ counts where ‖Δ c₀‖ is at least the mean.
 
     Args:
-        weight: W, (out, width).
-        target, anchor: C₁ and C*, (n, width) each, a row a token.
-        rows: (m, width).
+        weight: W, (out, d).
+        target: C₁, (n, d), a row a token.
+        anchor: C*, (n, d).
+        rows: (m, d).
 
     Returns:
         (m,), bool.
@@ -148,12 +143,12 @@ def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) ->
 def null_space_change(
     target: Tensor, retained: Tensor, fixed: Tensor, threshold: float, penalty: float, slack: float
 ) -> Tensor:
-    """N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N with N = P (C₁C₁ᵀ P + s I)⁻¹: (width, width), symmetric.
+    """Compute N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N with N = P (C₁C₁ᵀ P + s I)⁻¹: (d, d), symmetric.
 
     Args:
-        target: C₁, (n, width), a row a token.
-        retained: C₀, (m, width).
-        fixed: C₂, (k, width).
+        target: C₁, (n, d), a row a token.
+        retained: C₀, (m, d).
+        fixed: C₂, (k, d).
         threshold: eigenvalues of C₀C₀ᵀ below it span the null space.
         penalty: s.
         slack: λ.
@@ -178,12 +173,11 @@ def null_space_change(
 
 
 def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> Tensor:
-    """The start token and the centres of the empty prompt's other tokens, by k-means: (1 + centres,
-    width).
+    """Find the start token and the centres of the empty prompt's other tokens: (1 + centres, d).
 
     Args:
-        empty: the empty prompt's embeddings, (tokens, width).
-        generator: chooses the first centres.
+        empty: the empty prompt's embeddings, (tokens, d).
+        generator: chooses the first centres of k-means.
         centres: how many, at most as many as there are other tokens.
     """
     rest = empty[1:]

@@ -136,7 +136,7 @@ class UCE(Method):
         return refit.solve(model, self.ridge)
 
     def _retained(self, problem: Problem) -> list[str]:
-        """What stays, each once: names, prompts, and "" for the empty prompt."""
+        """List what is retained, each once: names, prompts, and "" for the empty prompt."""
         texts = list(problem.retain)
         if "anchors" in self.also_retain:
             texts += [concept.anchor or "" for concept in problem.erase]

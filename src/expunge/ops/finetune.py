@@ -1,4 +1,4 @@
-"""The training loop: AdamW on a few tensors, for many independent problems at once."""
+"""The training loop: AdamW on a few tensors, for many independent problems in one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError, ExpungeWarning
 
 KEEP_EVERY = 25
-"""After how many steps the state of unfinished training is kept."""
+"""After how many steps the state of unfinished training is saved."""
 
 
 def minimise(
@@ -26,17 +26,17 @@ def minimise(
     max_grad_norm: float = 1.0,
     names: Sequence[str] = (),
 ) -> None:
-    """Train `parameters` in place.
+    """Train parameters in place.
 
     Row b of every parameter belongs to problem b and to no other: its loss is `losses(step)[b]`, its
-    gradient is clipped by its own norm, and AdamW treats every number by itself. So n problems in
-    one batch end where each would end alone. One whose loss runs away ends where it last was sound, with
-    a warning; the others go on.
+    gradient is clipped by its own norm, and AdamW treats every entry by itself. So n problems in one
+    batch end where each would end alone. A problem whose loss diverges ends at its last sound state,
+    with a warning; the others go on.
 
     Args:
         parameters: tensors (n, …).
-        losses: the losses (n,) of a step, counted from 0; or parts of them, whose sum they are. Parts
-            are asked for one after the other, and the graph of each is let go before the next.
+        losses: returns the losses (n,) of a step, counted from 0; or parts of them, which sum to the
+            losses. The graph of each part is freed before the next part is computed.
         max_train_steps: how many steps.
         learning_rate: AdamW's learning rate.
         weight_decay: AdamW's, decoupled.
@@ -44,7 +44,7 @@ def minimise(
         names: of the problems, for the warning.
 
     Raises:
-        ExpungeError: a loss runs away before any state was kept.
+        ExpungeError: a loss diverges before any state was saved.
     """
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     sound: list[Tensor] = []
@@ -96,17 +96,17 @@ def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Itera
 
 
 def warn_diverged(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
-    """Say that the loss runs away, and which state counts.
+    """Warn that the loss diverges, and say which state counts.
 
     Args:
-        step: in which it showed, from 0.
+        step: in which it diverged, from 0.
         sound: whether there is a state to go back to.
-        what: what is made of that state.
+        what: what is made from that state.
         name: of the problem.
         stacklevel: of the warning.
 
     Raises:
-        ExpungeError: there is none.
+        ExpungeError: there is no such state.
     """
     who = f" of {name!r}" if name else ""
     says = f"training{who} broke off at step {step + 1}: the loss runs away"
@@ -118,7 +118,7 @@ def warn_diverged(step: int, sound: bool, what: str, name: str = "", stacklevel:
 
 
 def diverged(losses: Sequence[float], window: int = 10) -> bool:
-    """Whether training runs away: the last loss is not finite, or the last ones are far above the first.
+    """Tell whether training diverges: a loss is not finite, or the last ones are far above the first.
 
     Far is ten times for the mean of the last `window`, and a thousand times for the last one alone.
 
@@ -136,7 +136,12 @@ def diverged(losses: Sequence[float], window: int = 10) -> bool:
 
 
 def clip_gradients(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
-    """Gradients (n, …) with the norm of each row, over all tensors, at most `clip`."""
+    """Scale gradients (n, …) down so that the norm of each row, over all tensors, is within a bound.
+
+    Args:
+        gradients: of each tensor; None where the loss does not depend on it.
+        max_grad_norm: the bound.
+    """
     squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
     factor = (max_grad_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
     return [
@@ -147,7 +152,7 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_grad_norm: float) -> 
 
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let no parameter ask for gradients for the length of a block: activations need less memory."""
+    """Switch off gradients of parameters for the length of a block: activations need less memory."""
     asking = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         for parameter in asking:

@@ -1,4 +1,4 @@
-"""The closed form that most erasures share: refit a linear layer's input.
+"""The closed form that most erasures share: refit a linear layer through its input.
 
     min_W'  Σ ‖W' eᶠ − W eᵍ‖² + Σ ‖W' eᵖ − W eᵖ‖² + λ ‖W' − W‖²
 
@@ -20,24 +20,28 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 
 FLOOR = 0.03
-"""The least ridge of an erasure that asks for one: see `apply_floor`."""
+"""The least ridge of an erasure that has such a floor: see `apply_floor`."""
 
 SOLVABLE = 1e-6
-"""A floor that changes no result to be seen, and leaves no equations singular."""
+"""A floor that changes no result visibly, and leaves no equations singular."""
 
 LARGEST_CONDITION = 1e13
-"""Beyond this, less than three digits of a float64 solution are right."""
+"""Beyond this condition number, fewer than three digits of a float64 solution are right."""
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
-    """Σ left rightᵀ over the rows of two (n, d) tensors, as (d, d) in float64."""
+    """Sum left rightᵀ over the rows of two (n, d) tensors: (d, d), float64."""
     return left.double().T @ right.double()
 
 
 def gram(rows: Tensor, blocks: int = 6) -> Tensor:
-    """Σ e eᵀ over the rows of (n, d), as (d, d) in float64: `outer(rows, rows)` in half the work.
+    """Sum e eᵀ over the rows of (n, d): (d, d), float64; `outer(rows, rows)` in half the work.
 
-    It is symmetric, so only the blocks on and below its diagonal are computed.
+    The sum is symmetric, so only the blocks on and below its diagonal are computed.
+
+    Args:
+        rows: (n, d).
+        blocks: into how many the sum is cut along a side.
     """
     rows = rows.double()
     below = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -49,7 +53,7 @@ def gram(rows: Tensor, blocks: int = 6) -> Tensor:
 
 
 def apply_floor(ridge: float, floor: float, gram: Tensor) -> float:
-    """λ, at least `floor` times the mean of G's diagonal.
+    """Raise λ to at least `floor` times the mean of G's diagonal.
 
     Few prompts leave most directions of a text space empty. Without λ, what such a direction does
     follows from round-off and from what little of the prompts reaches it; a floor keeps it in place.
@@ -66,7 +70,7 @@ def apply_floor(ridge: float, floor: float, gram: Tensor) -> float:
 
 
 def solve_right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """M = (C + P + λI) (G + P + λI)⁻¹.
+    """Solve for M = (C + P + λI) (G + P + λI)⁻¹.
 
     One Cholesky factorisation in float64; no images, no gradients.
 
@@ -94,7 +98,7 @@ def solve_right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float)
 def solve_fusion(
     matrix: Tensor, gram: Tensor, prior: Tensor, ridge: float, moved: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One weight that answers for many low-rank changes, each on the rows it was made for.
+    """Solve for one weight that acts as each of many low-rank changes on the rows it was made for.
 
         min_W*  Σᵢ Σ_e ‖W* e − (W M + BᵢDᵢ) e‖² + Σ ‖W* eᵖ − W eᵖ‖² + λ ‖W* − W M‖²
 
@@ -102,7 +106,7 @@ def solve_fusion(
 
         W* = W M₂ + Σᵢ Bᵢ (Dᵢ Gᵢ K),     M₂ = (M (Σᵢ Gᵢ + λI) + P) K:
 
-    one factorisation for the layers and changes all together.
+    one factorisation for all layers and changes together.
 
     Args:
         matrix: M, (d, d); the identity where the weight was not refined.
@@ -127,16 +131,20 @@ def solve_fusion(
 
 
 def multiply_by_gram(down: Tensor, rows: Tensor) -> Tensor:
-    """D G for G = Σ e eᵀ over `rows` (n, d), as (k, d) in float64.
+    """Multiply D by G = Σ e eᵀ: (k, d), float64.
 
     As (D Eᵀ) E it needs no G, and while k is below d/2 it is the cheaper way.
+
+    Args:
+        down: D, (k, d).
+        rows: e, (n, d).
     """
     rows = rows.double()
     return (down.double() @ rows.T) @ rows
 
 
 def pad_right_factor(matrix: Tensor, inputs: int) -> Tensor:
-    """M for a layer that is given something else behind the rows M is for: (inputs, inputs).
+    """Pad M with the identity, for a layer whose input holds more than the rows M is for.
 
     >>> pad_right_factor(torch.tensor([[2.0]]), 2)
     tensor([[2., 0.],
@@ -146,7 +154,12 @@ def pad_right_factor(matrix: Tensor, inputs: int) -> Tensor:
 
 
 def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """left · right⁻¹ for a symmetric positive right (d, d), by Cholesky.
+    """Compute left · right⁻¹ for a symmetric positive right (d, d), by Cholesky.
+
+    Args:
+        left: (n, d).
+        right: (d, d).
+        ridge: λ within `right`, for the message.
 
     Raises:
         ExpungeError: right is singular or nearly so.

@@ -18,12 +18,12 @@ def minimise_in_ball(
     steps: int,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows near `start` at which an objective is smallest, as far as so many steps find it.
+    """Minimise an objective over rows near `start`, by some gradient steps.
 
         min_δ f(x + δ),     ‖δ_token‖ ≤ radius · ‖x_token‖ for every token
 
-    Every token takes normalised gradient steps of its own; every row keeps the best point it has met,
-    the start among them. So more steps never do worse. Rows know nothing of one another.
+    Every token takes normalised gradient steps of its own; every row keeps the best point on its path,
+    the start included, so that more steps never do worse. Rows are independent.
 
     >>> start = torch.ones(1, 1, 2)
     >>> found, value = minimise_in_ball(lambda x: x[..., 0].square().sum(1), start, 0.5, 20)
@@ -31,14 +31,14 @@ def minimise_in_ball(
     0.29
 
     Args:
-        objective: gives (n,) for rows (n, tokens, d).
+        objective: returns (n,) for rows (n, tokens, d).
         start: x, (n, tokens, d).
         radius: at least 0; a share of each token's norm.
         steps: gradient steps, at least 0.
-        first: δ to begin at, as `start`, within the bound; by default none.
+        first: δ to begin at, (n, tokens, d), within the bound; by default 0.
 
     Returns:
-        the best rows, and their objectives (n,).
+        The best rows, and their objectives (n,).
 
     Source: Madry et al., ICLR 2018, arXiv 1706.06083, with the Euclidean norm a token.
     """
@@ -63,12 +63,12 @@ def minimise_in_ball(
 
 
 def draw_in_ball(start: Tensor, radius: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """A random δ within the bound for each row: a direction and a length of each token's own.
+    """Draw a random δ within the bound for each row: a direction and a length for each token.
 
     Args:
         start: x, (n, tokens, d).
         radius: a share of each token's norm.
-        generators: one a row, on the CPU, so that a row's δ does not depend on its company.
+        generators: one a row, on the CPU, so that a row's δ depends neither on the batch nor the device.
     """
     shape = start.shape[1:]
     drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -78,7 +78,7 @@ def draw_in_ball(start: Tensor, radius: float, generators: Sequence[torch.Genera
 
 
 def step_in_ball(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor) -> Tensor:
-    """Shifts one step down, every token's within its ball.
+    """Move shifts one step down, every token's within its ball.
 
     Args:
         shift: (n, tokens, d).

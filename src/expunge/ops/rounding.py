@@ -1,4 +1,4 @@
-"""Rounding to few bits: at random and right in the mean, and what it costs."""
+"""Round to few bits, at random and right in the mean, and measure what it costs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 def round_to(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A tensor in another number format; below 16 bits up or down at random, by how near either is.
+    """Convert a tensor to another number format; below 16 bits, round up or down at random.
 
-    To the nearest, a change smaller than half a step would vanish everywhere; so its mean stays.
-    What lies beyond the format becomes its largest number.
+    Rounded to the nearest, a change smaller than half a step would vanish everywhere. At random, each
+    way with a probability by how near it is, the mean of the change stays. Values beyond the format
+    become its largest number.
 
     Args:
         value: the tensor.
         dtype: a floating-point format.
-        generator: of the random numbers; what needs no rounding hangs on none.
+        generator: of the random numbers; formats of 16 bits and more draw none.
     """
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return value.to(dtype)
@@ -32,7 +33,7 @@ def round_to(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> T
 
 @dataclass
 class RoundingCost:
-    """What rounding does to changes, added up over tensors."""
+    """What rounding does to changes, summed over tensors."""
 
     formats: set[str] = field(default_factory=set)
     missed: float = 0.0
@@ -43,7 +44,13 @@ class RoundingCost:
     """Σ ‖Δ‖²"""
 
     def add(self, original: Tensor, wanted: Tensor, written: Tensor) -> None:
-        """One tensor as it was, as it should be, and as it is written."""
+        """Add a tensor.
+
+        Args:
+            original: before the change.
+            wanted: after it, exactly.
+            written: after it, rounded.
+        """
         change = wanted.double() - original.double()
         self.missed += float((written.double() - wanted.double()).square().sum())
         self.along += float(((written.double() - original.double()) * change).sum())
@@ -57,11 +64,11 @@ class RoundingCost:
 
     @property
     def kept(self) -> float:
-        """How much of the changes, along themselves, is left: 1 is all."""
+        """The share of the changes that is left, along themselves: 1 is all."""
         return self.along / self.total if self.total else 1.0
 
     def note(self) -> str:
-        """In a sentence; "" where it costs less than a thousandth."""
+        """Say what rounding costs, in a sentence; "" where that is less than a thousandth."""
         if self.error < 1e-3:
             return ""
         return (

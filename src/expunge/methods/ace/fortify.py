@@ -287,7 +287,9 @@ def _state(
     """Gather everything that training resumes from.
 
     Args:
-        trained, optimiser, attacks: what has a state.
+        trained: the weights.
+        optimiser: Adam.
+        attacks: the attacks under way.
         losses: of the steps so far.
     """
     return {
@@ -305,7 +307,9 @@ def _resumed(
 
     Args:
         run: where states are saved.
-        trained, optimiser, attacks: take up the state.
+        trained: takes up the weights.
+        optimiser: takes up its state.
+        attacks: take up where each is.
 
     Returns:
         How many steps were done, and their losses.
@@ -313,7 +317,7 @@ def _resumed(
     state = run.checkpoint("fortifying")
     if state is None:
         return 0, []
-    trained.go_on(optimiser, state)
+    trained.resume(optimiser, state)
     for name in ("begun", "owner", "moves", "shift"):
         getattr(attacks, name).copy_(state[name])
     attacks.generator.set_state(state["numbers"])

@@ -181,7 +181,8 @@ def measure_distance(root: Tensor, given: Tensor, other: Tensor) -> Tensor:
 
     Args:
         root: a root of Σ WᵀW, (d, d).
-        given, other: a and b, (n, tokens, d).
+        given: a, (n, tokens, d).
+        other: b, (n, tokens, d).
     """
     return ((given - other) @ root.T).square().sum(-1).mean(-1)
 

@@ -114,7 +114,8 @@ def group_tokens(
         model: whose tokenizer counts.
         concept: the concept.
         known: (m, d), tokens of the anchors and of what is retained.
-        text, anchored: the concept's prompts and its anchor's, as `encode_concept` returns them.
+        text: the concept's prompts, as `encode_concept` returns them.
+        anchored: its anchor's.
 
     Raises:
         ExpungeError: the concept is its anchor to the model.

@@ -281,7 +281,8 @@ def focal(log_snr: Tensor, high: float, low: float, slope: float) -> Tensor:
 
     Args:
         log_snr: λ of each timestep, (T,).
-        high, low: where the window begins and ends, as log-SNRs.
+        high: where the window begins, as a log-SNR.
+        low: where it ends.
         slope: how sharply, per unit of log-SNR.
 
     Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 5.
