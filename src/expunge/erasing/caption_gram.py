@@ -98,6 +98,7 @@ def read_captions(source: str) -> tuple[str, ...]:
         ExpungeError: there is no such source, it has no captions, or `datasets` is not installed.
     """
     shipped = {path.stem: path for path in (registry.HERE / "captions").glob("*.txt")}
+    # A shipped name wins over a file of the same name without an ending.
     file = shipped.get(source, Path(source))
     data_set = re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", source)
     if file.is_file():
@@ -156,6 +157,7 @@ def count_unread(model: Model | None, source: str, erased: Sequence[Concept] = (
 
 
 def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:
+    # A text shorter in letters than the window is in tokens cannot be cut: no need to tokenize it.
     cut = sum(len(c) > model.window and model.count_tokens(c) > model.window for c in captions)
     if cut:
         warnings.warn(
@@ -180,12 +182,14 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
     """Hash all that a prior follows from: captions, text encoders' weights, tokenizers."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:
+        # The zero byte parts captions: "a b" + "c" must not equal "a" + "b c".
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
     for name, part in sorted(model.pipe.components.items()):
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():
                 digest.update(key.encode() + content(tensor))
         elif name.startswith("tokenizer") and part is not None:
+            # The tokenizer as data, not its files: one that was changed in memory is another one.
             state = json.loads(part.backend_tokenizer.to_str())
             state |= {"padding": None, "truncation": None}  # these are of the last call
             digest.update(json.dumps(state).encode())

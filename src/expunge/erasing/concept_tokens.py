@@ -23,6 +23,7 @@ def last_tokens(text: Text) -> Tensor:
     Returns:
         (n · encoders, d), float64 on the CPU: prompt by prompt, encoder by encoder.
     """
+    # Causal encoders gather a phrase in its last token; the earlier ones know only their beginning.
     places = [(row, span.start) for row in range(len(text)) for span in text.from_last_token(row)]
     return torch.stack([text.embeddings[row, place] for row, place in places]).double().cpu()
 
@@ -54,6 +55,7 @@ def vocabulary_words(model: Model, erased: Sequence[Concept]) -> list[str]:
     Returns:
         The words in the order of the tokenizer's numbers, which is that of their frequency.
     """
+    # A word of a name, such as the "cat" of "black cat", must not be held where it is.
     taken = {word for c in erased for name in c.names for word in re.findall(r"\w+", name.lower())}
     return [word for word in model.vocabulary() if word not in taken]
 

@@ -54,6 +54,7 @@ def retained_gram(
         weighs: whether the sum will have any weight; if not, captions are not read.
         domain_weight: ω.
     """
+    # Asked of the model, since its configuration names the width differently in every family.
     width = model.encode([""]).embeddings.shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64)
     if problem.retain and not (weighs and domain_weight):
@@ -99,6 +100,7 @@ def fuse(
         name: [(key, tensor) for key, tensor in tensors.items() if key.endswith(".down")]
         for name, tensors in factors.items()
     }
+    # All concepts' factors of all layers are solved for in one stack.
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
     moved += [
         multiply_by_gram(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()
@@ -127,6 +129,7 @@ def assemble_changes(
     for layer in layers if factors else ():
         up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
         down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
+        # Half precision halves the file; balanced, the product loses next to nothing.
         halves = (x.half() for x in balance(scale * up.double(), down.double()))
         changes.append(LowRank((layer,), *halves))
     return tuple(changes)

@@ -81,6 +81,7 @@ class GroundedSAM:
         scale = self.side / min(height, width)
         size = (round(height * scale), round(width * scale))
         given = _resized((image - MEAN) / DEVIATION, size)[None]
+        # GroundingDINO was trained on lower-case phrases that end in a full stop.
         words = self.tokenizer([f"{thing.lower().rstrip('.')}."], return_tensors="pt")
         found = self.detector(
             pixel_values=given, pixel_mask=torch.ones(1, *size, dtype=torch.int64), **words
@@ -97,12 +98,14 @@ class GroundedSAM:
         side = self.segmenter.config.vision_config.image_size
         scale = side / max(height, width)
         h, w = round(height * scale), round(width * scale)
+        # SAM takes squares: the longer side fills one, the rest is padded below and right.
         given = pad(_resized((image - MEAN) / DEVIATION, (h, w)), (0, side - w, 0, side - h))
         corners = boxes * torch.tensor([w, h, w, h])
         found = self.segmenter(
             pixel_values=given[None], input_boxes=corners[None], multimask_output=False
         )
         whole = interpolate(found.pred_masks[0, :, :1].float(), (side, side), mode="bilinear")
+        # The padding is cut off before the mask takes the image's size, or it would shift.
         cut = interpolate(whole[..., :h, :w], (height, width), mode="bilinear")
         return (cut > 0).any(0)[0]
 

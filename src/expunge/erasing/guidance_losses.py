@@ -50,7 +50,9 @@ class Steering:
         self.timesteps = model.timesteps(config.num_inference_steps or None)
         self.scale = model.noise_scale()
         self.empty = model.unconditional(1)
+        # As a log-SNR t' means the same noise on every schedule; a step number would not.
         level = model.log_snr()
+        # Schedules that end without noise or signal have infinite ends.
         low, high = (float(f(level[level.isfinite()])) for f in (torch.min, torch.max))
         every = range(len(self.timesteps))
         self.late: tuple[int, ...] = tuple(every)
@@ -101,11 +103,13 @@ class Steering:
     def draw_points(self, subjects: Sequence[TrainingConcept]) -> TrajectorySample:
         """Draw one trajectory of each concept with the network as it stands, and take two of its
         points."""
+        # Each concept draws from its own generator, so that its numbers do not depend on the batch.
         rows = [self._below(s, len(s.text)) for s in subjects]
         seeds = [self._below(s, 2**31) for s in subjects]
         places = [self._places(s) for s in subjects]
         text = Text.joined([s.text[[row]] for s, row in zip(subjects, rows, strict=True)])
         anchor = [self._anchor(s)[[row]] for s, row in zip(subjects, rows, strict=True)]
+        # One denoising run passes through the points of all concepts.
         at = sorted({step for both in places for step in both})
         passed = dict(zip(at, self._run(text, seeds, at), strict=True))
         late, early = (
@@ -145,6 +149,7 @@ class Steering:
         text, anchor = subject.text[rows], self._anchor(subject)[rows]
         seeds = [self._below(subject, 2**31) for _ in range(n)]
         latents = torch.stack(self._run(text, seeds, range(len(self.timesteps))))
+        # All predictions of a step in one batch: a call costs more than its rows.
         asked = [text, self.empty[[0] * n]]
         if self.objective.anchored:
             asked.append(anchor)
@@ -275,12 +280,14 @@ class Steering:
             sides: the points whose terms are wanted.
         """
         asked_of_student = [one for one in self.objective.of_student if one.startswith(tuple(sides))]
+        # In one batch, since the graph of the network is built once for all terms.
         student = self.predict(asked_of_student, sample)
         if original is None:
             missing = [asked for asked in self.objective.of_original if asked not in student]
             with torch.no_grad():
                 rest = self.predict(missing, sample) if missing else {}
             original = {**rest, **{asked: found.detach() for asked, found in student.items()}}
+        # Losses of half-precision models are summed in float32.
         wide = torch.promote_types(sample.late.latents.dtype, torch.float32)
         late, early = (
             self.scale[points.t.cpu()].to(points.latents.device, wide)

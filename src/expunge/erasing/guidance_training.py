@@ -106,6 +106,7 @@ def train_weights(
     Raises:
         ExpungeError: the loss diverges before any state was saved.
     """
+    # One tensor at a time: with foreach, temporaries of all of them would be in memory at once.
     optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
     terms = [(1.0, LossTerm.of(steering, subject, samples, n_stored, drawn_by_original))]
     if retained is not None:
@@ -129,6 +130,8 @@ def train_weights(
                         summed = weight * part.sum() / len(sample.text)
                         loss += float(summed.detach())
                         found = trained.gradients(summed)
+                        # Added in place: a second list of gradients would take as much memory as
+                        # the weights.
                         for gradient, more in zip(gradients, found, strict=False):
                             gradient += more
                         gradients = gradients or found
@@ -208,6 +211,7 @@ def _changes(trained: InPlace) -> Changes:
             value = (original.flatten() + difference).to(original.dtype).reshape(original.shape)
             changes.append(Dense((layer,), value, parameter=parameter))
         else:
+            # Differences in half precision: they are small, and lie on weights of any precision.
             sparse = Sparse((layer,), place.int(), difference.half(), parameter=parameter)
             changes.append(sparse)
     return tuple(changes)
@@ -297,6 +301,7 @@ def train_factors(
             def losses(_: int) -> Iterator[Tensor]:
                 renew_used()
                 for part in steering.split_losses(*draw(), micro_batch, n):
+                    # Rows come concept by concept within a sample, and sample after sample.
                     yield part.unflatten(0, (-1, n)).sum(0) / samples
                     renew_used()
 
@@ -312,6 +317,7 @@ def train_factors(
     factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}
     for layer, up, down in zip(layers, ups, downs, strict=True):
         for b, subject in enumerate(subjects):
+            # The other layers only helped to train: the fusion is defined where text enters.
             if layer in entries:
                 factors[subject.name][f"{layer}.up"] = alpha / rank * up[b].cpu()
                 factors[subject.name][f"{layer}.down"] = down[b].cpu()

@@ -107,11 +107,14 @@ def measure_attention(model: Model, examples: Examples, tokens: Tensor, run: Run
         if pixels < min(SMALLEST, height * width):
             return None
         seen = (attention.float().mean(1) @ counted).unflatten(1, infer_grid(pixels, height, width))
+        # Layers see the image in different sizes; the mean needs one.
         return interpolate(seen[:, None], (height, width), mode="bilinear")[:, 0]
 
     total = torch.zeros(())
     for level in LOG_SNRS:
+        # The timestep nearest to the noise level, on whichever schedule.
         t = (log_snr - level).abs().argmin().expand(len(examples)).to(latents.device)
+        # Drawn on the CPU, so that masks are the same on every device.
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.add_noise(latents, noise, t)
         maps = read_attention(

@@ -23,6 +23,7 @@ def select_parameters(model: Model, part: Part) -> dict[str, nn.Parameter]:
         ExpungeError: text does not enter this denoiser through attentions of its own.
     """
     entries = [entry.layer for entry in model.text_entries()]
+    # Names of changes begin with the pipeline's component: unet, transformer.
     component = entries[0].partition(".")[0]
     found = {
         f"{component}.{layer}.{name}": parameter
@@ -33,6 +34,7 @@ def select_parameters(model: Model, part: Part) -> dict[str, nn.Parameter]:
         return found
     if part == "text":
         return {k: p for k, p in found.items() if k.rpartition(".")[0] in entries}
+    # The attention that holds an entry: its queries and output belong to it, too.
     crossings = tuple({f"{entry.rpartition('.')[0]}." for entry in entries})
     if f"{component}." in crossings:
         raise ExpungeError(

@@ -87,6 +87,7 @@ def draw_each(
 
 def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, steps: int) -> Tensor:
     """Draw an image of each prompt in one batch: (n, c, h, w)."""
+    # A seed an image, so that an image does not depend on how many are drawn with it.
     seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
     return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
 

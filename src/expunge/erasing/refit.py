@@ -43,6 +43,7 @@ class RefitSums:
             weight: of each row.
         """
         e, a = rows.cpu(), goals.cpu()
+        # Not in place: the sums begin as scalars, since the width is known from the first rows.
         self.gram = self.gram + weight * gram(e)
         self.cross = self.cross + weight * outer(a, e)
 

@@ -133,6 +133,7 @@ def make_mask(
     )
     steering = Steering(model, dataclasses.replace(steering.config, objective=objective))
     text, intersection = model.encode(prompts), Intersection(half)
+    # Gradients add up on the parameters themselves; what was there is put back.
     asked = {p: (p.requires_grad, p.grad) for p in parameters.values()}
     try:
         with frozen(model.parameters()):
@@ -172,6 +173,7 @@ def _add_map(
     for part in parts:
         with torch.enable_grad():
             loss = steering.compute_losses(part).sum()
+        # Only with the last part is a gradient complete, and can be compared and freed.
         if part is not parts[-1]:
             loss.backward()
         else:

@@ -31,6 +31,7 @@ class FlowModel(LatentModel):
     def log_snr(self) -> Tensor:
         # Timestep 0 has no noise at all, and an infinite log-SNR; it counts as a half.
         sigma = torch.arange(self._times + 1, dtype=torch.float64).clamp_min(0.5) / self._times
+        # log((1 − σ)² / σ²), by log1p for σ near 0.
         return 2 * (torch.log1p(-sigma) - torch.log(sigma))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

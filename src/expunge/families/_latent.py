@@ -72,6 +72,7 @@ class LatentModel(Model):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = self.contrasts and guidance > 1
         if guided:
+            # Unconditional and prompted rows in one batch: one call of the denoiser a step.
             text = Text.joined([self.unconditional(len(seeds)), text])
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         # One generator an image, on the CPU: its noise depends on neither batch nor device.
@@ -87,6 +88,7 @@ class LatentModel(Model):
             yield round(float(t)), given
             with autocast():
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            # Samplers accumulate over steps: autocast's precision is for the denoiser alone.
             output = output.to(latents.dtype)
             if guided:
                 empty, prompt = output.chunk(2)
@@ -101,6 +103,7 @@ class LatentModel(Model):
             ExpungeError: the sampler cannot take so many; the nearest number is named.
         """
         asked = (type(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        # Remembered on the model: trying a sampler takes as many steps as drawing.
         known: dict[Any, bool] = self.__dict__.setdefault("_samplers", {})
         if (asked, steps) not in known:
             known[asked, steps] = self._takes(steps)

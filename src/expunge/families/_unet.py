@@ -29,6 +29,7 @@ class UNetModel(LatentModel):
         return torch.log(signal) - torch.log1p(-signal)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        # Roots in float64, then the latents' precision: near the ends ᾱ is all but 0 or 1.
         signal = self._signal()[t.cpu()].reshape(-1, 1, 1, 1).to(latents.device)
         return signal.sqrt().to(latents.dtype) * latents + (1 - signal).sqrt().to(latents.dtype) * noise
 

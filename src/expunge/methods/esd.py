@@ -122,6 +122,7 @@ class ESD(Method):
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]
         model.require_window(prompts)
+        # The config's t' is meant for latents of `turn_side`.
         turn = shift_log_snr(self.turn, self.turn_side, model.latents_side)
         return train_weights(
             Steering(model, dataclasses.replace(self.trajectory_config, turn=turn)),

@@ -84,9 +84,11 @@ class OCE(Method):
         general = torch.zeros(width, width, dtype=torch.float64)
         if self.captions and self.general_scale:
             tokens = model.encode([""]).embeddings.shape[1]
+            # The prior sums over a caption's positions; C_g is the mean of one token.
             general = compute_prior(model, read_captions(self.captions), run).mean / tokens
 
         changes = []
+        # As published, values alone: keys, which say where attention falls, stay.
         values = [entry for entry in model.text_entries() if entry.role != "key"]
         for done, entry in enumerate(values):
             run.progress("solving layers", done, len(values))

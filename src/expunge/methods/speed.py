@@ -32,9 +32,9 @@ class SPEED(Method):
         min_Δ ‖(W + ΔP) C₁ − W C*‖² + s ‖ΔP‖²   with   ΔP C₂ = 0
 
     The columns of C₁ and C* are the last content tokens of the concepts' and the anchors' prompts. P
-    projects on the directions in which the retained embeddings C₀ have almost no energy: the eigenvectors
-    of C₀ C₀ᵀ whose eigenvalue is below `threshold`. C₂ is the start token and three centres of the empty
-    prompt's tokens. With N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
+    projects on the directions in which the retained embeddings C₀ have almost no energy: the
+    eigenvectors of C₀ C₀ᵀ whose eigenvalue is below `threshold`. C₂ is the start token and three
+    centres of the empty prompt's tokens. With N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
 
         ΔP = W (C* − C₁) C₁ᵀ [N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N].
 
@@ -113,6 +113,7 @@ class SPEED(Method):
         chosen = kept[influential(weight, target, anchor, kept)]
         if not self.augmentations:
             return chosen
+        # Along the direction that the layer sees least, a copy has nearly the same value.
         least = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, 0]
         size = (len(chosen), self.augmentations, 1)
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -186,6 +187,7 @@ def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> T
         return empty[:1]
     means = rest[torch.randperm(len(rest), generator=generator)[:k]]
     for _ in range(20):
+        # A centre without tokens stays where it is.
         nearest = torch.cdist(rest, means).argmin(1)
         means = torch.stack([
             rest[nearest == i].mean(0) if (nearest == i).any() else means[i] for i in range(k)

@@ -56,6 +56,7 @@ class AttentionReader:
     def __enter__(self) -> AttentionReader:
         for i, attention in enumerate(self.attentions):
             for layer, is_query in ((attention.query, True), (attention.key, False)):
+                # Bound by `partial`: a closure would see the last i and is_query of the loop.
                 hear = partial(self._hear, i, is_query)
                 self._hooks.append(layer.register_forward_hook(hear))
         return self
@@ -100,6 +101,8 @@ class AttentionReader:
         if i not in self._waiting:
             self._waiting[i] = output
             return
+        # Implementations call queries and keys in either order; the second to come completes the
+        # pair.
         other = self._waiting.pop(i)
         query, key = (output, other) if is_query else (other, output)
         attention = self.attentions[i]
@@ -149,7 +152,9 @@ def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tens
         key: (n, tokens, heads · width).
         attention: the number of heads, and the scale.
     """
+    # Scaled before the product, as attention kernels do: half precision could overflow after it.
     scores = (by_head(query, attention.heads) * attention.scale) @ by_head(key, attention.heads).mT
+    # Softmax in half precision loses the small weights that masks and losses are made of.
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
 
@@ -166,6 +171,7 @@ def energy(attention: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         tokens: (n, tokens), 1 where a token counts and 0 elsewhere.
         mask: M, (n, pixels), 1 where a pixel counts and 0 elsewhere.
     """
+    # A product with the 0/1 vector of tokens: no copy of the map with the other tokens blanked.
     per_pixel = (attention.square() @ tokens.to(attention.dtype)[:, None, :, None]).squeeze(-1)
     return (per_pixel * mask.to(attention.dtype)[:, None]).sum((1, 2))
 
@@ -186,6 +192,7 @@ def infer_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
     """
     h, w = height, width
     while h * w > pixels:
+        # Odd sides round up, as a convolution of stride 2 with padding 1 does.
         h, w = (h + 1) // 2, (w + 1) // 2
     if h * w != pixels:
         raise ExpungeError(f"{pixels} pixels are no halving of latents of {height} × {width}")

@@ -61,7 +61,9 @@ def minimise(
                 total = _added(total, loss.detach().double().cpu())
                 # Asking for these gradients alone leaves no trace on the network's own parameters.
                 found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                # Summed over parts here, so that one clipping sees the whole gradient.
                 gradients = [_added(a, b) for a, b in zip(gradients, found, strict=True)]
+                # Frees the graph before the generator builds the next part's.
                 del loss, found
             if total is None:
                 raise TypeError("a step of training needs a loss")
@@ -82,6 +84,7 @@ def minimise(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    # The stopped problems went on in the batch, since a row cannot be left out; undo that.
     _put_back(parameters, sound, stopped)
 
 
@@ -143,6 +146,7 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_grad_norm: float) -> 
         max_grad_norm: the bound.
     """
     squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
+    # 1e-6 as in PyTorch's own clipping: a zero gradient must not divide by zero.
     factor = (max_grad_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
     return [
         None if g is None else g * factor.reshape(-1, *(1,) * (g.ndim - 1)).to(g.dtype)

@@ -43,12 +43,15 @@ def find_directions(
     Source: ACE (arXiv 2504.11850) leaves the reduction open; this one is ours.
     """
     weight, columns = weight.double(), differences.double().T
+    # Few prompts, many channels: the thin decomposition costs as much as there are prompts.
     u, s, vt = torch.linalg.svd(weight @ columns, full_matrices=False)
     if not len(s) or not s[0] > 0:
         raise ExpungeError("the layer sees no difference, so there is no direction")
     kept = s.square().cumsum(0) / s.square().sum()
     seen = int((s > 1e-6 * s[0]).sum())
+    # 1e-9 below, so that a share of 1 does not ask for directions of round-off alone.
     r = min(int((kept < energy * (1 - 1e-9)).sum()) + 1, seen, rank or seen)
+    # down up = 1 follows, since Uᵀ W D V S⁻¹ = 1.
     return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
 
 
@@ -72,6 +75,7 @@ def fit_affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> 
     """
     x, y, w = rows.double(), answers.double(), weights.double() / weights.double().sum()
     middle, mean = w @ x, w @ y
+    # Centred, so that the ridge pulls on the slope and never on the offset.
     x, y = x - middle, y - mean
     spread = (w[:, None] * x).T @ x
     sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
@@ -87,6 +91,7 @@ def stack_root(weights: list[Tensor]) -> Tensor:
         weights: W of every layer, (out, d).
     """
     gram = sum((w.double().T @ w.double() for w in weights), torch.zeros((), dtype=torch.float64))
+    # A root of the sum replaces dozens of layers by one d × d matrix, with the same lengths.
     values, vectors = torch.linalg.eigh(gram)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
@@ -115,10 +120,12 @@ class Background:
     ) -> None:
         self.general, self.retained, self.n_std = general.double(), retained.double(), n_std
         self.shut = self.retained if shut is None else shut.double()
+        # Both kinds count alike in the spread: a gate must not open on either.
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
         self.spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
         self.ridges = [ridge / 10**i for i in range(5)]
+        # Factorised when first needed: all concepts share them, and most need the first alone.
         self.lowers: list[Tensor] = []
 
     def direction(self, rows: Tensor) -> Tensor:
@@ -153,6 +160,7 @@ class Background:
     def edge(self, direction: Tensor) -> float:
         """Measure how far along a direction tokens still count as closed; the concept's mean is at 1."""
         general = self.general @ direction - self.mean @ direction
+        # A quantile would need more words than are read; mean and deviation settle early.
         edge = float(general.mean() + self.n_std * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
         return max(min(edge, 0.5), self.reach(direction, self.retained))
@@ -196,6 +204,7 @@ def fit_gate(rows: Tensor, background: Background, *, margin: float, retain_open
     start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
     slope = math.log(1 / retain_openness - 1) / (margin * (start - edge))
+    # Directions were measured from the background's mean; a gate is given the token itself.
     offset = float(direction @ background.mean)
     places = torch.tensor([centre + offset, slope], dtype=torch.float64)
     return Gate(direction, places[0], places[1])

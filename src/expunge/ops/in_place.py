@@ -32,6 +32,7 @@ class InPlace:
         self.masks = masks
         self._originals = [self._entries(k, p.detach()) for k, p in self.parameters.items()]
         self.values = [
+            # Adam's small steps would vanish in half precision.
             original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
             for original in self._originals
         ]
@@ -49,6 +50,8 @@ class InPlace:
             if self.masks is None:
                 data.copy_(value.reshape(data.shape))
             else:
+                # Written through `data`: autograd must not record what restores or replaces
+                # weights.
                 data.masked_scatter_(self.masks[name].to(data.device), value)
 
     def write(self) -> None:
@@ -118,6 +121,8 @@ class InPlace:
             The places in the flattened parameter, (n,), or None for all; and the changes, (n,).
         """
         for name, value, original in zip(self.parameters, self.values, self._originals, strict=True):
+            # Computed here and not kept: indices of all parameters would take more memory than the
+            # weights.
             place = None if self.masks is None else self.masks[name].flatten().nonzero().flatten()
             yield name, place, value - original
 

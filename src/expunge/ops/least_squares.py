@@ -48,6 +48,7 @@ def gram(rows: Tensor, blocks: int = 6) -> Tensor:
     places = torch.arange(rows.shape[1]).tensor_split(blocks)
     for place in filter(len, places):
         start, end = int(place[0]), int(place[-1]) + 1
+        # One strip of blocks at a time keeps the products large enough for fast matrix kernels.
         below[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
     return below.tril() + below.tril(-1).T
 
@@ -125,6 +126,7 @@ def solve_fusion(
     """
     eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     gram, prior = gram.double(), prior.double()
+    # M₂ and all D G K share the right side, so one solve serves the matrix and every factor.
     first = matrix.double() @ (gram + ridge * eye) + prior
     solved = _divided(torch.cat([first, moved.double()]), gram + prior + ridge * eye, ridge)
     return solved[: len(first)], solved[len(first) :]
@@ -164,8 +166,10 @@ def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
     Raises:
         ExpungeError: right is singular or nearly so.
     """
+    # Symmetrised, since sums in other orders differ in the last bit; _ex, to raise our own message.
     lower, failed = torch.linalg.cholesky_ex((right + right.T) / 2)
     if not failed:
+        # The 1-norm: as telling as the spectral one here, without an eigenvalue problem.
         norm = torch.linalg.matrix_norm(right, 1)
         condition = float(norm * torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1))
     if failed or not condition < LARGEST_CONDITION:

@@ -65,6 +65,7 @@ def init_factors(
         weight: Any = layer.weight
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         rows, columns = weight.shape[0], weight.shape[1:].numel()
+        # Drawn on the CPU, so that a change is the same on every device.
         drawn = [torch.randn(rank, columns, generator=g) / rank for g in generators]
         ups.append(torch.zeros(len(drawn), rows, rank, **like))
         downs.append(torch.stack(drawn).to(**like))
@@ -89,6 +90,7 @@ def _adding(
 
     def _convolved(layer: nn.Conv2d, x: Tensor, d: Tensor, b: Tensor) -> Tensor:
         """Apply all problems' factors in one convolution, a group of channels each."""
+        # Problems become groups of channels: one call instead of one convolution a problem.
         kernels = d.flatten(0, 1).unflatten(1, (x.shape[1], *layer.kernel_size))
         beside = x.unflatten(0, (-1, n)).flatten(1, 2)
         small = conv2d(beside, kernels, None, layer.stride, layer.padding, layer.dilation, n)
@@ -142,6 +144,7 @@ def truncate(
     delta = change.double()
     if delta.shape[0] <= delta.shape[1]:
         seen = delta if metric is None else delta @ metric
+        # The Gram matrix of the shorter side: its eigenvalues are the squared singular values.
         squares, left = _descending(seen @ delta.T)
     else:
         root = delta if metric is None else delta @ torch.linalg.cholesky(metric)
@@ -195,6 +198,7 @@ def compress(
     squares, right = _descending(root.T @ gram @ root)
     r = count_leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
     sides = right[:, :r] / squares[:r].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    # Both factors stay thin: nothing of the size (out, in) is formed.
     turn = root @ sides
     return up @ turn, turn.T @ gram @ down
 

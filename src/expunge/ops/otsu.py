@@ -18,6 +18,7 @@ def otsu(values: Tensor) -> Tensor:
 
     Source: Otsu, A Threshold Selection Method from Gray-Level Histograms, 1979, eq. 14.
     """
+    # Every cut lies between two neighbours of the sorted values, so all are tried at once.
     ordered = values.double().sort(1).values
     k = ordered.shape[1]
     count = arange(1, k, device=values.device)

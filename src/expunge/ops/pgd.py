@@ -50,6 +50,7 @@ def minimise_in_ball(
         moved = (start + shift).requires_grad_()
         with torch.enable_grad():
             values = objective(moved)
+            # Rows are independent, so the gradient of the sum holds each row's own.
             (gradient,) = torch.autograd.grad(values.sum(), moved)
         values = values.detach().to(least)
         better = values < least
@@ -57,6 +58,7 @@ def minimise_in_ball(
         least = torch.where(better, values, least)
         if step == steps or radius == 0:
             break
+        # Steps shrink, so that the last ones settle instead of circling the minimum.
         length = STRIDE * reach / (step + 1) ** 0.5
         shift = step_in_ball(shift, gradient, length, reach)
     return start + best, least
@@ -86,5 +88,6 @@ def step_in_ball(shift: Tensor, gradient: Tensor, length: Tensor, reach: Tensor)
         length: of the step, (n, tokens, 1).
         reach: of the ball, (n, tokens, 1).
     """
+    # Normalised: gradients of different models and tokens differ by orders of magnitude.
     shift = shift - length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-20)
     return shift * (reach / shift.norm(dim=-1, keepdim=True).clamp(min=1e-20)).clamp(max=1)

@@ -61,6 +61,7 @@ class Intersection:
         """Add one tensor's gradient of the present map."""
         half = self.half(gradient)
         mask = self.masks.setdefault(name, half)
+        # In place: a mask is as large as the model's weights, a byte each.
         mask &= half
 
     def done(self) -> None:

@@ -110,6 +110,7 @@ class Objective:
             early: the same at the early points.
             sides: the points whose terms are wanted; L is the sum over both.
         """
+        # The released code guides the student too, so that its targets move g times as far.
         push = self.negative_guidance * self.prediction_guidance
         total = torch.zeros_like(late)
         if "late" in sides:
@@ -142,5 +143,6 @@ class Objective:
 
 def _error(found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
     """Average the square of (found − wanted) in ε, for each sample: (n,), float32 or finer."""
+    # Wide before the square: half precision squares underflow.
     difference = (found - wanted).to(scale.dtype).flatten(1)
     return scale.square() * difference.square().mean(1)

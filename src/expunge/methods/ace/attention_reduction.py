@@ -60,6 +60,7 @@ def _read_concept(
     before, after = (model.count_tokens(side.strip()) for side in template.split("{}"))
     counted = locate_phrases([before] * 2, [after] * 2, text.content_mask).float()
     if not concept.anchor:
+        # The empty prompt has no phrase: nothing is attended to there.
         counted[1] = 0
     n, steps = settings.num_images, settings.num_inference_steps or None
     drawn = [
@@ -87,9 +88,11 @@ def _read_concept(
     named = {layer: find(model.pipe, layer) for layer in keys}
     found = {}
     for attention, total in zip(attentions, sums, strict=True):
+        # One g for all heads, or each head's own.
         g = total if settings.reduction == "attention-by-head" else total.sum(0).expand_as(total)
         size = g.abs().flatten()
         layer = next(name for name, module in named.items() if module is attention.key)
+        # Scaled to the largest channel, since the sum's unit is that of queries.
         found[layer] = (settings.damping * size / size.max().clamp(min=1e-20)).clamp(max=1)
     return found
 

@@ -46,7 +46,9 @@ def read_backgrounds(
         retained: what is retained and the anchors, as `encode_retained` returns them.
         run: draws the words, and is told how far it is.
     """
+    # Thinned: padding tokens are nearly equal, and would outweigh all others in the spread.
     kept = torch.cat([thin_padding(text) for text in retained.values()])
+    # Unthinned: the edge of a gate must lie beyond every token that stays.
     shut = torch.cat([text.embeddings.flatten(0, 1) for text in retained.values()])
     whole = [text.pooled for text in retained.values() if text.pooled is not None]
     # Guidance may lead away from another text than the empty prompt: gates are closed on that, too.
@@ -169,6 +171,8 @@ def keep_separable(
             nearest = max(overlaps, key=lambda name: overlaps[name], default="")
             if not nearest or overlaps[nearest] <= settings.max_overlap:
                 apart[concept].append(group)
+            # The first group is the phrase's: without it nothing is erased. Padding may be left
+            # out.
             elif group is members[0]:
                 raise ExpungeError(
                     f"{nearest!r} to retain lies in what is erased with {concept!r}: their overlap"
@@ -191,5 +195,6 @@ def thin_padding(text: Text) -> Tensor:
     same."""
     end = text.content_mask.sum(1, keepdim=True) + 1
     behind = torch.arange(text.content_mask.shape[1], device=end.device) - end
+    # Powers of two: what the padding says changes fast at first and slowly later.
     few = torch.isin(behind, torch.tensor([1, 2, 4, 8, 16, 32, 64], device=end.device))
     return text.embeddings[(behind <= 0) | few]

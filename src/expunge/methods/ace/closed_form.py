@@ -67,6 +67,7 @@ def solve_gates(
             for layer, g in found.items()
         )
     roots = (
+        # With one root for all layers, one set of directions serves keys and values everywhere.
         {tuple(weights): stack_root(list(weights.values()))}
         if settings.reduction == "shared"
         else {(layer,): weight for layer, weight in weights.items()}
@@ -81,6 +82,7 @@ def solve_gates(
     for layers, root in roots.items():
         factors = [_factors(settings, root, members) for members in together]
         up, down, toward, goal = zip(*factors, strict=True)
+        # Where gates of one owner overlap, the change subtracts its directions once.
         owner = [i for i, one in enumerate(down) for _ in one]
         concept = [i for i, members in enumerate(together) for _ in members]
         changes.append(
@@ -112,6 +114,7 @@ def _factors(
     differences = torch.cat([g.differences for g in groups])
     up, down = find_directions(root, differences, energy=settings.energy, rank=settings.rank)
     rows, neutral = (torch.cat([getattr(g, n) for g in groups]) for n in ("rows", "neutral"))
+    # Each gate weighs the same, however many tokens it has.
     weights = torch.cat([torch.full((len(g.rows),), 1 / len(g.rows)) for g in groups]).to(rows)
     line, goal = fit_affine(rows, neutral.double() @ down.T, weights, settings.goal_ridge)
     return up, down, line, goal
@@ -140,6 +143,7 @@ def split(gated: Gated, counts: Sequence[int]) -> list[Gated]:
     for n in counts:
         gates = slice(start, start + n)
         first = int(gated.concept[start])
+        # Directions belong to sets, gates to concepts of a set: both are numbered anew from 0.
         mine = torch.isin(gated.owner, gated.concept[gates])
         parts.append(
             dataclasses.replace(
@@ -182,6 +186,7 @@ def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> 
         ExpungeError: there is not.
     """
     n = gates * rank
+    # Four factors (n, d) and three products (n, n), in float64.
     needed = 8 * (4 * n * width + 3 * n * n)
     if free is None:
         free = _free_memory()

@@ -148,6 +148,8 @@ def fortify(
         trained.write()
         for step in range(start, config.max_train_steps):
             run.progress("fortifying", step, config.max_train_steps)
+            # Drawn with replacement and made unique: a step may take fewer, and no attack moves
+            # twice.
             rows = below(config.n_attacks, config.batch_size).unique()
             whose = attacks.owner[rows].tolist()
             here = [targets[i] for i in whose]
@@ -168,6 +170,7 @@ def fortify(
             at = below(levels, len(shown))
             y = noisy(shown, at)
             staying = Text.joined([retained.text[kept], retained.words[words]])
+            # The targets are the original's: without the trained weights.
             with trained.off(), torch.no_grad():
                 concept = predict(z, t, Text.joined([x.text for x in here]))
                 anchor = predict(z, t, Text.joined([x.anchor for x in here]))
@@ -178,7 +181,10 @@ def fortify(
             near = (predict(z, t, gated(prompts, begun + shift)) - concept).square().mean((1, 2, 3))
             (gradient,) = torch.autograd.grad((near * weigh).sum(), shift)
             attacks.move(rows, gradient)
+            # Predicted anew: the attack has just moved.
             found = predict(z, t, gated(prompts, begun + attacks.shift[rows]))
+            # In units of how far concept and anchor are apart at that timestep, or early ones would
+            # rule.
             loss = ((found - anchor).square().mean((1, 2, 3)) * weigh).mean()
             kept_loss = (predict(y, at, gated(staying, staying.embeddings)) - same).square().mean()
             loss = loss + config.retain_weight * kept_loss / mean.to(kept_loss)
@@ -268,6 +274,7 @@ def _measure_distances(model: Model, target: FortifyTarget, generator: torch.Gen
     t = torch.arange(LEVELS) * levels // LEVELS + levels // (2 * LEVELS)
     squares = []
     for _ in range(DRAWS):
+        # Another image at each timestep: the mean over images is what counts, not its noise.
         some = torch.randint(len(target.latents), (LEVELS,), generator=generator)
         noise = torch.randn(target.latents[some].shape, generator=generator).to(target.latents)
         z = model.add_noise(target.latents[some], noise, t.to(noise.device))
@@ -278,6 +285,7 @@ def _measure_distances(model: Model, target: FortifyTarget, generator: torch.Gen
     found = torch.stack(squares).mean(0)
     # Where an image is all but clean nothing is left to tell, and the smallest noise would count most.
     found = found.clamp(min=1e-3 * float(found.max()))
+    # Distances span orders of magnitude over timesteps, so that their logarithms are interpolated.
     return interpolate(found.log()[None, None], levels, mode="linear")[0, 0].exp()
 
 

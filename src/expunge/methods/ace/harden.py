@@ -108,6 +108,7 @@ def harden(
     Returns:
         The trained tensors (`FACTORS`), by name.
     """
+    # Words on which the closed form opens are names of the concept.
     kept = torch.cat([retained, general[gated.gates(general).amax((1, 2)) < 0.5]])
     text = model.encode([settings.first_prompt(concept, name) for name in concept.names])
     anchored = model.encode([settings.anchor_prompt(concept)])
@@ -138,14 +139,17 @@ def harden(
     for done in range(settings.rounds):
         run.progress(f"hardening {concept.name}", done, settings.rounds)
         hard, lack = attack(missing, text.embeddings, settings.radius, settings.attack_steps)
+        # The share of the concept that came back, in root: losses are squares.
         if bool((1 - lack.clamp(min=0).sqrt() < settings.recovered).all()):
             break
 
         def losses(_: int, hard: Tensor = hard) -> Tensor:
+            # Another name for every image: synonyms are hardened together.
             rows = torch.randint(len(text), (len(shown),), generator=generator).tolist()
             t = torch.randint(len(levels), (len(shown),), generator=generator)
             noise = torch.randn(shown.shape, generator=generator).to(shown)
             noisy, t = model.add_noise(shown, noise, t), t.to(shown.device)
+            # The anchor's prediction is the teacher's, and needs no gradient.
             with torch.no_grad():
                 goal = model.predict(noisy, t, anchored[[0] * len(shown)])
             step = current()

@@ -45,6 +45,7 @@ def gate_vectors(
             if ground is None:
                 raise TypeError("a background of vectors is expected where a concept has vectors")
             # A vector that lies in what is retained stays as it is.
+            # Measured on retained prompts alone: general ones may hold the concept's name.
             apart = ground.reach(ground.direction(group.rows), ground.retained) <= settings.max_overlap
             if settings.pooled and group.differs and apart:
                 groups[name] = [group]

@@ -126,6 +126,7 @@ class LowRankChanges:
         """
         eye = torch.eye(len(whole), dtype=torch.float64)
         ridge = self._ridge(whole, prior)
+        # K alone: D G K for D the identity and G the identity.
         inverse = solve_fusion(eye, whole, prior, ridge, eye)[1] if self.through_fusion else None
         # Bound to plain data, so that it can be pickled and run on another machine.
         train = partial(self._train, settings, model, problem, run.seed, inverse)
@@ -196,6 +197,7 @@ class LowRankChanges:
         matrix, fitted = fusion.fuse(
             factors,
             self._rows(settings, model, problem),
+            # ANT has no first stage: weights are fused as they were.
             matrix=torch.eye(len(whole), dtype=torch.float64),
             whole=whole,
             prior=prior,

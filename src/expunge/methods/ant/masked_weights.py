@@ -80,6 +80,7 @@ class MaskedWeights:
         masks = None
         if self.maps:
             found = self.find_mask(settings, steering, augmented, run)
+            # A mask from a file lies on the CPU.
             masks = {k: m.to(parameters[k].device) for k, m in found.masks.items()}
         generator = run.generator("training")
         subject = TrainingConcept(

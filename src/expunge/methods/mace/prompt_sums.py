@@ -47,6 +47,7 @@ class PromptSums:
         whole, alone, cross = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         for group in groups:
             anchored = group.read(group.anchored)
+            # On the CPU in float64: the sums run over a hundred concepts' tokens.
             goals = anchored.embeddings.cpu()
             # What goes to the same rows is added up first: one product for all concepts of an anchor.
             moved = torch.zeros(goals.shape, dtype=torch.float64)
@@ -55,6 +56,7 @@ class PromptSums:
                 whole = whole + gram(text.embeddings.flatten(0, 1).cpu())
                 alone = alone + gram(add_aligned(text, anchored, moved))
             cross = cross + outer(goals.flatten(0, 1), moved.flatten(0, 1))
+        # The phrases' own tokens are few: subtracting their sum saves a pass over all others.
         return cls(whole, whole - alone, cross)
 
 

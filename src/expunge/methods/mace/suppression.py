@@ -69,6 +69,7 @@ class SuppressionData:
         Args:
             probabilities: of each timestep, (T,).
         """
+        # Prompt and image are drawn apart: any phrasing may meet any image.
         row, image = (
             int(torch.randint(n, (), generator=self.generator))
             for n in (len(self.text), len(self.latents))
@@ -113,6 +114,7 @@ def prepare(settings: MACESettings, model: Model, concept: Concept, run: RunCont
     return SuppressionData(
         concept.name,
         text,
+        # As released; the paper counts the phrase's tokens alone.
         phrase | ending if settings.end_tokens else phrase,
         shown.latents,
         _resized(mask.to(shown.latents), shown.latents.shape[-2:]),
@@ -206,6 +208,7 @@ def train_on_trajectories(
         Objective(preserve=0.4, unconditional_late=0.5, unconditional_early=0.2),
         turn=shift_log_snr(-3.18, settings.focal_side, model.latents_side),
         num_inference_steps=settings.num_inference_steps,
+        # Drawn by the original as the user draws: the concept at full strength.
         guidance_scale=model.guidance_scale,
     )
     return train_factors(
@@ -288,6 +291,7 @@ def focal(log_snr: Tensor, high: float, low: float, slope: float) -> Tensor:
     Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 5.
     """
     level = log_snr.clamp(-50, 50)  # infinite where a schedule ends without noise or signal
+    # By how much λ changes in a timestep: schedules are dense where it changes little.
     (width,) = torch.gradient(level)
     probabilities = (slope * (level - low)).sigmoid() - (slope * (level - high)).sigmoid()
     probabilities = probabilities * width.abs()
