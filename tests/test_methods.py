@@ -320,3 +320,10 @@ class TestGroupsOfFields:
         assert (method.low_rank.rank, method.turn) == (4, -2.0)
         with pytest.raises(ExpungeError, match="rank must be at least 1"):
             method.replace(rank=0)
+
+    def test_an_old_name_still_loads_and_is_answered_with_the_new(self, method):
+        usual = flatten(type(method)())
+        for old, new in method.renamed.items():
+            assert build_recorded(type(method), {old: usual[new]}) == type(method)()
+            with pytest.raises(ExpungeError, match=f"'{old}' is named '{new}' now"):
+                build(type(method), {old: usual[new]})
