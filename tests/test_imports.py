@@ -20,6 +20,7 @@ ORDER = (
     "attack", "attacks",
     "metrics", "evaluation",
     "cli",
+    "studio",
 )  # fmt: skip
 """The rooms, from the ground up: each imports only what stands before it."""
 

@@ -319,7 +319,7 @@ def test_settings_and_weights_on_the_disk_count_too(folder):
     assert before == fingerprint.of_model(load(folder))
     model.guidance_scale = 3.0
     assert fingerprint.of_model(model) != before
-    text = Checkpoint.find(folder).text_model()
+    text = Checkpoint.find(folder).load_text_model()
     one = fingerprint.of_model(text)
     read, text.stored = text.stored, lambda layer, name: 1.5 * read(layer, name)
     read(text.text_entries()[0].layer, "weight")

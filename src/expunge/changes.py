@@ -73,7 +73,7 @@ class HookedChange(Change):
         """
         raise ExpungeError(
             f"a {self.kind} change is switched by the token it meets, so no weight can hold it;"
-            " `expunge.checkpoints.linearize.plain` fits the nearest weights to it"
+            " `expunge.checkpoints.linearize.fit_static_weights` fits the nearest weights to it"
         )
 
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from expunge.ops.cached_layers import cache_outputs
 from expunge.probe import Probe
 from expunge.runtime.schedulers import replaced
 from expunge.text import Text, TextEntry
+
+if TYPE_CHECKING:
+    from expunge.families._lora import FusedLayers, LayerRows, LoraNaming
 
 ANCHORS = {
     "object": "sky",
@@ -54,6 +57,13 @@ class Model(ABC):
     """Part of a tensor's name that every single-file checkpoint of this family has."""
     most_tokens: ClassVar[int] = 77
     """How many tokens of a prompt its longest text encoder reads."""
+    ldm_layers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Regular expressions of the denoiser's layers, and what the original code calls each of them."""
+    ldm_fused_layers: ClassVar[FusedLayers] = ()
+    """The original code's layers that are several here, or one with its rows in another order."""
+    lora_naming: ClassVar[LoraNaming]
+    """Which programs read LoRAs of this family, and how their metadata name its base models; by default
+    diffusers alone. See `expunge.families._lora`."""
     missing_capabilities: ClassVar[Mapping[str, str]] = {}
     """What this family does not have of what a method may need, and why."""
 
@@ -170,7 +180,45 @@ class Model(ABC):
             layer: its name inside the denoiser.
             config: the denoiser's configuration, or what `layout` makes of a single file.
         """
+        for pattern, name in cls.ldm_layers:
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
         return None
+
+    @classmethod
+    def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
+        """Find the denoiser's layers that the original code calls `name`; inverts `ldm_layer_name`.
+
+        Args:
+            name: a layer's name in the original code, without the prefix of the denoiser.
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+
+        Returns:
+            each layer, and how its rows are selected from the original layer's; empty if there is none.
+        """
+        number = r"(\d+)"
+        for pattern, original in cls.ldm_layers:
+            wanted = re.escape(original).replace(r"\\1", number)
+            if found := re.fullmatch(wanted, name):
+                block = found[1] if found.groups() else ""
+                return ((pattern.replace(number, block).replace("\\.", "."), None),)
+        for pattern, parts in cls.ldm_fused_layers:
+            if found := re.fullmatch(pattern, name):
+                return tuple((found.expand(layer), pick) for layer, pick in parts)
+        return ()
+
+    @classmethod
+    def infer_variant(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
+    ) -> str:
+        """Tell apart the base models of a family, as keys of `lora_naming.bases`; "" is the usual one.
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names of a checkpoint's tensors, as its files call them, and their shapes.
+            prediction_type: what the scheduler's configuration says; "" if there is none.
+        """
+        return ""
 
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
@@ -178,7 +226,7 @@ class Model(ABC):
         return {}
 
     @classmethod
-    def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def kohya_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """What a layer of the denoiser is called in a LoRA of kohya's naming; None where nothing is."""
         original = cls.ldm_layer_name(layer, config)
         return None if original is None else "lora_unet_" + original.replace(".", "_")

@@ -18,7 +18,7 @@ from expunge.base.errors import ExpungeError, unknown
 from expunge.checkpoints import loading
 
 if TYPE_CHECKING:
-    from expunge.checkpoints.cost_estimate import Plan
+    from expunge.checkpoints.cost_estimate import CostEstimate
     from expunge.edit import Edit
     from expunge.model import Model
     from expunge.problem import Concept
@@ -79,7 +79,7 @@ def export_command(options: Export) -> None:
     if options.to not in TARGETS:
         raise unknown("form to export to", options.to, TARGETS)
     if options.push_to_hub:
-        hub.check_push(options.push_to_hub)
+        hub.check_upload(options.push_to_hub)
     if options.to != "diffusers":
         files.check_writable(options.output)
     edit = Edit.load(options.edit)
@@ -110,7 +110,7 @@ def _base(edit: Edit, model: str | None) -> str:
         ExpungeError: none was named, and the edit does not say where to find it.
     """
     name = model or edit.record.model
-    if model or name in registry.names("models") or loading.on_hub(name):
+    if model or name in registry.names("models") or loading.is_hub_id(name):
         return name
     raise ExpungeError(
         f"the edit was made from {name or 'a model without a name'}: say where with --model"
@@ -162,33 +162,33 @@ class Loading:
         from expunge.checkpoints.cost_estimate import estimate
 
         checkpoint = Checkpoint.find(name, weights=False, variant=self.variant)
-        found = loading.settings(loading.Source(name, checkpoint.path))
+        found = loading.read_settings(loading.Source(name, checkpoint.path))
         asked = work(int(found.get("num_inference_steps", 50)))
         alone = self._reads_alone(asked, checkpoint.is_file)
         made = estimate(
             checkpoint, _dtype(self.dtype), self.device, offload=self.offload, text_alone=alone
         )
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
-        for line in made.lines(asked):
+        for line in made.describe(asked):
             print(line)
 
-    def say_plan(self, model: Model, work: Cost | None, erased: Sequence[Concept] = ()) -> Plan:
+    def say_plan(self, model: Model, work: Cost | None, erased: Sequence[Concept] = ()) -> CostEstimate:
         """Print in a line what some work with a model will take."""
         from expunge.checkpoints.cost_estimate import estimate_model
 
         made = estimate_model(model, offload=self.offload, work=work, erased=erased)
-        _, memory, _, time = made.lines(work)
+        _, memory, _, time = made.describe(work)
         print(f"{memory}; {time}", flush=True)
         return made
 
     def load(self, name: str, work: Cost | None = None) -> Model:
         """The model of this name; of one whose text encoders are enough for the work, these alone."""
-        found = loading.find(name, self.variant)
+        found = loading.find_source(name, self.variant)
         if self._reads_alone(work, found.is_file):
             from expunge.checkpoints.checkpoint import Checkpoint
 
             checkpoint = Checkpoint.find(name, variant=self.variant)
-            return checkpoint.text_model(_dtype(self.dtype), self.device)
+            return checkpoint.load_text_model(_dtype(self.dtype), self.device)
         from expunge.checkpoints.load import load
 
         return load(
@@ -305,21 +305,22 @@ def is_model(path: str) -> bool:
 
 def info_of_model(path: str) -> None:
     """What a model or a LoRA on the disk says of itself."""
-    from expunge.checkpoints.checkpoint import Checkpoint, noted
+    from expunge.checkpoints.checkpoint import Checkpoint
+    from expunge.checkpoints.erasure_notes import read_notes
 
     header = files.read_header(path) if Path(path).is_file() else {}
     if any("lora" in name for name in header):
-        from expunge.checkpoints.lora import about
+        from expunge.checkpoints.lora import read_lora_info
 
-        said = about(path)
+        said = read_lora_info(path)
         rows = [("lora", f"{path}, rank {said.rank} on {said.layers} layers")]
         rows.append(("for", said.base or "it does not say which base"))
-        history = noted(header)
+        history = read_notes(header)
     else:
         checkpoint = Checkpoint.find(path)
         kind = "single file" if checkpoint.is_file else "diffusers folder"
         rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
-        history = checkpoint.erased()
+        history = checkpoint.read_erasures()
     for erased in history:
         record = erased.record
         concepts = ", ".join(

@@ -34,7 +34,7 @@ from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, listed, nearest, unknown
 from expunge.base.fields import leaves, spelled_out
 from expunge.checkpoints import loading
-from expunge.cli import concept_files, export_commands
+from expunge.cli import concept_files, export_commands, studio_command
 from expunge.cli.export_commands import Loading
 from expunge.probe import Probe
 from expunge.problem import KINDS, Concept, Problem
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from expunge.base.quiet import Progress
-    from expunge.checkpoints.cost_estimate import Plan
+    from expunge.checkpoints.cost_estimate import CostEstimate
     from expunge.checkpoints.pace import Pace
     from expunge.edit import Edit
     from expunge.evaluation.image_cache import Cache
@@ -72,6 +72,7 @@ usage: expunge COMMAND …
   undo MODEL        a model that export wrote as it was before
   info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
   list KIND         methods, models, families, attacks, metrics, suites
+  studio            all of it in the browser, on this machine
 
   expunge COMMAND --help    shows its options
   expunge --version         shows the version
@@ -255,7 +256,7 @@ def draw_command(options: Draw) -> None:
                 " -o FOLDER/ takes more"
             )
     files.check_writable(output / "0.png" if to_folder else output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     for path in options.edit:
         files.read_header(path)
     from expunge.edit import Edit
@@ -310,7 +311,7 @@ def _check_erase(options: Erase) -> Problem:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     return problem
 
 
@@ -445,7 +446,7 @@ def evaluate_command(options: Evaluate) -> None:
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
     for name in models:
-        loading.find(name)
+        loading.find_source(name)
     for name in options.edits:
         if not Path(name).is_dir():
             files.read_header(name)
@@ -651,6 +652,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "undo": (export_commands.Undo, export_commands.undo_command),
     "info": (Info, info_command),
     "list": (List, list_command),
+    "studio": (studio_command.Studio, studio_command.studio_command),
 }
 """The commands but for `erase`, whose options depend on the method."""
 
@@ -882,13 +884,12 @@ def _sentence(said: str, command: str) -> str:
 def _fit(edit: Edit, model: str | None) -> str:
     """Whether an edit fits a model, in words."""
     from expunge.checkpoints.checkpoint import Checkpoint
-    from expunge.checkpoints.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = fits(edit, Checkpoint.find(name))
+        same = Checkpoint.find(name).fits(edit)
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise
@@ -898,17 +899,17 @@ def _fit(edit: Edit, model: str | None) -> str:
 
 def _threads(model: Model) -> Threads:
     """The CPU's threads for some work with a model."""
-    from expunge.checkpoints.cost_estimate import operations
+    from expunge.checkpoints.cost_estimate import count_operations
     from expunge.runtime.threads import SMALL, Threads
 
-    return Threads(small=operations(model) < SMALL)
+    return Threads(small=count_operations(model) < SMALL)
 
 
-def _pace(model: Model, plan: Plan, work: Cost) -> Pace:
+def _pace(model: Model, plan: CostEstimate, work: Cost) -> Pace:
     """What counts the work of a model, and says how long the rest of it takes."""
     from expunge.checkpoints.pace import Pace
 
-    return Pace(model, plan.totals(work), plan.foretold, plan.beside(work))
+    return Pace(model, plan.count_units(work), plan.unit_seconds, plan.overhead(work))
 
 
 @contextlib.contextmanager
@@ -929,21 +930,21 @@ def _progress(pace: Pace | None = None) -> Iterator[Progress]:
         if pace is None:
             yield _lines(say)
             return
-        from expunge.checkpoints.pace import lines
+        from expunge.checkpoints.pace import make_printer
 
-        pace.listeners.append(lines(pace, say))
+        pace.listeners.append(make_printer(pace, say))
         yield _only_what_was_there()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
         if pace is not None:
-            from expunge.checkpoints.pace import said
+            from expunge.checkpoints.pace import format_duration
 
             whole = bars.add_task("in all", total=1.0)
             pace.listeners.append(
                 lambda left, done: bars.update(
-                    whole, completed=done, description=f"about {said(left)} left in all"
+                    whole, completed=done, description=f"about {format_duration(left)} left in all"
                 )
             )
 

@@ -1,4 +1,4 @@
-"""Round to few bits, at random and right in the mean, and measure what it costs."""
+"""Stochastic rounding to eight bits, and what rounding costs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 1e-5
+"""The share of a step between two numbers of a format below which a difference counts as none."""
 
-def round_to(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Convert a tensor to another number format; below 16 bits, round up or down at random.
 
-    Rounded to the nearest, a change smaller than half a step would vanish everywhere. At random, each
-    way with a probability by how near it is, the mean of the change stays. Values beyond the format
-    become its largest number.
+def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Convert a tensor to another dtype; below 16 bits round up or down at random.
+
+    The nearer number is the likelier, so that the mean over many entries is kept. To the nearest, a
+    change smaller than half a step would vanish everywhere. Values beyond the format become its
+    largest number, and numbers of the format stay.
 
     Args:
-        value: the tensor.
-        dtype: a floating-point format.
-        generator: of the random numbers; formats of 16 bits and more draw none.
+        value: the tensor, of any shape.
+        dtype: the dtype to convert to; 16 bits and more are rounded to the nearest.
+        generator: of the random numbers, one for each entry; none where nothing is rounded at random.
     """
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return value.to(dtype)
@@ -28,15 +31,19 @@ def round_to(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> T
     # All 256 values of an 8-bit format fit in a table: neighbours are found by search.
     above = torch.bucketize(wide, grid, right=True).clamp(1, len(grid) - 1)
     low, high = grid[above - 1], grid[above]
+    share = (wide - low) / (high - low)
+    # A scaled weight that is unscaled and scaled again misses its number by float32's rounding.
+    share = torch.where(share < NEGLIGIBLE, 0.0, torch.where(share > 1 - NEGLIGIBLE, 1.0, share))
     draw = torch.rand(wide.shape, generator=generator)
-    return torch.where(draw < (wide - low) / (high - low), high, low).to(dtype).to(value.device)
+    return torch.where(draw < share, high, low).to(dtype).to(value.device)
 
 
 @dataclass
 class RoundingCost:
-    """What rounding does to changes, summed over tensors."""
+    """What rounding does to changes of weights, added up over tensors."""
 
     formats: set[str] = field(default_factory=set)
+    """The dtypes that were rounded to."""
     missed: float = 0.0
     """Σ ‖rounded − wanted‖²"""
     along: float = 0.0
@@ -45,12 +52,12 @@ class RoundingCost:
     """Σ ‖Δ‖²"""
 
     def add(self, original: Tensor, wanted: Tensor, written: Tensor) -> None:
-        """Add a tensor.
+        """Add one tensor.
 
         Args:
             original: before the change.
-            wanted: after it, exactly.
-            written: after it, rounded.
+            wanted: after the change, before rounding.
+            written: after rounding.
         """
         change = wanted.double() - original.double()
         self.missed += float((written.double() - wanted.double()).square().sum())
@@ -65,11 +72,11 @@ class RoundingCost:
 
     @property
     def kept(self) -> float:
-        """The share of the changes that is left, along themselves: 1 is all."""
+        """The component of the rounded changes along the wanted ones, as a share: 1 is all."""
         return self.along / self.total if self.total else 1.0
 
-    def note(self) -> str:
-        """Say what rounding costs, in a sentence; "" where that is less than a thousandth."""
+    def describe(self) -> str:
+        """Describe the cost in a sentence; "" where the error is below a thousandth."""
         if self.error < 1e-3:
             return ""
         return (
