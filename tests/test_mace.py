@@ -548,7 +548,7 @@ class TestMasks:
 
     def test_a_folder_of_one_concept_needs_no_folder_within(self, model, files):
         inner = {k: str(files / k / "airplane") for k in ("pictures", "masks")}
-        changes = self.erase(model, files, images_from=inner["num_images"], masks=inner["masks"])
+        changes = self.erase(model, files, images_from=inner["pictures"], masks=inner["masks"])
         assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
 
     def test_attention_masks_find_the_brighter_part(self, model):

@@ -307,7 +307,7 @@ class TestMinimise:
         return [*starts, idle], losses
 
     def test_a_batch_ends_where_each_ends_alone(self):
-        settings = {"max_train_steps": 30, "rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        settings = {"max_train_steps": 30, "learning_rate": 0.05, "weight_decay": 0.1, "max_grad_norm": 0.7}
         together, losses = self.problem(range(6))
         before = float(losses(0).sum())
         minimise(together, losses, **settings)
@@ -354,7 +354,7 @@ class TestMinimise:
 
     def test_of_a_batch_one_runs_away(self, monkeypatch):
         monkeypatch.setattr("expunge.ops.finetune.KEEP_EVERY", 4)
-        settings = {"rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        settings = {"learning_rate": 0.05, "weight_decay": 0.1, "max_grad_norm": 0.7}
         sound, losses = self.problem([0, 1])
         minimise(sound, losses, max_train_steps=10, **settings)
         short, losses = self.problem([0, 1])

@@ -377,7 +377,7 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     report = read.run(model, tmp_path / "out", cache=cache)
     assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
     assert [len(case.rows) for case in report.cases] == [3, 3]
-    means = report.methods()["content_mask"]
+    means = report.methods()["own"]
     assert len(means) == 3  # the original and two recipes
     ((suite, one, other, difference),) = report.differences()
     assert suite == "own"

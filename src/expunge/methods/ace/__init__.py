@@ -16,7 +16,7 @@ from expunge.methods.ace.backgrounds import (
     retained_phrasings,
 )
 from expunge.methods.ace.closed_form import check_memory, solve_gates
-from expunge.methods.ace.fortify import FortifyConfig, fortify
+from expunge.methods.ace.fortify import FortifyConfig, train_against_attacks
 from expunge.methods.ace.fortify_data import count_images, prepare_retained, prepare_targets
 from expunge.methods.ace.harden import harden_all
 from expunge.methods.ace.pooled import gate_vectors
@@ -176,7 +176,7 @@ class ACE(ACESettings):
             self.fortify_noisiest,
             self.fortify_retain,
         )
-        return fortify(model, gates, targets, retained, run, config)
+        return train_against_attacks(model, gates, targets, retained, run, config)
 
 
 def _only_gated(changes: Changes) -> Gated:

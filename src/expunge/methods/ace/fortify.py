@@ -79,7 +79,7 @@ class RetainSet:
     """(m,) prompts of other words; attacks start at them."""
 
 
-def fortify(
+def train_against_attacks(
     model: Model,
     gates: Gated,
     targets: Sequence[FortifyTarget],
