@@ -307,7 +307,12 @@ class TestMinimise:
         return [*starts, idle], losses
 
     def test_a_batch_ends_where_each_ends_alone(self):
-        settings = {"max_train_steps": 30, "learning_rate": 0.05, "weight_decay": 0.1, "max_grad_norm": 0.7}
+        settings = {
+            "max_train_steps": 30,
+            "learning_rate": 0.05,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.7,
+        }
         together, losses = self.problem(range(6))
         before = float(losses(0).sum())
         minimise(together, losses, **settings)
