@@ -42,7 +42,7 @@ def main() -> None:
             expunge.Concept("art", "", kind="style"),
         )
         problem = expunge.Problem(concepts, ("ship", "bird"))
-        for name in options.methods or registry.names("methods"):
+        for name in options.methods or registry.list_names("methods"):
             model = expunge.load(tiny_pipeline())
             edit = expunge.erase(model, problem, quick(name), seed=options.seed)
             print(f"{name:8} {edit.hash}", flush=True)

@@ -21,8 +21,9 @@ from expunge.base import registry
 from expunge.checkpoints import loading
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
+from expunge.evaluation.cells import Size
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.suite import Size, Suite
+from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from test_imports import ORDER
 from tiny import single_file
@@ -108,8 +109,10 @@ def few(monkeypatch):
             )
         ),
     )
-    settings = loading.settings
-    monkeypatch.setattr(loading, "settings", lambda found: {**settings(found), "num_inference_steps": 2})
+    settings = loading.read_settings
+    monkeypatch.setattr(
+        loading, "read_settings", lambda found: {**settings(found), "num_inference_steps": 2}
+    )
 
 
 @pytest.mark.parametrize("page", RUN)

@@ -18,7 +18,7 @@ import expunge
 from conftest import tiny_pipeline
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.base import registry
-from expunge.changes import Dense, Gated, LowRank, Right, find
+from expunge.changes import Dense, Gated, LowRank, Right, find_layer
 from expunge.checkpoints import hub, safetensors_io
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import estimate, estimate_model, list_resident_parts
@@ -30,7 +30,7 @@ from expunge.checkpoints.undo import undo
 from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
-from expunge.fingerprint import base, base_hash, places
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.ops.low_rank import factor_shared
 from tiny import PIPELINES, sdxl, single_file
 
@@ -41,7 +41,7 @@ def edited(model, changes):
     """An edit of these changes, made from this model."""
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
     record = expunge.erase(model, problem, registry.get("methods", "uce")(general=2)).record
-    object.__setattr__(record, "base", base_hash(base(model.pipe), places(changes)))
+    object.__setattr__(record, "base", hash_base(make_base_reader(model.pipe), list_places(changes)))
     return Edit(tuple(changes), record)
 
 
@@ -101,7 +101,9 @@ def test_only_changed_tensors_differ(folder, uce, tmp_path):
     old, new = load_file(folder / name), load_file(tmp_path / "out" / name)
     assert list(old) == list(new)
     differing = {key for key in old if not torch.equal(old[key], new[key])}
-    assert differing == {f"{layer.removeprefix('unet.')}.weight" for layer, _ in places(edit.changes)}
+    assert differing == {
+        f"{layer.removeprefix('unet.')}.weight" for layer, _ in list_places(edit.changes)
+    }
     assert all(old[key].dtype == new[key].dtype for key in old)
 
 
@@ -128,7 +130,7 @@ def test_a_lora_of_a_low_rank_edit_is_exact(tiny, name, to, tmp_path):
     wanted = drawn(model, edit)
     assert (wanted - model.draw(PROBE)).abs().max() > 1e-3
     torch.testing.assert_close(fused.draw(PROBE), wanted, rtol=0, atol=1e-3)
-    for layer, parameter in places(edit.changes):
+    for layer, parameter in list_places(edit.changes):
         with model.using(edit):
             torch.testing.assert_close(fused.weight(layer), model.weight(layer), rtol=1e-4, atol=1e-5)
         assert parameter == "weight"
@@ -148,7 +150,7 @@ def test_diffusers_loads_every_key(tiny, name, to, tmp_path):
     pipe = PIPELINES[name]()
     pipe.load_lora_weights(str(path))
     loaded = {key for key, _ in getattr(pipe, model.denoiser).named_parameters() if "lora_" in key}
-    assert len(loaded) == 2 * len(places(edit.changes))
+    assert len(loaded) == 2 * len(list_places(edit.changes))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     again = expunge.load(pipe)
@@ -638,7 +640,7 @@ def test_a_single_file_of_the_denoiser_alone(tiny, name, tmp_path):
     new = load_file(tmp_path / "out.safetensors")
     assert list(new) == list(load_file(path))
     differing = {key for key in state if not torch.equal(state[key], new[key])}
-    assert len(differing) == len(places(edit.changes))
+    assert len(differing) == len(list_places(edit.changes))
     again = expunge.load(tmp_path / "out.safetensors", config=tiny[name])
     again.sample_size = 8
     torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)
@@ -1166,6 +1168,6 @@ def test_a_layer_in_memory_is_found_in_both_layouts_of_clip(pipe):
     for encoder in (tower, OldLayout(tower)):
         pipe.text_encoder = encoder
         for name in ("encoder", "text_model.encoder"):
-            assert find(pipe, f"text_encoder.{name}.layers.0.self_attn.q_proj") is layer
+            assert find_layer(pipe, f"text_encoder.{name}.layers.0.self_attn.q_proj") is layer
     with pytest.raises(ExpungeError, match="has no layer text_encoder.encoder.nothing"):
-        find(pipe, "text_encoder.encoder.nothing")
+        find_layer(pipe, "text_encoder.encoder.nothing")

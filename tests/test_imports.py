@@ -64,7 +64,7 @@ def test_a_room_imports_only_what_stands_before_it(room):
 
 @pytest.mark.parametrize("kind", ["families", "methods", "attacks", "metrics"])
 def test_plugins_never_import_one_another(kind):
-    plugins = registry.names(kind)
+    plugins = registry.list_names(kind)
     assert plugins
     for path in (ROOT / kind).rglob("*.py"):
         own = path.relative_to(ROOT / kind).parts[0].removesuffix(".py")
@@ -86,7 +86,7 @@ def test_ops_know_no_diffusers():
 def test_the_registry_finds_one_class_a_file():
     found = 0
     for kind in ("methods", "families", "attacks", "metrics"):
-        for name in registry.names(kind):
+        for name in registry.list_names(kind):
             assert registry.get(kind, name).__module__ == f"expunge.{kind}.{name}"
             assert registry.describe(kind, name).endswith(".")
             found += 1

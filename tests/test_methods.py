@@ -18,7 +18,7 @@ from expunge.methods.ant.masked_weights import MaskedWeights
 from expunge.methods.uce import TEMPLATES, UCE
 from quick import quick
 
-METHODS = registry.names("methods")
+METHODS = registry.list_names("methods")
 
 
 def test_the_folder_is_the_list():

@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_presets(tmp_path / "absent.py")
 
 
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize("name", registry.list_names("methods"))
 def test_every_preset_that_ships_is_a_method(name):
     method = registry.get("methods", name)
     for preset in method.presets:

@@ -21,7 +21,7 @@ import torch
 import expunge
 from expunge import Model, Problem
 from expunge.base.files import replacing
-from expunge.changes import find
+from expunge.changes import find_layer
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.parameters import select_layers
 from expunge.erasing.trajectories import TrainingConcept
@@ -58,7 +58,7 @@ def left(model: Model, problem: Problem, method: ANT) -> float:
     sums = method.low_rank.sum_grams(method, model, problem, run)
     factors = method.low_rank.train(method, model, problem, run, *sums)[concept.name]
     layers = select_layers(model, "text")
-    modules = [find(model.pipe, layer) for layer in layers]
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     ups, downs = ([factors[f"{layer}.{side}"][None] for layer in layers] for side in ("up", "down"))
     steering = Steering(model, method.trajectory_config)
     text = model.encode(method.prompts(model, concept))

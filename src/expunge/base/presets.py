@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_toml
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -67,7 +67,9 @@ def _extended(
         above: the tables that led here.
     """
     if name not in tables:
-        raise ExpungeError(f"{path}, extends of {above[-1]!r}: {unknown('table', name, tables)}")
+        raise ExpungeError(
+            f"{path}, extends of {above[-1]!r}: {UnknownNameError('table', name, tables)}"
+        )
     if name in above:
         raise ExpungeError(f"{path}: extends leads in a circle: {' → '.join([*above, name])}")
     own = dict(tables[name])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import cache_folder, read_header, replacing
+from expunge.base.files import find_cache_folder, read_header, replacing
 from expunge.erasing.caption_gram import read_captions, text_hash
-from expunge.erasing.prompt_templates import assemble_prompts
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.model import Model
 from expunge.ops.least_squares import gram
 from expunge.problem import Problem
@@ -79,7 +79,10 @@ def read_text_moments(model: Model, problem: Problem) -> dict[str, TextMoments]:
     # Each parameter is multiplied once a token.
     a_prompt = 2 * max(parameters, 1) * (model.window + 2)
     count = max(16, min(208, int(MAX_MULTIPLICATIONS / a_prompt)))
-    groups = [assemble_prompts(concept) for concept in problem.erase]
+    groups = [
+        [t.format(name) for name in concept.names for t in TEMPLATES[concept.kind]]
+        for concept in problem.erase
+    ]
     most = max(1, count // max(len(groups), 1))
     groups = [_thin_out(prompts, most) for prompts in groups]
     retained = [
@@ -110,7 +113,7 @@ def _sum_moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -
         encoders: the hash of the text encoders, part of the cache's key.
     """
     key = hashlib.sha256(json.dumps([encoders, [list(group) for group in groups]]).encode())
-    file = cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
+    file = find_cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
     if file.is_file():
         try:
             read_header(file)

@@ -24,7 +24,7 @@ from expunge.erasing.trajectories import (
 )
 from expunge.model import Model
 from expunge.ops.trajectory import Asked, Objective, Predictions, Side
-from expunge.runtime.schedulers import matches_flow
+from expunge.runtime.schedulers import is_flow_matching
 from expunge.text import Text
 
 
@@ -44,8 +44,8 @@ class Steering:
     def __init__(self, model: Model, config: TrajectoryConfig) -> None:
         scheduler = config.scheduler
         if scheduler == "auto":
-            scheduler = "" if matches_flow(model.pipe.scheduler) else "DDIM"
-        model = model.sampled_by(scheduler)
+            scheduler = "" if is_flow_matching(model.pipe.scheduler) else "DDIM"
+        model = model.with_scheduler(scheduler)
         self.model, self.config, self.objective = model, config, config.objective
         self.timesteps = model.timesteps(config.num_inference_steps or None)
         self.scale = model.noise_scale()
@@ -195,7 +195,7 @@ class Steering:
         return subject.anchor or self.empty[[0] * len(subject.text)]
 
     def _run(self, text: Text, seeds: Sequence[int], at: Sequence[int]) -> list[Tensor]:
-        passed = self.model.passing(
+        passed = self.model.denoise_at(
             text,
             seeds,
             at=at,

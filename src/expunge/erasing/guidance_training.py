@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expunge.changes import Change, Changes, Dense, Sparse, find
+from expunge.changes import Change, Changes, Dense, Sparse, find_layer
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.trajectories import StoredTrajectories, TrainingConcept, TrajectorySample
 from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, minimise, warn_diverged
@@ -141,7 +141,7 @@ def train_weights(
                 break
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 good = [value.clone() for value in trained.values]
-                run.keep_checkpoint("training", _state(trained, optimiser, random_state, losses))
+                run.save_checkpoint("training", _state(trained, optimiser, random_state, losses))
             losses.append(loss)
             for value, gradient in zip(trained.values, gradients, strict=True):
                 value.grad = gradient
@@ -268,7 +268,7 @@ def train_factors(
         text enters through; other layers are dropped.
     """
     model, n = steering.model, len(subjects)
-    modules = [find(model.pipe, layer) for layer in layers]
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     ups, downs = init_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
     entries = {entry.layer for entry in model.text_entries()}
     between = torch.stack(list(through)).to(downs[0]) if through else None

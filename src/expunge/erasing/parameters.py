@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from expunge.base.errors import ExpungeError
-from expunge.changes import named_layers
+from expunge.changes import iterate_layers
 from expunge.model import Model
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
@@ -27,7 +27,7 @@ def select_parameters(model: Model, part: Part) -> dict[str, nn.Parameter]:
     component = entries[0].partition(".")[0]
     found = {
         f"{component}.{layer}.{name}": parameter
-        for layer, module in named_layers(getattr(model.pipe, component))
+        for layer, module in iterate_layers(getattr(model.pipe, component))
         for name, parameter in module.named_parameters(recurse=False)
     }
     if part == "denoiser":
@@ -61,7 +61,7 @@ def select_layers(model: Model, which: Layers) -> tuple[str, ...]:
     if which == "text":
         return entries
     component = entries[0].partition(".")[0]
-    modules = dict(named_layers(getattr(model.pipe, component)))
+    modules = dict(iterate_layers(getattr(model.pipe, component)))
     blocks = tuple(f"{k}." for k, m in modules.items() if type(m).__name__ in BLOCKS)
     if which == "blocks" and not blocks:
         raise ExpungeError(

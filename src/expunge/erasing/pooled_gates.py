@@ -41,7 +41,7 @@ def apply_to_vectors(change: InputChange, vectors: Tensor, inputs: int) -> Tenso
         (n, d)
     """
     width = vectors.shape[-1]
-    return change.given(pad(vectors, (0, inputs - width)))[..., :width]
+    return change.change_input(pad(vectors, (0, inputs - width)))[..., :width]
 
 
 def apply_gates(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
@@ -70,6 +70,6 @@ def measure_remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gate
         gated: the edit, or None.
     """
     w = weight.double().T
-    after = rows if gated is None else gated.given(rows)
+    after = rows if gated is None else gated.change_input(rows)
     left, apart = (((x - neutral).double() @ w).square().sum() for x in (after, rows))
     return float((left / apart.clamp(min=1e-30)).sqrt())

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expunge.changes import find
+from expunge.changes import find_layer
 from expunge.erasing import reference_images
 from expunge.methods.ace.settings import ACESettings
 from expunge.model import Model
@@ -85,7 +85,7 @@ def _read_concept(
         for i, ((q, one), (_, other)) in enumerate(zip(*heard, strict=True)):
             sums[i] = sums[i] + torch.einsum("nhpw,nhp->hw", q, one - other).cpu()
     keys = [entry.layer for entry in model.text_entries() if entry.role == "key"]
-    named = {layer: find(model.pipe, layer) for layer in keys}
+    named = {layer: find_layer(model.pipe, layer) for layer in keys}
     found = {}
     for attention, total in zip(attentions, sums, strict=True):
         # One g for all heads, or each head's own.

@@ -142,7 +142,7 @@ def train_against_attacks(
         return model.predict(z, t.to(z.device), text)
 
     def gated(text: Text, embeddings: Tensor) -> Text:
-        return dataclasses.replace(text, embeddings=gates.given(embeddings))
+        return dataclasses.replace(text, embeddings=gates.change_input(embeddings))
 
     with frozen(model.parameters()), trained, torch.enable_grad():
         trained.write()
@@ -205,7 +205,7 @@ def train_against_attacks(
             trained.write()
             attacks.renew()
             if len(losses) % KEEP_EVERY == 0:
-                run.keep_checkpoint("fortifying", _state(trained, optimiser, attacks, losses))
+                run.save_checkpoint("fortifying", _state(trained, optimiser, attacks, losses))
         return _changes(trained)
 
 

@@ -132,9 +132,9 @@ def harden(
 
     def missing(e: Tensor) -> Tensor:
         """Measure how much of the concept is missing: 0 is none, 1 as much as the anchor lacks."""
-        return measure_distance(root, current().given(e), text.embeddings) * weight_seen
+        return measure_distance(root, current().change_input(e), text.embeddings) * weight_seen
 
-    levels, closed = model.log_snr(), gated.given(text.embeddings)
+    levels, closed = model.log_snr(), gated.change_input(text.embeddings)
     vectors = pooled_gates.apply_gates(pooled or {}, text)
     for done in range(settings.rounds):
         run.progress(f"hardening {concept.name}", done, settings.rounds)
@@ -155,12 +155,14 @@ def harden(
             step = current()
             given = dataclasses.replace(
                 text[rows],
-                embeddings=step.given(hard[rows]),
+                embeddings=step.change_input(hard[rows]),
                 pooled=None if vectors is None else vectors[rows],
             )
             error = (model.predict(noisy, t, given) - goal).square().mean() * weight_noise
-            harm = measure_distance(root, step.given(kept), kept).mean() * weight_seen
-            lost = measure_distance(root, step.given(text.embeddings), closed).mean() * weight_seen
+            harm = measure_distance(root, step.change_input(kept), kept).mean() * weight_seen
+            lost = (
+                measure_distance(root, step.change_input(text.embeddings), closed).mean() * weight_seen
+            )
             return (error + settings.retain_weight * harm + settings.anchor_hold_weight * lost)[None]
 
         with frozen(model.parameters()):

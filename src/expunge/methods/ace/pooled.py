@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 
-from expunge.base.errors import ExpungeWarning, listed
+from expunge.base.errors import ExpungeWarning, join_names
 from expunge.changes import Gated
 from expunge.erasing import pooled_gates
 from expunge.methods.ace.backgrounds import GateBackgrounds
@@ -74,7 +74,7 @@ def gate_vectors(
         ]
         if warned:
             warnings.warn(
-                f"the vector of the whole prompt keeps {listed(warned, 3)}",
+                f"the vector of the whole prompt keeps {join_names(warned, 3)}",
                 ExpungeWarning,
                 stacklevel=4,
             )

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expunge.base.fields import bounded, check
+from expunge.base.fields import bounded, check_fields
 from expunge.changes import Changes
 from expunge.erasing import fusion
 from expunge.erasing.guidance_losses import Steering
@@ -61,7 +61,7 @@ class LowRankChanges:
     default the same. {} is the bare name, as released."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         require_place(self.training_templates)
 
     def fit(self, settings: SharedSettings, model: Model, problem: Problem, run: RunContext) -> Changes:

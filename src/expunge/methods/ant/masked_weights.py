@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import bounded, check
+from expunge.base.fields import bounded, check_fields
 from expunge.changes import Changes
 from expunge.erasing import saliency
 from expunge.erasing.caption_gram import read_captions_for
@@ -22,7 +22,7 @@ from expunge.erasing.trajectories import TrainingConcept
 from expunge.methods.ant.settings import SharedSettings
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
-from expunge.problem import Problem, key
+from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
 
@@ -53,7 +53,7 @@ class MaskedWeights:
     were."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if self.mask and not self.mask.lower().endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
@@ -144,9 +144,9 @@ class MaskedWeights:
 
     def _augmented(self, problem: Problem) -> tuple[str, ...]:
         """Return the user's own prompts for the maps, and check that each concept is named in one."""
-        texts = [f" {key(text)} " for text in self.augmentations]
+        texts = [f" {normalize_name(text)} " for text in self.augmentations]
         for concept in problem.erase if texts else ():
-            if not any(f" {key(name)} " in text for name in concept.names for text in texts):
+            if not any(f" {normalize_name(name)} " in text for name in concept.names for text in texts):
                 raise ExpungeError(f"no prompt of the augmentations names {concept.name!r}")
         return self.augmentations
 
@@ -157,12 +157,14 @@ class MaskedWeights:
         if not self.retain_weight:
             return None
         named = assemble_retained_prompts(problem.retain)
-        erased = [f" {key(name)} " for concept in problem.erase for name in concept.names]
+        erased = [f" {normalize_name(name)} " for concept in problem.erase for name in concept.names]
         captions = (
             read_captions_for(model, settings.captions, problem.erase) if settings.captions else ()
         )
         # A caption that names the concept would hold it where it is.
-        general = [text for text in captions if not any(name in f" {key(text)} " for name in erased)]
+        general = [
+            text for text in captions if not any(name in f" {normalize_name(text)} " for name in erased)
+        ]
         if not named and not general:
             raise ExpungeError("retain_weight keeps nothing: retain something, or give captions")
         # A row is drawn at random: those of the retained are repeated to weigh as much as the captions'.

@@ -17,7 +17,7 @@ from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept
-from expunge.runtime.schedulers import scheduler_name
+from expunge.runtime.schedulers import parse_scheduler
 from expunge.text import Text
 
 
@@ -83,7 +83,7 @@ class SharedSettings(Method):
         super().__post_init__()
         require_place(self.templates)
         if self.scheduler != "auto":
-            object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
+            object.__setattr__(self, "scheduler", parse_scheduler(self.scheduler))
 
     @property
     def trajectory_config(self) -> TrajectoryConfig:

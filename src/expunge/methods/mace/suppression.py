@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from expunge.changes import Right, find
+from expunge.changes import Right, find_layer
 from expunge.erasing import object_masks, reference_images
 from expunge.erasing.concept_tokens import find_phrases
 from expunge.erasing.guidance_losses import Steering
@@ -142,7 +142,7 @@ def train_on_attention(
         By concept: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
     """
     layers = tuple(entry.layer for entry in model.text_entries())
-    modules = [find(model.pipe, layer) for layer in layers]
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     generators = [run.generator("factors", one.concept) for one in data]
     ups, downs = init_factors(modules, settings.rank, generators)
     refined = [Right(layers, matrix)] if "refine" in settings.stages else []
