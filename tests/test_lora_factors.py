@@ -14,7 +14,7 @@ from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from expunge.checkpoints.text_moments import read_text_moments
 from expunge.fingerprint import list_places
-from expunge.ops.low_rank import shared
+from expunge.ops.low_rank import factor_shared
 from tiny import PIPELINES
 
 
@@ -156,7 +156,7 @@ def test_layers_of_one_matrix_are_decomposed_once(folder, uce, tmp_path, monkeyp
 
     def counted(matrix, *given):
         asked.append(matrix)
-        return shared(matrix, *given)
+        return factor_shared(matrix, *given)
 
     monkeypatch.setattr("expunge.checkpoints.lora.truncate.shared", counted)
     _, edit = uce

@@ -28,7 +28,7 @@ def slow_fusion(model, layer, edits, prompts, kept, ridge):
 
 @pytest.mark.parametrize("kinds", ["right", "low-rank", "dense"])
 def test_merged_edits_answer_for_each(model, kinds):
-    from expunge.erasing.caption_gram import captions, prior
+    from expunge.erasing.caption_gram import compute_prior, read_captions
     from expunge.erasing.prompt_templates import TEMPLATES
     from expunge.runtime.context import RunContext
 
@@ -45,7 +45,7 @@ def test_merged_edits_answer_for_each(model, kinds):
     merged = merge(model, edits, ridge=0.3, prior_scale=0.2)
     prompts = [[t.format(name) for t in TEMPLATES["object"]] for name in ("airplane", "horse")]
     empty = model.encode([""]).embeddings[0].double()
-    kept = 0.2 * (prior(model, captions("general"), RunContext()).mean + empty.T @ empty)
+    kept = 0.2 * (compute_prior(model, read_captions("general"), RunContext()).mean + empty.T @ empty)
     wanted = slow_fusion(model, layer, edits, prompts, kept, 0.3)
     with model.using(merged):
         found = model.weight(layer).double()

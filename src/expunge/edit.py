@@ -23,9 +23,9 @@ from expunge.changes import (
     Applied,
     Changes,
     build_change,
-    require_finite,
     check_fit,
     encode_tensor,
+    require_finite,
 )
 from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
