@@ -17,7 +17,7 @@ from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, UnknownNameError, join_names
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import read_autocast
-from expunge.cli.terminal import make_table, print_table, show_progress
+from expunge.cli.terminal import make_plain_table, print_table, show_progress
 
 if TYPE_CHECKING:
     from expunge.evaluation.image_cache import Cache
@@ -195,7 +195,7 @@ def _run_attacks(
         temporary.write_text(text + "\n", "utf8")
     images = Path(options.output) / "robustness.png"
     save_image(contact_sheet([one.strip for one in results], 96), images)
-    table = make_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
+    table = make_plain_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
     for row in results:
         shares = ", ".join(f"{budget}: {_format_score(asr)}" for budget, asr in row.asr.items())
         broken = ", ".join(f"{budget}: {_format_score(one)}" for budget, one in row.broken.items())
@@ -234,7 +234,7 @@ def print_report(report: Report) -> None:
         erased = [", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "") for case in cases]
         several = len(set(erased)) > 1
         heads = [name, "erased"] if several else [f"{name}: {erased[0]} erased"]
-        table = make_table(*heads)
+        table = make_plain_table(*heads)
         for term in (cases[0].suite.score, *terms):
             table.add_column(term, overflow="fold")
         for case, words in zip(cases, erased, strict=True):
