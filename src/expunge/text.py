@@ -40,7 +40,7 @@ class Text:
         return len(self.prompts)
 
     def segments(self, row: int) -> list[tuple[slice, int]]:
-        """Return the tokens of a row by text encoder: their slice, and the position of their end token in it."""
+        """Return the tokens of a row, encoder by encoder: their slice, and their end token's index in it."""
         if self.eos_index is None:
             raise TypeError("eos_index must be a tensor (n, parts), not None")
         found, start = [], 0
