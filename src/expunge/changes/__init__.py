@@ -48,7 +48,6 @@ __all__ = [
     "TokenGates",
     "WeightChange",
     "build_change",
-    "check_finite",
     "check_fit",
     "check_in_use",
     "encode_tensor",
@@ -57,6 +56,7 @@ __all__ = [
     "is_compiled",
     "iterate_layers",
     "read_base_parameter",
+    "require_finite",
     "summarize",
     "unwrap",
 ]
