@@ -29,7 +29,7 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.checkpoints.cost_estimate import estimate_model, operations
+from expunge.checkpoints.cost_estimate import count_operations, estimate_model
 from expunge.checkpoints.pace import Pace
 from expunge.erasing.caption_gram import captions
 from expunge.methods.mace import MACE
@@ -64,13 +64,13 @@ def once(model: expunge.Model, method: MACE, chosen: bool) -> dict[str, Any]:
     """One edit: its estimate, what is told of the rest a quarter of the way, and the outcome."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["EXPUNGE_CACHE"] = cache  # so that the captions are read every time
-        threads = Threads(small=operations(model) < SMALL)
+        threads = Threads(small=count_operations(model) < SMALL)
         with threads if chosen else nullcontext():
             used = torch.get_num_threads()
             work = method.estimate_cost(PROBLEM, model.num_inference_steps)
             plan = estimate_model(model, work=work)
             foretold = plan.seconds(work)
-            pace = Pace(model, plan.totals(work), plan.foretold, plan.beside(work))
+            pace = Pace(model, plan.count_units(work), plan.unit_seconds, plan.overhead(work))
             told: list[tuple[float, float]] = []
             pace.listeners.append(lambda left, _: told.append((time.monotonic(), left)))
             start, ours = time.monotonic(), time.process_time()

@@ -36,9 +36,9 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.changes import Right, WeightChange
-from expunge.checkpoints.export import by_place
 from expunge.checkpoints.lora import Lora
-from expunge.checkpoints.text_moments import Seen, seen
+from expunge.checkpoints.text_moments import TextMoments, read_text_moments
+from expunge.checkpoints.weight_changes import group_by_place
 from expunge.method import Method
 from expunge.methods.mace import MACE
 from expunge.model import Model
@@ -86,12 +86,12 @@ def weights(model: Model) -> Callable[[str, str], Tensor]:
     return read
 
 
-def in_plain_norm(known: Mapping[str, Seen]) -> dict[str, Seen]:
+def in_plain_norm(known: Mapping[str, TextMoments]) -> dict[str, TextMoments]:
     """The same moments, which are measured, with the metric of plain norm, by which is chosen."""
-    made: dict[int, Seen] = {}
+    made: dict[int, TextMoments] = {}
     for one in known.values():
-        plain = Seen(one.erased, one.kept)
-        plain.__dict__["metric"] = torch.eye(len(one.kept), dtype=torch.float64)
+        plain = TextMoments(one.erased, one.retained)
+        plain.__dict__["metric"] = torch.eye(len(one.retained), dtype=torch.float64)
         made.setdefault(id(one), plain)
     return {layer: made[id(one)] for layer, one in known.items()}
 
@@ -100,15 +100,17 @@ def by_rank(
     name: str,
     read: Callable[[str, str], Tensor],
     changes: Sequence[WeightChange],
-    known: Mapping[str, Seen],
+    known: Mapping[str, TextMoments],
 ) -> list[dict[str, Any]]:
     """What is lost at every rank, chosen either way, and the rank that the default energy takes."""
     rows = []
     ways = {"norm": in_plain_norm(known), "text": known}
     for how, moments in ways.items():
         for rank in (*RANKS, *([None] if how == "text" else [])):
-            lora = Lora.of(read, by_place(changes), rank=rank, seen=partial(dict, moments))
-            lost = lora.lost
+            lora = Lora.from_changes(
+                read, group_by_place(changes), rank=rank, read_moments=partial(dict, moments)
+            )
+            lost = lora.loss
             row = {"edit": name, "layers": len(lora.factors), "chosen by": how, "rank": lora.rank,
                    "asked": rank or "energy 0.999", "erasure lost": lost.erasure,
                    "drift lost": lost.drift, "norm lost": lost.norm}  # fmt: skip
@@ -124,13 +126,17 @@ def ranks() -> list[dict[str, Any]]:
     method = MACE.preset("emoji", max_train_steps=2, num_images=2, num_inference_steps=2, masks="none")
     edit = expunge.erase(emoji, problem, method)
     fixed = [change for change in edit.changes if isinstance(change, WeightChange)]
-    rows = by_rank("emoji, mace", lambda layer, _: emoji.weight(layer), fixed, seen(emoji, problem))
+    rows = by_rank(
+        "emoji, mace", lambda layer, _: emoji.weight(layer), fixed, read_text_moments(emoji, problem)
+    )
     large = Turned("sd14")
     closed: Method = MACE.preset("emoji", stages=("refine", "fuse"))
     found = [
         change for change in closed.fit(large, problem, RunContext()) if isinstance(change, WeightChange)
     ]
-    return rows + by_rank("sd14, mace refine and fuse", weights(large), found, seen(large, problem))
+    return rows + by_rank(
+        "sd14, mace refine and fuse", weights(large), found, read_text_moments(large, problem)
+    )
 
 
 def before(weight: Tensor, change: WeightChange, rank: int) -> None:
@@ -164,14 +170,14 @@ def measure_times() -> dict[str, Any]:
             before(weight, change, 32)
         old += (time.process_time() - start) / 2 * len(some)
         timed += 2
-    known = seen(large, problem)
+    known = read_text_moments(large, problem)
     start = time.process_time()
-    lora = Lora.of(read, by_place([change]), rank=32, seen=lambda: known)
+    lora = Lora.from_changes(read, group_by_place([change]), rank=32, read_moments=lambda: known)
     new = time.process_time() - start
     return {"layers": len(layers), "rank": lora.rank, "before, processor s": round(old, 1),
             "layers timed before": timed, "now, processor s": round(new, 1),
             "ratio": round(old / new, 1),
-            "erasure lost": round(lora.lost.erasure or 0, 6), "threads": torch.get_num_threads(),
+            "erasure lost": round(lora.loss.erasure or 0, 6), "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def run(folder: str, read: str, dtype: torch.dtype, concepts: int) -> dict[str, 
     """Peak memory, seconds, and the edit's hash."""
     start, before = time.perf_counter(), time.process_time()
     whole = read == "whole"
-    model = expunge.load(folder, dtype=dtype) if whole else Checkpoint.find(folder).text_model(dtype)
+    model = (
+        expunge.load(folder, dtype=dtype) if whole else Checkpoint.find(folder).load_text_model(dtype)
+    )
     loaded = time.perf_counter()
     problem = Problem(tuple(Concept(f"thing {i}", "sky") for i in range(concepts)))
     edit = expunge.erase(model, problem, registry.get("methods", "uce")(general=20))

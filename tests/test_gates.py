@@ -274,7 +274,8 @@ def test_saved_loaded_and_shown(pipe, tmp_path):
 
 def test_a_gate_is_no_weight():
     with pytest.raises(
-        ExpungeError, match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.plain` fits"
+        ExpungeError,
+        match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.fit_static_weights` fits",
     ):
         gated((KEY,), WIDTH).weight(torch.zeros(16, WIDTH))
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
+from edits import edited, gated, low_rank
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.changes import Dense, LowRank, Right, Sparse
-from expunge.checkpoints import lora_names
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
-from expunge.checkpoints.lora import Lora, about, fuse, read
+from expunge.checkpoints.lora import Lora, fuse_lora, read_lora, read_lora_info
+from expunge.checkpoints.lora.base_models import read_base_title
 from expunge.checkpoints.merge import merge
-from expunge.cli.loading_options import parse_loras
-from test_export import edited, gated, low_rank
+from expunge.cli.export_commands import strengths
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = f"lora_unet_{LAYER.replace('.', '_')}"
@@ -58,19 +58,19 @@ def moved(path, scale=1.0, layer=LAYER):
     pipe = tiny_pipeline()
     weight = pipe.unet.get_submodule(layer).weight
     before = weight.detach().clone()
-    fuse(path, pipe, scale)
+    fuse_lora(path, pipe, scale)
     return weight.detach() - before
 
 
 def fused_with(path):
     """The tiny U-Net with a LoRA laid on it for good."""
     pipe = tiny_pipeline()
-    fuse(path, pipe)
+    fuse_lora(path, pipe)
     return pipe.unet
 
 
 def test_a_pipeline_in_memory_is_taken_as_it_is(tmp_path):
-    with pytest.raises(ExpungeError, match="in memory is taken as it is: .* expunge.*lora.fuse"):
+    with pytest.raises(ExpungeError, match="in memory is taken as it is: .* expunge.*lora.fuse_lora"):
         expunge.load(tiny_pipeline(), lora=[(kohya(tmp_path), 1.0)])
 
 
@@ -160,7 +160,7 @@ def test_the_attention_processors_naming_and_its_output(tmp_path):
 
 def layers_of(path):
     pipe = tiny_pipeline()
-    return read(path, type(pipe), pipe.unet.config)
+    return read_lora(path, type(pipe), pipe.unet.config)
 
 
 def test_tuckers_convolutions(tmp_path):
@@ -282,7 +282,7 @@ def test_loha_beside_a_lora_is_left_out_and_said(tmp_path):
 
 def test_layers_that_the_model_has_not_are_named(tmp_path, folder):
     path = kohya(tmp_path, stem="lora_unet_down_blocks_7_attentions_0_proj_in")
-    for use in (moved, Checkpoint.find(folder).lora):
+    for use in (moved, Checkpoint.find(folder).read_lora):
         with pytest.raises(
             ExpungeError, match=r"not a LoRA for this model: .*down_blocks\.7"
         ) as refused:
@@ -300,22 +300,22 @@ def test_a_lora_with_numbers_that_are_none(tmp_path, bad, part):
     state = load_file(path)
     state[f"{KOHYA}.{part}"] = state[f"{KOHYA}.{part}"] * bad
     save_file(state, path)
-    for use in (moved, about):
-        with pytest.raises(ExpungeError, match=r"theirs\.safetensors holds numbers that are none"):
+    for use in (moved, read_lora_info):
+        with pytest.raises(ExpungeError, match=r"theirs\.safetensors contains NaN or infinity"):
             use(path)
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e999"])
 def test_a_strength_that_is_no_number(tmp_path, strength):
     with pytest.raises(ExpungeError, match=f"finite number, not {strength}"):
-        parse_loras((f"x.pt={strength}",))
+        strengths((f"x.pt={strength}",))
     with pytest.raises(ExpungeError, match="the strength of a LoRA must be a finite number"):
         moved(kohya(tmp_path), float(strength))
 
 
 @pytest.mark.parametrize("strength", [1e38, -1e38])
 def test_a_strength_that_overflows(tmp_path, strength):
-    with pytest.raises(ExpungeError, match="numbers .*that are none"):
+    with pytest.raises(ExpungeError, match="makes NaN or infinity of"):
         moved(kohya(tmp_path), strength)
 
 
@@ -335,13 +335,13 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
     edit.save(tmp_path / "edit.safetensors")
     tensor = next(t for t in change.tensors.values() if t.is_floating_point())
     tensor.view(-1)[0] = bad
-    with pytest.raises(ExpungeError, match="edit contains NaN or infinity: .* of its"):
+    with pytest.raises(ExpungeError, match="edit holds numbers that are none .* of its"):
         edit.save(tmp_path / "again.safetensors")
     for to, name in (("diffusers", "out"), ("lora", "out.safetensors")):
-        with pytest.raises(ExpungeError, match="the edit contains NaN or infinity"):
+        with pytest.raises(ExpungeError, match="the edit holds numbers that are none"):
             export(edit, to, folder, tmp_path / name)
     good = edited(model, [LowRank(("unet.conv_in",), torch.ones(8, 1), torch.ones(1, 36))])
-    with pytest.raises(ExpungeError, match="edit 2 of those to merge contains NaN"):
+    with pytest.raises(ExpungeError, match="edit 2 of those to merge holds numbers"):
         merge(model, [good, edit])
     state = load_file(tmp_path / "edit.safetensors")
     with safe_open(tmp_path / "edit.safetensors", "pt") as file:
@@ -349,7 +349,7 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
     key = next(key for key, t in state.items() if t.is_floating_point())
     state[key].view(-1)[0] = bad
     save_file(state, tmp_path / "edit.safetensors", said)
-    with pytest.raises(ExpungeError, match=r"edit\.safetensors contains NaN or infinity"):
+    with pytest.raises(ExpungeError, match=r"edit\.safetensors holds numbers that are none"):
         Edit.load(tmp_path / "edit.safetensors")
     assert not (tmp_path / "again.safetensors").exists()
     assert not (tmp_path / "out.safetensors").exists()
@@ -413,7 +413,7 @@ RAW: dict = {}
         (lambda s: s.pop(f"{KOHYA}.lora_down.weight"), "has up and no down"),
         (lambda s: s.update({f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}), "factors of ranks 3 and 4"),
         (lambda s: s.update({f"{KOHYA}.lora_up.weight": torch.ones(8)}), "is not a whole LoRA"),
-        (lambda s: s.update({f"{KOHYA}.alpha": torch.ones(2)}), "alpha is no number"),
+        (lambda s: s.update({f"{KOHYA}.alpha": torch.ones(2)}), "alpha is not a single number"),
         (lambda s: s.update({"lora_unet_conv_in.alpha": torch.ones(())}), "belongs to no factors"),
         (lambda s: s.update({f"{KOHYA}.dora_scale": torch.ones(5, 1)}), "has 5 magnitudes"),
         (lambda s: s.update({f"unet.{LAYER}.lora_A.weight": torch.ones(4, 32),
@@ -425,7 +425,7 @@ def test_half_a_lora(tmp_path, folder, change, message):
     state = load_file(path)
     change(state)
     save_file(state, path)
-    for use in (moved, Checkpoint.find(folder).lora):
+    for use in (moved, Checkpoint.find(folder).read_lora):
         with pytest.raises(ExpungeError, match=message) as refused:
             use(path)
         assert len(str(refused.value)) < 400
@@ -433,7 +433,7 @@ def test_half_a_lora(tmp_path, folder, change, message):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_alpha_is_kept_in_single_precision(tmp_path, dtype):
-    lora = Lora.of(
+    lora = Lora.from_changes(
         lambda *_: torch.zeros(400, 400),
         {
             ("unet.conv_in", "weight"): [
@@ -454,17 +454,17 @@ def test_alpha_is_kept_in_single_precision(tmp_path, dtype):
 )
 def test_a_file_with_an_equals_sign(tmp_path, name):
     path = shutil.copy(kohya(tmp_path), tmp_path / name)
-    assert parse_loras((str(path),)) == [(str(path), 1.0)]
-    assert parse_loras((f"{path}=0.25",)) == [(str(path), 0.25)]
+    assert strengths((str(path),)) == [(str(path), 1.0)]
+    assert strengths((f"{path}=0.25",)) == [(str(path), 0.25)]
     up, down = factors()
-    (file, scale) = parse_loras((f"{path}=0.5",))[0]
+    (file, scale) = strengths((f"{path}=0.5",))[0]
     torch.testing.assert_close(moved(file, scale), 0.5 * up @ down, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_strength():
     with pytest.raises(ExpungeError, match="FILE or FILE=STRENGTH, not 'a=b'"):
-        parse_loras(("a=b",))
-    assert parse_loras(("a=b.safetensors", "c.safetensors=2")) == [
+        strengths(("a=b",))
+    assert strengths(("a=b.safetensors", "c.safetensors=2")) == [
         ("a=b.safetensors", 1.0),
         ("c.safetensors", 2.0),
     ]
@@ -474,16 +474,16 @@ def test_what_is_no_strength():
 
 
 def test_info_says_for_which_base(folder, tmp_path, capsys):
-    from expunge.cli.info import print_model
+    from expunge.cli.export_commands import info_of_model
 
     edit = edited(expunge.load(folder), low_rank(expunge.load(folder)))
     export(edit, "kohya", folder, tmp_path / "x.safetensors")
-    print_model(str(tmp_path / "x.safetensors"))
+    info_of_model(str(tmp_path / "x.safetensors"))
     said = capsys.readouterr().out
     assert "rank 2 on 14 layers" in said
     assert "Stable Diffusion 1.x" in said
     assert "airplane" in said
-    print_model(str(kohya(tmp_path)))
+    info_of_model(str(kohya(tmp_path)))
     assert "it does not say which base" in capsys.readouterr().out
 
 
@@ -494,5 +494,5 @@ def test_the_problem_of_an_exported_lora_is_its_title(folder, tmp_path):
         said = file.metadata()
     assert said["modelspec.title"].endswith("without airplane")
     assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert lora_names.base_named(said) == "Stable Diffusion 1.x"
+    assert read_base_title(said) == "Stable Diffusion 1.x"
     assert Problem((Concept("airplane", "sky"),), ("ship",)) == edit.record.problem

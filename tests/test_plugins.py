@@ -11,7 +11,7 @@ from expunge import Concept, Edit, ExpungeError, Problem
 from expunge.base import registry
 from expunge.base.errors import ExpungeWarning
 from expunge.changes import LowRank
-from expunge.checkpoints.loading import family_of
+from expunge.checkpoints.loading import find_family
 from expunge.cli.main import main
 from expunge.method import Method
 
@@ -105,7 +105,7 @@ def test_a_method_of_another_package_works_as_one_of_ours(package, folder, tmp_p
     assert registry.describe("methods", "blur") == (
         "Blur: take away what a layer makes of its first input. (blur-pack)"
     )
-    assert "without its stage blur" in registry.describe_support("blur")
+    assert "without its stage blur" in registry.describe_coverage("blur")
     assert "blurring.one" not in sys.modules  # listing imports nothing
     edit = str(tmp_path / "e.safetensors")
     erase = ("erase", "blur", "--concept", "airplane", "--strength", "0.25", "--model", str(folder))
@@ -174,7 +174,7 @@ def test_a_name_that_is_taken_is_refused(package):
 def test_a_broken_family_leaves_the_others_alone(package):
     package("families", {}, families={"lost": "lost:Family", "sdxl": "lost:Family"})
     with pytest.warns(ExpungeWarning) as caught:
-        found = family_of("StableDiffusionPipeline")
+        found = find_family("StableDiffusionPipeline")
     assert found.__name__ == "StableDiffusion"
     told = [str(one.message) for one in caught]
     assert any("the family 'lost' of the package families is broken" in text for text in told)

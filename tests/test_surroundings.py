@@ -89,7 +89,7 @@ def test_the_registry_reads_utf8_in_any_locale(monkeypatch):
     for kind in registry.KINDS:
         for name in registry.list_names(kind):
             assert registry.describe(kind, name)
-    assert registry.describe_support("mace")
+    assert registry.describe_coverage("mace")
 
 
 # Python's own options.
@@ -320,7 +320,7 @@ def test_settings_and_weights_on_the_disk_count_too(folder):
     assert before == fingerprint.hash_model(load(folder))
     model.guidance_scale = 3.0
     assert fingerprint.hash_model(model) != before
-    text = Checkpoint.find(folder).text_model()
+    text = Checkpoint.find(folder).load_text_model()
     one = fingerprint.hash_model(text)
     read, text.stored = text.stored, lambda layer, name: 1.5 * read(layer, name)
     read(text.text_entries()[0].layer, "weight")

@@ -1,4 +1,4 @@
-"""What a command will take, before it takes it: memory, and roughly how long."""
+"""Estimate the memory and the time of work with a model, before it is loaded or before it begins."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ import torch
 
 from expunge.base.files import format_bytes
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.load import working_device
-from expunge.checkpoints.loading import empty, read_index
-from expunge.checkpoints.pace import measured
+from expunge.checkpoints.load import choose_device
+from expunge.checkpoints.loading import read_index
+from expunge.checkpoints.pace import time_model
+from expunge.checkpoints.pipelines import build_empty
 from expunge.erasing.caption_gram import unread
 from expunge.model import Model
 from expunge.problem import Concept
 from expunge.runtime.cost import Cost
 
 EFFICIENCY = 0.4
-"""The share of a large product's speed that a network reaches, about."""
+"""The share of a large matrix product's speed that a network reaches, about."""
 
-CALL = 0.002
-"""Seconds of a prediction that hang on the number of layers alone, for each of a few images."""
+CALL_SECONDS = 0.002
+"""The seconds of a prediction that do not depend on the network's width, for each of a few images."""
 
-SAVING, HASHED = 0.1, 5e8
-"""Seconds to write an edit, and bytes a second that are hashed, about."""
+SAVING_SECONDS, HASHED_PER_SECOND = 0.1, 5e8
+"""The seconds it takes to write an edit, and the bytes that are hashed a second, about."""
 
-TRIED = {"prompts": 20, "predictions": 40}
-"""How much of each a trial of a model costs, in units of its own."""
+TRIAL_UNITS = {"prompts": 20, "predictions": 40}
+"""The cost of timing a model, in prompts and predictions."""
 
-TEXT = ("CLIP", "T5")
-"""The parts that read."""
+TEXT_PARTS = ("CLIP", "T5")
+"""The parts that encode text."""
 
-PARTS = {
+SINGLE_FILE_PREFIXES = {
     "model.diffusion_model.": "denoiser",
     "cond_stage_model.": "CLIP",
     "conditioner.": "CLIP",
@@ -46,88 +47,99 @@ PARTS = {
     "first_stage_model.": "autoencoder",
     "vae.": "autoencoder",
 }
-"""What tensors of a single file begin with, and what they belong to."""
+"""How tensors of a single file begin, and the part that they belong to."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Memory and time of some work with a model."""
+class CostEstimate:
+    """The memory and the time that work with a model takes."""
 
     parameters: Mapping[str, int]
-    """How many numbers each part of the model has: denoiser, CLIP, T5, autoencoder."""
+    """The number of parameters of each part: denoiser, CLIP, T5, autoencoder."""
     itemsize: int
-    """The bytes of each."""
-    together: tuple[tuple[str, ...], ...]
-    """The parts that are on the device together, one set for each time of the work."""
-    prompt: float
-    """Seconds to read a prompt."""
-    prediction: float
+    """The bytes of a parameter."""
+    resident_parts: tuple[tuple[str, ...], ...]
+    """The sets of parts that are on the device together, one after the other."""
+    prompt_seconds: float
+    """Seconds to encode a prompt."""
+    prediction_seconds: float
     """Seconds of one prediction of the denoiser, for one image."""
-    gradient: float | None = None
-    """Seconds of one with gradients; by default three times those without."""
-    product: float = 0.0
+    gradient_seconds: float | None = None
+    """Seconds of one prediction with gradients; None for three times one without."""
+    product_seconds: float = 0.0
     """Seconds of a product of two matrices as wide as the text embeddings, float64."""
     captions: int | None = None
-    """How many captions have to be read for a prior, where that is known."""
-    saving: float = 0.0
-    """Seconds to hash what changes, twice, and to write it."""
+    """The number of captions to encode for a prior; None where it is not known."""
+    saving_seconds: float = 0.0
+    """Seconds to hash the changed weights, twice, and to write the edit."""
 
     @property
     def memory(self) -> float:
-        """Bytes of weights on the device, at most."""
+        """The largest number of bytes of weights that are on the device together."""
         return self.itemsize * max(
-            sum(self.parameters.get(part, 0) for part in parts) for parts in self.together
+            sum(self.parameters.get(part, 0) for part in parts) for parts in self.resident_parts
         )
 
     @property
-    def foretold(self) -> dict[str, float]:
-        """Seconds of each kind of work, by the names of `Work`'s fields."""
-        gradient = 3 * self.prediction if self.gradient is None else self.gradient
-        return {"prompts": self.prompt, "predictions": self.prediction, "gradients": gradient}
-
-    def totals(self, work: Cost) -> dict[str, float]:
-        """How much there is of each, a prior's captions among the prompts."""
-        captions = unread(None, work.captions) if self.captions is None else self.captions
+    def unit_seconds(self) -> dict[str, float]:
+        """Seconds of one prompt, prediction and gradient, by the names of `Cost`'s fields."""
+        gradient = self.gradient_seconds
         return {
-            "prompts": work.prompts + captions,
-            "predictions": work.predictions,
-            "gradients": work.gradients,
+            "prompts": self.prompt_seconds,
+            "predictions": self.prediction_seconds,
+            # The backward pass takes about twice the forward pass.
+            "gradients": 3 * self.prediction_seconds if gradient is None else gradient,
         }
 
-    def beside(self, work: Cost) -> float:
-        """Seconds for what is no work of the model: equations, and saving."""
-        return work.products * self.product + self.saving
+    def count_units(self, cost: Cost) -> dict[str, float]:
+        """Count the prompts, predictions and gradients of some work, a prior's captions included."""
+        captions = unread(None, cost.captions) if self.captions is None else self.captions
+        return {
+            "prompts": cost.prompts + captions,
+            "predictions": cost.predictions,
+            "gradients": cost.gradients,
+        }
 
-    def seconds(self, work: Cost) -> float:
-        """How long some work takes, from the first prompt until it is saved."""
-        each = self.foretold
-        return self.beside(work) + sum(n * each[kind] for kind, n in self.totals(work).items())
+    def overhead(self, cost: Cost) -> float:
+        """Return the seconds outside of the model: equations, and saving."""
+        return cost.products * self.product_seconds + self.saving_seconds
 
-    def lines(self, work: Cost | None) -> list[str]:
-        """The plan in words; the last line says how long."""
+    def seconds(self, cost: Cost) -> float:
+        """Return the seconds that some work takes, from the first prompt until it is saved."""
+        each = self.unit_seconds
+        units = self.count_units(cost)
+        return self.overhead(cost) + sum(n * each[kind] for kind, n in units.items())
+
+    def describe(self, cost: Cost | None) -> list[str]:
+        """Describe the estimate in lines, the last of which says how long the work takes.
+
+        Args:
+            cost: the work; None where the method does not say how much it needs.
+        """
         parts = ", ".join(
             f"{name} {format_bytes(n * self.itemsize)}" for name, n in self.parameters.items()
         )
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
-        turns = ", parts in turn" if len(self.together) > 1 else ""
+        turns = ", parts in turn" if len(self.resident_parts) > 1 else ""
         lines = [
             f"weights: {parts}{alone}",
             f"memory: {format_bytes(self.memory)} of weights on the device{turns}",
-            f"a prompt takes about {_time(self.prompt)}"
-            + ("" if alone else f", a prediction about {_time(self.prediction)}"),
+            f"a prompt takes about {_format_seconds(self.prompt_seconds)}"
+            + ("" if alone else f", a prediction about {_format_seconds(self.prediction_seconds)}"),
         ]
-        if work is None:
+        if cost is None:
             return [*lines, "this method does not say how much of them it needs"]
         counts = [
             f"{n} {what}"
             for n, what in zip(
-                self.totals(work).values(),
+                self.count_units(cost).values(),
                 ("prompts", "predictions", "predictions with gradients"),
                 strict=True,
             )
             if n
         ]
-        return [*lines, f"in all {', '.join(counts)}: about {_time(self.seconds(work))}"]
+        total = _format_seconds(self.seconds(cost))
+        return [*lines, f"in all {', '.join(counts)}: about {total}"]
 
 
 def estimate(
@@ -137,31 +149,32 @@ def estimate(
     *,
     offload: bool = False,
     text_alone: bool = False,
-) -> Plan:
-    """Plan work with a model on the disk; the device is timed for a moment.
+) -> CostEstimate:
+    """Estimate the cost of work with a model on the disk; the device is timed for a moment.
 
-    Of a single file the header is read, of a folder the configurations.
+    Only a single file's header, or a folder's configurations, are read.
 
     Args:
         checkpoint: the model.
-        dtype: the number format of its weights.
-        device, offload: as in `load`.
-        text_alone: whether its text encoders are all that is read.
+        dtype: the dtype of its weights.
+        device: where it will run, as in `load`.
+        offload: whether idle parts leave the device, as in `load`.
+        text_alone: whether only its text encoders are loaded.
     """
     parameters: Counter[str] = Counter()
     if checkpoint.is_file:
         for name, entry in checkpoint.headers[checkpoint.path].items():
             if name != "__metadata__":
-                part = next((PARTS[start] for start in PARTS if name.startswith(start)), "denoiser")
-                parameters[part] += prod(entry["shape"])
+                starts = (part for start, part in SINGLE_FILE_PREFIXES.items() if name.startswith(start))
+                parameters[next(starts, "denoiser")] += prod(entry["shape"])
     else:
         for name, kind in read_index(checkpoint.path).items():
-            part = _part(checkpoint.family, name, kind[-1] or "") if isinstance(kind, list) else ""
-            if part and (part in TEXT or not text_alone):
-                module = empty(checkpoint.path, name)
+            part = _find_part(checkpoint.family, name, kind[-1] or "") if isinstance(kind, list) else ""
+            if part and (part in TEXT_PARTS or not text_alone):
+                module = build_empty(checkpoint.path, name)
                 parameters[part] += sum(tensor.numel() for tensor in module.parameters())
-    device = working_device(device, offload)
-    return _plan(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
+    device = choose_device(device, offload)
+    return _estimate(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
 
 
 def estimate_model(
@@ -170,78 +183,115 @@ def estimate_model(
     offload: bool = False,
     work: Cost | None = None,
     erased: Sequence[Concept] = (),
-) -> Plan:
-    """Plan work with a model in memory; the device is timed for a moment.
+) -> CostEstimate:
+    """Estimate the cost of work with a model in memory; the device is timed for a moment.
 
     Where the work takes much longer than that, the model itself is timed, on a few prompts and images.
 
     Args:
         model: the model.
-        offload: as in `load`.
-        work: what it will be asked.
-        erased: whose words a vocabulary is read without.
+        offload: whether idle parts leave the device, as in `load`.
+        work: what the method will ask of the model; None where it does not say.
+        erased: the concepts whose words are left out where a prior reads the vocabulary.
     """
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module):
             there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
-            parameters[_part(type(model), name, type(module).__name__)] += sum(there)
-    found = +parameters  # without what has none
-    made = _plan(found, type(model), model.network.config, str(model.device), model.dtype, offload)
+            parameters[_find_part(type(model), name, type(module).__name__)] += sum(there)
+    loaded = +parameters  # unary plus drops the parts without parameters
+    device = str(model.device)
+    made = _estimate(loaded, type(model), model.network.config, device, model.dtype, offload)
     if work is None:
         return made
     entries = [model.weight(entry.layer) for entry in model.text_entries()]
     made = dataclasses.replace(
         made,
         captions=unread(model, work.captions, erased),
-        saving=SAVING + 2 * sum(2 * w.numel() for w in entries) / HASHED,
-        product=_product(entries[0].shape[1]),
+        saving_seconds=SAVING_SECONDS + 2 * sum(2 * w.numel() for w in entries) / HASHED_PER_SECOND,
+        product_seconds=_time_product(entries[0].shape[1]),
     )
-    trial = TRIED["prompts"] * made.prompt + TRIED["predictions"] * made.prediction
+    each = made.unit_seconds
+    trial = sum(n * each[kind] for kind, n in TRIAL_UNITS.items())
+    # A trial may take a second, or a twentieth of the work.
     if trial > 1 + 0.05 * made.seconds(work):
         return made
-    times = measured(model)
+    times = time_model(model)
     return dataclasses.replace(
         made,
-        prompt=times["prompts"],
-        prediction=times.get("predictions", made.prediction),
-        gradient=times.get("gradients"),
+        prompt_seconds=times["prompts"],
+        prediction_seconds=times.get("predictions", made.prediction_seconds),
+        gradient_seconds=times.get("gradients"),
     )
 
 
-def _plan(
+def count_operations(model: Model) -> float:
+    """Count the operations of one prediction of a model's denoiser, for one image, about."""
+    parameters = sum(p.numel() for p in model.network.parameters())
+    return 2.0 * parameters * _count_uses(model.network.config)
+
+
+def list_resident_parts(device: str, offload: bool) -> tuple[tuple[str, ...], ...]:
+    """List the sets of parts that are on a device together, one after the other.
+
+    Args:
+        device: the device's name.
+        offload: whether idle parts leave it.
+    """
+    if offload:
+        return ("denoiser",), TEXT_PARTS, ("autoencoder",)
+    if device == "cpu":
+        return (("denoiser", *TEXT_PARTS, "autoencoder"),)
+    return ("denoiser", *TEXT_PARTS), ("denoiser", "autoencoder")
+
+
+def _estimate(
     parameters: Mapping[str, int],
     family: type[Model],
     config: Mapping[str, Any],
     device: str,
     dtype: torch.dtype,
     offload: bool,
-) -> Plan:
-    speed = EFFICIENCY * _speed(device, dtype)
-    clip, t5, denoiser = (parameters.get(part, 0) for part in (*TEXT, "denoiser"))
-    return Plan(
+) -> CostEstimate:
+    """The estimate from the number of parameters and the device's speed."""
+    speed = EFFICIENCY * _time_device(device, dtype)
+    clip, t5, denoiser = (parameters.get(part, 0) for part in (*TEXT_PARTS, "denoiser"))
+    return CostEstimate(
         parameters,
         dtype.itemsize,
-        together(device, offload),
+        list_resident_parts(device, offload),
+        # Two operations a parameter and token: a product and a sum. CLIP's prompts have 77 tokens.
         2 * (77 * clip + family.most_tokens * t5) / speed,
-        2 * denoiser * _tokens(config) / speed + CALL,
-        product=_product(_text_width(config)),
-        saving=SAVING,
+        2 * denoiser * _count_uses(config) / speed + CALL_SECONDS,
+        product_seconds=_time_product(_find_text_width(config)),
+        saving_seconds=SAVING_SECONDS,
     )
 
 
-def operations(model: Model) -> float:
-    """Those of one prediction of a model's denoiser, for one image, about."""
-    return 2.0 * sum(p.numel() for p in model.network.parameters()) * _tokens(model.network.config)
-
-
-def _text_width(config: Mapping[str, Any]) -> int:
+def _find_text_width(config: Mapping[str, Any]) -> int:
     """The width of the text embeddings that a denoiser takes."""
     width = config.get("cross_attention_dim") or config.get("joint_attention_dim") or 768
     return int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
-def _product(width: int) -> float:
+def _find_part(family: type[Model], name: str, kind: str) -> str:
+    """The part of a component with this name and class; "" where it has no weights that are read."""
+    if name.startswith("text_encoder") and kind:
+        return "T5" if kind.startswith("T5") else "CLIP"
+    return {family.denoiser: "denoiser", "vae": "autoencoder"}.get(name, "")
+
+
+def _count_uses(config: Mapping[str, Any]) -> float:
+    """How often each parameter of a denoiser is used for an image, about."""
+    joint = "joint_attention_dim" in config
+    sides = config.get("sample_size") or (128 if joint else 64)
+    side = sides if isinstance(sides, int) else max(sides)
+    # A transformer uses each once for each patch of 2 × 2 latents, and for some 400 text tokens. A U-Net
+    # halves its latents on the way down; a ninth of them comes near its mean.
+    return (side // 2) ** 2 + 400 if joint else side**2 / 9
+
+
+def _time_product(width: int) -> float:
     """Seconds of a product of two square matrices of this width, float64, on the CPU."""
     a = torch.randn(256, 256, dtype=torch.float64)
     start = time.perf_counter()
@@ -250,45 +300,19 @@ def _product(width: int) -> float:
     return (time.perf_counter() - start) / 4 * (width / 256) ** 3
 
 
-def together(device: str, offload: bool) -> tuple[tuple[str, ...], ...]:
-    """The parts that are on a device together, one set for each time of the work."""
-    if offload:
-        return ("denoiser",), TEXT, ("autoencoder",)
-    if device == "cpu":
-        return (("denoiser", *TEXT, "autoencoder"),)
-    return ("denoiser", *TEXT), ("denoiser", "autoencoder")
-
-
-def _part(family: type[Model], name: str, kind: str) -> str:
-    """What a component of this name and class belongs to; "" where it holds no weights that are read."""
-    if name.startswith("text_encoder") and kind:
-        return "T5" if kind.startswith("T5") else "CLIP"
-    return {family.denoiser: "denoiser", "vae": "autoencoder"}.get(name, "")
-
-
-def _tokens(config: Mapping[str, Any]) -> float:
-    """How often each parameter of a denoiser is used for an image, about.
-
-    Once a token of a transformer. A U-Net halves its latents on the way; a ninth of them comes near.
-    """
-    joint = "joint_attention_dim" in config
-    sides = config.get("sample_size") or (128 if joint else 64)
-    side = sides if isinstance(sides, int) else max(sides)
-    return (side // 2) ** 2 + 400 if joint else side**2 / 9
-
-
-def _speed(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large product."""
+def _time_device(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large product, the best of four."""
+    # CPUs emulate half precision, so that its speed there says nothing.
     a = torch.randn(768, 768, device=device).to(torch.float32 if device == "cpu" else dtype)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        float((a @ a)[0, 0])
+        float((a @ a)[0, 0])  # reading a number waits for an accelerator to finish
         best = min(best, time.perf_counter() - start)
     return float(2 * 768**3 / best)
 
 
-def _time(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     for unit, name in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= unit:
             return f"{seconds / unit:.1f} {name}"

@@ -1,4 +1,4 @@
-"""Plain weights: the nearest weights to changes that are switched by the token they meet."""
+"""Fit static weights to changes that depend on the token they meet."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from expunge.ops.least_squares import gram, outer, right_factor, widened
 from expunge.problem import Problem
 from expunge.text import Text
 
-VECTORS = 500
-"""How many captions the vector of a whole prompt is held on."""
+POOLED_CAPTIONS = 500
+"""The number of captions whose pooled vectors are retained."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearFit:
-    """Changes that are weights, and what was lost on the way."""
+    """Changes that are static weights, and what was lost by fitting them."""
 
     changes: Changes
+    """The fitted changes, and those that were weights before."""
     lost: float
-    """Σ ‖W* e − W̃ e‖² over what the switched changes do, Σ ‖W̃ e − W e‖², on the erased prompts: 0 where
-    the weights do all of it, 1 where they do nothing."""
+    """Σ ‖W* e − W̃ e‖² / Σ ‖W̃ e − W e‖² over the erased prompts: 0 where the weights do all that the
+    gates did, 1 where they do nothing."""
     moved: float
-    """Σ ‖W* e − W e‖² over Σ ‖W e‖² on the retained prompts, which the switched changes leave alone."""
+    """Σ ‖W* e − W e‖² / Σ ‖W e‖² over the retained prompts, which the gates leave alone."""
 
     def __str__(self) -> str:
         return f"{self.lost:.1%} of the erasure is lost; what is retained moves by {self.moved:.2%}"
@@ -47,30 +48,31 @@ def fit_static_weights(
     retain_scale: float = 1.0,
     captions_from: str = "general",
 ) -> LinearFit:
-    """Fit weights to changes of which some are `Gated`; those that are weights stay as they are.
+    """Fit static weights to changes of which some are gated; those that are weights stay as they are.
 
         min_W*  Σ_erased ‖W* e − W̃ e‖² + λ₂ (E_captions + E_retained) ‖W* e − W e‖² + λ ‖W* − W‖²
 
-    where W̃ e = W (e + what the gates add): so W* = W M, with one matrix M for all layers that the same
-    gates stand before. The sums run over all tokens of the concepts' prompts, a concept's as a mean
-    over its prompts. A gate is no linear map: `lost` and `moved` say what this costs.
+    where W̃ e = W (e + what the gates add). The solution is W* = W M, with one matrix M for all layers
+    that the same gates stand before. The sums run over all tokens e of the concepts' prompts, averaged
+    over each concept's prompts. A gate is not linear; `lost` and `moved` measure the difference.
 
-    Before layers that read the vector of a whole prompt, e runs over those vectors, and λ is in
-    proportion to them.
+    For layers that read the pooled vector of a prompt, e runs over pooled vectors, and λ is scaled to
+    their size.
 
     Args:
         model: the model that the changes are for, without them.
-        changes: an edit's.
-        problem: what it erases and retains.
+        changes: the changes of an edit.
+        problem: what the edit erases and retains.
         ridge: λ, above 0, in units of a squared embedding.
-        prior_scale: λ₂ for the mean over general captions, at least 0.
-        retain_scale: λ₂ for the mean over the retained prompts, at least 0.
-        captions_from: the captions, as `prior.captions` takes them; "" for none.
+        prior_scale: λ₂ of the mean over general captions, at least 0.
+        retain_scale: λ₂ of the mean over the retained prompts, at least 0.
+        captions_from: the captions, as `caption_gram.captions` takes them; "" for none.
 
     Raises:
-        ExpungeError: a change turns channels down, which no input could do; or the fit is singular.
+        ExpungeError: a change scales the layer's output, which no weight on the input can do; or the
+            fit is singular.
 
-    Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7, on what gates answer.
+    Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7, applied to the gates' outputs.
     """
     for change in changes:
         if isinstance(change, HookedChange) and not isinstance(change, InputChange):
@@ -78,80 +80,80 @@ def fit_static_weights(
                 f"a {change.kind} change turns channels down, which no input could do, so no weights are"
                 " fitted to it: make the edit with reduction 'shared'"
             )
-    kept: list[Change] = [change for change in changes if not isinstance(change, HookedChange)]
+    fitted: list[Change] = [change for change in changes if not isinstance(change, HookedChange)]
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
-        return LinearFit(tuple(kept), 0.0, 0.0)
-    ways = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
-    retained = [way.format(name) for name in problem.retain for way in dict.fromkeys(ways)]
-    stays = model.encode(["", *retained])
-    groups = _alike(gates)
-    whole_prompts = {entry.layer for entry in model.pooled_entries()}
+        return LinearFit(tuple(fitted), 0.0, 0.0)
+    templates = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
+    retained_prompts = [way.format(name) for name in problem.retain for way in dict.fromkeys(templates)]
+    retained = model.encode(["", *retained_prompts])
+    groups = _group_layers(gates)
+    pooled_layers = {entry.layer for entry in model.pooled_entries()}
     sums = {layers: _Sums() for layers in groups}
-    for concept in problem.erase:  # the texts of all of them do not fit in memory
-        text = model.encode(_prompts(problem, concept.name))
+    for concept in problem.erase:  # one after the other: the text of all does not fit in memory
+        text = model.encode(_list_prompts(problem, concept.name))
         for layers, stack in groups.items():
-            e = _rows(text, whole_prompts.issuperset(layers)).double()
+            e = _select_rows(text, pooled_layers.issuperset(layers)).double()
             inputs = model.weight(layers[0]).shape[1]
-            sums[layers].add(e, _through(stack, e, inputs))
-    tokens = [found.whole.trace() for layers, found in sums.items() if not whole_prompts & set(layers)]
+            sums[layers].add(e, _apply_stack(stack, e, inputs))
+    tokens = [one.input.trace() for layers, one in sums.items() if not pooled_layers & set(layers)]
     lost, moved = [], []
-    for layers, found in sums.items():
-        vectors = whole_prompts.issuperset(layers)
-        kept_whole = gram(_rows(stays, vectors).flatten(0, 1)).cpu()
-        held = retain_scale * kept_whole / len(stays)
+    for layers, one in sums.items():
+        pooled = pooled_layers.issuperset(layers)
+        retained_sum = gram(_select_rows(retained, pooled).flatten(0, 1)).cpu()
+        penalty = retain_scale * retained_sum / len(retained)
         if captions_from and prior_scale:
-            told = captions(captions_from)
-            if vectors:
-                some = _rows(model.encode(told[:VECTORS]), vectors)
-                held = held + prior_scale * gram(some.flatten(0, 1)).cpu() / len(some)
+            texts = captions(captions_from)
+            if pooled:
+                some = _select_rows(model.encode(texts[:POOLED_CAPTIONS]), pooled)
+                penalty = penalty + prior_scale * gram(some.flatten(0, 1)).cpu() / len(some)
             else:
-                held = held + prior_scale * prior(model, told).mean
-        # A vector of the whole prompt is one row where its tokens are many.
-        share = float(found.whole.trace() / torch.stack(tokens).mean()) if vectors and tokens else 1.0
-        matrix = right_factor(found.cross, found.whole, held, share * ridge)
+                penalty = penalty + prior_scale * prior(model, texts).mean
+        # A prompt has one pooled vector and many tokens: the same λ would weigh more on it.
+        share = float(one.input.trace() / torch.stack(tokens).mean()) if pooled and tokens else 1.0
+        matrix = right_factor(one.cross, one.input, penalty, share * ridge)
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
-        missed, wanted = found.missed_by(matrix), found.missed_by(eye)
-        drift = (matrix - eye) @ kept_whole @ (matrix - eye).T
-        kept.append(Right(layers, widened(matrix.float(), model.weight(layers[0]).shape[1])))
+        missed, wanted = one.measure_miss(matrix), one.measure_miss(eye)
+        drift = (matrix - eye) @ retained_sum @ (matrix - eye).T
+        fitted.append(Right(layers, widened(matrix.float(), model.weight(layers[0]).shape[1])))
         for layer in layers:
             w = model.weight(layer).cpu().double()[:, : len(matrix)]
-            lost.append(_squares(w, missed) / _squares(w, wanted))
-            moved.append(_squares(w, drift) / _squares(w, kept_whole))
-    return LinearFit(tuple(kept), *(float(torch.stack(x).mean()) for x in (lost, moved)))
+            lost.append(_sum_squares(w, missed) / _sum_squares(w, wanted))
+            moved.append(_sum_squares(w, drift) / _sum_squares(w, retained_sum))
+    return LinearFit(tuple(fitted), *(float(torch.stack(x).mean()) for x in (lost, moved)))
 
 
 @dataclass(eq=False)
 class _Sums:
-    """Over all tokens of the concepts' prompts, each concept's as a mean over its prompts."""
+    """Sums over all tokens of the concepts' prompts, averaged over each concept's prompts: (d, d)."""
 
-    whole: Tensor = field(default_factory=lambda: torch.zeros(()))
+    input: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Σ e eᵀ"""
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Σ t eᵀ, where t is what the gates make of e."""
+    """Σ t eᵀ, where t is the gates' output for e."""
     target: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Σ t tᵀ"""
 
     def add(self, e: Tensor, t: Tensor) -> None:
-        """One concept's e and t, (prompts, tokens, width)."""
+        """Add one concept's e and t, (prompts, tokens, d)."""
         n, e, t = len(e), e.flatten(0, 1), t.flatten(0, 1)
-        self.whole = self.whole + gram(e).cpu() / n
+        self.input = self.input + gram(e).cpu() / n
         self.cross = self.cross + outer(t, e).cpu() / n
         self.target = self.target + gram(t).cpu() / n
 
-    def missed_by(self, matrix: Tensor) -> Tensor:
-        """Σ (M e − t) (M e − t)ᵀ"""
+    def measure_miss(self, matrix: Tensor) -> Tensor:
+        """Σ (M e − t) (M e − t)ᵀ, expanded so that no token is needed again."""
         mixed = matrix @ self.cross.T
-        return matrix @ self.whole @ matrix.T - mixed - mixed.T + self.target
+        return matrix @ self.input @ matrix.T - mixed - mixed.T + self.target
 
 
-def _prompts(problem: Problem, name: str) -> list[str]:
+def _list_prompts(problem: Problem, name: str) -> list[str]:
     concept = next(c for c in problem.erase if c.name == name)
     return [template.format(one) for one in concept.names for template in TEMPLATES[concept.kind]]
 
 
-def _alike(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChange]]:
-    """Layers that the same changes stand before, with those changes in order."""
+def _group_layers(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChange]]:
+    """Layers with the same changes before them, and those changes in order."""
     before: dict[str, list[InputChange]] = {}
     for change in gates:
         for layer in change.layers:
@@ -162,22 +164,22 @@ def _alike(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChan
     return {tuple(layers): before[layers[0]] for layers in groups.values()}
 
 
-def _rows(text: Text, vectors: bool) -> Tensor:
-    """The tokens of a text, (n, tokens, width), or the vectors of its prompts, (n, 1, width)."""
-    if not vectors:
+def _select_rows(text: Text, pooled: bool) -> Tensor:
+    """The tokens of a text, (n, tokens, d), or the pooled vectors of its prompts, (n, 1, d)."""
+    if not pooled:
         return text.embeddings
     if text.pooled is None:
-        raise TypeError("text with a vector of the whole prompt is expected, not without")
+        raise TypeError("text with a pooled vector is expected, not without")
     return text.pooled[:, None]
 
 
-def _through(stack: Sequence[InputChange], e: Tensor, inputs: int) -> Tensor:
-    """What a stack of changes makes of rows that are the first of a layer's inputs."""
+def _apply_stack(stack: Sequence[InputChange], e: Tensor, inputs: int) -> Tensor:
+    """The output of a stack of changes for rows that are the first of a layer's inputs."""
     for change in stack:
         e = through(change, e, inputs)
     return e
 
 
-def _squares(weight: Tensor, sums: Tensor) -> Tensor:
+def _sum_squares(weight: Tensor, moments: Tensor) -> Tensor:
     """Σ ‖W x‖², from Σ x xᵀ."""
-    return ((weight @ sums) * weight).sum()
+    return ((weight @ moments) * weight).sum()

@@ -10,8 +10,9 @@ import torch
 
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import silence_libraries
-from expunge.checkpoints import loading
-from expunge.checkpoints.lora import fuse
+from expunge.checkpoints.loading import fetch_source, find_family, find_source, read_settings
+from expunge.checkpoints.lora import fuse_lora
+from expunge.checkpoints.pipelines import read_pipeline
 from expunge.model import Model
 
 
@@ -34,44 +35,45 @@ def load(
     Args:
         model: the name of a shipped model ("emoji"), a diffusers folder, a single `.safetensors` file,
             a hub id ("owner/name"), or a diffusers pipeline in memory.
-        dtype: the number format of the weights.
-        device: where to put it; "auto" is the accelerator if there is one, else the CPU.
+        dtype: the dtype of the weights.
+        device: where the model runs; "auto" is the accelerator if there is one, else the CPU.
         config: for a single file: a diffusers folder or a hub id of a model built like it; by default
             what the hub has for its kind.
         lora: LoRA files to fuse into the weights, and their strengths.
-        offload: keep on an accelerator only the part that is at work. Without it, the denoiser stays
-            there, and text encoders and autoencoder come for their work and leave.
-        gradient_checkpointing: compute twice what gradients need, instead of keeping it.
-        attention_slicing: attend in slices: less memory, more time; it pays for images of more than
-            a million pixels, or where PyTorch has no attention of its own that saves memory.
+        offload: keep on the accelerator only the component that is running. Without it, the denoiser
+            stays there, and text encoders and autoencoder are moved there while they run.
+        gradient_checkpointing: compute activations again for the backward pass instead of keeping
+            them: less memory, more time.
+        attention_slicing: compute attention in slices: less memory, more time. It pays for images of
+            more than a million pixels, or where PyTorch has no memory-efficient attention.
         variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
             default the plain ones, or the only ones.
 
     Raises:
-        ExpungeError: no such model, a family that is not known, weights missing, broken, or not
-            numbers, or no accelerator to offload from.
+        ExpungeError: there is no such model, its family is not known, weights are missing, broken, or
+            contain NaN or infinity, or there is no accelerator to offload from.
     """
     if not isinstance(model, (str, Path)):
         if lora:
             raise ExpungeError(
-                "a pipeline in memory is taken as it is: lay LoRAs on it with"
-                " expunge.checkpoints.lora.fuse"
+                "a pipeline in memory is taken as it is: fuse LoRAs into it with"
+                " expunge.checkpoints.lora.fuse_lora"
             )
         name = Path(getattr(model, "name_or_path", None) or "").name
-        return loading.family_of(type(model).__name__)(model, name=name)
-    found, device = loading.find(model, variant), working_device(device, offload)
-    found = loading.fetched(found)
-    pipe = loading.read_pipeline(found, dtype, config)
-    family = loading.family_of(type(pipe).__name__)
+        return find_family(type(model).__name__)(model, name=name)
+    source, device = find_source(model, variant), choose_device(device, offload)
+    source = fetch_source(source)
+    pipe = read_pipeline(source, dtype, config)
+    family = find_family(type(pipe).__name__)
     for file, scale in lora:
-        fuse(file, pipe, scale)
-    with silence_libraries():  # they tell of half precision on a CPU
+        fuse_lora(file, pipe, scale)
+    with silence_libraries():  # diffusers warns of half precision on a CPU
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         elif device == "cpu":
             pipe.to(device)
         else:
-            from expunge.checkpoints.offload import offload_idle_parts  # slow to import
+            from expunge.checkpoints.offload import offload_idle_parts  # accelerate is slow to import
 
             offload_idle_parts(pipe, family.denoiser, torch.empty(0, device=device).device)
     if gradient_checkpointing:
@@ -80,16 +82,20 @@ def load(
         pipe.enable_attention_slicing()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            # The layout that convolutions are fastest in.
+            # Convolutions are fastest in this layout.
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return family(pipe, name=found.name, settings=loading.settings(found))
+    return family(pipe, name=source.name, settings=read_settings(source))
 
 
-def working_device(name: str, offload: bool = False) -> str:
-    """The device of a name; of "auto", the accelerator if there is one, else the CPU.
+def choose_device(name: str, offload: bool = False) -> str:
+    """Choose the device by its name; "auto" is the accelerator if there is one, else the CPU.
+
+    Args:
+        name: "auto", "cpu", "cuda", "cuda:1", "mps".
+        offload: whether the model will be offloaded from it.
 
     Raises:
-        ExpungeError: this machine has none of that name, or none to offload from.
+        ExpungeError: this machine has no such device, or no accelerator to offload from.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +103,7 @@ def working_device(name: str, offload: bool = False) -> str:
         raise ExpungeError("there is no accelerator to offload from: leave offload out")
     try:
         torch.empty(1, device=name).cpu()
-    except Exception as error:  # each kind of device has its own
+    except Exception as error:  # each kind of device raises its own
         raise ExpungeError(
             f"this machine has no device {name!r}; give auto or cpu, or cuda, cuda:1 or mps where it is"
         ) from error

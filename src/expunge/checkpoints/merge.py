@@ -1,4 +1,4 @@
-"""Several edits of one model as one: laid side by side, or fused where they touch the same weights."""
+"""Merge several edits of a model into one: side by side, or fused where they change the same weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_finite
-from expunge.checkpoints.export import by_place, weights
-from expunge.checkpoints.lora import Place, composed
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, require_finite
+from expunge.checkpoints.weight_changes import (
+    Place,
+    compose_linear,
+    group_by_place,
+    require_weights,
+)
 from expunge.edit import Edit, Record
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.prompt_templates import TEMPLATES
@@ -28,15 +32,18 @@ from expunge.ops.low_rank import balanced
 from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
+POOLED_CAPTIONS = 500
+"""The number of captions whose pooled vectors are retained."""
+
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """What a kind of layer is given: by each edit's erased prompts, and by what is to stay."""
+class EditMoments:
+    """Second moments of the input e of layers that all receive the same text."""
 
     erased: tuple[Tensor, ...]
-    """Gᵢ = Σ e eᵀ over the prompts of edit i, each concept's as a mean over its prompts: (d, d)."""
-    kept: Tensor
-    """P, (d, d), of the same over captions and retained prompts."""
+    """Gᵢ = Σ e eᵀ over the prompts of edit i, averaged over each concept's prompts: (d, d)."""
+    retained: Tensor
+    """P, (d, d), the same averaged over captions, plus that averaged over retained prompts."""
 
 
 def merge(
@@ -47,27 +54,27 @@ def merge(
     prior_scale: float = 0.1,
     progress: Progress = ignore_progress,
 ) -> Edit:
-    """One edit that erases what several do.
+    """Merge edits into one that erases what all of them erase.
 
-    Where no two change the same weight, their changes lie side by side. A layer through which text
-    enters, changed by several, becomes the one weight that answers for each on its own prompts:
+    Where no two edits change the same weight, their changes are put side by side. A text layer that
+    several edits change gets the one weight that does on each edit's prompts what that edit does:
 
-        min_W*  Σᵢ Σ_{e of edit i} ‖W* e − Wᵢ e‖² + ρ E_kept ‖(W* − W) e‖² + λ ‖W* − W‖²
+        min_W*  Σᵢ Σ_{e of edit i} ‖W* e − Wᵢ e‖² + ρ E_retained ‖(W* − W) e‖² + λ ‖W* − W‖²
         W* = W + Σᵢ (Wᵢ − W) Gᵢ K,     K = (Σᵢ Gᵢ + ρ P + λ I)⁻¹
 
-    Gates are kept as they are, one behind the other.
+    Gates are kept as they are, one after the other.
 
     Args:
-        model: the model that all of them are for.
-        edits: two or more.
+        model: the model that all edits are for.
+        edits: two edits or more.
         ridge: λ, above 0, in units of a squared embedding.
-        prior_scale: ρ, at least 0, the weight of a mean caption and of each retained prompt.
-        progress: told what is done.
+        prior_scale: ρ, at least 0, the weight of a mean caption and of a mean retained prompt.
+        progress: called with a label, the number of steps done, and their total.
 
     Raises:
-        ExpungeError: fewer than two; two are the same; two turn one concept to different anchors; one
-            does not fit the model; two change the same weight where no text enters; λ or ρ is out of
-            range.
+        ExpungeError: there are fewer than two edits, or two equal ones; two give one concept different
+            anchors; an edit does not fit the model; two change the same weight where no text enters; λ
+            or ρ is out of range.
 
     Source: the fusion of MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7.
     """
@@ -83,26 +90,30 @@ def merge(
     _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_finite(edit.changes, f"edit {number} of those to merge")
+        require_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
                 ExpungeWarning,
                 stacklevel=2,
             )
-    fixed = [
-        weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange))) for edit in edits
+    static = [
+        require_weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange)))
+        for edit in edits
     ]
-    placed = [by_place(some) for some in fixed]
-    shared = {place for some in placed for place in some if sum(place in other for other in placed) > 1}
-    problem = joined([edit.record.problem for edit in edits])
-    changes: list[Change] = [change for some in fixed for change in _without(some, shared)]
+    by_place = [group_by_place(some) for some in static]
+    shared = {
+        place for some in by_place for place in some if sum(place in other for other in by_place) > 1
+    }
+    problem = join_problems([edit.record.problem for edit in edits])
+    changes: list[Change] = [change for some in static for change in _drop_places(some, shared)]
     for entries, pooled in ((model.text_entries(), False), (model.pooled_entries(), True)):
         layers = [entry.layer for entry in entries if (entry.layer, "weight") in shared]
         shared -= {(layer, "weight") for layer in layers}
         if layers:
-            rows = _rows(model, [edit.record.problem for edit in edits], pooled, progress)
-            changes += _fused(model, layers, placed, rows, ridge, prior_scale)
+            problems = [edit.record.problem for edit in edits]
+            moments = _read_moments(model, problems, pooled, progress)
+            changes += _fuse(model, layers, by_place, moments, ridge, prior_scale)
     if shared:
         layer, parameter = min(shared)
         raise ExpungeError(
@@ -124,11 +135,30 @@ def merge(
     return Edit(tuple(changes), record)
 
 
+def join_problems(problems: Sequence[Problem]) -> Problem:
+    """Join problems into one that erases all they erase, and retains the rest of what they retain."""
+    concepts, seen = [], set[str]()
+    for concept in (concept for problem in problems for concept in problem.erase):
+        names = tuple(name for name in concept.names if normalize_name(name) not in seen)
+        seen |= set(map(normalize_name, names))
+        if names:
+            concepts.append(dataclasses.replace(concept, name=names[0], synonyms=names[1:]))
+    retained = dict.fromkeys(text for problem in problems for text in problem.retain)
+    lost = [text for text in retained if normalize_name(text) in seen]
+    if lost:
+        warnings.warn(
+            f"one edit retains what another erases, and it will be erased: {', '.join(lost)}",
+            ExpungeWarning,
+            stacklevel=3,
+        )
+    return Problem(tuple(concepts), tuple(text for text in retained if text not in lost))
+
+
 def _check_anchors(edits: Sequence[Edit]) -> None:
-    """Check that no concept is turned to two anchors: fused, its weights would lie between the two.
+    """Check that no concept has two anchors: its fused weights would lie between the two.
 
     Raises:
-        ExpungeError: one is.
+        ExpungeError: one has.
     """
     anchors: dict[str, str | None] = {}
     for edit in edits:
@@ -147,27 +177,8 @@ def _check_anchors(edits: Sequence[Edit]) -> None:
                     )
 
 
-def joined(problems: Sequence[Problem]) -> Problem:
-    """Everything that several problems erase, and what they retain of the rest."""
-    concepts, seen = [], set[str]()
-    for concept in (concept for problem in problems for concept in problem.erase):
-        names = tuple(name for name in concept.names if normalize_name(name) not in seen)
-        seen |= set(map(normalize_name, names))
-        if names:
-            concepts.append(dataclasses.replace(concept, name=names[0], synonyms=names[1:]))
-    retained = dict.fromkeys(text for problem in problems for text in problem.retain)
-    lost = [text for text in retained if normalize_name(text) in seen]
-    if lost:
-        warnings.warn(
-            f"one edit retains what another erases, and it will be erased: {', '.join(lost)}",
-            ExpungeWarning,
-            stacklevel=3,
-        )
-    return Problem(tuple(concepts), tuple(text for text in retained if text not in lost))
-
-
-def _without(changes: Sequence[WeightChange], shared: set[Place]) -> list[WeightChange]:
-    """The changes, less the layers that several edits change."""
+def _drop_places(changes: Sequence[WeightChange], shared: set[Place]) -> list[WeightChange]:
+    """The changes without the layers whose parameters several edits change."""
     found = []
     for change in changes:
         layers = tuple(layer for layer in change.layers if (layer, change.parameter) not in shared)
@@ -176,8 +187,12 @@ def _without(changes: Sequence[WeightChange], shared: set[Place]) -> list[Weight
     return found
 
 
-def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Progress) -> Rows:
-    def total(prompts: Sequence[str]) -> Tensor:
+def _read_moments(
+    model: Model, problems: Sequence[Problem], pooled: bool, progress: Progress
+) -> EditMoments:
+    """The second moments of tokens, or of pooled vectors."""
+
+    def average(prompts: Sequence[str]) -> Tensor:
         text = model.encode(prompts)
         rows = text.pooled if pooled else text.embeddings.flatten(0, 1)
         if rows is None:
@@ -187,78 +202,90 @@ def _rows(model: Model, problems: Sequence[Problem], pooled: bool, progress: Pro
     erased = []
     for problem in problems:
         sums = [
-            total(
+            average(
                 [template.format(name) for name in concept.names for template in TEMPLATES[concept.kind]]
             )
             for concept in problem.erase
         ]
         erased.append(torch.stack(sums).sum(0))
-    retained = [text for problem in problems for text in problem.retain]
-    kept = total(["", *retained])
+    retained = average(["", *(text for problem in problems for text in problem.retain)])
     if pooled:
-        some = captions("general")[:500]
-        kept = kept + total(some)
+        retained = retained + average(captions("general")[:POOLED_CAPTIONS])
     else:
-        kept = kept + prior(model, captions("general"), RunContext(progress=progress)).mean
-    return Rows(tuple(erased), kept)
+        retained = retained + prior(model, captions("general"), RunContext(progress=progress)).mean
+    return EditMoments(tuple(erased), retained)
 
 
-def _fused(
+def _fuse(
     model: Model,
     layers: Sequence[str],
-    placed: Sequence[Mapping[Place, Sequence[WeightChange]]],
-    rows: Rows,
+    by_place: Sequence[Mapping[Place, Sequence[WeightChange]]],
+    moments: EditMoments,
     ridge: float,
     prior_scale: float,
 ) -> list[Change]:
-    """The fused changes of layers that are given the same rows."""
-    whole = torch.stack(rows.erased).sum(0)
+    """The fused changes of layers that receive the same text.
+
+    Args:
+        model: the model.
+        layers: the layers.
+        by_place: the changes of each edit, by parameter.
+        moments: the second moments of the layers' input.
+        ridge: λ.
+        prior_scale: ρ.
+    """
+    whole = torch.stack(moments.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
-    parts = torch.cat([*rows.erased])
     # With M the identity, `fused` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
-    _, solved = fused(eye, whole, prior_scale * rows.kept, ridge, parts)
+    stacked = torch.cat([*moments.erased])
+    _, solved = fused(eye, whole, prior_scale * moments.retained, ridge, stacked)
     reach = solved.split(len(whole))
     changes: list[Change] = []
-    alike: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[int, ...], list[str]] = {}
     matrices: dict[tuple[int, ...], Tensor] = {}
     for layer in layers:
-        some = [each.get((layer, "weight"), ()) for each in placed]
+        some = [each.get((layer, "weight"), ()) for each in by_place]
         if not all(isinstance(change, (Right, LowRank)) for each in some for change in each):
-            changes.append(_dense(model, layer, some, reach))
+            changes.append(_fuse_dense(model, layer, some, reach))
             continue
         inputs = model.weight(layer).shape[1]
+        # Layers with the same `Right` changes share one matrix, as the edits' own layers do.
         rights = tuple(id(change) for each in some for change in each if isinstance(change, Right))
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
-            k = _reaching(k, inputs)
-            right, up, down = composed(each, inputs)
+            k = widened(k, inputs)
+            right, up, down = compose_linear(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
                 ups.append(up)
                 downs.append(down @ k)
         if rights:
-            alike.setdefault(rights, []).append(layer)
+            groups.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
             factors = balanced(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
-    shared = [Right(tuple(some), matrices[rights].float()) for rights, some in alike.items()]
+    shared = [Right(tuple(some), matrices[rights].float()) for rights, some in groups.items()]
     return [*shared, *changes]
 
 
-def _dense(
+def _fuse_dense(
     model: Model, layer: str, changes: Sequence[Sequence[WeightChange]], reach: Sequence[Tensor]
 ) -> Dense:
+    """The fused weight of a layer of which some change is no linear map of W.
+
+    Args:
+        model: the model.
+        layer: the layer.
+        changes: the changes of each edit.
+        reach: Gᵢ K of each edit, (d, d).
+    """
     original = model.weight(layer).cpu().double()
     total = original.clone()
     for some, k in zip(changes, reach, strict=True):
         after: Any = original
         for change in some:
             after = change.weight(after)
-        total += (after - original) @ _reaching(k, original.shape[1])
+        # Other inputs behind the text stay as each edit has them.
+        total += (after - original) @ widened(k, original.shape[1])
     return Dense((layer,), total.to(model.weight(layer).dtype))
-
-
-def _reaching(k: Tensor, inputs: int) -> Tensor:
-    """Gᵢ K for a layer that is given something else behind the text: that stays as each edit has it."""
-    return widened(k, inputs)

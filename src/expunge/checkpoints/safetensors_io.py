@@ -1,10 +1,11 @@
-"""Tensors of a safetensors file, read one at a time, and copied with some of them changed.
+"""Read tensors of a safetensors file one at a time, and copy a file with some of its tensors changed.
 
-A copy has the same names in the same order, the same dtypes and shapes; what does not change is copied
-byte for byte. One changed tensor at a time is in memory.
+A copy has the same names in the same order, the same dtypes and shapes; tensors that do not change are
+copied byte for byte. One changed tensor at a time is in memory.
 
-Scaled eight-bit weights are multiplied by their scale on reading and divided by it on writing: a
-weight W is stored as round(W / s), and its scale s, one number or one for each row of W, beside it.
+Scaled eight-bit weights are multiplied by their scale when they are read, and divided by it when they
+are written: a weight W is stored as round(W / s), with its scale s beside it, one number or one for each
+row.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import check_space, read_header, replacing
+from expunge.ops.rounding import round_stochastically
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,38 +39,44 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What the format calls its dtypes."""
+"""The format's names of dtypes."""
 
 CHUNK = 1 << 24
-"""How many bytes are copied at a time."""
+"""The number of bytes that are copied at a time."""
 
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
-"""What a layer's scale is called beside its `weight`, by the programs that write them."""
+"""The names of a layer's scale beside its `weight`, in the programs that write them."""
 
-UNREAD = ("scale_input", "input_scale", "comfy_quant")
-"""What else lies beside a scaled weight: how to scale what the layer is given, and notes."""
+IGNORED = ("scale_input", "input_scale", "comfy_quant")
+"""What else lies beside a scaled weight: scales of the layer's input, and notes."""
 
 MARK = "scaled_fp8"
-"""The tensor that says that a file has scaled weights."""
+"""The tensor that marks a file with scaled weights."""
+
+SCALE_TOLERANCE = 1.03
+"""How far a weight may outgrow the largest number of its format before its scale grows: half a step of
+the format below that number, so that it is still rounded to it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor as a file has it, and its scale as it has it."""
+class StoredTensor:
+    """A tensor as the file stores it."""
 
     value: Tensor
     scale: Tensor | None = None
+    """Its scale, if it is scaled."""
 
 
-Change = Callable[[Tensor], Tensor | Stored]
-"""What a tensor becomes, as float32 where it is scaled; its dtype and shape in the file stay."""
+TensorUpdate = Callable[[Tensor], Tensor | StoredTensor]
+"""Returns a tensor's new value; it is given float32 where the tensor is scaled. The dtype and the shape
+in the file stay."""
 
 
-def scaled(header: Mapping[str, Any]) -> dict[str, str]:
-    """The scaled weights of a file, by name, and what their scales are called.
+def find_scales(header: Mapping[str, Any]) -> dict[str, str]:
+    """Find the scaled weights of a file, and the name of each one's scale.
 
     Raises:
-        ExpungeError: weights are stored in a way that one scale a row cannot undo.
+        ExpungeError: weights are quantised in blocks or to integers.
     """
     found = {}
     for name, place in header.items():
@@ -95,112 +103,111 @@ def scaled(header: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def read(path: str | Path, name: str) -> Tensor:
-    """One tensor of a file, as it is stored; of a scaled one what it stands for, in float32.
+def read_tensor(path: str | Path, name: str) -> Tensor:
+    """Read one tensor of a file in its dtype; a scaled one multiplied by its scale, in float32.
 
     Raises:
-        ExpungeError: the file is no whole safetensors file, has no such tensor, or the tensor holds a
-            number that is none.
+        ExpungeError: the file is no whole safetensors file, has no such tensor, or the tensor contains
+            NaN or infinity.
     """
-    one = stored(path, name)
-    return one.value if one.scale is None else _unscaled(one.value, one.scale)
+    one = read_stored(path, name)
+    return one.value if one.scale is None else _unscale(one.value, one.scale)
 
 
-def stored(path: str | Path, name: str) -> Stored:
-    """One tensor of a file, and its scale, as they are stored.
+def read_stored(path: str | Path, name: str) -> StoredTensor:
+    """Read one tensor of a file and its scale, as they are stored.
 
     Raises:
-        ExpungeError: as `read`.
+        ExpungeError: as `read_tensor`.
     """
     header = read_header(path)
     if name not in header:
         raise ExpungeError(f"{path} has no tensor {name}")
-    scale = scaled(_of_layer(header, name)).get(name)
+    scale = find_scales(_select_layer(header, name)).get(name)
     with Path(path).open("rb") as file:
-        value = _finite(_read(file, header[name]), name, path)
-        return Stored(value, None if scale is None else _finite(_read(file, header[scale]), scale, path))
+        value = _read_finite(file, header, name, path)
+        return StoredTensor(value, None if scale is None else _read_finite(file, header, scale, path))
 
 
-def _of_layer(header: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part of a header that is of one tensor's layer."""
-    stem = name.rpartition(".")[0]
-    beside = [f"{stem}." * bool(stem) + scale for scale in (*SCALES, "weight_scale_2")]
-    return {key: header[key] for key in (name, *beside) if key in header}
-
-
-def check_numbers(path: str | Path) -> None:
-    """Read a file tensor by tensor.
+def check_file(path: str | Path) -> None:
+    """Check that no tensor of a file contains NaN or infinity, reading one at a time.
 
     Raises:
-        ExpungeError: as `read`, for any of its tensors.
+        ExpungeError: one does, or the file is no whole safetensors file.
     """
     header = read_header(path)
     with Path(path).open("rb") as file:
-        for name, place in header.items():
+        for name in header:
             if name != "__metadata__":
-                _finite(_read(file, place), name, path)
+                _read_finite(file, header, name, path)
 
 
-def copy(
+def copy_file(
     source: str | Path,
     target: str | Path,
-    changed: Mapping[str, Change],
+    updates: Mapping[str, TensorUpdate],
     metadata: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write `source` to `target` with some tensors changed; `target` is whole or stays as it was.
+    """Copy a file with some tensors changed; `target` is whole or stays as it was.
 
     Args:
-        source, target: two files; never the same.
-        changed: what becomes of the tensors of these names.
-        metadata: what is said beside what the file's own metadata says; None takes an entry away.
+        source: the file to read.
+        target: the file to write, another one.
+        updates: the new values of tensors, by their names.
+        metadata: entries to add to the file's metadata; None removes an entry.
 
     Raises:
-        ExpungeError: `source` is no whole safetensors file, a tensor is missing or holds a number that
-            is none, the disk is too full, or `target` cannot be written.
+        ExpungeError: `source` is no whole safetensors file, a tensor is missing or contains NaN or
+            infinity, the disk is too full, or `target` cannot be written.
     """
     if Path(source).resolve() == Path(target).resolve():
         raise ExpungeError(f"{source} is read from and never written to; choose another output")
     header = read_header(source)
-    said = {**header.pop("__metadata__", {}), **(metadata or {})}
-    said = {key: text for key, text in said.items() if text is not None}
-    for name in changed:
+    entries = {**header.pop("__metadata__", {}), **(metadata or {})}
+    entries = {key: text for key, text in entries.items() if text is not None}
+    for name in updates:
         if name not in header:
             raise ExpungeError(f"{source} has no tensor {name}")
-    scales = {name: scaled(_of_layer(header, name)).get(name) for name in changed}
+    scales = {name: find_scales(_select_layer(header, name)).get(name) for name in updates}
     check_space(Path(target).parent, Path(source).stat().st_size)
     places = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    start, late = _head(said, header), dict[str, Tensor]()
+    start, new_scales = _make_head(entries, header), dict[str, Tensor]()
     with Path(source).open("rb") as old, replacing(target) as temporary, temporary.open("wb") as new:
         new.write(start)
         for name, place in places:
-            if name not in changed:
-                _copy(old, new, place)
+            if name not in updates:
+                _copy_tensor(old, new, place)
                 continue
-            original = _finite(_read(old, place), name, source)
+            original = _read_finite(old, header, name, source)
             at = scales[name]
-            scale = None if at is None else _finite(_read(old, header[at]), at, source)
-            became = changed[name](original if scale is None else _unscaled(original, scale))
-            one = _as_stored(became, original.dtype, scale, f"{name} of {source}")
-            new.write(_bytes(_finite(one.value, name, source)))
+            scale = None if at is None else _read_finite(old, header, at, source)
+            updated = updates[name](original if scale is None else _unscale(original, scale))
+            one = _store(updated, original.dtype, scale, name, source)
+            new.write(_to_bytes(_check_finite(one.value, name, source)))
             if at is not None and one.scale is not None and one.scale is not scale:
-                late[at] = one.scale
-        for at, scale in late.items():
-            # It may stand before its weight, which had to be known first.
+                new_scales[at] = one.scale
+        for at, scale in new_scales.items():
+            # A scale may stand before its weight, which had to be changed first.
             new.seek(len(start) + header[at]["data_offsets"][0])
-            new.write(_bytes(_finite(scale, at, source)))
+            new.write(_to_bytes(_check_finite(scale, at, source)))
 
 
-def unscale(source: str | Path, target: str | Path, dtype: torch.dtype) -> None:
-    """Write `source` to `target` with its scaled weights as numbers of `dtype`, and no scales.
+def unscale_file(source: str | Path, target: str | Path, dtype: torch.dtype) -> None:
+    """Copy a file with its scaled weights multiplied by their scales, and without the scales.
+
+    Args:
+        source: the file to read.
+        target: the file to write.
+        dtype: the dtype of the unscaled weights.
 
     Raises:
-        ExpungeError: the scales are of a kind that is not known, or `target` cannot be written.
+        ExpungeError: the scales are of an unknown kind, or `target` cannot be written.
     """
     header = read_header(source)
-    said = header.pop("__metadata__", {})
-    scales = scaled(header)
+    entries = header.pop("__metadata__", {})
+    scales = find_scales(header)
     left_out = {MARK, *scales.values()}
-    left_out |= {f"{name.removesuffix('weight')}{other}" for name in scales for other in UNREAD}
+    left_out |= {f"{name.removesuffix('weight')}{other}" for name in scales for other in IGNORED}
     kinds = {kind: name for name, kind in DTYPES.items()}
     new_header: dict[str, Any] = {}
     end = 0
@@ -214,127 +221,111 @@ def unscale(source: str | Path, target: str | Path, dtype: torch.dtype) -> None:
         end += size
     check_space(Path(target).parent, end)
     with Path(source).open("rb") as old, replacing(target) as temporary, temporary.open("wb") as new:
-        new.write(_head(said, new_header))
+        new.write(_make_head(entries, new_header))
         for name in new_header:
             if name in scales:
                 value, scale = _read(old, header[name]), _read(old, header[scales[name]])
-                new.write(_bytes(_unscaled(value, scale).to(dtype)))
+                new.write(_to_bytes(_unscale(value, scale).to(dtype)))
             else:
-                _copy(old, new, header[name])
+                _copy_tensor(old, new, header[name])
 
 
-def rounded(value: Tensor, dtype: torch.dtype, seed: str) -> Tensor:
-    """Numbers in an eight-bit format, rounded up or down at random so that their mean is kept.
-
-    To the nearest, a change smaller than half the distance between two numbers of the format would be
-    rounded away; so, the sum over a row keeps it. What the format has stays as it is; what lies beyond
-    its largest number becomes that.
-
-    Args:
-        value: any shape.
-        dtype: an eight-bit floating-point format.
-        seed: what all random choices follow from.
-    """
-    most = torch.finfo(dtype).max
-    wide = value.double().clamp(-most, most)
-    nearest = wide.to(dtype)
-    rest = wide - nearest.double()
-    bits = nearest.view(torch.uint8)
-    # A number's bits count up with its size, and the first of them is its sign.
-    outward = (rest > 0) == ((bits & 0x80) == 0)
-    smallest = torch.where(rest > 0, 0x01, 0x81).to(torch.uint8)
-    one = torch.ones_like(bits)
-    other = torch.where((bits & 0x7F) == 0, smallest, torch.where(outward, bits + one, bits - one))
-    gap = (other.view(dtype).double() - nearest.double()).abs()
-    share = torch.where(rest == 0, 0, rest.abs() / gap)
-    share = share.masked_fill(share < 1e-5, 0)  # what float32 made of a number of the format
-    state = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
-    )
-    up = torch.rand(share.shape, generator=state, dtype=torch.float64) < share
-    return torch.where(up, other, bits).view(dtype)
+def _select_layer(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries of a header that belong to one tensor: its own and its scales'."""
+    stem = name.rpartition(".")[0]
+    beside = [f"{stem}." * bool(stem) + scale for scale in (*SCALES, "weight_scale_2")]
+    return {key: header[key] for key in (name, *beside) if key in header}
 
 
-def _as_stored(became: Tensor | Stored, dtype: torch.dtype, scale: Tensor | None, what: str) -> Stored:
-    """What a tensor became, as a file stores it that has this dtype and this scale for it."""
-    if isinstance(became, Stored):
-        scales = [None if s is None else (s.shape, s.dtype) for s in (became.scale, scale)]
-        if became.value.dtype == dtype and scales[0] == scales[1]:
-            return became  # to the bit
-        value, own = became.value, became.scale
-        became = value if own is None else _unscaled(value, own)
-    if not bool(became.float().isfinite().all()):
-        raise ExpungeError(f"the tensor {what} would hold numbers that are none (nan or infinite)")
-    return Stored(became.to(dtype)) if scale is None else _scaled(became, scale, dtype, what)
+def _store(
+    updated: Tensor | StoredTensor,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    name: str,
+    path: str | Path,
+) -> StoredTensor:
+    """A new value as the file stores it, with the dtype and the kind of scale it had."""
+    if isinstance(updated, StoredTensor):
+        scales = [None if s is None else (s.shape, s.dtype) for s in (updated.scale, scale)]
+        if updated.value.dtype == dtype and scales[0] == scales[1]:
+            return updated  # stored alike: copied bit for bit, without unscaling and rounding
+        value, own = updated.value, updated.scale
+        updated = value if own is None else _unscale(value, own)
+    if not bool(updated.float().isfinite().all()):
+        raise ExpungeError(f"the tensor {name} of {path} would contain NaN or infinity")
+    return StoredTensor(updated.to(dtype)) if scale is None else _rescale(updated, scale, dtype, name)
 
 
-def _unscaled(value: Tensor, scale: Tensor) -> Tensor:
-    """What a scaled weight stands for, in float32."""
-    return value.float() * _by_row(scale, value)
+def _unscale(value: Tensor, scale: Tensor) -> Tensor:
+    """The weight that a scaled one stands for, in float32."""
+    return value.float() * _spread(scale, value)
 
 
-def _scaled(value: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> Stored:
-    """A weight as a scaled one; the scale grows where the weight has outgrown it."""
+def _rescale(value: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> StoredTensor:
+    """A weight divided by its scale and rounded; the scale grows where the weight has outgrown it."""
     if dtype.itemsize > 1:
-        return Stored((value.double() / _by_row(scale, value).double()).to(dtype), scale)
+        return StoredTensor((value.double() / _spread(scale, value).double()).to(dtype), scale)
     most, wide = torch.finfo(dtype).max, value.double()
     size = wide.abs().flatten(1).amax(1) if scale.numel() > 1 else wide.abs().amax()
-    # What rounds to the largest number needs no larger scale.
     needed = (size / most).reshape(scale.shape)
-    grown = torch.where(needed > 1.03 * scale.double(), needed.to(scale.dtype), scale)
-    return Stored(rounded(wide / _by_row(grown, value).double(), dtype, name), grown)
+    grown = torch.where(needed > SCALE_TOLERANCE * scale.double(), needed.to(scale.dtype), scale)
+    # Seeded by the tensor's name alone: equal exports have equal bytes, wherever the file lies.
+    digest = hashlib.sha256(name.encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return StoredTensor(round_stochastically(wide / _spread(grown, value).double(), dtype, draw), grown)
 
 
-def _by_row(scale: Tensor, value: Tensor) -> Tensor:
-    """A scale so that it can be multiplied onto its weight, in float32."""
-    return (
-        scale.float().reshape(-1, *(1 for _ in value.shape[1:]))
-        if scale.numel() > 1
-        else scale.float().reshape(())
-    )
+def _spread(scale: Tensor, value: Tensor) -> Tensor:
+    """A scale in float32 and in a shape that broadcasts over its weight's rows."""
+    if scale.numel() == 1:
+        return scale.float().reshape(())
+    return scale.float().reshape(-1, *(1 for _ in value.shape[1:]))
 
 
-def _head(said: Mapping[str, str], header: Mapping[str, Any]) -> bytes:
+def _make_head(metadata: Mapping[str, str], header: Mapping[str, Any]) -> bytes:
     """The first bytes of a file: the length of its header, and the header."""
-    text = json.dumps({"__metadata__": said, **header} if said else header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
+    text = json.dumps({"__metadata__": metadata, **header} if metadata else header).encode()
+    text += b" " * (-len(text) % 8)  # readers that map the file want the data at a multiple of eight
     return len(text).to_bytes(8, "little") + text
 
 
+def _read_finite(file: BinaryIO, header: Mapping[str, Any], name: str, path: str | Path) -> Tensor:
+    return _check_finite(_read(file, header[name]), name, path)
+
+
 def _read(file: BinaryIO, place: Mapping[str, Any]) -> Tensor:
-    """The tensor that lies at a place of a file, its header's length read from the file itself."""
+    """The tensor of a header's entry."""
     if place["dtype"] not in DTYPES:
         raise ExpungeError(f"tensors of the type {place['dtype']} cannot be changed")
-    file.seek(_start(file) + place["data_offsets"][0])
+    file.seek(_find_data(file) + place["data_offsets"][0])
     data = bytearray(file.read(place["data_offsets"][1] - place["data_offsets"][0]))
     dtype = DTYPES[place["dtype"]]
+    # frombuffer takes no empty buffer, and safetensors may hold tensors without entries.
     flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return flat.view(dtype).reshape(place["shape"])
 
 
-def _copy(old: BinaryIO, new: BinaryIO, place: Mapping[str, Any]) -> None:
+def _copy_tensor(old: BinaryIO, new: BinaryIO, place: Mapping[str, Any]) -> None:
     """Copy a tensor's bytes."""
     first, last = place["data_offsets"]
-    old.seek(_start(old) + first)
+    old.seek(_find_data(old) + first)
     while first < last:
         part = old.read(min(CHUNK, last - first))
         new.write(part)
         first += len(part)
 
 
-def _start(file: BinaryIO) -> int:
-    """Where the data of a file begins."""
+def _find_data(file: BinaryIO) -> int:
+    """The position in a file where its tensors begin."""
     file.seek(0)
     return 8 + int.from_bytes(file.read(8), "little")
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _to_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _finite(tensor: Tensor, name: str, source: str | Path) -> Tensor:
+def _check_finite(tensor: Tensor, name: str, path: str | Path) -> Tensor:
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-        raise ExpungeError(
-            f"the tensor {name} of {source} holds numbers that are none (nan or infinite)"
-        )
+        raise ExpungeError(f"the tensor {name} of {path} contains NaN or infinity")
     return tensor

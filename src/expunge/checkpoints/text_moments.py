@@ -1,4 +1,4 @@
-"""What layers are given of text: how much of it lies along which directions."""
+"""Second moments of what text layers are given: along which directions of their input text lies."""
 
 from __future__ import annotations
 
@@ -21,81 +21,96 @@ from expunge.model import Model
 from expunge.ops.least_squares import gram
 from expunge.problem import Problem
 
-WORK = 4e12
-"""How many multiplications reading texts may take: a minute on a slow machine."""
+MAX_MULTIPLICATIONS = 4e12
+"""The budget for encoding prompts, in multiplications: a minute on a slow machine."""
 
-LARGEST = 1.5e9
-"""Text encoders with more parameters than this are not read for the sake of a LoRA's rank."""
+MAX_PARAMETERS = 1.5e9
+"""Text encoders with more parameters are not run for the sake of a LoRA's rank."""
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """The second moments of what layers are given."""
+class TextMoments:
+    """Second moments of a layer's input e over text."""
 
     erased: Tensor
-    """Σ over concepts of the mean over its prompts of Σ e eᵀ: (d, d), float64."""
-    kept: Tensor
-    """The mean over captions and retained prompts of Σ e eᵀ: (d, d), float64."""
+    """Σ e eᵀ over each concept's prompts, averaged over prompts and summed over concepts: (d, d),
+    float64."""
+    retained: Tensor
+    """Σ e eᵀ averaged over captions and retained prompts: (d, d), float64."""
 
     @cached_property
     def metric(self) -> Tensor:
-        """S, (d, d): what a change does to text is ‖Δ S^½‖².
+        """S, (d, d), such that ‖Δ S^½‖² is what a change Δ does to text.
 
-        Each erased concept weighs as much as a mean caption. A thousandth of the mean stands for all
-        directions in which nothing was read.
+        Each erased concept weighs as much as a mean caption.
         """
-        whole = self.erased + self.kept
+        whole = self.erased + self.retained
+        # The prompts span some directions only; a thousandth of the mean stands for the others, so that
+        # S can be inverted and nothing is free there.
         return whole + 1e-3 * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
 
-    def widened(self, inputs: int) -> Seen:
-        """The same for a layer that is given something else behind the text."""
-        if inputs <= len(self.kept):
+    def widen(self, inputs: int) -> TextMoments:
+        """Widen the moments to a layer that has other inputs after the text: (inputs, inputs)."""
+        if inputs <= len(self.retained):
             return self
-        return Seen(*(_widened(part, inputs) for part in (self.erased, self.kept)))
+        return TextMoments(*(_widen(part, inputs) for part in (self.erased, self.retained)))
 
 
-def seen(model: Model, problem: Problem) -> dict[str, Seen]:
-    """What each layer through which text enters is given, by the layers' names.
+def read_text_moments(model: Model, problem: Problem) -> dict[str, TextMoments]:
+    """Encode prompts and captions, and return the second moments of each text layer's input.
 
-    Prompts of the concepts and captions are read, each some hundreds at most, fewer the larger the text
-    encoders are; nothing where they are very large.
+    At most some hundred prompts are encoded, fewer the larger the text encoders are. The sums are cached
+    in the cache folder.
 
     Args:
-        model: whose text encoders read.
-        problem: what is erased and retained.
+        model: the model whose text encoders run.
+        problem: the concepts that are erased and the prompts that are retained.
+
+    Returns:
+        the moments by the layers' names; empty where the text encoders are too large.
     """
     parameters = sum(
         sum(p.numel() for p in part.parameters())
         for name, part in model.pipe.components.items()
         if name.startswith("text_encoder") and isinstance(part, nn.Module)
     )
-    if parameters > LARGEST:
+    if parameters > MAX_PARAMETERS:
         return {}
-    count = max(16, min(208, int(WORK / (2 * max(parameters, 1) * (model.window + 2)))))
-    spread = [
+    # Each parameter is multiplied once a token.
+    a_prompt = 2 * max(parameters, 1) * (model.window + 2)
+    count = max(16, min(208, int(MAX_MULTIPLICATIONS / a_prompt)))
+    groups = [
         [t.format(name) for name in concept.names for t in TEMPLATES[concept.kind]]
         for concept in problem.erase
     ]
-    most = max(1, count // max(len(spread), 1))
-    spread = [_some(prompts, most) for prompts in spread]
-    plain = ["", *_some(list(captions("general")), count), *_some(list(problem.retain), count)]
+    most = max(1, count // max(len(groups), 1))
+    groups = [_thin_out(prompts, most) for prompts in groups]
+    retained = [
+        "",
+        *_thin_out(list(captions("general")), count),
+        *_thin_out(list(problem.retain), count),
+    ]
     encoders = text_hash(model, ())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExpungeWarning)  # captions that are cut
-        erased = _moments(model, spread, encoders)
-        kept = _moments(model, [plain], encoders)
-    found: dict[str, Seen] = {}
+        warnings.simplefilter("ignore", ExpungeWarning)  # captions longer than the window are cut
+        erased_sums = _sum_moments(model, groups, encoders)
+        retained_sums = _sum_moments(model, [retained], encoders)
+    found: dict[str, TextMoments] = {}
     for name, entries in (("tokens", model.text_entries()), ("pooled", model.pooled_entries())):
-        if name in kept and entries:
-            one = Seen(erased[name].double(), kept[name].double())
+        if name in retained_sums and entries:
+            one = TextMoments(erased_sums[name].double(), retained_sums[name].double())
             found |= {entry.layer: one for entry in entries}
     return found
 
 
-def _moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> dict[str, Tensor]:
-    """Of "tokens" and "pooled" the sum over groups of the mean over prompts of Σ e eᵀ, in float32.
+def _sum_moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> dict[str, Tensor]:
+    """Σ e eᵀ of "tokens" and "pooled", averaged over a group's prompts and summed over groups: (d, d),
+    float32, read from the cache folder or written there.
 
-    They are kept in the cache folder: another export of the edit reads no text.
+    Args:
+        model: the model whose text encoders run.
+        groups: the prompts of each group.
+        encoders: the hash of the text encoders, part of the cache's key.
     """
     key = hashlib.sha256(json.dumps([encoders, [list(group) for group in groups]]).encode())
     file = find_cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
@@ -104,7 +119,7 @@ def _moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> di
             read_header(file)
             return safetensors.torch.load_file(file)
         except (ExpungeError, safetensors.SafetensorError):
-            pass  # broken: made again
+            pass  # a broken file is computed anew and replaced
     sums: dict[str, Tensor] = {}
     for prompts in groups:
         for start in range(0, len(prompts), 32):
@@ -119,20 +134,19 @@ def _moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> di
         with replacing(file) as temporary:
             temporary.write_bytes(safetensors.torch.save(found))
     except ExpungeError as error:
-        warnings.warn(
-            f"what was read is not kept for another time: {error}", ExpungeWarning, stacklevel=2
-        )
+        warnings.warn(f"the text's moments are not cached: {error}", ExpungeWarning, stacklevel=2)
     return found
 
 
-def _some(items: Sequence[str], most: int) -> list[str]:
-    """At most so many, evenly spread."""
+def _thin_out(items: Sequence[str], most: int) -> list[str]:
+    """At most so many of the items, evenly spread."""
     if len(items) <= most:
         return list(items)
     return [items[i * len(items) // most] for i in range(most)]
 
 
-def _widened(moments: Tensor, inputs: int) -> Tensor:
+def _widen(moments: Tensor, inputs: int) -> Tensor:
     more = inputs - len(moments)
+    # Nothing is known of the other inputs: as large as text on average, uncorrelated.
     mean = moments.trace() / len(moments)
     return torch.block_diag(moments, mean * torch.eye(more, dtype=moments.dtype))

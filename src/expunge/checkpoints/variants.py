@@ -1,7 +1,7 @@
 """Which weight files of a diffusers folder are read, and of which variant they are.
 
-A component's weights may lie there several times: plain, and as variants (`.fp16`, `.non_ema`). The
-libraries read one of them, whole or in shards, and so does everything here:
+A component's weights may lie in its folder several times: plain, and as variants (`.fp16`, `.non_ema`).
+diffusers and transformers read one of them, whole or in shards, and so does everything here:
 
     diffusion_pytorch_model.safetensors                       plain
     diffusion_pytorch_model.fp16.safetensors                  the variant fp16
@@ -19,22 +19,22 @@ from expunge.base import files
 from expunge.base.errors import ExpungeError, UnknownNameError
 
 IDLE = ("safety_checker", "feature_extractor", "image_encoder")
-"""What a pipeline may have that nothing here asks."""
+"""How components are named that a pipeline may have and that are never run here."""
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-"""What each library calls its weight files."""
+"""How each library names its weight files."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-"""How pickled weights end."""
+"""The endings of pickled weights."""
 
-READ = re.compile(
+CONFIG_FILES = re.compile(
     r"(?:.*config|vocab|merges|tokenizer|added_tokens|special_tokens_map|spiece)\.(?:json|txt|model)"
 )
-"""The small files of tokenizers, schedulers and configurations that the libraries read."""
+"""The names of the tokenizers', schedulers' and configurations' small files that the libraries read."""
 
 
-def components(folder: Path) -> dict[str, tuple[str, str]]:
-    """The components that a pipeline of this folder reads: their library and class, by their names.
+def read_components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Read which components a folder's pipeline has: library and class by the component's name.
 
     Raises:
         ExpungeError: its `model_index.json` cannot be read.
@@ -48,15 +48,14 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def weight_files(part: Path, library: str = "") -> dict[str, tuple[Path, ...]]:
-    """The weight files of a component's folder, by variant; "" is the plain ones.
+def find_weight_files(part: Path, library: str = "") -> dict[str, tuple[Path, ...]]:
+    """Find the weight files of a component's folder by variant; "" is the plain one.
 
-    Files that neither library would read under any variant are left out. Where a variant is there both
-    whole and in shards, diffusers reads the shards and transformers the whole file.
+    Files that neither library would read under any variant are left out.
 
     Args:
         part: the component's folder.
-        library: "diffusers" or "transformers"; by default whichever has named the files.
+        library: "diffusers" or "transformers"; by default files named by either.
 
     Raises:
         ExpungeError: an index cannot be read, or names a shard that is missing.
@@ -69,40 +68,31 @@ def weight_files(part: Path, library: str = "") -> dict[str, tuple[Path, ...]]:
     except OSError as error:
         raise ExpungeError(f"cannot read {part}: {error.strerror or error}") from error
     for path in there:
-        # A shard's own name has a number in it, and an index says that it is read.
         if found := re.fullmatch(rf"(?:{stem})(?:\.([^.]+))?\.safetensors", path.name):
+            # A shard is read only through its index, which names it.
             if not re.search(r"-\d{5}-of-\d{5}$", found[1] or ""):
                 whole[found[1] or ""] = (path,)
         elif found := re.fullmatch(
             rf"(?:{stem})\.safetensors(?:\.index(?:\.([^.]+))?|\.([^.]+)\.index)\.json", path.name
         ):
-            sharded[found[1] or found[2] or ""] = _shards(path)
+            sharded[found[1] or found[2] or ""] = _read_shards(path)
+    # Where a variant is there in both forms, diffusers reads the shards, transformers the whole file.
     return {**sharded, **whole} if library == "transformers" else {**whole, **sharded}
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    """The files that an index names."""
-    try:
-        names = sorted(set(files.read_json(index)["weight_map"].values()))
-        shards = tuple(index.parent / name for name in names)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ExpungeError(f"{index} is not an index of weight files") from error
-    except ExpungeError as error:
-        if "JSON" not in str(error):
-            raise
-        raise ExpungeError(f"{index} is not an index of weight files") from None
-    for shard in shards:
-        if not shard.is_file():
-            raise ExpungeError(f"the weight file {shard} is missing")
-    return shards
+def choose_variant(there: Mapping[str, Any], variant: str | None, part: Path) -> str | None:
+    """Choose the variant to read: the wanted one if it is there, else the plain one, else the only one.
 
+    Args:
+        there: the variants that a component has.
+        variant: the wanted one.
+        part: the component's folder, for messages.
 
-def chosen(there: Mapping[str, Any], variant: str | None, part: Path) -> str | None:
-    """The variant that is read of those that are there: the one asked for, else the plain one, else the
-    only one; None where there are no weights.
+    Returns:
+        the variant; None where there are no weights.
 
     Raises:
-        ExpungeError: there are several, none of them plain, and none of them was asked for.
+        ExpungeError: there are several variants, none of them plain and none of them the wanted one.
     """
     if variant and variant in there:
         return variant
@@ -117,7 +107,7 @@ def chosen(there: Mapping[str, Any], variant: str | None, part: Path) -> str | N
 
 
 def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
-    """The variant that is read of every component of a diffusers folder that has weights.
+    """Find the variant that is read of each component of a diffusers folder that has weights.
 
     >>> from expunge.base import registry
     >>> sorted(read_variants(registry.HERE / "emoji" / "pipeline"))
@@ -125,21 +115,21 @@ def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
 
     Args:
         folder: the diffusers folder.
-        variant: the one to read where it is there; the plain weights by default.
+        variant: the variant to read where it is there; the plain weights by default.
 
     Raises:
-        ExpungeError: no component has that variant, the weights of one are missing, pickled, or of
-            several variants, or an index is broken.
+        ExpungeError: no component has that variant; a component's weights are missing, pickled, or of
+            several variants; or an index is broken.
     """
     found: dict[str, str] = {}
     known: set[str] = set()
-    for name, (library, _) in components(folder).items():
+    for name, (library, _) in read_components(folder).items():
         part = folder / name
-        there = weight_files(part, library)
+        there = find_weight_files(part, library)
         known |= set(there) - {""}
-        pick = chosen(there, variant, part)
-        if pick is not None:
-            found[name] = pick
+        chosen = choose_variant(there, variant, part)
+        if chosen is not None:
+            found[name] = chosen
         elif (part / "config.json").is_file():
             pickled = [path for path in sorted(part.iterdir()) if path.suffix.lower() in PICKLES]
             if pickled:
@@ -152,20 +142,42 @@ def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     return found
 
 
-def check_read(folder: str | Path, variant: str | None = None) -> None:
+def check_folder(folder: str | Path, variant: str | None = None) -> None:
     """Check that every file of a diffusers folder that is read is there and whole.
 
-    Only headers and lengths are read; what no library reads may be anything.
+    Only headers and lengths are read; files that no library reads may be broken.
+
+    Args:
+        folder: the diffusers folder.
+        variant: the variant to read where it is there.
 
     Raises:
-        ExpungeError: as `read_variants`; or a weight file is cut short, or one that is needed is a
-            pointer of Git LFS.
+        ExpungeError: as `read_variants`; or a weight file is cut short, or a file is a pointer of Git
+            LFS.
     """
     folder = Path(folder)
-    picked = read_variants(folder, variant)
-    for name, (library, _) in components(folder).items():
-        for path in weight_files(folder / name, library)[picked[name]] if name in picked else ():
-            files.read_header(path)
+    variants = read_variants(folder, variant)
+    for name, (library, _) in read_components(folder).items():
+        if name in variants:
+            for path in find_weight_files(folder / name, library)[variants[name]]:
+                files.read_header(path)
         for path in sorted((folder / name).glob("*")):
-            if READ.fullmatch(path.name) and not path.name.startswith("."):
+            if CONFIG_FILES.fullmatch(path.name) and not path.name.startswith("."):
                 files.check_pointer(path)
+
+
+def _read_shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names."""
+    try:
+        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        shards = tuple(index.parent / name for name in names)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ExpungeError(f"{index} is not an index of weight files") from error
+    except ExpungeError as error:
+        if "JSON" not in str(error):
+            raise
+        raise ExpungeError(f"{index} is not an index of weight files") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise ExpungeError(f"the weight file {shard} is missing")
+    return shards

@@ -62,7 +62,7 @@ def run_draw(options: DrawOptions) -> None:
             )
     # All that can fail is checked before the imports below, which take seconds.
     files.check_writable(output / "0.png" if to_folder else output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     for path in options.edit:
         files.read_header(path)
     from expunge.edit import Edit

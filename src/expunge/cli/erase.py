@@ -24,7 +24,7 @@ from expunge.cli import concept_files
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
-from expunge.cli.terminal import make_table, print_table, show_progress
+from expunge.cli.terminal import make_plain_table, print_table, show_progress
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def check_problem(options: EraseOptions) -> Problem:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    loading.find(options.model, options.loading.variant)
+    loading.find_source(options.model, options.loading.variant)
     return problem
 
 
@@ -161,7 +161,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
             if cost and not options.ray:  # on a cluster, other processes do the counted work
                 from expunge.checkpoints.pace import Pace
 
-                pace = Pace(model, plan.totals(cost), plan.foretold, plan.beside(cost))
+                pace = Pace(model, plan.count_units(cost), plan.unit_seconds, plan.overhead(cost))
             show = stack.enter_context(show_progress(pace))
             if pace:
                 pace.tell = show
@@ -182,10 +182,10 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
 
 def _choose_threads(model: Model) -> Threads:
     """Return the context that sets the number of CPU threads: one for a small network."""
-    from expunge.checkpoints.cost_estimate import operations
+    from expunge.checkpoints.cost_estimate import count_operations
     from expunge.runtime.threads import SMALL, Threads
 
-    return Threads(small=operations(model) < SMALL)
+    return Threads(small=count_operations(model) < SMALL)
 
 
 def _add_method_options(default: Method) -> type[EraseOptions]:
@@ -197,7 +197,7 @@ def _add_method_options(default: Method) -> type[EraseOptions]:
 
 
 def _print_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
-    table = make_table()
+    table = make_plain_table()
     table.add_column(overflow="fold")
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}

@@ -67,7 +67,7 @@ def run_export(options: ExportOptions) -> None:
     if options.to not in TARGETS:
         raise UnknownNameError("form to export to", options.to, TARGETS)
     if options.push_to_hub:
-        hub.check_push(options.push_to_hub)
+        hub.check_upload(options.push_to_hub)
     if options.to != "diffusers":
         files.check_writable(options.output)
     edit = Edit.load(options.edit)
@@ -98,7 +98,7 @@ def _choose_model(recorded: str, named: str | None) -> str:
         ExpungeError: none was named, and the edit's record does not say where to find it.
     """
     name = named or recorded
-    if named or name in registry.list_names("models") or loading.on_hub(name):
+    if named or name in registry.list_names("models") or loading.is_hub_id(name):
         return name
     raise ExpungeError(
         f"the edit was made from {name or 'a model without a name'}: say where with --model"

@@ -11,7 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import format_values
-from expunge.cli.terminal import make_table, print_table
+from expunge.cli.terminal import make_plain_table, print_table
 
 if TYPE_CHECKING:
     from expunge.edit import Edit
@@ -49,7 +49,7 @@ def run_info(options: InfoOptions) -> None:
 
     edit = Edit.load(options.edit)
     record = edit.record
-    table = make_table()
+    table = make_plain_table()
     for concept in record.problem.erase:
         also = f" and {', '.join(concept.synonyms)}" if concept.synonyms else ""
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
@@ -71,10 +71,10 @@ def run_info(options: InfoOptions) -> None:
 def run_list(options: ListOptions) -> None:
     """Run `expunge list`."""
     names = registry.list_names(options.kind)
-    table = make_table()
+    table = make_plain_table()
     table.add_column(overflow="fold")
     for name in names:
-        families = (registry.describe_support(name),) if options.kind == "methods" else ()
+        families = (registry.describe_coverage(name),) if options.kind == "methods" else ()
         table.add_row(name, registry.describe(options.kind, name), *families)
     print_table(table if names else f"no {options.kind} yet")
 
@@ -88,21 +88,22 @@ def is_model(path: str) -> bool:
 
 def print_model(path: str) -> None:
     """Print what a model or a LoRA on the disk says of itself: its family, and what it has lost."""
-    from expunge.checkpoints.checkpoint import Checkpoint, noted
+    from expunge.checkpoints.checkpoint import Checkpoint
+    from expunge.checkpoints.erasure_notes import read_notes
 
     header = files.read_header(path) if Path(path).is_file() else {}
     if any("lora" in name for name in header):
-        from expunge.checkpoints.lora import about
+        from expunge.checkpoints.lora import read_lora_info
 
-        lora = about(path)
+        lora = read_lora_info(path)
         rows = [("lora", f"{path}, rank {lora.rank} on {lora.layers} layers")]
         rows.append(("for", lora.base or "it does not say which base"))
-        history = noted(header)
+        history = read_notes(header)
     else:
         checkpoint = Checkpoint.find(path)
         kind = "single file" if checkpoint.is_file else "diffusers folder"
         rows = [("model", f"{checkpoint.name}, {checkpoint.family.__name__}, a {kind}")]
-        history = checkpoint.erased()
+        history = checkpoint.read_erasures()
     for erased in history:
         record = erased.record
         concepts = ", ".join(
@@ -124,13 +125,12 @@ def _describe_fit(edit: Edit, model: str | None) -> str:
         ExpungeError: the model cannot be read.
     """
     from expunge.checkpoints.checkpoint import Checkpoint
-    from expunge.checkpoints.export import fits
 
     name = model or edit.record.model
     if model is None and name not in registry.list_names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = fits(edit, Checkpoint.find(name))
+        same = Checkpoint.find(name).fits(edit)
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise

@@ -16,7 +16,7 @@ from expunge.checkpoints import loading
 if TYPE_CHECKING:
     import torch
 
-    from expunge.checkpoints.cost_estimate import Plan
+    from expunge.checkpoints.cost_estimate import CostEstimate
     from expunge.model import Model
     from expunge.problem import Concept
     from expunge.runtime.cost import Cost
@@ -61,17 +61,19 @@ class LoadingOptions:
         from expunge.checkpoints.cost_estimate import estimate
 
         checkpoint = Checkpoint.find(name, weights=False, variant=self.variant)
-        settings = loading.settings(loading.Source(name, checkpoint.path))
+        settings = loading.read_settings(loading.Source(name, checkpoint.path))
         needed = cost(int(settings.get("num_inference_steps", 50)))
         text_alone = self._needs_text_alone(needed, checkpoint.is_file)
         plan = estimate(
             checkpoint, read_dtype(self.dtype), self.device, offload=self.offload, text_alone=text_alone
         )
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
-        for line in plan.lines(needed):
+        for line in plan.describe(needed):
             print(line)
 
-    def announce_estimate(self, model: Model, cost: Cost | None, erased: Sequence[Concept] = ()) -> Plan:
+    def announce_estimate(
+        self, model: Model, cost: Cost | None, erased: Sequence[Concept] = ()
+    ) -> CostEstimate:
         """Print one line before the work: the memory and the time that it will take.
 
         Args:
@@ -85,7 +87,7 @@ class LoadingOptions:
         from expunge.checkpoints.cost_estimate import estimate_model
 
         plan = estimate_model(model, offload=self.offload, work=cost, erased=erased)
-        _, memory, _, time = plan.lines(cost)
+        _, memory, _, time = plan.describe(cost)
         print(f"{memory}; {time}", flush=True)
         return plan
 
@@ -96,12 +98,12 @@ class LoadingOptions:
             name: a shipped model, a diffusers folder, a single file, or a hub id.
             cost: what the work asks of the model; None loads all of it.
         """
-        source = loading.find(name, self.variant)
+        source = loading.find_source(name, self.variant)
         if self._needs_text_alone(cost, source.is_file):
             from expunge.checkpoints.checkpoint import Checkpoint
 
             checkpoint = Checkpoint.find(name, variant=self.variant)
-            return checkpoint.text_model(read_dtype(self.dtype), self.device)
+            return checkpoint.load_text_model(read_dtype(self.dtype), self.device)
         from expunge.checkpoints.load import load
 
         return load(

@@ -13,7 +13,7 @@ from typing import Any
 from expunge import __version__
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
-from expunge.cli import draw, erase, evaluate, export_commands, info
+from expunge.cli import draw, erase, evaluate, export_commands, info, studio_command
 from expunge.cli.options import parse_options
 from expunge.cli.terminal import catch_interrupts, make_console, show_warnings
 
@@ -30,6 +30,7 @@ usage: expunge COMMAND …
   merge EDIT…       make one edit of several
   undo MODEL        take the last erasure out of a model that export wrote
   info EDIT|MODEL   what an edit erases, how it was made, whether it fits; what a model has lost
+  studio            all of it in the browser, on this machine
   list KIND         methods, models, families, attacks, metrics, suites
 
   expunge COMMAND --help    shows its options
@@ -43,6 +44,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "export": (export_commands.ExportOptions, export_commands.run_export),
     "merge": (export_commands.MergeOptions, export_commands.run_merge),
     "undo": (export_commands.UndoOptions, export_commands.run_undo),
+    "studio": (studio_command.Studio, studio_command.studio_command),
     "info": (info.InfoOptions, info.run_info),
     "list": (info.ListOptions, info.run_list),
 }

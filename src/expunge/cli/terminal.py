@@ -34,7 +34,7 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def make_table(*columns: str) -> Table:
+def make_plain_table(*columns: str) -> Table:
     """Return a table without borders; without `columns`, a two-column list of names and texts."""
     if columns:
         return Table(*columns, box=None, pad_edge=False)
@@ -78,21 +78,21 @@ def show_progress(pace: Pace | None = None) -> Iterator[Progress]:
         if pace is None:
             yield make_line_progress(print_line)
             return
-        from expunge.checkpoints.pace import lines
+        from expunge.checkpoints.pace import make_printer
 
-        pace.listeners.append(lines(pace, print_line))
+        pace.listeners.append(make_printer(pace, print_line))
         yield _make_resume_notice()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
         if pace is not None:
-            from expunge.checkpoints.pace import said
+            from expunge.checkpoints.pace import format_duration
 
             whole = bars.add_task("in all", total=1.0)
             pace.listeners.append(
                 lambda left, done: bars.update(
-                    whole, completed=done, description=f"about {said(left)} left in all"
+                    whole, completed=done, description=f"about {format_duration(left)} left in all"
                 )
             )
 

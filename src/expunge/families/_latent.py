@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
+from expunge.families._lora import LoraNaming
 from expunge.model import Model, check_unicode, warn_truncated
 from expunge.text import Text
 
@@ -24,6 +25,7 @@ FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 class LatentModel(Model):
     """A denoiser of an autoencoder's latents, with a CLIP among its text encoders."""
 
+    lora_naming = LoraNaming()
     contrasts: ClassVar[bool] = True
     """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
 

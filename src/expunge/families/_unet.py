@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge.changes import check_in_use, iterate_layers
 from expunge.families._latent import LatentModel
+from expunge.families._lora import LayerRows
 from expunge.ops.attention import CrossAttention
 from expunge.text import TextEntry
 
@@ -72,6 +73,14 @@ class UNetModel(LatentModel):
         return f"{'input' if side == 'down' else 'output'}_blocks.{i + (side == 'down')}.{part}.{inside}"
 
     @classmethod
+    def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
+        for layer, original in OUTSIDE.items():
+            if name == original:
+                return ((layer, None),)
+        found = _find_in_blocks(name, config)
+        return ((found, None),) if found else ()
+
+    @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
         blocks = {found[1] for name in tensors if (found := re.search(r"output_blocks\.(\d+)\.", name))}
         levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
@@ -85,6 +94,29 @@ class UNetModel(LatentModel):
     def _signal(self) -> Tensor:
         """ᾱ, the variance of the signal at each time; (T,), float64."""
         return self.pipe.scheduler.alphas_cumprod.detach().cpu().double()
+
+
+def _find_in_blocks(name: str, config: Mapping[str, Any]) -> str | None:
+    """The diffusers layer of a block that the original code calls `name`; None where it has no such."""
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)|middle_block\.(\d+)\.(.+)", name)
+    if not found:
+        return None
+    each = config.get("layers_per_block", 2)
+    a_block = (each if isinstance(each, int) else each[0]) + 1
+    resnet = {original: ours for ours, original in RESNET.items()}
+    side, number, part, inside, middle, of_middle = found.groups()
+    if middle is not None:
+        if middle == "1":
+            return f"mid_block.attentions.0.{of_middle}"
+        return f"mid_block.resnets.{int(middle) // 2}.{resnet.get(of_middle, of_middle)}"
+    # The input blocks are counted from the first convolution, which is their number 0.
+    block, i = divmod(int(number) - (side == "input"), a_block)
+    way = "down" if side == "input" else "up"
+    if inside in ("op", "conv"):
+        return f"{way}_blocks.{block}.{way}samplers.0.conv"
+    if part == "0":
+        return f"{way}_blocks.{block}.resnets.{i}.{resnet.get(inside, inside)}"
+    return f"{way}_blocks.{block}.attentions.{i}.{inside}"
 
 
 OUTSIDE = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +11,15 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._flow import FlowModel, end, shift, t5
+from expunge.families._lora import (
+    ALL,
+    BLACK_FOREST_LABS,
+    BaseModel,
+    LoraNaming,
+    split_equally,
+    split_single_block,
+    swap_shift_and_scale,
+)
 from expunge.text import Text
 
 
@@ -34,6 +42,55 @@ class Flux(FlowModel):
     }
     single_files = ("flux-dev", "flux-schnell")
     single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
+    ldm_layers = (
+        (r"context_embedder", r"txt_in"),
+        (r"x_embedder", r"img_in"),
+        (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
+        (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
+        (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
+        (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
+        (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
+        (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+        (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+        (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+        (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
+        (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+        (r"proj_out", r"final_layer.linear"),
+    )
+    ldm_fused_layers = (
+        (r"double_blocks\.(\d+)\.img_attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
+        (r"double_blocks\.(\d+)\.txt_attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
+        (r"single_blocks\.(\d+)\.linear1",
+         split_single_block(r"single_transformer_blocks.\1", "attn.to_q attn.to_k attn.to_v proj_mlp")),
+        (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
+    )  # fmt: skip
+    lora_naming = LoraNaming(
+        title="FLUX.1",
+        bases={
+            "": BaseModel("FLUX.1-dev", "flux1", "flux-1-dev", BLACK_FOREST_LABS),
+            "dev": BaseModel("FLUX.1-dev", "flux1", "flux-1-dev", BLACK_FOREST_LABS),
+            "schnell": BaseModel("FLUX.1-schnell", "flux1", "flux-1-schnell", BLACK_FOREST_LABS),
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
+            "kohya": {
+                "diffusers": "none of the layers through which text enters",
+                "comfyui": ALL,
+                "forge": ALL,
+                "sd-scripts": ALL,
+            },
+        },
+        unsupported={"a1111": "A1111 does not run FLUX.1 at all; Forge and ComfyUI do"},
+        text_encoders={"text_encoder_3": "text_encoder_2"},  # trainers count T5 as the third everywhere
+    )
     contrasts = False
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
@@ -67,11 +124,15 @@ class Flux(FlowModel):
         return self._guided(latents, torch.as_tensor(t), text, 1.0)
 
     @classmethod
-    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
-        for pattern, name in ORIGINALS:
-            if found := re.fullmatch(pattern, layer):
-                return found.expand(name)
-        return None
+    def infer_variant(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
+    ) -> str:
+        """Tell apart "dev", which embeds the guidance scale, and "schnell", which does not."""
+        guided = any(
+            name.startswith(("guidance_in.", "time_text_embed.guidance")) or ".guidance_in." in name
+            for name in tensors
+        )
+        return "dev" if guided or config.get("guidance_embeds") else "schnell"
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
         n, channels, height, width = latents.shape
@@ -104,27 +165,3 @@ class Flux(FlowModel):
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self.sample_size or self.pipe.default_sample_size
         return self.network.config.in_channels // 4, size, size
-
-
-ORIGINALS = (
-    (r"context_embedder", r"txt_in"),
-    (r"x_embedder", r"img_in"),
-    (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
-    (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
-    (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
-    (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
-    (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
-    (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
-    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
-    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
-    (r"proj_out", r"final_layer.linear"),
-)
-"""What the first code calls the layers that have a place of their own there."""

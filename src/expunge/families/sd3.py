@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._flow import FlowModel, beside, end, shift, t5
+from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally, swap_shift_and_scale
 from expunge.text import Text
 
 T5_TOKENS = 256
@@ -35,6 +36,45 @@ class SD3(FlowModel):
     # "v1" is what diffusers calls all that it does not know.
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
     single_file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
+    ldm_layers = (
+        (r"context_embedder", r"context_embedder"),
+        (r"time_text_embed\.text_embedder\.linear_1", r"y_embedder.mlp.0"),
+        (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
+        (r"time_text_embed\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
+        (r"time_text_embed\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"joint_blocks.\1.x_block.attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+        (
+            r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj",
+            r"joint_blocks.\1.context_block.mlp.fc1",
+        ),
+        (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+        (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+        (r"proj_out", r"final_layer.linear"),
+    )
+    ldm_fused_layers = (
+        (r"joint_blocks\.(\d+)\.x_block\.attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
+        (r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv",
+         split_equally(r"transformer_blocks.\1.attn2", "to_q to_k to_v")),
+        (r"joint_blocks\.(\d+)\.context_block\.attn\.qkv",
+         split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
+        (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
+        (r"x_embedder\.proj", (("pos_embed.proj", None),)),
+    )  # fmt: skip
+    lora_naming = LoraNaming(
+        title="SD 3, 3.5",
+        bases={
+            variant: BaseModel("SD 3", "sd3", f"stable-diffusion-3-{variant or 'm'}")
+            for variant in ("", "m", "5-medium", "5-large")
+        },
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL},
+            "kohya": {"comfyui": ALL, "forge": ALL, "sd-scripts": ALL},
+        },
+    )
 
     def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
@@ -73,11 +113,15 @@ class SD3(FlowModel):
         )[0]
 
     @classmethod
-    def ldm_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
-        for pattern, name in ORIGINALS:
-            if found := re.fullmatch(pattern, layer):
-                return found.expand(name)
-        return None
+    def infer_variant(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
+    ) -> str:
+        """Tell apart SD 3 ("m"), 3.5 medium ("5-medium") and 3.5 large ("5-large")."""
+        # 3.5 alone normalises queries and keys; large has 38 blocks and medium 24.
+        if not (config.get("qk_norm") or any(".ln_q." in name for name in tensors)):
+            return "m"
+        found = (re.search(r"(joint|transformer)_blocks\.(\d+)\.", name) for name in tensors)
+        return "5-large" if len({block[2] for block in found if block}) > 30 else "5-medium"
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         extra = {}
@@ -86,21 +130,3 @@ class SD3(FlowModel):
             patch = self.network.config.patch_size
             extra["mu"] = shift(scheduler.config, (height // patch) * (width // patch), 1.16)
         scheduler.set_timesteps(steps, device=self.device, **extra)
-
-
-ORIGINALS = (
-    (r"context_embedder", r"context_embedder"),
-    (r"time_text_embed\.text_embedder\.linear_1", r"y_embedder.mlp.0"),
-    (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
-    (r"time_text_embed\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
-    (r"time_text_embed\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"joint_blocks.\1.x_block.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
-    (r"proj_out", r"final_layer.linear"),
-)
-"""What the first code calls the layers that have a place of their own there."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expunge.families import _text
+from expunge.families._lora import ALL, STABILITY, BaseModel, LoraNaming
 from expunge.families._unet import UNetModel
 from expunge.text import Text, TextEntry
 
@@ -28,6 +29,20 @@ class SDXL(UNetModel):
     # "v1" is what diffusers calls all that it does not know, as it does a U-Net alone.
     single_files = ("xl_base", "playground-v2-5", "v1")
     single_file_key = "label_emb.0.0.weight"
+    lora_naming = LoraNaming(
+        title="SDXL",
+        bases={"": BaseModel("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", STABILITY)},
+        readers={
+            "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
+            "kohya": {
+                "diffusers": ALL,
+                "comfyui": ALL,
+                "a1111": ALL,
+                "forge": ALL,
+                "sd-scripts": "all but the pooled text's layer",
+            },
+        },
+    )
 
     def _read(self, prompts: list[str]) -> Text:
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from expunge.ops.attention import CrossAttention
 from expunge.text import Text, TextEntry
+
+if TYPE_CHECKING:
+    from expunge.families._lora import FusedLayers, LayerRows, LoraNaming
 
 ANCHORS = {
     "object": "sky",
@@ -34,6 +38,13 @@ class FamilyContract(ABC):
     """Part of a tensor's name by which a single-file checkpoint of this family is recognized."""
     most_tokens: ClassVar[int] = 77
     """The most tokens of a prompt that its longest text encoder reads."""
+    ldm_layers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Regular expressions of the denoiser's layers, and what the original code calls each of them."""
+    ldm_fused_layers: ClassVar[FusedLayers] = ()
+    """The original code's layers that are several here, or one with its rows in another order."""
+    lora_naming: ClassVar[LoraNaming]
+    """Which programs read LoRAs of this family, and how their metadata name its base models; by default
+    diffusers alone. See `expunge.families._lora`."""
     missing_capabilities: ClassVar[Mapping[str, str]] = {}
     """What methods may need and this family lacks: {capability: reason}."""
 
@@ -171,7 +182,45 @@ class FamilyContract(ABC):
         Returns:
             The name; None where the layer is part of a larger one there.
         """
+        for pattern, name in cls.ldm_layers:
+            if found := re.fullmatch(pattern, layer):
+                return found.expand(name)
         return None
+
+    @classmethod
+    def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
+        """Find the denoiser's layers that the original code calls `name`; inverts `ldm_layer_name`.
+
+        Args:
+            name: a layer's name in the original code, without the prefix of the denoiser.
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+
+        Returns:
+            each layer, and how its rows are selected from the original layer's; empty if there is none.
+        """
+        number = r"(\d+)"
+        for pattern, original in cls.ldm_layers:
+            wanted = re.escape(original).replace(r"\\1", number)
+            if found := re.fullmatch(wanted, name):
+                block = found[1] if found.groups() else ""
+                return ((pattern.replace(number, block).replace("\\.", "."), None),)
+        for pattern, parts in cls.ldm_fused_layers:
+            if found := re.fullmatch(pattern, name):
+                return tuple((found.expand(layer), pick) for layer, pick in parts)
+        return ()
+
+    @classmethod
+    def infer_variant(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
+    ) -> str:
+        """Tell apart the base models of a family, as keys of `lora_naming.bases`; "" is the usual one.
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names of a checkpoint's tensors, as its files call them, and their shapes.
+            prediction_type: what the scheduler's configuration says; "" if there is none.
+        """
+        return ""
 
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
@@ -179,7 +228,7 @@ class FamilyContract(ABC):
         return {}
 
     @classmethod
-    def kohya(cls, layer: str, config: Mapping[str, Any]) -> str | None:
+    def kohya_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """Return the name of a denoiser's layer in a LoRA of kohya's naming; None where it has none."""
         original = cls.ldm_layer_name(layer, config)
         return None if original is None else "lora_unet_" + original.replace(".", "_")

@@ -1,4 +1,4 @@
-"""Rounding to few bits: at random and right in the mean, and what it costs."""
+"""Stochastic rounding to eight bits, and what rounding costs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 1e-5
+"""The share of a step between two numbers of a format below which a difference counts as none."""
 
-def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A tensor in another number format; below 16 bits up or down at random, by how near either is.
 
-    To the nearest, a change smaller than half a step would vanish everywhere; so its mean stays.
-    What lies beyond the format becomes its largest number.
+def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Convert a tensor to another dtype; below 16 bits round up or down at random.
+
+    The nearer number is the likelier, so that the mean over many entries is kept. To the nearest, a
+    change smaller than half a step would vanish everywhere. Values beyond the format become its
+    largest number, and numbers of the format stay.
 
     Args:
-        value: the tensor.
-        dtype: a floating-point format.
-        generator: of the random numbers; what needs no rounding hangs on none.
+        value: the tensor, of any shape.
+        dtype: the dtype to convert to; 16 bits and more are rounded to the nearest.
+        generator: of the random numbers, one for each entry; none where nothing is rounded at random.
     """
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return value.to(dtype)
@@ -26,15 +30,19 @@ def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Te
     wide = value.detach().cpu().float().clamp(float(grid[0]), float(grid[-1]))
     above = torch.bucketize(wide, grid, right=True).clamp(1, len(grid) - 1)
     low, high = grid[above - 1], grid[above]
+    share = (wide - low) / (high - low)
+    # A scaled weight that is unscaled and scaled again misses its number by float32's rounding.
+    share = torch.where(share < NEGLIGIBLE, 0.0, torch.where(share > 1 - NEGLIGIBLE, 1.0, share))
     draw = torch.rand(wide.shape, generator=generator)
-    return torch.where(draw < (wide - low) / (high - low), high, low).to(dtype).to(value.device)
+    return torch.where(draw < share, high, low).to(dtype).to(value.device)
 
 
 @dataclass
-class Cost:
-    """What rounding does to changes, added up over tensors."""
+class RoundingCost:
+    """What rounding does to changes of weights, added up over tensors."""
 
     formats: set[str] = field(default_factory=set)
+    """The dtypes that were rounded to."""
     missed: float = 0.0
     """Σ ‖rounded − wanted‖²"""
     along: float = 0.0
@@ -43,7 +51,13 @@ class Cost:
     """Σ ‖Δ‖²"""
 
     def add(self, original: Tensor, wanted: Tensor, written: Tensor) -> None:
-        """One tensor as it was, as it should be, and as it is written."""
+        """Add one tensor.
+
+        Args:
+            original: before the change.
+            wanted: after the change, before rounding.
+            written: after rounding.
+        """
         change = wanted.double() - original.double()
         self.missed += float((written.double() - wanted.double()).square().sum())
         self.along += float(((written.double() - original.double()) * change).sum())
@@ -57,11 +71,11 @@ class Cost:
 
     @property
     def kept(self) -> float:
-        """How much of the changes, along themselves, is left: 1 is all."""
+        """The component of the rounded changes along the wanted ones, as a share: 1 is all."""
         return self.along / self.total if self.total else 1.0
 
-    def note(self) -> str:
-        """In a sentence; "" where it costs less than a thousandth."""
+    def describe(self) -> str:
+        """Describe the cost in a sentence; "" where the error is below a thousandth."""
         if self.error < 1e-3:
             return ""
         return (

@@ -8,8 +8,8 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.base import registry
-from expunge.checkpoints.cost_estimate import Plan, estimate_model, operations
-from expunge.checkpoints.pace import Pace, lines, measured, said
+from expunge.checkpoints.cost_estimate import CostEstimate, count_operations, estimate_model
+from expunge.checkpoints.pace import Pace, format_duration, make_printer, time_model
 from expunge.erasing.caption_gram import captions, prior, unread
 from expunge.runtime import threads
 from expunge.runtime.cost import Cost
@@ -27,7 +27,8 @@ class Clock:
 
 
 FAST = {
-    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}", "learning_rate": 0.01,
+    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}",
+             "learning_rate": 0.01,
              "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
     "ace": {"general": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2, "max_train_steps": 2,
             "attack_steps": 2, "recovered": 0.0, "max_overlap": 1.0},
@@ -45,7 +46,7 @@ def test_what_is_counted_is_what_was_foretold(model, tmp_path, name):
     method = registry.get("methods", name)(**fields)
     problem = Problem((Concept("airplane", "sky", synonyms=("jet",)),), ("ship",))
     work = method.estimate_cost(problem, model.num_inference_steps)
-    foretold = estimate_model(model, work=work).totals(work)
+    foretold = estimate_model(model, work=work).count_units(work)
     assert (foretold["prompts"] - work.prompts) == (30 if name == "mace" else 0)
     with Pace(model, {}, {}) as pace:
         expunge.erase(model, problem, method)
@@ -80,17 +81,17 @@ def test_a_prior_that_was_kept_is_not_read_again(model, monkeypatch, tmp_path):
 
 
 def estimate(**fields):
-    made = Plan({"denoiser": 1}, 4, (("denoiser",),), prompt=0.1, prediction=1.0)
+    made = CostEstimate({"denoiser": 1}, 4, (("denoiser",),), prompt_seconds=0.1, prediction_seconds=1.0)
     return dataclasses.replace(made, **fields)
 
 
 def test_every_stage_is_in_the_estimate():
     work = Cost(prompts=10, predictions=20, gradients=5, captions="general", products=7)
-    each = estimate(gradient=2.5, product=0.01, captions=100, saving=0.5)
+    each = estimate(gradient_seconds=2.5, product_seconds=0.01, captions=100, saving_seconds=0.5)
     expected = (10 + 100) * 0.1 + 20 * 1.0 + 5 * 2.5 + 7 * 0.01 + 0.5
     assert each.seconds(work) == pytest.approx(expected)
     assert estimate(captions=0).seconds(work) == pytest.approx(1 + 20 + 5 * 3)
-    assert estimate().totals(work)["prompts"] == 10 + len(captions("general"))
+    assert estimate().count_units(work)["prompts"] == 10 + len(captions("general"))
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def timed(model):
     clock = Clock()
     totals = {"prompts": 100, "predictions": 10, "gradients": 0}
     foretold = {"prompts": 0.1, "predictions": 1.0, "gradients": 3.0}
-    return Pace(model, totals, foretold, beside=4.0, clock=clock), clock
+    return Pace(model, totals, foretold, overhead=4.0, clock=clock), clock
 
 
 def test_the_rest_is_told_from_what_was_measured(timed):
@@ -169,7 +170,7 @@ def test_hardening_that_ends_early_is_expected_to_end_early_again(timed):
 def test_lines_come_after_some_seconds_and_now_and_then(timed):
     pace, clock = timed
     told = []
-    tell = lines(pace, told.append, first=3, every=30, clock=clock)
+    tell = make_printer(pace, told.append, first=3, every=30, clock=clock)
     pace.label, pace.share = "training", 0.25
     for second in range(40):
         clock.now = float(second)
@@ -179,14 +180,18 @@ def test_lines_come_after_some_seconds_and_now_and_then(timed):
         "training, 25 %; about 67 s left in all, 33 % done",
     ]
     with pytest.raises(ExpungeError, match="must be above 0, not 0 and 1"):
-        lines(pace, told.append, 0, 1)
-    assert (said(0.01), said(59.6), said(5400)) == ("1 s", "60 s", "1.5 h")
+        make_printer(pace, told.append, 0, 1)
+    assert (format_duration(0.01), format_duration(59.6), format_duration(5400)) == (
+        "1 s",
+        "60 s",
+        "1.5 h",
+    )
 
 
 def test_a_trial_leaves_the_model_as_it_was(model):
     before = {k: v.clone() for k, v in model.network.state_dict().items()}
     wanted = [p.requires_grad for p in model.parameters()]
-    found = measured(model, batch=2)
+    found = time_model(model, batch_size=2)
     assert set(found) == {"prompts", "predictions", "gradients"}
     assert all(seconds > 0 for seconds in found.values())
     assert all(torch.equal(before[k], v) for k, v in model.network.state_dict().items())
@@ -196,11 +201,11 @@ def test_a_trial_leaves_the_model_as_it_was(model):
 
 def test_a_dear_trial_is_left_out(model, monkeypatch):
     monkeypatch.setattr(
-        "expunge.checkpoints.cost_estimate.measured", lambda model: pytest.fail("timed for nothing")
+        "expunge.checkpoints.cost_estimate.time_model", lambda model: pytest.fail("timed for nothing")
     )
-    monkeypatch.setattr("expunge.checkpoints.cost_estimate._speed", lambda device, dtype: 1e3)
+    monkeypatch.setattr("expunge.checkpoints.cost_estimate._time_device", lambda device, dtype: 1e3)
     made = estimate_model(model, work=Cost(prompts=1, predictions=1))
-    assert made.prediction > 1
+    assert made.prediction_seconds > 1
 
 
 class TestThreads:
@@ -270,5 +275,5 @@ class TestThreads:
 
 
 def test_the_shipped_model_is_small_and_a_large_one_is_not(model):
-    assert operations(model) < threads.SMALL
-    assert operations(expunge.load("emoji")) < threads.SMALL
+    assert count_operations(model) < threads.SMALL
+    assert count_operations(expunge.load("emoji")) < threads.SMALL

@@ -8,13 +8,30 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import expunge
+from edits import edited, low_rank
 from expunge import ExpungeError
 from expunge.changes import LowRank
-from expunge.checkpoints import loading, lora_names
-from expunge.checkpoints.export import by_place, export
-from expunge.checkpoints.lora import Lora, read
-from test_export import edited, low_rank
+from expunge.checkpoints import loading
+from expunge.checkpoints.export import export
+from expunge.checkpoints.lora import Lora, read_lora
+from expunge.checkpoints.lora.base_models import describe_base, read_base_title
+from expunge.checkpoints.lora.keys import find_layers, make_diffusers_stem
+from expunge.checkpoints.lora.programs import (
+    ALL,
+    PROGRAMS,
+    choose_form,
+    describe_support,
+    find_support,
+    make_table,
+)
+from expunge.checkpoints.weight_changes import group_by_place
+from expunge.families.flux import Flux
+from expunge.families.sd3 import SD3
+from expunge.families.sdxl import SDXL
+from expunge.families.stable_diffusion import StableDiffusion
 from tiny import PIPELINES
+
+FAMILIES = {family.__name__: family for family in (StableDiffusion, SDXL, SD3, Flux)}
 
 
 def standard_unet():
@@ -211,19 +228,21 @@ def written(tmp_path_factory):
     made = {}
     for name, make in PIPELINES.items():
         pipe = make()
-        family = loading.family_of(type(pipe).__name__)
+        family = loading.find_family(type(pipe).__name__)
         model = expunge.load(pipe)
         network = standard_unet() if name == "stable_diffusion" else network_of(pipe)
         pipe.register_modules(**{family.denoiser: network})
         changes = low_rank(model)
-        lora = Lora.of(lambda layer, _, model=model: model.weight(layer), by_place(changes))
+        lora = Lora.from_changes(
+            lambda layer, _, model=model: model.weight(layer), group_by_place(changes)
+        )
         files = {}
         for form in ("lora", "kohya"):
             files[form] = tmp_path_factory.mktemp(name) / f"{form}.safetensors"
             naming = "kohya" if form == "kohya" else "diffusers"
             lora.save(
                 files[form], naming,
-                lambda x, f=family, n=network: f.kohya(x.partition(".")[2], n.config),
+                lambda x, f=family, n=network: f.kohya_layer_name(x.partition(".")[2], n.config),
                 torch.float32, {},
             )  # fmt: skip
         deltas = {c.layers[0].partition(".")[2]: c.up @ c.down for c in changes}
@@ -240,10 +259,10 @@ def test_the_table_is_what_the_programs_maps_say(written, form, family, program)
     moved, unread = AS[program](state, family, network)
     for name, delta in moved.items():
         torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
-    said = lora_names.reads(form, family, program)
-    if said == lora_names.ALL:
+    said = find_support(form, FAMILIES[family], program)
+    if said == ALL:
         assert (len(moved), unread) == (len(deltas), set())
-    elif said == lora_names.NONE:
+    elif said == "":
         assert not moved
         assert unread == set(state)
     else:
@@ -255,7 +274,9 @@ def test_the_table_is_what_the_programs_maps_say(written, form, family, program)
 @pytest.mark.parametrize("family", ["StableDiffusion", "SDXL", "SD3", "Flux"])
 def test_every_form_of_every_family_is_read_back(written, form, family):
     pipe, network, files, deltas = written[family]
-    found = {c.layers[0].partition(".")[2]: c for c in read(files[form], type(pipe), network.config)}
+    found = {
+        c.layers[0].partition(".")[2]: c for c in read_lora(files[form], type(pipe), network.config)
+    }
     assert found.keys() == deltas.keys()
     for name, change in found.items():
         torch.testing.assert_close(change.up @ change.down, deltas[name], rtol=1e-4, atol=1e-5)
@@ -266,29 +287,29 @@ def test_every_form_of_every_family_is_read_back(written, form, family):
 def test_diffusers_reads_what_the_table_says(written, form, family):
     pytest.importorskip("peft")
     pipe, network, files, deltas = written[family]
-    said = lora_names.reads(form, family, "diffusers")
+    said = find_support(form, FAMILIES[family], "diffusers")
     pipe.load_lora_weights(str(files[form])) if said else None
     loaded = {key.partition(".lora_A")[0] for key, _ in network.named_parameters() if ".lora_A" in key}
     if said:
         pipe.unload_lora_weights()
-    assert loaded == (set(deltas) if said == lora_names.ALL else set())
+    assert loaded == (set(deltas) if said == ALL else set())
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_every_layer_is_found_again_in_every_naming(name):
     pipe = PIPELINES[name]()
-    network, family = network_of(pipe), loading.family_of(type(pipe).__name__)
+    network, family = network_of(pipe), loading.find_family(type(pipe).__name__)
     seen = 0
     for layer in weighted(network):
         whole = f"{family.denoiser}.{layer}"
         original = family.ldm_layer_name(layer, network.config)
         stems = {whole, f"base_model.model.{layer}", f"{family.denoiser}.base_model.model.{layer}",
                  f"lora_unet_{layer.replace('.', '_')}", f"lycoris_{layer.replace('.', '_')}",
-                 lora_names.diffusers_stem(whole)[0]}  # fmt: skip
+                 make_diffusers_stem(whole)[0]}  # fmt: skip
         if original:
             stems |= {f"diffusion_model.{original}", f"lora_unet_{original.replace('.', '_')}", original}
         for stem in stems:
-            assert lora_names.layers(stem, family, network.config) == ((whole, None),), stem
+            assert find_layers(stem, family, network.config) == ((whole, None),), stem
             seen += 1
     assert seen > 100
 
@@ -306,7 +327,7 @@ def test_layers_that_are_one_in_the_first_code_are_split(tmp_path):
         state[f"lora_unet_{stem}.lora_down.weight"] = torch.randn(rank, width)
         state[f"lora_unet_{stem}.alpha"] = torch.tensor(6.0)
     save_file(state, tmp_path / "x.safetensors")
-    found = {c.layers[0]: c.up @ c.down for c in read(tmp_path / "x.safetensors", type(pipe), {})}
+    found = {c.layers[0]: c.up @ c.down for c in read_lora(tmp_path / "x.safetensors", type(pipe), {})}
 
     def product(stem):
         return (
@@ -326,7 +347,7 @@ def test_layers_that_are_one_in_the_first_code_are_split(tmp_path):
     torch.testing.assert_close(
         found["transformer.norm_out.linear"], torch.cat([last[width:], last[:width]])
     )
-    for change in read(tmp_path / "x.safetensors", type(pipe), {}):
+    for change in read_lora(tmp_path / "x.safetensors", type(pipe), {}):
         layer = pipe.transformer.get_submodule(change.layers[0].partition(".")[2])
         assert change.fits(layer.weight.shape)
 
@@ -344,8 +365,8 @@ def test_a_program_gets_the_form_that_it_reads(program, name, form, tmp_path):
         edited(model, low_rank(model)), program, tmp_path / "model", tmp_path / "x.safetensors"
     )
     assert done.form == form
-    assert lora_names.loads_in(form, type(model).__name__) in done.notes[-1]
-    assert lora_names.CALLED[program] in done.notes[-1]
+    assert describe_support(form, type(model)) in done.notes[-1]
+    assert PROGRAMS[program] in done.notes[-1]
 
 
 def test_a_layer_without_a_name_of_kohyas_goes_to_comfyui_in_diffusers_naming(tmp_path):
@@ -370,16 +391,16 @@ def test_what_no_program_reads_is_refused():
     with pytest.raises(
         ExpungeError, match="A1111 reads no LoRA of this edit for SD3: export a single file"
     ):
-        lora_names.form_for("a1111", "SD3", True)
-    with pytest.raises(ExpungeError, match="A1111 does not draw with FLUX.1 at all"):
-        lora_names.form_for("a1111", "Flux", True)
+        choose_form("a1111", SD3, True)
+    with pytest.raises(ExpungeError, match="A1111 does not run FLUX.1 at all"):
+        choose_form("a1111", Flux, True)
 
 
 def test_the_page_has_the_table():
     from pathlib import Path
 
-    page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
-    assert lora_names.table() in page
+    page = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
+    assert make_table() in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +418,7 @@ def test_the_page_has_the_table():
     ],
 )  # fmt: skip
 def test_a_lora_says_for_which_base_it_is(family, variant, version, second, architecture, named):
-    said = lora_names.base_of(family, variant)
+    said = describe_base(FAMILIES[family], variant)
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, second)
     assert said["modelspec.architecture"] == architecture
-    assert lora_names.base_named(said) == named
+    assert read_base_title(said) == named

@@ -1,0 +1,90 @@
+"""PEFT's configuration of a LoRA, which diffusers writes into the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.base.errors import ExpungeError
+from expunge.checkpoints.lora.keys import shorten
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """The fields of `lora_adapter_metadata`: one configuration, or one for each component."""
+
+    fields: Mapping[str, Any]
+    path: str | Path
+    """The LoRA's file, for messages."""
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str], path: str | Path) -> AdapterMetadata:
+        """Parse a file's metadata.
+
+        Raises:
+            ExpungeError: `lora_adapter_metadata` is no JSON object.
+        """
+        try:
+            fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ExpungeError(f"{path}: its lora_adapter_metadata cannot be read")
+        return cls(fields, path)
+
+    def get(self, component: str, name: str) -> Any:
+        """Return a field of a component's configuration, or of the only one there is."""
+        return self.fields.get(f"{component}.{name}", self.fields.get(name))
+
+    def uses_dora(self, component: str) -> bool:
+        """Return whether the component's LoRA is a DoRA."""
+        return bool(self.get(component, "use_dora"))
+
+    def find_scale(self, layer: str, rank: int) -> float:
+        """Find what multiplies a layer's factors: alpha / rank, or alpha / √rank for rsLoRA.
+
+        Args:
+            layer: the layer's name, with the component before it.
+            rank: the rank of its factors.
+
+        Raises:
+            ExpungeError: a value is no number, or the rank is another than the metadata's.
+        """
+        component, _, inside = layer.partition(".")
+        alpha = self._find_number(component, "alpha_pattern", "lora_alpha", inside)
+        if alpha is None:
+            return 1.0
+        declared = self._find_number(component, "rank_pattern", "r", inside)
+        if declared is not None and declared != rank:
+            raise ExpungeError(
+                f"{self.path}: its metadata say rank {declared:g} of {shorten(layer)}, which has {rank}"
+            )
+        return alpha / (rank**0.5 if self.get(component, "use_rslora") else rank)
+
+    def _find_number(self, component: str, pattern: str, name: str, inside: str) -> float | None:
+        """A layer's own value where a pattern matches its name, else the common one, as in PEFT."""
+        patterns = self.get(component, pattern)
+        value = self.get(component, name)
+        if isinstance(patterns, dict):
+            for key, own in patterns.items():
+                try:
+                    matches = re.fullmatch(rf"(.*\.)?({key})", inside)
+                except re.error:
+                    raise ExpungeError(
+                        f"{self.path}: {pattern} of its metadata has no pattern {key!r}"
+                    ) from None
+                if matches:
+                    value = own
+                    break
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ExpungeError(
+                f"{self.path}: {name} of its metadata is {value!r}, and should be a number"
+            )
+        return float(value)
