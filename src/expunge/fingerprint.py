@@ -130,7 +130,8 @@ def _version(tensor: Tensor) -> int:
 
 def _switches(part: torch.nn.Module) -> list[Any]:
     """What was set on the modules of a part, which no configuration tells: FreeU's factors, tiles of the
-    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths."""
+    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths.
+    """
     # How they compute, or where they were read, says nothing of what.
     but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")
     found: list[Any] = []
