@@ -65,6 +65,8 @@ class Choosing:
         Raises:
             ExpungeError: a name is empty, there twice, or to be retained.
         """
+        if list(names) == [concept.name for concept in self.choice.concepts]:
+            return  # a page tells of what it was told, too
         there = {key(concept.name): concept for concept in self.choice.concepts}
         found = [there.get(key(name)) or self.knowledge.propose(name) for name in names]
         self._set_concepts(found, proposing=True)
@@ -77,12 +79,12 @@ class Choosing:
         """
         if key(name) not in [key(concept.name) for concept in self.choice.concepts]:
             raise unknown("chosen concept", name, [concept.name for concept in self.choice.concepts])
-        self._set_concepts(
-            [
-                dataclasses.replace(concept, **values) if key(concept.name) == key(name) else concept
-                for concept in self.choice.concepts
-            ]
-        )
+        changed = [
+            dataclasses.replace(concept, **values) if key(concept.name) == key(name) else concept
+            for concept in self.choice.concepts
+        ]
+        if tuple(changed) != self.choice.concepts:
+            self._set_concepts(changed)
 
     def choose_list(self, path: str | Path) -> None:
         """Choose the concepts, and what stays, of a file: .txt, .csv or .toml.
@@ -125,6 +127,8 @@ class Choosing:
         Raises:
             ExpungeError: one of them is to be erased, or empty.
         """
+        if tuple(names) == self.choice.retain:
+            return
         trial = dataclasses.replace(self.choice, retain=tuple(dict.fromkeys(names)))
         if trial.concepts:
             trial = dataclasses.replace(trial, retain=trial.problem.retain)
