@@ -16,7 +16,7 @@ from expunge.erasing.refit import match_from_last_token
 from expunge.method import Method
 from expunge.methods.uce import UCE
 from expunge.model import Model
-from expunge.ops.least_squares import right_factor
+from expunge.ops.least_squares import solve_right_factor
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
@@ -94,7 +94,7 @@ class RECE(Method):
             run.progress("looking for what comes back", done, self.rounds)
             sums = refit.tokens
             # Float64 throughout: the found embeddings are differences of near-equal projections.
-            matrix = right_factor(sums.cross, sums.gram, sums.prior, self.ridge)
+            matrix = solve_right_factor(sums.cross, sums.gram, sums.prior, self.ridge)
             for e, a, weight in pairs:
                 sums.erase(find_returning(e, matrix, sent, self.norm_weight), a, weight)
         run.progress("looking for what comes back", self.rounds, self.rounds)
