@@ -37,7 +37,10 @@ HERE = Path(__file__).parent
 
 def shares(model: Model, edit: Edit, suite: Suite, word: str, probe: Probe) -> dict[str, float]:
     """The shares of images in which the word is seen, and of broken ones."""
-    classifier, concept = make_metric(suite.judge, suite.options.get(suite.judge, {})), suite.find_concept(word)
+    classifier, concept = (
+        make_metric(suite.judge, suite.options.get(suite.judge, {})),
+        suite.find_concept(word),
+    )
     if not isinstance(classifier, Classifier) or concept is None:
         raise TypeError("the suite has no classifier, or not this word")
     with model.using(edit), model.autocasting(torch.bfloat16):

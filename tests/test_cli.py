@@ -21,6 +21,7 @@ from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.main import main
 from expunge.cli.spelling import describe_unknown_words, find_nearest_name, list_suite_names
 from expunge.runtime.cost import Cost
+from quick import options as quick_options
 from tiny import flux, sdxl
 
 
@@ -98,7 +99,7 @@ def test_erase_prints_the_anchor_it_chose(run):
 
 
 def test_erase_says_when_a_method_reads_no_anchor(run):
-    told = ("erase", "ant", "--preset", "fast", "--concept", "airplane=sky", "-o", "e.safetensors")
+    told = ("erase", "ant", *quick_options("ant"), "--concept", "airplane=sky", "-o", "e.safetensors")
     code, out, err = run(*told)
     assert code == 0
     assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err

@@ -354,12 +354,12 @@ ridge = 5.0
 MACE_ROWS = """
 [[methods]]
 name = "mace"
-preset = "fast"
+preset = "emoji"
 stages = ["refine"]
 title = "refinement only"
 [[methods]]
 name = "mace"
-preset = "fast"
+preset = "emoji"
 """
 
 
@@ -432,9 +432,9 @@ def test_a_misspelt_field_is_told_in_the_readers_words(experiment, before, after
 def test_presets_and_titles(experiment):
     experiment.write_text(EXPERIMENT + MACE_ROWS)
     *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
-    assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 5)
+    assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 50)
     assert refined.name == "refinement only: airplane"
-    assert whole.name == "mace fast: airplane"
+    assert whole.name == "mace emoji: airplane"
     assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
 
 
@@ -459,16 +459,16 @@ def test_the_experiments_of_this_repository_can_be_read():
 
 
 def test_fields_beside_a_preset(experiment):
-    table = 'name = "mace"\npreset = "fast"\n'
+    table = 'name = "mace"\npreset = "emoji"\n'
     experiment.write_text(
         EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "max_train_steps", 1)
     )
     first, _, other, _ = Experiment.read(experiment).jobs()
-    assert first.method == type(first.method).preset("fast", max_train_steps=20)
-    assert first.name == "mace fast, max_train_steps 20: airplane"
+    assert first.method == type(first.method).preset("emoji", max_train_steps=20)
+    assert first.name == "mace emoji, max_train_steps 20: airplane"
     assert other.name.startswith("uce, ridge 5.0, general 20")
-    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "fats"', 1))
-    with pytest.raises(ExpungeError, match="did you mean 'fast'"):
+    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "emojo"', 1))
+    with pytest.raises(ExpungeError, match="did you mean 'emoji'"):
         Experiment.read(experiment)
 
 

@@ -39,9 +39,9 @@ from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.experiment import Experiment
 from expunge.methods.uce import UCE
 from expunge.ops.finetune import frozen
-from expunge.ops.gates import stacked
-from expunge.ops.least_squares import gram, outer, right_factor
-from expunge.ops.pgd import bounded
+from expunge.ops.gates import stack_root
+from expunge.ops.least_squares import gram, outer, solve_right_factor
+from expunge.ops.pgd import minimise_in_ball
 
 HERE = Path(__file__).parents[1]
 BEHIND = (0, 1, 2, 4, 6, 9, 13, 19, 27, 41)
@@ -92,7 +92,7 @@ def nearest(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
     """One more gate, on what is nearer to the concept than to any other word."""
     (gates,) = edit.changes
     assert isinstance(gates, Gated)
-    root = stacked([model.weight(entry.layer) for entry in model.text_entries()]).float()
+    root = stack_root([model.weight(entry.layer) for entry in model.text_entries()]).float()
 
     def tokens(prompts: Sequence[str]) -> Tensor:
         text = model.encode(prompts)
@@ -148,10 +148,10 @@ def directions(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
             return attack.objective(model, start, given, points)
 
         with frozen(model.parameters()), model.using(tuple(found)):
-            hard, _ = bounded(objective, start.embeddings, RADIUS, STEPS)
+            hard, _ = minimise_in_ball(objective, start.embeddings, RADIUS, STEPS)
         e, a = (x.double().flatten(0, 1) for x in (start.embeddings, hard))
         cross, whole = cross + outer(e, a) / STARTS, whole + gram(a) / STARTS
-        matrix = right_factor(cross, whole, HELD * prior, 1.0)
+        matrix = solve_right_factor(cross, whole, HELD * prior, 1.0)
         found = [*edit.changes, Right(layers, matrix.float())]
     return found
 

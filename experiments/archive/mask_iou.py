@@ -76,7 +76,7 @@ def seen(model: Model, one: Shown, word: str) -> Tensor:
     examples = Examples(word, prompt, model.encode_images(one.num_images))
     tokens = model.encode([prompt]).content_mask.shape[1]
     behind = torch.arange(tokens)[None] > model.count_tokens("a photo of the")
-    return object_masks.attended(model, examples, behind, RunContext(0))
+    return object_masks.measure_attention(model, examples, behind, RunContext(0))
 
 
 def masked(attention: Tensor) -> Tensor:

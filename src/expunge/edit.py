@@ -23,9 +23,9 @@ from expunge.changes import (
     Applied,
     Changes,
     build_change,
-    check_finite,
     check_fit,
     encode_tensor,
+    require_finite,
 )
 from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
@@ -153,7 +153,7 @@ class Edit:
         Raises:
             ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
-        check_finite(self.changes, "the edit")
+        require_finite(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
@@ -194,5 +194,5 @@ class Edit:
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
-        check_finite(changes, str(path))
+        require_finite(changes, str(path))
         return cls(changes, record)

@@ -15,8 +15,8 @@ from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.ops.finetune import frozen
-from expunge.ops.pgd import bounded as attacked
-from expunge.ops.pgd import within
+from expunge.ops.pgd import draw_in_ball
+from expunge.ops.pgd import minimise_in_ball as attacked
 from expunge.probe import Probe
 from expunge.runtime.context import RunContext
 from expunge.text import Text
@@ -139,7 +139,7 @@ class Embedding(Attack):
                     text.embeddings,
                     self.radius,
                     self.steps,
-                    within(text.embeddings, self.radius, own) if start else None,
+                    draw_in_ball(text.embeddings, self.radius, own) if start else None,
                 )
                 # Rows that an earlier start has served better keep what it found.
                 better = values.cpu() < least

@@ -13,7 +13,7 @@ import torch
 from expunge.attack import Attack
 from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.erasing.caption_gram import words
+from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
@@ -209,7 +209,7 @@ class Inversion(Attack):
 
     def _starts(self, model: Model, edit: Edit, probe: Probe, word: str, run: RunContext) -> list[str]:
         """The words to start from: the first is the one whose place is taken."""
-        known = [w for w in words(model, edit.record.problem.erase) if w != word]
+        known = [w for w in vocabulary_words(model, edit.record.problem.erase) if w != word]
         generator = run.generator("inversion", *probe.prompts, "starts")
         order = torch.randperm(len(known), generator=generator).tolist()
         # The first start is that of a single one, so that more restarts never change it.
@@ -219,7 +219,7 @@ class Inversion(Attack):
     def _word(self, model: Model, edit: Edit) -> str:
         """A word that the tokenizer has as one token and no erased name uses."""
         erased = edit.record.problem.erase
-        known = words(model, erased)
+        known = vocabulary_words(model, erased)
         wanted = [self.start, *(concept.anchor or "" for concept in erased)]
         # The last word of an anchor first: in "a photo of the sky" that is what it names.
         of_anchor = [w for text in wanted for w in reversed(text.lower().split()) if w in known]

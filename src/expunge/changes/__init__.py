@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expunge.changes.applied import Applied, check_finite, check_fit
+from expunge.changes.applied import Applied, check_fit, require_finite
 from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
 from expunge.changes.gated import Damped, Gated, TokenGates
 from expunge.changes.layers import (

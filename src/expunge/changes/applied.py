@@ -13,7 +13,7 @@ from expunge.changes.contract import Change, HookedChange, InputChange, OutputCh
 from expunge.changes.layers import check_in_use, find_layer, find_layer_path
 
 
-def check_finite(changes: Sequence[Change], what: str) -> None:
+def require_finite(changes: Sequence[Change], what: str) -> None:
     """Check that changes contain neither NaN nor infinity.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_finite
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, require_finite
 from expunge.checkpoints.weight_changes import (
     Place,
     compose_linear,
@@ -22,13 +22,13 @@ from expunge.checkpoints.weight_changes import (
     require_weights,
 )
 from expunge.edit import Edit, Record
-from expunge.erasing.caption_gram import captions, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.erasure import read_versions
 from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram, widened
-from expunge.ops.low_rank import balanced
+from expunge.ops.least_squares import gram, pad_right_factor, solve_fusion
+from expunge.ops.low_rank import balance
 from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
@@ -90,7 +90,7 @@ def merge(
     _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_finite(edit.changes, f"edit {number} of those to merge")
+        require_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
@@ -210,9 +210,11 @@ def _read_moments(
         erased.append(torch.stack(sums).sum(0))
     retained = average(["", *(text for problem in problems for text in problem.retain)])
     if pooled:
-        retained = retained + average(captions("general")[:POOLED_CAPTIONS])
+        retained = retained + average(read_captions("general")[:POOLED_CAPTIONS])
     else:
-        retained = retained + prior(model, captions("general"), RunContext(progress=progress)).mean
+        retained = (
+            retained + compute_prior(model, read_captions("general"), RunContext(progress=progress)).mean
+        )
     return EditMoments(tuple(erased), retained)
 
 
@@ -236,9 +238,9 @@ def _fuse(
     """
     whole = torch.stack(moments.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
-    # With M the identity, `fused` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
+    # With M the identity, `solve_fusion` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
     stacked = torch.cat([*moments.erased])
-    _, solved = fused(eye, whole, prior_scale * moments.retained, ridge, stacked)
+    _, solved = solve_fusion(eye, whole, prior_scale * moments.retained, ridge, stacked)
     reach = solved.split(len(whole))
     changes: list[Change] = []
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -253,7 +255,7 @@ def _fuse(
         rights = tuple(id(change) for each in some for change in each if isinstance(change, Right))
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
-            k = widened(k, inputs)
+            k = pad_right_factor(k, inputs)
             right, up, down = compose_linear(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
@@ -263,7 +265,7 @@ def _fuse(
             groups.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
-            factors = balanced(torch.cat(ups, 1), torch.cat(downs))
+            factors = balance(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in groups.items()]
     return [*shared, *changes]
@@ -287,5 +289,5 @@ def _fuse_dense(
         for change in some:
             after = change.weight(after)
         # Other inputs behind the text stay as each edit has them.
-        total += (after - original) @ widened(k, original.shape[1])
+        total += (after - original) @ pad_right_factor(k, original.shape[1])
     return Dense((layer,), total.to(model.weight(layer).dtype))

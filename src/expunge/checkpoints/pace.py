@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.erasing.caption_gram import captions
+from expunge.erasing.caption_gram import read_captions
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.least_squares import gram
@@ -206,7 +206,7 @@ def time_model(
         the seconds of one unit, by `KINDS`.
     """
     found: dict[str, float] = {}
-    some = list(captions("general")[: 4 * batch_size])
+    some = list(read_captions("general")[: 4 * batch_size])
     model.encode(some[:1])
     with _timed(found, "prompts", len(some), clock):
         gram(model.encode(some).embeddings.flatten(0, 1).cpu())

@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.fields import leaves
 from expunge.cli.loading_options import LoadingOptions
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ def _list_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     """Yield the fields of an options class, with those of its method and of model loading."""
     for field in dataclasses.fields(options):
         if field.name == "method":
-            yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+            yield from leaves(type(field.default))
         elif field.name == "loading":
             yield from dataclasses.fields(LoadingOptions)
         else:

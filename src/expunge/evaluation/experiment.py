@@ -68,10 +68,11 @@ class Job:
     def name(self) -> str:
         """What the report calls it: its title, or the method, its preset, and what is not as there."""
         default = type(self.method).preset(self.preset) if self.preset else type(self.method)()
+        usual = fields.flatten(default)
         changed = [
-            f"{f.name} {getattr(self.method, f.name)}"
-            for f in dataclasses.fields(self.method)
-            if getattr(self.method, f.name) != getattr(default, f.name)
+            f"{name} {value}"
+            for name, value in fields.flatten(self.method).items()
+            if value != usual[name]
         ]
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
@@ -83,7 +84,7 @@ class Job:
         """The edit's file name: it changes with everything that the edit hangs on."""
         record = [
             self.method_name,
-            dataclasses.asdict(self.method),
+            fields.flatten(self.method),
             dataclasses.asdict(self.problem),
             self.seed,
             hash_for_images(model),

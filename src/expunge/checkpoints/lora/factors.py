@@ -23,7 +23,7 @@ from expunge.changes import WeightChange
 from expunge.checkpoints.lora.keys import make_diffusers_stem
 from expunge.checkpoints.lora.truncate import TruncationLoss, Truncator
 from expunge.checkpoints.weight_changes import Place
-from expunge.ops.low_rank import balanced
+from expunge.ops.low_rank import balance
 
 if TYPE_CHECKING:
     from expunge.checkpoints.text_moments import TextMoments
@@ -91,7 +91,7 @@ class Lora:
                 left_out.append((layer, parameter))
                 continue
             shapes[layer] = tuple(weight.shape)
-            found[layer] = balanced(*truncator.truncate(layer, weight, some))
+            found[layer] = balance(*truncator.truncate(layer, weight, some))
         if not found:
             raise ExpungeError("a LoRA holds changes of weights, and this edit changes none")
         most = max(up.shape[1] for up, _ in found.values())
