@@ -74,10 +74,8 @@ class UNetModel(LatentModel):
 
     @classmethod
     def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
-        for layer, original in OUTSIDE.items():
-            if name == original:
-                return ((layer, None),)
-        layer = _find_in_blocks(name, config)
+        outside = (layer for layer, original in OUTSIDE.items() if name == original)
+        layer = next(outside, None) or _find_in_blocks(name, config)
         return ((layer, None),) if layer else ()
 
     @classmethod
