@@ -23,7 +23,7 @@ format: $(VENV)/ready    ## put the code into its format
 	$(BIN)/ruff format
 
 docs: $(VENV)/docs-ready ## build the documentation into site/, links checked
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 help:                    ## say this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'

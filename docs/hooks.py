@@ -16,6 +16,13 @@ from typing import Any
 from unittest import mock
 
 MARK = re.compile(r"^<!-- (run|options|presets|help): (.*?) -->$", re.MULTILINE)
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source|video)\b[^>]*?\bsrc=["']?(?:https?:)?//[^>]*>"""
+    r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|preconnect|preload|prefetch|icon))[^>]*?"""
+    r"""\bhref=["']?(?:https?:)?//[^>]*>""",
+    re.IGNORECASE,
+)
+"""What a browser would fetch from elsewhere when it opens a page; links to follow are none of it."""
 OWN = " method options\n"
 """The title of a method's own options in its help."""
 WIDTH = 100
@@ -49,6 +56,11 @@ def output_of(command: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def names(kind: str) -> list[str]:
+    """Return the names that `expunge list KIND` prints."""
+    return [line.split()[0] for line in output_of(f"expunge list {kind}").splitlines()]
+
+
 def fill(markdown: str) -> str:
     """Return a page with every mark followed by what it asks for."""
     return MARK.sub(lambda found: found[0] + "\n\n" + _asked(found[1], found[2]), markdown)
@@ -58,9 +70,8 @@ def _asked(kind: str, what: str) -> str:
     if kind in ("run", "options"):
         text = output_of(what)
         return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())
-    registry = importlib.import_module("expunge.base.registry")
     parts = []
-    for name in registry.names(what):
+    for name in names(what):
         command = f"expunge erase {name}" + (" --preset list" if kind == "presets" else " --help")
         text = output_of(command)
         own = re.sub(r"^ *-{9,}\n", "", text.partition(OWN)[2])  # the rule under the title
@@ -75,3 +86,10 @@ def _block(text: str) -> str:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs' event: a page's Markdown, before it is rendered."""
     return fill(markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """MkDocs' event: a page's HTML. It must load nothing from the network."""
+    if found := FETCHED.search(output):
+        raise SystemExit(f"a page would load from the network: {found[0]}")
+    return output

@@ -35,10 +35,9 @@ from expunge import Concept, Model, Problem
 from expunge.base import registry
 from expunge.base.fields import build
 from expunge.base.files import replacing
-from expunge.evaluation.image_cache import model_hash
-from expunge.evaluation.robustness import robustness
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import hash_for_images
 from expunge.method import Method
 from expunge.methods.ant import ANT
 from expunge.methods.mace import MACE, Lesson
@@ -194,8 +193,14 @@ def judge(
         quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
         fewer = dataclasses.replace(suite(task), sizes={"quick": quick})
         attacked = [
-            robustness(model, edit, fewer, attack, seed=seed)
-            for edit, attack, seed in itertools.product(edits, attacks, range(seeds))
+            result
+            for edit, seed in itertools.product(edits, range(seeds if attacks else 0))
+            for result in expunge.evaluate(
+                model, [edit], [fewer], attacks=attacks, roles=("erased",), seed=seed
+            )
+            .cases[0]
+            .rows[1]
+            .attacks
         ]
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
@@ -225,7 +230,7 @@ def judge(
 def main() -> None:
     """Try what was asked for; the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("method", choices=registry.names("methods"))
+    parser.add_argument("method", choices=registry.list_names("methods"))
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
     parser.add_argument(
         "--preset", default="", help="where to start from; default: emoji, or the defaults"
@@ -234,15 +239,15 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="more images, where the task's suite has them"
     )
-    parser.add_argument("--attack", nargs="*", default=[], choices=registry.names("attacks"))
+    parser.add_argument("--attack", nargs="*", default=[], choices=registry.list_names("attacks"))
     parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
     file = options.results / f"{options.method}.json"
     record: dict[str, Any] = json.loads(file.read_text("utf8")) if file.is_file() else {}
     model = expunge.load("emoji")
-    if record.get("model sha256") != model_hash(model):
-        record = {"model sha256": model_hash(model)}
+    if record.get("model sha256") != hash_for_images(model):
+        record = {"model sha256": hash_for_images(model)}
     cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
     start = options.preset or ("emoji" if "emoji" in cls.presets else "")
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}

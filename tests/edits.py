@@ -8,7 +8,7 @@ from conftest import tiny_pipeline
 from expunge import Concept, Edit, Probe, Problem
 from expunge.base import registry
 from expunge.changes import Gated, LowRank
-from expunge.fingerprint import base, base_hash, places
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from tiny import single_file
 
 PROBE = Probe.of("airplane", 2, num_inference_steps=2)
@@ -18,7 +18,7 @@ def edited(model, changes):
     """An edit of these changes, made from this model."""
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
     record = expunge.erase(model, problem, registry.get("methods", "uce")(general=2)).record
-    object.__setattr__(record, "base", base_hash(base(model.pipe), places(changes)))
+    object.__setattr__(record, "base", hash_base(make_base_reader(model.pipe), list_places(changes)))
     return Edit(tuple(changes), record)
 
 

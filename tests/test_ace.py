@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
-from expunge.changes import Damped, find
+from expunge.changes import Damped, find_layer
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing import reference_images
 from expunge.erasing.prompt_templates import KEPT, TEMPLATES
@@ -106,7 +106,7 @@ def test_one_gate_puts_the_mean_of_the_anchor_in_place_of_the_concept(worded):
     # "airplane" and "sky" are one token each, the last before the end.
     place = worded.encode([template.format("airplane") for template in SHORT]).content_mask.sum(1)
     e, n = (prompts(worded, name)[range(len(SHORT)), place] for name in ("airplane", "sky"))
-    left, apart = ((x.mean(0) - n.mean(0)) @ root.T for x in (change.given(e), e))
+    left, apart = ((x.mean(0) - n.mean(0)) @ root.T for x in (change.change_input(e), e))
     assert left.norm() < 0.01 * apart.norm()
 
 
@@ -116,12 +116,12 @@ def test_what_is_erased_becomes_its_anchor_and_the_rest_stays(worded):
     (change,) = expunge.erase(worded, problem, GATE).changes
     e, n, r = (prompts(worded, name) for name in ("airplane", "sky", "ship"))
     apart = (e - n).mean(0).norm()
-    assert (change.given(e) - n).mean(0).norm() < 0.35 * apart
-    assert (change.given(r) - r).mean(0).norm() < 0.05 * apart
+    assert (change.change_input(e) - n).mean(0).norm() < 0.35 * apart
+    assert (change.change_input(r) - r).mean(0).norm() < 0.05 * apart
     # Words that it was not told to retain.
     for name in ("cat", "horse", "truck"):
         r = prompts(worded, name)
-        assert (change.given(r) - r).mean(0).norm() < 0.1 * apart
+        assert (change.change_input(r) - r).mean(0).norm() < 0.1 * apart
 
 
 def test_several_concepts_share_one_change_and_do_not_disturb_one_another(worded):
@@ -131,8 +131,8 @@ def test_several_concepts_share_one_change_and_do_not_disturb_one_another(worded
     assert len(change.centre) == 2 * (1 + len(BANDS))
     for name, anchor in (("airplane", "sky"), ("dog", "ground")):
         e, n = prompts(worded, name), prompts(worded, anchor)
-        assert (change.given(e) - n).mean(0).norm() < 0.5 * (e - n).mean(0).norm()
-    assert (change.given(prompts(worded, "ship")) - prompts(worded, "ship")).norm() < 0.05 * (
+        assert (change.change_input(e) - n).mean(0).norm() < 0.5 * (e - n).mean(0).norm()
+    assert (change.change_input(prompts(worded, "ship")) - prompts(worded, "ship")).norm() < 0.05 * (
         e - n
     ).norm()
 
@@ -260,7 +260,7 @@ class TestAttention:
             assert len(change.damping) == len(change.centre)
             assert change.damping.amax(1).tolist() == [1.0] * len(change.centre)
             assert set(change.concept.tolist()) == {0, 1}
-            layer = find(worded.pipe, change.layers[0])
+            layer = find_layer(worded.pipe, change.layers[0])
             text = worded.encode(["a photo of the airplane", "a photo of the ship"]).embeddings
             before = layer(text)
             with worded.using(edit):
@@ -287,8 +287,8 @@ class TestAttention:
             "damping": torch.tensor([[0.5, 0.2], [0.4, 0.0]]),
         }  # fmt: skip
         x, y = torch.ones(1, 1, 2), torch.ones(1, 1, 2)
-        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).output(x, y)
-        twice = Damped(("a",), **shared).output(x, y)
+        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).change_output(x, y)
+        twice = Damped(("a",), **shared).change_output(x, y)
         torch.testing.assert_close(once[0, 0], torch.tensor([0.5, 0.8]))
         torch.testing.assert_close(twice[0, 0], torch.tensor([0.3, 0.8]))
 
@@ -355,7 +355,7 @@ def vector_left(model, change, name, anchor, templates):
     """The share of ‖W (p − p_anchor)‖ that a layer is still told of a prompt's vector p."""
     (entry,) = model.pooled_entries()
     assert change.layers == (entry.layer,)
-    layer = find(model.pipe, entry.layer)
+    layer = find_layer(model.pipe, entry.layer)
     e, n = (model.encode([t.format(x) for t in templates]).pooled for x in (name, anchor))
     sizes = torch.randn(len(e), layer.in_features - e.shape[1])
 
@@ -447,16 +447,16 @@ class TestHarden:
         apart = _apart(root, e, n)
         lacks, offs = [], []
         for change in (soft, hard):
-            found, lack = bounded(lambda x, c=change: _apart(root, c.given(x), e), e, 0.4, 20)
+            found, lack = bounded(lambda x, c=change: _apart(root, c.change_input(x), e), e, 0.4, 20)
             lacks.append(float(lack / apart))
-            offs.append(float(_apart(root, change.given(found), n) / apart))
+            offs.append(float(_apart(root, change.change_input(found), n) / apart))
         assert 1 - lacks[0] ** 0.5 > 0.4  # the share that it brings back
         assert lacks[1] > 1.5 * lacks[0]
         # What the attack gets instead is the anchor, rather than anything else,
         assert offs[1] < 0.9 * offs[0]
         # so does the plain prompt, and what is retained stays.
-        assert _apart(root, hard.given(e), n) < 0.15 * apart
-        assert _apart(root, hard.given(r), r) < 0.01 * apart
+        assert _apart(root, hard.change_input(e), n) < 0.15 * apart
+        assert _apart(root, hard.change_input(r), r) < 0.01 * apart
 
     @torch.no_grad()
     def test_retention_weighs_the_same_however_much_the_model_sees_of_its_text(self, model, problem):
@@ -528,7 +528,7 @@ class TestHarden:
 
         def given(**fields):
             (change,) = expunge.erase(model, problem, dataclasses.replace(method, **fields)).changes
-            return change.given(e)
+            return change.change_input(e)
 
         closed = given(stages=("gate",))
         assert (

@@ -10,7 +10,7 @@ import expunge
 from edits import PROBE, drawn
 from expunge import Concept, ExpungeError, Problem
 from expunge.base import registry
-from expunge.changes import find
+from expunge.changes import find_layer
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from tiny import PIPELINES
@@ -70,6 +70,6 @@ def test_a_layer_in_memory_is_found_in_both_layouts_of_clip(pipe):
     for encoder in (tower, OldLayout(tower)):
         pipe.text_encoder = encoder
         for name in ("encoder", "text_model.encoder"):
-            assert find(pipe, f"text_encoder.{name}.layers.0.self_attn.q_proj") is layer
+            assert find_layer(pipe, f"text_encoder.{name}.layers.0.self_attn.q_proj") is layer
     with pytest.raises(ExpungeError, match="has no layer text_encoder.encoder.nothing"):
-        find(pipe, "text_encoder.encoder.nothing")
+        find_layer(pipe, "text_encoder.encoder.nothing")

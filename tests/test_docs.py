@@ -21,8 +21,10 @@ from expunge.base import registry
 from expunge.checkpoints import loading
 from expunge.checkpoints.export import export
 from expunge.cli.main import main
+from expunge.evaluation.cells import Size
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.suite import Size, Suite
+from expunge.evaluation.suite import Suite
+from expunge.methods.uce import UCE
 from test_imports import ORDER
 from tiny import single_file
 
@@ -164,12 +166,24 @@ def test_the_readme_shows_the_main_job():
 
 
 @cache
+def hooks():
+    """What fills the site's reference pages."""
+    spec = importlib.util.spec_from_file_location("hooks", HERE / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
 def help_of(command, method=""):
     """The help of a command, as a person reads it."""
-    spec = importlib.util.spec_from_file_location("hooks", HERE / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    return hooks.output_of(f"expunge {command} {method} --help")
+    return hooks().output_of(f"expunge {command} {method} --help")
+
+
+@cache
+def first_words(command):
+    """The first words of the lines that a command prints."""
+    return {line.split()[0] for line in hooks().output_of(command).splitlines()}
 
 
 def typed():
@@ -211,11 +225,12 @@ def check(arguments, page):
             method = "uce"
         elif method == "dim":  # the tutorial's own, which is not in the folder
             return
-        assert method in registry.names("methods"), (page, arguments)
+        assert method in hooks().names("methods"), (page, arguments)
         if "--preset" in arguments:
             preset = arguments[arguments.index("--preset") + 1]
             if preset != "list":
-                assert preset in registry.get("methods", method).presets, (page, arguments)
+                known = first_words(f"expunge erase {method} --preset list")
+                assert preset in known, (page, arguments)
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(command, method)))
     for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         assert option in known or option == "--help", (page, arguments, option)
@@ -223,7 +238,8 @@ def check(arguments, page):
 
 @pytest.mark.parametrize("name", ["uce", "mace", "ace", "ant"])
 def test_a_method_page_names_real_fields(name):
-    known = {field.name for field in dataclasses.fields(registry.get("methods", name))}
+    own = help_of("erase", name).partition("method options")[2]
+    known = {option[2:].replace("-", "_") for option in re.findall(r"--[a-z][a-z-]*", own)}
     lines = TEXTS[f"docs/explanation/{name}.md"].splitlines()
     named = set()
     for start, line in enumerate(lines):
@@ -265,6 +281,14 @@ def test_every_page_is_in_the_contents():
         assert page.removeprefix("docs/") in nav, page
 
 
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks"])
+def test_every_script_is_listed(folder):
+    scripts = [path.relative_to(HERE / folder) for path in sorted((HERE / folder).rglob("*.py"))]
+    assert len(scripts) > 10
+    missing = [str(path) for path in scripts if str(path) not in TEXTS[f"{folder}/README.md"]]
+    assert not missing
+
+
 def test_the_drawing_names_every_room():
     drawing = (HERE / "docs" / "images" / "architecture-rooms.svg").read_text("utf-8")
     words = set(re.findall(r"\w+", drawing))
@@ -276,37 +300,45 @@ def test_the_site_loads_nothing_from_the_network():
     assert "font: false" in config
     assert not re.search(r"https?://", config)
     assert "mermaid" not in config  # the theme fetches it
+    here = '<a href="https://arxiv.org"><img src="a.png"><link rel="stylesheet" href="../a.css">'
+    assert hooks().on_post_page(here) == here
+    for page in (
+        '<img alt="" src="https://x.org/a.png">',
+        "<script async src=//x.org/a.js></script>",
+        '<link href="https://fonts.x.org/css" rel="stylesheet">',
+    ):
+        with pytest.raises(SystemExit, match="x.org"):
+            hooks().on_post_page(here + page)
 
 
 def test_reference_pages_are_filled_by_the_program():
-    spec = importlib.util.spec_from_file_location("hooks", HERE / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    page = hooks.fill(TEXTS["docs/reference/cli.md"])
+    page = hooks().fill(TEXTS["docs/reference/cli.md"])
     for command in ("draw", "erase", "evaluate", "run", "export", "merge", "undo", "info", "list"):
         assert f"usage: expunge {command}" in page
     erase = page.partition("## erase")[2].partition("## evaluate")[0]
     assert "--retain" in erase
     assert "--ridge" not in erase
-    page = hooks.fill(TEXTS["docs/reference/methods.md"])
-    for method in registry.names("methods"):
+    page = hooks().fill(TEXTS["docs/reference/methods.md"])
+    for method in hooks().names("methods"):
         assert f"### {method}\n" in page
     assert "--ridge" in page
     assert "usage:" not in page.partition("## Fields")[2]
     with pytest.raises(SystemExit, match="failed"):
-        hooks.output_of("expunge list nothing")
+        hooks().output_of("expunge list nothing")
 
 
 def test_peft_reads_the_lora_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     model = expunge.load("emoji")
-    method = registry.get("methods", "uce")(general=5)
-    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), UCE(general=5))
     export(edit, "lora", "emoji", "no-airplane-lora.safetensors")
     (block,) = (block for block in blocks("docs/how-to/export.md") if block.language == "py")
     names = {"DiffusionPipeline": DiffusionPipeline}
-    exec(block.text.replace("OWNER/MODEL", str(registry.HERE / "emoji" / "pipeline")), names)
+    exec(
+        block.text.replace("OWNER/MODEL", str(Path(expunge.__file__).parent / "emoji" / "pipeline")),
+        names,
+    )
     assert any("lora" in name for name, _ in names["pipe"].unet.named_parameters())
 
 

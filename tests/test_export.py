@@ -18,7 +18,7 @@ from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import LowRank
 from expunge.checkpoints.export import export
 from expunge.checkpoints.linearize import fit_static_weights
-from expunge.fingerprint import places
+from expunge.fingerprint import list_places
 
 
 def test_a_diffusers_folder(folder, uce, tmp_path):
@@ -45,7 +45,9 @@ def test_only_changed_tensors_differ(folder, uce, tmp_path):
     old, new = load_file(folder / name), load_file(tmp_path / "out" / name)
     assert list(old) == list(new)
     differing = {key for key in old if not torch.equal(old[key], new[key])}
-    assert differing == {f"{layer.removeprefix('unet.')}.weight" for layer, _ in places(edit.changes)}
+    assert differing == {
+        f"{layer.removeprefix('unet.')}.weight" for layer, _ in list_places(edit.changes)
+    }
     assert all(old[key].dtype == new[key].dtype for key in old)
 
 

@@ -13,7 +13,7 @@ from expunge.changes import Dense, LowRank, Right
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from expunge.checkpoints.text_moments import read_text_moments
-from expunge.fingerprint import places
+from expunge.fingerprint import list_places
 from expunge.ops.low_rank import shared
 from tiny import PIPELINES
 
@@ -33,7 +33,7 @@ def test_a_lora_of_a_low_rank_edit_is_exact(tiny, name, to, tmp_path):
     wanted = drawn(model, edit)
     assert (wanted - model.draw(PROBE)).abs().max() > 1e-3
     torch.testing.assert_close(fused.draw(PROBE), wanted, rtol=0, atol=1e-3)
-    for layer, parameter in places(edit.changes):
+    for layer, parameter in list_places(edit.changes):
         with model.using(edit):
             torch.testing.assert_close(fused.weight(layer), model.weight(layer), rtol=1e-4, atol=1e-5)
         assert parameter == "weight"
@@ -53,7 +53,7 @@ def test_diffusers_loads_every_key(tiny, name, to, tmp_path):
     pipe = PIPELINES[name]()
     pipe.load_lora_weights(str(path))
     loaded = {key for key, _ in getattr(pipe, model.denoiser).named_parameters() if "lora_" in key}
-    assert len(loaded) == 2 * len(places(edit.changes))
+    assert len(loaded) == 2 * len(list_places(edit.changes))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     again = expunge.load(pipe)

@@ -520,8 +520,10 @@ class TestMasks:
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
             drawn = image_files.to_pil(torch.rand(3, 16, 16))
-            image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            image_files.save(image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            image_files.save_image(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
+            image_files.save_image(
+                image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png"
+            )
         return tmp_path
 
     @staticmethod
@@ -582,9 +584,9 @@ class TestMasks:
         [
             ("no images", "has no images of 'airplane'"),
             ("no folder", "there is no folder .*elsewhere"),
-            ("broken image", "cannot read .*one.png: it is no whole image"),
+            ("broken image", "cannot read .*one.png: it is not a whole image"),
             ("small image", "one.png: an image is 8 × 12 pixels; this model draws 16 × 16"),
-            ("broken mask", "cannot read .*two.png: it is no whole image"),
+            ("broken mask", "cannot read .*two.png: it is not a whole image"),
             ("no mask", "the mask of .*two.png is missing: there is no .*two.png"),
             ("small mask", "the mask .*one.png is 8 × 8 pixels, its image 16 × 16"),
             ("empty mask", "the mask of .*one.png is empty"),

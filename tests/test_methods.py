@@ -14,7 +14,7 @@ from expunge.base import registry
 from expunge.erasing.prompt_templates import RETAINED
 from expunge.methods.uce import TEMPLATES, UCE
 
-METHODS = registry.names("methods")
+METHODS = registry.list_names("methods")
 
 
 def test_the_folder_is_the_list():
@@ -67,7 +67,7 @@ class TestContract:
         assert again.hash == edit.hash
         assert again.record.problem == edit.record.problem
         assert again.record.seed == 3
-        assert again.record.method == type(method).__module__.rpartition(".")[2]
+        assert again.record.method == registry.name_of("methods", type(method))
         assert again.fits(model)
         probe = Probe.of("airplane", num_inference_steps=2)
         drawn = []

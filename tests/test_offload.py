@@ -74,7 +74,7 @@ def test_what_gradients_flow_back_through_stays(both):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize("name", registry.list_names("methods"))
 def test_a_method_makes_the_same_edit(name):
     kind = registry.get("methods", name)
     method = kind.preset("fast") if "fast" in kind.presets else kind(general=5)

@@ -13,7 +13,7 @@ from expunge.checkpoints.pace import Pace, format_duration, make_printer, time_m
 from expunge.erasing.caption_gram import captions, prior, unread
 from expunge.runtime import threads
 from expunge.runtime.cost import Cost
-from expunge.runtime.threads import Threads, Ticks, others, share
+from expunge.runtime.threads import Threads, Ticks, choose_threads, count_busy_cores
 
 
 class Clock:
@@ -215,9 +215,9 @@ class TestThreads:
         state = {"threads": 2}
         monkeypatch.setattr(torch, "get_num_threads", lambda: state["threads"])
         monkeypatch.setattr(torch, "set_num_threads", lambda n: state.update(threads=n))
-        for name in threads.ASKED:
+        for name in threads.CHOSEN_BY_USER:
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(threads, "cores", lambda: 2.0)
+        monkeypatch.setattr(threads, "count_cores", lambda: 2.0)
         monkeypatch.setattr(threads.time, "sleep", lambda _: None)
         return state
 
@@ -230,7 +230,7 @@ class TestThreads:
             busy[0] += used[min(at, len(used) - 1)]
             return Ticks(10.0 * at, 10 * busy[0], 0.0)
 
-        monkeypatch.setattr(threads, "ticks", ticks)
+        monkeypatch.setattr(threads, "read_ticks", ticks)
         monkeypatch.setattr(threads.time, "monotonic", lambda: 1e6)
 
     def test_as_many_as_cores_are_free(self, monkeypatch, two):
@@ -247,31 +247,31 @@ class TestThreads:
             seen = []
             for _ in range(3):
                 seen.append(two["threads"])
-                found.look()
+                found.adjust()
         assert seen == [2, 1, 2]
 
     def test_small_networks_have_one(self, two):
         with Threads(small=True) as found:
             assert two["threads"] == 1
-            found.look()
+            found.adjust()
             assert two["threads"] == 1
         assert two["threads"] == 2
 
-    @pytest.mark.parametrize("name", threads.ASKED)
+    @pytest.mark.parametrize("name", threads.CHOSEN_BY_USER)
     def test_who_has_chosen_is_left_alone(self, monkeypatch, two, name):
         monkeypatch.setenv(name, "2")
         with Threads(small=True):
             assert two["threads"] == 2
 
     def test_a_system_that_does_not_say(self, monkeypatch, two):
-        monkeypatch.setattr(threads, "ticks", lambda: None)
+        monkeypatch.setattr(threads, "read_ticks", lambda: None)
         with Threads() as found:
-            found.look()
+            found.adjust()
             assert two["threads"] == 2
 
     def test_shares(self):
-        assert others(Ticks(0, 10, 4), Ticks(2, 14, 5)) == pytest.approx(1.5)
-        assert [share(4, free) for free in (4.0, 3.9, 2.5, 0.0, -1.0)] == [4, 4, 2, 1, 1]
+        assert count_busy_cores(Ticks(0, 10, 4), Ticks(2, 14, 5)) == pytest.approx(1.5)
+        assert [choose_threads(4, free) for free in (4.0, 3.9, 2.5, 0.0, -1.0)] == [4, 4, 2, 1, 1]
 
 
 def test_the_shipped_model_is_small_and_a_large_one_is_not(model):

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from expunge import Concept, ExpungeError, Probe, Problem
-from expunge.base.errors import unknown
+from expunge.base.errors import UnknownNameError
 from expunge.base.fields import build
 from expunge.erasing.object_masks import from_folder
 from expunge.erasing.reference_images import Examples, folder_of
 from expunge.evaluation.experiment import _problems
 from expunge.methods.uce import UCE
 from expunge.model import ANCHORS
-from expunge.problem import KINDS, key
+from expunge.problem import KINDS, normalize_name
 
 
 def test_overlaps_are_of_whole_words():
@@ -107,9 +107,9 @@ def test_a_probe_gives_every_prompt_the_same_seeds():
 
 
 def test_an_unknown_name_is_a_conversation():
-    assert "did you mean 'uce'" in str(unknown("method", "UEC", ["uce"]))
-    assert "known: uce" in str(unknown("method", "zzzzzz", ["uce"]))
-    assert "known: none" in str(unknown("method", "zzzzzz", []))
+    assert "did you mean 'uce'" in str(UnknownNameError("method", "UEC", ["uce"]))
+    assert "known: uce" in str(UnknownNameError("method", "zzzzzz", ["uce"]))
+    assert "known: none" in str(UnknownNameError("method", "zzzzzz", []))
 
 
 SAME = [
@@ -134,7 +134,7 @@ SAME = [
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_a_name_in_another_spelling_is_the_same(one, other):
-    assert key(one) == key(other)
+    assert normalize_name(one) == normalize_name(other)
     for first, second in ((one, other), (other, one)):
         with pytest.raises(ExpungeError, match="both erased and retained"):
             Problem((Concept(first, ""),), (second,))
@@ -159,7 +159,7 @@ def test_names_that_look_different_are_different():
         "cat",
         "ca t",
     ]
-    assert len({key(name) for name in names}) == len(names)
+    assert len({normalize_name(name) for name in names}) == len(names)
     assert Concept(family).name == family
     assert Concept(scotland).name == scotland
 

@@ -18,7 +18,7 @@ from expunge.checkpoints.export import export
 from expunge.checkpoints.undo import undo
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
-from expunge.fingerprint import places
+from expunge.fingerprint import list_places
 from tiny import single_file
 
 PROBLEM = Problem((Concept("airplane", "sky"),), ("ship",))
@@ -146,7 +146,7 @@ def test_a_single_file_of_the_denoiser_alone(tiny, name, tmp_path):
     new = load_file(tmp_path / "out.safetensors")
     assert list(new) == list(load_file(path))
     differing = {key for key in state if not torch.equal(state[key], new[key])}
-    assert len(differing) == len(places(edit.changes))
+    assert len(differing) == len(list_places(edit.changes))
     again = expunge.load(tmp_path / "out.safetensors", config=tiny[name])
     again.sample_size = 8
     torch.testing.assert_close(again.draw(PROBE), drawn(model, edit), rtol=0, atol=1e-3)

@@ -65,7 +65,7 @@ def trained() -> dict[str, set[str]]:
     """All that a method erases in: the shared lists, its own, its defaults' and its presets'."""
     lists = {f"{kind}": set(texts) for kind, texts in TEMPLATES.items()}
     lists |= {f"UCE {kind}": set(texts) for kind, texts in uce.TEMPLATES.items()}
-    for name in registry.names("methods"):
+    for name in registry.list_names("methods"):
         cls = registry.get("methods", name)
         for preset in ("", *cls.presets):
             method = cls.preset(preset) if preset else cls()
@@ -76,7 +76,7 @@ def trained() -> dict[str, set[str]]:
 def held() -> set[str]:
     """All that what stays is kept in."""
     some = {*RETAINED, *KEPT.values(), GENERAL}
-    for name in registry.names("methods"):
+    for name in registry.list_names("methods"):
         cls = registry.get("methods", name)
         for preset in ("", *cls.presets):
             method = cls.preset(preset) if preset else cls()
@@ -164,7 +164,7 @@ def shapes(templates):
     return [re.compile(re.escape(words).replace(HOLE, "(.+)")) for words in sorted(told)]
 
 
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize("name", registry.list_names("methods"))
 def test_no_method_reads_what_stays_as_it_erases_or_is_judged(model, monkeypatch, name):
     """Whatever a method reads: but for the erased and their anchors, nothing stands in words that
     something is erased in, and what is retained in none that a suite judges by."""

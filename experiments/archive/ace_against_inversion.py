@@ -35,8 +35,8 @@ from expunge.attacks.embedding import Embedding
 from expunge.base.files import replacing
 from expunge.changes import Change, Gated, Right
 from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.robustness import robustness
 from expunge.methods.uce import UCE
 from expunge.ops.finetune import frozen
 from expunge.ops.gates import stacked
@@ -174,7 +174,7 @@ def main() -> None:
     problems = tuple(p for p in experiment.problems if p.erase[0].name == options.word)
     methods = tuple(one for one in experiment.methods if one["name"] == "ace")
     (job,) = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
-    edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+    edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
     assert isinstance(edit, Edit)
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=6)
@@ -184,7 +184,11 @@ def main() -> None:
     for name, make in TRIED.items():
         changed = dataclasses.replace(edit, changes=tuple(make(model, job.problem, edit)))
         with model.autocasting(torch.bfloat16):
-            record["rows"][name] = robustness(model, changed, suite, "inversion", name=name).to_dict()
+            candidate = Candidate.of(changed, name)
+            report = expunge.evaluate(
+                model, [candidate], [suite], attacks=["inversion"], roles=("erased",)
+            )
+        record["rows"][name] = report.cases[0].rows[1].attacks[0].to_dict()
         with replacing(HERE / "results" / "ace" / "against_inversion.json") as file:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         print(name, record["rows"][name]["ASR"], flush=True)

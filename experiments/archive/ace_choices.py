@@ -32,7 +32,7 @@ from expunge import Concept, Model, Probe, Problem
 from expunge.attacks.embedding import Embedding
 from expunge.base.files import replacing
 from expunge.changes import Changes
-from expunge.evaluation.suite import SuiteConcept
+from expunge.evaluation.cells import SuiteConcept
 from expunge.methods.ace import ACE
 from expunge.runtime.context import RunContext
 

@@ -22,7 +22,7 @@ import torch
 import expunge
 from expunge import Model, Problem
 from expunge.base.files import replacing
-from expunge.changes import find
+from expunge.changes import find_layer
 from expunge.erasing.guidance_training import Steering, TrainingConcept, layers_of
 from expunge.methods.ant import ANT
 from expunge.ops.low_rank import each_its_own
@@ -56,7 +56,7 @@ def left(model: Model, problem: Problem, method: ANT) -> float:
     method = dataclasses.replace(method, through_fusion=False)
     factors = method.train(model, problem, run, *method._sums(model, problem, run))[concept.name]
     layers = layers_of(model, "text")
-    modules = [find(model.pipe, layer) for layer in layers]
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     ups, downs = ([factors[f"{layer}.{side}"][None] for layer in layers] for side in ("up", "down"))
     steering = Steering(model, method.course)
     text = model.encode(method._prompts(model, concept))

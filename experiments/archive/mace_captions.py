@@ -25,7 +25,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.erasing.caption_gram import captions_for, prior
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import hash_for_images
 from expunge.methods.mace import MACE, Sums
 from expunge.runtime.context import RunContext
 
@@ -103,7 +103,7 @@ def main() -> None:
     record = {
         "not measured": "COCO's captions, the paper's: they do not ship and could not be had here",
         "rows": rows,
-        "model sha256": model_hash(model),
+        "model sha256": hash_for_images(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
     }
     with replacing(Path(__file__).parents[1] / "results" / "mace_captions.json") as file:

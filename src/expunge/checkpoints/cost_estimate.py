@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expunge.base.files import size
+from expunge.base.files import format_bytes
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.loading import read_index
@@ -116,12 +116,14 @@ class CostEstimate:
         Args:
             cost: the work; None where the method does not say how much it needs.
         """
-        parts = ", ".join(f"{name} {size(n * self.itemsize)}" for name, n in self.parameters.items())
+        parts = ", ".join(
+            f"{name} {format_bytes(n * self.itemsize)}" for name, n in self.parameters.items()
+        )
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
         turns = ", parts in turn" if len(self.resident_parts) > 1 else ""
         lines = [
             f"weights: {parts}{alone}",
-            f"memory: {size(self.memory)} of weights on the device{turns}",
+            f"memory: {format_bytes(self.memory)} of weights on the device{turns}",
             f"a prompt takes about {_format_seconds(self.prompt_seconds)}"
             + ("" if alone else f", a prediction about {_format_seconds(self.prediction_seconds)}"),
         ]

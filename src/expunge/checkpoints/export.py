@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
 from expunge.base.files import read_header
-from expunge.changes import check_numbers
+from expunge.changes import check_finite
 from expunge.checkpoints import hub
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote, serialise_notes
@@ -116,7 +116,7 @@ def export(
     """
     output = Path(output)
     _check_values(to, output, rank, energy)
-    check_numbers(edit.changes, "the edit")
+    check_finite(edit.changes, "the edit")
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     _check_kind(to, checkpoint)
@@ -211,7 +211,7 @@ def _check_values(to: str, output: Path, rank: int | None, energy: float) -> Non
         ExpungeError: one is out of range.
     """
     if to not in TARGETS:
-        raise unknown("form to export to", to, TARGETS)
+        raise UnknownNameError("form to export to", to, TARGETS)
     if rank is not None and rank < 1:
         raise ExpungeError(f"the rank of a LoRA must be at least 1, not {rank}")
     if not 0 < energy <= 1:
@@ -258,7 +258,7 @@ def _check_output(output: Path) -> None:
 
 def _describe_readers(form: str, checkpoint: Checkpoint, base: str) -> str:
     """A note of which model a LoRA is for, and which programs read it."""
-    if checkpoint.name in registry.names("models"):
+    if checkpoint.name in registry.list_names("models"):
         # Shipped models have other widths than any model that the programs know.
         alike = f", which is built like {base} but smaller" if base else ""
         return f"For {checkpoint.name} alone{alike}: diffusers loads it."

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_numbers
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_finite
 from expunge.checkpoints.weight_changes import (
     Place,
     compose_linear,
@@ -24,12 +24,12 @@ from expunge.checkpoints.weight_changes import (
 from expunge.edit import Edit, Record
 from expunge.erasing.caption_gram import captions, prior
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.erasure import versions
-from expunge.fingerprint import base, base_hash, places
+from expunge.erasure import read_versions
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
 from expunge.ops.least_squares import fused, gram, widened
 from expunge.ops.low_rank import balanced
-from expunge.problem import Problem, key
+from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
 POOLED_CAPTIONS = 500
@@ -52,7 +52,7 @@ def merge(
     *,
     ridge: float = 1.0,
     prior_scale: float = 0.1,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Edit:
     """Merge edits into one that erases what all of them erase.
 
@@ -90,7 +90,7 @@ def merge(
     _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_numbers(edit.changes, f"edit {number} of those to merge")
+        check_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
@@ -126,10 +126,10 @@ def merge(
         fields={"ridge": ridge, "prior_scale": prior_scale, "of": [edit.hash for edit in edits]},
         problem=problem,
         model=edits[0].record.model,
-        base=base_hash(base(model), places(changes)),
+        base=hash_base(make_base_reader(model), list_places(changes)),
         seed=0,
         seconds=round(time.monotonic() - start, 3),
-        versions=versions(),
+        versions=read_versions(),
         family=type(model).__name__,
     )
     return Edit(tuple(changes), record)
@@ -139,12 +139,12 @@ def join_problems(problems: Sequence[Problem]) -> Problem:
     """Join problems into one that erases all they erase, and retains the rest of what they retain."""
     concepts, seen = [], set[str]()
     for concept in (concept for problem in problems for concept in problem.erase):
-        names = tuple(name for name in concept.names if key(name) not in seen)
-        seen |= set(map(key, names))
+        names = tuple(name for name in concept.names if normalize_name(name) not in seen)
+        seen |= set(map(normalize_name, names))
         if names:
             concepts.append(dataclasses.replace(concept, name=names[0], synonyms=names[1:]))
     retained = dict.fromkeys(text for problem in problems for text in problem.retain)
-    lost = [text for text in retained if key(text) in seen]
+    lost = [text for text in retained if normalize_name(text) in seen]
     if lost:
         warnings.warn(
             f"one edit retains what another erases, and it will be erased: {', '.join(lost)}",
@@ -166,8 +166,8 @@ def _check_anchors(edits: Sequence[Edit]) -> None:
             continue
         for concept in edit.record.problem.erase:
             for name in concept.names:
-                first, second = anchors.setdefault(key(name), concept.anchor), concept.anchor
-                if key(first or "") != key(second or ""):
+                first, second = anchors.setdefault(normalize_name(name), concept.anchor), concept.anchor
+                if normalize_name(first or "") != normalize_name(second or ""):
                     one, other = (
                         repr(x) if x else "what the empty prompt draws" for x in (first, second)
                     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.erasing.caption_gram import captions
 from expunge.model import Model
 from expunge.ops.finetune import frozen
@@ -78,7 +78,7 @@ class Pace:
         totals: dict[str, float],
         unit_seconds: dict[str, float],
         overhead: float = 0.0,
-        tell: Progress = quiet,
+        tell: Progress = ignore_progress,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.overhead, self.tell, self.clock = model, overhead, tell, clock

@@ -16,7 +16,7 @@ from expunge.checkpoints.erasure_notes import ErasureNote
 from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
 from expunge.checkpoints.weight_changes import Place, group_by_place, require_weights
 from expunge.edit import Edit
-from expunge.fingerprint import same_base
+from expunge.fingerprint import is_same_base
 
 MAX_CONDITION = 1e6
 """The condition number of a matrix beyond which its inverse, applied to float32 weights, is mostly
@@ -81,7 +81,7 @@ def _copy_from(source: Checkpoint, last: ErasureNote) -> dict[Place, TensorUpdat
         raise ExpungeError(
             f"{source.name} is {source.family.__name__}, and what was erased was {last.record.family}"
         )
-    if not same_base(source.read, last.places, last.record.base):
+    if not is_same_base(source.read, last.places, last.record.base):
         raise ExpungeError(
             f"{source.name} has other weights than the model that was erased; it cannot be put back"
         )

@@ -14,9 +14,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.base.files import cache_folder, read_header, replacing
-from expunge.changes import content
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
+from expunge.base.files import find_cache_folder, read_header, replacing
+from expunge.changes import encode_tensor
 from expunge.erasing.prompt_templates import GENERAL
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -64,7 +64,7 @@ def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) 
     run = run or RunContext()
     if not captions:
         raise ExpungeError("a prior needs captions, and there is none")
-    file = cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
+    file = find_cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
     if file.is_file():
         try:
             count = int(read_header(file)["__metadata__"]["count"])
@@ -111,7 +111,7 @@ def captions(source: str) -> tuple[str, ...]:
     elif data_set:
         lines = _from_hub(source)
     else:
-        raise unknown("set of captions", source, [*shipped, VOCABULARY])
+        raise UnknownNameError("set of captions", source, [*shipped, VOCABULARY])
     found = tuple(filter(None, (line.strip() for line in lines)))
     if not found:
         raise ExpungeError(f"{source} has no captions")
@@ -148,7 +148,7 @@ def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> 
     if source != VOCABULARY and not Path(source).is_file() and "/" in source:
         return 0
     found = captions(source) if model is None else captions_for(model, source, erased)
-    kept = cache_folder() / "priors"
+    kept = find_cache_folder() / "priors"
     if model is not None and kept.is_dir() and any(kept.iterdir()):
         return 0 if (kept / f"{text_hash(model, found)}.safetensors").is_file() else len(found)
     return len(found)
@@ -189,7 +189,7 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
     for name, part in sorted(model.pipe.components.items()):
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():
-                digest.update(key.encode() + content(tensor))
+                digest.update(key.encode() + encode_tensor(tensor))
         elif name.startswith("tokenizer") and part is not None:
             state = json.loads(part.backend_tokenizer.to_str())
             state |= {"padding": None, "truncation": None}  # these are of the last call
@@ -220,6 +220,6 @@ def _from_hub(source: str) -> list[str]:
             )
         (column,) = texts
     if column not in data.column_names:
-        raise unknown("column", column, data.column_names)
+        raise UnknownNameError("column", column, data.column_names)
     cells = (cell if isinstance(cell, list) else [cell] for cell in data[column])
     return [str(text) for cell in cells for text in cell if text is not None]

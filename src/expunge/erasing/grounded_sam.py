@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SEGMENTER = "facebook/sam-vit-base"
@@ -50,7 +50,7 @@ class GroundedSAM:
 
         name = detector
         try:
-            with quietly():
+            with silence_libraries():
                 tokenizer = AutoTokenizer.from_pretrained(detector)
                 finder = GroundingDinoForObjectDetection.from_pretrained(detector, use_safetensors=True)
                 name = segmenter

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.changes import Change, Changes, Dense, Sparse, find, named_layers
+from expunge.changes import Change, Changes, Dense, Sparse, find_layer, iterate_layers
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, broke_off, diverged, frozen, minimise
 from expunge.ops.in_place import InPlace
@@ -25,7 +25,7 @@ from expunge.ops.low_rank import each_its_own, first_factors
 from expunge.ops.trajectory import Asked, Objective, Predictions
 from expunge.ops.trajectory import Side as PointSide
 from expunge.runtime.context import RunContext, Tensors
-from expunge.runtime.schedulers import matches_flow
+from expunge.runtime.schedulers import is_flow_matching
 from expunge.text import Text
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
@@ -136,8 +136,8 @@ class Steering:
     def __init__(self, model: Model, course: TrajectoryConfig) -> None:
         scheduler = course.scheduler
         if scheduler == "auto":
-            scheduler = "" if matches_flow(model.pipe.scheduler) else "DDIM"
-        model = model.sampled_by(scheduler)
+            scheduler = "" if is_flow_matching(model.pipe.scheduler) else "DDIM"
+        model = model.with_scheduler(scheduler)
         self.model, self.course, self.objective = model, course, course.objective
         self.timesteps = model.timesteps(course.num_inference_steps or None)
         self.scale = model.noise_scale()
@@ -272,7 +272,7 @@ class Steering:
         return subject.anchor or self.empty[[0] * len(subject.text)]
 
     def _run(self, text: Text, seeds: Sequence[int], at: Sequence[int]) -> list[Tensor]:
-        passed = self.model.passing(
+        passed = self.model.denoise_at(
             text,
             seeds,
             at=at,
@@ -408,7 +408,7 @@ def part_of(model: Model, part: Part) -> dict[str, nn.Parameter]:
     component = entries[0].partition(".")[0]
     found = {
         f"{component}.{layer}.{name}": parameter
-        for layer, module in named_layers(getattr(model.pipe, component))
+        for layer, module in iterate_layers(getattr(model.pipe, component))
         for name, parameter in module.named_parameters(recurse=False)
     }
     if part == "denoiser":
@@ -441,7 +441,7 @@ def layers_of(model: Model, which: Layers) -> tuple[str, ...]:
     if which == "text":
         return entries
     component = entries[0].partition(".")[0]
-    modules = dict(named_layers(getattr(model.pipe, component)))
+    modules = dict(iterate_layers(getattr(model.pipe, component)))
     blocks = tuple(f"{k}." for k, m in modules.items() if type(m).__name__ in BLOCKS)
     if which == "blocks" and not blocks:
         raise ExpungeError(
@@ -522,7 +522,7 @@ def train_weights(
                 break
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 good = [value.clone() for value in trained.values]
-                run.keep_checkpoint("training", _state(trained, optimiser, numbers, losses))
+                run.save_checkpoint("training", _state(trained, optimiser, numbers, losses))
             losses.append(loss)
             for value, gradient in zip(trained.values, gradients, strict=True):
                 value.grad = gradient
@@ -617,7 +617,7 @@ def train_factors(
             a later step will make of B D, and B D is returned.
     """
     model, n = steering.model, len(subjects)
-    modules = [find(model.pipe, layer) for layer in layers]
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     ups, downs = first_factors(modules, rank, [run.generator("factors", s.name) for s in subjects])
     entries = {entry.layer for entry in model.text_entries()}
     between = torch.stack(list(through)).to(downs[0]) if through else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from expunge.base import image_files
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.erasing.reference_images import Examples, folder_of
 from expunge.model import Model
 from expunge.ops.attention import grid, read_attention
@@ -56,7 +56,7 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
         drawn = torch.cat([model.decode(one) for one in examples.latents.split(1)])
         masks = GroundedSAM.load()(drawn, examples.concept)
     elif not Path(source).is_dir():
-        raise unknown("folder or other source of masks", source, SOURCES)
+        raise UnknownNameError("folder or other source of masks", source, SOURCES)
     else:
         masks = from_folder(source, model, examples)
     for i, mask in enumerate(masks):
@@ -126,7 +126,7 @@ def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
         if not path.is_file():
             raise ExpungeError(f"the mask of {file} is missing: there is no {path}")
         # What a mask leaves transparent is not the concept.
-        mask, image = image_files.read(path, background="black"), image_files.read(file)
+        mask, image = image_files.read_image(path, background="black"), image_files.read_image(file)
         if mask.shape != image.shape:
             sizes = [" × ".join(map(str, p.shape[:0:-1])) for p in (mask, image)]
             raise ExpungeError(f"the mask {path} is {sizes[0]} pixels, its image {sizes[1]}")

@@ -32,7 +32,7 @@ def widened(gated: Gated, inputs: int) -> Gated:
 def through(change: InputChange, vectors: Tensor, inputs: int) -> Tensor:
     """What a layer that is so wide is given in the place of vectors (n, d): (n, d)."""
     width = vectors.shape[-1]
-    return change.given(pad(vectors, (0, inputs - width)))[..., :width]
+    return change.change_input(pad(vectors, (0, inputs - width)))[..., :width]
 
 
 def given(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
@@ -60,6 +60,6 @@ def remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None
         gated: the edit; None for none.
     """
     w = weight.double().T
-    after = rows if gated is None else gated.given(rows)
+    after = rows if gated is None else gated.change_input(rows)
     left, apart = (((x - neutral).double() @ w).square().sum() for x in (after, rows))
     return float((left / apart.clamp(min=1e-30)).sqrt())

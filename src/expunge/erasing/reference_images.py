@@ -12,7 +12,7 @@ from torch import Tensor
 from expunge.base import image_files
 from expunge.base.errors import ExpungeError
 from expunge.model import Model
-from expunge.problem import key
+from expunge.problem import normalize_name
 from expunge.runtime.context import RunContext
 
 
@@ -82,7 +82,7 @@ def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Example
     latents = []
     for path in files:
         try:
-            latents.append(model.encode_images(image_files.read(path)[None]))
+            latents.append(model.encode_images(image_files.read_image(path)[None]))
         except ExpungeError as error:
             message = str(error)
             raise ExpungeError(message if str(path) in message else f"{path}: {message}") from None
@@ -102,7 +102,9 @@ def folder_of(concept: str, folder: str | Path) -> Path:
         raise ExpungeError(f"there is no folder {folder}")
     if (own := folder / concept).is_dir():
         return own
-    alike = sorted(p for p in folder.iterdir() if key(p.name) == key(concept) and p.is_dir())
+    alike = sorted(
+        p for p in folder.iterdir() if normalize_name(p.name) == normalize_name(concept) and p.is_dir()
+    )
     if len(alike) > 1:
         names = ", ".join(ascii(path.name) for path in alike)
         raise ExpungeError(f"{folder} has several folders that are called {concept!r}: {names}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, replacing
 from expunge.erasing.guidance_training import Steering, TrainingConcept
-from expunge.fingerprint import base, base_hash
+from expunge.fingerprint import hash_base, make_base_reader
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.in_place import backward
@@ -172,4 +172,6 @@ def _add_map(
 
 
 def _hash(model: Model, parameters: Mapping[str, nn.Parameter]) -> str:
-    return base_hash(base(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters))
+    return hash_base(
+        make_base_reader(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters)
+    )

@@ -28,7 +28,7 @@ class Strip:
     """A few words at the right of the title."""
 
 
-def contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
+def draw_contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
     """The bands one below the other, each image `cell` pixels wide, all of one width and height."""
     title, label, note = (ImageFont.load_default(size) for size in (cell * 3 // 16, 16, 14))
     head, foot, step = cell * 3 // 8 + 14, 46, cell + GAP

@@ -15,7 +15,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
 from expunge.families._lora import LoraNaming
-from expunge.model import Model, require_unicode, warn_cut
+from expunge.model import Model, check_unicode, warn_truncated
 from expunge.text import Text
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
@@ -42,10 +42,10 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
-        require_unicode(distinct)
+        check_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
-                warn_cut(prompt, n, self.window)
+                warn_truncated(prompt, n, self.window)
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
     @abstractmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import check_asked, named_layers
+from expunge.changes import check_in_use, iterate_layers
 from expunge.families._latent import LatentModel
 from expunge.families._lora import LayerRows
 from expunge.ops.attention import CrossAttention
@@ -35,10 +35,10 @@ class UNetModel(LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found: list[tuple[str, Any]] = [
-            (name, module) for name, module in named_layers(self.network) if name.endswith("attn2")
+            (name, module) for name, module in iterate_layers(self.network) if name.endswith("attn2")
         ]
         for name, _ in found:
-            check_asked(self.pipe, f"unet.{name}.to_k", hooked=True)
+            check_in_use(self.pipe, f"unet.{name}.to_k", hooked=True)
         return tuple(
             CrossAttention(module.to_q, module.to_k, module.heads, module.scale) for _, module in found
         )
@@ -46,7 +46,7 @@ class UNetModel(LatentModel):
     def text_entries(self) -> tuple[TextEntry, ...]:
         return tuple(
             TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
-            for name, _ in named_layers(self.network)
+            for name, _ in iterate_layers(self.network)
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         )
 
@@ -74,9 +74,11 @@ class UNetModel(LatentModel):
 
     @classmethod
     def find_ldm_layers(cls, name: str, config: Mapping[str, Any]) -> tuple[LayerRows, ...]:
-        outside = (layer for layer, original in OUTSIDE.items() if name == original)
-        layer = next(outside, None) or _find_in_blocks(name, config)
-        return ((layer, None),) if layer else ()
+        for layer, original in OUTSIDE.items():
+            if name == original:
+                return ((layer, None),)
+        found = _find_in_blocks(name, config)
+        return ((found, None),) if found else ()
 
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:

@@ -34,10 +34,10 @@ from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.ops.least_squares import fused, gram
 from expunge.ops.trajectory import Objective
-from expunge.problem import Concept, Problem, key
+from expunge.problem import Concept, Problem, normalize_name
 from expunge.runtime.context import RunContext, Tensors
 from expunge.runtime.cost import Cost
-from expunge.runtime.schedulers import scheduler_name
+from expunge.runtime.schedulers import parse_scheduler
 from expunge.text import Text
 
 COCO = 616_767
@@ -274,7 +274,7 @@ class ANT(Method):
         require_place(self.templates)
         require_place(self.training_templates)
         if self.scheduler != "auto":
-            object.__setattr__(self, "scheduler", scheduler_name(self.scheduler))
+            object.__setattr__(self, "scheduler", parse_scheduler(self.scheduler))
         if self.mask and not self.mask.lower().endswith(".safetensors"):
             raise ExpungeError(f"a mask is a .safetensors file; {self.mask} should end so")
 
@@ -380,11 +380,11 @@ class ANT(Method):
         if not self.retain_weight:
             return None
         named = [template.format(text) for text in problem.retain for template in fusion.RETAINED]
-        erased = [f" {key(name)} " for concept in problem.erase for name in concept.names]
+        erased = [f" {normalize_name(name)} " for concept in problem.erase for name in concept.names]
         general = [
             text
             for text in (captions_for(model, self.captions, problem.erase) if self.captions else ())
-            if not any(name in f" {key(text)} " for name in erased)
+            if not any(name in f" {normalize_name(text)} " for name in erased)
         ]
         if not named and not general:
             raise ExpungeError("retain_weight keeps nothing: retain something, or give captions")
@@ -418,9 +418,9 @@ class ANT(Method):
 
     def _augmented(self, problem: Problem) -> tuple[str, ...]:
         """The user's own prompts for the maps, each concept named in one of them."""
-        texts = [f" {key(text)} " for text in self.augmentations]
+        texts = [f" {normalize_name(text)} " for text in self.augmentations]
         for concept in problem.erase if texts else ():
-            if not any(f" {key(name)} " in text for name in concept.names for text in texts):
+            if not any(f" {normalize_name(name)} " in text for name in concept.names for text in texts):
                 raise ExpungeError(f"no prompt of the augmentations names {concept.name!r}")
         return self.augmentations
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.changes import Changes, Right, find
+from expunge.changes import Changes, Right, find_layer
 from expunge.erasing import fusion, object_masks, reference_images
 from expunge.erasing.fusion import LazyTensors
 from expunge.erasing.guidance_training import (
@@ -481,7 +481,7 @@ class MACE(Method):
     ) -> dict[str, Tensors]:
         """`suppress` for some concepts in one batch, once what they are trained on is there."""
         layers = tuple(entry.layer for entry in model.text_entries())
-        modules = [find(model.pipe, layer) for layer in layers]
+        modules = [find_layer(model.pipe, layer) for layer in layers]
         generators = [run.generator("factors", lesson.concept) for lesson in lessons]
         ups, downs = first_factors(modules, self.rank, generators)
         refined = [Right(layers, matrix)] if "refine" in self.stages else []

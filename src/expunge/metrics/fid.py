@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Apart, Distance, read_images
+from expunge.metric import Distance, SetDistance, read_images
 from expunge.metrics._distances import frechet
 
 
@@ -42,17 +42,29 @@ class Fid(Distance):
             "against": self.against or "the original's images",
         }
 
+    @property
+    def feature_key(self) -> Mapping[str, Any]:
+        # In the words of earlier versions: rows that they have kept are found by it.
+        return {**super().feature_key, "against": self.against or "the original's pictures"}
+
     @torch.inference_mode()
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return 2048 Inception features, (n, 2048).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         whole = (images.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
         return frechet(rows, reference)
 
-    def real(self) -> Tensor | None:
+    def load_real(self) -> Tensor | None:
         return self.measure(read_images(self.against, (299, 299)), ()) if self.against else None
 
 

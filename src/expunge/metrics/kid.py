@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expunge.metric import Apart
+from expunge.metric import SetDistance
 from expunge.metrics._distances import kernel
 from expunge.metrics._features import FromOriginalOrReal
 
@@ -20,5 +20,5 @@ class Kid(FromOriginalOrReal):
     Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018, eq. 4.
     """
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
         return kernel(rows, reference)

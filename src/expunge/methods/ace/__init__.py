@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import bounded
-from expunge.changes import Changes, Damped, Gated, find
+from expunge.changes import Changes, Damped, Gated, find_layer
 from expunge.erasing import pooled_gates, reference_images
 from expunge.erasing.caption_gram import words
 from expunge.erasing.prompt_templates import KEPT, TEMPLATES, require_place
@@ -618,7 +618,7 @@ class ACE(Method):
             ]
             if told:
                 warnings.warn(
-                    f"the vector of the whole prompt keeps {listed(told, 3)}",
+                    f"the vector of the whole prompt keeps {join_names(told, 3)}",
                     ExpungeWarning,
                     stacklevel=4,
                 )
@@ -682,7 +682,7 @@ class ACE(Method):
             for i, ((q, one), (_, other)) in enumerate(zip(*heard, strict=True)):
                 sums[i] = sums[i] + torch.einsum("nhpw,nhp->hw", q, one - other).cpu()
         keys = [entry.layer for entry in model.text_entries() if entry.role == "key"]
-        named = {layer: find(model.pipe, layer) for layer in keys}
+        named = {layer: find_layer(model.pipe, layer) for layer in keys}
         found = {}
         for attention, total in zip(attentions, sums, strict=True):
             g = total if self.reduction == "attention-by-head" else total.sum(0).expand_as(total)
@@ -797,9 +797,9 @@ class ACE(Method):
 
         def lack(e: Tensor) -> Tensor:
             """How much of the concept is missing: 0 none, 1 as much as the anchor lacks."""
-            return _apart(root, now().given(e), text.embeddings) * weigh
+            return _apart(root, now().change_input(e), text.embeddings) * weigh
 
-        levels, closed = model.log_snr(), gated.given(text.embeddings)
+        levels, closed = model.log_snr(), gated.change_input(text.embeddings)
         vectors = pooled_gates.given(whole or {}, text)
         for done in range(self.rounds):
             run.progress(f"hardening {concept.name}", done, self.rounds)
@@ -817,12 +817,12 @@ class ACE(Method):
                 step = now()
                 given = dataclasses.replace(
                     text[rows],
-                    embeddings=step.given(hard[rows]),
+                    embeddings=step.change_input(hard[rows]),
                     pooled=None if vectors is None else vectors[rows],
                 )
                 error = (model.predict(noisy, t, given) - goal).square().mean() * noises
-                harm = _apart(root, step.given(kept), kept).mean() * weigh
-                lost = _apart(root, step.given(text.embeddings), closed).mean() * weigh
+                harm = _apart(root, step.change_input(kept), kept).mean() * weigh
+                lost = _apart(root, step.change_input(text.embeddings), closed).mean() * weigh
                 return (error + self.retain_weight * harm + self.anchor_hold_weight * lost)[None]
 
             with frozen(model.parameters()):

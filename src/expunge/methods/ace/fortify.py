@@ -131,7 +131,7 @@ def fortify(
         return model.predict(z, t.to(z.device), text)
 
     def gated(text: Text, embeddings: Tensor) -> Text:
-        return dataclasses.replace(text, embeddings=gates.given(embeddings))
+        return dataclasses.replace(text, embeddings=gates.change_input(embeddings))
 
     with frozen(model.parameters()), trained, torch.enable_grad():
         trained.write()
@@ -187,7 +187,7 @@ def fortify(
             trained.write()
             attacks.renew()
             if len(losses) % KEEP_EVERY == 0:
-                run.keep_checkpoint("fortifying", _state(trained, optimiser, attacks, losses))
+                run.save_checkpoint("fortifying", _state(trained, optimiser, attacks, losses))
         return _changes(trained)
 
 

@@ -1,0 +1,259 @@
+"""Pieces of the page as HTML. Everything that somebody typed is escaped."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from expunge.checkpoints.pace import format_duration
+from expunge.studio.choosing import Foresight
+from expunge.studio.jobs import CANCELLED, DONE, FAILED, WAITING, Job
+from expunge.studio.looking import Pair
+from expunge.studio.session import PREVIEW, Session
+from expunge.studio.working import Rung, Verdict
+
+
+def escape(text: object) -> str:
+    """A text as HTML shows it."""
+    return html.escape(str(text), quote=True)
+
+
+HEADER = """
+<header class="x-head">
+  <svg viewBox="0 0 32 32" width="34" height="34" aria-hidden="true">
+    <rect x="2" y="2" width="28" height="28" rx="8" fill="none" stroke="currentColor" stroke-width="2"
+          stroke-dasharray="3.6 3.4" opacity=".55"/>
+    <path d="M16 2h6a8 8 0 0 1 8 8v12a8 8 0 0 1-8 8h-6z" fill="var(--x-accent)"/>
+  </svg>
+  <div><h1>expunge studio</h1><p>Make an image model forget something, and see that it has.</p></div>
+</header>
+"""
+
+WELCOME = """
+<section class="x-welcome">
+  <h2>Nothing is erased yet</h2>
+  <ol>
+    <li><b>Choose</b> what the model should forget: an object, a flag, a style.</li>
+    <li><b>Erase</b> it: seconds, for the model that ships.</li>
+    <li><b>Look</b> at the same images before and after, judge the edit, try to get the concept back,
+        and take the result with you.</li>
+  </ol>
+  <p>Everything happens on this machine. Nothing is sent anywhere.</p>
+</section>
+"""
+
+
+LEFT = ("Erasing", "Loading")
+"""The work whose progress stands beside the choice; of other work it stands beside its results."""
+
+
+def progress(session: Session, side: str = "left") -> str:
+    """How far the work is: a bar, what is being done, the time left, the place in the queue."""
+    job = session.job
+    if job is None or (job.label in LEFT) != (side == "left"):
+        return ""
+    if job.label == PREVIEW and not job.active:
+        return ""
+    if job.state == WAITING:
+        ahead = session.place()
+        others = "next" if ahead == 0 else f"{ahead} piece{'s' * (ahead > 1)} of work before yours"
+        return _bar(0.0, f"{job.label}: waiting, {others}", "waiting")
+    if job.state == FAILED:
+        return f'<p class="x-say x-bad" role="alert">{escape(_capital(job.error))}</p>'
+    if job.state == CANCELLED:
+        kept = (
+            " What was finished is kept: press the button again to go on." if session.unfinished else ""
+        )
+        return f'<p class="x-say" role="status">{escape(job.label)} was cancelled.{kept}</p>'
+    if job.state == DONE:
+        return "".join(
+            f'<p class="x-say" role="status">{escape(_capital(n))}</p>' for n in job.notes[:4]
+        )
+    left = f", about {format_duration(job.left)} left" if job.left is not None else ""
+    doing = f": {job.step}" if job.step else ""
+    return _bar(job.share, f"{job.label}{doing}{left}", "working")
+
+
+def _bar(share: float, text: str, state: str) -> str:
+    percent = round(100 * min(max(share, 0.0), 1.0))
+    return (
+        f'<div class="x-bar x-{state}" role="progressbar" aria-valuemin="0" aria-valuemax="100"'
+        f' aria-valuenow="{percent}" aria-label="{escape(text)}"><i style="width:{percent}%"></i></div>'
+        f'<p class="x-doing" role="status">{escape(text)}</p>'
+    )
+
+
+def _capital(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def foresight(found: Foresight, busy: bool = False) -> str:
+    """What the work will take and what may move with it, before it is done."""
+    if found.problem:
+        return f'<p class="x-say">{escape(_capital(found.problem))}</p>'
+    facts = [f for f in (found.time, found.memory) if f] or ["the model is being loaded …"]
+    chips = "".join(f'<span class="x-chip">{escape(fact)}</span>' for fact in facts)
+    notes = "".join(f"<li>{escape(_capital(note))}</li>" for note in found.notes)
+    return f'<div class="x-chips">{chips}</div>' + (f'<ul class="x-notes">{notes}</ul>' if notes else "")
+
+
+def sentence(*texts: str) -> str:
+    """A line of explanation under a choice."""
+    return f'<p class="x-hint">{" ".join(escape(_capital(text)) for text in texts if text)}</p>'
+
+
+def title(session: Session) -> str:
+    """What was erased, how, and in what time."""
+    if session.made is None:
+        return ""
+    record = session.made.edit.record
+    parts = []
+    for concept in record.problem.erase[:6]:
+        becomes = f" → {concept.anchor}" if concept.anchor and record.reads_anchor else ""
+        parts.append(f'<span class="x-chip x-strong">{escape(concept.name)}{escape(becomes)}</span>')
+    more = len(record.problem.erase) - 6
+    if more > 0:
+        parts.append(f'<span class="x-chip">and {more} more</span>')
+    base = f" from {escape(session.made.model)}" if len(session.made.model) <= 40 else ""
+    how = f"erased{base} by {escape(record.method)} in {record.seconds:.1f} s"
+    return f'<div class="x-chips x-title">{"".join(parts)}<span class="x-how">{how}</span></div>'
+
+
+def verdict(found: Verdict | None) -> str:
+    """The figures of a suite, as a table."""
+    if found is None:
+        return ""
+    head = "".join(f"<th scope='col'>{escape(column)}</th>" for column in ("", *found.columns))
+    rows = "".join(
+        "<tr>"
+        + f"<th scope='row'>{escape(row[0])}</th>"
+        + "".join(f"<td>{escape(c)}</td>" for c in row[1:])
+        + "</tr>"
+        for row in found.rows
+    )
+    notes = "".join(f'<p class="x-say">{escape(note)}</p>' for note in found.notes)
+    return (
+        f'<div class="x-scroll"><table class="x-table"><caption>Suite {escape(found.suite)}: per cent,'
+        f" with 95 % intervals; higher is better</caption><tr>{head}</tr>{rows}</table></div>{notes}"
+    )
+
+
+def report(found: Verdict | None) -> str:
+    """The whole report, in a frame of its own that may do nothing but run its own script."""
+    if found is None:
+        return ""
+    text = (found.folder / "index.html").read_text(encoding="utf-8")
+    return (
+        '<iframe class="x-report" title="The report" sandbox="allow-scripts"'
+        f' srcdoc="{escape(text)}"></iframe>'
+    )
+
+
+def rungs(found: Sequence[Rung]) -> str:
+    """An attack's images, a row a budget, each with whether the concept is seen again."""
+    return "".join(_rung(rung) for rung in list(found))
+
+
+def _rung(rung: Rung) -> str:
+    known = [seen for seen in rung.seen if seen is not None]
+    told = f"seen in {sum(known)} of {len(known)}" if known else ""
+    label = escape(rung.label)
+    cells = "".join(
+        f'<figure class="{_mark(seen)}"><img alt="{label}, image {i}" src="{inline(one)}">'
+        f"<figcaption>{_said(seen)}</figcaption></figure>"
+        for i, (one, seen) in enumerate(zip(rung.images, rung.seen, strict=True), 1)
+    )
+    return (
+        f'<section class="x-rung"><h4>{escape(rung.label)} <span>{told}</span></h4>'
+        f'<div class="x-strip">{cells}</div></section>'
+    )
+
+
+def _mark(seen: bool | None) -> str:
+    return {True: "x-seen", False: "x-gone", None: ""}[seen]
+
+
+def _said(seen: bool | None) -> str:
+    return {True: "seen", False: "not seen", None: ""}[seen]
+
+
+def inline(picture: Image.Image, width: int = 160) -> str:
+    """An image as part of the page itself."""
+    if picture.width > width:
+        height = picture.height * width // picture.width
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    written = io.BytesIO()
+    picture.save(written, "WEBP", quality=92)
+    return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode("ascii")
+
+
+PICK = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('[data-place]');
+  if (!chosen) return;
+  for (const one of element.querySelectorAll('[data-place]'))
+    one.setAttribute('aria-pressed', one === chosen);
+  trigger('click', {place: Number(chosen.dataset.place)});
+});
+"""
+"""Tells Python which pair was pressed."""
+
+
+def now(session: Session) -> str:
+    """What the model draws of the choice as it is; before there is one, how to begin."""
+    job = session.job
+    if session.made is not None or job is None or job.label != PREVIEW or not job.result:
+        return WELCOME
+    cells = "".join(
+        f'<figure><img alt="{escape(prompt)}" src="{inline(one, 200)}">'
+        f"<figcaption>{escape(prompt)}</figcaption></figure>"
+        for prompt, one in job.result
+    )
+    return (
+        '<section class="x-welcome"><h2>What the model draws now</h2>'
+        "<p>Press Erase to see the same prompts and seeds without it.</p>"
+        f'<div class="x-now">{cells}</div></section>'
+    )
+
+
+def pairs(found: Sequence[Pair]) -> str:
+    """The pairs, a row a prompt; each can be pressed to be looked at closely."""
+    rows: dict[str, list[str]] = {}
+    for place, pair in enumerate(found):
+        label = f"{escape(pair.prompt)}, seed {pair.seed}: look closely"
+        pressed = "false" if place else "true"
+        rows.setdefault(pair.prompt, []).append(
+            f'<button type="button" data-place="{place}" aria-label="{label}" aria-pressed="{pressed}">'
+            f'<img alt="before" src="{inline(pair.before)}">'
+            f'<img alt="after" src="{inline(pair.after)}"></button>'
+        )
+    sections = (
+        f'<section><h4>{escape(prompt)}</h4><div class="x-pairs">{"".join(cells)}</div></section>'
+        for prompt, cells in rows.items()
+    )
+    return f'<div class="x-look">{"".join(sections)}</div>' if rows else ""
+
+
+def sides(pair: Pair | None) -> str:
+    """What stands below the slider."""
+    if pair is None:
+        return ""
+    what = f"{escape(pair.prompt)} · seed {pair.seed}"
+    return f'<p class="x-sides"><span>before</span><b>{what}</b><span>after</span></p>'
+
+
+def notes(lines: Sequence[str]) -> str:
+    """Some sentences, one below the other."""
+    return "".join(f'<p class="x-say">{escape(line)}</p>' for line in lines)
+
+
+def button(job: Job | None, unfinished: bool) -> str:
+    """What the button says that starts the erasure."""
+    if job is not None and job.active:
+        return f"{job.label} …"
+    return "Go on erasing" if unfinished else "Erase"

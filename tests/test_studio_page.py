@@ -1,0 +1,258 @@
+"""The studio's page in a real browser: the whole path on the shipped model, at two widths.
+
+Needs `expunge[studio]`, playwright and a Chromium (`CHROMIUM`, by default /usr/bin/chromium).
+"""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import expunge
+from expunge.base.files import read_header
+
+pytest.importorskip("gradio", reason="needs expunge[studio]")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs a Chromium"),
+]
+
+PATIENCE = int(os.environ.get("PATIENCE", "180")) * 1000
+"""Milliseconds that a busy machine may take for one step."""
+
+WIDTHS = {"desktop": (1280, 900, "light"), "phone": (400, 860, "dark")}
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """The command as a user gives it, on a port that is taken; its address and what it printed."""
+    environment = {**os.environ, "EXPUNGE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    environment["PYTHONPATH"] = str(Path(expunge.__file__).parents[1])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "expunge", "studio", "--no-browser", "--port", str(port)]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        lines: list[str] = []
+        ready = threading.Event()
+
+        def read():
+            for line in process.stdout:
+                lines.append(line)
+                if "Ctrl+C" in line:
+                    ready.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        assert ready.wait(PATIENCE / 1000), "".join(lines)
+    said = next(line for line in lines if "Ctrl+C" in line)
+    yield said.split()[2], lines, port
+    process.terminate()
+    process.wait(30)
+    assert not any("Traceback" in line for line in lines), "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(studio, browser):
+    """Opens a page of one width; says afterwards that nothing but the studio was asked."""
+    asked, wrong, contexts = [], [], []
+
+    def open_page(width="desktop", context=None):
+        wide, high, scheme = WIDTHS[width]
+        context = context or browser.new_context(
+            viewport={"width": wide, "height": high}, color_scheme=scheme, accept_downloads=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(studio[0])
+        page.wait_for_selector("#x-examples button:enabled")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+    assert [url for url in asked if not url.startswith((studio[0], "data:", "blob:"))] == []
+
+
+def choose(page, label="Airplane"):
+    page.click(f"#x-examples button:has-text('{label}')")
+    page.wait_for_selector(".x-card")
+
+
+def erase(page):
+    page.click("#x-erase")
+    page.wait_for_selector("#x-slider img")
+
+
+def tab(page, name):
+    page.click(f"button[role=tab]:has-text('{name}')")
+
+
+def toast(page):
+    """The sentence that the page shows, and none of what a program says to its makers."""
+    said = page.wait_for_selector("[data-testid=toast-text]").inner_text()
+    assert "Traceback" not in said
+    page.locator("[data-testid=toast-close]").first.click()
+    page.wait_for_selector("[data-testid=toast-text]", state="detached")
+    return said
+
+
+def test_the_port_in_use_is_said(studio):
+    address, lines, port = studio
+    assert f"port {port} is in use" in "".join(lines)
+    assert not address.endswith(f":{port}")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_whole_path(opened, width, tmp_path):
+    page = opened(width)
+    choose(page)
+    erase(page)
+    assert "airplane → ground" in page.inner_text("#x-title")
+    assert page.locator("[data-place]").count() == 8
+    page.locator("[data-place='3']").click()
+    page.wait_for_function("document.querySelector('.x-sides')?.innerText.includes('aircraft · seed 1')")
+    tab(page, "Judge")
+    page.click("#x-judge")
+    page.wait_for_selector("#x-verdict table")
+    assert "no-airplane" in page.inner_text("#x-verdict")
+    frame = page.frame_locator("#x-report iframe")
+    frame.locator("text=What was erased, and what stayed").wait_for()
+    tab(page, "Attack")
+    page.fill("#x-budget input[type=number]", "10")
+    page.keyboard.press("Tab")
+    page.click("#x-attack")
+    page.wait_for_selector("#x-rungs section:nth-of-type(4)")
+    assert page.locator("#x-rungs section").nth(0).locator(".x-seen").count() == 4
+    tab(page, "Take away")
+    page.click("#x-form label:has-text('LoRA for diffusers')")
+    page.click("#x-take")
+    page.wait_for_selector("#x-files a")
+    with page.expect_download() as coming:
+        page.locator("#x-files a").first.click()
+    coming.value.save_as(tmp_path / "lora.safetensors")
+    header = read_header(tmp_path / "lora.safetensors")
+    assert any("lora" in name for name in header)
+    assert "expunge erase uce" in page.inner_text("#x-command")
+    with page.expect_download() as coming:
+        page.click("#x-save")
+    coming.value.save_as(tmp_path / "studio.json")
+    data = json.loads((tmp_path / "studio.json").read_text(encoding="utf-8"))
+    assert [concept["name"] for concept in data["concepts"]] == ["airplane"]
+    assert data["edit"]
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= WIDTHS[width][0]
+    other = opened(width)  # somebody else opens it
+    assert other.locator("#x-slider img").count() == 0
+    other.get_by_test_id("Open …-upload-button").set_input_files(tmp_path / "studio.json")
+    other.wait_for_function("document.querySelector('#x-title')?.innerText.includes('airplane')")
+
+
+def test_by_keyboard_alone(opened):
+    page = opened()
+
+    def reach(selector):
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"document.activeElement?.closest({json.dumps(selector)}) !== null"):
+                return
+        pytest.fail(f"{selector} cannot be reached by keyboard")
+
+    reach("#x-names")
+    page.keyboard.type("flag of Jap")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".x-card h3:has-text('flag of Japan')")
+    page.keyboard.press("Escape")
+    reach("#x-erase")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#x-slider img")
+    assert "flag of Japan" in page.inner_text("#x-title")
+
+
+def test_a_browser_that_comes_back_finds_the_work_going_on(opened, browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = opened(context=context)
+    choose(page, "Cat and dog")
+    page.click("#x-erase")
+    page.wait_for_selector("#x-progress [role=progressbar]")
+    page.reload()
+    page.wait_for_selector("#x-slider img")
+    assert "cat" in page.inner_text("#x-title")
+
+
+def test_cancelling_says_so_and_two_people_wait_for_each_other(opened):
+    one, other = opened(), opened()
+    choose(one, "Cat and dog")
+    choose(other)
+    one.click("#x-erase")
+    one.wait_for_selector("#x-progress [role=progressbar]")
+    other.click("#x-erase")
+    other.wait_for_selector("#x-progress :text('piece')")
+    other.click("#x-cancel")
+    other.wait_for_selector("#x-progress :text('cancelled')")
+    one.click("#x-cancel")
+    one.wait_for_selector("#x-progress :text('cancelled')")
+    assert one.locator("#x-slider img").count() == 0
+
+
+def test_bad_input_is_one_sentence_on_the_page(opened, tmp_path):
+    page = opened()
+    for name, content in (
+        ("model.ckpt", pickle.dumps({})),
+        ("list.exe", b"MZ"),
+        ("empty.txt", b""),
+        ("list.txt", b"cat=ground, objct"),
+        ("list.csv", b"nam\ncat\n"),
+        ("binary.txt", b"\xff\xfe\xfa"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    page.click("text=A list, pasted or as a file")
+    said = []
+    for name in ("model.ckpt", "list.exe", "empty.txt", "list.txt", "list.csv", "binary.txt"):
+        page.locator("#x-list input[type=file]").set_input_files(tmp_path / name)
+        said.append(toast(page))
+        if page.locator("#x-list [aria-label='Clear']").count():
+            page.click("#x-list [aria-label='Clear']")
+    wanted = ["pickled", "none of the files", "is empty", "did you mean 'object'", "column", "UTF-8"]
+    for text, part in zip(said, wanted, strict=True):
+        assert part in text
+    page.fill("#x-text textarea", "cat\nCat")
+    page.click("text=Take this list")
+    assert "on line 1" in toast(page)
+    page.click("text=Another model")
+    for model, part in (
+        ("emojj", "did you mean"),
+        (str(tmp_path / "model.ckpt"), "pickled"),
+        ("", "name a"),
+    ):
+        page.fill("#x-model input, #x-model textarea", model)
+        page.click("text=Use this model")
+        assert part in toast(page).lower()
+    page.click("#x-names input")
+    page.keyboard.type("飞机")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#x-foresight :text('no word in the script')")
+    assert page.locator("text=Traceback").count() == 0
