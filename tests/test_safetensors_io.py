@@ -211,3 +211,23 @@ def test_the_running_mean_is_erased_too(plain, folder, tmp_path):
     assert all(torch.equal(tensor, back[key]) for key, tensor in state.items())
     with safe_open(tmp_path / "back.safetensors", "pt") as file:
         assert file.metadata()["modelspec.title"] == "dream"
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_equal_scaled_files_are_rounded_alike_wherever_they_lie(tmp_path, by_row):
+    torch.manual_seed(0)
+    scale = torch.full((8, 1) if by_row else (), 0.01)
+    state = {"a.weight": torch.randn(8, 64).to(torch.float8_e4m3fn), "a.scale_weight": scale}
+    written = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "x.safetensors")
+        target = tmp_path / name / "y.safetensors"
+        changed = {"a.weight": lambda w: w * 1.01}
+        safetensors_io.copy_file(tmp_path / name / "x.safetensors", target, changed)
+        written.append(target.read_bytes())
+    assert written[0] == written[1]
+    after = load_file(tmp_path / "here" / "y.safetensors")
+    drift = (after["a.weight"].float() / state["a.weight"].float()).nanmean()
+    assert not torch.equal(after["a.weight"].float(), state["a.weight"].float())
+    assert drift == pytest.approx(1.01, abs=0.01)

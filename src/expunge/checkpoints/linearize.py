@@ -84,6 +84,7 @@ def fit_static_weights(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return LinearFit(tuple(fitted), 0.0, 0.0)
+    # The name alone and in a sentence: a token's embedding depends on those before it.
     templates = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
     retained_prompts = assemble_retained_prompts(problem.retain, list(dict.fromkeys(templates)))
     retained = model.encode(["", *retained_prompts])
@@ -114,7 +115,9 @@ def fit_static_weights(
         matrix = solve_right_factor(one.cross, one.input, penalty, share * ridge)
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
         missed, wanted = one.measure_miss(matrix), one.measure_miss(eye)
+        # Moments suffice for both figures, so that no prompt is encoded twice.
         drift = (matrix - eye) @ retained_sum @ (matrix - eye).T
+        # Inputs behind the text, such as SDXL's image size, pass unchanged.
         fitted.append(Right(layers, pad_right_factor(matrix.float(), model.weight(layers[0]).shape[1])))
         for layer in layers:
             w = model.weight(layer).cpu().double()[:, : len(matrix)]
@@ -160,6 +163,7 @@ def _group_layers(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[In
             before.setdefault(layer, []).append(change)
     groups: dict[tuple[int, ...], list[str]] = {}
     for layer, stack in before.items():
+        # By identity: equal tensors of two edits are still two changes.
         groups.setdefault(tuple(map(id, stack)), []).append(layer)
     return {tuple(layers): before[layers[0]] for layers in groups.values()}
 

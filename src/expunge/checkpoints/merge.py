@@ -97,6 +97,7 @@ def merge(
                 ExpungeWarning,
                 stacklevel=2,
             )
+    # Gates look at the layer's input and add nothing to its weight, so that they need no fusing.
     static = [
         require_weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange)))
         for edit in edits
@@ -114,6 +115,7 @@ def merge(
             problems = [edit.record.problem for edit in edits]
             moments = _read_moments(model, problems, pooled, progress)
             changes += _fuse(model, layers, by_place, moments, ridge, prior_scale)
+    # Elsewhere it is not known what a layer receives, and a fit needs to know it.
     if shared:
         layer, parameter = min(shared)
         raise ExpungeError(
@@ -139,6 +141,7 @@ def join_problems(problems: Sequence[Problem]) -> Problem:
     """Join problems into one that erases all they erase, and retains the rest of what they retain."""
     concepts, seen = [], set[str]()
     for concept in (concept for problem in problems for concept in problem.erase):
+        # A name that an earlier edit erases keeps that edit's kind and anchor.
         names = tuple(name for name in concept.names if normalize_name(name) not in seen)
         seen |= set(map(normalize_name, names))
         if names:
@@ -207,6 +210,7 @@ def _read_moments(
             )
             for concept in problem.erase
         ]
+        # Each concept counts once, however many synonyms and templates it has.
         erased.append(torch.stack(sums).sum(0))
     retained = average(["", *(text for problem in problems for text in problem.retain)])
     if pooled:
@@ -236,6 +240,7 @@ def _fuse(
         ridge: λ.
         prior_scale: ρ.
     """
+    # One solution for all layers: K depends on the text alone, and W enters only as (Wᵢ − W) Gᵢ K.
     whole = torch.stack(moments.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
     # With M the identity, `solve_fusion` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
@@ -265,6 +270,7 @@ def _fuse(
             groups.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
+            # Side by side the edits' factors are one product; balanced, float32 keeps most of it.
             factors = balance(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in groups.items()]

@@ -94,6 +94,7 @@ class Truncator:
             down = torch.cat([change.down.double() for change in low])
             self.exact.append((layer, up, down))
             return up, down
+        # Without forming Δ, which a decomposition would take long for in every layer.
         if weight.ndim == 2 and all(isinstance(change, (Right, LowRank)) for change in changes):
             return self._truncate_linear(layer, weight, changes)
         original = weight.double()
@@ -120,6 +121,7 @@ class Truncator:
         for layer, up, down in self.exact:
             self._add_loss(layer, down.shape[1], partial(_apply, up, down), None)
         missed, total = self.sums[0::2], self.sums[1::2]
+        # Squares add up over layers; a change that does nothing to text has no share to lose.
         shares = [m / t if t else 0.0 for m, t in zip(missed, total, strict=True)]
         known = self.complete and total[1] > 0
         return TruncationLoss(shares[0] ** 0.5, *(shares[1:] if known else (None, None)))
