@@ -11,7 +11,7 @@ import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.base import registry
-from expunge.base.fields import build, build_recorded, flatten, leaves
+from expunge.base.fields import build, build_from_record, flatten, leaves
 from expunge.erasing.prompt_templates import RETAINED
 from expunge.methods.ant import ANT
 from expunge.methods.ant.masked_weights import MaskedWeights
@@ -282,7 +282,7 @@ class TestGroupsOfFields:
 
     def test_flat_values_make_the_same_method(self, method):
         assert type(method).of(**flatten(method)) == method
-        assert build_recorded(type(method), flatten(method)) == method
+        assert build_from_record(type(method), flatten(method)) == method
 
     def test_a_table_of_the_group_is_read_too(self):
         nested = build(ANT, {"low_rank": {"rank": 3}, "alpha": 2.0, "turn": -2.0})
@@ -325,6 +325,6 @@ class TestGroupsOfFields:
     def test_an_old_name_still_loads_and_is_answered_with_the_new(self, method):
         usual = flatten(type(method)())
         for old, new in method.renamed.items():
-            assert build_recorded(type(method), {old: usual[new]}) == type(method)()
+            assert build_from_record(type(method), {old: usual[new]}) == type(method)()
             with pytest.raises(ExpungeError, match=f"'{old}' is named '{new}' now"):
                 build(type(method), {old: usual[new]})
