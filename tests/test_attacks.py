@@ -65,7 +65,7 @@ def test_the_folder_is_the_list():
 @pytest.fixture(params=ATTACKS)
 def attack(request):
     few = {
-        "embedding": {"steps": 2, "num_timesteps": 1},
+        "embedding": {"steps": 4, "num_timesteps": 1},
         "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
     }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))

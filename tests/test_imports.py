@@ -1,6 +1,7 @@
 """Rooms import only what stands below them; plug-ins never import one another."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,12 @@ def test_the_registry_finds_one_class_a_file():
             assert registry.describe(kind, name).endswith(".")
             found += 1
     assert found >= 2
+
+
+def test_the_version_stands_in_one_place():
+    project = ROOT.parents[1] / "pyproject.toml"
+    table = tomllib.loads(project.read_text(encoding="utf-8"))
+    assert "version" not in table["project"]
+    assert table["project"]["dynamic"] == ["version"]
+    file = project.parent / table["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{expunge.__version__}"' in file.read_text(encoding="utf-8")

@@ -70,7 +70,7 @@ class TestContract:
         assert again.hash == edit.hash
         assert again.record.problem == edit.record.problem
         assert again.record.seed == 3
-        assert again.record.method == type(method).__module__.rpartition(".")[2]
+        assert again.record.method == registry.name_of("methods", type(method))
         assert again.fits(model)
         probe = Probe.of("airplane", num_inference_steps=2)
         drawn = []

@@ -15,6 +15,7 @@ from expunge import Concept, Problem
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header
 from expunge.changes import Gated, Right
+from expunge.cli import erase as erase_command
 from expunge.cli import main as command_line
 from expunge.methods.mace import MACE
 from expunge.studio import choice, models, recipes, server, uploads, views, working
@@ -354,11 +355,11 @@ def test_the_command_and_the_lines_of_python_say_the_same(problem, preset, tmp_p
         text = rest
         assert head
     monkeypatch.setattr(
-        command_line, "erase_command", lambda options, method: heard.append((options, method))
+        erase_command, "erase_concepts", lambda options, method: heard.append((options, method))
     )
     assert command_line.main(shlex.split(text.replace("\\\n", ""))[1:]) == 0
     options, method = heard[0]
-    assert command_line._check_erase(options) == problem
+    assert erase_command.check_problem(options) == problem
     assert options.seed == 7
     assert method == recipes.build("mace", preset)
     said = {}

@@ -23,9 +23,9 @@ from expunge.changes import (
     Applied,
     Changes,
     build_change,
-    check_finite,
     check_fit,
     encode_tensor,
+    require_finite,
 )
 from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
@@ -92,6 +92,7 @@ class Edit:
     def hash(self) -> str:
         """The hash of the changes; the record has no part in it."""
         digest = hashlib.sha256()
+        # In order: changes of one layer do not commute.
         for change in self.changes:
             digest.update(json.dumps(change.spec, sort_keys=True).encode())
             for name, tensor in sorted(change.tensors.items()):
@@ -136,6 +137,7 @@ class Edit:
             ExpungeError: a layer is missing or has another shape.
         """
         root = pipe.pipe if isinstance(pipe, Model) else pipe
+        # A fine-tuned model has the same shapes, and erasing may well work on it: warn, do not refuse.
         if not self.fits(pipe):
             warnings.warn(
                 f"the edit was made from other weights ({self.record.model or 'unnamed'});"
@@ -151,7 +153,7 @@ class Edit:
         Raises:
             ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
-        check_finite(self.changes, "the edit")
+        require_finite(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
@@ -177,6 +179,7 @@ class Edit:
             raise ExpungeError(f"{path} is a safetensors file, but not an edit")
         try:
             data = json.loads(text)
+            # A kind of change that is not known here came with a later version, too.
             if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
             tensors = safetensors.torch.load_file(path)
@@ -191,5 +194,5 @@ class Edit:
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
-        check_finite(changes, str(path))
+        require_finite(changes, str(path))
         return cls(changes, record)

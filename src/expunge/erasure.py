@@ -87,6 +87,7 @@ def erase(
     }
     if named := _hash_files(command["fields"]):
         command["files"] = named
+    # Once two calls have the same command, the second may resume the work of the first.
     start = time.monotonic()
     with open_work_dir(work, command) as folder:
         run = RunContext(seed, progress, folder, ray)

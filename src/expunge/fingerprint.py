@@ -36,6 +36,7 @@ def hash_model(model: Model) -> str:
     """
     digest = hashlib.sha256()
 
+    # JSON marks where one value ends, so that two lists of values never hash alike by running together.
     def add(*what: object) -> None:
         digest.update(json.dumps(what, sort_keys=True, default=str).encode())
 
@@ -46,6 +47,7 @@ def hash_model(model: Model) -> str:
             add(hash_tokenizer(part))
     add(hash_weights(model))
     if model.stored:
+        # The denoiser's own parameters are meta tensors without values.
         for entry in (*model.text_entries(), *model.pooled_entries()):
             add(entry.layer)
             digest.update(encode_tensor(model.stored(entry.layer, "weight")))
@@ -128,7 +130,8 @@ def _version(tensor: Tensor) -> int:
 
 def _switches(part: torch.nn.Module) -> list[Any]:
     """What was set on the modules of a part, which no configuration tells: FreeU's factors, tiles of the
-    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths."""
+    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths.
+    """
     # How they compute, or where they were read, says nothing of what.
     but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")
     found: list[Any] = []
@@ -213,6 +216,7 @@ def hash_base(read: ParameterReader, places: Iterable[tuple[str, str]]) -> str:
     By the rounding, the half-precision variant of a model has the same hash as the model itself.
     """
     digest = hashlib.sha256()
+    # Sorted: the order of a set differs from process to process.
     for layer, parameter in sorted(places):
         tensor = read(layer, parameter)
         digest.update(f"{layer}.{parameter}".encode() + encode_tensor(tensor.to(torch.float16)))

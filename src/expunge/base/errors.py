@@ -26,7 +26,7 @@ def join_names(names: Sequence[str], most: int) -> str:
 
 
 def find_nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """Return the known name spelled most like one; of several, one with the same letters in another order.
+    """Return the known name spelled most like one, best one with its letters in another order.
 
     >>> find_nearest("hrose", ["house", "horse"]), find_nearest("x", ["house"])
     ('horse', '')
@@ -40,6 +40,7 @@ def find_nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
         The nearest name; "" where none is similar enough.
     """
     found = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=5, cutoff=cutoff)
+    # Swapped letters are the commonest slip, which the similarity alone ranks too low.
     swapped = [one for one in found if sorted(one) == sorted(name)]
     return next(iter([*swapped, *found]), "")
 

@@ -57,7 +57,7 @@ def check_fields(instance: Any) -> None:
             }[word](value, limit)
             if not inside:
                 raise ExpungeError(f"{field.name} must be {word} {limit:g}, not {value!r}")
-        object.__setattr__(instance, field.name, value)
+        object.__setattr__(instance, field.name, value)  # the dataclass is frozen
 
 
 def groups(cls: type[Any]) -> dict[str, type[Any]]:
@@ -119,7 +119,7 @@ def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
     Args:
         cls: a dataclass.
         values: its fields.
-        what: what a message calls it, in the words of the file; by default the words of the class's name.
+        what: what a message calls it, in the file's words; by default those of the class's name.
 
     Raises:
         ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
@@ -191,6 +191,7 @@ def _fit_type(value: Any, kind: Any, name: str) -> Any:
         if math.isfinite(value):
             return float(value)
         raise ExpungeError(f"{name} must be finite, not {value!r}")
+    # Not `isinstance`: True is an int, and nobody who writes rank = true means rank 1.
     if kind in (bool, int, str) and type(value) is kind:
         return value
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}

@@ -253,7 +253,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def format_bytes(n: float) -> str:
     """Return a number of bytes with its unit.
 
-    >>> size(1234567), format_bytes(2e9), format_bytes(80)
+    >>> format_bytes(1234567), format_bytes(2e9), format_bytes(80)
     ('1.2 MB', '2.0 GB', '0.1 kB')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB")):

@@ -121,10 +121,10 @@ def read_declared(kind: str, name: str, attribute: str) -> dict[str, str]:
     return {}
 
 
-def describe_support(method: str) -> str:
+def describe_coverage(method: str) -> str:
     """Return in words on which families a method works, and which of its stages the others lack.
 
-    >>> describe_support("uce")
+    >>> describe_coverage("uce")
     'every family'
     """
     needs = read_declared("methods", method, "needs")

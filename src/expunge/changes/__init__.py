@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expunge.changes.applied import Applied, check_finite, check_fit
+from expunge.changes.applied import Applied, check_fit, require_finite
 from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
 from expunge.changes.gated import Damped, Gated, TokenGates
 from expunge.changes.layers import (
@@ -48,7 +48,6 @@ __all__ = [
     "TokenGates",
     "WeightChange",
     "build_change",
-    "check_finite",
     "check_fit",
     "check_in_use",
     "encode_tensor",
@@ -57,6 +56,7 @@ __all__ = [
     "is_compiled",
     "iterate_layers",
     "read_base_parameter",
+    "require_finite",
     "summarize",
     "unwrap",
 ]
@@ -71,6 +71,7 @@ KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, De
 def build_change(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
     """Return the change that `Change.spec` and `Change.tensors` were taken from."""
     plain = {name: value for name, value in spec.items() if name != "kind"}
+    # JSON has no tuples, and a change must be hashable.
     return KINDS[spec["kind"]](**{**plain, "layers": tuple(plain["layers"]), **tensors})
 
 

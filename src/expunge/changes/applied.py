@@ -13,7 +13,7 @@ from expunge.changes.contract import Change, HookedChange, InputChange, OutputCh
 from expunge.changes.layers import check_in_use, find_layer, find_layer_path
 
 
-def check_finite(changes: Sequence[Change], what: str) -> None:
+def require_finite(changes: Sequence[Change], what: str) -> None:
     """Check that changes contain neither NaN nor infinity.
 
     Args:
@@ -90,13 +90,14 @@ class Applied:
                     modules = [find_layer_path(root, layer)[-1] for layer in change.layers]
                     self._hooks += _register_hooks(modules, change)
         except BaseException:
+            # An interrupt, too, must not leave the pipeline half changed.
             self.remove()
             raise
 
     def _swap(self, module: nn.Module, name: str, changes: Sequence[WeightChange]) -> None:
         """Replace a parameter by what its changes make of it, one after the other."""
         original = module._parameters[name]
-        if original is None:
+        if original is None:  # checked before; for the type checker
             raise TypeError(f"{type(module).__name__} has no parameter {name}, which check_fit found")
         value = original.detach()
         for change in changes:

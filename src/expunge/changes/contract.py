@@ -13,6 +13,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 
 
+# Without `eq`: comparing tensors gives tensors, and a change must be hashable.
 @dataclass(frozen=True, eq=False)
 class Change(ABC):
     """What some layers do differently. The fields that are tensors are what a file stores as tensors."""
@@ -31,6 +32,7 @@ class Change(ABC):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
+        # Not `asdict`, which would copy every tensor.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

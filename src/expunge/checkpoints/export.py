@@ -16,7 +16,7 @@ from torch import Tensor
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
 from expunge.base.files import read_header
-from expunge.changes import check_finite
+from expunge.changes import require_finite
 from expunge.checkpoints import hub
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote, serialise_notes
@@ -116,7 +116,7 @@ def export(
     """
     output = Path(output)
     _check_values(to, output, rank, energy)
-    check_finite(edit.changes, "the edit")
+    require_finite(edit.changes, "the edit")
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     _check_kind(to, checkpoint)

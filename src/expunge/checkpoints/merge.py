@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_finite
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, require_finite
 from expunge.checkpoints.weight_changes import (
     Place,
     compose_linear,
@@ -90,7 +90,7 @@ def merge(
     _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_finite(edit.changes, f"edit {number} of those to merge")
+        require_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",

@@ -24,7 +24,7 @@ from expunge.cli import concept_files
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
-from expunge.cli.terminal import make_table, print_table, show_progress
+from expunge.cli.terminal import make_plain_table, print_table, show_progress
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _add_method_options(default: Method) -> type[EraseOptions]:
 
 
 def _print_presets(method: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
-    table = make_table()
+    table = make_plain_table()
     table.add_column(overflow="fold")
     for name, preset in presets.items():
         values = {field: value for field, value in preset.items() if field != "about"}

@@ -17,7 +17,7 @@ from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, UnknownNameError, join_names
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import read_autocast
-from expunge.cli.terminal import make_table, print_table, show_progress
+from expunge.cli.terminal import make_plain_table, print_table, show_progress
 
 if TYPE_CHECKING:
     from expunge.evaluation.report import Report
@@ -191,7 +191,7 @@ def print_report(report: Report) -> None:
         erased = [", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else "") for case in cases]
         several = len(set(erased)) > 1
         heads = [name, "erased"] if several else [f"{name}: {erased[0]} erased"]
-        table = make_table(*heads)
+        table = make_plain_table(*heads)
         for term in (cases[0].suite.score, *terms):
             table.add_column(term, overflow="fold")
         for case, words in zip(cases, erased, strict=True):
@@ -205,7 +205,7 @@ def print_report(report: Report) -> None:
     attacked = [(case, row, one) for case in report.cases for row in case.rows for one in row.attacks]
     if not attacked:
         return
-    table = make_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable", "original")
+    table = make_plain_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable", "original")
     for case, row, one in attacked:
         for budget, asr in one.asr.items():
             numbers = (one.pre, asr, one.broken[budget], one.control[budget])

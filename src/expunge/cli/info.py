@@ -11,7 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import format_values
-from expunge.cli.terminal import make_table, print_table
+from expunge.cli.terminal import make_plain_table, print_table
 
 if TYPE_CHECKING:
     from expunge.edit import Edit
@@ -49,7 +49,7 @@ def run_info(options: InfoOptions) -> None:
 
     edit = Edit.load(options.edit)
     record = edit.record
-    table = make_table()
+    table = make_plain_table()
     for concept in record.problem.erase:
         also = f" and {', '.join(concept.synonyms)}" if concept.synonyms else ""
         becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
@@ -71,10 +71,10 @@ def run_info(options: InfoOptions) -> None:
 def run_list(options: ListOptions) -> None:
     """Run `expunge list`."""
     names = registry.list_names(options.kind)
-    table = make_table()
+    table = make_plain_table()
     table.add_column(overflow="fold")
     for name in names:
-        families = (registry.describe_support(name),) if options.kind == "methods" else ()
+        families = (registry.describe_coverage(name),) if options.kind == "methods" else ()
         table.add_row(name, registry.describe(options.kind, name), *families)
     print_table(table if names else f"no {options.kind} yet")
 

@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "export": (export_commands.ExportOptions, export_commands.run_export),
     "merge": (export_commands.MergeOptions, export_commands.run_merge),
     "undo": (export_commands.UndoOptions, export_commands.run_undo),
-    "studio": (studio_command.Studio, studio_command.studio_command),
+    "studio": (studio_command.StudioOptions, studio_command.run_studio),
     "info": (info.InfoOptions, info.run_info),
     "list": (info.ListOptions, info.run_list),
 }

@@ -34,7 +34,7 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def make_table(*columns: str) -> Table:
+def make_plain_table(*columns: str) -> Table:
     """Return a table without borders; without `columns`, a two-column list of names and texts."""
     if columns:
         return Table(*columns, box=None, pad_edge=False)

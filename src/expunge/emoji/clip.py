@@ -45,6 +45,7 @@ class Clip:
         folder = Path(folder)
         check_weights(folder / "clip")
         check_weights(folder / "pipeline")
+        # float32 on the CPU: the files hold float16, in which convolutions there are slow or missing.
         pipeline, towers = folder / "pipeline", {"dtype": torch.float32, "local_files_only": True}
         try:
             return cls(
@@ -64,6 +65,7 @@ class Clip:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: (n, 256), each of length one."""
+        # The text tower has no positions beyond these.
         window = self.tokenizer.model_max_length
         ids = self.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=window, return_tensors="pt"
@@ -74,6 +76,7 @@ class Clip:
     @torch.inference_mode()
     def embed_images(self, images: Tensor) -> Tensor:
         """Embed images (n, 3, 64, 64) in [0, 1]: (n, 256), each of length one."""
+        # 64 at a time: the attention of thousands of images at once would not fit the memory.
         pooled = torch.cat(
             [self.image(pixel_values=part * 2 - 1).pooler_output for part in images.split(64)]
         )

@@ -63,7 +63,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (n, labels), (n, styles) and (n,) of images (n, 3, 64, 64) in [0, 1]."""
-        x = self.body(images * 2 - 1)
+        x = self.body(images * 2 - 1)  # trained on [-1, 1]
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         labels, styles, broken = self.head(pooled).split(self.sizes, 1)
         return labels, styles, broken[:, 0]
@@ -105,6 +105,7 @@ class Recognition:
     def top(self) -> list[str]:
         """Return what each image shows: its best label, "nothing" or "unrecognisable"."""
         best, where = self.labels.max(1)
+        # "Unrecognisable" is decided last, because noise may resemble any label or none.
         names = [self.settings.label_names[index] for index in where.tolist()]
         for i in range(len(self)):
             if best[i] < self.settings.nothing:
@@ -174,6 +175,7 @@ class Detector:
             raise ExpungeError(
                 f"{folder} is not a detector's folder, or config and weights differ"
             ) from error
+        # Convolutions of small images are faster in this layout on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(network, settings)
 
@@ -198,6 +200,7 @@ class Detector:
             raise ExpungeError(
                 f"the detector reads images (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}"
             )
+        # In batches, so that memory does not grow with the number of images.
         device = next(self.network.parameters()).device
         batches = [self.network(batch.to(device).float()) for batch in images.split(batch_size)]
         labels, styles, broken = (

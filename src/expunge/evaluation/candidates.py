@@ -33,19 +33,19 @@ class Candidate:
 
     @classmethod
     def of(cls, edit: Edit, name: str = "") -> Candidate:
-        """An edit under a name, by default its method's and its concepts'."""
+        """Make a candidate of an edit; by default it is named after its method and its concepts."""
         erases = tuple(concept.name for concept in edit.record.problem.erase)
         return cls(name or f"{edit.record.method}: {', '.join(erases)}", erases, edit)
 
     @property
     def anchors(self) -> dict[str, str]:
-        """What each of its concepts should become; nothing is known of a model of its own."""
+        """The anchor of each of its concepts; none is known of a model of its own."""
         concepts = self.edit.record.problem.erase if self.edit else ()
         return {concept.name: concept.anchor for concept in concepts if concept.anchor is not None}
 
     @property
     def record(self) -> dict[str, Any]:
-        """Where it comes from."""
+        """Where it comes from, ready for JSON: hash and record of the edit, or hash of the model."""
         if self.edit is None:
             if self.model is None:
                 raise TypeError("a candidate must have an edit or a model, and this has neither")
@@ -64,21 +64,21 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class CandidateResult:
-    """What a model came to in one case."""
+    """The numbers of one model in one case."""
 
     candidate: Candidate | None
     """None for the original."""
     h: Estimate
     terms: Mapping[str, Estimate]
     roles: Mapping[str, Mapping[str, Estimate]]
-    """For each role: seen, the share in which the concept is seen; there, in which it is found at
-    all; unrecognisable; counted, what the terms are made of."""
+    """For each role its shares: `seen`, in which the concept is seen; `there`, in which it is found at
+    all; `unrecognisable`; `counted`, what the terms are made of; `original`, the original's `seen`."""
     metrics: Mapping[str, Mapping[str, Estimate]]
-    """For each metric, for each role."""
+    """The means of each metric, for each role."""
     published: Mapping[str, Estimate]
-    """The figures that papers print: against neither the original nor chance."""
+    """The figures that papers print, relative neither to the original nor to chance."""
     each: Mapping[str, Mapping[str, float]]
-    """For each role the share seen, for each of its words."""
+    """For each role the share seen of each of its words."""
     samples: tuple[Sample, ...] = field(repr=False)
     """What it drew, with all that is known of it; of the same cells for every candidate of a suite."""
     totals: Mapping[str, int] = field(default_factory=dict)

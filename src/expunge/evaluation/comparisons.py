@@ -12,7 +12,7 @@ from expunge.evaluation.statistics import LEVEL, Estimate, holm
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A difference of two edits or recipes, and whether chance explains it among all that were made."""
+    """A difference of two edits or recipes, and whether chance explains it, among all that are made."""
 
     of: str
     """The number that is compared."""
@@ -20,11 +20,11 @@ class Comparison:
     other: str
     difference: Estimate
     p: float
-    """Two-sided, of this difference alone, about these concepts."""
+    """The two-sided p-value of this difference alone, about these concepts."""
     corrected: float
-    """By Holm, for all comparisons of its family."""
+    """The p-value corrected by Holm for all comparisons of its family."""
     family: int
-    """How many comparisons that is: of one number, in one suite, in all its cases."""
+    """The number of comparisons in its family: those of one number, in one suite, in all its cases."""
     p_in_general: float = math.nan
     corrected_in_general: float = math.nan
 
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def correct_family(differences: Sequence[tuple[str, str, str, Estimate]]) -> list[Comparison]:
-    """Comparisons that are made at once, corrected for their number."""
+    """Correct the comparisons that are made at once for their number."""
     p = [difference.p_value() for *_, difference in differences]
     general = [
         d.p_value(in_general=True) if d.general is not None else math.nan for *_, d in differences
@@ -53,7 +53,7 @@ def correct_family(differences: Sequence[tuple[str, str, str, Estimate]]) -> lis
 
 
 def compare_all(cases: Sequence[SuiteResult]) -> list[list[Comparison]]:
-    """For each case its comparisons: those of one number in one suite are a family."""
+    """Return the comparisons of each case: those of one number in one suite are a family."""
     found = [compare_pairs(case) for case in cases]
     families: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for c, rows in enumerate(found):
@@ -67,7 +67,10 @@ def compare_all(cases: Sequence[SuiteResult]) -> list[list[Comparison]]:
 
 
 def compare_pairs(case: SuiteResult) -> list[tuple[str, str, str, Estimate]]:
-    """For each pair of edits and each number the paired difference: (what, one, other, difference)."""
+    """Return for each pair of edits and each number the paired difference.
+
+    Each is (what is compared, one edit, the other, the difference).
+    """
     found: list[tuple[str, str, str, Estimate]] = []
     edits = [row for row in case.rows if row.candidate]
     for i, one in enumerate(edits):

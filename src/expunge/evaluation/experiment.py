@@ -18,7 +18,7 @@
     stages = ["refine"]
     title = "refinement only"                          # what the report calls it
 
-What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
+An edit that was made is found by its file name, which contains the hash of all it depends on, and an
 image in the cache. So a run that was stopped goes on where it was.
 """
 
@@ -81,7 +81,7 @@ class Job:
         return ", ".join([*called, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
-        """The edit's file name: it changes with everything that the edit hangs on."""
+        """Return the edit's file name: it changes with everything that the edit depends on."""
         record = [
             self.method_name,
             fields.flatten(self.method),
@@ -166,7 +166,7 @@ class Experiment:
         return experiment
 
     def jobs(self) -> list[Job]:
-        """The edits to make: every method on every problem with every seed."""
+        """Return the edits to make: every method on every problem with every seed."""
         found, seeds = [], (self.full_seeds if self.full else ()) or self.seeds
         for table in self.methods:
             cls = registry.get("methods", table["name"])
@@ -195,7 +195,8 @@ class Experiment:
             model: what to erase from, in its own number format.
             folder: where edits and the report go.
             autocast: the number format to draw in when judging, as in `Model.autocasting`.
-            cache, progress: as in `evaluate`.
+            cache: where images and numbers are kept; by default the user's cache folder.
+            progress: told what is done.
 
         Raises:
             ExpungeError: the folder cannot be written.

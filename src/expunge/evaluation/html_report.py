@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no file beside it, no request to the net."""
+"""The report as one HTML page that loads nothing: no file beside it, nothing from the network."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class Number:
 
     text: str
     interval: str = ""
-    """About these concepts."""
+    """The interval about these concepts."""
     general: str = ""
-    """About concepts in general."""
+    """The interval about concepts in general."""
     sort: float = -math.inf
     part: float = 0.0
-    """Of a full bar, 0 to 1."""
+    """How much of the bar is filled, 0 to 1."""
 
 
 def format_number(estimate: Estimate | None, percent: bool = True) -> Number:
-    """An estimate in words."""
+    """Return an estimate as the page shows it; an en dash where there is none."""
     if estimate is None or math.isnan(estimate.value):
         return Number("–")
     score, scale = estimate.score, 100 if percent else 1
@@ -81,7 +81,7 @@ def format_number(estimate: Estimate | None, percent: bool = True) -> Number:
 
 
 def render_page(report: Report) -> str:
-    """The page."""
+    """Return a report as an HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
     names = list(dict.fromkeys(row.name for case in report.cases for row in case.rows))

@@ -124,7 +124,7 @@ def lay_out_attacks(row: CandidateResult) -> list[dict[str, Any]]:
 
 
 def encode_data_uri(image: Tensor) -> str:
-    """An image (3, height, width) inside the page, at most 128 pixels wide."""
+    """Return an image (3, height, width) as a data URI, at most 128 pixels wide."""
     one = to_pil(image.nan_to_num())
     data = io.BytesIO()
     if one.width > WIDEST:

@@ -79,6 +79,7 @@ class Cache:
         self._fresh = 0  # bytes written since it was last pruned
 
     def path(self, address: str, ending: str = ".png") -> Path:
+        """Return the file of an address."""
         return self.folder / address[:2] / f"{address[2:]}{ending}"
 
     def draw(
@@ -132,7 +133,7 @@ class Cache:
         return torch.stack([_float(images[address]) for address in addresses])
 
     def read_scores(self, address: str) -> dict[str, Tensor]:
-        """The numbers that lie beside an image, by the identity of their metric."""
+        """Return the numbers that lie beside an image, by the key of their metric."""
         path = self.path(address, ".safetensors")
         try:
             return safetensors.torch.load(path.read_bytes())
@@ -143,7 +144,7 @@ class Cache:
             return {}
 
     def keep_scores(self, address: str, scores: Mapping[str, Tensor]) -> None:
-        """Put numbers beside an image, with those that are there."""
+        """Save numbers beside an image, with those that are there."""
         merged = {**self.read_scores(address), **scores}
         tensors = {key: value.detach().float().cpu().clone() for key, value in merged.items()}
         with replacing(self.path(address, ".safetensors")) as temporary:
@@ -214,7 +215,7 @@ class Cache:
 
 
 def quantise(images: Tensor) -> list[Tensor]:
-    """Images in 8 bits, as files hold them; one with a nan in it becomes an int16 one of -1."""
+    """Return images in 8 bits, as files hold them; one that contains nan becomes an int16 one of -1."""
     rounded = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     whole = images.isfinite().flatten(1).all(1)
     return [

@@ -54,7 +54,7 @@ class PromptList:
                 raise ExpungeError(f"prompt {number} of a list of texts is empty")
 
     def read_rows(self, folder: Path) -> list[tuple[str, int | None, float | None]]:
-        """The prompts, each with its seed and guidance where it brings them.
+        """Read the prompts, each with its seed and guidance where it brings them.
 
         Seeds are whole numbers from 0 to below 2**63, read exactly or refused.
 
@@ -123,7 +123,8 @@ class PromptList:
 
     def _file(self, folder: Path) -> tuple[list[str], list[tuple[str, Sequence[Any]]], str]:
         """The columns of the CSV, looked for here and then beside the suite; its rows, each with where
-        it stands; and its path."""
+        it stands; and its path.
+        """
         paths = [Path(self.csv), folder / self.csv]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:

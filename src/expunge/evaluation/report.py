@@ -33,7 +33,7 @@ class Report:
     cache: Cache = field(repr=False)
 
     def average_methods(self) -> dict[str, dict[str, Estimate]]:
-        """For each suite, for each recipe, its H averaged over concepts and seeds of the edit."""
+        """Return for each suite, for each recipe, its H averaged over concepts and seeds of the edit."""
         found: dict[str, dict[str, list[tuple[str, Estimate]]]] = {}
         shares = {case.suite.name: case.suite.score != "H_a" for case in self.cases}
         for case in self.cases:
@@ -52,7 +52,7 @@ class Report:
         }
 
     def pair_methods(self) -> list[tuple[str, str, str, Estimate]]:
-        """The paired differences of these means: (suite, one recipe, other, difference).
+        """Return the paired differences of these means: (suite, one recipe, other, difference).
 
         Only between recipes that have been judged in the same cases: means over other concepts do not
         compare.
@@ -74,7 +74,7 @@ class Report:
         return found
 
     def compare_methods(self) -> dict[str, list[Comparison]]:
-        """For each suite these differences, corrected for how many of them there are."""
+        """Return these differences for each suite, corrected for their number."""
         found: dict[str, list[tuple[str, str, str, Estimate]]] = {}
         scores = {case.suite.name: case.suite.score for case in self.cases}
         for suite, one, other, difference in self.pair_methods():
@@ -82,7 +82,7 @@ class Report:
         return {suite: correct_family(rows) for suite, rows in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON."""
+        """Return everything but the images, ready for JSON."""
         return {
             "format": FORMAT,
             "size": "full" if self.full else "quick",
@@ -103,7 +103,7 @@ class Report:
         }
 
     def to_csv(self) -> str:
-        """A line a row: the H, its terms, and every metric of every role, each with its interval."""
+        """Return a table with a line for each row: H, terms and metrics, each with its interval."""
         lines: list[dict[str, Any]] = []
         for case in self.cases:
             for row in case.rows:

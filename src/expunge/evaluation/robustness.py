@@ -48,7 +48,8 @@ CONTROL = 0.8
 @dataclass(frozen=True, eq=False)
 class AttackResult:
     """One edit under one attack, on one suite. Every share is of the images that the original shows
-    the concept in."""
+    the concept in.
+    """
 
     edit: str
     """What the report calls the edit."""

@@ -113,6 +113,19 @@ class UCE(Method):
         return Cost(prompts=2 * sum(templates) + retained + self.general, products=8)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
+        return self.gather(model, problem, run).solve(model, self.ridge)
+
+    def gather(self, model: Model, problem: Problem, run: RunContext) -> Refit:
+        """Encode the problem's prompts and sum what the refit is solved from.
+
+        Args:
+            model: the model; its denoiser is not asked.
+            problem: what to erase and to retain.
+            run: its seed chooses the words.
+
+        Raises:
+            ExpungeError: a prompt is longer than the model reads.
+        """
         refit = Refit()
         for concept in problem.erase:
             templates = self.templates or TEMPLATES[concept.kind]
@@ -133,7 +146,7 @@ class UCE(Method):
             # All words together have one weight, and every one of their tokens counts.
             refit.retain(model.encode(words[start : start + 64]), self.general_scale / len(words))
         run.progress("reading words", len(words), len(words))
-        return refit.solve(model, self.ridge)
+        return refit
 
     def _retained(self, problem: Problem) -> list[str]:
         """List what is retained, each once: names, prompts, and "" for the empty prompt."""

@@ -21,12 +21,14 @@ class OfFeatures(Distance):
 
     @property
     def feature_key(self) -> Mapping[str, Any]:
+        """Cache key of the rows."""
         # In the words of earlier versions: rows that they have kept are found by it.
         digest = towers(self.model).digest
         return {"features": f"picture tower of the CLIP {self.model}, pooled", "sha256": digest}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """What its numbers hang on: see the keys."""
         digest = towers(self.model).digest
         return {"features": f"image tower of the CLIP {self.model}, pooled", "sha256": digest}
 
@@ -52,9 +54,11 @@ class FromOriginalOrReal(OfFeatures):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """What its numbers hang on: see the keys."""
         return {**super().provenance, "against": self.against or "the original's images"}
 
     def load_real(self) -> Tensor | None:
+        """Return the features of the images in `against`, (m, width), or None."""
         if not self.against:
             return None
         size = towers(self.model).size

@@ -33,4 +33,5 @@ class Alignment(OfFeatures):
     from_anchor: ClassVar[bool] = True
 
     def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return kernel(rows, reference)

@@ -26,6 +26,7 @@ class ClipScore(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The CLIP and the hash of its weights."""
         return {"model": self.model, "sha256": towers(self.model).digest}
 
     def measure(

@@ -43,6 +43,7 @@ class ClipZeroshot(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The CLIP, the hash of its weights, and the classes."""
         return {
             "model": self.model,
             "sha256": towers(self.model).digest,
@@ -68,6 +69,7 @@ class ClipZeroshot(Classifier):
         return torch.cat([chances, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         return label in self.classes
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
@@ -88,7 +90,9 @@ class ClipZeroshot(Classifier):
         return (sure >= 0.5).float() if question == "there" else sure
 
     def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return rows[:, -1] > 0.5
 
     def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         return [self.classes[place] for place in rows[:, : len(self.classes)].argmax(1).tolist()]

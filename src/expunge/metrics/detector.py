@@ -35,6 +35,7 @@ class EmojiDetector(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The hash of its weights, its labels, thresholds, and accuracy on held-out drawings."""
         held_out = self._path / "held_out.json"
         settings = _load(self._path).settings
         return {
@@ -69,6 +70,7 @@ class EmojiDetector(Classifier):
         return Recognition(labels, styles, broken[:, 0], settings)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         settings = _load(self._path).settings
         return label in settings.label_names or label in settings.style_names
 
@@ -99,9 +101,11 @@ class EmojiDetector(Classifier):
         return torch.tensor([float("nan") if top in near else float(top in wanted) for top in tops])
 
     def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return self.recognition(rows).broken()
 
     def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         tops = self.recognition(rows).top()
         return ["background only" if top == NOTHING else top for top in tops]
 

@@ -32,6 +32,7 @@ class Fid(Distance):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Inception's weights, who computes with them, and what is compared with."""
         from importlib.metadata import version
 
         _extractor(self.weights)
@@ -44,6 +45,7 @@ class Fid(Distance):
 
     @property
     def feature_key(self) -> Mapping[str, Any]:
+        """Cache key of the rows."""
         # In the words of earlier versions: rows that they have kept are found by it.
         return {**super().feature_key, "against": self.against or "the original's pictures"}
 
@@ -62,9 +64,11 @@ class Fid(Distance):
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
     def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return frechet(rows, reference)
 
     def load_real(self) -> Tensor | None:
+        """Return the features of the images in `against`, (m, width), or None."""
         return self.measure(read_images(self.against, (299, 299)), ()) if self.against else None
 
 

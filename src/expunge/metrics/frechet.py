@@ -22,4 +22,5 @@ class Frechet(FromOriginalOrReal):
     """
 
     def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return frechet(rows, reference)

@@ -21,4 +21,5 @@ class Kid(FromOriginalOrReal):
     """
 
     def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return kernel(rows, reference)

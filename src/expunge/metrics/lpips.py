@@ -31,6 +31,7 @@ class Lpips(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The network and who computes with it."""
         from importlib.metadata import version
 
         _distance(self.network)

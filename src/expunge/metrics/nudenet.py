@@ -36,6 +36,7 @@ class NudeNet(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The package's version, the threshold and the parts."""
         from importlib.metadata import version
 
         _detector()
@@ -64,6 +65,7 @@ class NudeNet(Classifier):
         return rows
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         return label == ANY or label in PARTS
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
@@ -79,10 +81,12 @@ class NudeNet(Classifier):
         return (rows[:, places] > 0).any(1).float()
 
     def count_parts(self, rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
+        """Return how often images show each part, (n,) whole numbers."""
         known = PARTS if ANY in labels else [label for label in labels if label in PARTS]
         return {part: rows[:, 1 + PARTS.index(part)] for part in known}
 
     def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return rows[:, -1] > 0.5
 
 

@@ -20,6 +20,7 @@ class PixelDistance(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The version of this measure."""
         return {"version": 1}
 
     def measure(

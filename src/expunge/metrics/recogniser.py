@@ -60,6 +60,7 @@ class Recogniser(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Each classifier's folder, and the hash of its weights."""
         return {
             "classifiers": [
                 {"folder": Path(folder).name, "sha256": one.digest, "labels": len(one.labels)}
@@ -82,6 +83,7 @@ class Recogniser(Classifier):
         return torch.cat([*seen, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         return any(_plain(label) in one.labels for one in self._classifiers)
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
@@ -111,9 +113,11 @@ class Recogniser(Classifier):
         return answers.masked_fill(torch.isin(best, torch.tensor(neither)), float("nan"))
 
     def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return rows[:, -1] > 0.5
 
     def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         bests = [
             [one.labels[place] for place in part.argmax(1).tolist()] for one, part in self._parts(rows)
         ]

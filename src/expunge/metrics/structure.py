@@ -28,6 +28,7 @@ class Structure(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The version of this measure, and the size."""
         return {"version": 1, "size": self.size}
 
     def measure(

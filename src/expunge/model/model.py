@@ -47,6 +47,7 @@ class Model(FamilyContract):
     def device(self) -> torch.device:
         """The device that the model computes on; with offloading, idle parts lie elsewhere."""
         if self.stored:
+            # The denoiser is on the meta device then; the text encoders say where work is done.
             return next(p.device for p in self.parameters() if not p.is_meta)
         # diffusers knows no execution device where the denoiser is spread over several.
         device: torch.device | None = getattr(self.pipe, "_execution_device", None)
@@ -96,6 +97,7 @@ class Model(FamilyContract):
     def find_unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt, of three letters or more, that are not in the vocabulary."""
         known = {word.casefold() for word in self.vocabulary()}
+        # Shorter words, digits and other scripts are pieced together in every tokenizer.
         words = re.findall(r"[a-z]{3,}", prompt.casefold())
         return [word for word in dict.fromkeys(words) if word not in known]
 
@@ -110,6 +112,7 @@ class Model(FamilyContract):
         Raises:
             ExpungeError: a layer is missing or has another shape.
         """
+        # All in one `Applied`: several would each check the fit and swap the same parameters again.
         changes: list[Change] = []
         for edit in edits:
             changes.extend(edit if isinstance(edit, Sequence) else edit.changes)
@@ -159,6 +162,7 @@ class Model(FamilyContract):
 
     def timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
         """Return the timesteps of `trajectory`, from noise to image."""
+        # A copy: `set_timesteps` would change the pipeline's own scheduler.
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
         return tuple(int(t) for t in scheduler.timesteps)
@@ -171,6 +175,7 @@ class Model(FamilyContract):
         predicts a flow's velocity.
         """
         level = self.log_snr()
+        # ᾱ = σ(log-SNR), so every factor is a function of the log-SNR alone.
         kind = getattr(self.pipe.scheduler.config, "prediction_type", "flow_prediction")
         return {
             "epsilon": torch.ones_like(level),
@@ -226,6 +231,7 @@ class Model(FamilyContract):
                         f"{word!r} is {len(ids)} tokens to this model; take one of one token"
                     )
                 weight = part.get_input_embeddings().weight
+                # T5 holds the same weight in `shared` and in the encoder's own embedding.
                 layers = [m for m in part.modules() if getattr(m, "weight", None) is weight]
                 found.append((layers, ids[0]))
         return found
@@ -306,6 +312,7 @@ class Model(FamilyContract):
             batch_size: how many images are denoised together; more are faster and take more memory.
             progress: called at every denoising step.
         """
+        # Many images share a prompt: encode each once and repeat the rows.
         distinct = list(dict.fromkeys(probe.prompts))
         text = probe.text or self.encode(distinct)[[distinct.index(p) for p in probe.prompts]]
         steps = probe.num_inference_steps or self.num_inference_steps
@@ -321,6 +328,7 @@ class Model(FamilyContract):
             with self._cache_text():
                 for step, (_, latents) in enumerate(trajectory):
                     done = start * steps + min(step, steps) * len(rows)
+                    # The last unit is reported after `decode`, which takes time, too.
                     progress("drawing", min(done, len(probe) * steps - 1), len(probe) * steps)
             images.append(self.decode(latents))
         progress("drawing", len(probe) * steps, len(probe) * steps)

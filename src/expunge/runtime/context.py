@@ -42,7 +42,9 @@ class RunContext:
 
         With one for each piece of work, the pieces may be computed in any order.
         """
+        # "\0" cannot be part of a name, so ("ab", "c") and ("a", "bc") differ.
         digest = hashlib.sha256("\0".join((str(self.seed), *names)).encode()).digest()
+        # Seven bytes: seeds must be below 2**63.
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def map_cached(
@@ -71,6 +73,7 @@ class RunContext:
         Raises:
             ExpungeError: an entry cannot be written, or the cluster does not answer.
         """
+        # Batches are cut before anything is looked up, so that resuming never changes their members.
         names = list(dict.fromkeys(names))
         batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
         place = self.folder / store.make_stem(label) if self.folder else None

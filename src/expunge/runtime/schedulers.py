@@ -22,7 +22,7 @@ LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 def parse_scheduler(name: str) -> str:
     """Return the short name of a scheduler: its diffusers class, without "Scheduler".
 
-    >>> scheduler_name("ddim"), parse_scheduler("DDIMScheduler"), parse_scheduler("")
+    >>> parse_scheduler("ddim"), parse_scheduler("DDIMScheduler"), parse_scheduler("")
     ('DDIM', 'DDIM', '')
 
     Raises:

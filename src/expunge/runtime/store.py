@@ -32,6 +32,7 @@ def make_stem(name: str) -> str:
     'c-te-d-ivoire-8cfcbc84914202fb'
     """
     legible = make_slug(name, 40)
+    # A name from the command line may hold surrogates, which UTF-8 refuses otherwise.
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{legible}-{digest}" if legible else digest
 
@@ -59,7 +60,7 @@ def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
         if not file.exists():
             continue
         try:
-            read_header(file)
+            read_header(file)  # reports a file that was cut short, which safetensors may not
             found[name] = safetensors.torch.load(file.read_bytes())
         except (ExpungeError, safetensors.SafetensorError):
             warnings.warn(

@@ -75,7 +75,7 @@ def count_busy_cores(before: Ticks, after: Ticks) -> float:
 def choose_threads(most: int, free: float) -> int:
     """Return how many of `most` threads to use where `free` cores are idle: one at the least.
 
-    >>> share(2, 1.9), choose_threads(2, 1.2), choose_threads(8, 0.1)
+    >>> choose_threads(2, 1.9), choose_threads(2, 1.2), choose_threads(8, 0.1)
     (2, 1, 1)
     """
     return max(1, min(most, math.floor(free + 0.25)))

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import expunge
+from edits import edited, low_rank
 from expunge import ExpungeError
 from expunge.changes import LowRank
 from expunge.checkpoints import loading
@@ -28,7 +29,6 @@ from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.families.stable_diffusion import StableDiffusion
-from test_export import edited, low_rank
 from tiny import PIPELINES
 
 FAMILIES = {family.__name__: family for family in (StableDiffusion, SDXL, SD3, Flux)}
