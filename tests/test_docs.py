@@ -277,6 +277,18 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target.read_text("utf-8")), link
 
 
+def test_files_that_pages_name_are_there():
+    pattern = r"`((?:tests|src|docs|experiments|benchmarks|training|integrations)/[\w./-]+)`"
+    named = {(page, path) for page, text in TEXTS.items() for path in re.findall(pattern, text)}
+    assert len(named) > 20
+    missing = [
+        (page, path)
+        for page, path in sorted(named)
+        if not re.search(r"NAME|METHOD|SIZE", path) and not (HERE / path).exists()
+    ]
+    assert missing in ([], [("docs/tutorials/add-a-method.md", "src/expunge/methods/dim.py")])
+
+
 def test_every_page_is_in_the_contents():
     nav = (HERE / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
     for page in PAGES[1:]:
