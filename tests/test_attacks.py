@@ -62,13 +62,27 @@ def test_the_folder_is_the_list():
     assert {"embedding", "inversion"} <= set(ATTACKS)
 
 
+FEW = {
+    "embedding": {"steps": 4, "num_timesteps": 1},
+    "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+    "finetuning": {"max_train_steps": 2, "num_images": 2, "batch_size": 2, "learning_rate": 1e-2},
+}
+"""Small budgets, for attacks that cost more than drawing."""
+
+
+def make(name):
+    return registry.get("attacks", name)(**FEW.get(name, {}))
+
+
 @pytest.fixture(params=ATTACKS)
 def attack(request):
-    few = {
-        "embedding": {"steps": 4, "num_timesteps": 1},
-        "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
-    }
-    return registry.get("attacks", request.param)(**few.get(request.param, {}))
+    return make(request.param)
+
+
+@pytest.fixture(params=[name for name in ATTACKS if hasattr(make(name), "steps")])
+def learning(request):
+    """An attack that looks for a text, step by step."""
+    return make(request.param)
 
 
 class TestContract:
@@ -76,31 +90,56 @@ class TestContract:
         assert "Source:" in type(attack).__doc__
         assert registry.describe("attacks", type(attack).__module__.rpartition(".")[2])
         with pytest.raises(dataclasses.FrozenInstanceError):
-            attack.steps = 1
+            setattr(attack, dataclasses.fields(attack)[0].name, 1)
 
     def test_leaves_the_model_as_it_was(self, model, edit, attack):
         before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
-        attack.run(model, edit, PROBE, RunContext())
+        probe = attack.run(model, edit, PROBE, RunContext())
+        with attack.apply(model, edit, RunContext()) as attacked:
+            attacked.draw(probe)
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         assert asking == [p.requires_grad for p in model.parameters()]
         assert all(p.grad is None for p in model.parameters())
 
-    def test_no_budget_changes_nothing(self, model, edit, attack):
-        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
+    def test_the_same_seed_draws_the_same(self, model, edit, attack):
+        drawn = []
+        for _ in range(2):
+            probe = attack.run(model, edit, PROBE, RunContext(3))
+            assert probe.seeds == PROBE.seeds
+            with attack.apply(model, edit, RunContext(3)) as attacked:
+                drawn.append(attacked.draw(probe))
+        assert torch.equal(*drawn)
 
-    def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
-        first, second = (attack.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
+    def test_it_draws_something_else(self, model, edit, attack):
+        with model.using(edit):
+            before = model.draw(PROBE)
+        probe = attack.run(model, edit, PROBE, RunContext())
+        with attack.apply(model, edit, RunContext()) as attacked:
+            assert not torch.equal(attacked.draw(probe), before)
+
+    def test_it_is_tried_on_the_original_too(self, model, edit, attack):
+        """The positive control: an edit without changes."""
+        nothing = dataclasses.replace(edit, changes=())
+        probe = attack.run(model, nothing, PROBE, RunContext())
+        with attack.apply(model, nothing, RunContext()) as attacked:
+            assert attacked.draw(probe).isfinite().all()
+
+    def test_no_budget_changes_nothing(self, model, edit, learning):
+        assert dataclasses.replace(learning, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
+
+    def test_same_seed_same_probe_and_it_is_another(self, model, edit, learning):
+        first, second = (learning.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
         assert torch.equal(first.text.embeddings, second.text.embeddings)
         assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
         assert not first.text.embeddings.requires_grad
         with model.using(edit):
             assert not torch.equal(model.draw(first), model.draw(PROBE))
 
-    def test_is_made_anew_for_each_edit(self, model, problem, attack):
+    def test_is_made_anew_for_each_edit(self, model, problem, learning):
         # Acts on every word, where gates may be shut, and on the probe's own phrasing.
         edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
-        first, second = (attack.run(model, one, PROBE, RunContext()) for one in (edit, other))
+        first, second = (learning.run(model, one, PROBE, RunContext()) for one in (edit, other))
         assert not torch.equal(first.text.embeddings, second.text.embeddings)
 
 
