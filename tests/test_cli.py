@@ -602,7 +602,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         ("cut.safetensors", "not a whole safetensors file"),
         ("old.ckpt", "but pickled"),
         ("other.safetensors", "of no family that is known"),
-        ("nan", "numbers that are none"),
+        ("nan", "NaN or infinity"),
         (edit, "is an edit, not a model"),
     ):
         for command in (
