@@ -30,8 +30,9 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.base.quiet import ignore_progress
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.report import evaluate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.methods.uce import UCE
 
 RESULT = Path(__file__).parent / "results" / "report.json"

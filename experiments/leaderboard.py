@@ -30,13 +30,16 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
+from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.cells import Size, SuiteConcept
+from expunge.evaluation.evaluate import evaluate, restrict_to_judge
 from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import Report, evaluate, known_to
-from expunge.evaluation.scoring import TERMS, CandidateResult, SuiteResult
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.report import Report
+from expunge.evaluation.scoring import TERMS
 from expunge.evaluation.statistics import Estimate, average
-from expunge.evaluation.suite import Size, Suite, SuiteConcept
+from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Kind
@@ -100,7 +103,7 @@ def problems(task: Task, suite: Suite, take: int) -> list[Problem]:
             groups = [names[:n]] if len(names) >= n else []
         for group in groups:
             erased = [known[name] for name in group]
-            kept = [other.words for other in suite.retained(erased)]
+            kept = [other.words for other in suite.find_retained(erased)]
             concepts = tuple(_concept(task, suite, one) for one in erased)
             found.append(Problem(concepts, tuple(kept)))
     return found[:take] if take else found
@@ -134,7 +137,7 @@ def judge(
 ) -> Report:
     """All methods on one suite; the report's page stands in the folder."""
     suite = Suite.read(task.suite)
-    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
     if tiny:
         suite = dataclasses.replace(suite, sizes=dict.fromkeys(SIZES, TINY))
     candidates = []
@@ -142,7 +145,7 @@ def judge(
         for name in methods:
             for seed in range(EDIT_SEEDS if full else 1):
                 job = Job(method_for(name, model, task.kind), name, problem, seed, title=name)
-                candidates.append(job.done(model, folder / "edits", progress))
+                candidates.append(job.run(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)

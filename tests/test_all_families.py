@@ -6,9 +6,11 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
+from expunge.base.fields import build
 from expunge.changes import find_layer
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
+from quick import QUICK, quick
 from tiny import PIPELINES, flux, sd3, sdxl
 
 FAMILIES = registry.list_names("families")
@@ -145,7 +147,7 @@ class TestContract:
     @pytest.mark.parametrize("name", registry.list_names("methods"))
     def test_a_method_works_or_says_why_not(self, model, family, name):
         kind = registry.get("methods", name)
-        fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
+        rough = dict(QUICK.get(name, {}))
         needs = registry.read_declared("methods", name, "needs")
         lacks = registry.read_declared("families", family, "missing_capabilities")
         assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
@@ -156,13 +158,13 @@ class TestContract:
             stages = getattr(kind, "stages", ())
             whole = {"stages": tuple(dict.fromkeys((*stages, *missing)))} if stages else {}
             with pytest.raises(ExpungeError, match=lacks[needs[missing[0]]]):
-                expunge.erase(model, problem, kind(**fast, **whole))
+                expunge.erase(model, problem, quick(name, **whole))
             rest = tuple(stage for stage in stages if stage not in missing)
             if not rest:
                 return
-            fast["stages"] = rest
+            rough["stages"] = rest
         before = states(model.pipe)
-        edit = expunge.erase(model, problem, kind(**fast))
+        edit = expunge.erase(model, problem, build(kind, rough))
         assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
         text = model.encode(["airplane"])
         changed = {layer for change in edit.changes for layer in change.layers}

@@ -21,6 +21,7 @@ from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.main import main
 from expunge.cli.spelling import describe_unknown_words, find_nearest_name, list_suite_names
 from expunge.runtime.cost import Cost
+from quick import options as quick_options
 from tiny import flux, sdxl
 
 
@@ -98,7 +99,7 @@ def test_erase_prints_the_anchor_it_chose(run):
 
 
 def test_erase_says_when_a_method_reads_no_anchor(run):
-    told = ("erase", "ant", "--preset", "fast", "--concept", "airplane=sky", "-o", "e.safetensors")
+    told = ("erase", "ant", *quick_options("ant"), "--concept", "airplane=sky", "-o", "e.safetensors")
     code, out, err = run(*told)
     assert code == 0
     assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err
@@ -467,6 +468,10 @@ sizes = { quick = { erased = 2, retained = 1 } }
 [concepts]
 "airplane" = {}
 "ship" = {}
+[attacks]
+embedding = { radius = [0.1], steps = 1 }
+[options]
+clip_zeroshot = { classes = ["airplane", "ship"], scale = 1e-9 }
 """
     )
     command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
@@ -477,6 +482,12 @@ sizes = { quick = { erased = 2, retained = 1 } }
     code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
     assert "0 images drawn" in out
     assert "pixel_distance retained" in Path("report/results.csv").read_text()
+    code, out, _ = run(*command, "--attacks", "embedding", "--cache-limit", "0")
+    assert code == 0
+    assert "embedding radius 0.1" in out
+    assert "original" in out
+    assert "embedding radius 0.1 ASR" in Path("report/results.csv").read_text()
+    assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
     code, out, _ = run(*command)
     assert "6 images drawn" in out  # the cache had been emptied
 

@@ -12,8 +12,8 @@ from expunge.changes import Applied, Damped, Gated, LowRank, Right, summarize
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Record
 from expunge.methods.ace import ACE
-from expunge.ops.gates import Background, affine, directions, gate, stacked
-from expunge.ops.pgd import bounded
+from expunge.ops.gates import Background, find_directions, fit_affine, fit_gate, stack_root
+from expunge.ops.pgd import minimise_in_ball
 from test_changes import KEY, VALUE, gated, linear
 
 WIDTH = 32
@@ -283,7 +283,7 @@ def test_a_gate_is_no_weight():
 class TestClosedForm:
     def test_directions_take_what_the_left_singular_vectors_take(self):
         w, rows = torch.randn(20, 8), torch.randn(12, 8)
-        up, down = directions(w, rows, rank=2)
+        up, down = find_directions(w, rows, rank=2)
         u = torch.linalg.svd(w.double() @ rows.double().T).U[:, :2]
         x = torch.randn(8, 5).double()
         torch.testing.assert_close(w.double() @ up @ down @ x, u @ u.T @ w.double() @ x)
@@ -293,44 +293,44 @@ class TestClosedForm:
         rows = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
         shares = [9 / 14, 13 / 14, 1]
         for rank, share in enumerate(shares, 1):
-            assert directions(torch.eye(3), rows, energy=share)[1].shape == (rank, 3)
+            assert find_directions(torch.eye(3), rows, energy=share)[1].shape == (rank, 3)
             if rank < 3:
-                assert len(directions(torch.eye(3), rows, energy=share + 0.01)[1]) == rank + 1
-        assert len(directions(torch.eye(3), rows, rank=2)[1]) == 2
+                assert len(find_directions(torch.eye(3), rows, energy=share + 0.01)[1]) == rank + 1
+        assert len(find_directions(torch.eye(3), rows, rank=2)[1]) == 2
         with pytest.raises(ExpungeError, match="no difference"):
-            directions(torch.eye(3), 0 * rows)
+            find_directions(torch.eye(3), 0 * rows)
 
     def test_all_directions_carry_the_rows_over(self):
         """With all energy, what is taken from a difference is the whole difference."""
         w, rows = torch.randn(20, 8), torch.randn(3, 8).double()
-        up, down = directions(w, rows)
+        up, down = find_directions(w, rows)
         torch.testing.assert_close(rows @ down.T @ up.T, rows)
 
     def test_affine_against_a_slow_fit(self):
         x, y, w = torch.randn(30, 4).double(), torch.randn(30, 2).double(), torch.rand(30).double()
-        line, at = affine(x, y, w, 0.0)
+        line, at = fit_affine(x, y, w, 0.0)
         ones = torch.cat([x, torch.ones(30, 1).double()], 1) * w.sqrt()[:, None]
         slow = torch.linalg.lstsq(ones, y * w.sqrt()[:, None]).solution.T
         torch.testing.assert_close(torch.cat([line, at[:, None]], 1), slow)
-        line, at = affine(x, y, w, 1e9)
+        line, at = fit_affine(x, y, w, 1e9)
         assert line.abs().max() < 1e-6
         torch.testing.assert_close(at, (w @ y) / w.sum(), atol=1e-6, rtol=1e-6)
 
     def test_stacked_layers_are_one(self):
         layers = [torch.randn(n, 8) for n in (3, 5, 20)]
-        root, x = stacked(layers), torch.randn(8).double()
+        root, x = stack_root(layers), torch.randn(8).double()
         whole = sum((w.double() @ x).square().sum() for w in layers)
         torch.testing.assert_close((root @ x).square().sum(), whole)
         rows = torch.randn(12, 8)
-        up, down = directions(root, rows, rank=3)
-        other_up, other_down = directions(torch.cat(layers), rows, rank=3)
+        up, down = find_directions(root, rows, rank=3)
+        other_up, other_down = find_directions(torch.cat(layers), rows, rank=3)
         torch.testing.assert_close(up @ down, other_up @ other_down)
 
     def test_a_gate_opens_on_its_tokens_and_stays_shut_elsewhere(self):
         general, mean = torch.randn(500, 16), 8 * torch.eye(16)[0]
         concept, retained = mean + torch.randn(50, 16), 8 * torch.eye(16)[1] + torch.randn(50, 16)
         background = Background(general, retained, 1.0, 4.0)
-        found = gate(concept, background, margin=0.4, retain_openness=0.01)
+        found = fit_gate(concept, background, margin=0.4, retain_openness=0.01)
         s = torch.sigmoid(
             found.slope
             * (torch.cat([concept, retained, general]) @ found.direction.float() - found.centre)
@@ -346,7 +346,7 @@ class TestClosedForm:
         background = Background(torch.randn(500, 16), torch.zeros(0, 16), 1.0, 4.0)
         concept = 8 * torch.eye(16)[0] + torch.randn(50, 16)
         half_open = [
-            float(gate(concept, background, margin=m, retain_openness=0.01).centre)
+            float(fit_gate(concept, background, margin=m, retain_openness=0.01).centre)
             for m in (0.2, 0.4, 0.8)
         ]
         assert half_open == sorted(half_open)
@@ -356,7 +356,7 @@ class TestClosedForm:
 class TestBoundedAttack:
     def test_stays_in_its_balls_and_finds_the_edge(self):
         start, goal = torch.randn(2, 3, 8), torch.randn(2, 3, 8) * 5
-        found, value = bounded(lambda x: (x - goal).square().sum((1, 2)), start, 0.3, 60)
+        found, value = minimise_in_ball(lambda x: (x - goal).square().sum((1, 2)), start, 0.3, 60)
         reach = 0.3 * start.norm(dim=-1)
         assert bool(((found - start).norm(dim=-1) <= reach * (1 + 1e-5)).all())
         toward = start + reach[..., None] * torch.nn.functional.normalize(goal - start, dim=-1)
@@ -368,9 +368,9 @@ class TestBoundedAttack:
         def rough(x):
             return (7 * x).sin().sum((1, 2))
 
-        assert torch.equal(bounded(rough, start, 0.0, 5)[0], start)
-        assert torch.equal(bounded(rough, start, 0.5, 0)[0], start)
-        values = torch.stack([bounded(rough, start, 0.5, n)[1] for n in range(6)])
+        assert torch.equal(minimise_in_ball(rough, start, 0.0, 5)[0], start)
+        assert torch.equal(minimise_in_ball(rough, start, 0.5, 0)[0], start)
+        values = torch.stack([minimise_in_ball(rough, start, 0.5, n)[1] for n in range(6)])
         assert bool((values.diff(dim=0) <= 0).all())
         assert bool((values[-1] < values[0]).all())
 

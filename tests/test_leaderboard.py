@@ -30,7 +30,7 @@ def test_every_task_has_problems_that_its_suite_knows(board):
         found = board.problems(task, suite, 0)
         assert found
         for problem in found:
-            erased = suite.erased([concept.name for concept in problem.erase])
+            erased = suite.find_erased([concept.name for concept in problem.erase])
             assert len(erased) == len(problem.erase)
             assert problem.retain
             held_out = {word for concept in erased for word in concept.synonyms}

@@ -11,8 +11,9 @@ import expunge
 import tiny
 from conftest import tiny_pipeline
 from expunge import Concept, ExpungeError, Problem
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.report import evaluate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.probe import Probe

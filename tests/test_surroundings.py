@@ -20,7 +20,8 @@ from expunge.changes import Applied, LowRank
 from expunge.checkpoints.export import export
 from expunge.checkpoints.load import load
 from expunge.cli.main import main
-from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.runtime import work_dir
 
 SOURCE = str(Path(expunge.__file__).parents[1])

@@ -23,8 +23,8 @@ from expunge import Probe
 from expunge.base.files import replacing
 from expunge.changes import Gated
 from expunge.edit import Edit
+from expunge.evaluation.attack_budgets import read_ladder
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.robustness import budgets
 from expunge.runtime.context import RunContext
 from expunge.text import Text
 
@@ -54,13 +54,13 @@ def main() -> None:
         word = job.problem.erase[0].name
         if word not in options.words:
             continue
-        edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+        edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
         assert isinstance(edit, Edit)
         (change,) = edit.changes
         assert isinstance(change, Gated)
         probe = Probe.of(f"a photo of the {word}", 1, 7000)
         record[word] = {"the prompt": opened(change, model.encode(probe.prompts))}
-        for budget, attack in budgets(suite, "inversion").items():
+        for budget, attack in read_ladder(suite, "inversion").rungs.items():
             text = attack.run(model, edit, probe, RunContext()).text
             assert text is not None
             record[word][budget] = opened(change, text)

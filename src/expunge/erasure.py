@@ -15,6 +15,7 @@ from typing import Any
 from expunge import __version__, fingerprint
 from expunge.base import registry
 from expunge.base.errors import ExpungeWarning, join_names
+from expunge.base.fields import flatten
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import Change
 from expunge.edit import Edit, Record
@@ -78,7 +79,7 @@ def erase(
     read = make_base_reader(model)
     command: dict[str, Any] = {
         "method": registry.name_of("methods", type(method)),
-        "fields": dataclasses.asdict(method),
+        "fields": flatten(method),
         "problem": dataclasses.asdict(problem),
         # Parts that were computed with another model must not be resumed, so all of the model counts.
         "model": fingerprint.hash_model(model) if work is not None else "",

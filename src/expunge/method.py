@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from expunge.base.errors import ExpungeError, UnknownNameError
-from expunge.base.fields import build, check_fields
+from expunge.base.fields import build, check_fields, flatten, groups, leaves, require_known
 from expunge.changes import Changes
 from expunge.model import Model
 from expunge.problem import Problem
@@ -37,12 +38,50 @@ class Method(ABC):
     The records of old edits are read by it; on the command line and in TOML files the old name is
     refused with the new one."""
 
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Answer a field that is not there with where it is, the name it has now, or the nearest one.
+
+        Raises:
+            ExpungeError: there is no such field.
+        """
+        for group, kind in groups(cls).items():
+            for name in fields.keys() & {field.name for field in leaves(kind)}:
+                raise ExpungeError(
+                    f"{cls.__name__}'s field {name!r} is one of its {group}:"
+                    f" {cls.__name__}({group}={kind.__name__}({name}=…)), or {cls.__name__}.of({name}=…)"
+                )
+        names = [*(field.name for field in dataclasses.fields(cls)), *(f.name for f in leaves(cls))]
+        require_known(cls, fields, names)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make the method from the values of its fields, those of its groups among the others.
+
+        Raises:
+            ExpungeError: there is no such field, or a value does not fit.
+        """
+        return build(cls, values)
+
+    def replace(self, **values: Any) -> Self:
+        """Make the same method with other values of some fields, those of its groups among the others.
+
+        Raises:
+            ExpungeError: there is no such field, or a value does not fit.
+        """
+        return build(type(self), {**flatten(self), **values})
 
     @property
     def reads_anchor(self) -> bool:
         """Whether the method, with these field values, uses the anchors."""
+        return True
+
+    @property
+    def reads_retain(self) -> bool:
+        """Whether the method, with these field values, reads what a problem retains."""
         return True
 
     def check_family(self, family: type[Model]) -> None:

@@ -49,6 +49,20 @@ class Text:
             start += length
         return found
 
+    def from_last_token(self, row: int) -> list[slice]:
+        """Find each encoder's last content token of a prompt, and all that follows it.
+
+        A prompt without content, the empty one, begins with its start token there, or with its end token
+        where the tokenizer has no start token (T5).
+
+        Args:
+            row: the prompt.
+
+        Returns:
+            For each text encoder the positions from that token on, the end and the padding included.
+        """
+        return [slice(max(own.start, end - 1), own.stop) for own, end in self.segments(row)]
+
     def __getitem__(self, rows: Sequence[int]) -> Text:
         """Return the text of some rows, in the order given."""
         index = torch.as_tensor(rows, device=self.embeddings.device)

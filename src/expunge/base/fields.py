@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from expunge.base.errors import ExpungeError
@@ -60,8 +60,61 @@ def check_fields(instance: Any) -> None:
         object.__setattr__(instance, field.name, value)  # the dataclass is frozen
 
 
+def groups(cls: type[Any]) -> dict[str, type[Any]]:
+    """Find the fields of a dataclass that are dataclasses themselves: settings that belong together.
+
+    From the outside, on the command line, in TOML and in records, their fields stand among the others.
+    """
+    hints = typing.get_type_hints(cls)
+    kinds: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {n: k for n, k in kinds.items() if isinstance(k, type) and dataclasses.is_dataclass(k)}
+
+
+def leaves(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    """List the fields of a dataclass, with those of its groups in the place of each group."""
+    grouped, found = groups(cls), []
+    for field in dataclasses.fields(cls):
+        found += leaves(grouped[field.name]) if field.name in grouped else [field]
+    return found
+
+
+def flatten(instance: Any) -> dict[str, Any]:
+    """Return the values of a dataclass instance by field, those of its groups among the others."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        values |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
+
+
+def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str], what: str = "") -> None:
+    """Check that fields are there.
+
+    Args:
+        cls: the dataclass.
+        names: of the fields.
+        known: the names that it takes.
+        what: what an error calls the dataclass; by default the words of its name.
+
+    Raises:
+        ExpungeError: a field has another name now, or there is none such; the nearest is named.
+    """
+    renamed = getattr(cls, "renamed", {})
+    for name in names:
+        if name not in known and name in renamed:
+            raise ExpungeError(
+                f"{what or _split_words(cls)}: the field {name!r} is named {renamed[name]!r} now"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ExpungeError(f"{what or _split_words(cls)} has no field {name!r}{hint}")
+
+
 def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
     """Build an instance of `cls` from a mapping such as a TOML table.
+
+    Fields of its groups stand among the others, or in a table of the group's name.
 
     Args:
         cls: a dataclass.
@@ -71,18 +124,24 @@ def build(cls: type[T], values: Mapping[str, Any], what: str = "") -> T:
     Raises:
         ExpungeError: an unknown key (the nearest field is named), or a value that does not fit.
     """
-    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
-    renamed = getattr(cls, "renamed", {})
-    for key in values:
-        if key not in known and key in renamed:
-            raise ExpungeError(
-                f"{what or _split_words(cls)}: the field {key!r} is named {renamed[key]!r} now"
-            )
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-            raise ExpungeError(f"{what or _split_words(cls)} has no field {key!r}{hint}")
-    return cls(**values)
+    grouped = groups(cls)
+    own = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.init and f.name not in grouped]
+    within = {name: [field.name for field in leaves(kind)] for name, kind in grouped.items()}
+    known = [*own, *(name for names in within.values() for name in names)]
+    require_known(cls, values, [*known, *grouped], what)
+    found = {key: value for key, value in values.items() if key in own}
+    for group, names in within.items():
+        inside = {key: value for key, value in values.items() if key in names}
+        table = values.get(group, {})
+        if isinstance(table, Mapping):
+            inside = {**table, **inside}
+        elif inside:
+            raise ExpungeError(f"{group} is given whole; {next(iter(inside))!r} belongs within it")
+        else:
+            found[group] = table
+        if inside:
+            found[group] = build(grouped[group], inside, what or _split_words(cls))
+    return cls(**found)
 
 
 def _split_words(cls: type) -> str:
@@ -124,6 +183,8 @@ def _fit_type(value: Any, kind: Any, name: str) -> Any:
         raise ExpungeError(f"{name} must be {allowed}, not {value!r}{hint}")
     if origin in (types.UnionType, typing.Union):  # only ever "X or None"
         return None if value is None else _fit_type(value, arguments[0], name)
+    if dataclasses.is_dataclass(kind) and isinstance(value, typing.cast(type, kind)):
+        return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_fit_type(item, arguments[0], name) for item in value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -134,7 +195,9 @@ def _fit_type(value: Any, kind: Any, name: str) -> Any:
     if kind in (bool, int, str) and type(value) is kind:
         return value
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-    raise ExpungeError(f"{name} must be {words.get(kind, 'a list of text')}, not {value!r}")
+    grouped = dataclasses.is_dataclass(kind) and isinstance(kind, type)
+    said = f"a {kind.__name__}" if grouped else words.get(kind, "a list of text")
+    raise ExpungeError(f"{name} must be {said}, not {value!r}")
 
 
 def format_value(value: Any) -> str:

@@ -18,7 +18,7 @@ from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.loading import read_index
 from expunge.checkpoints.pace import time_model
 from expunge.checkpoints.pipelines import build_empty
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.model import Model
 from expunge.problem import Concept
 from expunge.runtime.cost import Cost
@@ -93,7 +93,7 @@ class CostEstimate:
 
     def count_units(self, cost: Cost) -> dict[str, float]:
         """Count the prompts, predictions and gradients of some work, a prior's captions included."""
-        captions = unread(None, cost.captions) if self.captions is None else self.captions
+        captions = count_unread(None, cost.captions) if self.captions is None else self.captions
         return {
             "prompts": cost.prompts + captions,
             "predictions": cost.predictions,
@@ -207,7 +207,7 @@ def estimate_model(
     entries = [model.weight(entry.layer) for entry in model.text_entries()]
     made = dataclasses.replace(
         made,
-        captions=unread(model, work.captions, erased),
+        captions=count_unread(model, work.captions, erased),
         saving_seconds=SAVING_SECONDS + 2 * sum(2 * w.numel() for w in entries) / HASHED_PER_SECOND,
         product_seconds=_time_product(entries[0].shape[1]),
     )

@@ -125,6 +125,7 @@ def export(
     static, lost = make_static(edit, checkpoint, texts)
     changes = group_by_place(static)
     loras = [change for file, scale in beneath for change in checkpoint.read_lora(file, scale)]
+    # The edit was made on top of these LoRAs, so that it is compared and factorised on top of them.
     fused = make_updates(group_by_place(loras))
 
     def read(layer: str, parameter: str) -> Tensor:
@@ -139,6 +140,7 @@ def export(
             ExpungeWarning,
             stacklevel=2,
         )
+    # Only now: whether kohya has a name for every layer depends on what the edit changes.
     if to not in FORMS:
         weights = [layer for layer, parameter in changes if parameter == "weight"]
         to = choose_form(to, checkpoint.family, all(map(checkpoint.name_by_kohya, weights)))
@@ -155,7 +157,7 @@ def export(
         base = describe_base(checkpoint.family, checkpoint.infer_variant())
         support = _describe_readers(to, checkpoint, read_base_title(base))
         notes = (*lost, *_describe_lora(lora, dtype), support, *moved)
-        text = make_card(notes=notes)
+        text = make_card(notes=notes)  # before the LoRA is written, since a broken report stops here
         metadata = {
             **base,
             "modelspec.title": make_title(edit),

@@ -22,13 +22,13 @@ from expunge.checkpoints.weight_changes import (
     require_weights,
 )
 from expunge.edit import Edit, Record
-from expunge.erasing.caption_gram import captions, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.erasure import read_versions
 from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram, widened
-from expunge.ops.low_rank import balanced
+from expunge.ops.least_squares import gram, pad_right_factor, solve_fusion
+from expunge.ops.low_rank import balance
 from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
@@ -97,6 +97,7 @@ def merge(
                 ExpungeWarning,
                 stacklevel=2,
             )
+    # Gates look at the layer's input and add nothing to its weight, so that they need no fusing.
     static = [
         require_weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange)))
         for edit in edits
@@ -114,6 +115,7 @@ def merge(
             problems = [edit.record.problem for edit in edits]
             moments = _read_moments(model, problems, pooled, progress)
             changes += _fuse(model, layers, by_place, moments, ridge, prior_scale)
+    # Elsewhere it is not known what a layer receives, and a fit needs to know it.
     if shared:
         layer, parameter = min(shared)
         raise ExpungeError(
@@ -139,6 +141,7 @@ def join_problems(problems: Sequence[Problem]) -> Problem:
     """Join problems into one that erases all they erase, and retains the rest of what they retain."""
     concepts, seen = [], set[str]()
     for concept in (concept for problem in problems for concept in problem.erase):
+        # A name that an earlier edit erases keeps that edit's kind and anchor.
         names = tuple(name for name in concept.names if normalize_name(name) not in seen)
         seen |= set(map(normalize_name, names))
         if names:
@@ -207,12 +210,15 @@ def _read_moments(
             )
             for concept in problem.erase
         ]
+        # Each concept counts once, however many synonyms and templates it has.
         erased.append(torch.stack(sums).sum(0))
     retained = average(["", *(text for problem in problems for text in problem.retain)])
     if pooled:
-        retained = retained + average(captions("general")[:POOLED_CAPTIONS])
+        retained = retained + average(read_captions("general")[:POOLED_CAPTIONS])
     else:
-        retained = retained + prior(model, captions("general"), RunContext(progress=progress)).mean
+        retained = (
+            retained + compute_prior(model, read_captions("general"), RunContext(progress=progress)).mean
+        )
     return EditMoments(tuple(erased), retained)
 
 
@@ -234,11 +240,12 @@ def _fuse(
         ridge: λ.
         prior_scale: ρ.
     """
+    # One solution for all layers: K depends on the text alone, and W enters only as (Wᵢ − W) Gᵢ K.
     whole = torch.stack(moments.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
-    # With M the identity, `fused` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
+    # With M the identity, `solve_fusion` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
     stacked = torch.cat([*moments.erased])
-    _, solved = fused(eye, whole, prior_scale * moments.retained, ridge, stacked)
+    _, solved = solve_fusion(eye, whole, prior_scale * moments.retained, ridge, stacked)
     reach = solved.split(len(whole))
     changes: list[Change] = []
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -253,7 +260,7 @@ def _fuse(
         rights = tuple(id(change) for each in some for change in each if isinstance(change, Right))
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
-            k = widened(k, inputs)
+            k = pad_right_factor(k, inputs)
             right, up, down = compose_linear(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
@@ -263,7 +270,8 @@ def _fuse(
             groups.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
-            factors = balanced(torch.cat(ups, 1), torch.cat(downs))
+            # Side by side the edits' factors are one product; balanced, float32 keeps most of it.
+            factors = balance(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in groups.items()]
     return [*shared, *changes]
@@ -287,5 +295,5 @@ def _fuse_dense(
         for change in some:
             after = change.weight(after)
         # Other inputs behind the text stay as each edit has them.
-        total += (after - original) @ widened(k, original.shape[1])
+        total += (after - original) @ pad_right_factor(k, original.shape[1])
     return Dense((layer,), total.to(model.weight(layer).dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.files import find_cache_folder, read_header, replacing
-from expunge.erasing.caption_gram import captions, text_hash
+from expunge.erasing.caption_gram import read_captions, text_hash
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -87,7 +87,7 @@ def read_text_moments(model: Model, problem: Problem) -> dict[str, TextMoments]:
     groups = [_thin_out(prompts, most) for prompts in groups]
     retained = [
         "",
-        *_thin_out(list(captions("general")), count),
+        *_thin_out(list(read_captions("general")), count),
         *_thin_out(list(problem.retain), count),
     ]
     encoders = text_hash(model, ())

@@ -66,7 +66,8 @@ def run_draw(options: DrawOptions) -> None:
     for path in options.edit:
         files.read_header(path)
     from expunge.edit import Edit
-    from expunge.evaluation.image_cache import Cache, Request, Source
+    from expunge.evaluation.image_cache import Cache
+    from expunge.evaluation.image_source import Request, Source
 
     if options.loading.dry_run:
         from expunge.runtime.cost import Cost

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -20,18 +20,17 @@ from expunge.cli.loading_options import read_autocast
 from expunge.cli.terminal import make_plain_table, print_table, show_progress
 
 if TYPE_CHECKING:
-    from expunge.evaluation.image_cache import Cache
     from expunge.evaluation.report import Report
-    from expunge.evaluation.scoring import Candidate
     from expunge.evaluation.statistics import Estimate
     from expunge.evaluation.suite import Suite
-    from expunge.model import Model
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Judge edits: is the concept gone, are its synonyms gone, is everything else unharmed?"""
 
+    renamed: ClassVar[Mapping[str, str]] = {"attack": "attacks"}
+    """Options with another name in earlier versions: {old: new}."""
     edits: Annotated[Positional[tuple[str, ...]], arg(metavar="EDIT …")]
     """Edits, or diffusers folders of erased models."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
@@ -48,10 +47,10 @@ class EvaluateOptions:
         UseAppendAction[tuple[str, ...]], arg(metavar="METRIC", help_behavior_hint="")
     ] = ()
     """A metric to measure besides those of the suites."""
-    attack: Annotated[
-        UseAppendAction[tuple[str, ...]], arg(metavar="ATTACK", help_behavior_hint="")
+    attacks: Annotated[
+        UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="ATTACK …", help_behavior_hint="")
     ] = ()
-    """An attack that tries to bring the concept back, at the suites' budgets; writes robustness.json."""
+    """Attacks that try to bring the concept back, at the suites' budgets: `expunge list attacks`."""
     erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help_behavior_hint="")] = ()
     """What the diffusers folders have erased; an edit says so itself."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
@@ -92,12 +91,13 @@ def run_evaluate(options: EvaluateOptions) -> None:
     from expunge.evaluation.suite import Suite
 
     suites = [Suite.read(name) for name in options.suite]
-    model = _check_evaluate(options, suites)
+    attacks = tuple(itertools.chain.from_iterable(options.attacks))
+    model = _check_evaluate(options, suites, attacks)
     from expunge.checkpoints.load import load
     from expunge.edit import Edit
+    from expunge.evaluation.candidates import Candidate
+    from expunge.evaluation.evaluate import evaluate
     from expunge.evaluation.image_cache import Cache
-    from expunge.evaluation.report import evaluate
-    from expunge.evaluation.scoring import Candidate
 
     candidates = []
     for name in options.edits:
@@ -118,25 +118,28 @@ def run_evaluate(options: EvaluateOptions) -> None:
             suites,
             full=options.full,
             metrics=options.metric,
+            attacks=attacks,
             cache=cache,
             progress=progress,
         )
     report.save(options.output)
     print_report(report)
-    if options.attack:
-        with original.autocasting(autocast):
-            _run_attacks(options, original, candidates, suites, cache)
     cache.prune(limit)
     print(f"{cache.drawn} images drawn; look at {Path(options.output) / 'index.html'}")
 
 
-def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> str:
+def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite], attacks: Sequence[str]) -> str:
     """Check all that can be checked before torch is imported, and return the original model's name.
+
+    Args:
+        options: the command's options.
+        suites: those that it names.
+        attacks: those that it names.
 
     Raises:
         ExpungeError: an unknown name, a missing file, or suites of different models.
     """
-    for attack in options.attack:
+    for attack in attacks:
         # What follows a colon chooses one of the attack's variants.
         if attack.partition(":")[0] not in registry.list_names("attacks"):
             raise UnknownNameError("attack", attack.partition(":")[0], registry.list_names("attacks"))
@@ -156,52 +159,6 @@ def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> str:
     files.check_results(options.output, [suite.name for suite in suites])
     files.check_writable(Path(options.output) / "results.json")
     return model
-
-
-def _run_attacks(
-    options: EvaluateOptions,
-    model: Model,
-    candidates: Sequence[Candidate],
-    suites: Sequence[Suite],
-    cache: Cache,
-) -> None:
-    """Attack every edit on every suite; write robustness.json and robustness.png, print a table.
-
-    Args:
-        options: the command's options.
-        model: the original model.
-        candidates: the edits to attack.
-        suites: what to attack them on.
-        cache: the image cache.
-
-    Raises:
-        ExpungeError: a candidate is a diffusers folder, not an edit.
-    """
-    from expunge.base.image_files import save_image
-    from expunge.evaluation.contact_sheet import contact_sheet
-    from expunge.evaluation.robustness import robustness
-
-    results = []
-    with show_progress() as progress:
-        for suite in suites:
-            for one in candidates:
-                if one.edit is None:
-                    raise ExpungeError(f"{one.name} is a folder; an attack needs an edit")
-                for attack in options.attack:
-                    how: Any = {"name": one.name, "full": options.full, "cache": cache}
-                    results.append(robustness(model, one.edit, suite, attack, progress=progress, **how))
-    text = json.dumps([one.to_dict() for one in results], indent=1, ensure_ascii=False)
-    with files.replacing(Path(options.output) / "robustness.json") as temporary:
-        temporary.write_text(text + "\n", "utf8")
-    images = Path(options.output) / "robustness.png"
-    save_image(contact_sheet([one.strip for one in results], 96), images)
-    table = make_plain_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable")
-    for row in results:
-        shares = ", ".join(f"{budget}: {_format_score(asr)}" for budget, asr in row.asr.items())
-        broken = ", ".join(f"{budget}: {_format_score(one)}" for budget, one in row.broken.items())
-        table.add_row(row.suite, row.edit, row.attack, _format_score(row.pre), shares, broken)
-    print_table(table)
-    print(f"attacked images: {images}")
 
 
 def run_experiment(options: RunOptions) -> None:
@@ -245,6 +202,21 @@ def print_report(report: Report) -> None:
         left_out = list(dict.fromkeys(words for case in cases for _, words, _ in case.left_out))
         if left_out:
             print(f"left out, for the original seldom draws them: {join_names(left_out, 5)}")
+    attacked = [(case, row, one) for case in report.cases for row in case.rows for one in row.attacks]
+    if not attacked:
+        return
+    table = make_plain_table("suite", "edit", "attack", "pre-ASR", "ASR", "unrecognisable", "original")
+    for case, row, one in attacked:
+        for budget, asr in one.asr.items():
+            numbers = (one.pre, asr, one.broken[budget], one.control[budget])
+            table.add_row(
+                case.suite.name, row.name, f"{one.attack} {budget}", *map(_format_score, numbers)
+            )
+    print_table(table)
+    spoiled = [f"{a.attack} {b}" for *_, a in attacked for b in a.asr if not a.control_holds(b)]
+    if spoiled:
+        names = join_names(list(dict.fromkeys(spoiled)), 5)
+        print(f"does not count, for under it the original seldom draws the concept either: {names}")
 
 
 def _format_score(estimate: Estimate | None) -> str:

@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.fields import leaves
 from expunge.cli.loading_options import LoadingOptions
 
 T = TypeVar("T")
@@ -88,7 +89,8 @@ def check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
         ExpungeError: one does not exist: its new name if it was renamed, or the nearest one.
     """
     method = {f.name: f.default for f in dataclasses.fields(options)}.get("method")
-    renamed = {f"--{old.replace('_', '-')}": new for old, new in getattr(method, "renamed", {}).items()}
+    names = {**getattr(options, "renamed", {}), **getattr(method, "renamed", {})}
+    renamed = {f"--{old.replace('_', '-')}": new for old, new in names.items()}
     for name in find_unknown_options(options, arguments):
         if name in renamed:
             now = f"--{renamed[name].replace('_', '-')}"
@@ -111,7 +113,7 @@ def _list_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     """Yield the fields of an options class, with those of its method and of model loading."""
     for field in dataclasses.fields(options):
         if field.name == "method":
-            yield from dataclasses.fields(field.default)  # type: ignore[arg-type]
+            yield from leaves(type(field.default))
         elif field.name == "loading":
             yield from dataclasses.fields(LoadingOptions)
         else:

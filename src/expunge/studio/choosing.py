@@ -65,6 +65,8 @@ class Choosing:
         Raises:
             ExpungeError: a name is empty, there twice, or to be retained.
         """
+        if list(names) == [concept.name for concept in self.choice.concepts]:
+            return  # a page tells of what it was told, too
         there = {normalize_name(concept.name): concept for concept in self.choice.concepts}
         found = [there.get(normalize_name(name)) or self.knowledge.propose(name) for name in names]
         self._set_concepts(found, proposing=True)
@@ -81,14 +83,14 @@ class Choosing:
             raise UnknownNameError(
                 "chosen concept", name, [concept.name for concept in self.choice.concepts]
             )
-        self._set_concepts(
-            [
-                dataclasses.replace(concept, **values)
-                if normalize_name(concept.name) == normalize_name(name)
-                else concept
-                for concept in self.choice.concepts
-            ]
-        )
+        changed = [
+            dataclasses.replace(concept, **values)
+            if normalize_name(concept.name) == normalize_name(name)
+            else concept
+            for concept in self.choice.concepts
+        ]
+        if tuple(changed) != self.choice.concepts:
+            self._set_concepts(changed)
 
     def choose_list(self, path: str | Path) -> None:
         """Choose the concepts, and what stays, of a file: .txt, .csv or .toml.
@@ -131,6 +133,8 @@ class Choosing:
         Raises:
             ExpungeError: one of them is to be erased, or empty.
         """
+        if tuple(names) == self.choice.retain:
+            return
         trial = dataclasses.replace(self.choice, retain=tuple(dict.fromkeys(names)))
         if trial.concepts:
             trial = dataclasses.replace(trial, retain=trial.problem.retain)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, join_names
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import known_to
+from expunge.evaluation.evaluate import restrict_to_judge
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.suite import Suite, SuiteConcept
 from expunge.metric import Classifier
 from expunge.model import Model
@@ -98,7 +98,7 @@ class Knowledge:
         return [
             title
             for title, suite in self.suites.items()
-            if any(suite.concept(name) is not None for name in names)
+            if any(suite.find_concept(name) is not None for name in names)
         ]
 
     def prompts(self, concepts: Sequence[Concept], retain: Sequence[str]) -> list[str]:
@@ -113,7 +113,7 @@ class Knowledge:
 
     def _prompt(self, name: str, kind: Kind) -> str:
         for suite in self.suites.values():
-            concept = suite.concept(name)
+            concept = suite.find_concept(name)
             templates = [t for t in suite.templates.get("erased", ()) if "{}" in t]
             if concept is not None and templates:
                 other = suite.others[0].words if suite.others else ""
@@ -132,7 +132,7 @@ def of_model(name: str) -> Knowledge:
         judge = _judge(suite)
         if judge is not None:
             try:
-                suite = known_to(suite, judge)
+                suite = restrict_to_judge(suite, judge)
             except ExpungeError:
                 continue  # its judge knows none of its labels: nothing to choose there
         suites[title] = suite
@@ -166,7 +166,7 @@ def _order(title: str) -> tuple[int, str]:
 def _judge(suite: Suite) -> Classifier | None:
     """A suite's judge; None where it cannot be had here."""
     try:
-        judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
+        judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
     except ExpungeError:
         return None
     return judge if isinstance(judge, Classifier) else None

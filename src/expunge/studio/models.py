@@ -19,7 +19,7 @@ from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import CostEstimate, estimate, estimate_model
 from expunge.checkpoints.load import load
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -49,7 +49,7 @@ class Loaded:
         work = method.estimate_cost(problem, self.model.num_inference_steps)
         if work is None:
             return self.plan.memory, None
-        captions = unread(self.model, work.captions, problem.erase)
+        captions = count_unread(self.model, work.captions, problem.erase)
         return self.plan.memory, dataclasses.replace(self.plan, captions=captions).seconds(work)
 
 

@@ -18,7 +18,7 @@ FIRST = "uce"
 DEFAULTS = "default"
 """What the page calls a method without a preset."""
 
-EVERYWHERE = ("gate", "fast")
+EVERYWHERE = ("gate",)
 """Presets that are for no model in particular."""
 
 

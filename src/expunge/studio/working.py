@@ -23,8 +23,8 @@ from expunge.checkpoints.model_card import render_card, write_card
 from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import Report, evaluate
+from expunge.evaluation.evaluate import Report, evaluate
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Size, Suite
@@ -206,10 +206,10 @@ class _Eye:
     def of(cls, suites: Sequence[Suite], edit: Edit) -> _Eye | None:
         for suite in suites:
             for concept in edit.record.problem.erase:
-                if (found := suite.concept(concept.name)) is None:
+                if (found := suite.find_concept(concept.name)) is None:
                     continue
                 try:
-                    judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
+                    judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
                 except ExpungeError:
                     continue
                 if isinstance(judge, Classifier):
@@ -219,7 +219,7 @@ class _Eye:
     def seen(self, images: Tensor) -> list[bool | None]:
         rows = self.judge.measure(images, [""] * len(images))
         answers = self.judge.score(rows, self.labels, self.near, self.question)
-        broken = self.judge.broken(rows).tolist()
+        broken = self.judge.find_broken(rows).tolist()
         return [
             False if lost else None if answer != answer else answer >= 0.5
             for answer, lost in zip(answers.tolist(), broken, strict=True)

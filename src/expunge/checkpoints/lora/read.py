@@ -75,6 +75,7 @@ def read_lora(
     header = read_header(path)
     raw = read_tensors(path)
     modules, others = group_modules(raw, path)
+    # Other namings are left to diffusers, which knows many and may drop parts of them.
     if not modules and any("lora" in name for name in raw):
         raw, others = _convert_by_diffusers(raw, pipeline, config, path), []
         modules, _ = group_modules(raw, path)
@@ -148,6 +149,7 @@ class _ChangeBuilder:
     def build(self, stem: str, parts: Parts) -> list[WeightChange]:
         """The changes of one module: one a layer, several where the file fuses layers."""
         up, down = parts["up"].flatten(1).float(), parts["down"].float()
+        # Before flattening: a convolution's inputs are its channels, not channels times kernel.
         rank, inputs = down.shape[:2]
         down = self._include_middle(stem, parts, down).flatten(1)
         found = find_layers(stem, self.family, self.config)
@@ -165,6 +167,7 @@ class _ChangeBuilder:
             of_rows = (
                 "magnitude" in parts or magnitude.ndim < 2 or magnitude.numel() == magnitude.shape[0]
             )
+            # LyCORIS stores (out, 1) for rows and (1, in) for columns, PEFT a vector of rows.
             norms = magnitude.flatten().float()
             if len(norms) != (len(up) if of_rows else inputs):
                 self._refuse(f"{shorten(stem)} has {len(norms)} magnitudes")
