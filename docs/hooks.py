@@ -16,6 +16,13 @@ from typing import Any
 from unittest import mock
 
 MARK = re.compile(r"^<!-- (run|options|presets|help): (.*?) -->$", re.MULTILINE)
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source|video)\b[^>]*?\bsrc=["']?(?:https?:)?//[^>]*>"""
+    r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|preconnect|preload|prefetch|icon))[^>]*?"""
+    r"""\bhref=["']?(?:https?:)?//[^>]*>""",
+    re.IGNORECASE,
+)
+"""What a browser would fetch from elsewhere when it opens a page; links to follow are none of it."""
 OWN = " method options\n"
 """The title of a method's own options in its help."""
 WIDTH = 100
@@ -79,3 +86,10 @@ def _block(text: str) -> str:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs' event: a page's Markdown, before it is rendered."""
     return fill(markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """MkDocs' event: a page's HTML. It must load nothing from the network."""
+    if found := FETCHED.search(output):
+        raise SystemExit(f"a page would load from the network: {found[0]}")
+    return output

@@ -6,12 +6,14 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
-from expunge.changes import find
+from expunge.base.fields import build
+from expunge.changes import find_layer
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
+from quick import QUICK, quick
 from tiny import PIPELINES, flux, sd3, sdxl
 
-FAMILIES = registry.names("families")
+FAMILIES = registry.list_names("families")
 
 
 def test_every_family_has_a_tiny_pipeline():
@@ -142,12 +144,12 @@ class TestContract:
 
     # Random text encoders leave more of a concept than is passed over in silence.
     @pytest.mark.filterwarnings("ignore:the vector of the whole prompt keeps")
-    @pytest.mark.parametrize("name", registry.names("methods"))
+    @pytest.mark.parametrize("name", registry.list_names("methods"))
     def test_a_method_works_or_says_why_not(self, model, family, name):
         kind = registry.get("methods", name)
-        fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
-        needs = registry.declared("methods", name, "needs")
-        lacks = registry.declared("families", family, "missing_capabilities")
+        rough = dict(QUICK.get(name, {}))
+        needs = registry.read_declared("methods", name, "needs")
+        lacks = registry.read_declared("families", family, "missing_capabilities")
         assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
         missing = [stage for stage, need in needs.items() if need in lacks]
         # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
@@ -156,20 +158,20 @@ class TestContract:
             stages = getattr(kind, "stages", ())
             whole = {"stages": tuple(dict.fromkeys((*stages, *missing)))} if stages else {}
             with pytest.raises(ExpungeError, match=lacks[needs[missing[0]]]):
-                expunge.erase(model, problem, kind(**fast, **whole))
+                expunge.erase(model, problem, quick(name, **whole))
             rest = tuple(stage for stage in stages if stage not in missing)
             if not rest:
                 return
-            fast["stages"] = rest
+            rough["stages"] = rest
         before = states(model.pipe)
-        edit = expunge.erase(model, problem, kind(**fast))
+        edit = expunge.erase(model, problem, build(kind, rough))
         assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
         text = model.encode(["airplane"])
         changed = {layer for change in edit.changes for layer in change.layers}
         layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
         with model.using(edit):
-            after = find(model.pipe, layer)(text.embeddings)
-        assert (after - find(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
+            after = find_layer(model.pipe, layer)(text.embeddings)
+        assert (after - find_layer(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
 
     def test_uce(self, model):
         before = states(model.pipe)

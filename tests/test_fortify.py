@@ -12,10 +12,11 @@ from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.method import Method
 from expunge.methods.ace import ACE
 from expunge.methods.ace import fortify as fortifying
-from expunge.methods.ace.fortify import AGE, POOL, Attacks
+from expunge.methods.ace.fortify import Attacks, FortifyConfig
 from expunge.runtime.context import RunContext
 
 SHORT = TEMPLATES["object"][:2]
+CONFIG = FortifyConfig(60, 6e-4, 0.5, 0.5, 3.0)
 FORTIFY = ACE(
     stages=("gate", "fortify"),
     templates=SHORT,
@@ -30,8 +31,8 @@ FORTIFY = ACE(
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Fewer images than the emoji model's."""
-    monkeypatch.setattr("expunge.methods.ace.SHOWN", 3)
-    monkeypatch.setattr("expunge.methods.ace.WORDS", 6)
+    monkeypatch.setattr("expunge.methods.ace.fortify_data.CONCEPT_IMAGES", 3)
+    monkeypatch.setattr("expunge.methods.ace.fortify_data.WORD_IMAGES", 6)
     monkeypatch.setattr("expunge.methods.ace.fortify.LEVELS", 6)
 
 
@@ -43,7 +44,7 @@ def problem() -> Problem:
 class TestAttacks:
     def test_every_token_stays_in_its_ball_and_goes_down(self):
         words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-        attacks = Attacks(words, 2, 0.5, torch.Generator().manual_seed(1))
+        attacks = Attacks(words, 2, CONFIG, torch.Generator().manual_seed(1))
         rows, gradient = torch.tensor([1, 4]), torch.ones(2, 3, 4)
         reach = 0.5 * attacks.start[rows].norm(dim=-1)
         attacks.move(rows, gradient)
@@ -56,17 +57,17 @@ class TestAttacks:
 
     def test_begins_anew_after_its_moves(self):
         words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-        attacks = Attacks(words, 3, 0.5, torch.Generator().manual_seed(1))
-        assert len(attacks.start) == POOL
+        attacks = Attacks(words, 3, CONFIG, torch.Generator().manual_seed(1))
+        assert len(attacks.start) == CONFIG.n_attacks
         assert set(attacks.owner.tolist()) == {0, 1, 2}
         before = attacks.begun.clone()
-        for _ in range(AGE):
+        for _ in range(CONFIG.max_attack_steps):
             attacks.move(torch.tensor([2]), torch.ones(1, 3, 4))
             assert attacks.shift[2].any()
         attacks.renew()
         assert not attacks.shift.any()
         assert int(attacks.moves[2]) == 0
-        others = [i for i in range(POOL) if i != 2]
+        others = [i for i in range(CONFIG.n_attacks) if i != 2]
         assert torch.equal(attacks.begun[others], before[others])
 
 

@@ -14,13 +14,16 @@ from expunge import Concept, Problem
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header
 from expunge.changes import Gated, Right
+from expunge.cli import erase as erase_command
 from expunge.cli import main as command_line
+from expunge.methods.mace import MACE
 from expunge.studio import choice, models, recipes, server, uploads, views, working
 from expunge.studio.choice import Choice, View
 from expunge.studio.choosing import Foresight
 from expunge.studio.house import Studio
 from expunge.studio.models import Models
 from expunge.studio.strength import scaled
+from quick import QUICK
 
 pytestmark = pytest.mark.filterwarnings("default::expunge.base.errors.ExpungeWarning")
 
@@ -264,9 +267,11 @@ def working_job(go):
 
 
 @pytest.mark.slow
-def test_a_cancelled_erasure_goes_on_where_it_was(studio, session):
+def test_a_cancelled_erasure_goes_on_where_it_was(studio, session, monkeypatch):
+    rough = {"about": "a rough try in a few steps", **QUICK["mace"]}
+    monkeypatch.setattr(MACE, "presets", {**MACE.presets, "rough": rough})
     session.choose(["cat", "dog"])
-    session.choose_method("mace", "fast")
+    session.choose_method("mace", "rough")
     job = session.erase()
     seen = []
     while job.active:
@@ -282,7 +287,7 @@ def test_a_cancelled_erasure_goes_on_where_it_was(studio, session):
     done(session.erase())
     assert not session.unfinished
     problem = session.choice.problem.with_anchors({"object": "ground"})
-    own = expunge.erase(studio.models.get("emoji").model, problem, recipes.build("mace", "fast"))
+    own = expunge.erase(studio.models.get("emoji").model, problem, recipes.build("mace", "rough"))
     assert session.made.edit.hash == own.hash
 
 
@@ -349,11 +354,11 @@ def test_the_command_and_the_lines_of_python_say_the_same(problem, preset, tmp_p
         text = rest
         assert head
     monkeypatch.setattr(
-        command_line, "erase_command", lambda options, method: heard.append((options, method))
+        erase_command, "erase_concepts", lambda options, method: heard.append((options, method))
     )
     assert command_line.main(shlex.split(text.replace("\\\n", ""))[1:]) == 0
     options, method = heard[0]
-    assert command_line._check_erase(options) == problem
+    assert erase_command.check_problem(options) == problem
     assert options.seed == 7
     assert method == recipes.build("mace", preset)
     said = {}
@@ -470,7 +475,7 @@ def test_a_gate_moves_by_its_strength():
     )  # fmt: skip
     (half,) = scaled([gate], 0.5)
     x = torch.randn(2, 3)
-    torch.testing.assert_close(half.given(x), (x + gate.given(x)) / 2)
+    torch.testing.assert_close(half.change_input(x), (x + gate.change_input(x)) / 2)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan")])

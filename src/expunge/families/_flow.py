@@ -23,14 +23,15 @@ class FlowModel(LatentModel):
     the layers that embed its pooled vector (`time_text_embed.text_embedder`). Behind them, every
     block mixes it with the image.
 
-    At time t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
+    At timestep t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
     """
 
     denoiser = "transformer"
 
     def log_snr(self) -> Tensor:
-        # Time 0 has no noise at all; it counts as a half.
+        # Timestep 0 has no noise at all, and an infinite log-SNR; it counts as a half.
         sigma = torch.arange(self._times + 1, dtype=torch.float64).clamp_min(0.5) / self._times
+        # log((1 − σ)² / σ²), by log1p for σ near 0.
         return 2 * (torch.log1p(-sigma) - torch.log(sigma))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ class FlowModel(LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         raise ExpungeError(
-            f"{type(self).__name__} has no cross-attention: {self.missing_capabilities['cross-attention']}"
+            f"{type(self).__name__} has no cross-attention:"
+            f" {self.missing_capabilities['cross-attention']}"
         )
 
     def text_entries(self) -> tuple[TextEntry, ...]:
@@ -53,25 +55,32 @@ class FlowModel(LatentModel):
         return self.pipe.scheduler.config.num_train_timesteps
 
     def _time(self, t: Tensor | int, n: int) -> Tensor:
-        """A time for each of n rows."""
+        """Return a timestep for each of n rows."""
         return torch.as_tensor(t, device=self.device).to(self.dtype).expand(n)
 
 
 def t5(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> tuple[_text.Tokens, Tensor]:
-    """The tokens of prompts and T5's states of them, (n, length, width), padding included."""
+    """Encode prompts with T5: their tokens and states, (n, length, width), padding included.
+
+    Args:
+        tokenizer: T5's.
+        encoder: T5's.
+        prompts: distinct prompts.
+        length: to which prompts are padded or cut.
+    """
     tokens = _text.tokenize(tokenizer, prompts, length, starts=False)
     states = [encoder(ids.to(encoder.device))[0] for ids in tokens.ids.split(64)]
     return tokens, torch.cat(states)
 
 
 def beside(first: Tensor, second: Tensor) -> Tensor:
-    """Two encoders' tokens one after the other, the narrower ones filled up with zeros."""
+    """Join two encoders' tokens one after the other, the narrower ones padded with zeros."""
     width = max(first.shape[-1], second.shape[-1])
     return torch.cat([pad(x, (0, width - x.shape[-1])) for x in (first, second)], 1)
 
 
 def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
-    """How far a sampler's times lean toward noise for an image of so many tokens: linear in them.
+    """Compute how far a sampler's timesteps shift toward noise, linear in the image's tokens.
 
     Args:
         config: the scheduler's.
@@ -84,5 +93,5 @@ def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
 
 
 def end(tokens: _text.Tokens) -> Tensor:
-    """Where the end token of each prompt stands: (n,)."""
+    """Find the end token of each prompt: (n,)."""
     return tokens.mask.sum(1) - 1

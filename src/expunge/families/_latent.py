@@ -15,7 +15,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 from expunge.families import _text
 from expunge.families._lora import LoraNaming
-from expunge.model import Model, require_unicode, warn_cut
+from expunge.model import Model, check_unicode, warn_truncated
 from expunge.text import Text
 
 FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
@@ -27,7 +27,7 @@ class LatentModel(Model):
 
     lora_naming = LoraNaming()
     contrasts: ClassVar[bool] = True
-    """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
+    """Whether guidance extrapolates from the unconditional prediction to the prompt's: two a step."""
 
     @property
     def window(self) -> int:
@@ -42,15 +42,15 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
-        require_unicode(distinct)
+        check_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
-                warn_cut(prompt, n, self.window)
+                warn_truncated(prompt, n, self.window)
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
     @abstractmethod
     def _read(self, prompts: list[str]) -> Text:
-        """Distinct prompts as the denoiser sees them, with gradients where they are enabled."""
+        """Encode distinct prompts for the denoiser, with gradients where they are enabled."""
 
     def knows(self, prompt: str) -> bool:
         return _text.knows(self.pipe.tokenizer, prompt)
@@ -59,7 +59,7 @@ class LatentModel(Model):
         return _text.vocabulary(self.pipe.tokenizer)
 
     def timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
-        """The times at which `trajectory` asks the denoiser, from noise on."""
+        """Return the timesteps at which `trajectory` calls the denoiser, from noise on."""
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         return tuple(round(float(t)) for t in scheduler.timesteps)
 
@@ -74,6 +74,7 @@ class LatentModel(Model):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = self.contrasts and guidance > 1
         if guided:
+            # Unconditional and prompted rows in one batch: one call of the denoiser a step.
             text = Text.joined([self.unconditional(len(seeds)), text])
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         # One generator an image, on the CPU: its noise depends on neither batch nor device.
@@ -89,6 +90,7 @@ class LatentModel(Model):
             yield round(float(t)), given
             with autocast():
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            # Samplers accumulate over steps: autocast's precision is for the denoiser alone.
             output = output.to(latents.dtype)
             if guided:
                 empty, prompt = output.chunk(2)
@@ -97,12 +99,13 @@ class LatentModel(Model):
         yield 0, latents
 
     def _sampler(self, steps: int) -> Any:
-        """The model's sampler, laid out for so many steps.
+        """Make the model's sampler with so many steps.
 
         Raises:
-            ExpungeError: it cannot take so many.
+            ExpungeError: the sampler cannot take so many; the nearest number is named.
         """
         asked = (type(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        # Remembered on the model: trying a sampler takes as many steps as drawing.
         known: dict[Any, bool] = self.__dict__.setdefault("_samplers", {})
         if (asked, steps) not in known:
             known[asked, steps] = self._takes(steps)
@@ -119,7 +122,7 @@ class LatentModel(Model):
 
     @torch.no_grad()
     def _takes(self, steps: int) -> bool:
-        """Whether the sampler can take so many steps and ends with numbers, tried on one small latent.
+        """Try on one small latent whether the sampler takes so many steps and ends with finite numbers.
 
         Samplers fail in their own ways, and some not before the last step, or with nan alone.
         """
@@ -143,7 +146,7 @@ class LatentModel(Model):
         vae = self.pipe.vae
         dtype = vae.dtype
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        cast = partial(torch.nn.Module.to, vae)  # its own `to` warns
+        cast = partial(torch.nn.Module.to, vae)  # diffusers' own `to` warns
         if overflows:
             cast(torch.float32)
         try:
@@ -165,11 +168,11 @@ class LatentModel(Model):
         return self._scaled(latents).to(self.device, self.dtype)
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
-        """The prediction for a sampler's step; a denoiser that is told the guidance takes it here."""
+        """Predict for a sampler's step; a denoiser distilled from guidance takes the scale here."""
         return self.predict(latents, t, text)
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
-        """Lay a sampler out for so many steps."""
+        """Set the timesteps of a sampler."""
         scheduler.set_timesteps(steps, device=self.device)
 
     @property
@@ -178,18 +181,18 @@ class LatentModel(Model):
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        """The channels, height and width of the latents that the model was made for."""
+        """The channels, height and width of the latents that the model was trained on."""
         config = self.network.config
         size = self.sample_size or config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return config.in_channels, height, width
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents as the denoiser takes them."""
+        """Scale the autoencoder's latents for the denoiser."""
         config = self.pipe.vae.config
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """The inverse of `_scaled`."""
+        """Invert `_scaled`."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)

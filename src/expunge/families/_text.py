@@ -1,4 +1,4 @@
-"""Prompts as tokens, for CLIP's tokenizers and T5's."""
+"""Tokenize prompts, with CLIP's tokenizers and T5's."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ class Tokens:
     mask: Tensor
     """(n, tokens), 1 where there is no padding"""
     content_mask: Tensor
-    """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding"""
+    """(n, tokens), bool: the prompt's content tokens, neither start, end nor padding"""
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, *, starts: bool = True) -> Tokens:
-    """The tokens of prompts.
+    """Tokenize prompts.
 
     Args:
         tokenizer: CLIP's, which begins with a start token, or T5's, which does not.
         prompts: the texts.
-        length: how many tokens each has in the end.
+        length: to how many tokens each is padded or cut.
         starts: whether the tokenizer begins with a start token.
     """
     padded = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     place = torch.arange(length)
-    end = padded.attention_mask.sum(1, keepdim=True) - 1  # where the end token stands
+    end = padded.attention_mask.sum(1, keepdim=True) - 1  # the last token that is no padding
     own = (place >= int(starts)) & (place < end)
     return Tokens(padded.input_ids, padded.attention_mask, own)
 
 
 def count(tokenizer: Any, prompt: str) -> int:
-    """How many tokens of its own a prompt has, uncut."""
+    """Count a prompt's content tokens, uncut."""
     return len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
 
 
 def knows(tokenizer: Any, prompt: str) -> bool:
-    """Whether a tokenizer makes anything of a prompt."""
+    """Tell whether a tokenizer knows any token of a prompt."""
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     return not set(ids) <= set(tokenizer.all_special_ids)  # the unknown token is one of them
 
 
 def vocabulary(tokenizer: Any) -> tuple[str, ...]:
-    """The whole words that a CLIP tokenizer knows."""
+    """List the whole words that a CLIP tokenizer knows, in the order of their numbers."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = (token.removesuffix("</w>") for token, _ in tokens if token.endswith("</w>"))
     return tuple(word for word in words if len(word) > 2 and word.isascii() and word.isalpha())
 
 
 def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP's last hidden states but one, (n, tokens, width), and its pooled output, (n, width)."""
+    """Encode with CLIP: the last hidden states but one, (n, tokens, width), and the pooled output."""
     states, pooled = [], []
     for part in ids.split(64):
         output = encoder(part.to(encoder.device), output_hidden_states=True)

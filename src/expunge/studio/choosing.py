@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.files import size
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.files import format_bytes
 from expunge.checkpoints.pace import format_duration
 from expunge.cli import concept_files
-from expunge.problem import Concept, key
+from expunge.problem import Concept, normalize_name
 from expunge.studio import choice, recipes, uploads
 from expunge.studio.choice import Choice, View
 from expunge.studio.knowledge import Knowledge, notes_on
@@ -67,8 +67,8 @@ class Choosing:
         """
         if list(names) == [concept.name for concept in self.choice.concepts]:
             return  # a page tells of what it was told, too
-        there = {key(concept.name): concept for concept in self.choice.concepts}
-        found = [there.get(key(name)) or self.knowledge.propose(name) for name in names]
+        there = {normalize_name(concept.name): concept for concept in self.choice.concepts}
+        found = [there.get(normalize_name(name)) or self.knowledge.propose(name) for name in names]
         self._set_concepts(found, proposing=True)
 
     def change(self, name: str, **values: Any) -> None:
@@ -77,10 +77,16 @@ class Choosing:
         Raises:
             ExpungeError: it is not chosen, or a value does not fit.
         """
-        if key(name) not in [key(concept.name) for concept in self.choice.concepts]:
-            raise unknown("chosen concept", name, [concept.name for concept in self.choice.concepts])
+        if normalize_name(name) not in [
+            normalize_name(concept.name) for concept in self.choice.concepts
+        ]:
+            raise UnknownNameError(
+                "chosen concept", name, [concept.name for concept in self.choice.concepts]
+            )
         changed = [
-            dataclasses.replace(concept, **values) if key(concept.name) == key(name) else concept
+            dataclasses.replace(concept, **values)
+            if normalize_name(concept.name) == normalize_name(name)
+            else concept
             for concept in self.choice.concepts
         ]
         if tuple(changed) != self.choice.concepts:
@@ -94,7 +100,7 @@ class Choosing:
         """
         checked = uploads.check(path, uploads.LISTS)
         try:
-            concepts, retain = concept_files.read(checked)
+            concepts, retain = concept_files.read_concepts(checked)
         except ExpungeError as error:
             raise ExpungeError(str(error).replace(str(checked), checked.name)) from None
         if retain:
@@ -162,8 +168,8 @@ class Choosing:
             before = self.knowledge.stay([concept.name for concept in self.choice.concepts])
             own = [name for name in self.choice.retain if name not in before]
             names = [concept.name for concept in concepts]
-            erased = {key(name) for concept in concepts for name in concept.names}
-            stay = [n for n in (*own, *self.knowledge.stay(names)) if key(n) not in erased]
+            erased = {normalize_name(name) for concept in concepts for name in concept.names}
+            stay = [n for n in (*own, *self.knowledge.stay(names)) if normalize_name(n) not in erased]
             trial = dataclasses.replace(trial, retain=tuple(dict.fromkeys(stay)))
         if trial.concepts:
             _ = trial.problem  # says what is wrong with it
@@ -206,7 +212,7 @@ class Choosing:
             if seconds is None
             else f"about {format_duration(seconds)}"
         )
-        return Foresight(f"{size(memory)} of weights in memory", told, tuple(notes))
+        return Foresight(f"{format_bytes(memory)} of weights in memory", told, tuple(notes))
 
     @property
     def edit_path(self) -> Path:

@@ -14,12 +14,12 @@ import torch
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
-from expunge.base.files import size
+from expunge.base.files import format_bytes
 from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import CostEstimate, estimate, estimate_model
 from expunge.checkpoints.load import load
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -49,7 +49,7 @@ class Loaded:
         work = method.estimate_cost(problem, self.model.num_inference_steps)
         if work is None:
             return self.plan.memory, None
-        captions = unread(self.model, work.captions, problem.erase)
+        captions = count_unread(self.model, work.captions, problem.erase)
         return self.plan.memory, dataclasses.replace(self.plan, captions=captions).seconds(work)
 
 
@@ -89,9 +89,9 @@ class Models:
                 it is too large.
         """
         if not name.strip():
-            shipped = ", ".join(registry.names("models"))
+            shipped = ", ".join(registry.list_names("models"))
             raise ExpungeError(f"name a model: {shipped}, a folder, a .safetensors file or a hub id")
-        if name in self._loaded or name in registry.names("models"):
+        if name in self._loaded or name in registry.list_names("models"):
             return
         if not self.local_files and not loading.is_hub_id(name):
             raise ExpungeError(
@@ -102,7 +102,7 @@ class Models:
         needed, free = weights(found), SPARE * self.memory()
         if needed > free:
             raise ExpungeError(
-                f"{found.name} has {size(needed)} of weights, and {size(free)} can be used here:"
+                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be used here:"
                 " close other programs, or take a smaller model; nothing was loaded"
             )
 
