@@ -10,7 +10,7 @@ import torch
 
 import expunge
 from conftest import weights
-from expunge import Concept, ExpungeError, Probe, Problem
+from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.attack import Attack
 from expunge.attacks.embedding import Embedding
 from expunge.attacks.inversion import Inversion, replace_name
@@ -71,37 +71,68 @@ def attack(request):
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
 
 
+def draw_under(model, edit, attack, seed=0):
+    """The images of the probe under an attack, whatever it changes."""
+    probe = attack.run(model, edit, PROBE, RunContext(seed))
+    with attack.apply(model, edit, RunContext(seed)) as changed, torch.no_grad():
+        return changed.draw(probe)
+
+
 class TestContract:
     def test_says_what_it_is(self, attack):
         assert "Source:" in type(attack).__doc__
-        assert registry.describe("attacks", type(attack).__module__.rpartition(".")[2])
+        assert registry.describe("attacks", registry.name_of("attacks", type(attack)))
         with pytest.raises(dataclasses.FrozenInstanceError):
-            attack.steps = 1
+            attack.renamed = {}
+
+    def test_its_ladders_are_budgets_of_its_own(self, attack):
+        name = registry.name_of("attacks", type(attack))
+        bare = Suite.from_table({**TABLE, "attacks": {}}, "told")
+        for rung in type(attack).ladders or ("",):
+            ladder = read_ladder(bare, f"{name}:{rung}" if rung else name)
+            assert all(isinstance(one, type(attack)) for one in ladder.rungs.values())
+            assert len(set(ladder.rungs.values())) == len(ladder.rungs) >= 1
 
     def test_leaves_the_model_as_it_was(self, model, edit, attack):
         before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
-        attack.run(model, edit, PROBE, RunContext())
+        draw_under(model, edit, attack)
+        with pytest.raises(KeyError), attack.apply(model, edit, RunContext()):
+            raise KeyError  # whatever goes wrong while it draws
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         assert asking == [p.requires_grad for p in model.parameters()]
         assert all(p.grad is None for p in model.parameters())
 
     def test_no_budget_changes_nothing(self, model, edit, attack):
-        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
-
-    def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
-        first, second = (attack.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
-        assert torch.equal(first.text.embeddings, second.text.embeddings)
-        assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
-        assert not first.text.embeddings.requires_grad
+        if not hasattr(attack, "steps"):
+            pytest.skip("it takes no steps")
+        idle = dataclasses.replace(attack, steps=0)
+        assert idle.run(model, edit, PROBE, RunContext()) == PROBE
         with model.using(edit):
-            assert not torch.equal(model.draw(first), model.draw(PROBE))
+            assert torch.equal(draw_under(model, Edit((), edit.record), idle), model.draw(PROBE))
+
+    def test_same_seed_same_images_and_they_are_others(self, model, edit, attack):
+        probe = attack.run(model, edit, PROBE, RunContext(3))
+        assert len(probe) == len(PROBE)
+        assert probe.text is None or not probe.text.embeddings.requires_grad
+        first, second = (draw_under(model, edit, attack, 3) for _ in range(2))
+        assert torch.equal(first, second)
+        with model.using(edit):
+            assert not torch.equal(first, model.draw(PROBE))
 
     def test_is_made_anew_for_each_edit(self, model, problem, attack):
         # Acts on every word, where gates may be shut, and on the probe's own phrasing.
         edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
         first, second = (attack.run(model, one, PROBE, RunContext()) for one in (edit, other))
-        assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        if first.text is not None:
+            assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        assert not torch.equal(*(draw_under(model, one, attack) for one in (edit, other)))
+
+    def test_bad_input_is_one_sentence(self, attack):
+        for field in dataclasses.fields(attack):
+            with pytest.raises(ExpungeError, match=f"^{field.name} must be ") as caught:
+                type(attack)(**{field.name: object()})
+            assert "\n" not in str(caught.value)
 
 
 class TestEmbedding:
