@@ -599,6 +599,12 @@ class TestInTheReport:
                 evaluate(model, edits, [suite], attacks=attacks, cache=cache)
         with pytest.raises(TypeError, match="a metric must be a name or a Metric, not 3"):
             evaluate(model, [edit], [suite], metrics=[3], cache=cache)
+        with pytest.raises(TypeError, match="a judge must be a Classifier, not 'detector'"):
+            evaluate(model, [edit], [suite], judge="detector", cache=cache)
+        with pytest.raises(TypeError, match="the original must be a Model, as expunge.load gives"):
+            evaluate("emoji", [edit], [suite], cache=cache)
+        with pytest.raises(ExpungeError, match="no role 'erasd'; did you mean 'erased'"):
+            evaluate(model, [edit], [suite], roles=("erasd",), cache=cache)
         assert cache.drawn == 0
 
 
