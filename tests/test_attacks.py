@@ -68,6 +68,7 @@ def attack(request):
     few = {
         "embedding": {"steps": 4, "num_timesteps": 1},
         "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+        "finetuning": {"max_train_steps": 2, "num_images": 2, "batch_size": 2, "learning_rate": 1e-2},
     }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
 

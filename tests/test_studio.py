@@ -5,7 +5,6 @@ import json
 import pickle
 import shlex
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -545,11 +544,3 @@ def test_every_form_and_size_is_told_in_a_sentence():
     for told in (*working.FORMS.values(), *working.SIZES.values()):
         assert told[0].isupper()
         assert told.endswith(".")
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_docs(studio, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "how-to" / "studio.md").read_text(encoding="utf-8")
-    block = text.partition("```python\n")[2].partition("```")[0]
-    exec(block, {})
-    assert capsys.readouterr().out.startswith("done ")

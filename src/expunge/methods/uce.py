@@ -132,6 +132,7 @@ class UCE(Method):
             erased = assemble_prompts(concept, templates)
             anchored = assemble_anchor_prompts(concept, templates) * len(concept.names)
             model.require_window(erased + anchored)
+            # A mean over prompts, so that synonyms and templates do not weigh a concept up.
             weight = 1 / len(erased) if self.weigh == "concept" else 1.0
             refit.erase(model.encode(erased), model.encode(anchored), weight, self.positions)
 
