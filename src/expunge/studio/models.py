@@ -102,8 +102,8 @@ class Models:
         needed, free = weights(found), SPARE * self.memory()
         if needed > free:
             raise ExpungeError(
-                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be used here:"
-                " close other programs, or take a smaller model; nothing was loaded"
+                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be"
+                " used here: close other programs, or take a smaller model; nothing was loaded"
             )
 
     def ready(self, name: str) -> Loaded | None:
