@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.measure import make_metric
+from expunge.evaluation.results import read_results
 from expunge.evaluation.sample import Sample, lay_out
 from expunge.evaluation.suite import Suite
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--numbers-alone", action="store_true", help="draw nothing")
     options = parser.parse_args()
     experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
-    results = json.loads((options.folder / "results.json").read_text("utf8"))
+    results = read_results(options.folder)
     group, name = options.experiment.parent.name, options.experiment.stem
     name += "-quick" * (results["size"] == "quick")
     with replacing(options.results / group / f"{name}.json") as file:

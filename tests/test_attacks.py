@@ -10,10 +10,11 @@ import torch
 
 import expunge
 from conftest import weights
-from expunge import Concept, ExpungeError, Probe, Problem
+from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.attack import Attack
 from expunge.attacks.embedding import Embedding
 from expunge.attacks.inversion import Inversion, replace_name
+from expunge.attacks.quantise import Quantise, round_weights
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
@@ -67,41 +68,73 @@ def attack(request):
     few = {
         "embedding": {"steps": 4, "num_timesteps": 1},
         "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+        "finetuning": {"max_train_steps": 2, "num_images": 2, "batch_size": 2, "learning_rate": 1e-2},
     }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
+
+
+def draw_under(model, edit, attack, seed=0):
+    """The images of the probe under an attack, whatever it changes."""
+    probe = attack.run(model, edit, PROBE, RunContext(seed))
+    with attack.apply(model, edit, RunContext(seed)) as changed, torch.no_grad():
+        return changed.draw(probe)
 
 
 class TestContract:
     def test_says_what_it_is(self, attack):
         assert "Source:" in type(attack).__doc__
-        assert registry.describe("attacks", type(attack).__module__.rpartition(".")[2])
+        assert registry.describe("attacks", registry.name_of("attacks", type(attack)))
         with pytest.raises(dataclasses.FrozenInstanceError):
-            attack.steps = 1
+            attack.renamed = {}
+
+    def test_its_ladders_are_budgets_of_its_own(self, attack):
+        name = registry.name_of("attacks", type(attack))
+        bare = Suite.from_table({**TABLE, "attacks": {}}, "told")
+        for rung in type(attack).ladders or ("",):
+            ladder = read_ladder(bare, f"{name}:{rung}" if rung else name)
+            assert all(isinstance(one, type(attack)) for one in ladder.rungs.values())
+            assert len(set(ladder.rungs.values())) == len(ladder.rungs) >= 1
 
     def test_leaves_the_model_as_it_was(self, model, edit, attack):
         before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
-        attack.run(model, edit, PROBE, RunContext())
+        draw_under(model, edit, attack)
+        with pytest.raises(KeyError), attack.apply(model, edit, RunContext()):
+            raise KeyError  # whatever goes wrong while it draws
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         assert asking == [p.requires_grad for p in model.parameters()]
         assert all(p.grad is None for p in model.parameters())
 
     def test_no_budget_changes_nothing(self, model, edit, attack):
-        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
-
-    def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
-        first, second = (attack.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
-        assert torch.equal(first.text.embeddings, second.text.embeddings)
-        assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
-        assert not first.text.embeddings.requires_grad
+        if not hasattr(attack, "steps"):
+            pytest.skip("it takes no steps")
+        idle = dataclasses.replace(attack, steps=0)
+        assert idle.run(model, edit, PROBE, RunContext()) == PROBE
         with model.using(edit):
-            assert not torch.equal(model.draw(first), model.draw(PROBE))
+            assert torch.equal(draw_under(model, Edit((), edit.record), idle), model.draw(PROBE))
+
+    def test_same_seed_same_images_and_they_are_others(self, model, edit, attack):
+        probe = attack.run(model, edit, PROBE, RunContext(3))
+        assert len(probe) == len(PROBE)
+        assert probe.text is None or not probe.text.embeddings.requires_grad
+        first, second = (draw_under(model, edit, attack, 3) for _ in range(2))
+        assert torch.equal(first, second)
+        with model.using(edit):
+            assert not torch.equal(first, model.draw(PROBE))
 
     def test_is_made_anew_for_each_edit(self, model, problem, attack):
         # Acts on every word, where gates may be shut, and on the probe's own phrasing.
         edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
         first, second = (attack.run(model, one, PROBE, RunContext()) for one in (edit, other))
-        assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        if first.text is not None:
+            assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        assert not torch.equal(*(draw_under(model, one, attack) for one in (edit, other)))
+
+    def test_bad_input_is_one_sentence(self, attack):
+        for field in dataclasses.fields(attack):
+            with pytest.raises(ExpungeError, match=f"^{field.name} must be ") as caught:
+                type(attack)(**{field.name: object()})
+            assert "\n" not in str(caught.value)
 
 
 class TestEmbedding:
@@ -161,6 +194,33 @@ class TestEmbedding:
             assert bool((away <= 0.5 * text.norm(dim=-1) * (1 + 1e-4)).all())
         again = dataclasses.replace(attack, restarts=3).run(model, swapped, PROBE, RunContext())
         assert torch.equal(again.text.embeddings, found[-1].text.embeddings)
+
+
+class TestQuantise:
+    def test_rounds_each_output_by_itself_and_the_edit_with_it(self, model, problem):
+        edit = expunge.erase(model, problem, "uce")
+        (layer, *_) = edit.changes[0].layers
+        with model.using(edit):
+            edited = model.weight(layer).clone()
+        with Quantise(bits=3).apply(model, edit, RunContext()):
+            found = model.weight(layer)
+        levels = found / (edited.abs().amax(1, keepdim=True) / 3)
+        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+        assert levels.abs().max() <= 3 + 1e-4
+        half = edited.abs().amax(1, keepdim=True) / 6
+        assert bool(((found - edited).abs() <= half * (1 + 1e-4)).all())
+
+    def test_many_bits_change_next_to_nothing_and_the_weakest_comes_first(self, model, edit):
+        with model.using(edit):
+            plain = model.draw(PROBE)
+        far = [(draw_under(model, edit, Quantise(bits=b)) - plain).abs().mean() for b in (16, 8, 4)]
+        assert far[0] < 1e-3
+        assert far[0] < far[1] < far[2]
+        suite = Suite.from_table({**TABLE, "attacks": {}}, "told")
+        assert list(read_ladder(suite, "quantise").rungs) == ["bits 8", "bits 6", "bits 4"]
+
+    def test_a_row_of_zeros_stays(self):
+        assert torch.equal(round_weights(torch.zeros(2, 3, 1, 1), 4), torch.zeros(2, 3, 1, 1))
 
 
 class TestInversion:
@@ -540,6 +600,12 @@ class TestInTheReport:
                 evaluate(model, edits, [suite], attacks=attacks, cache=cache)
         with pytest.raises(TypeError, match="a metric must be a name or a Metric, not 3"):
             evaluate(model, [edit], [suite], metrics=[3], cache=cache)
+        with pytest.raises(TypeError, match="a judge must be a Classifier, not 'detector'"):
+            evaluate(model, [edit], [suite], judge="detector", cache=cache)
+        with pytest.raises(TypeError, match="the original must be a Model, as expunge.load gives"):
+            evaluate("emoji", [edit], [suite], cache=cache)
+        with pytest.raises(ExpungeError, match="no role 'erasd'; did you mean 'erased'"):
+            evaluate(model, [edit], [suite], roles=("erasd",), cache=cache)
         assert cache.drawn == 0
 
 

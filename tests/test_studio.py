@@ -5,7 +5,6 @@ import json
 import pickle
 import shlex
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +164,20 @@ def test_what_is_foreseen(session):
 def test_a_name_that_the_model_does_not_know_is_said(session, name, said):
     session.choose([name])
     assert any(said in note for note in session.foresee().notes)
+
+
+def test_questions_leave_the_working_tokenizer_alone(studio, session):
+    """It keeps the padding of its last call: asked in another thread, it would spoil a batch."""
+    loaded = studio.models.get("emoji")
+    loaded.model.encode(["a cat", "a dog and a ship"])
+    working = loaded.model.pipe.tokenizer.backend_tokenizer
+    before = (working.padding, working.truncation)
+    assert before[0] is not None
+    session.choose(["飞机", "cat"])
+    assert session.foresee().time
+    assert (working.padding, working.truncation) == before
+    assert loaded.asked.pipe.unet is loaded.model.pipe.unet
+    assert loaded.asked.vocabulary() == loaded.model.vocabulary()
 
 
 def test_what_cannot_be_done_is_said_before_the_work(session):
@@ -545,11 +558,3 @@ def test_every_form_and_size_is_told_in_a_sentence():
     for told in (*working.FORMS.values(), *working.SIZES.values()):
         assert told[0].isupper()
         assert told.endswith(".")
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_docs(studio, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "how-to" / "studio.md").read_text(encoding="utf-8")
-    block = text.partition("```python\n")[2].partition("```")[0]
-    exec(block, {})
-    assert capsys.readouterr().out.startswith("done ")

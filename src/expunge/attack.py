@@ -32,8 +32,10 @@ class Attack:
 
     ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The budgets of a suite that names none: for "" and for each further ladder, "NAME:LADDER", the
-    attack's fields; one of them is a list, tried from its smallest value on. Without any, the attack is
+    attack's fields; one of them is a list, tried from its weakest value on. Without any, the attack is
     judged once, as its fields are."""
+    smaller_is_stronger: ClassVar[bool] = False
+    """Whether the largest value of a ladder is the weakest, as with bits of a weight."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Fields with another name in earlier versions: {old: new}; an old name is refused with the new."""
 

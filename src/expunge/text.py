@@ -40,7 +40,7 @@ class Text:
         return len(self.prompts)
 
     def segments(self, row: int) -> list[tuple[slice, int]]:
-        """Return the tokens of a row, encoder by encoder: their slice, and their end token's index in it."""
+        """Return, for each text encoder, the slice of its tokens in a row and the end token's index."""
         if self.eos_index is None:
             raise TypeError("eos_index must be a tensor (n, parts), not None")
         found, start = [], 0

@@ -197,6 +197,7 @@ def estimate_model(
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module):
+            # A denoiser left on the disk stands on the meta device and takes no memory.
             there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
             parameters[_find_part(type(model), name, type(module).__name__)] += sum(there)
     loaded = +parameters  # unary plus drops the parts without parameters

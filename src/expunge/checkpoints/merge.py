@@ -288,6 +288,7 @@ def _fuse_dense(
         changes: the changes of each edit.
         reach: Gᵢ K of each edit, (d, d).
     """
+    # float64 throughout: differences of nearly equal weights are summed.
     original = model.weight(layer).cpu().double()
     total = original.clone()
     for some, k in zip(changes, reach, strict=True):

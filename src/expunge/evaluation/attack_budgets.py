@@ -1,4 +1,4 @@
-"""Ladders of budgets: an attack at each strength that a suite asks for, the smallest first."""
+"""Ladders of budgets: an attack at each strength that a suite asks for, the weakest first."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
         f"{field} {value:g}" if numbers else f"{field} {value}": fields.build(
             cls, {**rest, field: value}, attack
         )
-        for value in (sorted(values) if numbers else values)
+        for value in (sorted(values, reverse=cls.smaller_is_stronger) if numbers else values)
     }
     first = dataclasses.asdict(next(iter(rungs.values())))
     return Ladder(attack, {key: value for key, value in first.items() if key != field}, rungs)

@@ -91,6 +91,8 @@ def evaluate(
             cannot be had, or an attack is to be made on a model of its own.
         TypeError: something is of none of these types.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"the original must be a Model, as expunge.load gives, not {model!r}")
     cache = Cache() if cache is None else cache
     candidates, read = _check_candidates(edits), _check_suites(suites)
     for role in roles:

@@ -174,10 +174,10 @@ def _attacked(
     numbers = {
         "pre-ASR": one.pre,
         "ASR": one.asr[budget],
-        "at this budget": one.seen[budget],
-        "more than before": one.difference[budget],
+        "alone": one.seen[budget],
+        "difference": one.difference[budget],
         "unrecognisable": one.broken[budget],
-        "the original": one.control[budget],
+        "control": one.control[budget],
     }
     return {
         "name": row.name,

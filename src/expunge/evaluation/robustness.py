@@ -175,6 +175,7 @@ def judge_attack(
     """
     suite, cache, original, edit = defence.suite, defence.cache, defence.original, defence.edit
     edited = Source(original.model, (edit,))
+    # The original under an attack that is made against it: it keeps the record, which names the concept.
     kept = dataclasses.replace(edit, changes=())
     known = {} if controls is None else controls
     where = f"{ladder.name} on {defence.name}"
@@ -183,6 +184,7 @@ def judge_attack(
         return _share(defence.before, values, name)
 
     after = defence.after
+    # What is too near to tell has not come back.
     reached = [_erased(sample).nan_to_num(0) for sample in after]
 
     def lost(samples: Sequence[Sample]) -> Estimate:
@@ -207,8 +209,10 @@ def judge_attack(
         label = f"{suite.name}, {ladder.name} {budget}"
         found, images = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
         here = [_erased(sample).nan_to_num(0) for sample in found]
+        # Nobody has to attack as hard as allowed: what came back at a weaker budget counts here, too.
         reached = [torch.maximum(r, x) for r, x in zip(reached, here, strict=True)]
         asr[budget], broken[budget] = share(reached, where), lost(found)
+        # Under a name of its own, so that the difference has the priors of both in it.
         seen[budget] = share(here, f"{where}, {budget}")
         difference[budget] = seen[budget].minus(pre)
         shown[f"{budget}: {_percent(asr[budget])}"] = images
@@ -249,6 +253,7 @@ def _under_attack(
     source = Source(model, edits, condition)
     with source.hold():
         run = RunContext(seed, progress)
+        # Before anything is drawn: an attack looks at the original, and not at the changed model.
         samples = [attack_sample(model, edit, attack, sample, run) for sample in defence.after]
         judges = {defence.suite.judge: defence.judge}
         found = measure(defence.cache, source, None, samples, judges, progress, label)
@@ -307,6 +312,7 @@ def _share(before: Sequence[Sample], values: Sequence[Tensor], name: str) -> Est
     """The mean of values over the images in which the original shows the concept."""
     counted: dict[str, list[Tensor]] = {}
     for sample, rows in zip(before, values, strict=True):
+        # Where the original does not show it, there is nothing to bring back.
         shown = _erased(sample) >= 0.5
         counted.setdefault(sample.cell.prompt, []).append(rows.masked_fill(~shown, math.nan))
     joined = {prompt: torch.cat(parts) for prompt, parts in counted.items()}

@@ -77,6 +77,7 @@ class Estimate:
     def _score(self, draws: Tensor) -> Score:
         if math.isnan(self.value) or self.n == 0:
             return Score(self.value, self.n)
+        # The prior may have pulled the draws off the value; an interval without it would mislead.
         low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
         return Score(self.value, self.n, min(low, self.value), max(high, self.value))
 
@@ -91,6 +92,7 @@ class Estimate:
         found = _of(value, n, lambda a, b: a - b, self, other)
         if len(self.units) < 2 or self.units.keys() != other.units.keys():
             return found
+        # Each concept's own difference: what is common to both methods does not widen the interval.
         units = {name: unit - other.units[name] for name, unit in self.units.items()}
         return Estimate(value, n, found.draws, widen_to_concepts(found.draws, units), units)
 
@@ -98,6 +100,7 @@ class Estimate:
         """Return the paired ratio, never above `cap`."""
         if not (self.n and other.n):
             return NONE
+        # Capped: drawing more of it than the original is no merit, and must not offset a loss elsewhere.
         value = min(self.value / other.value, cap) if other.value else math.nan
         n = min(self.n, other.n)
         return _of(value, n, lambda a, b: (a / b.clamp(min=1e-9)).clamp(max=cap), self, other)
@@ -164,6 +167,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
+    # nan is no hypothesis: it neither counts nor is corrected.
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, most = list(p_values), 0.0
     for rank, (p, i) in enumerate(order):
@@ -206,6 +210,7 @@ def mean(
     if len(known) < 2:
         return Estimate(value, n, draws)
     units = {concept: float(v.mean()) for concept, v in known.items()}
+    # Concepts weigh as their images do, so that the mean is the same in both readings.
     parts = {concept: len(v) / n for concept, v in known.items()}
     general = widen_to_concepts(draws, units, parts, name if share else None)
     return Estimate(value, n, draws, general.clamp(0, 1) if share else general)

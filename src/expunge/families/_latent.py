@@ -80,12 +80,12 @@ class LatentModel(Model):
         # One generator an image, on the CPU: its noise depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.randn((1, *self._latent_shape), generator=g) for g in generators])
-        latents = noise.to(self.device, self.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+        latents, timesteps = self._start(noise.to(self.device, self.dtype), seeds, scheduler)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
         scales = hasattr(scheduler, "scale_model_input")
         autocast = partial(torch.autocast, self.device.type, self.autocast, enabled=bool(self.autocast))
-        for t in scheduler.timesteps:
+        for t in timesteps:
             given = scheduler.scale_model_input(latents, t) if scales else latents
             yield round(float(t)), given
             with autocast():
@@ -97,6 +97,16 @@ class LatentModel(Model):
                 output = empty + guidance * (prompt - empty)
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
+
+    def _start(self, noise: Tensor, seeds: Sequence[int], scheduler: Any) -> tuple[Tensor, Tensor]:
+        """Return the latents that denoising starts from, and the timesteps that it then takes.
+
+        Args:
+            noise: (n, c, h, w), of unit variance.
+            seeds: of the images, n.
+            scheduler: with its timesteps set.
+        """
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
 
     def _sampler(self, steps: int) -> Any:
         """Make the model's sampler with so many steps.

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, join_names
+from expunge.evaluation.cells import SuiteConcept
 from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.measure import make_metric
-from expunge.evaluation.suite import Suite, SuiteConcept
+from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.problem import Concept, Kind, normalize_name

@@ -23,11 +23,12 @@ from expunge.checkpoints.model_card import render_card, write_card
 from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.cells import Size
 from expunge.evaluation.evaluate import Report, evaluate
 from expunge.evaluation.measure import make_metric
-from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.statistics import Estimate
-from expunge.evaluation.suite import Size, Suite
+from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.metric import Classifier
 from expunge.model import Model

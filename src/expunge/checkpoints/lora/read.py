@@ -129,6 +129,7 @@ def fuse_lora(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
     for change in changes:
         module: Any = find_layer(pipe, *change.layers)
         after = change.weight(module.weight.detach())
+        # Checked before it is assigned: half precision overflows where the factors are finite.
         if not bool(after.isfinite().all()):
             raise ExpungeError(
                 f"{path} at strength {scale:g} makes NaN or infinity of {change.layers[0]}"

@@ -116,6 +116,7 @@ class MACE(MACESettings):
         if "fuse" in self.stages:
             matrix, factors = self.fuse(groups, sums, retained, matrix, factors)
         layers = [entry.layer for entry in model.text_entries()]
+        # Fused, each change acts on its own words alone; unfused, all act on every word.
         averaged = factors and "fuse" not in self.stages and self.combine == "average"
         scale = 1 / len(factors) if averaged else 1.0
         return fusion.assemble_changes(
@@ -210,5 +211,11 @@ class MACE(MACESettings):
         return train_on_attention(self, model, data, matrix, run)
 
     def prepare(self, model: Model, concept: Concept, run: RunContext) -> SuppressionData:
-        """Find a concept's prompts, images and masks (`suppression.prepare`)."""
+        """Find a concept's prompts, images and masks; a subclass may remember them.
+
+        Args:
+            model: the original.
+            concept: the concept.
+            run: its seed.
+        """
         return prepare(self, model, concept, run)
