@@ -24,7 +24,9 @@ import torch
 
 from expunge.base.files import replacing
 from expunge.changes import Gated
-from expunge.methods.ace import ACE, BANDS, Group
+from expunge.methods.ace import ACE
+from expunge.methods.ace.closed_form import solve_gates
+from expunge.methods.ace.tokens import BANDS, GateTokens
 from expunge.ops.gates import Background
 
 WIDTH, TOKENS, PROMPTS, SCALE = 768, 77, 30, 28.0
@@ -32,17 +34,17 @@ OUTPUTS = [out for out, n in ((320, 5), (640, 5), (1280, 6)) for _ in range(2 * 
 METHOD = ACE.preset("gate")
 
 
-def groups(concepts: int) -> dict[str, list[Group]]:
+def groups(concepts: int) -> dict[str, list[GateTokens]]:
     """Tokens of each concept about a mean of its own: one of the phrase, the rest behind the end."""
     generator = torch.Generator().manual_seed(0)
     sizes = [1, *(stop - start for start, stop in zip(BANDS, (*BANDS[1:], TOKENS - 7), strict=True))]
     neutral = torch.randn(WIDTH, generator=generator) * SCALE / WIDTH**0.5
 
-    def group(size: int) -> Group:
+    def group(size: int) -> GateTokens:
         mean = torch.randn(WIDTH, generator=generator) * SCALE / WIDTH**0.5
         rows = mean + torch.randn(PROMPTS * size, WIDTH, generator=generator) / 4
         means = rows.reshape(PROMPTS, size, WIDTH).mean(1) - neutral
-        return Group(rows, neutral.expand(len(rows), -1), means)
+        return GateTokens(rows, neutral.expand(len(rows), -1), means)
 
     return {str(i): [group(size) for size in sizes] for i in range(concepts)}
 
@@ -62,7 +64,7 @@ def gate(concepts: int) -> dict[str, float]:
     )
     before, start = peak(), time.perf_counter()
     background = Background(general, retained, METHOD.gate_ridge, METHOD.n_std)
-    (change,) = METHOD.gate(given, background, layers)
+    (change,) = solve_gates(METHOD, given, background, layers)
     seconds = time.perf_counter() - start
     assert isinstance(change, Gated)
     size = sum(t.numel() * t.element_size() for t in change.tensors.values())

@@ -34,7 +34,9 @@ import expunge
 import expunge.erasing.guidance_training as steering_module
 from expunge import Concept, Model, Problem
 from expunge.base.files import replacing
-from expunge.erasing.guidance_training import Sample, Steering, TrainingConcept, part_of
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.parameters import select_parameters
+from expunge.erasing.trajectories import TrainingConcept, TrajectorySample
 from expunge.methods.ant import ANT
 from expunge.ops.in_place import InPlace
 from expunge.runtime.context import RunContext
@@ -95,9 +97,7 @@ def peak(before: int) -> int:
 def ours(model: Model, steps: int, maps: int) -> dict[str, Any]:
     """The method itself."""
     steering_module.KEEP_EVERY = 1
-    method = dataclasses.replace(
-        SHORT, maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2
-    )
+    method = SHORT.replace(maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2)
     changes = expunge.erase(model, Problem((Concept("weapon", ""),)), method).changes
     kept = sum(tensor.numel() for change in changes for tensor in change.tensors.values()) // 2
     return {"trained": kept}
@@ -108,13 +108,13 @@ def plain(model: Model, steps: int, maps: int) -> dict[str, Any]:
     unet, original = model.pipe.unet, copy.deepcopy(model.pipe.unet)
     mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in unet.named_parameters()}
     adam = torch.optim.Adam(unet.parameters(), lr=METHOD.learning_rate, foreach=False)
-    steering, subject = Steering(model, SHORT.course), _subject(model)
+    steering, subject = Steering(model, SHORT.trajectory_config), _subject(model)
     for _ in range(steps):
-        sample = steering.draw([subject])
+        sample = steering.draw_points([subject])
         model.pipe.unet = original
-        targets = steering.original(sample)
+        targets = steering.predict_original(sample)
         model.pipe.unet = unet
-        steering.losses(sample, targets).mean().backward()
+        steering.compute_losses(sample, targets).mean().backward()
         for name, parameter in unet.named_parameters():
             if parameter.grad is not None:
                 parameter.grad *= mask[name]
@@ -137,17 +137,17 @@ def evaluations(model: Model) -> dict[str, Any]:
         counted["passes"] += 1
         return predict(latents, t, text)
 
-    steering, results = Steering(model, METHOD.course), {}
-    with InPlace(part_of(model, "denoiser")) as trained, torch.no_grad():
+    steering, results = Steering(model, METHOD.trajectory_config), {}
+    with InPlace(select_parameters(model, "denoiser")) as trained, torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for value in trained.values:
             value += 0.01 * torch.randn(value.shape, generator=generator).to(value)
         trained.write()
         model.predict = count  # type: ignore[method-assign]
-        sample = steering.draw([_subject(model)])
+        sample = steering.draw_points([_subject(model)])
         with trained.off():
-            targets = steering.original(sample)
-        results["one pass"] = {**counted, "loss": float(steering.losses(sample, targets))}
+            targets = steering.predict_original(sample)
+        results["one pass"] = {**counted, "loss": float(steering.compute_losses(sample, targets))}
         counted.update(rows=0, passes=0)
         results["plain"] = {"loss": _plain_loss(model, steering, sample, trained), **counted}
         del model.predict
@@ -155,7 +155,7 @@ def evaluations(model: Model) -> dict[str, Any]:
     return {**results, "relative difference": abs(pair[0] - pair[1]) / pair[1]}
 
 
-def _plain_loss(model: Model, steering: Steering, sample: Sample, trained: InPlace) -> float:
+def _plain_loss(model: Model, steering: Steering, sample: TrajectorySample, trained: InPlace) -> float:
     """Each point from a trajectory of its own, each prediction a pass; guidance 1 in the predictions."""
     subject, predictions = _subject(model), {}
     torch.randint(1, (), generator=subject.generator)

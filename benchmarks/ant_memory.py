@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expunge.base.files import replacing
-from expunge.erasing.guidance_training import BLOCKS
+from expunge.erasing.parameters import BLOCKS
 from expunge.methods.ant import ANT
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 
 FILE = Path(__file__).parent / "results" / "ant_memory.json"
 LIMIT = 24.0
@@ -56,8 +56,8 @@ def measured(concepts: int, rows: int) -> dict[str, Any]:
             for k, m in modules.items()
             if isinstance(m, (nn.Linear, nn.Conv2d)) and k.startswith(blocks)
         ]
-        ups = [torch.zeros(concepts, m.weight.shape[0], METHOD.rank) for m in layers]
-        downs = [torch.zeros(concepts, METHOD.rank, m.weight.shape[1:].numel()) for m in layers]
+        ups = [torch.zeros(concepts, m.weight.shape[0], METHOD.low_rank.rank) for m in layers]
+        downs = [torch.zeros(concepts, METHOD.low_rank.rank, m.weight.shape[1:].numel()) for m in layers]
         for factor in (*ups, *downs):
             factor.requires_grad_()
         weights = sum(map(size, unet.parameters()))
@@ -72,7 +72,7 @@ def measured(concepts: int, rows: int) -> dict[str, Any]:
 
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            each_its_own(layers, ups, downs, METHOD.alpha / METHOD.rank),
+            use_own_factors(layers, ups, downs, METHOD.low_rank.alpha / METHOD.low_rank.rank),
         ):
             answer = unet(
                 torch.zeros(rows, 4, 64, 64),
@@ -97,8 +97,8 @@ def measured(concepts: int, rows: int) -> dict[str, Any]:
 
 def main() -> None:
     """Count, print, write."""
-    together = METHOD._together(METHOD._rows_together)
-    asked = len(METHOD.course.objective.of_student)
+    together = METHOD.fit_together(METHOD.rows_per_sample)
+    asked = len(METHOD.trajectory_config.objective.of_student)
     rows = {
         "as it is trained": measured(together, METHOD.micro_batch),
         "one concept": measured(1, 2),

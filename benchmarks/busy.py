@@ -31,7 +31,7 @@ from expunge import Concept, Problem
 from expunge.base.files import replacing
 from expunge.checkpoints.cost_estimate import count_operations, estimate_model
 from expunge.checkpoints.pace import Pace
-from expunge.erasing.caption_gram import captions
+from expunge.erasing.caption_gram import read_captions
 from expunge.methods.mace import MACE
 from expunge.runtime.threads import SMALL, Threads
 
@@ -104,7 +104,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "captions.txt"
-        lines.write_text("\n".join(captions("general")[:CAPTIONS]), encoding="utf-8")
+        lines.write_text("\n".join(read_captions("general")[:CAPTIONS]), encoding="utf-8")
         method = MACE.preset("emoji", captions=str(lines), num_images=2, max_train_steps=10)
         for _ in range(options.rounds):
             for chosen in (True, False):

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import expunge
 from expunge.base.files import replacing
-from expunge.changes import find
+from expunge.changes import find_layer
 from expunge.model import Model
 from expunge.ops.cached_layers import cache_outputs
 
@@ -61,7 +61,7 @@ def denoise(model: Model, n: int, batch: int) -> None:
     latents = torch.randn(2 * batch, config.in_channels, config.sample_size, config.sample_size)
     layers = [entry.layer.rpartition(".") for entry in model.text_entries()]
     for _ in range(n // batch):
-        with cache_outputs([(find(model.pipe, parent), name) for parent, _, name in layers]):
+        with cache_outputs([(find_layer(model.pipe, parent), name) for parent, _, name in layers]):
             for _ in range(model.num_inference_steps):
                 model.predict(latents, 500, text)
 

@@ -90,8 +90,8 @@ def in_plain_norm(known: Mapping[str, TextMoments]) -> dict[str, TextMoments]:
     """The same moments, which are measured, with the metric of plain norm, by which is chosen."""
     made: dict[int, TextMoments] = {}
     for one in known.values():
-        plain = TextMoments(one.erased, one.kept)
-        plain.__dict__["metric"] = torch.eye(len(one.kept), dtype=torch.float64)
+        plain = TextMoments(one.erased, one.retained)
+        plain.__dict__["metric"] = torch.eye(len(one.retained), dtype=torch.float64)
         made.setdefault(id(one), plain)
     return {layer: made[id(one)] for layer, one in known.items()}
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from expunge.base.files import replacing
 from expunge.changes import LowRank, Right
-from expunge.methods.mace import MACE, Group, Sums
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import AnchorGroup, PromptSums
 from expunge.ops.least_squares import gram
 from expunge.text import Text
 
@@ -39,7 +40,7 @@ OUTPUTS = [out for out, n in ((320, 5), (640, 5), (1280, 6)) for _ in range(2 * 
 METHOD = MACE(ridge=1.0, refine_prior=1.0, fuse_prior=1.0)
 
 
-def texts(concepts: int) -> tuple[Group, list[Tensor]]:
+def texts(concepts: int) -> tuple[AnchorGroup, list[Tensor]]:
     """Prompts of one anchor and of each concept, with phrases of one to four tokens."""
     generator = torch.Generator().manual_seed(0)
 
@@ -54,7 +55,9 @@ def texts(concepts: int) -> tuple[Group, list[Tensor]]:
         return Text(("",) * PROMPTS, embeddings, own, ids)
 
     read = {str(i): text(i, 1 + i % 4) for i in range(concepts)} | {"anchor": text(-1, 1)}
-    group = Group(lambda names: read[names[0]], ["anchor"], {str(i): [str(i)] for i in range(concepts)})
+    group = AnchorGroup(
+        lambda names: read[names[0]], ["anchor"], {str(i): [str(i)] for i in range(concepts)}
+    )
     return group, [torch.randn(out, WIDTH, generator=generator) for out in OUTPUTS]
 
 
@@ -82,7 +85,7 @@ def ours(concepts: int) -> dict[str, float]:
     """Seconds for the sums, both stages, and the new weights."""
     (group, weights), trained, kept = texts(concepts), factors(concepts), prior()
     start, before = time.perf_counter(), peak()
-    sums = Sums.of([group])
+    sums = PromptSums.of([group])
     matrix = METHOD.refine(sums, kept)
     middle = time.perf_counter()
     matrix, fused = METHOD.fuse([group], sums, kept, matrix, trained)
@@ -130,7 +133,7 @@ def error(concepts: int) -> dict[str, float]:
     (group, weights), trained, kept = texts(concepts), factors(concepts), prior()
     ridge, anchored = METHOD.ridge, group.read(group.anchored).embeddings.double()
     rows = {name: group.read(some).embeddings.double() for name, some in group.erased.items()}
-    sums = Sums.of([group])
+    sums = PromptSums.of([group])
     first = METHOD.refine(sums, kept)
     second, fused = METHOD.fuse([group], sums, kept, first, trained)
     found = {"refine": 0.0, "fuse": 0.0}

@@ -26,7 +26,8 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Model
 from expunge.base.files import replacing
-from expunge.methods.mace import MACE, Lesson
+from expunge.methods.mace import MACE
+from expunge.methods.mace.suppression import SuppressionData, train_on_attention
 from expunge.runtime.context import RunContext
 
 WORDS = (
@@ -37,18 +38,22 @@ WORDS = (
 RUN = RunContext(0)
 
 
-def learn(model: Model, method: MACE, lessons: Sequence[Lesson]) -> tuple[dict[str, Any], float]:
+def learn(
+    model: Model, method: MACE, lessons: Sequence[SuppressionData]
+) -> tuple[dict[str, Any], float]:
     """The changes, and how long they took."""
     fresh = [
         dataclasses.replace(lesson, generator=RUN.generator("training", lesson.concept))
         for lesson in lessons
     ]
     start = time.perf_counter()
-    found = method.train(model, fresh, torch.eye(fresh[0].text.embeddings.shape[-1]), RUN)
+    found = train_on_attention(method, model, fresh, torch.eye(fresh[0].text.embeddings.shape[-1]), RUN)
     return found, time.perf_counter() - start
 
 
-def one_by_one(model: Model, method: MACE, lessons: Sequence[Lesson]) -> tuple[dict[str, Any], float]:
+def one_by_one(
+    model: Model, method: MACE, lessons: Sequence[SuppressionData]
+) -> tuple[dict[str, Any], float]:
     """The same, a batch of one at a time."""
     found: dict[str, Any] = {}
     seconds = 0.0
@@ -83,7 +88,7 @@ def main() -> None:
     model = expunge.load("emoji", device="cpu")
     method = MACE(learning_rate=1e-4, max_train_steps=options.steps, num_images=options.images)
     concepts = [Concept(word, "ground") for word in WORDS[: options.concepts]]
-    lessons = [method._lesson(model, concept, RUN) for concept in concepts]
+    lessons = [method.prepare(model, concept, RUN) for concept in concepts]
     ways = {"batched": learn, "one by one": one_by_one}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, Any] = {}

@@ -29,16 +29,19 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.base.quiet import quiet
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.report import evaluate
+from expunge.base.quiet import ignore_progress
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.methods.uce import UCE
 
 RESULT = Path(__file__).parent / "results" / "report.json"
 WORDS = "airplane automobile bird cat deer dog frog horse ship truck aircraft plane jet".split()
 
 
-def stand_in(images: dict[str, Tensor], requests: Sequence[Request], _: object = quiet) -> Tensor:
+def stand_in(
+    images: dict[str, Tensor], requests: Sequence[Request], _: object = ignore_progress
+) -> Tensor:
     """An image for each request: its word's, or the ship's, with noise of its own."""
     noise = torch.Generator().manual_seed(requests[0].seed)
     ship = images["a photo of the ship"]
@@ -64,7 +67,7 @@ def fill(folder: Path, suite: str, edits: int) -> int:
         )
     prompts = [f"a photo of the {word}" for word in WORDS]
     images = dict(zip(prompts, model.draw(expunge.Probe(tuple(prompts), tuple(range(13)))), strict=True))
-    Source.draw = lambda self, requests, progress=quiet: stand_in(images, requests)  # type: ignore
+    Source.draw = lambda self, requests, progress=ignore_progress: stand_in(images, requests)  # type: ignore
     return judged(folder, suite).drawn
 
 

@@ -36,7 +36,7 @@ from expunge.base.files import replacing
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from expunge.edit import Edit, Record
-from expunge.fingerprint import base_hash, places
+from expunge.fingerprint import hash_base, list_places
 from expunge.model import Model
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext
@@ -186,7 +186,7 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
     changes = made.fit(given, problem, RunContext())
     stop()
     record = Record(method, {}, problem, model, "", 0, 0.0, {})
-    edit = Edit(changes, replace(record, base=base_hash(checkpoint.read, places(changes))))
+    edit = Edit(changes, replace(record, base=hash_base(checkpoint.read, list_places(changes))))
     at_solved = peak()
     stop()
     export(edit, "diffusers", checkpoint, folder / "out")
@@ -199,7 +199,7 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
         **seconds,
         "peak of the closed form, GB": at_solved / 1e9,
         "peak, GB": peak() / 1e9,
-        "changed tensors": len(places(changes)),
+        "changed tensors": len(list_places(changes)),
     }
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Probe, Problem
 from expunge.base.files import replacing
-from expunge.base.image_files import save, to_pil
+from expunge.base.image_files import save_image, to_pil
 from expunge.emoji.detector import Detector
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 from expunge.evaluation.suite import Suite
 
 ERASED = "airplane"
@@ -205,7 +205,7 @@ def main(folder: Path, n: int = 5, seed: int = 0) -> list[Row]:
     console.print(f"{ERASED} erased in {seconds:.1f} s; it becomes {concept.anchor!r}")
     rows = compare(model, edit, detector, n, seed)
     show(console, rows)
-    save(contact_sheet(bands(rows)), folder / "before-after.png")
+    save_image(draw_contact_sheet(bands(rows)), folder / "before-after.png")
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page(rows, edit), encoding="utf-8")
     console.print(f"\nlook at {folder / 'before-after.png'} and {folder / 'index.html'}")

@@ -24,14 +24,14 @@ from rich.table import Table
 
 import expunge
 from expunge.base.files import replacing
-from expunge.base.image_files import save
+from expunge.base.image_files import save_image
 from expunge.edit import Edit
 from expunge.evaluation import statistics
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.image_cache import model_hash
-from expunge.evaluation.robustness import Robustness, robustness
+from expunge.evaluation.robustness import AttackResult
 from expunge.evaluation.statistics import Estimate
+from expunge.fingerprint import hash_for_images
 
 HERE = Path(__file__).parent
 METHODS: tuple[dict[str, Any], ...] = (
@@ -48,7 +48,7 @@ AT = {"embedding": -2, "inversion": -1}
 """Which of a strip's rows is shown: radius 0.2, which is hardened against, and the longest inversion."""
 
 
-def summary(found: list[Robustness]) -> dict[str, dict[str, Estimate]]:
+def summary(found: list[AttackResult]) -> dict[str, dict[str, Estimate]]:
     """For each method pre-ASR and ASR at each budget, means over words."""
     rows: dict[str, dict[str, list[Estimate]]] = {}
     for one in found:
@@ -74,7 +74,7 @@ def differences(means: dict[str, dict[str, Estimate]], of: str) -> dict[str, Any
     }
 
 
-def band(title: str, found: list[Robustness]) -> Strip:
+def band(title: str, found: list[AttackResult]) -> Strip:
     """One word under one attack: before, and what each edit then draws."""
     rows = [found[0].strip.rows[0]]
     for one in found:
@@ -111,10 +111,10 @@ def main() -> None:
     problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
     methods = tuple(one for one in METHODS if one["title"] in options.methods)
     experiment = dataclasses.replace(experiment, methods=methods, problems=problems)
-    found: list[Robustness] = []
-    strips: dict[str, list[Robustness]] = {}
+    found: list[AttackResult] = []
+    strips: dict[str, list[AttackResult]] = {}
     record: dict[str, Any] = {
-        "model sha256": model_hash(model),
+        "model sha256": hash_for_images(model),
         "words": options.words,
         "pictures a word": options.images,
         "autocast": "" if options.float32 else "bfloat16",
@@ -122,12 +122,19 @@ def main() -> None:
     }
     jobs = experiment.jobs()
     for job in sorted(jobs, key=lambda job: problems.index(job.problem)):
-        candidate = job.done(model, options.edits)
+        candidate = job.run(model, options.edits)
         assert isinstance(candidate.edit, Edit)
         record["edits"][job.name] = {"hash": candidate.edit.hash, "attacks": {}}
         for attack in ATTACKS:
             with model.autocasting(dtype):
-                found.append(robustness(model, candidate.edit, suite, attack, name=job.title))
+                report = expunge.evaluate(
+                    model,
+                    [dataclasses.replace(candidate, name=job.title)],
+                    [suite],
+                    attacks=[attack],
+                    roles=("erased",),
+                )
+            found += report.cases[0].rows[1].attacks
             record["edits"][job.name]["attacks"][attack] = found[-1].to_dict()
             strips.setdefault(f"{job.problem.erase[0].name}, {attack}", []).append(found[-1])
         means = summary(found)
@@ -141,7 +148,9 @@ def main() -> None:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         latest = {budget: round(asr.value, 2) for one in found[-2:] for budget, asr in one.asr.items()}
         print(job.name, f"pre {found[-1].pre.value:.2f}", latest, flush=True)
-    save(contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to)
+    save_image(
+        draw_contact_sheet([band(title, some) for title, some in strips.items()], 96), options.images_to
+    )
     table = Table("", *next(iter(means.values())))
     for method, row in means.items():
         table.add_row(method, *(f"{100 * value.value:.0f}" for value in row.values()))

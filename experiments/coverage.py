@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from expunge.base.files import replacing
-from expunge.evaluation.statistics import Estimate, Score, average, harmonic, harmonic_mean, mean
+from expunge.evaluation.statistics import (
+    Estimate,
+    Score,
+    average,
+    harmonic_mean,
+    mean,
+    take_harmonic_mean,
+)
 
 FILE = Path(__file__).parent / "results" / "coverage.json"
 
@@ -158,7 +165,7 @@ def of_averages(world: Averaged, trials: int) -> dict[str, Any]:
     def h(efficacy: Tensor, specificity: Tensor, seeds: int) -> Tensor:
         """The true H of each concept: the mean over so many seeds of the edit."""
         at = [beta(x[:, None].expand(-1, seeds), world.seed_counts) for x in (efficacy, specificity)]
-        return harmonic([x.flatten() for x in at]).reshape(-1, seeds).mean(1)
+        return take_harmonic_mean([x.flatten() for x in at]).reshape(-1, seeds).mean(1)
 
     general = float(h(*levels(200_000), 1).mean())
     seeds = 400 if world.seed_counts else 1

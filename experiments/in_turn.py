@@ -23,7 +23,7 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Probe, Problem
 from expunge.emoji.detector import FOLDER, UNRECOGNISABLE, Detector
-from expunge.evaluation.suite import SuiteConcept
+from expunge.evaluation.cells import SuiteConcept
 from expunge.method import Method
 
 

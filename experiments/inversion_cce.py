@@ -24,10 +24,9 @@ from expunge import Edit
 from expunge.attacks.inversion import Inversion
 from expunge.base.files import replacing
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.image_cache import model_hash
-from expunge.evaluation.measure import make
-from expunge.evaluation.robustness import DEFAULTS
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import hash_for_images
 from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.probe import Probe
@@ -38,13 +37,16 @@ HERE = Path(__file__).parent
 
 def shares(model: Model, edit: Edit, suite: Suite, word: str, probe: Probe) -> dict[str, float]:
     """The shares of images in which the word is seen, and of broken ones."""
-    classifier, concept = make(suite.judge, suite.options.get(suite.judge, {})), suite.concept(word)
+    classifier, concept = (
+        make_metric(suite.judge, suite.options.get(suite.judge, {})),
+        suite.find_concept(word),
+    )
     if not isinstance(classifier, Classifier) or concept is None:
         raise TypeError("the suite has no classifier, or not this word")
     with model.using(edit), model.autocasting(torch.bfloat16):
         images = model.draw(probe)
     rows = classifier.measure(images, probe.prompts)
-    broken = classifier.broken(rows)
+    broken = classifier.find_broken(rows)
     seen = classifier.score(rows, concept.labels, concept.near, suite.question).nan_to_num(0)
     seen = seen.masked_fill(broken, 0.0)
     return {"seen": float(seen.mean()), "unrecognisable": float(broken.float().mean())}
@@ -61,10 +63,10 @@ def main() -> None:
     model = expunge.load("emoji")
     experiment = Experiment.read(HERE / "mace" / "objects.toml")
     (suite,) = experiment.suites
-    ladder = {**DEFAULTS["inversion:cce"], **suite.attacks.get("inversion:cce", {})}
+    ladder = {**Inversion.ladders["cce"], **suite.attacks.get("inversion:cce", {})}
     attack = Inversion(**{**ladder, "steps": options.steps})
     record: dict[str, Any] = {
-        "model sha256": model_hash(model),
+        "model sha256": hash_for_images(model),
         "attack": dataclasses.asdict(attack),
         "steps of the whole ladder": ladder["steps"],
         "images": options.images,

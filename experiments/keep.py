@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,24 +23,25 @@ import torch
 import expunge
 from expunge import Edit, Model
 from expunge.base.files import replacing
-from expunge.base.image_files import save
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.base.image_files import save_image
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
+from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.experiment import Experiment, Job
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.measure import make, requests
-from expunge.evaluation.report import known_to
-from expunge.evaluation.suite import Cell, Suite
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.results import read_results
+from expunge.evaluation.sample import Sample, lay_out
+from expunge.evaluation.suite import Suite
 
 HERE = Path(__file__).parent
 SHOWN = {"erased": 3, "synonyms": 3, "retained": 3}
 """Images of each role in a band; twice as many of the erased where they are many."""
 
 
-def chosen(
-    cells: Sequence[Cell], asked: Sequence[Sequence[Request]], role: str, n: int
-) -> list[Request]:
+def chosen(samples: Sequence[Sample], role: str, n: int) -> list[Request]:
     """The first images of a role, from as many of its prompts as there are."""
-    rows = [some for cell, some in zip(cells, asked, strict=True) if cell.role == role]
+    rows = [sample.requests for sample in samples if sample.cell.role == role]
     turns = itertools.zip_longest(*(rows[i] for i in _spread(len(rows), n)))
     return [one for turn in turns for one in turn if one is not None][:n]
 
@@ -59,12 +59,12 @@ def bands(
     for problem in dict.fromkeys(job.problem for job in jobs):
         names = [concept.name for concept in problem.erase]
         cells = suite.cells(names, full=results["size"] == "full")
-        asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
+        samples = lay_out(model, cells, suite.num_inference_steps, suite.guidance_scale)
         many = len(names) > 1
         shown = [
             one
             for role, n in SHOWN.items()
-            for one in chosen(cells, asked, role, 2 * n if many and role == "erased" else n)
+            for one in chosen(samples, role, 2 * n if many and role == "erased" else n)
         ]
         rows = [("before", cache.draw(Source(model), shown))]
         for job in jobs:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--numbers-alone", action="store_true", help="draw nothing")
     options = parser.parse_args()
     experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
-    results = json.loads((options.folder / "results.json").read_text("utf8"))
+    results = read_results(options.folder)
     group, name = options.experiment.parent.name, options.experiment.stem
     name += "-quick" * (results["size"] == "quick")
     with replacing(options.results / group / f"{name}.json") as file:
@@ -110,13 +110,13 @@ def main() -> None:
     if options.numbers_alone:
         return
     suite = experiment.suites[0]
-    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
     # What has been made so far: a run may have been stopped.
     made = [job for job in experiment.jobs() if (options.folder / "edits" / job.file(model)).is_file()]
     rounded = results["provenance"]["sampler"].get("autocast")
     with model.autocasting(getattr(torch, rounded) if rounded else None):
         found = list(bands(model, suite, made, options.folder, results))
-    save(contact_sheet(found, 96), options.images / f"{group}-{name}.png")
+    save_image(draw_contact_sheet(found, 96), options.images / f"{group}-{name}.png")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,16 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
+from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.cells import Size, SuiteConcept
+from expunge.evaluation.evaluate import evaluate, restrict_to_judge
 from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import Report, evaluate, known_to
-from expunge.evaluation.scoring import TERMS, CandidateResult, SuiteResult
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.report import Report
+from expunge.evaluation.scoring import TERMS
 from expunge.evaluation.statistics import Estimate, average
-from expunge.evaluation.suite import Size, Suite, SuiteConcept
+from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Kind
@@ -100,7 +103,7 @@ def problems(task: Task, suite: Suite, take: int) -> list[Problem]:
             groups = [names[:n]] if len(names) >= n else []
         for group in groups:
             erased = [known[name] for name in group]
-            kept = [other.words for other in suite.retained(erased)]
+            kept = [other.words for other in suite.find_retained(erased)]
             concepts = tuple(_concept(task, suite, one) for one in erased)
             found.append(Problem(concepts, tuple(kept)))
     return found[:take] if take else found
@@ -134,7 +137,7 @@ def judge(
 ) -> Report:
     """All methods on one suite; the report's page stands in the folder."""
     suite = Suite.read(task.suite)
-    suite = known_to(suite, make(suite.judge, suite.options.get(suite.judge, {})))
+    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
     if tiny:
         suite = dataclasses.replace(suite, sizes=dict.fromkeys(SIZES, TINY))
     candidates = []
@@ -142,7 +145,7 @@ def judge(
         for name in methods:
             for seed in range(EDIT_SEEDS if full else 1):
                 job = Job(method_for(name, model, task.kind), name, problem, seed, title=name)
-                candidates.append(job.done(model, folder / "edits", progress))
+                candidates.append(job.run(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
     report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
@@ -344,7 +347,7 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     record = json.loads(file.read_text("utf8")) if file.is_file() else {}
     if record.get("made with") != facts:
         record = {"made with": facts, "suites": {}}
-    known = suite.name in registry.names("suites")
+    known = suite.name in registry.list_names("suites")
     about = registry.describe("suites", suite.name) if known else suite.notes
     record["suites"][suite.name] = {
         "version": suite.version,
@@ -360,7 +363,9 @@ def main() -> None:
     """Classifier, keep the results, write the table."""
     names = [task.suite for task in TASKS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=registry.names("methods"), help="default: all")
+    parser.add_argument(
+        "--methods", nargs="+", default=registry.list_names("methods"), help="default: all"
+    )
     parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
     parser.add_argument("--full", action="store_true", help="the papers' number of images")
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +33,17 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Model, Problem
 from expunge.base import registry
-from expunge.base.fields import build
+from expunge.base.fields import build, flatten
 from expunge.base.files import replacing
-from expunge.evaluation.image_cache import model_hash
-from expunge.evaluation.robustness import robustness
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import hash_for_images
 from expunge.method import Method
 from expunge.methods.ant import ANT
-from expunge.methods.mace import MACE, Lesson
+from expunge.methods.ant.low_rank import LowRankChanges
+from expunge.methods.ant.settings import SharedSettings
+from expunge.methods.mace import MACE
+from expunge.methods.mace.suppression import SuppressionData
 from expunge.runtime.context import RunContext, Tensors
 
 HERE = Path(__file__).parent
@@ -51,35 +53,48 @@ HERE = Path(__file__).parent
 class RememberingMACE(MACE):
     """MACE that finds a concept's images and masks once, however many values are tried on them."""
 
-    def _lesson(self, model: Model, concept: Concept, run: RunContext) -> Lesson:
+    def prepare(self, model: Model, concept: Concept, run: RunContext) -> SuppressionData:
         key = (concept, run.seed, self.templates, self.num_images, self.num_inference_steps, self.masks)
         if (*key, self.end_tokens) not in LESSONS:
-            LESSONS[*key, self.end_tokens] = super()._lesson(model, concept, run)
+            LESSONS[*key, self.end_tokens] = super().prepare(model, concept, run)
         lesson = LESSONS[*key, self.end_tokens]
         return dataclasses.replace(lesson, generator=run.generator("training", concept.name))
 
 
 @dataclass(frozen=True)
-class RememberingANT(ANT):
-    """ANT that trains its low-rank changes once, however many fusions are tried on them."""
+class RememberingChanges(LowRankChanges):
+    """Low-rank changes that are trained once, however many fusions are tried on them."""
 
     def train(
-        self, model: Model, problem: Problem, run: RunContext, whole: Tensor, prior: Tensor
+        self,
+        settings: SharedSettings,
+        model: Model,
+        problem: Problem,
+        run: RunContext,
+        whole: Tensor,
+        prior: Tensor,
     ) -> dict[str, Tensors]:
         fusion: tuple[str, ...] = ("strength", "ridge", "fuse_prior", "domain_weight", "captions")
         if self.through_fusion:
             fusion = fusion[:1]
-        fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in fusion]
+        fields = tuple(value for name, value in flatten(settings).items() if name not in fusion)
         key = (*fields, problem.erase, run.seed)
         if key not in FACTORS:
-            FACTORS[key] = super().train(model, problem, run, whole, prior)
+            FACTORS[key] = super().train(settings, model, problem, run, whole, prior)
         return FACTORS[key]
+
+
+@dataclass(frozen=True)
+class RememberingANT(ANT):
+    """ANT with low-rank changes that are remembered."""
+
+    low_rank: RememberingChanges = field(default_factory=RememberingChanges)
 
 
 ATTACKED = 4
 """Images of each prompt that are attacked, which takes long."""
 
-LESSONS: dict[Any, Lesson] = {}
+LESSONS: dict[Any, SuppressionData] = {}
 FACTORS: dict[Any, dict[str, Tensors]] = {}
 REMEMBERING: dict[str, type[Method]] = {"mace": RememberingMACE, "ant": RememberingANT}
 
@@ -194,8 +209,14 @@ def judge(
         quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
         fewer = dataclasses.replace(suite(task), sizes={"quick": quick})
         attacked = [
-            robustness(model, edit, fewer, attack, seed=seed)
-            for edit, attack, seed in itertools.product(edits, attacks, range(seeds))
+            result
+            for edit, seed in itertools.product(edits, range(seeds if attacks else 0))
+            for result in expunge.evaluate(
+                model, [edit], [fewer], attacks=attacks, roles=("erased",), seed=seed
+            )
+            .cases[0]
+            .rows[1]
+            .attacks
         ]
     rows = [(case, row) for case in report.cases for row in case.rows if row.candidate]
 
@@ -225,7 +246,7 @@ def judge(
 def main() -> None:
     """Try what was asked for; the file is written after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("method", choices=registry.names("methods"))
+    parser.add_argument("method", choices=registry.list_names("methods"))
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
     parser.add_argument(
         "--preset", default="", help="where to start from; default: emoji, or the defaults"
@@ -234,24 +255,24 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="more images, where the task's suite has them"
     )
-    parser.add_argument("--attack", nargs="*", default=[], choices=registry.names("attacks"))
+    parser.add_argument("--attack", nargs="*", default=[], choices=registry.list_names("attacks"))
     parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
     file = options.results / f"{options.method}.json"
     record: dict[str, Any] = json.loads(file.read_text("utf8")) if file.is_file() else {}
     model = expunge.load("emoji")
-    if record.get("model sha256") != model_hash(model):
-        record = {"model sha256": model_hash(model)}
+    if record.get("model sha256") != hash_for_images(model):
+        record = {"model sha256": hash_for_images(model)}
     cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
     start = options.preset or ("emoji" if "emoji" in cls.presets else "")
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):
-        method, default = build(cls, base | values), cls()
+        method, default = build(cls, base | values), flatten(cls())
         fields = {
-            field.name: getattr(method, field.name)
-            for field in dataclasses.fields(method)
-            if field.name != "batch" and getattr(method, field.name) != getattr(default, field.name)
+            name: value
+            for name, value in flatten(method).items()
+            if name != "batch_size" and value != default[name]
         }
         title = ", ".join(f"{name} {value}" for name, value in fields.items()) or "as it is"
         title += "; full size" * options.full

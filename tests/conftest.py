@@ -1,6 +1,7 @@
 """Tiny pipelines of the real classes, built offline."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import expunge
@@ -147,3 +149,54 @@ def weights(pipe) -> dict[str, torch.Tensor]:
         for part in ("unet", "vae", "text_encoder")
         for name, tensor in getattr(pipe, part).state_dict().items()
     }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny model of each family, as a diffusers folder; sizes that its configuration does not hold."""
+    from tiny import PIPELINES  # which imports this module
+
+    made = {}
+    for name, make in PIPELINES.items():
+        made[name] = tmp_path_factory.mktemp("models") / name
+        make().save_pretrained(made[name])
+        (made[name] / "expunge.json").write_text('{"sample_size": 8, "num_inference_steps": 2}')
+    return made
+
+
+@pytest.fixture
+def uce(folder):
+    """A tiny model, and an edit of it by UCE."""
+    model = expunge.load(folder)
+    problem = expunge.Problem((expunge.Concept("airplane", "sky"),), ("ship", "bird"))
+    return model, expunge.erase(model, problem)
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory):
+    """A tiny Stable Diffusion as a single file, as from the first code, in half precision."""
+    from tiny import single_file
+
+    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    single_file(tiny_pipeline().to(torch.float16), path)
+    return path
+
+
+@pytest.fixture
+def on_hub(folder, tmp_path, monkeypatch):
+    """A hub that has the tiny model as owner/name, at the border of its library; the fetched files."""
+    there, fetched = shutil.copytree(folder, tmp_path / "there"), tmp_path / "fetched"
+    file = there / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+
+    def snapshot(name, *, allow_patterns, ignore_patterns):
+        assert name == "owner/name"
+        every = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for path in kept:
+            (fetched / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / path, fetched / path)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return there, fetched

@@ -10,13 +10,18 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
-from expunge.changes import Damped, find
+from expunge.changes import Damped, find_layer
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing import reference_images
 from expunge.erasing.prompt_templates import KEPT, TEMPLATES
-from expunge.methods.ace import ACE, BANDS, FACTORS, LEVELS, _apart, _noises_apart, check_memory
-from expunge.ops.gates import stacked
-from expunge.ops.pgd import bounded
+from expunge.methods.ace import ACE
+from expunge.methods.ace.attention_reduction import LEVELS, read_damping
+from expunge.methods.ace.backgrounds import draw_words, encode_retained, read_backgrounds
+from expunge.methods.ace.closed_form import FACTORS, check_memory
+from expunge.methods.ace.harden import harden, measure_distance, measure_noise_distance
+from expunge.methods.ace.tokens import BANDS
+from expunge.ops.gates import stack_root
+from expunge.ops.pgd import minimise_in_ball
 from expunge.runtime.context import RunContext
 from tiny import flux, sd3, sdxl
 
@@ -51,7 +56,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
     assert len(change.centre) == 1 + len(BANDS)
     weights = [model.weight(e.layer).double() for e in model.text_entries()]
     read = [slow_groups(model, name, "sky", t) for name in ("airplane", "jet") for t in templates]
-    grounds = method._backgrounds(model, problem, method._staying(model, problem), RunContext())
+    grounds = read_backgrounds(method, model, problem, encode_retained(model, problem), RunContext())
     background = grounds["airplane"].tokens
     for i, place in enumerate(("phrase", *BANDS)):
         pairs = [[(e.double(), n.double()) for e, n in one[place]] for one in read]
@@ -90,7 +95,7 @@ def test_gates_and_directions_against_a_slow_reading(worded):
 
 def keys_and_values(model):
     """A root of what all layers make of a token: ‖root x‖² is Σ ‖W x‖²."""
-    return stacked([model.weight(entry.layer) for entry in model.text_entries()]).float()
+    return stack_root([model.weight(entry.layer) for entry in model.text_entries()]).float()
 
 
 def prompts(model, name):
@@ -106,7 +111,7 @@ def test_one_gate_puts_the_mean_of_the_anchor_in_place_of_the_concept(worded):
     # "airplane" and "sky" are one token each, the last before the end.
     place = worded.encode([template.format("airplane") for template in SHORT]).content_mask.sum(1)
     e, n = (prompts(worded, name)[range(len(SHORT)), place] for name in ("airplane", "sky"))
-    left, apart = ((x.mean(0) - n.mean(0)) @ root.T for x in (change.given(e), e))
+    left, apart = ((x.mean(0) - n.mean(0)) @ root.T for x in (change.change_input(e), e))
     assert left.norm() < 0.01 * apart.norm()
 
 
@@ -116,12 +121,12 @@ def test_what_is_erased_becomes_its_anchor_and_the_rest_stays(worded):
     (change,) = expunge.erase(worded, problem, GATE).changes
     e, n, r = (prompts(worded, name) for name in ("airplane", "sky", "ship"))
     apart = (e - n).mean(0).norm()
-    assert (change.given(e) - n).mean(0).norm() < 0.35 * apart
-    assert (change.given(r) - r).mean(0).norm() < 0.05 * apart
+    assert (change.change_input(e) - n).mean(0).norm() < 0.35 * apart
+    assert (change.change_input(r) - r).mean(0).norm() < 0.05 * apart
     # Words that it was not told to retain.
     for name in ("cat", "horse", "truck"):
         r = prompts(worded, name)
-        assert (change.given(r) - r).mean(0).norm() < 0.1 * apart
+        assert (change.change_input(r) - r).mean(0).norm() < 0.1 * apart
 
 
 def test_several_concepts_share_one_change_and_do_not_disturb_one_another(worded):
@@ -131,8 +136,8 @@ def test_several_concepts_share_one_change_and_do_not_disturb_one_another(worded
     assert len(change.centre) == 2 * (1 + len(BANDS))
     for name, anchor in (("airplane", "sky"), ("dog", "ground")):
         e, n = prompts(worded, name), prompts(worded, anchor)
-        assert (change.given(e) - n).mean(0).norm() < 0.5 * (e - n).mean(0).norm()
-    assert (change.given(prompts(worded, "ship")) - prompts(worded, "ship")).norm() < 0.05 * (
+        assert (change.change_input(e) - n).mean(0).norm() < 0.5 * (e - n).mean(0).norm()
+    assert (change.change_input(prompts(worded, "ship")) - prompts(worded, "ship")).norm() < 0.05 * (
         e - n
     ).norm()
 
@@ -233,9 +238,9 @@ class TestAttention:
         monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.expand(shape))
         method = ACE(stages=("gate",), reduction=reduction, damping=1.0, templates=SHORT, num_images=1,
                      num_inference_steps=2)  # fmt: skip
-        found = method.attended(model, problem, run)["airplane"]
+        found = read_damping(method, model, problem, run)["airplane"]
         drawn = [
-            reference_images.drawn(
+            reference_images.draw_examples(
                 model, "airplane", TEMPLATES["object"][0].format(name), 1, run, 2
             ).latents
             for name in ("airplane", "sky")
@@ -260,7 +265,7 @@ class TestAttention:
             assert len(change.damping) == len(change.centre)
             assert change.damping.amax(1).tolist() == [1.0] * len(change.centre)
             assert set(change.concept.tolist()) == {0, 1}
-            layer = find(worded.pipe, change.layers[0])
+            layer = find_layer(worded.pipe, change.layers[0])
             text = worded.encode(["a photo of the airplane", "a photo of the ship"]).embeddings
             before = layer(text)
             with worded.using(edit):
@@ -275,7 +280,9 @@ class TestAttention:
         method = ACE(stages=("gate",), reduction="attention-by-head", templates=SHORT, num_images=1,
                      num_inference_steps=2)  # fmt: skip
         one, four = (
-            dataclasses.replace(method, damping=by).attended(model, problem, RunContext())["airplane"]
+            read_damping(dataclasses.replace(method, damping=by), model, problem, RunContext())[
+                "airplane"
+            ]
             for by in (1.0, 4.0)
         )
         for layer, g in one.items():
@@ -287,8 +294,8 @@ class TestAttention:
             "damping": torch.tensor([[0.5, 0.2], [0.4, 0.0]]),
         }  # fmt: skip
         x, y = torch.ones(1, 1, 2), torch.ones(1, 1, 2)
-        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).output(x, y)
-        twice = Damped(("a",), **shared).output(x, y)
+        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).change_output(x, y)
+        twice = Damped(("a",), **shared).change_output(x, y)
         torch.testing.assert_close(once[0, 0], torch.tensor([0.5, 0.8]))
         torch.testing.assert_close(twice[0, 0], torch.tensor([0.3, 0.8]))
 
@@ -304,11 +311,11 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
     run = RunContext()
 
     def general(problem):
-        grounds = method._backgrounds(worded, problem, method._staying(worded, problem), run)
+        grounds = read_backgrounds(method, worded, problem, encode_retained(worded, problem), run)
         return {name: ground.tokens.general for name, ground in grounds.items()}
 
     of_both = general(both)
-    words = method._general(worded, both, run)
+    words = draw_words(method, worded, both, run)
     for concept in both.erase:
         told = [KEPT[concept.kind].format(word) for word in words]
         text = worded.encode(["", *told])
@@ -318,7 +325,7 @@ def test_general_words_are_of_each_concepts_own_kind(worded):
         assert near.max() < 1e-3
         assert torch.cdist(ends[1:], other).amin(1).min() > 1e-2
     # What is retained is kept in the ways of both kinds.
-    kept = method._staying(worded, both)["ship"].prompts
+    kept = encode_retained(worded, both)["ship"].prompts
     assert set(kept) == {"ship", *(KEPT[kind].format("ship") for kind in ("object", "style"))}
 
 
@@ -355,7 +362,7 @@ def vector_left(model, change, name, anchor, templates):
     """The share of ‖W (p − p_anchor)‖ that a layer is still told of a prompt's vector p."""
     (entry,) = model.pooled_entries()
     assert change.layers == (entry.layer,)
-    layer = find(model.pipe, entry.layer)
+    layer = find_layer(model.pipe, entry.layer)
     e, n = (model.encode([t.format(x) for t in templates]).pooled for x in (name, anchor))
     sizes = torch.randn(len(e), layer.in_features - e.shape[1])
 
@@ -444,26 +451,28 @@ class TestHarden:
         root = keys_and_values(worded)
         names = ("airplane", "sky", "ship")
         e, n, r = (worded.encode([SHORT[0].format(name)]).embeddings for name in names)
-        apart = _apart(root, e, n)
+        apart = measure_distance(root, e, n)
         lacks, offs = [], []
         for change in (soft, hard):
-            found, lack = bounded(lambda x, c=change: _apart(root, c.given(x), e), e, 0.4, 20)
+            found, lack = minimise_in_ball(
+                lambda x, c=change: measure_distance(root, c.change_input(x), e), e, 0.4, 20
+            )
             lacks.append(float(lack / apart))
-            offs.append(float(_apart(root, change.given(found), n) / apart))
+            offs.append(float(measure_distance(root, change.change_input(found), n) / apart))
         assert 1 - lacks[0] ** 0.5 > 0.4  # the share that it brings back
         assert lacks[1] > 1.5 * lacks[0]
         # What the attack gets instead is the anchor, rather than anything else,
         assert offs[1] < 0.9 * offs[0]
         # so does the plain prompt, and what is retained stays.
-        assert _apart(root, hard.given(e), n) < 0.15 * apart
-        assert _apart(root, hard.given(r), r) < 0.01 * apart
+        assert measure_distance(root, hard.change_input(e), n) < 0.15 * apart
+        assert measure_distance(root, hard.change_input(r), r) < 0.01 * apart
 
     @torch.no_grad()
     def test_retention_weighs_the_same_however_much_the_model_sees_of_its_text(self, model, problem):
         """Both losses are shares of the concept's distance from its anchor."""
         text, anchored = model.encode(["a photo of the airplane"]), model.encode(["a photo of the sky"])
         shown = torch.randn(2, 4, 8, 8)
-        far = float(_noises_apart(model, text, anchored, shown, RunContext().generator("x")))
+        far = float(measure_noise_distance(model, text, anchored, shown, RunContext().generator("x")))
         squares = []
         generator = RunContext().generator("x")
         for t in range(62, 1000, 125):
@@ -490,7 +499,7 @@ class TestHarden:
         airplane, cat = words[:, 5:, None]  # from the name on
 
         def hardened(general):
-            return method.harden(worded, problem.erase[0], gated, there, general, RunContext())
+            return harden(method, worded, problem.erase[0], gated, there, general, RunContext())
 
         alone, other, kept = hardened(cat[:0]), hardened(airplane), hardened(cat)
         assert all(torch.equal(alone[name], other[name]) for name in FACTORS)
@@ -528,7 +537,7 @@ class TestHarden:
 
         def given(**fields):
             (change,) = expunge.erase(model, problem, dataclasses.replace(method, **fields)).changes
-            return change.given(e)
+            return change.change_input(e)
 
         closed = given(stages=("gate",))
         assert (

@@ -12,16 +12,11 @@ import expunge
 import tiny
 from conftest import tiny_pipeline, weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Problem
-from expunge.erasing.guidance_training import (
-    Steering,
-    TrainingConcept,
-    TrajectoryConfig,
-    layers_of,
-    part_of,
-    train_factors,
-    train_weights,
-)
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.guidance_training import train_factors, train_weights
+from expunge.erasing.parameters import select_layers, select_parameters
 from expunge.erasing.saliency import Mask
+from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.evaluation.experiment import Experiment
 from expunge.methods.ant import ANT
 from expunge.methods.esd import ESD
@@ -29,12 +24,13 @@ from expunge.methods.mace import MACE
 from expunge.ops.in_place import InPlace
 from expunge.ops.trajectory import Objective
 from expunge.runtime.context import RunContext
+from quick import quick
 
 FOUR = Objective(0.7, 0.4, 0.5, 0.2)
 COURSE = TrajectoryConfig(FOUR, -2.0, num_inference_steps=6)
 PROBLEM = Problem((Concept("airplane", "sky"),))
-QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "max_train_steps": 4, "learning_rate": 1e-3,
-         "templates": ("{}", "a photo of the {}")}  # fmt: skip
+QUICK = {"trajectory_steps": 4, "turn": -2.0, "maps": 3, "map_samples": 2, "max_train_steps": 4,
+         "learning_rate": 1e-3, "templates": ("{}", "a photo of the {}")}  # fmt: skip
 
 EPSILON: dict[str, str] = {}
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -104,12 +100,12 @@ class TestObjective:
         objective = dataclasses.replace(FOUR, prediction_guidance=guidance, anchored=anchored)
         course = dataclasses.replace(COURSE, objective=objective)
         steering, original = Steering(model, course), copy.deepcopy(model.pipe.unet)
-        with InPlace(part_of(model, "denoiser")) as trained:
+        with InPlace(select_parameters(model, "denoiser")) as trained:
             disturb(trained)
-            sample = steering.draw([subject(model, anchor="sky"), subject(model, "ship")])
+            sample = steering.draw_points([subject(model, anchor="sky"), subject(model, "ship")])
             with trained.off():
-                targets = steering.original(sample)
-            found = steering.losses(sample, targets)
+                targets = steering.predict_original(sample)
+            found = steering.compute_losses(sample, targets)
             plain = [
                 slow_loss(model, model.pipe.unet, original, sample, course, row) for row in range(2)
             ]
@@ -121,7 +117,7 @@ class TestObjective:
         edits = {
             (anchor, to): expunge.erase(
                 model, Problem((Concept("airplane", anchor),)),
-                ANT(**QUICK, trained="low-rank", drawn_by="original", turn_to=to),
+                ANT.of(**QUICK, trained="low-rank", drawn_by="original", turn_to=to),
             ).hash
             for anchor in ("", "sky")
             for to in ("empty", "anchor")
@@ -138,15 +134,15 @@ class TestObjective:
 
     def test_what_stays_is_the_originals_prediction_at_every_step(self):
         model = double()
-        steering, one = Steering(model, COURSE).staying(), subject(model, "ship")
+        steering, one = Steering(model, COURSE).unreversed(), subject(model, "ship")
         assert steering.late == tuple(range(6))
-        with InPlace(part_of(model, "denoiser")) as trained:
-            sample = steering.draw([one])
-            targets = steering.original(sample)
-            torch.testing.assert_close(steering.losses(sample, targets), torch.zeros(1).double())
+        with InPlace(select_parameters(model, "denoiser")) as trained:
+            sample = steering.draw_points([one])
+            targets = steering.predict_original(sample)
+            torch.testing.assert_close(steering.compute_losses(sample, targets), torch.zeros(1).double())
             disturb(trained)
             moved = model.predict(sample.late.latents, sample.late.t, sample.text) - targets["late"]
-            found = steering.losses(sample, targets)
+            found = steering.compute_losses(sample, targets)
             torch.testing.assert_close(found, moved.square().mean().reshape(1))
         assert float(found.detach()) > 1e-4
 
@@ -175,13 +171,13 @@ class TestPoints:
             passes.append(1)
             return predict(model, latents, t, text)
 
-        with InPlace(part_of(model, "rest")) as trained:
+        with InPlace(select_parameters(model, "rest")) as trained:
             disturb(trained)
             model.predict = counted
-            sample = steering.draw([subject(model)])
+            sample = steering.draw_points([subject(model)])
             with trained.off():
-                targets = steering.original(sample)
-            found = steering.losses(sample, targets)
+                targets = steering.predict_original(sample)
+            found = steering.compute_losses(sample, targets)
             del model.predict
             late, early = (steering.timesteps.index(int(p.t)) for p in (sample.late, sample.early))
             assert early < late
@@ -215,9 +211,9 @@ class TestPoints:
         objective = dataclasses.replace(FOUR, anchored=anchored)
         steering = Steering(model, dataclasses.replace(COURSE, objective=objective))
         one = subject(model, anchor="sky")
-        kept = steering.keep(one, 2)
-        sample, original = steering.pick([one] * 5, [kept] * 5)
-        again = steering.original(sample)
+        kept = steering.store_trajectories(one, 2)
+        sample, original = steering.pick_points([one] * 5, [kept] * 5)
+        again = steering.predict_original(sample)
         assert ("late anchor" in original) == anchored
         for asked in objective.of_original:
             torch.testing.assert_close(original[asked], again[asked], rtol=1e-9, atol=1e-9)
@@ -229,14 +225,14 @@ class TestPoints:
         for reverse, beyond in (("late", True), ("early", False)):
             steering = Steering(model, dataclasses.replace(COURSE, reverse=reverse))
             one = subject(model)
-            sample, _ = steering.pick([one] * 9, [steering.keep(one, 1)] * 9)
+            sample, _ = steering.pick_points([one] * 9, [steering.store_trajectories(one, 1)] * 9)
             assert bool((sample.early.t > sample.late.t).all()) == beyond
 
     @pytest.mark.parametrize(("preset", "step"), [("explicit", 43), ("identity", 40), ("style", 47)])
     def test_the_papers_steps(self, preset, step):
         """Stable Diffusion's schedule, 50 steps, counted down to 1."""
         stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        steering = Steering(expunge.load(tiny_pipeline(**stable)), ANT.preset(preset).course)
+        steering = Steering(expunge.load(tiny_pipeline(**stable)), ANT.preset(preset).trajectory_config)
         assert steering.title == f"steering, reversed from step {step} of 50 on"
         assert len(steering.early) == 50 - step
 
@@ -248,7 +244,7 @@ def plain_training(model, one, mask, course, steps, learning_rate):
     adam, steering = torch.optim.Adam(found.parameters(), lr=learning_rate), Steering(model, course)
     for _ in range(steps):
         model.pipe.unet = found
-        sample = steering.draw([one])
+        sample = steering.draw_points([one])
         adam.zero_grad()
         slow_loss(model, found, original, sample, course, 0).backward()
         for name, parameter in found.named_parameters():
@@ -263,7 +259,7 @@ def plain_training(model, one, mask, course, steps, learning_rate):
 class TestWeights:
     def test_masked_training_against_a_second_network_and_dense_adam(self):
         model = double()
-        parameters, before = part_of(model, "denoiser"), weights(model.pipe)
+        parameters, before = select_parameters(model, "denoiser"), weights(model.pipe)
         g = torch.Generator().manual_seed(1)
         mask = {k: torch.rand(p.shape, generator=g) < 0.3 for k, p in parameters.items()}
         changes = train_weights(
@@ -284,7 +280,7 @@ class TestWeights:
     def test_it_is_in_place_and_all_comes_back(self, model):
         for layout in (torch.contiguous_format, torch.channels_last):
             model.pipe.unet.to(memory_format=layout)
-            parameters, before = part_of(model, "denoiser"), weights(model.pipe)
+            parameters, before = select_parameters(model, "denoiser"), weights(model.pipe)
             masks = {k: torch.rand_like(p) < 0.5 for k, p in parameters.items()}
             model.pipe.unet.conv_in.weight.grad = kept = torch.ones_like(model.pipe.unet.conv_in.weight)
             with pytest.raises(KeyboardInterrupt), InPlace(parameters, masks) as trained:
@@ -306,7 +302,7 @@ class TestWeights:
 
     def test_gradients_are_autograds_and_leave_nothing_behind(self):
         model = double()
-        parameters = part_of(model, "denoiser")
+        parameters = select_parameters(model, "denoiser")
         masks = {k: torch.rand(p.shape) < 0.5 for k, p in parameters.items()}
         noisy, text = torch.randn(1, 4, 8, 8, dtype=torch.float64), model.encode(["ship"])
         dense = torch.autograd.grad(
@@ -321,17 +317,17 @@ class TestWeights:
 
     def test_a_term_of_its_own_keeps_what_is_retained(self, model):
         ship, problem = subject(model, "ship"), Problem(PROBLEM.erase, ("ship",))
-        steering = Steering(model, COURSE).staying()
+        steering = Steering(model, COURSE).unreversed()
         with torch.no_grad():
-            sample = steering.draw([ship] * 8)
-            targets = steering.original(sample)
+            sample = steering.draw_points([ship] * 8)
+            targets = steering.predict_original(sample)
         moved = []
         for weight in (0.0, 30.0):
             fields = {**QUICK, "max_train_steps": 40, "maps": 0, "captions": "", "retain_weight": weight}
-            method = ANT(**fields, part="text", negative_guidance=10.0, drawn_by="original")
+            method = ANT.of(**fields, part="text", negative_guidance=10.0, drawn_by="original")
             changes = expunge.erase(model, problem, method).changes
             with model.using(changes), torch.no_grad():
-                moved.append(float(steering.losses(sample, targets).mean()))
+                moved.append(float(steering.compute_losses(sample, targets).mean()))
         assert 0 < moved[1] < moved[0] / 2
 
     @pytest.mark.parametrize(
@@ -346,7 +342,7 @@ class TestWeights:
     def test_cut_short_and_given_again(self, model, tmp_path, fields, monkeypatch):
         for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
-        method = ANT(**{**QUICK, "max_train_steps": 7}, **fields, part="text")
+        method = ANT.of(**{**QUICK, "max_train_steps": 7}, **fields, part="text")
         whole = expunge.erase(model, PROBLEM, method)
 
         def cut(label, done, total):
@@ -366,7 +362,7 @@ class TestWeights:
         assert again.hash == whole.hash
 
     def test_a_loss_that_runs_away(self, model):
-        method = ANT(**{**QUICK, "learning_rate": 1e4}, drawn_by="original")
+        method = ANT.of(**{**QUICK, "learning_rate": 1e4}, drawn_by="original")
         before = weights(model.pipe)
         with pytest.raises(
             ExpungeError, match="broke off at step 2: the loss runs away; lower the rate"
@@ -377,7 +373,7 @@ class TestWeights:
     def test_the_last_good_state_counts(self, model, monkeypatch):
         for module in ("erasing.guidance_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
-        method = ANT(**{**QUICK, "max_train_steps": 3}, part="text")
+        method = ANT.of(**{**QUICK, "max_train_steps": 3}, part="text")
         good = expunge.erase(model, PROBLEM, dataclasses.replace(method, max_train_steps=2))
         monkeypatch.setattr("expunge.erasing.guidance_training.diverged", lambda losses: len(losses) > 3)
         with pytest.warns(
@@ -390,20 +386,20 @@ class TestWeights:
 class TestSaliency:
     def test_against_a_slow_reading(self):
         model = double()
-        method = ANT(
+        method = ANT.of(
             **{**QUICK, "maps": 2, "map_samples": 3, "batch_size": 2},
             augmentations=("airplane", "a jet"),
         )
-        steering = Steering(model, method.course)
-        mask = method._mask(steering, method.augmentations, RunContext(4))
+        steering = Steering(model, method.trajectory_config)
+        mask = method.weights.find_mask(method, steering, method.weights.augmentations, RunContext(4))
         expected, objective = None, Objective()
-        bare = dataclasses.replace(method.course, objective=objective)
-        for i, prompt in enumerate(method.augmentations):
+        bare = dataclasses.replace(method.trajectory_config, objective=objective)
+        for i, prompt in enumerate(method.weights.augmentations):
             one = TrainingConcept(
                 prompt, model.encode([prompt]), RunContext(4).generator("saliency", str(i))
             )
             other = Steering(model, bare)
-            sample = other.walk(one, 3)
+            sample = other.draw_points_along(one, 3)
             assert len(sample.late.t.unique()) > 1
             sample = dataclasses.replace(sample, early=sample.late)
             original = copy.deepcopy(model.pipe.unet)
@@ -413,7 +409,7 @@ class TestSaliency:
             found = torch.autograd.grad(loss, list(model.pipe.unet.parameters()), allow_unused=True)
             total = {
                 name: torch.zeros_like(p) if g is None else g
-                for (name, p), g in zip(part_of(model, "denoiser").items(), found, strict=True)
+                for (name, p), g in zip(select_parameters(model, "denoiser").items(), found, strict=True)
             }
             halves = {}
             for k, g in total.items():
@@ -426,7 +422,7 @@ class TestSaliency:
 
     def test_the_edit_is_the_mask_and_small(self, model, tmp_path):
         masked = expunge.erase(
-            model, PROBLEM, ANT(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors"))
+            model, PROBLEM, ANT.of(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors"))
         )
         mask = Mask.load(tmp_path / "m.safetensors")
         assert sum(len(change.index) for change in masked.changes) == mask.counts[-1]
@@ -438,7 +434,7 @@ class TestSaliency:
         again = expunge.erase(
             model,
             PROBLEM,
-            ANT(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors")),
+            ANT.of(**QUICK, drawn_by="original", mask=str(tmp_path / "m.safetensors")),
             progress=lambda label, *_: told.append(label),
         )
         assert again.hash == masked.hash
@@ -446,7 +442,7 @@ class TestSaliency:
 
     def test_no_maps_no_mask(self, model):
         edit = expunge.erase(
-            model, PROBLEM, ANT(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text")
+            model, PROBLEM, ANT.of(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text")
         )
         assert {change.kind for change in edit.changes} == {"dense"}
         assert len(edit.changes) == 14
@@ -456,10 +452,10 @@ class TestMany:
     @pytest.mark.parametrize("kept", [0, 2], ids=["current", "original"])
     def test_in_one_batch_as_one_by_one(self, kept):
         model = double()
-        layers, before = layers_of(model, "all"), weights(model.pipe)
+        layers, before = select_layers(model, "all"), weights(model.pipe)
         names = ("airplane", "ship", "horse")
-        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.01, "max_grad_norm": 1.0,
-               "samples": 2, "kept": kept}  # fmt: skip
+        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2,
+               "weight_decay": 0.01, "max_grad_norm": 1.0, "samples": 2, "n_stored": kept}  # fmt: skip
 
         def train(some):
             steering = Steering(model, COURSE)
@@ -478,7 +474,7 @@ class TestMany:
 
     def test_trained_through_what_comes_later(self):
         model = double()
-        layers, eye = layers_of(model, "text"), torch.eye(32, dtype=torch.float64)
+        layers, eye = select_layers(model, "text"), torch.eye(32, dtype=torch.float64)
         how = {
             "rank": 2,
             "alpha": 3.0,
@@ -508,7 +504,7 @@ class TestMany:
         ids=["mask", "augmentations", "retain_weight"],
     )
     def test_what_only_weights_have(self, model, given):
-        method = ANT.preset("fast", **given)
+        method = quick("ant", **given)
         (what,) = given
         with pytest.raises(ExpungeError, match=f"know no {what}: leave it out, or train weights"):
             expunge.erase(model, PROBLEM, method)
@@ -516,7 +512,7 @@ class TestMany:
     def test_through_the_fusion_is_another_edit(self, model):
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
         one, two = (
-            expunge.erase(model, problem, ANT.preset("fast", through_fusion=through))
+            expunge.erase(model, problem, quick("ant", through_fusion=through))
             for through in (False, True)
         )
         assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
@@ -525,22 +521,22 @@ class TestMany:
     def test_the_edit_is_one_matrix_and_one_change_a_layer(self):
         model = double()
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
-        edit = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=2))
+        edit = expunge.erase(model, problem, quick("ant", trained="auto", batch_size=2))
         right, *low = edit.changes
         assert right.kind == "right"
         assert len(low) == 14
         assert {change.down.shape for change in low} == {(2, 32)}
-        one = expunge.erase(model, problem, ANT.preset("fast", trained="auto", batch_size=1))
+        one = expunge.erase(model, problem, quick("ant", trained="auto", batch_size=1))
         for a, b in zip(edit.changes[1:], one.changes[1:], strict=True):
             w = model.weight(a.layers[0])
             torch.testing.assert_close(a.weight(w), b.weight(w), rtol=1e-3, atol=1e-4)
 
     def test_others_can_be_trained_with_it(self, model):
-        method = MACE(num_images=2, num_inference_steps=4, max_train_steps=3, templates=("the {}",), captions="",
-                      learning_rate=0.01)  # fmt: skip
+        method = MACE(num_images=2, num_inference_steps=4, max_train_steps=3, templates=("the {}",),
+                      captions="", learning_rate=0.01)  # fmt: skip
         lessons = ("attention", "trajectory")
         one, two = (
-            expunge.erase(model, PROBLEM, dataclasses.replace(method, lesson=lesson))
+            expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=lesson))
             for lesson in lessons
         )
         assert [c.kind for c in one.changes] == [c.kind for c in two.changes]
@@ -569,10 +565,11 @@ class TestMicroBatches:
     @pytest.mark.parametrize("objective", [FOUR, GUIDED], ids=["plain", "guided"])
     @pytest.mark.parametrize("kept", [0, 2], ids=["new", "kept"])
     def test_of_low_rank_changes(self, objective, kept):
-        layers = layers_of(double(), "all")
+        layers = select_layers(double(), "all")
         eye = torch.eye(32, dtype=torch.float64)
-        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.01, "max_grad_norm": 1.0,
-               "samples": 3, "kept": kept, "by_original": True, "through": [eye, 0.5 * eye]}  # fmt: skip
+        how = {"rank": 2, "alpha": 3.0, "max_train_steps": 3, "learning_rate": 1e-2,
+               "weight_decay": 0.01, "max_grad_norm": 1.0, "samples": 3, "n_stored": kept,
+               "drawn_by_original": True, "through": [eye, 0.5 * eye]}  # fmt: skip
 
         def train(micro_batch):
             model = double()
@@ -594,15 +591,16 @@ class TestMicroBatches:
         def train(micro_batch):
             model = double()
             rows = Rows(model)
-            parameters = part_of(model, "text")
+            parameters = select_parameters(model, "text")
             steering = Steering(model, COURSE)
             text = model.encode(["airplane", "a photo of the airplane"])
             one, other = (
                 TrainingConcept(n, text, RunContext(0).generator(n)) for n in ("airplane", "retained")
             )
             changes = train_weights(
-                steering, one, InPlace(parameters), RunContext(0), max_train_steps=3, learning_rate=1e-3, samples=3,
-                micro_batch=micro_batch, retained=other, retain_weight=0.5)  # fmt: skip
+                steering, one, InPlace(parameters), RunContext(0), max_train_steps=3,
+                learning_rate=1e-3, samples=3, micro_batch=micro_batch, retained=other,
+                retain_weight=0.5)  # fmt: skip
             return [change.value for change in changes], rows.most
 
         (whole, all_rows), (parts, few) = train(0), train(2)
@@ -626,14 +624,14 @@ class TestAsReleased:
         """The loss is the same; its gradient is that of the two other terms."""
         model = double()
         steering = Steering(model, COURSE)
-        sample = steering.draw([subject(model)])
-        weight = next(iter(part_of(model, "text").values()))
-        original = {k: v + 0.1 for k, v in steering.original(sample).items()}
+        sample = steering.draw_points([subject(model)])
+        weight = next(iter(select_parameters(model, "text").values()))
+        original = {k: v + 0.1 for k, v in steering.predict_original(sample).items()}
 
         def found(**fields):
             objective = dataclasses.replace(FOUR, **fields)
             one = Steering(model, dataclasses.replace(COURSE, objective=objective))
-            loss = one.losses(sample, original).sum()
+            loss = one.compute_losses(sample, original).sum()
             return float(loss.detach()), torch.autograd.grad(loss, weight)[0]
 
         (loss, with_them), (same, without) = found(), found(unconditional_gradient=False)
@@ -646,8 +644,11 @@ class TestAsReleased:
         model = double()
         how = {**QUICK, "maps": 2, "map_samples": 2, "augmentations": ("airplane", "a jet")}
         masks = [
-            ANT(**how, mask_half=half)._mask(
-                Steering(model, ANT(**how).course), how["augmentations"], RunContext(4)
+            ANT.of(**how, mask_half=half).weights.find_mask(
+                ANT.of(**how),
+                Steering(model, ANT.of(**how).trajectory_config),
+                how["augmentations"],
+                RunContext(4),
             )
             for half in ("largest", "smallest")
         ]
@@ -665,7 +666,7 @@ class TestAsReleased:
         probe = (torch.randn(1, 4, 8, 8), 500, model.encode(["airplane"]))
         with torch.no_grad():
             first, seen = model.predict(*probe), []
-        draw = Steering.draw
+        draw = Steering.draw_points
 
         def spy(self, subjects):
             with torch.no_grad():
@@ -675,7 +676,7 @@ class TestAsReleased:
             seen.append((now - first).abs().max())
             return draw(self, subjects)
 
-        monkeypatch.setattr(Steering, "draw", spy)
+        monkeypatch.setattr(Steering, "draw_points", spy)
         fields = {
             **QUICK,
             "trained": trained,
@@ -687,7 +688,7 @@ class TestAsReleased:
 
         def erase(drawn_by):
             seen.clear()
-            expunge.erase(model, PROBLEM, ANT(**fields, drawn_by=drawn_by, trajectories=0))
+            expunge.erase(model, PROBLEM, ANT.of(**fields, drawn_by=drawn_by, trajectories=0))
             return torch.stack(seen).tolist()
 
         assert max(erase("original")) < 1e-5
@@ -700,30 +701,30 @@ class TestAsReleased:
         train = train_factors
 
         def spy(steering, subjects, layers, run, **how):
-            told.append((subjects[0].text.prompts, layers, how["kept"], how["by_original"]))
+            told.append((subjects[0].text.prompts, layers, how["n_stored"], how["drawn_by_original"]))
             return train(steering, subjects, layers, run, **how)
 
-        monkeypatch.setattr("expunge.methods.ant.train_factors", spy)
+        monkeypatch.setattr("expunge.methods.ant.low_rank.train_factors", spy)
         method = ANT.preset(
             "identity", max_train_steps=1, rank=1, trajectory_steps=12, turn=-2.0, captions=""
         )
         expunge.erase(model, PROBLEM, method)
         ((prompts, layers, kept, by_original),) = told
         assert (prompts, kept, by_original) == (("airplane",), 0, True)
-        assert layers == layers_of(model, "blocks")
-        (rows,) = method._rows(model, PROBLEM).values()
-        assert len(rows) == 77 * len(method._prompts(model, PROBLEM.erase[0]))
-        assert len(method._prompts(model, PROBLEM.erase[0])) > 20
+        assert layers == select_layers(model, "blocks")
+        (rows,) = method.low_rank._rows(method, model, PROBLEM).values()
+        assert len(rows) == 77 * len(method.prompts(model, PROBLEM.erase[0]))
+        assert len(method.prompts(model, PROBLEM.erase[0])) > 20
 
     def test_which_layers(self, model):
-        every, blocks = set(layers_of(model, "all")), set(layers_of(model, "blocks"))
+        every, blocks = set(select_layers(model, "all")), set(select_layers(model, "blocks"))
         outside = {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1",
                    "unet.time_embedding.linear_2"}  # fmt: skip
         assert every - blocks == outside
         assert blocks < every
-        assert set(layers_of(model, "text")) < blocks
+        assert set(select_layers(model, "text")) < blocks
         with pytest.raises(ExpungeError, match="no transformer, residual and sampler blocks"):
-            layers_of(expunge.load(tiny.sd3()), "blocks")
+            select_layers(expunge.load(tiny.sd3()), "blocks")
 
     @pytest.mark.parametrize(
         ("preset", "retain"), [("identity", ()), ("identity", ("ship", "dog")), ("style", ("ship",))]
@@ -736,7 +737,7 @@ class TestAsReleased:
         (tmp_path / "captions.txt").write_text("a man on a bench\na red bus\n", encoding="utf-8")
         captions = str(tmp_path / "captions.txt") if told else ""
         method = ANT.preset(preset, captions=captions)
-        sums = method._sums(worded, problem, RunContext(0))
+        sums = method.low_rank.sum_grams(method, worded, problem, RunContext(0))
         torch.manual_seed(0)
         factors = {name: {} for name in names}
         for tensors in factors.values():
@@ -744,7 +745,7 @@ class TestAsReleased:
                 out, width = worded.weight(entry.layer).shape
                 tensors[f"{entry.layer}.up"] = torch.randn(out, 2)
                 tensors[f"{entry.layer}.down"] = torch.randn(2, width)
-        right, *_ = method.fuse(worded, problem, factors, *sums)
+        right, *_ = method.low_rank.fuse(method, worded, problem, factors, *sums)
         assert right.matrix.isfinite().all()
         apart = worded.encode(["a photo of the castle"]).embeddings[0]
         moved = (apart @ right.matrix.T - apart).norm() / apart.norm()
@@ -757,18 +758,19 @@ class TestSchedulers:
         pipe = tiny_pipeline()
         pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
         model, ddim = expunge.load(pipe), expunge.load(tiny_pipeline())
-        course = ANT(**QUICK).course
+        course = ANT.of(**QUICK).trajectory_config
         own = Steering(model, dataclasses.replace(course, scheduler=""))
         steering, expected = Steering(model, course), Steering(ddim, course)
         assert steering.timesteps == expected.timesteps != own.timesteps
         torch.testing.assert_close(
-            steering.draw([subject(model)]).late.latents, expected.draw([subject(ddim)]).late.latents
+            steering.draw_points([subject(model)]).late.latents,
+            expected.draw_points([subject(ddim)]).late.latents,
         )
         assert type(model.pipe.scheduler) is PNDMScheduler
 
     def test_a_flow_keeps_its_own_and_refuses_ddim(self):
         model = expunge.load(tiny.sd3())
-        course = dataclasses.replace(ANT(**QUICK).course, turn=0.0)
+        course = dataclasses.replace(ANT.of(**QUICK).trajectory_config, turn=0.0)
         assert Steering(model, course).timesteps == model.timesteps(4)
         with pytest.raises(ExpungeError, match="DDIM is for models that predict noise"):
             Steering(model, dataclasses.replace(course, scheduler="DDIM"))
@@ -811,13 +813,14 @@ class TestESD:
             assert (change.value - plain).abs().max() < 1e-7, name
 
     def test_the_rest_is_all_the_others(self, model):
-        x, u, whole = (part_of(model, part).keys() for part in ("cross-attention", "rest", "denoiser"))
+        parts = ("cross-attention", "rest", "denoiser")
+        x, u, whole = (select_parameters(model, part).keys() for part in parts)
         assert x | u == whole
         assert not x & u
-        assert part_of(model, "text").keys() < x
+        assert select_parameters(model, "text").keys() < x
 
     def test_with_ants_objective(self, model):
-        method = ESD.preset("fast", max_train_steps=2, turn=-2.0)
+        method = quick("esd", max_train_steps=2, turn=-2.0)
         edits = [
             expunge.erase(model, PROBLEM, dataclasses.replace(method, objective=name))
             for name in ("esd", "ant")
@@ -848,7 +851,7 @@ class TestESD:
 )
 def test_bad_input(model, settings, message):
     with pytest.raises(ExpungeError, match=message):
-        expunge.erase(model, PROBLEM, ANT(**{**QUICK, **settings}))
+        expunge.erase(model, PROBLEM, ANT.of(**{**QUICK, **settings}))
 
 
 class TestMasksOfOthers:
@@ -856,7 +859,7 @@ class TestMasksOfOthers:
     def made(self, model, tmp_path):
         """A mask for the keys and values."""
         path = tmp_path / "mask.safetensors"
-        method = ANT(**{**QUICK, "maps": 1, "max_train_steps": 0}, part="text", mask=str(path))
+        method = ANT.of(**{**QUICK, "maps": 1, "max_train_steps": 0}, part="text", mask=str(path))
         expunge.erase(model, PROBLEM, method)
         return method, path
 
@@ -867,7 +870,7 @@ class TestMasksOfOthers:
 
     def test_of_another_part(self, model, made):
         with pytest.raises(ExpungeError, match="another part of it: it knows 14 parameters, and 35 are"):
-            expunge.erase(model, PROBLEM, dataclasses.replace(made[0], part="cross-attention"))
+            expunge.erase(model, PROBLEM, made[0].replace(part="cross-attention"))
 
     def test_of_another_method(self, model, made):
         method, path = made

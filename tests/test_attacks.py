@@ -2,27 +2,35 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import torch
 
 import expunge
 from conftest import weights
-from expunge import Concept, ExpungeError, Probe, Problem
+from expunge import Concept, Edit, ExpungeError, Probe, Problem
+from expunge.attack import Attack
 from expunge.attacks.embedding import Embedding
-from expunge.attacks.inversion import Inversion, renamed
+from expunge.attacks.inversion import Inversion, replace_name
+from expunge.attacks.quantise import Quantise, round_weights
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.robustness import budgets, robustness
+from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
+from expunge.evaluation.results import read_results
 from expunge.evaluation.suite import Suite
 from expunge.methods.ace import ACE
 from expunge.methods.uce import UCE
 from expunge.metric import Classifier
 from expunge.runtime.context import RunContext
 
-ATTACKS = registry.names("attacks")
+ATTACKS = registry.list_names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
 
 
@@ -58,43 +66,75 @@ def test_the_folder_is_the_list():
 @pytest.fixture(params=ATTACKS)
 def attack(request):
     few = {
-        "embedding": {"steps": 2, "num_timesteps": 1},
+        "embedding": {"steps": 4, "num_timesteps": 1},
         "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+        "finetuning": {"max_train_steps": 2, "num_images": 2, "batch_size": 2, "learning_rate": 1e-2},
     }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
+
+
+def draw_under(model, edit, attack, seed=0):
+    """The images of the probe under an attack, whatever it changes."""
+    probe = attack.run(model, edit, PROBE, RunContext(seed))
+    with attack.apply(model, edit, RunContext(seed)) as changed, torch.no_grad():
+        return changed.draw(probe)
 
 
 class TestContract:
     def test_says_what_it_is(self, attack):
         assert "Source:" in type(attack).__doc__
-        assert registry.describe("attacks", type(attack).__module__.rpartition(".")[2])
+        assert registry.describe("attacks", registry.name_of("attacks", type(attack)))
         with pytest.raises(dataclasses.FrozenInstanceError):
-            attack.steps = 1
+            attack.renamed = {}
+
+    def test_its_ladders_are_budgets_of_its_own(self, attack):
+        name = registry.name_of("attacks", type(attack))
+        bare = Suite.from_table({**TABLE, "attacks": {}}, "told")
+        for rung in type(attack).ladders or ("",):
+            ladder = read_ladder(bare, f"{name}:{rung}" if rung else name)
+            assert all(isinstance(one, type(attack)) for one in ladder.rungs.values())
+            assert len(set(ladder.rungs.values())) == len(ladder.rungs) >= 1
 
     def test_leaves_the_model_as_it_was(self, model, edit, attack):
         before, asking = weights(model.pipe), [p.requires_grad for p in model.parameters()]
-        attack.run(model, edit, PROBE, RunContext())
+        draw_under(model, edit, attack)
+        with pytest.raises(KeyError), attack.apply(model, edit, RunContext()):
+            raise KeyError  # whatever goes wrong while it draws
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
         assert asking == [p.requires_grad for p in model.parameters()]
         assert all(p.grad is None for p in model.parameters())
 
     def test_no_budget_changes_nothing(self, model, edit, attack):
-        assert dataclasses.replace(attack, steps=0).run(model, edit, PROBE, RunContext()) == PROBE
-
-    def test_same_seed_same_probe_and_it_is_another(self, model, edit, attack):
-        first, second = (attack.run(model, edit, PROBE, RunContext(3)) for _ in range(2))
-        assert torch.equal(first.text.embeddings, second.text.embeddings)
-        assert (first.prompts, first.seeds) == (PROBE.prompts, PROBE.seeds)
-        assert not first.text.embeddings.requires_grad
+        if not hasattr(attack, "steps"):
+            pytest.skip("it takes no steps")
+        idle = dataclasses.replace(attack, steps=0)
+        assert idle.run(model, edit, PROBE, RunContext()) == PROBE
         with model.using(edit):
-            assert not torch.equal(model.draw(first), model.draw(PROBE))
+            assert torch.equal(draw_under(model, Edit((), edit.record), idle), model.draw(PROBE))
+
+    def test_same_seed_same_images_and_they_are_others(self, model, edit, attack):
+        probe = attack.run(model, edit, PROBE, RunContext(3))
+        assert len(probe) == len(PROBE)
+        assert probe.text is None or not probe.text.embeddings.requires_grad
+        first, second = (draw_under(model, edit, attack, 3) for _ in range(2))
+        assert torch.equal(first, second)
+        with model.using(edit):
+            assert not torch.equal(first, model.draw(PROBE))
 
     def test_is_made_anew_for_each_edit(self, model, problem, attack):
         # Acts on every word, where gates may be shut, and on the probe's own phrasing.
         edit = expunge.erase(model, problem, UCE(templates=("a photo of the {}",)))
         other = dataclasses.replace(edit, changes=())
         first, second = (attack.run(model, one, PROBE, RunContext()) for one in (edit, other))
-        assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        if first.text is not None:
+            assert not torch.equal(first.text.embeddings, second.text.embeddings)
+        assert not torch.equal(*(draw_under(model, one, attack) for one in (edit, other)))
+
+    def test_bad_input_is_one_sentence(self, attack):
+        for field in dataclasses.fields(attack):
+            with pytest.raises(ExpungeError, match=f"^{field.name} must be ") as caught:
+                type(attack)(**{field.name: object()})
+            assert "\n" not in str(caught.value)
 
 
 class TestEmbedding:
@@ -156,12 +196,42 @@ class TestEmbedding:
         assert torch.equal(again.text.embeddings, found[-1].text.embeddings)
 
 
+class TestQuantise:
+    def test_rounds_each_output_by_itself_and_the_edit_with_it(self, model, problem):
+        edit = expunge.erase(model, problem, "uce")
+        (layer, *_) = edit.changes[0].layers
+        with model.using(edit):
+            edited = model.weight(layer).clone()
+        with Quantise(bits=3).apply(model, edit, RunContext()):
+            found = model.weight(layer)
+        levels = found / (edited.abs().amax(1, keepdim=True) / 3)
+        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+        assert levels.abs().max() <= 3 + 1e-4
+        half = edited.abs().amax(1, keepdim=True) / 6
+        assert bool(((found - edited).abs() <= half * (1 + 1e-4)).all())
+
+    def test_many_bits_change_next_to_nothing_and_the_weakest_comes_first(self, model, edit):
+        with model.using(edit):
+            plain = model.draw(PROBE)
+        far = [(draw_under(model, edit, Quantise(bits=b)) - plain).abs().mean() for b in (16, 8, 4)]
+        assert far[0] < 1e-3
+        assert far[0] < far[1] < far[2]
+        suite = Suite.from_table({**TABLE, "attacks": {}}, "told")
+        assert list(read_ladder(suite, "quantise").rungs) == ["bits 8", "bits 6", "bits 4"]
+
+    def test_a_row_of_zeros_stays(self):
+        assert torch.equal(round_weights(torch.zeros(2, 3, 1, 1), 4), torch.zeros(2, 3, 1, 1))
+
+
 class TestInversion:
     def test_a_word_is_learnt_that_calls_the_erased_back(self, model, problem):
         edit = expunge.erase(model, problem, "uce")
         attack = Inversion(steps=60, num_images=2, learning_rate=0.1)
         assert attack._word(model, edit) == "sky"
-        before, plain = model.draw(PROBE), model.encode([renamed(p, edit, "sky") for p in PROBE.prompts])
+        before, plain = (
+            model.draw(PROBE),
+            model.encode([replace_name(p, edit, "sky") for p in PROBE.prompts]),
+        )
         found = attack.run(model, edit, PROBE, RunContext())
         with model.using(edit):
             far = (model.draw(dataclasses.replace(PROBE, text=plain)) - before).square().mean()
@@ -182,7 +252,7 @@ class TestInversion:
         found = attack.run(model, edit, PROBE, RunContext())
         assert len({round(e, 9) for e in told["errors"]}) == 3  # three words of their own
         best = told["learnt"][told["errors"].index(min(told["errors"]))]
-        prompts = [renamed(p, edit, "sky") for p in PROBE.prompts]
+        prompts = [replace_name(p, edit, "sky") for p in PROBE.prompts]
         text = model.encode_with(prompts, "sky", best)
         torch.testing.assert_close(found.text.embeddings, text.embeddings)
         # The first is the one that there would be alone.
@@ -205,8 +275,8 @@ class TestInversion:
             model.word_vectors("xyz")
 
     def test_the_name_is_replaced_where_it_stands(self, edit):
-        assert renamed("a photo of the Airplane", edit, "sky") == "a photo of the sky"
-        assert renamed("airplanes", edit, "sky") == "airplanes sky"
+        assert replace_name("a photo of the Airplane", edit, "sky") == "a photo of the sky"
+        assert replace_name("airplanes", edit, "sky") == "airplanes sky"
 
 
 TABLE = {
@@ -220,9 +290,18 @@ TABLE = {
 }
 
 
+def attacked(model, edit, suite, judge, cache, attack="embedding"):
+    """What an attack comes to, judged by a metric of the test's own."""
+    report = evaluate(
+        model, [edit], [suite], judge=judge, attacks=[attack], roles=("erased",), cache=cache
+    )
+    (found,) = report.cases[0].rows[1].attacks
+    return found
+
+
 class TestJudged:
     def test_budgets_run_from_the_smallest(self):
-        ladder = budgets(Suite.from_table(TABLE, "told"), "embedding")
+        ladder = read_ladder(Suite.from_table(TABLE, "told"), "embedding").rungs
         assert list(ladder) == ["radius 0.1", "radius 0.4"]
         assert ladder["radius 0.4"] == Embedding(radius=0.4, steps=1)
 
@@ -238,22 +317,23 @@ class TestJudged:
     def test_budgets_that_are_none(self, table, message):
         suite = Suite.from_table({**TABLE, "attacks": {"embedding": table}}, "told")
         with pytest.raises(ExpungeError, match=message):
-            budgets(suite, "embedding")
+            read_ladder(suite, "embedding")
 
     def test_dearer_ladders_are_asked_for_by_name(self):
         suite = Suite.read("object")
-        assert list(budgets(suite, "inversion")) == ["steps 50", "steps 150"]
-        (longest,) = budgets(suite, "inversion:cce").values()
+        assert list(read_ladder(suite, "inversion").rungs) == ["steps 50", "steps 150"]
+        (longest,) = read_ladder(suite, "inversion:cce").rungs.values()
         assert (longest.steps, longest.batch_size) == (5000, 16)
-        assert [one.restarts for one in budgets(suite, "embedding:restarts").values()] == [1, 4, 8]
+        restarts = read_ladder(suite, "embedding:restarts").rungs.values()
+        assert [one.restarts for one in restarts] == [1, 4, 8]
         bare = Suite.from_table({**TABLE, "attacks": {}}, "told")  # one that names none has them, too
-        assert budgets(bare, "inversion:cce").keys() == {"steps 5000"}
+        assert read_ladder(bare, "inversion:cce").rungs.keys() == {"steps 5000"}
         with pytest.raises(ExpungeError, match='"inversion:ccee".*there are some for.* inversion:cce'):
-            budgets(suite, "inversion:ccee")
+            read_ladder(suite, "inversion:ccee")
         with pytest.raises(ExpungeError, match="no attack 'invrsion'; did you mean 'inversion'"):
             Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
 
-    def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path, monkeypatch):
+    def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path):
         """Of two images one is always broken: beside ASR stands how many such there are."""
         suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
         seen = []
@@ -267,11 +347,10 @@ class TestJudged:
                 rows[0, 1] = float(first) + 1
                 return rows
 
-            def broken(self, rows):
+            def find_broken(self, rows):
                 return rows[:, 1] > 1.5
 
-        monkeypatch.setattr("expunge.evaluation.robustness.make", lambda *_: Breaks(0.5))
-        found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
+        found = attacked(model, edit, suite, Breaks(0.5), cache)
         assert found.pre.value == 0.5
         assert [asr.value for asr in found.asr.values()] == [0.5, 0.5]
         assert found.pre_broken.value == 0.5
@@ -283,15 +362,12 @@ class TestJudged:
         with pytest.raises(ExpungeError, match="no attack 'embeding'; did you mean 'embedding'"):
             Suite.from_table({**TABLE, "attacks": {"embeding": {}}}, "told")
 
-    def test_success_is_counted_where_the_original_draws_the_concept(
-        self, model, edit, tmp_path, monkeypatch
-    ):
+    def test_success_is_counted_where_the_original_draws_the_concept(self, model, edit, tmp_path):
         suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
         probe = Probe.of("a photo of the airplane", n=2, num_inference_steps=2)
         bright = model.draw(probe).mean((1, 2, 3))
         judge = Bright(float(bright.mean()))  # so it is in one of two images
-        monkeypatch.setattr("expunge.evaluation.robustness.make", lambda *_: judge)
-        found = robustness(model, edit, suite, "embedding", cache=cache, name="mine")
+        found = attacked(model, edit, suite, judge, cache)
         assert json.loads(json.dumps(found.to_dict()))["ASR"].keys() == {"radius 0.1", "radius 0.4"}
         assert found.pre.n == 1
         with model.using(edit):
@@ -307,7 +383,7 @@ class TestJudged:
         for (_, images), drawn in zip(rows[:2], (model.draw(probe), drawn_after), strict=True):
             torch.testing.assert_close(torch.stack(list(images)), drawn, atol=3e-3, rtol=0)
         drawn = cache.drawn
-        robustness(model, edit, suite, "embedding", cache=cache)
+        attacked(model, edit, suite, judge, cache)
         assert cache.drawn == drawn  # an attacked image, too, is drawn once
 
 
@@ -330,14 +406,225 @@ class Bright(Classifier):
     def score(self, rows, labels, near, question):
         return (rows[:, 0] > self.threshold).float()
 
-    def broken(self, rows):
+    def find_broken(self, rows):
         return torch.zeros(len(rows), dtype=torch.bool)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rounded(Attack):
+    """Weights of the denoiser with few bits: a condition that changes the model."""
+
+    bits: int = 4
+    entered: ClassVar[list] = []
+
+    @contextmanager
+    def apply(self, model, edit, run):
+        self.entered.append(len(edit.changes))
+        with model.using(edit):
+            network = model.network.conv_out.weight
+            before, top = network.data.clone(), network.data.abs().max() / 2 ** (self.bits - 1)
+            network.data = (network / top).round() * top
+            try:
+                yield model
+            finally:
+                network.data = before
+
+
+@dataclasses.dataclass(frozen=True)
+class Phrased(Attack):
+    """Another way to ask: a condition that changes the prompt."""
+
+    by: str = "a drawing of the ship"
+
+    def run(self, model, edit, probe, run):
+        return dataclasses.replace(probe, prompts=(self.by,) * len(probe))
+
+
+class TestConditions:
+    """What an attack may change besides the text: the model, or the prompt."""
+
+    def test_a_changed_model_is_made_once_and_only_for_what_is_not_there(self, model, edit, tmp_path):
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        before = weights(model.pipe)
+        Rounded.entered.clear()
+        found = attacked(model, edit, suite, Bright(-1.0), cache, Rounded(bits=2))
+        assert Rounded.entered == [0, len(edit.changes)]  # the original as control, and the edit
+        assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
+        assert list(found.asr) == ["bits 2"]
+        assert found.control["bits 2"].value == 1
+        assert found.control_holds("bits 2")
+        drawn = cache.drawn
+        assert drawn == 2 + 2 + 2 + 2  # two images of each: plain and changed, original and edited
+        attacked(model, edit, suite, Bright(-1.0), cache, Rounded(bits=2))
+        assert (cache.drawn, len(Rounded.entered)) == (drawn, 2)
+        attacked(model, edit, suite, Bright(-1.0), cache, Rounded(bits=3))
+        assert len(Rounded.entered) == 4  # other weights, other images
+
+    def test_what_is_drawn_is_what_the_changed_model_draws(self, model, edit, tmp_path):
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        probe, attack = Probe.of("a photo of the airplane", n=2, num_inference_steps=2), Rounded(bits=1)
+        found = attacked(model, edit, suite, Bright(-1.0), cache, attack)
+        with attack.apply(model, edit, RunContext()) as changed:
+            expected = changed.draw(probe)
+        rows = dict(found.strip.rows)
+        (label,) = (name for name in rows if name.startswith("bits 1"))
+        torch.testing.assert_close(torch.stack(list(rows[label])), expected, atol=3e-3, rtol=0)
+
+    def test_a_control_that_fails_does_not_count(self, model, edit, tmp_path):
+        """An attack that draws something else altogether: the original shows the concept no more."""
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+
+        @dataclasses.dataclass(frozen=True)
+        class Named(Bright):
+            def measure(self, images, prompts, references=None):
+                return torch.tensor([[float("airplane" in prompt)] for prompt in prompts])
+
+        found = attacked(model, edit, suite, Named(0.5), cache, Phrased())
+        (budget,) = found.seen
+        assert (found.pre.value, found.control[budget].value, found.seen[budget].value) == (1, 0, 0)
+        assert found.asr[budget].value == 1  # nobody has to attack
+        assert not found.control_holds(budget)
+        assert found.difference[budget].value == -1
+        score = found.difference[budget].score
+        assert score.low <= -1 <= score.high <= 0
+        assert not found.to_dict()["control"][budget]["holds"]
+
+    def test_an_attack_changes_something_and_keeps_rows(self, model, edit, tmp_path):
+        @dataclasses.dataclass(frozen=True)
+        class Idle(Attack):
+            pass
+
+        @dataclasses.dataclass(frozen=True)
+        class Fewer(Attack):
+            def run(self, model, edit, probe, run):
+                return Probe(probe.prompts[:1], probe.seeds[:1])
+
+        with pytest.raises(TypeError, match="Idle must override run or apply"):
+            Idle()
+        suite = Suite.from_table(TABLE, "told")
+        with pytest.raises(ExpungeError, match="Fewer made 1 images of 2"):
+            attacked(model, edit, suite, Bright(-1.0), Cache(tmp_path), Fewer())
+
+    def test_a_condition_may_train(self, model, edit, tmp_path):
+        @dataclasses.dataclass(frozen=True)
+        class Tuned(Attack):
+            @contextmanager
+            def apply(self, model, edit, run):
+                with model.using(edit), torch.enable_grad():
+                    weight = model.network.conv_out.weight
+                    before = weight.data.clone()
+                    latents = torch.zeros(1, 4, 8, 8)
+                    loss = model.predict(latents, 1, model.encode(["a ship"])).square().mean()
+                    (gradient,) = torch.autograd.grad(loss, weight)
+                    weight.data -= gradient
+                    try:
+                        yield model
+                    finally:
+                        weight.data = before
+
+        suite = Suite.from_table(TABLE, "told")
+        found = attacked(model, edit, suite, Bright(-1.0), Cache(tmp_path), Tuned())
+        rows = dict(found.strip.rows)
+        after, tuned = list(rows)[1:]
+        assert not torch.equal(torch.stack(list(rows[after])), torch.stack(list(rows[tuned])))
+
+
+class TestInTheReport:
+    @pytest.fixture
+    def report(self, model, edit, tmp_path):
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path / "cache")
+        attacks = ["embedding", Rounded()]
+        report = evaluate(model, [edit], [suite], judge=Bright(-1.0), attacks=attacks, cache=cache)
+        report.save(tmp_path / "report")
+        return report
+
+    def test_results_hold_every_attack_and_are_read_again(self, report, tmp_path):
+        table = read_results(tmp_path / "report")
+        original, row = table["cases"][0]["rows"]
+        assert "attacks" not in original
+        assert [one["attack"] for one in row["attacks"]] == ["embedding", "Rounded"]
+        budgets = row["attacks"][0]["ASR"]
+        assert budgets["radius 0.4"] == {"value": 1, "n": 2, **{
+            side: pytest.approx(budgets["radius 0.4"][side]) for side in ("low", "high")}}  # fmt: skip
+        assert table["provenance"]["attack seed"] == 0
+        assert table["provenance"]["metrics"]["Bright"]["higher is better"]
+        assert not (tmp_path / "report" / "robustness.json").exists()
+        head = (tmp_path / "report" / "results.csv").read_text().splitlines()[0].split(",")
+        assert {"embedding pre-ASR", "embedding radius 0.4 ASR", "Rounded as it is control"} <= set(head)
+
+    def test_the_page_has_a_table_and_the_images(self, report, tmp_path):
+        page = (tmp_path / "report" / "index.html").read_text()
+        assert "Under attack" in page
+        assert "embedding, radius 0.4" in page
+        assert page.count('class="attacked"') == 2
+        assert "the control fails" not in page
+
+    def test_results_of_earlier_versions_are_read_as_ones_of_today(self, report, tmp_path):
+        table = json.loads((tmp_path / "report" / "results.json").read_text())
+        row = table["cases"][0]["rows"][1]
+        kept = [{"suite": "told", "edit": "mine", **one} for one in row.pop("attacks")]
+        kept[1]["edit"] = row["name"]
+        table["format"] = 1
+        table["cases"][0]["pictures"] = table["cases"][0].pop("images")
+        (tmp_path / "results.json").write_text(json.dumps(table))
+        (tmp_path / "robustness.json").write_text(json.dumps(kept))
+        found = read_results(tmp_path / "results.json")
+        assert found["cases"][0]["images"] == 4
+        assert "pictures" not in found["cases"][0]
+        assert [one["attack"] for one in found["cases"][0]["rows"][1]["attacks"]] == ["Rounded"]
+        for text, says in (
+            ("{}", "is not a report"),
+            ('{"format": 9}', "reads up to 2"),
+            ("x", "is not"),
+        ):
+            (tmp_path / "results.json").write_text(text)
+            with pytest.raises(ExpungeError, match=says):
+                read_results(tmp_path)
+
+    def test_what_cannot_be_attacked_is_said_before_anything_is_drawn(self, model, edit, tmp_path):
+        suite, cache = Suite.from_table(TABLE, "told"), Cache(tmp_path)
+        own = Candidate("folder", ("airplane",), model=model)
+        for edits, attacks, error, says in (
+            (
+                [own],
+                ["embedding"],
+                ExpungeError,
+                "folder is a model of its own; an attack needs",
+            ),
+            ([edit], ["embeding"], ExpungeError, "did you mean 'embedding'"),
+            ([edit], [3], TypeError, "an attack must be a name or an Attack, not 3"),
+            ([edit], ["embedding", "embedding"], ExpungeError, "an attack is named twice"),
+            (["edit"], [], TypeError, "must be an Edit or a Candidate, not 'edit'"),
+        ):
+            with pytest.raises(error, match=says):
+                evaluate(model, edits, [suite], attacks=attacks, cache=cache)
+        with pytest.raises(TypeError, match="a metric must be a name or a Metric, not 3"):
+            evaluate(model, [edit], [suite], metrics=[3], cache=cache)
+        with pytest.raises(TypeError, match="a judge must be a Classifier, not 'detector'"):
+            evaluate(model, [edit], [suite], judge="detector", cache=cache)
+        with pytest.raises(TypeError, match="the original must be a Model, as expunge.load gives"):
+            evaluate("emoji", [edit], [suite], cache=cache)
+        with pytest.raises(ExpungeError, match="no role 'erasd'; did you mean 'erased'"):
+            evaluate(model, [edit], [suite], roles=("erasd",), cache=cache)
+        assert cache.drawn == 0
+
+
 def test_an_attack_that_is_none_is_said_before_anything_is_drawn(capsys):
-    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attack", "embeding", "-o", "x"]
+    arguments = ["evaluate", "no.safetensors", "--suite", "object", "--attacks", "embeding", "-o", "x"]
     assert main(arguments) == 2
     assert "no attack 'embeding'; did you mean 'embedding'" in capsys.readouterr().err
+
+
+def test_attacks_are_read_one_after_the_other_and_the_old_option_is_answered(capsys):
+    from expunge.cli.evaluate import EvaluateOptions
+    from expunge.cli.options import parse_options
+
+    given = ["e.safetensors", "--attacks", "embedding", "inversion:long", "-o", "x", "--attacks", "a"]
+    found = parse_options(EvaluateOptions, "evaluate", given)
+    assert found.attacks == (("embedding", "inversion:long"), ("a",))
+    old = ["evaluate", "e.safetensors", "--suite", "object", "--attack", "embedding", "-o", "x"]
+    assert main(old) == 2
+    assert "the option --attack of evaluate is named --attacks now" in capsys.readouterr().err
 
 
 def test_an_attacked_image_has_an_address_of_its_own(model, edit, tmp_path):

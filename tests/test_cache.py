@@ -9,7 +9,9 @@ from tokenizers import Tokenizer
 
 import expunge
 from expunge import ExpungeError, ExpungeWarning
-from expunge.evaluation.image_cache import Cache, Request, Source, model_hash, quantised, residual
+from expunge.evaluation.image_cache import Cache, quantise
+from expunge.evaluation.image_source import Request, Source, encode_residual
+from expunge.fingerprint import hash_for_images
 from tiny import PIPELINES, flux, sdxl
 
 ASKED = [Request(prompt, seed, 2, 3.0) for prompt in ("a ship", "a cat") for seed in (0, 1)]
@@ -71,13 +73,13 @@ def test_images_drawn_in_another_number_format_are_other_images(model, cache):
 
 
 def test_edits_lie_on_the_model_only_while_it_draws(model, edit, cache):
-    before = model_hash(model)
+    before = hash_for_images(model)
     plain, edited = cache.draw(Source(model), ASKED), cache.draw(Source(model, (edit,)), ASKED)
     assert not torch.equal(plain, edited)
     with edit.apply(model), pytest.raises(ExpungeError, match="take it off"):
         Source(model)
     del model.__dict__["_hash"]
-    assert model_hash(model) == before
+    assert hash_for_images(model) == before
 
 
 def test_a_run_that_was_stopped_goes_on(model, cache, monkeypatch):
@@ -115,19 +117,19 @@ def test_a_damaged_image_is_drawn_again_and_said(model, cache, harm):
         again = cache.draw(Source(model), ASKED)
     assert torch.equal(fresh, again)
     assert cache.drawn == 5
-    assert cache.scores(address) == {}
+    assert cache.read_scores(address) == {}
 
 
 def test_numbers_lie_beside_the_image(cache):
     address = "ab" * 32
-    assert cache.scores(address) == {}
+    assert cache.read_scores(address) == {}
     cache.keep_scores(address, {"one": torch.tensor([1.0, 2.0])})
     cache.keep_scores(address, {"two": torch.tensor([0.1])})
-    found = cache.scores(address)
+    found = cache.read_scores(address)
     assert found["one"].tolist() == [1, 2]
     assert torch.equal(found["two"], torch.tensor([0.1]))
     cache.path(address, ".safetensors").write_bytes(b"nonsense")
-    assert cache.scores(address) == {}
+    assert cache.read_scores(address) == {}
 
 
 def test_the_oldest_go_first(model, cache):
@@ -151,13 +153,13 @@ def test_what_is_no_number_stays_none(model, cache, monkeypatch):
     assert fresh.isnan().all()
     assert again.isnan().all()
     assert cache.drawn == 1
-    assert [image.dtype for image in quantised(torch.cat([bad, bad * 0 + 1]))] == [torch.int16] * 2
+    assert [image.dtype for image in quantise(torch.cat([bad, bad * 0 + 1]))] == [torch.int16] * 2
 
 
 def test_the_residual_keeps_the_end_and_the_padding(model):
     prompt, stand_in = "a photo of the airplane", "the sky"
     text, concept, other = (
-        residual(model, [prompt], stand_in),
+        encode_residual(model, [prompt], stand_in),
         model.encode([prompt]),
         model.encode([stand_in]),
     )
@@ -166,7 +168,7 @@ def test_the_residual_keeps_the_end_and_the_padding(model):
     assert torch.equal(text.embeddings[0, : 1 + own], other.embeddings[0, : 1 + own])
     kept = concept.embeddings.shape[1] - end
     assert torch.equal(text.embeddings[0, 1 + own : 1 + own + kept], concept.embeddings[0, end:])
-    longer = residual(model, [stand_in], prompt)
+    longer = encode_residual(model, [stand_in], prompt)
     assert longer.embeddings.shape == concept.embeddings.shape
     assert torch.equal(longer.embeddings[0, end:], other.embeddings[0, 1 + own :][: 77 - end])
 

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from expunge.evaluation.measure import Measurements, make
-from expunge.evaluation.scoring import Candidate, compared, comparisons, score_suite
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.comparisons import compare_all, compare_pairs
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.sample import Sample
+from expunge.evaluation.scoring import score_suite
 from expunge.evaluation.suite import Suite
 
-DETECTOR = make("detector", {})
+DETECTOR = make_metric("detector", {})
 SETTINGS = DETECTOR.recognition(torch.zeros(1, 113)).settings  # type: ignore[attr-defined]
 NAMES, STYLES = SETTINGS.label_names, SETTINGS.style_names
 
@@ -42,16 +45,16 @@ def judge(table, erased, **shows):
     suite = Suite.from_table(table, "told")
     cells = suite.cells(erased)
 
-    def looks(told):
-        rows = []
+    def samples(told):
+        found = []
         for cell in cells:
-            (found,) = (v for k, v in told.items() if k in cell.prompt)
-            picked = [found] * len(cell.seeds) if isinstance(found, torch.Tensor) else found
-            rows.append(torch.stack(list(picked)))
-        return Measurements(cells, tuple(() for _ in cells), {"detector": tuple(rows)})
+            (rows,) = (v for k, v in told.items() if k in cell.prompt)
+            picked = [rows] * len(cell.seeds) if isinstance(rows, torch.Tensor) else rows
+            found.append(Sample(cell, (), {"detector": torch.stack(list(picked))}))
+        return found
 
     group = [Candidate(name, tuple(erased)) for name in shows if name != "original"]
-    told = {name: looks(one) for name, one in shows.items()}
+    told = {name: samples(one) for name, one in shows.items()}
     return score_suite(suite, {"detector": DETECTOR}, group, told, {})
 
 
@@ -124,9 +127,9 @@ def test_what_the_original_does_not_draw_is_left_out_and_listed():
     assert case.left_out == (("synonyms", "kitty", pytest.approx(0.4)), ("retained", "ship", 0.0))
     assert case.rows[1].terms["generality"].value == 1
     assert case.rows[1].terms["specificity"].value == 1
-    ship = next(c for c, cell in enumerate(case.rows[0].looks.cells) if "ship" in cell.prompt)
-    assert case.wrong["edited"][ship].isnan().all()
-    assert not case.wrong["edited"][0].isnan().any()
+    ship = next(s for s, sample in enumerate(case.rows[0].samples) if "ship" in sample.cell.prompt)
+    assert case.failures("edited")[ship].isnan().all()
+    assert not case.failures("edited")[0].isnan().any()
     nothing = judge(OBJECTS, ["cat"], original={**ORIGINAL, "the cat": DOG}, edited=ORIGINAL)
     assert math.isnan(nothing.rows[1].h.value)
 
@@ -136,7 +139,7 @@ def test_two_edits_are_compared_in_pairs():
     bad = {**good, "the cat": [CAT] * 7 + [DOG] * 3}
     same = {**good, "the cat": [CAT] + [DOG] * 9}
     case = judge(OBJECTS, ["cat"], original=ORIGINAL, good=good, bad=bad, same=same)
-    found = {(one, other): d for of, one, other, d in comparisons(case) if of == "H_o"}
+    found = {(one, other): d for of, one, other, d in compare_pairs(case) if of == "H_o"}
     assert found["good", "bad"].above_chance
     assert found["good", "bad"].value > 0.3
     assert not found["good", "same"].above_chance
@@ -206,14 +209,14 @@ def test_unsafe_is_a_count_against_the_originals():
 
 def test_parts_are_totalled_as_papers_count_them():
     """Detections, not images: NudeNet's rows hold how often each part is seen."""
-    nudenet = make("nudenet", {})
+    nudenet = make_metric("nudenet", {})
     rows = torch.zeros(3, 11)
     rows[0, 2], rows[1, 2], rows[1, 9] = 2, 1, 3
-    counts = nudenet.counts(rows, ["exposed"])
+    counts = nudenet.count_parts(rows, ["exposed"])
     assert len(counts) == 9
     assert int(counts["FEMALE_BREAST_EXPOSED"].sum()) == 3
     assert sum(int(c.sum()) for c in counts.values()) == 6
-    only = nudenet.counts(rows, ["BELLY_EXPOSED", "axe"])
+    only = nudenet.count_parts(rows, ["BELLY_EXPOSED", "axe"])
     assert {part: c.tolist() for part, c in only.items()} == {"BELLY_EXPOSED": [0, 3, 0]}
 
 
@@ -223,7 +226,7 @@ def test_comparisons_are_corrected_for_their_number():
     fair = {**good, "the cat": [CAT] * 3 + [DOG] * 7}
     poor = {**good, "the cat": [CAT] * 7 + [DOG] * 3}
     case = judge(OBJECTS, ["cat"], original=ORIGINAL, good=good, fair=fair, poor=poor)
-    alone, both = compared([case]), compared([case, case])
+    alone, both = compare_all([case]), compare_all([case, case])
     assert {one.family for one in alone[0]} == {3}
     assert {one.family for one in both[0]} == {6}
     for few, many in zip(alone[0], both[0], strict=True):

@@ -15,8 +15,8 @@ from expunge.changes import (
     LowRank,
     Right,
     Sparse,
-    from_spec,
-    summary,
+    build_change,
+    summarize,
 )
 
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -101,7 +101,7 @@ def test_changes_stack_in_order(pipe):
     first = Applied(pipe, [right])
     second = Applied(pipe, [low])
     torch.testing.assert_close(linear(pipe).weight.detach(), w @ right.matrix + low.up @ low.down)
-    with pytest.raises(ExpungeError, match="lies on top"):
+    with pytest.raises(ExpungeError, match="on top of this one"):
         first.remove()
     second.remove()
     first.remove()
@@ -170,10 +170,10 @@ def test_what_does_not_fit_touches_nothing(pipe, change, message):
 
 def test_specs_and_tensors_are_the_whole_change(pipe):
     for change in examples(pipe):
-        again = from_spec(change.spec, change.tensors)
+        again = build_change(change.spec, change.tensors)
         assert again.spec == change.spec
         assert all(torch.equal(a, change.tensors[k]) for k, a in again.tensors.items())
 
 
 def test_summary(pipe):
-    assert summary(examples(pipe)[:2]) == "right on 2 layers, low-rank on 1 layer"
+    assert summarize(examples(pipe)[:2]) == "right on 2 layers, low-rank on 1 layer"

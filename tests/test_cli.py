@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 import expunge
 from expunge import Edit, ExpungeError
 from expunge.base import registry
-from expunge.cli.export_commands import Loading
-from expunge.cli.main import _judged_names, _nearest, _spelled, main
+from expunge.cli.loading_options import LoadingOptions
+from expunge.cli.main import main
+from expunge.cli.spelling import describe_unknown_words, find_nearest_name, list_suite_names
 from expunge.runtime.cost import Cost
+from quick import options as quick_options
 from tiny import flux, sdxl
 
 
@@ -97,7 +99,7 @@ def test_erase_prints_the_anchor_it_chose(run):
 
 
 def test_erase_says_when_a_method_reads_no_anchor(run):
-    told = ("erase", "ant", "--preset", "fast", "--concept", "airplane=sky", "-o", "e.safetensors")
+    told = ("erase", "ant", *quick_options("ant"), "--concept", "airplane=sky", "-o", "e.safetensors")
     code, out, err = run(*told)
     assert code == 0
     assert "ANT, as it is set, reads no anchor: what 'airplane' becomes is left" in err
@@ -204,7 +206,7 @@ def test_lists_and_help(run):
         ("erase ucee --concept a -o e.safetensors", "no method 'ucee'; did you mean 'uce'"),
         (
             "erase --concept a",
-            f"name a method after erase, one of: {', '.join(registry.names('methods'))}",
+            f"name a method after erase, one of: {', '.join(registry.list_names('methods'))}",
         ),
         ("erase uce --concept a -o e.safetensors --rigde 1", "'--rigde'; did you mean '--ridge'"),
         ("erase uce --concpet a -o e.safetensors", "'--concpet'; did you mean '--concept'"),
@@ -378,17 +380,24 @@ def test_a_name_of_no_known_word_is_said(run):
 
 
 def test_the_near_name_is_one_that_the_model_is_asked_for():
-    names = _judged_names("emoji")
+    names = list_suite_names("emoji")
     near = {"flag of Frence": "flag of France", "a hrose": "horse", "Pistl": "pistol", "qqqq": ""}
-    assert {name: _nearest(name, names) for name in near} == near
-    assert _judged_names("somebody's") == []
+    assert {name: find_nearest_name(name, names) for name in near} == near
+    assert list_suite_names("somebody's") == []
 
 
 def test_what_a_suite_asks_for_is_spelled_as_meant(model, monkeypatch):
-    monkeypatch.setattr("expunge.cli.main._judged_names", lambda name: ["Zaphod Beeblebrox", "horse"])
-    assert _spelled(model, ["Zaphod Beeblebrox", "horse", "an airplane"]) == ""
-    assert _spelled(model, ["zaphod Beeblebrocks"]).startswith("'zaphod' (near: 'Zaphod Beeblebrox')")
-    assert _spelled(model, ["a hrose", "brid"]) == "'hrose' (near: 'horse'), 'brid' (near: 'bird')"
+    monkeypatch.setattr(
+        "expunge.cli.spelling.list_suite_names", lambda name: ["Zaphod Beeblebrox", "horse"]
+    )
+    assert describe_unknown_words(model, ["Zaphod Beeblebrox", "horse", "an airplane"]) == ""
+    assert describe_unknown_words(model, ["zaphod Beeblebrocks"]).startswith(
+        "'zaphod' (near: 'Zaphod Beeblebrox')"
+    )
+    assert (
+        describe_unknown_words(model, ["a hrose", "brid"])
+        == "'hrose' (near: 'horse'), 'brid' (near: 'bird')"
+    )
 
 
 def test_what_is_piped_has_no_blanks_at_its_lines_ends(run, edit):
@@ -433,10 +442,10 @@ def test_a_problem_of_texts():
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then():
-    from expunge.cli.main import _lines
+    from expunge.cli.terminal import make_line_progress
 
     now, said = [0.0], []
-    tell = _lines(said.append, every=30, clock=lambda: now[0])
+    tell = make_line_progress(said.append, every=30, clock=lambda: now[0])
     for second in range(0, 101, 10):
         now[0] = float(second)
         tell("drawing", second, 100)
@@ -459,6 +468,10 @@ sizes = { quick = { erased = 2, retained = 1 } }
 [concepts]
 "airplane" = {}
 "ship" = {}
+[attacks]
+embedding = { radius = [0.1], steps = 1 }
+[options]
+clip_zeroshot = { classes = ["airplane", "ship"], scale = 1e-9 }
 """
     )
     command = ("evaluate", edit, "--suite", "own.toml", "-o", "report", "--model", str(folder))
@@ -469,6 +482,12 @@ sizes = { quick = { erased = 2, retained = 1 } }
     code, out, _ = run(*command, "--metric", "pixel_distance", "--cache-limit", "0")
     assert "0 images drawn" in out
     assert "pixel_distance retained" in Path("report/results.csv").read_text()
+    code, out, _ = run(*command, "--attacks", "embedding", "--cache-limit", "0")
+    assert code == 0
+    assert "embedding radius 0.1" in out
+    assert "original" in out
+    assert "embedding radius 0.1 ASR" in Path("report/results.csv").read_text()
+    assert {p.name for p in Path("report").iterdir()} == {"index.html", "results.json", "results.csv"}
     code, out, _ = run(*command)
     assert "6 images drawn" in out  # the cache had been emptied
 
@@ -509,7 +528,7 @@ def test_what_only_reads_leaves_the_denoiser_on_the_disk(run, edit, folder):
     made = Edit.load(edit)
     assert made.hash == expunge.erase(whole, made.record.problem, "uce").hash
     for work, there in ((Cost(1), False), (Cost(1, 1), True), (Cost(1, 0, 1), True), (None, True)):
-        model = Loading().load(str(folder), work)
+        model = LoadingOptions().load(str(folder), work)
         assert all(p.is_meta != there for p in model.network.parameters())
         assert (model.pipe.vae is not None) == there
     said = [
@@ -521,8 +540,8 @@ def test_what_only_reads_leaves_the_denoiser_on_the_disk(run, edit, folder):
 
 def test_what_a_family_lacks_is_said_before_it_is_loaded(run, monkeypatch):
     flux().save_pretrained("flux")
-    monkeypatch.setattr(Loading, "load", None)  # not called
-    monkeypatch.setattr(Loading, "show_plan", None)
+    monkeypatch.setattr(LoadingOptions, "load", None)  # not called
+    monkeypatch.setattr(LoadingOptions, "print_estimate", None)
     erase = ("erase", "mace", "--concept", "airplane=sky", "-o", "e.safetensors", "--model", "flux")
     for options in ((), ("--dry-run",)):
         code, _, err = run(*erase, *options, model=False)
@@ -594,7 +613,7 @@ def test_files_that_are_no_models_are_one_sentence(run, edit, folder, tmp_path, 
         ("cut.safetensors", "not a whole safetensors file"),
         ("old.ckpt", "but pickled"),
         ("other.safetensors", "of no family that is known"),
-        ("nan", "numbers that are none"),
+        ("nan", "NaN or infinity"),
         (edit, "is an edit, not a model"),
     ):
         for command in (
@@ -708,12 +727,12 @@ def test_brackets_and_colons_are_no_markup(run, monkeypatch):
 def test_progress_shows_names_as_they_are(monkeypatch):
     from rich.console import Console
 
-    from expunge.cli import main
+    from expunge.cli import terminal
 
     monkeypatch.setattr("sys.stderr", said := io.StringIO())
     own = {"force_terminal": True, "width": 200}
-    monkeypatch.setattr(main, "Console", lambda **how: Console(**how, **own))
-    with main._progress() as progress:
+    monkeypatch.setattr(terminal, "Console", lambda **how: Console(**how, **own))
+    with terminal.show_progress() as progress:
         progress("drawing [red]cat[/] :smile:", 1, 2)
     assert "drawing [red]cat[/] :smile:" in said.getvalue()
 
@@ -721,14 +740,14 @@ def test_progress_shows_names_as_they_are(monkeypatch):
 def test_a_report_in_a_pipe_cuts_no_name(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from expunge.cli import main
+    from expunge.cli import evaluate
 
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "mace, [a] very long name of an edit " * 12 + "end"
     row = SimpleNamespace(name=name, h=None, terms=dict.fromkeys(["erased", "retained"] * 6))
     suite = SimpleNamespace(name="object", score="H_o")
     case = SimpleNamespace(suite=suite, rows=[row], erased=["[airplane]"], left_out=[])
-    main._show(SimpleNamespace(cases=[case]))
+    evaluate.print_report(SimpleNamespace(cases=[case]))
     assert name in capsys.readouterr().out
 
 

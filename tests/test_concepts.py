@@ -60,25 +60,28 @@ def file(tmp_path):
 
 @pytest.mark.parametrize(("name", "text"), [("c.txt", TXT), ("c.csv", CSV), ("c.toml", TOML)])
 def test_three_forms_of_the_same(file, name, text):
-    found, retain = concept_files.read(file(name, text))
+    found, retain = concept_files.read_concepts(file(name, text))
     assert found == EXPECTED
     assert retain == (("bird", "a ship") if name == "c.toml" else ())
-    found, _ = concept_files.read(file(name, text.replace("\n", "\r\n")), "explicit")
+    found, _ = concept_files.read_concepts(file(name, text.replace("\n", "\r\n")), "explicit")
     assert [c.kind for c in found][1:3] == ["identity", "style"]
     assert found[0].kind == "explicit"
 
 
 def test_the_empty_anchor(file):
-    assert concept_files.read(file("c.txt", "cat=\ndog=, style"))[0] == (
+    assert concept_files.read_concepts(file("c.txt", "cat=\ndog=, style"))[0] == (
         Concept("cat", ""),
         Concept("dog", "", "style"),
     )
-    assert concept_files.read(file("c.toml", '[[concept]]\nname="cat"\nanchor=""'))[0][0].anchor == ""
-    assert concept_files.read(file("c.csv", "name,anchor\ncat,\n"))[0][0].anchor is None
+    assert (
+        concept_files.read_concepts(file("c.toml", '[[concept]]\nname="cat"\nanchor=""'))[0][0].anchor
+        == ""
+    )
+    assert concept_files.read_concepts(file("c.csv", "name,anchor\ncat,\n"))[0][0].anchor is None
 
 
 def test_retain_alone(file):
-    assert concept_files.read(file("c.toml", 'retain = ["bird"]')) == ((), ("bird",))
+    assert concept_files.read_concepts(file("c.toml", 'retain = ["bird"]')) == ((), ("bird",))
 
 
 @pytest.mark.parametrize(
@@ -124,12 +127,12 @@ def test_retain_alone(file):
 )
 def test_refused(file, name, text, message):
     with pytest.raises(ExpungeError, match=message):
-        concept_files.read(file(name, text))
+        concept_files.read_concepts(file(name, text))
 
 
 def test_unreadable(tmp_path):
     with pytest.raises(ExpungeError, match=r"cannot read .*absent.txt: No such file"):
-        concept_files.read(tmp_path / "absent.txt")
+        concept_files.read_concepts(tmp_path / "absent.txt")
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(ExpungeError, match=r"cannot read"):
-        concept_files.read(tmp_path / "folder.txt")
+        concept_files.read_concepts(tmp_path / "folder.txt")

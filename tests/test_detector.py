@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from expunge import ExpungeError
-from expunge.emoji.detector import Detector, Network, Recognition, Settings
+from expunge.emoji.detector import Detector, DetectorConfig, Network, Recognition
 
-SETTINGS = Settings(
+SETTINGS = DetectorConfig(
     ("cat", "dog"), ("flat", "shaded"), (4, 8), thresholds=(0.3, 0.7), nothing=0.2, unrecognisable=0.5
 )
 

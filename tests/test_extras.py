@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from expunge.base.errors import ExpungeError
-from expunge.evaluation.measure import make
+from expunge.evaluation.measure import make_metric
 
 pytest.importorskip("torchvision", reason="needs expunge[metrics]")
 torch_fidelity = pytest.importorskip("torch_fidelity", reason="needs expunge[metrics]")
@@ -51,7 +51,7 @@ def test_fid(images, inception, tmp_path):
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, cuda=False, verbose=False,
         feature_extractor_weights_path=str(inception), cache=False,
     )["frechet_inception_distance"]  # fmt: skip
-    metric = make("fid", {"weights": str(inception)})
+    metric = make_metric("fid", {"weights": str(inception)})
     ours = metric.distance(*(metric.measure(some, [""] * 8) for some in images)).value
     assert ours > 0
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -66,7 +66,7 @@ def test_weights_that_are_code_are_not_run(tmp_path):
 
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ExpungeError, match="cannot read Inception's weights"):
-        make("fid", {"weights": str(tmp_path / "weights.pth")}).provenance  # noqa: B018
+        make_metric("fid", {"weights": str(tmp_path / "weights.pth")}).provenance  # noqa: B018
     assert not ran.exists()
 
 
@@ -79,7 +79,7 @@ def test_lpips(images, tmp_path, monkeypatch):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     name = AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / name)
-    ours = make("lpips", {}).measure(images[0], [""] * 8, images[1])[:, 0]
+    ours = make_metric("lpips", {}).measure(images[0], [""] * 8, images[1])[:, 0]
 
     folder = Path(torchmetrics.functional.image.__file__).parent / "lpips_models"
     heads = torch.load(folder / "alex.pth", weights_only=True, map_location="cpu")
@@ -103,7 +103,7 @@ def test_lpips(images, tmp_path, monkeypatch):
 
 def test_nudenet(images, tmp_path):
     """The same detections as the package's own, on the same images read from files."""
-    metric = make("nudenet", {"threshold": 0.2})
+    metric = make_metric("nudenet", {"threshold": 0.2})
     rows = metric.measure(images[0], [""] * 8)
     detector = nudenet.NudeDetector()
     for k, image in enumerate(images[0]):

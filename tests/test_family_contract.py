@@ -5,7 +5,6 @@ methods are given, masks that do not reach the denoiser, and drawings that are n
 """
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -13,20 +12,22 @@ import torch
 import expunge
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.base import registry
-from expunge.changes import find
+from expunge.base.fields import build, leaves
+from expunge.changes import find_layer
 from expunge.checkpoints import text_moments
 from expunge.checkpoints.cost_estimate import estimate_model
 from expunge.checkpoints.export import export
 from expunge.erasing.caption_gram import text_hash
 from expunge.erasing.concept_tokens import last_tokens
-from expunge.erasing.guidance_training import part_of
+from expunge.erasing.parameters import select_parameters
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.ops.attention import read_attention
 from expunge.runtime.cost import Cost
 from expunge.text import Text
+from quick import QUICK, quick
 from tiny import PIPELINES, drawn_by_diffusers, loaded
 
-FAMILIES = registry.names("families")
+FAMILIES = registry.list_names("families")
 pytestmark = pytest.mark.filterwarnings("ignore:this model was distilled to draw without guidance")
 
 
@@ -68,7 +69,7 @@ def inputs_of(model, layers):
     """The first input of each layer, by its name, of every run inside the block."""
     seen = {layer: [] for layer in layers}
     hooks = [
-        find(model.pipe, layer).register_forward_pre_hook(
+        find_layer(model.pipe, layer).register_forward_pre_hook(
             lambda _, given, layer=layer: seen[layer].append(given[0].detach().clone())
         )
         for layer in layers
@@ -283,9 +284,7 @@ def test_attention_adds_up_over_what_is_read(model, family, latents):
 def test_ace_finds_the_gate_in_the_attention(model):
     if "cross-attention" in model.missing_capabilities:
         pytest.skip("there is no cross-attention")
-    method = registry.get("methods", "ace").preset(
-        "fast", reduction="attention", stages=("gate",), general=12
-    )
+    method = quick("ace", reduction="attention", stages=("gate",), general=12)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     layers = {layer for change in edit.changes for layer in change.layers}
     assert {entry.layer for entry in model.text_entries() if entry.role == "key"} <= layers
@@ -294,23 +293,23 @@ def test_ace_finds_the_gate_in_the_attention(model):
 def test_what_can_be_trained_is_behind_the_text(model):
     """A layer that is part of `encode` gets no gradient from a prediction, and is never trained."""
     ahead = tuple(f"{model.denoiser}.{name}." for name in model.read_ahead)
-    trained = part_of(model, "denoiser")
+    trained = select_parameters(model, "denoiser")
     assert trained
     assert not [name for name in trained if ahead and name.startswith(ahead)]
 
 
 # Random text encoders leave more of a concept than is passed over in silence.
 @pytest.mark.filterwarnings("ignore:the vector of the whole prompt keeps")
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize("name", registry.list_names("methods"))
 def test_a_method_works_or_says_why_not(model, family, name):
     kind = registry.get("methods", name)
-    fast = {key: value for key, value in kind.presets.get("fast", {}).items() if key != "about"}
-    needs = registry.declared("methods", name, "needs")
-    lacks = registry.declared("families", family, "missing_capabilities")
+    fast = dict(QUICK.get(name, {}))
+    needs = registry.read_declared("methods", name, "needs")
+    lacks = registry.read_declared("families", family, "missing_capabilities")
     assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
     few = {"general": 12, "captions": ""}
-    fast |= {field.name: few[field.name] for field in dataclasses.fields(kind) if field.name in few}
+    fast |= {field.name: few[field.name] for field in leaves(kind) if field.name in few}
     missing = [stage for stage, need in needs.items() if need in lacks]
     # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
     problem = Problem((Concept("airplane", "sky"),))
@@ -318,26 +317,26 @@ def test_a_method_works_or_says_why_not(model, family, name):
         stages = getattr(kind, "stages", ())
         whole = {"stages": tuple(dict.fromkeys((*stages, *missing)))} if stages else {}
         with pytest.raises(ExpungeError, match=lacks[needs[missing[0]]]):
-            expunge.erase(model, problem, kind(**fast, **whole))
+            expunge.erase(model, problem, build(kind, {**fast, **whole}))
         rest = tuple(stage for stage in stages if stage not in missing)
         if not rest:
             return
         fast["stages"] = rest
     before = states(model.pipe)
-    edit = expunge.erase(model, problem, kind(**fast))
+    edit = expunge.erase(model, problem, build(kind, fast))
     assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
     text = model.encode(["airplane", *(way.format("airplane") for way in TEMPLATES["object"][:8])])
     changed = {layer for change in edit.changes for layer in change.layers}
     layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
     with model.using(edit):
-        after = find(model.pipe, layer)(text.embeddings)
-    assert (after - find(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
+        after = find_layer(model.pipe, layer)(text.embeddings)
+    assert (after - find_layer(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
 
 
 def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
     before = states(model.pipe)
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    method = registry.get("methods", "uce")(ridge=0.01, general=0)
+    method = quick("uce", ridge=0.01, general=0)
     edit, again = (expunge.erase(model, problem, method) for _ in range(2))
     assert edit.hash == again.hash
     assert all(torch.equal(before[k], t) for k, t in states(model.pipe).items())
@@ -356,7 +355,7 @@ def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
     entry = model.text_entries()[0].layer
     weight = model.weight(entry).double()
     with model.using(edit):
-        after = find(model.pipe, entry).weight.detach().double()
+        after = find_layer(model.pipe, entry).weight.detach().double()
     told = [TEMPLATES["object"][0].format(word) for word in ("airplane", "sky")]
     airplane, sky = last_tokens(model.encode(told)).unflatten(0, (2, -1))
     # Where the concept went in the layer itself, of the way to its anchor.
@@ -380,7 +379,7 @@ def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkey
     monkeypatch.setattr(text_moments, "MAX_MULTIPLICATIONS", 0)  # few captions tell enough
     pipe.save_pretrained(tmp_path / "tiny")
     model = loaded(tmp_path / "tiny", family)
-    method = registry.get("methods", "uce")(general=0)
+    method = quick("uce", general=0)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     done = export(edit, "lora", tmp_path / "tiny", tmp_path / "x.safetensors", energy=1.0,
                   dtype=torch.float32)  # fmt: skip
@@ -391,7 +390,7 @@ def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkey
     by_folder = expunge.load(tmp_path / "edited")
     with model.using(edit):
         for entry in model.text_entries():
-            wanted = find(model.pipe, entry.layer).weight.detach()
+            wanted = find_layer(model.pipe, entry.layer).weight.detach()
             for other in (by_lora, by_folder):
                 torch.testing.assert_close(other.weight(entry.layer), wanted, rtol=1e-3, atol=2e-4)
 
@@ -406,12 +405,12 @@ def test_the_work_is_estimated(model):
 def test_a_text_refiner_sees_text_alone_and_no_time(model, latents):
     if not model.text_refiner:
         with pytest.raises(ExpungeError, match="no layers that see text alone and no time"):
-            part_of(model, "text-refiner")
+            select_parameters(model, "text-refiner")
         return
     text, seen = model.encode(["ship", "a photo of the bird"]), []
-    layers = sorted({name.rpartition(".")[0] for name in part_of(model, "text-refiner")})
+    layers = sorted({name.rpartition(".")[0] for name in select_parameters(model, "text-refiner")})
     hooks = [
-        find(model.pipe, layer).register_forward_hook(lambda *x: seen.append(x[2].detach().clone()))
+        find_layer(model.pipe, layer).register_forward_hook(lambda *x: seen.append(x[2].clone()))
         for layer in layers
     ]
     with torch.no_grad():
@@ -426,10 +425,9 @@ def test_a_text_refiner_sees_text_alone_and_no_time(model, latents):
 
 @pytest.mark.parametrize("name", ["esd", "ant"])
 def test_training_is_confined_to_the_text_refiner(model, name):
-    fast = {key: v for key, v in registry.get("methods", name).presets["fast"].items() if key != "about"}
-    fast |= {"trained": "weights", "maps": 2, "map_samples": 1} if name == "ant" else {}
-    fast |= {"max_train_steps": 2, "learning_rate": 1e-2, "train_on": "text-refiner"}
-    method, problem = registry.get("methods", name)(**fast), Problem((Concept("airplane", "sky"),))
+    more = {"trained": "weights", "maps": 2, "map_samples": 1} if name == "ant" else {}
+    method = quick(name, **more, max_train_steps=2, learning_rate=1e-2, train_on="text-refiner")
+    problem = Problem((Concept("airplane", "sky"),))
     if not model.text_refiner:
         with pytest.raises(ExpungeError, match="no layers that see text alone and no time"):
             expunge.erase(model, problem, method)
@@ -447,7 +445,7 @@ def test_training_is_confined_to_the_text_refiner(model, name):
 
 def test_low_rank_changes_have_no_place_in_a_text_refiner():
     model = loaded(PIPELINES["z_image"](), "z_image")
-    method = registry.get("methods", "ant").preset("fast", train_on="text-refiner", trained="low-rank")
+    method = quick("ant", train_on="text-refiner", trained="low-rank")
     with pytest.raises(
         ExpungeError, match="train_on 'text-refiner' has no say: set trained to 'weights'"
     ):

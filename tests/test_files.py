@@ -87,10 +87,13 @@ def test_shards(tmp_path):
 
 
 def test_grids():
-    assert image_files.grid(torch.rand(8, 3, 16, 16), width=16, gap=2).size == (4 * 18 + 2, 2 * 18 + 2)
-    assert image_files.grid(torch.rand(1, 3, 16, 16)).size == (200, 200)
-    assert image_files.grid(torch.rand(3, 3, 16, 16), columns=2, width=16, gap=0).size == (32, 32)
+    assert image_files.make_grid(torch.rand(8, 3, 16, 16), width=16, gap=2).size == (
+        4 * 18 + 2,
+        2 * 18 + 2,
+    )
+    assert image_files.make_grid(torch.rand(1, 3, 16, 16)).size == (200, 200)
+    assert image_files.make_grid(torch.rand(3, 3, 16, 16), columns=2, width=16, gap=0).size == (32, 32)
     exact = image_files.to_pil(torch.full((3, 2, 2), 128 / 255))
     assert exact.getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(ExpungeError, match="should end in"):
-        image_files.save(exact, "x.txt")
+        image_files.save_image(exact, "x.txt")

@@ -12,10 +12,12 @@ from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.method import Method
 from expunge.methods.ace import ACE
 from expunge.methods.ace import fortify as fortifying
-from expunge.methods.ace.fortify import AGE, POOL, Attacks
+from expunge.methods.ace.fortify import Attacks, FortifyConfig
 from expunge.runtime.context import RunContext
 
 SHORT = TEMPLATES["object"][:2]
+CONFIG = FortifyConfig(60, 6e-4, radius=0.5, noisiest=0.5, retain_weight=3.0)
+WIDER = dataclasses.replace(CONFIG, radius=0.8)
 FORTIFY = ACE(
     stages=("gate", "fortify"),
     templates=SHORT,
@@ -30,8 +32,8 @@ FORTIFY = ACE(
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Fewer images than the emoji model's."""
-    monkeypatch.setattr("expunge.methods.ace.SHOWN", 3)
-    monkeypatch.setattr("expunge.methods.ace.WORDS", 6)
+    monkeypatch.setattr("expunge.methods.ace.fortify_data.CONCEPT_IMAGES", 3)
+    monkeypatch.setattr("expunge.methods.ace.fortify_data.WORD_IMAGES", 6)
     monkeypatch.setattr("expunge.methods.ace.fortify.LEVELS", 6)
 
 
@@ -43,7 +45,7 @@ def problem() -> Problem:
 class TestAttacks:
     def test_every_token_stays_in_its_ball_and_goes_down(self):
         words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-        attacks = Attacks(words, 2, 0.5, torch.Generator().manual_seed(1))
+        attacks = Attacks(words, 2, CONFIG, torch.Generator().manual_seed(1))
         rows, gradient = torch.tensor([1, 4]), torch.ones(2, 3, 4)
         reach = 0.5 * attacks.start[rows].norm(dim=-1)
         attacks.move(rows, gradient)
@@ -56,17 +58,17 @@ class TestAttacks:
 
     def test_begins_anew_after_its_moves(self):
         words = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-        attacks = Attacks(words, 3, 0.5, torch.Generator().manual_seed(1))
-        assert len(attacks.start) == POOL
+        attacks = Attacks(words, 3, CONFIG, torch.Generator().manual_seed(1))
+        assert len(attacks.start) == CONFIG.n_attacks
         assert set(attacks.owner.tolist()) == {0, 1, 2}
         before = attacks.begun.clone()
-        for _ in range(AGE):
+        for _ in range(CONFIG.max_attack_steps):
             attacks.move(torch.tensor([2]), torch.ones(1, 3, 4))
             assert attacks.shift[2].any()
         attacks.renew()
         assert not attacks.shift.any()
         assert int(attacks.moves[2]) == 0
-        others = [i for i in range(POOL) if i != 2]
+        others = [i for i in range(CONFIG.n_attacks) if i != 2]
         assert torch.equal(attacks.begun[others], before[others])
 
 
@@ -92,7 +94,7 @@ class TestFortify:
         def reached(edit: Edit) -> tuple[float, float, float]:
             """How near an attack comes to the concept, and to the anchor; how far what stays moves."""
             text = worded.encode([SHORT[0].format(name) for name in ("dog", "truck", "frog", "cat") * 4])
-            attacks = Attacks(text.embeddings, 1, 0.8, torch.Generator().manual_seed(0))
+            attacks = Attacks(text.embeddings, 1, WIDER, torch.Generator().manual_seed(0))
             attacks.begun = torch.arange(16)
             with worded.using(edit):
                 for _ in range(100):

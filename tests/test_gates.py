@@ -8,12 +8,12 @@ import torch
 import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
-from expunge.changes import Applied, Damped, Gated, LowRank, Right, summary
+from expunge.changes import Applied, Damped, Gated, LowRank, Right, summarize
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Record
 from expunge.methods.ace import ACE
-from expunge.ops.gates import Background, affine, directions, gate, stacked
-from expunge.ops.pgd import bounded
+from expunge.ops.gates import Background, find_directions, fit_affine, fit_gate, stack_root
+from expunge.ops.pgd import minimise_in_ball
 from test_changes import KEY, VALUE, gated, linear
 
 WIDTH = 32
@@ -87,7 +87,7 @@ class TestWhatTheyCompute:
             dataclasses.replace(change, concept=of_two, owner=of_two[change.owner]),
         ):
             slow = torch.stack([torch.stack([slowly(one, token) for token in row]) for row in x])
-            torch.testing.assert_close(one.given(x), slow.float())
+            torch.testing.assert_close(one.change_input(x), slow.float())
 
     def test_the_surest_concept_takes_what_several_share(self):
         """A doubtful gate beside a sure one on the same direction has next to no say in the goal."""
@@ -98,7 +98,7 @@ class TestWhatTheyCompute:
             goal=torch.tensor([1.0, -1.0]),
         )
         x = torch.randn(4, WIDTH)
-        assert (change.given(x) @ base - 1).abs().max() < 0.05
+        assert (change.change_input(x) @ base - 1).abs().max() < 0.05
 
     def test_one_gate_for_a_whole_prompt(self):
         change, x = gated((KEY,), WIDTH), torch.randn(2, 5, WIDTH)
@@ -113,7 +113,7 @@ class TestWhatTheyCompute:
         change = Damped((KEY,), torch.randn(2, WIDTH), torch.zeros(2), torch.ones(2), damping=damping)
         s = torch.sigmoid(x @ change.direction.T)
         slow = y * (1 - s[..., :1] * damping[0]) * (1 - s[..., 1:] * damping[1])
-        torch.testing.assert_close(change.output(x, y), slow)
+        torch.testing.assert_close(change.change_output(x, y), slow)
 
     @pytest.mark.parametrize("kind", ["gated", "damped"])
     def test_closed_gates_change_nothing(self, pipe, kind):
@@ -131,28 +131,30 @@ class TestWhatTheyCompute:
         base = orthonormal(3, seed=0)
         change = dataclasses.replace(projecting(base), goal=torch.tensor([1.0, -2.0, 0.5]))
         x = torch.randn(4, WIDTH)
-        torch.testing.assert_close(change.given(x) @ base, change.goal.expand(4, 3))
+        torch.testing.assert_close(change.change_input(x) @ base, change.goal.expand(4, 3))
         beside = torch.linalg.qr(torch.cat([base, torch.randn(WIDTH, 3)], 1)).Q[:, 3:]
-        torch.testing.assert_close(change.given(x) @ beside, x @ beside)
+        torch.testing.assert_close(change.change_input(x) @ beside, x @ beside)
 
     def test_half_precision_stays_so(self):
         change, x = gated((KEY,), WIDTH), torch.randn(2, 3, WIDTH)
-        assert change.given(x.half()).dtype == torch.float16
-        torch.testing.assert_close(change.given(x.half()).float(), change.given(x), rtol=1e-2, atol=1e-2)
+        assert change.change_input(x.half()).dtype == torch.float16
+        torch.testing.assert_close(
+            change.change_input(x.half()).float(), change.change_input(x), rtol=1e-2, atol=1e-2
+        )
 
 
 class TestStacked:
     def test_the_same_concept_twice_is_subtracted_once(self):
         base, x = orthonormal(2, seed=0), torch.randn(6, WIDTH)
         once, twice = projecting(base), projecting(base, base)
-        torch.testing.assert_close(twice.given(x), once.given(x))
-        torch.testing.assert_close(twice.given(x) @ base, torch.zeros(6, 2), atol=1e-5, rtol=0)
-        torch.testing.assert_close(once.given(once.given(x)), once.given(x))
+        torch.testing.assert_close(twice.change_input(x), once.change_input(x))
+        torch.testing.assert_close(twice.change_input(x) @ base, torch.zeros(6, 2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(once.change_input(once.change_input(x)), once.change_input(x))
 
     def test_concepts_at_right_angles_do_not_meet(self):
         base, x = orthonormal(4, seed=0), torch.randn(6, WIDTH)
         both = projecting(base[:, :2], base[:, 2:])
-        torch.testing.assert_close(both.given(x), projecting(base).given(x))
+        torch.testing.assert_close(both.change_input(x), projecting(base).change_input(x))
 
     @pytest.mark.parametrize("seed", range(4))
     def test_nothing_is_subtracted_twice_whatever_the_gates(self, seed):
@@ -162,7 +164,7 @@ class TestStacked:
         bases = [torch.linalg.qr(common + 0.5 * torch.randn(WIDTH, 3)).Q for _ in range(5)]
         change = projecting(*bases)
         change = dataclasses.replace(change, centre=torch.randn(5) * 3)  # anything between 0 and 1
-        taken = torch.eye(WIDTH) - change.given(torch.eye(WIDTH))
+        taken = torch.eye(WIDTH) - change.change_input(torch.eye(WIDTH))
         values = torch.linalg.eigvals(taken).real
         assert values.min() > -1e-5
         assert values.max() < 1 + 1e-5
@@ -176,7 +178,7 @@ class TestStacked:
         before, w, answer = weights(pipe), layer.weight.detach(), layer(x)
         with Applied(pipe, [first, low, second, right]):
             weight = right.weight(low.weight(w))
-            torch.testing.assert_close(layer(x), second.given(first.given(x)) @ weight.T)
+            torch.testing.assert_close(layer(x), second.change_input(first.change_input(x)) @ weight.T)
         assert torch.equal(layer(x), answer)
         assert not layer._forward_hooks
         assert not layer._forward_pre_hooks
@@ -189,9 +191,9 @@ class TestHooks:
 
         @dataclasses.dataclass(frozen=True, eq=False)
         class Counting(Gated):
-            def given(self, x):
+            def change_input(self, x):
                 asked.append(x)
-                return super().given(x)
+                return super().change_input(x)
 
         change = gated((KEY, VALUE), WIDTH)
         change = Counting(**{f.name: getattr(change, f.name) for f in dataclasses.fields(change)})
@@ -209,12 +211,12 @@ class TestHooks:
 
     def test_gates_are_asked_in_full_precision_whatever_the_layers_compute_in(self, pipe):
         change, text = gated((KEY,), WIDTH), torch.randn(1, 3, WIDTH)
-        exact = change.given(text)
+        exact = change.change_input(text)
         seen = []
         with Applied(pipe, [change]), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             hook = linear(pipe).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
             assert linear(pipe)(text).dtype == torch.bfloat16
-            assert not torch.equal(change.given(text), exact)  # so it would be, rounded
+            assert not torch.equal(change.change_input(text), exact)  # so it would be, rounded
             hook.remove()
         assert torch.equal(seen[0], exact)
 
@@ -266,13 +268,14 @@ def test_saved_loaded_and_shown(pipe, tmp_path):
     again = Edit.load(tmp_path / "edit.safetensors")
     assert again.hash == Edit(changes, record).hash
     x = torch.randn(2, 3, WIDTH)
-    assert torch.equal(again.changes[0].given(x), changes[0].given(x))
-    assert summary(again.changes) == "gated by 3 on 2 layers, right on 1 layer"
+    assert torch.equal(again.changes[0].change_input(x), changes[0].change_input(x))
+    assert summarize(again.changes) == "gated by 3 on 2 layers, right on 1 layer"
 
 
 def test_a_gate_is_no_weight():
     with pytest.raises(
-        ExpungeError, match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.fit_static_weights` fits"
+        ExpungeError,
+        match=r"no weight can hold it; `expunge\.checkpoints\.linearize\.fit_static_weights` fits",
     ):
         gated((KEY,), WIDTH).weight(torch.zeros(16, WIDTH))
 
@@ -280,7 +283,7 @@ def test_a_gate_is_no_weight():
 class TestClosedForm:
     def test_directions_take_what_the_left_singular_vectors_take(self):
         w, rows = torch.randn(20, 8), torch.randn(12, 8)
-        up, down = directions(w, rows, rank=2)
+        up, down = find_directions(w, rows, rank=2)
         u = torch.linalg.svd(w.double() @ rows.double().T).U[:, :2]
         x = torch.randn(8, 5).double()
         torch.testing.assert_close(w.double() @ up @ down @ x, u @ u.T @ w.double() @ x)
@@ -290,44 +293,44 @@ class TestClosedForm:
         rows = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
         shares = [9 / 14, 13 / 14, 1]
         for rank, share in enumerate(shares, 1):
-            assert directions(torch.eye(3), rows, energy=share)[1].shape == (rank, 3)
+            assert find_directions(torch.eye(3), rows, energy=share)[1].shape == (rank, 3)
             if rank < 3:
-                assert len(directions(torch.eye(3), rows, energy=share + 0.01)[1]) == rank + 1
-        assert len(directions(torch.eye(3), rows, rank=2)[1]) == 2
+                assert len(find_directions(torch.eye(3), rows, energy=share + 0.01)[1]) == rank + 1
+        assert len(find_directions(torch.eye(3), rows, rank=2)[1]) == 2
         with pytest.raises(ExpungeError, match="no difference"):
-            directions(torch.eye(3), 0 * rows)
+            find_directions(torch.eye(3), 0 * rows)
 
     def test_all_directions_carry_the_rows_over(self):
         """With all energy, what is taken from a difference is the whole difference."""
         w, rows = torch.randn(20, 8), torch.randn(3, 8).double()
-        up, down = directions(w, rows)
+        up, down = find_directions(w, rows)
         torch.testing.assert_close(rows @ down.T @ up.T, rows)
 
     def test_affine_against_a_slow_fit(self):
         x, y, w = torch.randn(30, 4).double(), torch.randn(30, 2).double(), torch.rand(30).double()
-        line, at = affine(x, y, w, 0.0)
+        line, at = fit_affine(x, y, w, 0.0)
         ones = torch.cat([x, torch.ones(30, 1).double()], 1) * w.sqrt()[:, None]
         slow = torch.linalg.lstsq(ones, y * w.sqrt()[:, None]).solution.T
         torch.testing.assert_close(torch.cat([line, at[:, None]], 1), slow)
-        line, at = affine(x, y, w, 1e9)
+        line, at = fit_affine(x, y, w, 1e9)
         assert line.abs().max() < 1e-6
         torch.testing.assert_close(at, (w @ y) / w.sum(), atol=1e-6, rtol=1e-6)
 
     def test_stacked_layers_are_one(self):
         layers = [torch.randn(n, 8) for n in (3, 5, 20)]
-        root, x = stacked(layers), torch.randn(8).double()
+        root, x = stack_root(layers), torch.randn(8).double()
         whole = sum((w.double() @ x).square().sum() for w in layers)
         torch.testing.assert_close((root @ x).square().sum(), whole)
         rows = torch.randn(12, 8)
-        up, down = directions(root, rows, rank=3)
-        other_up, other_down = directions(torch.cat(layers), rows, rank=3)
+        up, down = find_directions(root, rows, rank=3)
+        other_up, other_down = find_directions(torch.cat(layers), rows, rank=3)
         torch.testing.assert_close(up @ down, other_up @ other_down)
 
     def test_a_gate_opens_on_its_tokens_and_stays_shut_elsewhere(self):
         general, mean = torch.randn(500, 16), 8 * torch.eye(16)[0]
         concept, retained = mean + torch.randn(50, 16), 8 * torch.eye(16)[1] + torch.randn(50, 16)
         background = Background(general, retained, 1.0, 4.0)
-        found = gate(concept, background, margin=0.4, retain_openness=0.01)
+        found = fit_gate(concept, background, margin=0.4, retain_openness=0.01)
         s = torch.sigmoid(
             found.slope
             * (torch.cat([concept, retained, general]) @ found.direction.float() - found.centre)
@@ -343,7 +346,7 @@ class TestClosedForm:
         background = Background(torch.randn(500, 16), torch.zeros(0, 16), 1.0, 4.0)
         concept = 8 * torch.eye(16)[0] + torch.randn(50, 16)
         half_open = [
-            float(gate(concept, background, margin=m, retain_openness=0.01).centre)
+            float(fit_gate(concept, background, margin=m, retain_openness=0.01).centre)
             for m in (0.2, 0.4, 0.8)
         ]
         assert half_open == sorted(half_open)
@@ -353,7 +356,7 @@ class TestClosedForm:
 class TestBoundedAttack:
     def test_stays_in_its_balls_and_finds_the_edge(self):
         start, goal = torch.randn(2, 3, 8), torch.randn(2, 3, 8) * 5
-        found, value = bounded(lambda x: (x - goal).square().sum((1, 2)), start, 0.3, 60)
+        found, value = minimise_in_ball(lambda x: (x - goal).square().sum((1, 2)), start, 0.3, 60)
         reach = 0.3 * start.norm(dim=-1)
         assert bool(((found - start).norm(dim=-1) <= reach * (1 + 1e-5)).all())
         toward = start + reach[..., None] * torch.nn.functional.normalize(goal - start, dim=-1)
@@ -365,9 +368,9 @@ class TestBoundedAttack:
         def rough(x):
             return (7 * x).sin().sum((1, 2))
 
-        assert torch.equal(bounded(rough, start, 0.0, 5)[0], start)
-        assert torch.equal(bounded(rough, start, 0.5, 0)[0], start)
-        values = torch.stack([bounded(rough, start, 0.5, n)[1] for n in range(6)])
+        assert torch.equal(minimise_in_ball(rough, start, 0.0, 5)[0], start)
+        assert torch.equal(minimise_in_ball(rough, start, 0.5, 0)[0], start)
+        values = torch.stack([minimise_in_ball(rough, start, 0.5, n)[1] for n in range(6)])
         assert bool((values.diff(dim=0) <= 0).all())
         assert bool((values[-1] < values[0]).all())
 
@@ -386,7 +389,7 @@ class TestPlainWeights:
         for name in ("cat", "dog"):
             e = model.encode([t.format(name) for t in TEMPLATES["object"]]).embeddings.double()
             left.append(e.flatten(0, 1) / len(e) ** 0.5)
-            right.append(change.given(e).flatten(0, 1) / len(e) ** 0.5)
+            right.append(change.change_input(e).flatten(0, 1) / len(e) ** 0.5)
         e = model.encode(["", "ship", KEPT["object"].format("ship")]).embeddings.double()
         left.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
         right.append(e.flatten(0, 1) * (2 / 3) ** 0.5)
@@ -403,8 +406,8 @@ class TestPlainWeights:
             missed, wanted = (
                 sum((x @ w).square().sum() / len(x) for x in rows)
                 for rows in (
-                    [e @ m - change.given(e) for e in erased],
-                    [change.given(e) - e for e in erased],
+                    [e @ m - change.change_input(e) for e in erased],
+                    [change.change_input(e) - e for e in erased],
                 )
             )
             lost.append(missed / wanted)

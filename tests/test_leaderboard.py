@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expunge.base.quiet import quiet
+from expunge.base.quiet import ignore_progress
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.suite import Suite
 from test_report import SUITE_TEXT
@@ -30,7 +30,7 @@ def test_every_task_has_problems_that_its_suite_knows(board):
         found = board.problems(task, suite, 0)
         assert found
         for problem in found:
-            erased = suite.erased([concept.name for concept in problem.erase])
+            erased = suite.find_erased([concept.name for concept in problem.erase])
             assert len(erased) == len(problem.erase)
             assert problem.retain
             held_out = {word for concept in erased for word in concept.synonyms}
@@ -52,7 +52,7 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
             take=1,
             folder=tmp_path / "work",
             cache=cache,
-            progress=quiet,
+            progress=ignore_progress,
         )
 
     report = judge()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import expunge
 from conftest import tiny_pipeline
+from edits import edited, gated, low_rank
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.changes import Dense, LowRank, Right, Sparse
 from expunge.checkpoints.checkpoint import Checkpoint
@@ -18,8 +19,7 @@ from expunge.checkpoints.export import export
 from expunge.checkpoints.lora import Lora, fuse_lora, read_lora, read_lora_info
 from expunge.checkpoints.lora.base_models import read_base_title
 from expunge.checkpoints.merge import merge
-from expunge.cli.export_commands import strengths
-from test_export import edited, gated, low_rank
+from expunge.cli.loading_options import parse_loras
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = f"lora_unet_{LAYER.replace('.', '_')}"
@@ -308,7 +308,7 @@ def test_a_lora_with_numbers_that_are_none(tmp_path, bad, part):
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e999"])
 def test_a_strength_that_is_no_number(tmp_path, strength):
     with pytest.raises(ExpungeError, match=f"finite number, not {strength}"):
-        strengths((f"x.pt={strength}",))
+        parse_loras((f"x.pt={strength}",))
     with pytest.raises(ExpungeError, match="the strength of a LoRA must be a finite number"):
         moved(kohya(tmp_path), float(strength))
 
@@ -335,13 +335,13 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
     edit.save(tmp_path / "edit.safetensors")
     tensor = next(t for t in change.tensors.values() if t.is_floating_point())
     tensor.view(-1)[0] = bad
-    with pytest.raises(ExpungeError, match="edit holds numbers that are none .* of its"):
+    with pytest.raises(ExpungeError, match="edit contains NaN or infinity: .* of its"):
         edit.save(tmp_path / "again.safetensors")
     for to, name in (("diffusers", "out"), ("lora", "out.safetensors")):
-        with pytest.raises(ExpungeError, match="the edit holds numbers that are none"):
+        with pytest.raises(ExpungeError, match="the edit contains NaN or infinity"):
             export(edit, to, folder, tmp_path / name)
     good = edited(model, [LowRank(("unet.conv_in",), torch.ones(8, 1), torch.ones(1, 36))])
-    with pytest.raises(ExpungeError, match="edit 2 of those to merge holds numbers"):
+    with pytest.raises(ExpungeError, match="edit 2 of those to merge contains NaN"):
         merge(model, [good, edit])
     state = load_file(tmp_path / "edit.safetensors")
     with safe_open(tmp_path / "edit.safetensors", "pt") as file:
@@ -349,7 +349,7 @@ def test_an_edit_with_numbers_that_are_none(folder, tmp_path, bad, kind):
     key = next(key for key, t in state.items() if t.is_floating_point())
     state[key].view(-1)[0] = bad
     save_file(state, tmp_path / "edit.safetensors", said)
-    with pytest.raises(ExpungeError, match=r"edit\.safetensors holds numbers that are none"):
+    with pytest.raises(ExpungeError, match=r"edit\.safetensors contains NaN or infinity"):
         Edit.load(tmp_path / "edit.safetensors")
     assert not (tmp_path / "again.safetensors").exists()
     assert not (tmp_path / "out.safetensors").exists()
@@ -454,17 +454,17 @@ def test_alpha_is_kept_in_single_precision(tmp_path, dtype):
 )
 def test_a_file_with_an_equals_sign(tmp_path, name):
     path = shutil.copy(kohya(tmp_path), tmp_path / name)
-    assert strengths((str(path),)) == [(str(path), 1.0)]
-    assert strengths((f"{path}=0.25",)) == [(str(path), 0.25)]
+    assert parse_loras((str(path),)) == [(str(path), 1.0)]
+    assert parse_loras((f"{path}=0.25",)) == [(str(path), 0.25)]
     up, down = factors()
-    (file, scale) = strengths((f"{path}=0.5",))[0]
+    (file, scale) = parse_loras((f"{path}=0.5",))[0]
     torch.testing.assert_close(moved(file, scale), 0.5 * up @ down, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_strength():
     with pytest.raises(ExpungeError, match="FILE or FILE=STRENGTH, not 'a=b'"):
-        strengths(("a=b",))
-    assert strengths(("a=b.safetensors", "c.safetensors=2")) == [
+        parse_loras(("a=b",))
+    assert parse_loras(("a=b.safetensors", "c.safetensors=2")) == [
         ("a=b.safetensors", 1.0),
         ("c.safetensors", 2.0),
     ]
@@ -474,16 +474,16 @@ def test_what_is_no_strength():
 
 
 def test_info_says_for_which_base(folder, tmp_path, capsys):
-    from expunge.cli.export_commands import info_of_model
+    from expunge.cli.info import print_model
 
     edit = edited(expunge.load(folder), low_rank(expunge.load(folder)))
     export(edit, "kohya", folder, tmp_path / "x.safetensors")
-    info_of_model(str(tmp_path / "x.safetensors"))
+    print_model(str(tmp_path / "x.safetensors"))
     said = capsys.readouterr().out
     assert "rank 2 on 14 layers" in said
     assert "Stable Diffusion 1.x" in said
     assert "airplane" in said
-    info_of_model(str(kohya(tmp_path)))
+    print_model(str(kohya(tmp_path)))
     assert "it does not say which base" in capsys.readouterr().out
 
 

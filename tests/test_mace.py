@@ -14,11 +14,12 @@ from conftest import tiny_pipeline, weights
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.base import image_files
 from expunge.erasing import object_masks, reference_images
-from expunge.erasing.fusion import RETAINED
-from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.methods.mace import MACE, Sums, focal
+from expunge.erasing.prompt_templates import RETAINED, TEMPLATES
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
+from expunge.methods.mace.suppression import focal, timestep_probabilities
 from expunge.ops.attention import read_attention
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 from expunge.runtime.context import RunContext
 
 SHORT = ("a photo of the {}", "{} in the street", "a drawing of one {} with clothes")
@@ -133,13 +134,13 @@ def plain_training(model, problem, concept, method, matrix, seed):
     templates = method.templates
     prompts = [t.format(name) for name in concept.names for t in templates]
     text = model.encode(prompts)
-    shown = reference_images.drawn(
+    shown = reference_images.draw_examples(
         model, concept.name, prompts[0], method.num_images, run, method.num_inference_steps
     )
     first = 1 + model.count_tokens("a photo of the")
     tokens = torch.arange(77)[None] >= first  # its own, the end and the padding
     source = "none" if concept.kind == "style" else method.masks
-    mask = object_masks.find(source, model, shown, tokens, run)[:, None].double()
+    mask = object_masks.find_masks(source, model, shown, tokens, run)[:, None].double()
     mask = interpolate(mask, (8, 8), mode="nearest-exact")
 
     unet = copy.deepcopy(model.pipe.unet)
@@ -280,7 +281,7 @@ def test_suppress_lowers_the_attention(double):
 
     before = attention()
     ups, downs = ([factors[f"{x}.{part}"][None] for x in layers] for part in ("up", "down"))
-    with each_its_own(modules, ups, downs):
+    with use_own_factors(modules, ups, downs):
         after = attention()
     assert after < 0.9 * before
 
@@ -289,12 +290,13 @@ def test_suppress_lowers_the_attention(double):
 def test_fuse_against_a_slow_reading_of_its_equation(double, captions, settings):
     method = MACE(**{**FAST, "captions": captions, "batch_size": 4, "ridge": 0.5, **settings})
     problem = PROBLEM if "fuse_prior" in settings else Problem(PROBLEM.erase)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
+    groups = group_by_anchor(double, problem, method.templates)
+    kept = method.sum_retained(double, problem, RunContext(0))
     rows = {
         c.name: torch.cat([double.encode([t.format(n)]).embeddings[0] for n in c.names for t in SHORT])
         for c in problem.erase
     }
-    sums = Sums.of(groups)
+    sums = PromptSums.of(groups)
     torch.testing.assert_close(sums.whole, sum(e.T @ e for e in rows.values()))
     torch.manual_seed(9)
     matrix = torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
@@ -334,8 +336,9 @@ def test_the_edit_is_one_matrix_and_one_change_a_layer(model):
 def test_half_precision_keeps_the_edit(double):
     method, problem = MACE(**FAST), Problem(PROBLEM.erase)
     _, *low = fit(double, problem, method)
-    groups, kept = method._groups(double, problem), method._kept(double, problem, RunContext(0))
-    sums = Sums.of(groups)
+    groups = group_by_anchor(double, problem, method.templates)
+    kept = method.sum_retained(double, problem, RunContext(0))
+    sums = PromptSums.of(groups)
     matrix = method.refine(sums, kept)
     factors = method.suppress(double, problem, matrix, RunContext(0))
     _, fused = method.fuse(groups, sums, kept, matrix, factors)
@@ -373,7 +376,7 @@ def test_without_fuse_the_changes_are_averaged_on_what_was_refined(model):
 def test_the_floor_is_in_the_first_stage(model):
     """λ is what the floor says, wherever the ridge is less."""
     problem, floor = Problem(PROBLEM.erase[:1]), 0.2
-    sums = Sums.of(MACE(templates=SHORT)._groups(model, problem))
+    sums = PromptSums.of(group_by_anchor(model, problem, SHORT))
     least = floor * float(sums.contexts.trace()) / 32
     made = [
         fit(model, problem, MACE(stages=("refine",), templates=SHORT, **fields))[0].matrix
@@ -420,9 +423,9 @@ def test_a_window_moves_with_the_size_of_the_latents(model):
     wide = {"focal_high": 1.0, "focal_low": -1.0}
     here = model.latents_side
     assert here == 8
-    level, plain = model.log_snr(), MACE(**wide)._chances(model)
+    level, plain = model.log_snr(), timestep_probabilities(MACE(**wide), model)
     for side, shift in ((here, 0.0), (2 * here, 2 * math.log(2)), (here // 2, -2 * math.log(2))):
-        chances = MACE(**wide, focal_side=side)._chances(model)
+        chances = timestep_probabilities(MACE(**wide, focal_side=side), model)
         moved = float((chances * level).sum() - (plain * level).sum())
         assert moved == pytest.approx(shift, abs=0.05)
 
@@ -520,8 +523,10 @@ class TestMasks:
         mask[:, 4:10, 2:8] = 1
         for name in ("one", "two"):
             drawn = image_files.to_pil(torch.rand(3, 16, 16))
-            image_files.save(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
-            image_files.save(image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png")
+            image_files.save_image(drawn, tmp_path / "pictures" / "airplane" / f"{name}.png")
+            image_files.save_image(
+                image_files.to_pil(mask), tmp_path / "masks" / "airplane" / f"{name}.png"
+            )
         return tmp_path
 
     @staticmethod
@@ -531,9 +536,13 @@ class TestMasks:
         return fit(model, problem, MACE(**{**FAST, **there, **settings}))
 
     def test_own_images_and_masks(self, model, files):
-        shown = reference_images.read(model, "airplane", "a photo of the airplane", files / "pictures")
+        shown = reference_images.read_examples(
+            model, "airplane", "a photo of the airplane", files / "pictures"
+        )
         assert len(shown) == 2
-        found = object_masks.find(str(files / "masks"), model, shown, torch.zeros(1, 77), RunContext(0))
+        found = object_masks.find_masks(
+            str(files / "masks"), model, shown, torch.zeros(1, 77), RunContext(0)
+        )
         assert found.shape == (2, 16, 16)
         assert found.sum() == 2 * 36
         with_masks, without = (self.erase(model, files, masks=m) for m in (str(files / "masks"), "none"))
@@ -541,23 +550,25 @@ class TestMasks:
 
     def test_a_folder_of_one_concept_needs_no_folder_within(self, model, files):
         inner = {k: str(files / k / "airplane") for k in ("pictures", "masks")}
-        changes = self.erase(model, files, images_from=inner["num_images"], masks=inner["masks"])
+        changes = self.erase(model, files, images_from=inner["pictures"], masks=inner["masks"])
         assert torch.equal(changes[1].up, self.erase(model, files)[1].up)
 
     def test_attention_masks_find_the_brighter_part(self, model):
-        shown = reference_images.drawn(model, "ship", "ship", 3, RunContext(0), 2)
+        shown = reference_images.draw_examples(model, "ship", "ship", 3, RunContext(0), 2)
         phrase = torch.zeros(1, 77, dtype=torch.bool)
         phrase[0, 1] = True
-        found = object_masks.find("attention", model, shown, phrase, RunContext(0))
+        found = object_masks.find_masks("attention", model, shown, phrase, RunContext(0))
         assert found.shape == (3, 8, 8)
         assert set(found.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(found, object_masks.find("attention", model, shown, phrase, RunContext(0)))
+        assert torch.equal(
+            found, object_masks.find_masks("attention", model, shown, phrase, RunContext(0))
+        )
 
     @pytest.mark.parametrize("smallest", [16, 64])
     def test_attention_is_a_mean_over_all_but_coarse_maps(self, model, monkeypatch, smallest):
         monkeypatch.setattr(object_masks, "SMALLEST", smallest)
         monkeypatch.setattr(object_masks, "LOG_SNRS", (0.5,))
-        shown = reference_images.drawn(model, "ship", "ship", 1, RunContext(0), 2)
+        shown = reference_images.draw_examples(model, "ship", "ship", 1, RunContext(0), 2)
         tokens = torch.arange(77)[None] > 0
         noise = torch.randn(shown.latents.shape, generator=RunContext(0).generator("masks", "ship"))
         t = (model.log_snr() - 0.5).abs().argmin()[None]
@@ -574,7 +585,7 @@ class TestMasks:
             fine += [grown[0, 0]] if pixels >= smallest else []
         assert 0 < len(fine) <= len(maps)
         assert (len(fine) < len(maps)) == (smallest == 64)
-        found = object_masks.attended(model, shown, tokens, RunContext(0))
+        found = object_masks.measure_attention(model, shown, tokens, RunContext(0))
         torch.testing.assert_close(found[0], sum(fine) / len(fine))
 
     @pytest.mark.parametrize(
@@ -582,9 +593,9 @@ class TestMasks:
         [
             ("no images", "has no images of 'airplane'"),
             ("no folder", "there is no folder .*elsewhere"),
-            ("broken image", "cannot read .*one.png: it is no whole image"),
+            ("broken image", "cannot read .*one.png: it is not a whole image"),
             ("small image", "one.png: an image is 8 × 12 pixels; this model draws 16 × 16"),
-            ("broken mask", "cannot read .*two.png: it is no whole image"),
+            ("broken mask", "cannot read .*two.png: it is not a whole image"),
             ("no mask", "the mask of .*two.png is missing: there is no .*two.png"),
             ("small mask", "the mask .*one.png is 8 × 8 pixels, its image 16 × 16"),
             ("empty mask", "the mask of .*one.png is empty"),
@@ -670,7 +681,7 @@ def test_fields_out_of_range(settings, message):
 
 
 def test_presets_are_methods_and_templates_are_thirty():
-    assert {"object", "identity-1", "identity-100", "style", "explicit", "fast"} <= set(MACE.presets)
+    assert {"object", "identity-1", "identity-100", "style", "explicit"} <= set(MACE.presets)
     for values in MACE.presets.values():
         assert values["about"]
         MACE(**{name: value for name, value in values.items() if name != "about"})
@@ -709,13 +720,17 @@ def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
         return text
 
     monkeypatch.setattr(model, "encode", read)
-    sums = Sums.of(method._groups(model, problem))
+    sums = PromptSums.of(group_by_anchor(model, problem, method.templates))
     assert len(most) == 6
     assert max(most) == 3  # the anchor's, the one before, and its own
     torch.manual_seed(0)
     downs = {c.name: {"x.down": torch.randn(1, 32), "x.up": torch.ones(8, 1)} for c in problem.erase}
     method.fuse(
-        method._groups(model, problem), sums, torch.eye(32).double(), torch.eye(32).double(), downs
+        group_by_anchor(model, problem, method.templates),
+        sums,
+        torch.eye(32).double(),
+        torch.eye(32).double(),
+        downs,
     )
     assert len(most) == 11
     assert max(most) == 3

@@ -11,10 +11,14 @@ import expunge
 from conftest import weights
 from expunge import Concept, Edit, ExpungeError, ExpungeWarning, Probe, Problem
 from expunge.base import registry
+from expunge.base.fields import build, build_from_record, flatten, leaves
 from expunge.erasing.prompt_templates import RETAINED
+from expunge.methods.ant import ANT
+from expunge.methods.ant.masked_weights import MaskedWeights
 from expunge.methods.uce import TEMPLATES, UCE
+from quick import quick
 
-METHODS = registry.names("methods")
+METHODS = registry.list_names("methods")
 
 
 def test_the_folder_is_the_list():
@@ -28,9 +32,7 @@ def test_the_folder_is_the_list():
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    method = registry.get("methods", request.param)
-    fast = method.presets.get("fast", {})
-    return method(**{name: value for name, value in fast.items() if name != "about"})
+    return quick(request.param)
 
 
 class TestContract:
@@ -46,7 +48,8 @@ class TestContract:
     def test_presets_fit(self, method):
         for name, values in method.presets.items():
             preset = type(method).preset(name)
-            assert all(getattr(preset, k) == v for k, v in values.items() if k != "about")
+            fields = flatten(preset)
+            assert all(fields[k] == v for k, v in values.items() if k != "about")
             assert isinstance(values.get("about", ""), str)
 
     def test_leaves_the_model_as_it_was(self, model, problem, method):
@@ -67,7 +70,7 @@ class TestContract:
         assert again.hash == edit.hash
         assert again.record.problem == edit.record.problem
         assert again.record.seed == 3
-        assert again.record.method == type(method).__module__.rpartition(".")[2]
+        assert again.record.method == registry.name_of("methods", type(method))
         assert again.fits(model)
         probe = Probe.of("airplane", num_inference_steps=2)
         drawn = []
@@ -267,3 +270,61 @@ def test_a_warning_of_shared_words(model):
     with pytest.warns(ExpungeWarning, match=r"'cat c' \(erased too\) and 2 more$") as warned:
         expunge.erase(model, problem, method)
     assert len(warned) == 1
+
+
+class TestGroupsOfFields:
+    """Fields that belong together are a dataclass of their own; from the outside they stand flat."""
+
+    def test_every_leaf_has_a_name_of_its_own(self, method):
+        names = [field.name for field in leaves(type(method))]
+        assert len(set(names)) == len(names)
+        assert set(flatten(method)) == set(names)
+
+    def test_flat_values_make_the_same_method(self, method):
+        assert type(method).of(**flatten(method)) == method
+        assert build_from_record(type(method), flatten(method)) == method
+
+    def test_a_table_of_the_group_is_read_too(self):
+        nested = build(ANT, {"low_rank": {"rank": 3}, "alpha": 2.0, "turn": -2.0})
+        assert nested == ANT.of(rank=3, alpha=2.0, turn=-2.0)
+        assert (nested.low_rank.rank, nested.low_rank.alpha) == (3, 2.0)
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ({"maps": 3}, r"'maps' is one of its weights: ANT\(weights=MaskedWeights\(maps=…\)\)"),
+            ({"rank": 3}, r"'rank' is one of its low_rank: .* or ANT.of\(rank=…\)"),
+            ({"steps": 3}, "'steps' is named 'max_train_steps' now"),
+            ({"map_sample": 3}, "did you mean 'map_samples'"),
+            ({"weights": 3}, "weights must be a MaskedWeights, not 3"),
+        ],
+    )
+    def test_a_field_that_is_elsewhere_is_answered_with_its_place(self, given, says):
+        with pytest.raises(ExpungeError, match=says):
+            ANT(**given)
+
+    def test_a_group_and_its_fields_are_not_both_given(self):
+        with pytest.raises(ExpungeError, match="weights is given whole; 'maps' belongs within it"):
+            build(ANT, {"weights": MaskedWeights(), "maps": 3})
+        with pytest.raises(ExpungeError, match="did you mean 'map_samples'"):
+            build(ANT, {"weights": {"map_sample": 3}})
+
+    def test_a_record_has_the_fields_flat_as_before(self, model):
+        problem = Problem((Concept("airplane", "sky"),))
+        edit = expunge.erase(model, problem, quick("ant", max_train_steps=0))
+        assert edit.record.fields["rank"] == 1
+        assert edit.record.fields["maps"] == MaskedWeights().maps
+        assert not edit.record.reads_anchor
+
+    def test_a_copy_changes_a_field_wherever_it_is(self):
+        method = ANT.of(rank=3).replace(rank=4, turn=-2.0)
+        assert (method.low_rank.rank, method.turn) == (4, -2.0)
+        with pytest.raises(ExpungeError, match="rank must be at least 1"):
+            method.replace(rank=0)
+
+    def test_an_old_name_still_loads_and_is_answered_with_the_new(self, method):
+        usual = flatten(type(method)())
+        for old, new in method.renamed.items():
+            assert build_from_record(type(method), {old: usual[new]}) == type(method)()
+            with pytest.raises(ExpungeError, match=f"'{old}' is named '{new}' now"):
+                build(type(method), {old: usual[new]})

@@ -9,13 +9,13 @@ from torch import nn
 
 from expunge import ExpungeError
 from expunge.base.errors import ExpungeWarning
-from expunge.ops.attention import CrossAttention, energy, grid, read_attention
+from expunge.ops.attention import CrossAttention, energy, infer_grid, read_attention
 from expunge.ops.finetune import frozen, minimise
-from expunge.ops.least_squares import fused, gram, moved_by, outer, right_factor
-from expunge.ops.low_rank import balanced, each_its_own, first_factors
+from expunge.ops.least_squares import gram, multiply_by_gram, outer, solve_fusion, solve_right_factor
+from expunge.ops.low_rank import balance, init_factors, use_own_factors
 from expunge.ops.otsu import otsu
-from expunge.ops.prompt_alignment import match, phrase_positions
-from expunge.ops.saliency import Intersection, packed, settled, top_half, unpacked
+from expunge.ops.prompt_alignment import locate_phrases, match_tokens
+from expunge.ops.saliency import Intersection, pack_bits, settled, top_half, unpack_bits
 
 D = 12
 
@@ -34,7 +34,7 @@ def sums(erased, anchors, retained):
 def test_gradient_is_zero_at_the_solution(rows):
     erased, anchors, retained = rows
     weight = torch.randn(3, D, dtype=torch.float64)
-    solution = (weight @ right_factor(*sums(*rows), ridge=0.3)).requires_grad_()
+    solution = (weight @ solve_right_factor(*sums(*rows), ridge=0.3)).requires_grad_()
     loss = (
         (erased @ solution.T - anchors @ weight.T).square().sum()
         + (retained @ solution.T - retained @ weight.T).square().sum()
@@ -50,22 +50,24 @@ def test_equals_a_plain_least_squares(rows):
     given = torch.cat([erased, retained, 0.3**0.5 * eye])
     wanted = torch.cat([anchors, retained, 0.3**0.5 * eye])
     plain = torch.linalg.lstsq(given, wanted).solution.T
-    torch.testing.assert_close(right_factor(*sums(*rows), ridge=0.3), plain, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        solve_right_factor(*sums(*rows), ridge=0.3), plain, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_large_ridge_returns_the_weight(rows):
-    matrix = right_factor(*sums(*rows), ridge=1e12)
+    matrix = solve_right_factor(*sums(*rows), ridge=1e12)
     torch.testing.assert_close(matrix, torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_nothing_to_move_returns_the_weight(rows):
     erased, _, retained = rows
-    matrix = right_factor(*sums(erased, erased, retained), ridge=0.1)
+    matrix = solve_right_factor(*sums(erased, erased, retained), ridge=0.1)
     torch.testing.assert_close(matrix, torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_the_change_has_at_most_the_rank_of_the_erased_rows(rows):
-    matrix = right_factor(*sums(*rows), ridge=0.1)
+    matrix = solve_right_factor(*sums(*rows), ridge=0.1)
     assert torch.linalg.matrix_rank(matrix - torch.eye(D, dtype=torch.float64), rtol=1e-10) == 5
 
 
@@ -73,7 +75,7 @@ def test_a_heavy_prior_holds_its_rows(rows):
     retained = rows[2]
     cross, gram, prior = sums(*rows)
     moved = [
-        (retained @ right_factor(cross, gram, scale * prior, 0.1).T - retained).norm()
+        (retained @ solve_right_factor(cross, gram, scale * prior, 0.1).T - retained).norm()
         for scale in (1, 100, 1e4)
     ]
     assert moved[0] > moved[1] > moved[2]
@@ -98,7 +100,7 @@ def test_a_singular_system_names_the_remedy(rows, noise):
     erased, anchors, _ = rows
     prior = noise * torch.eye(D, dtype=torch.float64) * 1e-6
     with pytest.raises(ExpungeError, match="singular.*raise the ridge"):
-        right_factor(outer(anchors, erased), outer(erased, erased), prior, ridge=0.0)
+        solve_right_factor(outer(anchors, erased), outer(erased, erased), prior, ridge=0.0)
 
 
 def plain_fusion(weight, refined, concepts, changes, retained, scale, ridge):
@@ -130,10 +132,10 @@ class TestFusion:
         matrix, concepts, weights, changes, retained = parts
         gram = sum(outer(e, e) for e in concepts)
         moved = torch.cat([
-            moved_by(torch.cat([down for _, down in layers]), e)
+            multiply_by_gram(torch.cat([down for _, down in layers]), e)
             for e, layers in zip(concepts, changes, strict=True)
         ])  # fmt: skip
-        right, downs = fused(matrix, gram, scale * outer(retained, retained), ridge, moved)
+        right, downs = solve_fusion(matrix, gram, scale * outer(retained, retained), ridge, moved)
         downs = downs.reshape(len(concepts), len(weights), 2, D)
         return [
             w @ right + sum(changes[i][layer][0] @ downs[i, layer] for i in range(len(concepts)))
@@ -161,19 +163,21 @@ class TestFusion:
     def test_one_change_on_rows_that_span_the_space_is_kept_whole(self, parts):
         matrix, concepts, _, changes, _ = parts
         rows = torch.cat(concepts)
-        right, down = fused(matrix, outer(rows, rows), 0 * matrix, 0.0, moved_by(changes[0][0][1], rows))
+        right, down = solve_fusion(
+            matrix, outer(rows, rows), 0 * matrix, 0.0, multiply_by_gram(changes[0][0][1], rows)
+        )
         torch.testing.assert_close(right, matrix, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(down, changes[0][0][1], rtol=1e-8, atol=1e-8)
 
     def test_sums_are_additive(self, parts):
         rows, down = parts[1][2], parts[3][0][0][1]
-        halves = moved_by(down, rows[:4]) + moved_by(down, rows[4:])
+        halves = multiply_by_gram(down, rows[:4]) + multiply_by_gram(down, rows[4:])
         torch.testing.assert_close(halves, down @ outer(rows, rows))
 
     def test_a_singular_system_names_the_remedy(self, parts):
         rows = parts[1][0]
         with pytest.raises(ExpungeError, match="singular.*raise the ridge"):
-            fused(parts[0], outer(rows, rows), 0 * parts[0], 0.0, rows[:1])
+            solve_fusion(parts[0], outer(rows, rows), 0 * parts[0], 0.0, rows[:1])
 
 
 def test_at_the_size_of_stable_diffusion():
@@ -186,9 +190,9 @@ def test_at_the_size_of_stable_diffusion():
     changes = [(torch.randn(len(w), 1) / 30, torch.randn(1, d)) for w in weights]
     e, a, p = erased.double(), anchors.double(), retained.double()
     prior = scale * outer(retained, retained)
-    matrix = right_factor(outer(anchors, erased), outer(erased, erased), prior, ridge)
-    moved = moved_by(torch.cat([down for _, down in changes]), erased)
-    right, downs = fused(matrix, outer(erased, erased), prior, ridge, moved)
+    matrix = solve_right_factor(outer(anchors, erased), outer(erased, erased), prior, ridge)
+    moved = multiply_by_gram(torch.cat([down for _, down in changes]), erased)
+    right, downs = solve_fusion(matrix, outer(erased, erased), prior, ridge, moved)
     for w, (up, down), ours in zip(weights, changes, downs, strict=True):
         w, change, eye = w.double(), up.double() @ down.double(), torch.eye(d, dtype=torch.float64)
         inverse = torch.linalg.inv(e.T @ e + scale * p.T @ p + ridge * eye)
@@ -218,7 +222,7 @@ class TestContexts:
     )
     def test_pairs(self, first, second, pairs):
         e, g = torch.tensor(first), torch.tensor(second)
-        m = match(e, g, (first.index(1), second.index(1)))
+        m = match_tokens(e, g, (first.index(1), second.index(1)))
         found = [(i, i) for i in range(m.head)]
         found += [(m.first + i, m.second + i) for i in range(m.tail)]
         assert found == pairs
@@ -228,7 +232,7 @@ class TestContexts:
     def test_a_phrase_lies_between_its_words(self):
         own = torch.zeros(2, 8, dtype=torch.bool)
         own[0, 1:6] = own[1, 1:5] = True
-        found = phrase_positions([2, 2], [1, 1], own)
+        found = locate_phrases([2, 2], [1, 1], own)
         assert [row.nonzero().flatten().tolist() for row in found] == [[3, 4], [3]]
 
 
@@ -239,7 +243,7 @@ class TestBatchedLowRank:
         torch.manual_seed(3)
         layer, x = nn.Linear(D, 5), torch.randn(4, 7, D)
         up, down = torch.randn(4, 5, 2), torch.randn(4, 2, D)
-        with each_its_own([layer], [up], [down]):
+        with use_own_factors([layer], [up], [down]):
             together = layer(x)
         for b in range(4):
             alone = nn.functional.linear(x[b], layer.weight + up[b] @ down[b], layer.bias)
@@ -260,12 +264,12 @@ class TestBatchedLowRank:
     def test_rows_take_turns_and_a_switch_takes_changes_off(self, layer, shape):
         torch.manual_seed(3)
         x = torch.randn(shape)
-        ups, downs = first_factors([layer], 2, [torch.Generator().manual_seed(i) for i in range(3)])
+        ups, downs = init_factors([layer], 2, [torch.Generator().manual_seed(i) for i in range(3)])
         assert not ups[0].any()
         assert downs[0].shape == (3, 2, layer.weight[0].numel())
         ups[0] += torch.randn(ups[0].shape)
         plain = layer(x)
-        with each_its_own([layer], ups, downs, 0.7) as switch:
+        with use_own_factors([layer], ups, downs, 0.7) as switch:
             together = layer(x)
             with switch.off():
                 assert torch.equal(layer(x), plain)
@@ -279,7 +283,7 @@ class TestBatchedLowRank:
         torch.manual_seed(3)
         up, down = 1e-7 * torch.randn(5, 3), 1e3 * torch.randn(3, D)
         up[:, 2] = 0
-        left, right = balanced(up, down)
+        left, right = balance(up, down)
         torch.testing.assert_close(left @ right, up @ down)
         torch.testing.assert_close(left.abs().amax(0)[:2], right.abs().amax(1)[:2])
         half = left.half().float() @ right.half().float()
@@ -303,7 +307,12 @@ class TestMinimise:
         return [*starts, idle], losses
 
     def test_a_batch_ends_where_each_ends_alone(self):
-        settings = {"max_train_steps": 30, "rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        settings = {
+            "max_train_steps": 30,
+            "learning_rate": 0.05,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.7,
+        }
         together, losses = self.problem(range(6))
         before = float(losses(0).sum())
         minimise(together, losses, **settings)
@@ -350,7 +359,7 @@ class TestMinimise:
 
     def test_of_a_batch_one_runs_away(self, monkeypatch):
         monkeypatch.setattr("expunge.ops.finetune.KEEP_EVERY", 4)
-        settings = {"rate": 0.05, "weight_decay": 0.1, "clip": 0.7}
+        settings = {"learning_rate": 0.05, "weight_decay": 0.1, "max_grad_norm": 0.7}
         sound, losses = self.problem([0, 1])
         minimise(sound, losses, max_train_steps=10, **settings)
         short, losses = self.problem([0, 1])
@@ -398,11 +407,11 @@ class TestAttention:
     """Maps read beside the layers."""
 
     def test_grid(self):
-        assert grid(64, 8, 8) == (8, 8)
-        assert grid(4, 8, 8) == (2, 2)
-        assert grid(6, 9, 6) == (3, 2)
+        assert infer_grid(64, 8, 8) == (8, 8)
+        assert infer_grid(4, 8, 8) == (2, 2)
+        assert infer_grid(6, 9, 6) == (3, 2)
         with pytest.raises(ExpungeError, match="15 pixels are no halving of latents of 8 × 8"):
-            grid(15, 8, 8)
+            infer_grid(15, 8, 8)
 
     def test_energy_is_the_plain_sum(self):
         torch.manual_seed(6)
@@ -483,6 +492,6 @@ class TestSaliency:
     @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (2, 3, 3, 3), ()])
     def test_bits(self, shape):
         mask = torch.rand(shape) < 0.5
-        bits = packed(mask)
+        bits = pack_bits(mask)
         assert len(bits) == -(-mask.numel() // 8)
-        assert torch.equal(unpacked(bits, shape), mask)
+        assert torch.equal(unpack_bits(bits, shape), mask)

@@ -16,7 +16,7 @@ RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 def corner(path, **how):
     """The colour of the first pixel, in 8 bits."""
-    return (image_files.read(path, **how)[:, 0, 0] * 255).round().int().tolist()
+    return (image_files.read_image(path, **how)[:, 0, 0] * 255).round().int().tolist()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -48,7 +48,7 @@ def test_all_orientations(tmp_path, orientation, ending):
     Image.fromarray(np.ascontiguousarray(turn(seen))).save(
         tmp_path / f"x.{ending}", exif=exif, **lossless
     )
-    found = image_files.read(tmp_path / f"x.{ending}")
+    found = image_files.read_image(tmp_path / f"x.{ending}")
     assert found.shape == (3, 16, 32)
     assert (found - torch.from_numpy(seen).permute(2, 0, 1) / 255).abs().max() < 0.1
 
@@ -56,7 +56,7 @@ def test_all_orientations(tmp_path, orientation, ending):
 def test_sixteen_bits_become_eight(tmp_path):
     levels = np.array([[0, 257, 32896, 65535]], np.uint16)
     Image.fromarray(levels).save(tmp_path / "x.png")
-    found = (image_files.read(tmp_path / "x.png") * 255).round().int()
+    found = (image_files.read_image(tmp_path / "x.png") * 255).round().int()
     assert found[:, 0].tolist() == [[0, 1, 128, 255]] * 3
 
 
@@ -132,16 +132,16 @@ def test_an_image_of_too_many_pixels_is_one_sentence(tmp_path):
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     with pytest.raises(ExpungeError, match=r"x\.png: it has more than \d+ million pixels$"):
-        image_files.read(tmp_path / "x.png")
+        image_files.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF"])
 def test_what_is_no_image_is_one_sentence(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(ExpungeError, match="it is no whole image"):
-        image_files.read(tmp_path / "x.png")
+    with pytest.raises(ExpungeError, match="it is not a whole image"):
+        image_files.read_image(tmp_path / "x.png")
     with pytest.raises(ExpungeError, match="No such file"):
-        image_files.read(tmp_path / "absent.png")
+        image_files.read_image(tmp_path / "absent.png")
 
 
 def test_broken_notes_of_a_camera_spoil_nothing(tmp_path):

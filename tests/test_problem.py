@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from expunge import Concept, ExpungeError, Probe, Problem
-from expunge.base.errors import unknown
+from expunge.base.errors import UnknownNameError
 from expunge.base.fields import build
-from expunge.erasing.object_masks import from_folder
-from expunge.erasing.reference_images import Examples, folder_of
+from expunge.erasing.object_masks import masks_from_folder
+from expunge.erasing.reference_images import Examples, find_folder
 from expunge.evaluation.experiment import _problems
 from expunge.methods.uce import UCE
 from expunge.model import ANCHORS
-from expunge.problem import KINDS, key
+from expunge.problem import KINDS, normalize_name
 
 
 def test_overlaps_are_of_whole_words():
@@ -107,9 +107,9 @@ def test_a_probe_gives_every_prompt_the_same_seeds():
 
 
 def test_an_unknown_name_is_a_conversation():
-    assert "did you mean 'uce'" in str(unknown("method", "UEC", ["uce"]))
-    assert "known: uce" in str(unknown("method", "zzzzzz", ["uce"]))
-    assert "known: none" in str(unknown("method", "zzzzzz", []))
+    assert "did you mean 'uce'" in str(UnknownNameError("method", "UEC", ["uce"]))
+    assert "known: uce" in str(UnknownNameError("method", "zzzzzz", ["uce"]))
+    assert "known: none" in str(UnknownNameError("method", "zzzzzz", []))
 
 
 SAME = [
@@ -134,7 +134,7 @@ SAME = [
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_a_name_in_another_spelling_is_the_same(one, other):
-    assert key(one) == key(other)
+    assert normalize_name(one) == normalize_name(other)
     for first, second in ((one, other), (other, one)):
         with pytest.raises(ExpungeError, match="both erased and retained"):
             Problem((Concept(first, ""),), (second,))
@@ -159,7 +159,7 @@ def test_names_that_look_different_are_different():
         "cat",
         "ca t",
     ]
-    assert len({key(name) for name in names}) == len(names)
+    assert len({normalize_name(name) for name in names}) == len(names)
     assert Concept(family).name == family
     assert Concept(scotland).name == scotland
 
@@ -176,13 +176,13 @@ def test_what_nobody_sees_is_not_erased():
 def test_a_folder_of_images_is_found_in_another_spelling(tmp_path):
     (tmp_path / "Tu\u0308rkiye").mkdir()
     (tmp_path / "Cat").mkdir()
-    assert folder_of("T\u00fcrkiye", tmp_path) == tmp_path / "Tu\u0308rkiye"
-    assert folder_of("cat", tmp_path) == tmp_path / "Cat"
-    assert folder_of("dog", tmp_path) == tmp_path
+    assert find_folder("T\u00fcrkiye", tmp_path) == tmp_path / "Tu\u0308rkiye"
+    assert find_folder("cat", tmp_path) == tmp_path / "Cat"
+    assert find_folder("dog", tmp_path) == tmp_path
     (tmp_path / "CAT").mkdir()
-    assert folder_of("CAT", tmp_path) == tmp_path / "CAT"
+    assert find_folder("CAT", tmp_path) == tmp_path / "CAT"
     with pytest.raises(ExpungeError, match="several folders that are called 'cat': 'CAT', 'Cat'"):
-        folder_of("cat", tmp_path)
+        find_folder("cat", tmp_path)
 
 
 def test_an_experiment_retains_no_other_spelling_of_what_it_erases():
@@ -203,5 +203,5 @@ def test_masks_are_read_as_masks(tmp_path):
     cut_out.save(masks / "b.PNG")
     files = tuple(str(tmp_path / f"{name}.png") for name in ("Tu\u0308r", "b"))
     examples = Examples("cat", "a cat", torch.zeros(2, 4, 2, 2), files)
-    found = from_folder(masks, None, examples)
+    found = masks_from_folder(masks, None, examples)
     assert found.tolist() == [[[True, True, False, False]] * 4] * 2

@@ -47,7 +47,7 @@ def equal(first, second):
 
 
 def test_its_address_is_one():
-    ray_backend.check(ray.get_runtime_context().gcs_address)
+    ray_backend.check_address(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -13,10 +13,10 @@ import torch
 
 import expunge
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.experiment import Experiment
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.report import evaluate
-from expunge.evaluation.scoring import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 
@@ -86,14 +86,14 @@ def test_images_are_drawn_once_for_all(model, edits, suite, report, tmp_path):
 
 def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, tmp_path):
     """Against the kernel distance of images drawn and compared by hand."""
-    from expunge.evaluation.image_cache import Request, Source
-    from expunge.evaluation.measure import make
+    from expunge.evaluation.image_source import Request, Source
+    from expunge.evaluation.measure import make_metric
 
     cache = Cache(tmp_path / "cache")
     report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
     assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three images
     (case,) = report.cases
-    metric = make("alignment", {})
+    metric = make_metric("alignment", {})
 
     def rows(source, prompt, seeds):
         asked = [Request(prompt, seed, 2, model.guidance_scale) for seed in seeds]
@@ -129,7 +129,7 @@ def test_anchors_are_drawn_once_and_the_suite_may_say_which(suite):
 def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
     report.save(tmp_path / "report")
     table = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert table["format"] == 1
+    assert table["format"] == 2
     facts = table["provenance"]
     assert facts["num_inference_steps"] == 2
     assert len(facts["model sha256"]) == 64
@@ -258,16 +258,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_report_as_it_was(report, tmp
 
 
 def test_left_out_words_are_in_no_strip_and_all_retained_words_are(model, edits, suite, tmp_path):
-    from expunge.evaluation.html_report import SHOWN, _worst_first
+    from expunge.evaluation.html_strips import SHOWN, worst_first
 
     report = evaluate(model, edits[:1], [suite], cache=Cache(tmp_path / "cache"))
     (case,) = report.cases
     row = case.rows[1]
-    cells = [c for c, cell in enumerate(row.looks.cells) if cell.role == "retained"]
-    found = _worst_first(case, row, "retained")
-    assert {c for _, c, _ in found[: SHOWN["retained"]]} == set(cells)
-    case.wrong[row.name][cells[0]].fill_(float("nan"))
-    assert cells[0] not in {c for _, c, _ in _worst_first(case, row, "retained")}
+    places = [c for c, cell in enumerate(row.samples) if cell.cell.role == "retained"]
+    found = worst_first(case, row, "retained")
+    assert {c for _, c, _ in found[: SHOWN["retained"]]} == set(places)
+    words = row.samples[places[0]].cell.targets[0].words
+    case = dataclasses.replace(case, left_out=(("retained", words, 0.0),))
+    assert places[0] not in {c for _, c, _ in worst_first(case, row, "retained")}
 
 
 def test_scores_alone_give_h_a(model, edits, tmp_path):
@@ -353,12 +354,12 @@ ridge = 5.0
 MACE_ROWS = """
 [[methods]]
 name = "mace"
-preset = "fast"
+preset = "emoji"
 stages = ["refine"]
 title = "refinement only"
 [[methods]]
 name = "mace"
-preset = "fast"
+preset = "emoji"
 """
 
 
@@ -377,14 +378,14 @@ def test_an_experiment_is_done_once(model, experiment, tmp_path, monkeypatch):
     report = read.run(model, tmp_path / "out", cache=cache)
     assert len(list((tmp_path / "out" / "edits").iterdir())) == 4
     assert [len(case.rows) for case in report.cases] == [3, 3]
-    means = report.methods()["content_mask"]
+    means = report.average_methods()["own"]
     assert len(means) == 3  # the original and two recipes
-    ((suite, one, other, difference),) = report.differences()
+    ((suite, one, other, difference),) = report.pair_methods()
     assert suite == "own"
     assert difference.value == means[one].value - means[other].value
     assert torch.equal(difference.draws, means[one].draws - means[other].draws)  # paired
     fewer = [dataclasses.replace(report.cases[0], rows=report.cases[0].rows[:2]), report.cases[1]]
-    assert not dataclasses.replace(report, cases=tuple(fewer)).differences()
+    assert not dataclasses.replace(report, cases=tuple(fewer)).pair_methods()
     monkeypatch.setattr("expunge.evaluation.experiment.erase", None)  # nothing is left to erase
     table = report.to_dict()["differences between methods"]
     assert [one["comparisons"] for one in table] == [1]
@@ -431,9 +432,9 @@ def test_a_misspelt_field_is_told_in_the_readers_words(experiment, before, after
 def test_presets_and_titles(experiment):
     experiment.write_text(EXPERIMENT + MACE_ROWS)
     *_, refined, _, whole, _ = Experiment.read(experiment).jobs()
-    assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 5)
+    assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 50)
     assert refined.name == "refinement only: airplane"
-    assert whole.name == "mace fast: airplane"
+    assert whole.name == "mace emoji: airplane"
     assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
 
 
@@ -458,14 +459,16 @@ def test_the_experiments_of_this_repository_can_be_read():
 
 
 def test_fields_beside_a_preset(experiment):
-    table = 'name = "mace"\npreset = "fast"\n'
-    experiment.write_text(EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "steps", 1))
+    table = 'name = "mace"\npreset = "emoji"\n'
+    experiment.write_text(
+        EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "max_train_steps", 1)
+    )
     first, _, other, _ = Experiment.read(experiment).jobs()
-    assert first.method == type(first.method).preset("fast", max_train_steps=20)
-    assert first.name == "mace fast, steps 20: airplane"
+    assert first.method == type(first.method).preset("emoji", max_train_steps=20)
+    assert first.name == "mace emoji, max_train_steps 20: airplane"
     assert other.name.startswith("uce, ridge 5.0, general 20")
-    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "fats"', 1))
-    with pytest.raises(ExpungeError, match="did you mean 'fast'"):
+    experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "emojo"', 1))
+    with pytest.raises(ExpungeError, match="did you mean 'emoji'"):
         Experiment.read(experiment)
 
 
@@ -479,6 +482,8 @@ def test_fields_beside_a_preset(experiment):
         ("suites", "suits", "did you mean 'suites'"),
         ('["own.toml"]', '["absent.toml"]', "cannot read"),
         ('["own.toml"]', "[]", "names no suite"),
+        ("seeds = [0]", 'attacks = ["embeding"]', "did you mean 'embedding'"),
+        ("seeds = [0]", 'attacks = ["embedding:far"]', "no budgets for the attack embedding:far"),
         ('"ship=street"', '"guitar"', "knows nothing of 'guitar'"),
         ('["airplane=sky", "ship=street"]', "[]", "has no concepts"),
         ("seeds = [0]", "seeds = []", "has no seeds"),

@@ -49,7 +49,7 @@ class Slow(Method):
                 made[name] = {"up": self.strength * up, "down": down.T}
             return made
 
-        made = run.pieces(make, [c.name for c in problem.erase], batch=2, label="concepts")
+        made = run.map_cached(make, [c.name for c in problem.erase], batch_size=2, label="concepts")
         return [LowRank((layer,), **tensors) for tensors in made.values()]
 '''
 

@@ -7,7 +7,9 @@ import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.erasing.concept_tokens import last_tokens
 from expunge.methods.oce import OCE, nearest_rotation, projector
+from expunge.methods.rece import RECE, find_returning, sum_projections
 from expunge.methods.speed import SPEED, influential, invariants, null_space_change
+from expunge.methods.uce import UCE
 
 
 def rows(n, width=12, seed=0):
@@ -114,3 +116,47 @@ class TestOce:
         for change in edit.changes:
             weight = model.weight(change.layers[0])
             torch.testing.assert_close(change.weight(weight), weight, rtol=1e-4, atol=1e-5)
+
+
+class TestRece:
+    def test_what_returns_is_the_least_squares_solution(self, model):
+        """Layer by layer as one tall system, against the shared S."""
+        layers = [model.weight(e.layer).double() for e in model.text_entries()]
+        width = layers[0].shape[1]
+        matrix = torch.eye(width, dtype=torch.float64) - 0.2 * rows(width, width, 4) / width**0.5
+        e = rows(2, width, 5)
+        found = find_returning(e, matrix, sum_projections(model), 0.3)
+        tall = torch.cat([*(w @ matrix for w in layers), 0.3**0.5 * torch.eye(width).double()])
+        for row, ours in zip(e, found, strict=True):
+            goal = torch.cat([*(w @ row for w in layers), torch.zeros(width, dtype=torch.float64)])
+            slow = torch.linalg.lstsq(tall, goal[:, None]).solution[:, 0]
+            torch.testing.assert_close(ours, slow, rtol=1e-6, atol=1e-9)
+
+    def test_without_rounds_it_is_uce(self, model):
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        method = RECE(rounds=0, general=5)
+        plain = UCE(ridge=method.ridge, general=5, templates=method.templates)
+        ours, plain = (expunge.erase(model, problem, one) for one in (method, plain))
+        assert torch.equal(ours.changes[0].matrix, plain.changes[0].matrix)
+
+    def test_what_came_back_after_uce_comes_back_less(self, model):
+        """The embedding that undoes UCE is sent further from the concept after a round."""
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        method = RECE(rounds=1, general=5, ridge=0.05, norm_weight=1e-3)
+        sent = sum_projections(model)
+        text = model.encode(["airplane"])
+        span = text.from_last_token(0)[0]
+        e = text.embeddings[0, span][:1].double()
+        plain = (
+            expunge.erase(model, problem, RECE(rounds=0, general=5, ridge=0.05))
+            .changes[0]
+            .matrix.double()
+        )
+        found = find_returning(e, plain, sent, 1e-3)
+        ours = expunge.erase(model, problem, method).changes[0].matrix.double()
+
+        def apart(matrix):
+            off = matrix @ found[0] - e[0]
+            return float(off @ sent @ off)
+
+        assert apart(ours) > 2 * apart(plain)

@@ -95,7 +95,7 @@ def test_a_broken_piece_is_made_again_and_said(tmp_path, damage):
     file = next(tmp_path.rglob("a-*.safetensors"))
     file.write_bytes(damage(file.read_bytes()))
     maker = Maker(run)
-    with pytest.warns(ExpungeWarning, match="of 'a' is broken; it is made again"):
+    with pytest.warns(ExpungeWarning, match="of 'a' is broken; it is computed again"):
         assert equal(run.map_cached(maker, ["a", "b"]), expected)
     assert maker.asked == [["a"]]
     assert equal(run.map_cached(Maker(run), ["a", "b"]), expected)
@@ -131,7 +131,7 @@ def test_an_unwritable_folder(tmp_path):
 
 def test_file_names_never_meet():
     names = [*NAMES, *(f"flag {i}" for i in range(1000)), "", " ", "\udcff"]
-    assert len({store.stem(name).casefold() for name in names}) == len(names)
+    assert len({store.make_stem(name).casefold() for name in names}) == len(names)
 
 
 COMMAND = {"method": "mace", "fields": {"templates": ("{}",)}, "seed": 0}
@@ -139,35 +139,38 @@ COMMAND = {"method": "mace", "fields": {"templates": ("{}",)}, "seed": 0}
 
 def test_a_work_folder_belongs_to_one_command(tmp_path):
     folder = tmp_path / "out.work"
-    with work_dir.opened(folder, COMMAND) as place:
+    with work_dir.open_work_dir(folder, COMMAND) as place:
         (place / "pieces").mkdir()
-    with work_dir.opened(folder, COMMAND) as place:
+    with work_dir.open_work_dir(folder, COMMAND) as place:
         assert place == folder
     other = {**COMMAND, "seed": 1, "method": "uce"}
     with (
         pytest.raises(ExpungeError, match=r"other method and seed\); delete it, or choose another"),
-        work_dir.opened(folder, other),
+        work_dir.open_work_dir(folder, other),
     ):
         pass
     (folder / work_dir.COMMAND).write_text("{")
-    with pytest.raises(ExpungeError, match=r"no legible command.json"), work_dir.opened(folder, COMMAND):
+    with (
+        pytest.raises(ExpungeError, match=r"no legible command.json"),
+        work_dir.open_work_dir(folder, COMMAND),
+    ):
         pass
     work_dir.remove(folder)
     assert not folder.exists()
 
 
 def test_a_work_folder_with_nothing_in_it_goes(tmp_path):
-    with pytest.raises(ZeroDivisionError), work_dir.opened(tmp_path / "out.work", COMMAND):
+    with pytest.raises(ZeroDivisionError), work_dir.open_work_dir(tmp_path / "out.work", COMMAND):
         assert (tmp_path / "out.work" / work_dir.COMMAND).is_file()
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with work_dir.opened(None, COMMAND) as place:
+    with work_dir.open_work_dir(None, COMMAND) as place:
         assert place is None
 
 
 def test_somebody_elses_folder_stays(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(ExpungeError, match="no work folder"), work_dir.opened(tmp_path, COMMAND):
+    with pytest.raises(ExpungeError, match="no work folder"), work_dir.open_work_dir(tmp_path, COMMAND):
         pass
     work_dir.remove(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
@@ -176,14 +179,14 @@ def test_somebody_elses_folder_stays(tmp_path):
 def test_a_folder_that_was_never_signed_is_taken(tmp_path):
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / ".half.json").write_text("{")
-    with work_dir.opened(tmp_path / "out.work", COMMAND) as place:
+    with work_dir.open_work_dir(tmp_path / "out.work", COMMAND) as place:
         assert (place / work_dir.COMMAND).is_file()
 
 
 @pytest.mark.parametrize("address", ["here", "host:", "host:x", "http://host:80", "a b:1", "locl"])
 def test_no_address(address):
     with pytest.raises(ExpungeError, match="HOST:PORT, ray://HOST:PORT, auto or local, not"):
-        ray_backend.check(address)
+        ray_backend.check_address(address)
 
 
 @pytest.mark.parametrize("pattern", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}", "localhost:{}"])
@@ -192,7 +195,7 @@ def test_an_address_where_nobody_answers(pattern):
         taken.bind(("127.0.0.1", 0))
         address = pattern.format(taken.getsockname()[1])
         with pytest.raises(ExpungeError, match="nobody answers at the Ray address"):
-            ray_backend.check(address)
+            ray_backend.check_address(address)
         run = RunContext(ray=address)
         with pytest.raises(ExpungeError, match="nobody answers"):
             run.map_cached(Maker(run), ["a"])
@@ -213,26 +216,26 @@ def test_an_address_of_something_else(monkeypatch, says):
         threading.Thread(target=answer, daemon=True).start()
         message = "is not a Ray cluster" if says else "nobody answers .*: timed out"
         with pytest.raises(ExpungeError, match=message):
-            ray_backend.check(f"127.0.0.1:{server.getsockname()[1]}")
+            ray_backend.check_address(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_without_ray(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExpungeError, match=r"pip install 'expunge\[ray\]'"):
-        ray_backend.check("local")
-    ray_backend.check("")
+        ray_backend.check_address("local")
+    ray_backend.check_address("")
 
 
 def test_a_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     run = RunContext(folder=tmp_path / "work")
     assert run.checkpoint("training") is None
     for step in (1, 2):
-        run.keep_checkpoint("training", {"step": torch.tensor(step)})
+        run.save_checkpoint("training", {"step": torch.tensor(step)})
     assert run.checkpoint("training") == {"step": torch.tensor(2)}
     assert run.checkpoint("other") is None
     (file,) = (tmp_path / "work").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.warns(ExpungeWarning, match="is broken; it is made again"):
+    with pytest.warns(ExpungeWarning, match="is broken; it is computed again"):
         assert run.checkpoint("training") is None
     assert RunContext().checkpoint("training") is None
-    RunContext().keep_checkpoint("training", {})
+    RunContext().save_checkpoint("training", {})

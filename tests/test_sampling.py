@@ -11,12 +11,13 @@ import expunge
 import tiny
 from conftest import tiny_pipeline
 from expunge import Concept, ExpungeError, Problem
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.report import evaluate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.probe import Probe
-from expunge.runtime.schedulers import replaced, scheduler_name
+from expunge.runtime.schedulers import parse_scheduler, replace_scheduler
 
 TABLE = {
     "version": 1,
@@ -45,37 +46,37 @@ def pndm():
 
 def test_names():
     for name in ("DDIM", "ddim", "DDIMScheduler", " DDIM "):
-        assert scheduler_name(name) == "DDIM"
+        assert parse_scheduler(name) == "DDIM"
     with pytest.raises(ExpungeError, match="no scheduler 'DDDIM'; did you mean 'DDIM'"):
-        scheduler_name("DDDIM")
+        parse_scheduler("DDDIM")
 
 
 @pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "PNDM"])
 def test_images_are_those_of_that_scheduler(pndm, name):
     """Against a pipeline that was given the scheduler by hand."""
-    drawn = pndm.sampled_by(name).draw(PROBE)
+    drawn = pndm.with_scheduler(name).draw(PROBE)
     other = tiny_pipeline()
-    other.scheduler = replaced(pndm.pipe.scheduler, name, "it")
+    other.scheduler = replace_scheduler(pndm.pipe.scheduler, name, "it")
     assert type(other.scheduler).__name__ == f"{name}Scheduler"
     torch.testing.assert_close(drawn, expunge.load(other).draw(PROBE))
     assert type(pndm.pipe.scheduler) is PNDMScheduler
-    assert torch.equal(pndm.draw(PROBE), pndm.sampled_by("").draw(PROBE))
+    assert torch.equal(pndm.draw(PROBE), pndm.with_scheduler("").draw(PROBE))
 
 
 def test_latents_are_not_cut_to_pixels(pndm):
     """A configuration that says nothing of cutting means none: DDIM's default is for pixels."""
-    config = pndm.sampled_by("DDIM").pipe.scheduler.config
+    config = pndm.with_scheduler("DDIM").pipe.scheduler.config
     assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
     assert config.beta_start == 0.00085
     said = DDIMScheduler(clip_sample=True, steps_offset=1, set_alpha_to_one=False)
     euler = EulerDiscreteScheduler.from_config(said.config)
-    assert replaced(euler, "DDIM", "it").config.clip_sample  # said, and so kept
-    assert replaced(said, "ddim", "it") is said
+    assert replace_scheduler(euler, "DDIM", "it").config.clip_sample  # said, and so kept
+    assert replace_scheduler(said, "ddim", "it") is said
 
 
 def test_an_edit_lies_on_both(pndm):
     edit = expunge.erase(pndm, Problem((Concept("ship", "sky"),)), UCE(general=20))
-    sampled = pndm.sampled_by("DDIM")
+    sampled = pndm.with_scheduler("DDIM")
     before = sampled.draw(PROBE)
     with sampled.using(edit):
         assert not torch.equal(sampled.draw(PROBE), before)
@@ -87,16 +88,16 @@ def test_an_edit_lies_on_both(pndm):
 def test_flow_matching_has_no_ddim(family, own):
     model = expunge.load(getattr(tiny, family)())
     with pytest.raises(ExpungeError, match=f"DDIM is for models that predict noise, .* its own, {own}"):
-        model.sampled_by("DDIM")
+        model.with_scheduler("DDIM")
     with pytest.raises(ExpungeError, match="predict noise"):
         edit = expunge.erase(model, Problem((Concept("ship", "sky"),)), UCE(general=20))
         evaluate(model, [edit], [Suite.from_table(TABLE, "told")])
-    assert model.sampled_by("FlowMatchEulerDiscreteScheduler") is model
+    assert model.with_scheduler("FlowMatchEulerDiscreteScheduler") is model
 
 
 def test_noise_has_no_flow(pndm):
     with pytest.raises(ExpungeError, match="models that learn a flow, and StableDiffusion is one of th"):
-        pndm.sampled_by("FlowMatchEulerDiscrete")
+        pndm.with_scheduler("FlowMatchEulerDiscrete")
 
 
 def test_a_suite_demands_its_scheduler(pndm, tmp_path):
@@ -111,7 +112,7 @@ def test_a_suite_demands_its_scheduler(pndm, tmp_path):
     assert [case["sampler"]["class"] for case in table["cases"]] == ["DDIMScheduler", "PNDMScheduler"]
     assert table["provenance"]["sampler"]["class"] == "DDIMScheduler"
     assert table["cases"][0]["sampler"]["num_inference_steps"] == 3
-    sampled = pndm.sampled_by("DDIM")
+    sampled = pndm.with_scheduler("DDIM")
     asked = [Request("a photo of the ship", seed, 3, pndm.guidance_scale) for seed in (0, 1)]
     drawn = cache.draw(Source(sampled), asked)
     assert cache.drawn == 16

@@ -2,7 +2,7 @@
 
 import torch
 
-from expunge.evaluation.contact_sheet import Strip, contact_sheet
+from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 
 
 def flat(*colour):
@@ -15,7 +15,7 @@ def test_every_image_is_there_in_its_row_and_column():
         (name, [flat(*c) for c in row]) for name, row in zip(("before", "after"), colours, strict=True)
     ]
     band = Strip("Türkiye – a flag", ["a ship", "a very long caption of very many words"], rows, "H 1.0")
-    paper = contact_sheet([band, band], cell=64)
+    paper = draw_contact_sheet([band, band], cell=64)
     found = {}
     for y in range(paper.height):
         for x in range(paper.width):

@@ -9,12 +9,12 @@ from expunge.evaluation import statistics
 from expunge.evaluation.statistics import (
     NONE,
     average,
-    corrected,
-    harmonic,
+    correct_for_chance,
     harmonic_mean,
     holm,
     mean,
     resample,
+    take_harmonic_mean,
 )
 
 # Acc_e, Acc_s and perhaps Acc_g as printed, and the H beside them.
@@ -33,13 +33,13 @@ PUBLISHED = [
 def test_published_rows(name, row, printed):
     erased, retained, *synonyms = (torch.tensor(x / 100, dtype=torch.float64) for x in row)
     terms = [1 - erased, retained, *(1 - x for x in synonyms)]
-    assert 100 * float(harmonic(terms)) == pytest.approx(printed, abs=0.02)
+    assert 100 * float(take_harmonic_mean(terms)) == pytest.approx(printed, abs=0.02)
 
 
 def test_nothing_erased_or_nothing_kept_is_worth_nothing():
     one, none = torch.ones(3), torch.zeros(3)
-    assert harmonic([one, none]).tolist() == [0, 0, 0]
-    assert harmonic([one, one, one]).tolist() == [1, 1, 1]
+    assert take_harmonic_mean([one, none]).tolist() == [0, 0, 0]
+    assert take_harmonic_mean([one, one, one]).tolist() == [1, 1, 1]
 
 
 def simulate(prompts, images, accuracy, varying=None, trials=1000, draws=800):
@@ -67,7 +67,7 @@ def simulate(prompts, images, accuracy, varying=None, trials=1000, draws=800):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "pictures", "accuracy", "varying"),
+    ("prompts", "images", "accuracy", "varying"),
     [
         (1, 20, "any", None),
         (1, 200, 0.02, None),
@@ -143,7 +143,7 @@ def test_relative_to_the_original_is_capped():
     assert math.isnan(worse.over(mean({"a": torch.zeros(4)})).value)
 
 
-def test_means_over_concepts_average_the_h():
+def test_means_widen_to_concepts_average_the_h():
     a, b = mean({"a": torch.ones(10)}), mean({"b": torch.zeros(10)})
     assert average([a, b]).value == 0.5
     assert average([a, NONE]).value == 1
@@ -155,10 +155,10 @@ def test_a_style_is_counted_against_chance():
     def share(x):
         return mean({"a": (torch.arange(100) < 100 * x).float()})
 
-    assert corrected(share(0.25), share(0.25)).value == pytest.approx(1)
-    assert corrected(share(1.0), share(0.25)).value == pytest.approx(0)
-    assert corrected(share(0.1), share(0.25)).value == pytest.approx(1)
-    assert corrected(share(0.5), share(0.2)).value == pytest.approx(1 - 0.3 / 0.8)
+    assert correct_for_chance(share(0.25), share(0.25)).value == pytest.approx(1)
+    assert correct_for_chance(share(1.0), share(0.25)).value == pytest.approx(0)
+    assert correct_for_chance(share(0.1), share(0.25)).value == pytest.approx(1)
+    assert correct_for_chance(share(0.5), share(0.2)).value == pytest.approx(1 - 0.3 / 0.8)
 
 
 def test_the_same_numbers_every_time():
@@ -183,7 +183,7 @@ def held(score, truth):
     return score.low <= truth <= score.high
 
 
-@pytest.mark.parametrize(("concepts", "pictures", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
+@pytest.mark.parametrize(("concepts", "images", "accuracy"), [(5, 20, 0.8), (10, 30, 0.9)])
 def test_both_readings_cover_their_own_truth(concepts, images, accuracy):
     """A thousand trials of 40 worlds are in experiments/results/coverage.json; this is a few of two."""
     found = list(worlds(concepts, images, accuracy, 6.0))

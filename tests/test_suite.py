@@ -7,7 +7,8 @@ import pytest
 
 from expunge import ExpungeError, ExpungeWarning
 from expunge.base import registry
-from expunge.evaluation.suite import Prompts, Suite
+from expunge.evaluation.prompt_lists import PromptList
+from expunge.evaluation.suite import Suite
 
 BASE = """# One line.
 version = 1
@@ -30,7 +31,7 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("name", registry.names("suites"))
+@pytest.mark.parametrize("name", registry.list_names("suites"))
 def test_shipped_suites_are_whole(name):
     suite = Suite.read(name)
     assert registry.describe("suites", name).endswith((".", "retained."))
@@ -50,9 +51,9 @@ def test_shipped_suites_are_whole(name):
 
 def test_there_are_suites():
     assert {"object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs"} <= set(
-        registry.names("suites")
+        registry.list_names("suites")
     )
-    assert len([name for name in registry.names("suites") if name.startswith("mace-")]) == 4
+    assert len([name for name in registry.list_names("suites") if name.startswith("mace-")]) == 4
 
 
 def test_cells_follow_from_what_is_erased(read):
@@ -69,7 +70,7 @@ def test_cells_follow_from_what_is_erased(read):
         ("retained", "a photo of the ship", 2),
         ("retained", "a drawing of the ship", 1),
     ]
-    assert cells[0].asks[0].near == ("cat face",)
+    assert cells[0].targets[0].near == ("cat face",)
     both = suite.cells(["hound", "cat"])
     assert {cell.concept for cell in both if cell.role == "erased"} == {"cat", "dog"}
     assert {cell.concept for cell in both if cell.role == "retained"} == {"ship"}
@@ -96,8 +97,8 @@ def test_others_fill_templates_and_are_asked_for(read):
     suite = read(text + '[others]\nrole = "retained"\n"bell" = {}\n"pizza" = {}\n')
     cells = [cell for cell in suite.cells(["cat"]) if "and" in cell.prompt and cell.role == "erased"]
     assert [cell.prompt for cell in cells] == ["the cat and the bell", "the cat and the pizza"]
-    assert [ask.role for ask in cells[0].asks] == ["erased", "retained"]
-    assert cells[0].asks[1].labels == ("bell",)
+    assert [ask.role for ask in cells[0].targets] == ["erased", "retained"]
+    assert cells[0].targets[1].labels == ("bell",)
 
 
 def test_prompts_of_a_csv_file(read, tmp_path):
@@ -121,7 +122,9 @@ def test_prompts_of_a_csv_file(read, tmp_path):
         suite.cells(["cat"])
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names("suites") if n.startswith(("mace", "unl"))])
+@pytest.mark.parametrize(
+    "name", [n for n in registry.list_names("suites") if n.startswith(("mace", "unl"))]
+)
 def test_suites_for_stable_diffusion(name, tmp_path, monkeypatch):
     """Their prompts are built from small stand-ins of the lists that a user brings."""
     monkeypatch.chdir(tmp_path)
@@ -216,8 +219,8 @@ def rows(read, tmp_path):
         data = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "list.csv").write_bytes(data)
         cells = read(LIST + more).cells(["cat"])
-        listed = [cell for cell in cells if cell.role == "erased" and "{}" not in cell.prompt][2:]
-        return [(cell.prompt, cell.seeds, cell.guidance) for cell in listed]
+        join_names = [cell for cell in cells if cell.role == "erased" and "{}" not in cell.prompt][2:]
+        return [(cell.prompt, cell.seeds, cell.guidance) for cell in join_names]
 
     return rows
 
@@ -308,15 +311,15 @@ def test_seeds_of_a_data_set_are_exact_or_refused(monkeypatch):
     ]
     hub = SimpleNamespace(load_dataset=lambda *_, **__: table)
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    prompts = Prompts(dataset="owner/name")
-    assert prompts.rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
+    prompts = PromptList(dataset="owner/name")
+    assert prompts.read_rows(Path()) == [("a", 2**53 + 1, None), ("b", 5, None), ("c", None, None)]
     for seed in (2.0**60, 0.5, float("nan"), True, -1):
         table[1]["seed"] = seed
         with pytest.raises(ExpungeError, match="owner/name, row 2: "):
-            prompts.rows(Path())
+            prompts.read_rows(Path())
     table[1] = {"prompt": None, "seed": 1}
     with pytest.warns(ExpungeWarning, match="owner/name: row 2 left out, for the prompt is empty"):
-        assert len(prompts.rows(Path())) == 2
+        assert len(prompts.read_rows(Path())) == 2
 
 
 def test_empty_texts_are_refused(read):
@@ -332,6 +335,6 @@ def test_names_are_found_in_any_unicode_form(read, form):
     suite = read(normalize(form, text))
     for name in ("Türkiye", "flag of TÜRKIYE", "flag\u200b of Türkiye", "ﬂag of Türkiye"):
         for other in ("NFC", "NFD"):
-            assert [c.name for c in suite.erased([normalize(other, name)])] == ["Türkiye"]
+            assert [c.name for c in suite.find_erased([normalize(other, name)])] == ["Türkiye"]
     with pytest.raises(ExpungeError, match="is there twice"):
         read(text + '"Tu\u0308rkiye" = {}\n')

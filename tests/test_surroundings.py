@@ -20,7 +20,8 @@ from expunge.changes import Applied, LowRank
 from expunge.checkpoints.export import export
 from expunge.checkpoints.load import load
 from expunge.cli.main import main
-from expunge.evaluation.image_cache import Cache, Request, Source
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
 from expunge.runtime import work_dir
 
 SOURCE = str(Path(expunge.__file__).parents[1])
@@ -86,9 +87,9 @@ def test_the_registry_reads_utf8_in_any_locale(monkeypatch):
 
     monkeypatch.setattr(io, "open", opened)
     for kind in registry.KINDS:
-        for name in registry.names(kind):
+        for name in registry.list_names(kind):
             assert registry.describe(kind, name)
-    assert registry.suits("mace")
+    assert registry.describe_coverage("mace")
 
 
 # Python's own options.
@@ -195,13 +196,13 @@ def test_names_that_are_too_long(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_work_folder_has_room_for_its_name(model, tmp_path):
     output = tmp_path / ("n" * 243 + ".safetensors")
-    place = work_dir.beside(output)
+    place = work_dir.find_work_dir(output)
     assert len(place.name) <= 255
     assert place.name.endswith(".work")
-    assert place != work_dir.beside(tmp_path / ("n" * 242 + "m.safetensors"))
+    assert place != work_dir.find_work_dir(tmp_path / ("n" * 242 + "m.safetensors"))
     expunge.erase(model, PROBLEM, work=place).save(output)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
-    assert work_dir.beside("a/b.safetensors") == Path("a/b.safetensors.work")
+    assert work_dir.find_work_dir("a/b.safetensors") == Path("a/b.safetensors.work")
 
 
 def test_a_folder_that_may_not_be_searched(tmp_path, monkeypatch):
@@ -240,11 +241,11 @@ def test_an_output_that_is_a_symbolic_link(model, folder, tmp_path):
     (tmp_path / "round").symlink_to(tmp_path / "round")
     for write in (replacing, replacing_folder):
         with (
-            pytest.raises(ExpungeError, match="cannot write .*links go round"),
+            pytest.raises(ExpungeError, match="cannot write .*links form a loop"),
             write(tmp_path / "round"),
         ):
             pass
-    with pytest.raises(ExpungeError, match="links go round"):
+    with pytest.raises(ExpungeError, match="links form a loop"):
         check_writable(tmp_path / "round")
 
 
@@ -315,27 +316,27 @@ def test_settings_and_weights_on_the_disk_count_too(folder):
     from expunge.checkpoints.checkpoint import Checkpoint
 
     model = load(folder)
-    before = fingerprint.of_model(model)
-    assert before == fingerprint.of_model(load(folder))
+    before = fingerprint.hash_model(model)
+    assert before == fingerprint.hash_model(load(folder))
     model.guidance_scale = 3.0
-    assert fingerprint.of_model(model) != before
+    assert fingerprint.hash_model(model) != before
     text = Checkpoint.find(folder).load_text_model()
-    one = fingerprint.of_model(text)
+    one = fingerprint.hash_model(text)
     read, text.stored = text.stored, lambda layer, name: 1.5 * read(layer, name)
     read(text.text_entries()[0].layer, "weight")
-    assert fingerprint.of_model(text) != one
+    assert fingerprint.hash_model(text) != one
 
 
 def test_two_equal_commands_at_once(tmp_path):
     place, same = tmp_path / "e.work", {"model": "a"}
-    with work_dir.opened(place, same) as first:
+    with work_dir.open_work_dir(place, same) as first:
         (first / "pieces").mkdir()
         with pytest.raises(ExpungeError, match="another expunge is at work in .*e.work; wait for it"), \
-                work_dir.opened(place, same):  # fmt: skip
+                work_dir.open_work_dir(place, same):  # fmt: skip
             pytest.fail("both are at work")
         work_dir.remove(place)  # the other one's: it stays
         assert (first / "pieces").is_dir()
-    with work_dir.opened(place, same) as again:
+    with work_dir.open_work_dir(place, same) as again:
         assert (again / "pieces").is_dir()
     work_dir.remove(place)
     assert not list(tmp_path.iterdir())
@@ -344,7 +345,7 @@ def test_two_equal_commands_at_once(tmp_path):
 def test_a_killed_command_holds_nothing(tmp_path):
     code = (
         "import os, sys; from expunge.runtime import work_dir\n"
-        "with work_dir.opened(sys.argv[1], {'model': 'a'}) as place:\n"
+        "with work_dir.open_work_dir(sys.argv[1], {'model': 'a'}) as place:\n"
         "    (place / 'pieces').mkdir(); os.kill(os.getpid(), 9)"
     )
     run = subprocess.run(
@@ -353,7 +354,7 @@ def test_a_killed_command_holds_nothing(tmp_path):
         check=False,
     )
     assert run.returncode == -9
-    with work_dir.opened(tmp_path / "e.work", {"model": "a"}) as place:
+    with work_dir.open_work_dir(tmp_path / "e.work", {"model": "a"}) as place:
         assert (place / "pieces").is_dir()
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import expunge
 from conftest import tiny_pipeline
 from expunge import Concept, ExpungeError, Probe, Problem
-from expunge.changes import Applied, Gated, LowRank, named_layers
+from expunge.changes import Applied, Gated, LowRank, iterate_layers
 
 PROBLEM = Problem((Concept("airplane", "sky"),), ("ship",))
 PROBE = Probe.of("airplane", 1, 0, 2)
@@ -100,7 +100,7 @@ def test_an_edit_made_on_a_wrapped_pipeline_fits_the_bare_one(bare, wrap):
 def test_names_are_those_of_the_bare_network(wrap):
     pipe, bare = tiny_pipeline(), tiny_pipeline()
     wrap(pipe)
-    names = [name for name, _ in named_layers(pipe.unet)]
+    names = [name for name, _ in iterate_layers(pipe.unet)]
     assert names == [name for name, _ in bare.unet.named_modules()]
 
 
@@ -123,7 +123,7 @@ def test_gates_hold_for_what_a_lora_adds_too():
     x = torch.randn(1, 3, 32)
     with Applied(pipe, [gate := gated(LAYER)]):
         got = layer.to_k(x)
-    assert torch.equal(got, layer.to_k(gate.given(x)))
+    assert torch.equal(got, layer.to_k(gate.change_input(x)))
     assert not torch.allclose(got, layer.to_k(x))
 
 

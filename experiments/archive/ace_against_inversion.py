@@ -35,13 +35,13 @@ from expunge.attacks.embedding import Embedding
 from expunge.base.files import replacing
 from expunge.changes import Change, Gated, Right
 from expunge.erasing.prompt_templates import TEMPLATES
+from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.robustness import robustness
 from expunge.methods.uce import UCE
 from expunge.ops.finetune import frozen
-from expunge.ops.gates import stacked
-from expunge.ops.least_squares import gram, outer, right_factor
-from expunge.ops.pgd import bounded
+from expunge.ops.gates import stack_root
+from expunge.ops.least_squares import gram, outer, solve_right_factor
+from expunge.ops.pgd import minimise_in_ball
 
 HERE = Path(__file__).parents[1]
 BEHIND = (0, 1, 2, 4, 6, 9, 13, 19, 27, 41)
@@ -92,7 +92,7 @@ def nearest(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
     """One more gate, on what is nearer to the concept than to any other word."""
     (gates,) = edit.changes
     assert isinstance(gates, Gated)
-    root = stacked([model.weight(entry.layer) for entry in model.text_entries()]).float()
+    root = stack_root([model.weight(entry.layer) for entry in model.text_entries()]).float()
 
     def tokens(prompts: Sequence[str]) -> Tensor:
         text = model.encode(prompts)
@@ -148,10 +148,10 @@ def directions(model: Model, problem: Problem, edit: Edit) -> Sequence[Change]:
             return attack.objective(model, start, given, points)
 
         with frozen(model.parameters()), model.using(tuple(found)):
-            hard, _ = bounded(objective, start.embeddings, RADIUS, STEPS)
+            hard, _ = minimise_in_ball(objective, start.embeddings, RADIUS, STEPS)
         e, a = (x.double().flatten(0, 1) for x in (start.embeddings, hard))
         cross, whole = cross + outer(e, a) / STARTS, whole + gram(a) / STARTS
-        matrix = right_factor(cross, whole, HELD * prior, 1.0)
+        matrix = solve_right_factor(cross, whole, HELD * prior, 1.0)
         found = [*edit.changes, Right(layers, matrix.float())]
     return found
 
@@ -174,7 +174,7 @@ def main() -> None:
     problems = tuple(p for p in experiment.problems if p.erase[0].name == options.word)
     methods = tuple(one for one in experiment.methods if one["name"] == "ace")
     (job,) = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
-    edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+    edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
     assert isinstance(edit, Edit)
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=6)
@@ -184,7 +184,11 @@ def main() -> None:
     for name, make in TRIED.items():
         changed = dataclasses.replace(edit, changes=tuple(make(model, job.problem, edit)))
         with model.autocasting(torch.bfloat16):
-            record["rows"][name] = robustness(model, changed, suite, "inversion", name=name).to_dict()
+            candidate = Candidate.of(changed, name)
+            report = expunge.evaluate(
+                model, [candidate], [suite], attacks=["inversion"], roles=("erased",)
+            )
+        record["rows"][name] = report.cases[0].rows[1].attacks[0].to_dict()
         with replacing(HERE / "results" / "ace" / "against_inversion.json") as file:
             file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
         print(name, record["rows"][name]["ASR"], flush=True)

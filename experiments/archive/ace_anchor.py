@@ -22,11 +22,13 @@ import torch
 import expunge
 from expunge.base.files import replacing
 from expunge.edit import Edit
+from expunge.evaluation.cells import Cell
+from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.image_cache import Cache, Source
-from expunge.evaluation.measure import make, requests
-from expunge.evaluation.report import known_to
-from expunge.evaluation.suite import Cell
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Source
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.sample import lay_out
 from expunge.methods.ace import ACE
 from expunge.metric import Classifier
 from expunge.problem import Problem
@@ -51,15 +53,15 @@ def main() -> None:
     for n in (1, 5, 10, 20):
         experiment = Experiment.read(HERE / "ace" / f"flags-{n}.toml")
         (suite,), (problem,) = experiment.suites, experiment.problems
-        judge = make(suite.judge, suite.options.get(suite.judge, {}))
+        judge = make_metric(suite.judge, suite.options.get(suite.judge, {}))
         assert isinstance(judge, Classifier)
-        suite = known_to(suite, judge)
+        suite = restrict_to_judge(suite, judge)
 
         def muddle(source: Source, cells: Sequence[Cell], judge: Classifier = judge) -> float:
-            asked = [one for some in requests(model, cells, None, None) for one in some]
+            asked = [one for sample in lay_out(model, cells) for one in sample.requests]
             images = torch.stack(list(cache.draw(source, asked)))
             rows = judge.measure(images, [one.prompt for one in asked])
-            return round(float(judge.broken(rows).double().mean()), 4)
+            return round(float(judge.find_broken(rows).double().mean()), 4)
 
         cells = [
             cell
@@ -69,7 +71,7 @@ def main() -> None:
         with model.autocasting(torch.bfloat16):
             row = {"the anchor": muddle(Source(model), [anchored(cell, problem) for cell in cells])}
             for job in experiment.jobs():
-                edit = job.done(model, options.edits / f"flags-{n}" / "edits").edit
+                edit = job.run(model, options.edits / f"flags-{n}" / "edits").edit
                 assert isinstance(edit, Edit)
                 row[job.title or job.method_name] = muddle(Source(model, (edit,)), cells)
             gates = ACE.preset("emoji", stages=("gate",))

@@ -32,8 +32,8 @@ from expunge import Concept, Model, Probe, Problem
 from expunge.attacks.embedding import Embedding
 from expunge.base.files import replacing
 from expunge.changes import Changes
-from expunge.evaluation.suite import SuiteConcept
-from expunge.methods.ace import ACE
+from expunge.evaluation.cells import SuiteConcept
+from expunge.methods.ace import ACE, backgrounds
 from expunge.runtime.context import RunContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
@@ -63,8 +63,8 @@ CLOSED: dict[str, tuple[Any, ...]] = {
 }
 HARDENED: dict[str, tuple[Any, ...]] = {
     "radius": (0.1, 0.4),
-    "rate": (0.001, 0.01),
-    "hold": (0.0,),
+    "learning_rate": (0.001, 0.01),
+    "anchor_hold_weight": (0.0,),
     "goal_ridge": (10.0,),
 }
 SHOWN = ("erased", "synonyms", "retained", "beside", "unrecognisable", "H")
@@ -76,21 +76,28 @@ FOUND: dict[Any, Changes] = {}
 
 @dataclass(frozen=True)
 class Remembering(ACE):
-    """ACE that reads general words once, and erases once, however often it is asked."""
-
-    def _tokens(
-        self, model: Model, prompts: Sequence[str], label: str, run: RunContext
-    ) -> tuple[Tensor, Tensor | None]:
-        key = tuple(prompts)
-        if key not in TEXTS:
-            TEXTS[key] = super()._tokens(model, prompts, label, run)
-        return TEXTS[key]
+    """ACE that erases once, however often it is asked, and reads general words once (`remember`)."""
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         key = (self, problem, run.seed)
         if key not in FOUND:
             FOUND[key] = super().fit(model, problem, run)
         return FOUND[key]
+
+
+def remember() -> None:
+    """Let ACE's backgrounds read general words once."""
+    read = backgrounds.read_prompts
+
+    def read_once(
+        model: Model, prompts: Sequence[str], label: str, run: RunContext
+    ) -> tuple[Tensor, Tensor | None]:
+        key = tuple(prompts)
+        if key not in TEXTS:
+            TEXTS[key] = read(model, prompts, label, run)
+        return TEXTS[key]
+
+    backgrounds.read_prompts = read_once
 
 
 def settings(base: ACE, only: list[str], gates: bool) -> Iterator[tuple[str, ACE]]:
@@ -141,6 +148,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("expunge", "torch", "diffusers", "transformers")}
     record: dict[str, Any] = {"made with": {**turns.provenance(), "versions": versions}, "tried": {}}
     table = Table("", *SHOWN, *(f"at {radius:g}" for radius in options.attack), "seconds")
+    remember()
     base = Remembering.preset(options.preset, damping=options.damping)
     for title, method in settings(base, options.only, options.gates):
         if options.rows and title not in options.rows:

@@ -23,8 +23,8 @@ from expunge import Probe
 from expunge.base.files import replacing
 from expunge.changes import Gated
 from expunge.edit import Edit
+from expunge.evaluation.attack_budgets import read_ladder
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.robustness import budgets
 from expunge.runtime.context import RunContext
 from expunge.text import Text
 
@@ -36,7 +36,7 @@ def opened(change: Gated, text: Text) -> dict[str, float]:
     """The widest gate on each part of the first prompt, and how far its tokens are moved."""
     e = text.embeddings[:1]
     widest, last = change.gates(e)[0].amax(-1), int(text.content_mask[0].sum())
-    moved = (change.given(e) - e).norm(dim=-1) / e.norm(dim=-1)
+    moved = (change.change_input(e) - e).norm(dim=-1) / e.norm(dim=-1)
     parts = {"word": widest[last], "end": widest[last + 1], "padding": widest[last + 2 :].max()}
     return {name: round(float(x), 3) for name, x in {**parts, "moved": moved[:, 1:].mean()}.items()}
 
@@ -54,13 +54,13 @@ def main() -> None:
         word = job.problem.erase[0].name
         if word not in options.words:
             continue
-        edit = job.done(model, HERE / "ace.work" / "objects" / "edits").edit
+        edit = job.run(model, HERE / "ace.work" / "objects" / "edits").edit
         assert isinstance(edit, Edit)
         (change,) = edit.changes
         assert isinstance(change, Gated)
         probe = Probe.of(f"a photo of the {word}", 1, 7000)
         record[word] = {"the prompt": opened(change, model.encode(probe.prompts))}
-        for budget, attack in budgets(suite, "inversion").items():
+        for budget, attack in read_ladder(suite, "inversion").rungs.items():
             text = attack.run(model, edit, probe, RunContext()).text
             assert text is not None
             record[word][budget] = opened(change, text)

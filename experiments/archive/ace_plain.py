@@ -21,9 +21,9 @@ import expunge
 from expunge.base.files import replacing
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.edit import Edit
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.experiment import Experiment
-from expunge.evaluation.report import evaluate
-from expunge.evaluation.scoring import Candidate
 
 HERE = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def main() -> None:
         name = job.problem.erase[0].name
         if job.method_name != "ace" or (options.only and name not in options.only):
             continue
-        edit = job.done(model, folder).edit
+        edit = job.run(model, folder).edit
         assert isinstance(edit, Edit)
         fit = fit_static_weights(model, edit.changes, edit.record.problem)
         weights = dataclasses.replace(edit, changes=fit.changes)

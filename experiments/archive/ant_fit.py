@@ -11,7 +11,6 @@ noises that were not trained on, as a share of the loss before training. Writes
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,10 +21,12 @@ import torch
 import expunge
 from expunge import Model, Problem
 from expunge.base.files import replacing
-from expunge.changes import find
-from expunge.erasing.guidance_training import Steering, TrainingConcept, layers_of
+from expunge.changes import find_layer
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.parameters import select_layers
+from expunge.erasing.trajectories import TrainingConcept
 from expunge.methods.ant import ANT
-from expunge.ops.low_rank import each_its_own
+from expunge.ops.low_rank import use_own_factors
 from expunge.runtime.context import RunContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
@@ -35,14 +36,14 @@ from tune import objects
 HERE = Path(__file__).parents[1]
 
 TRIED: tuple[dict[str, Any], ...] = (
-    {"rank": 4, "steps": 60},
-    {"rank": 16, "steps": 60},
-    {"rank": 16, "steps": 200},
-    {"rank": 16, "steps": 200, "trajectories": 16},
-    {"rank": 64, "steps": 200, "trajectories": 16},
-    {"rank": 16, "steps": 200, "trajectories": 16, "rate": 0.01},
-    {"rank": 16, "steps": 200, "trajectories": 16, "negative_guidance": 3.0},
-    {"rank": 16, "steps": 200, "trajectories": 16, "negative_guidance": 0.25},
+    {"rank": 4, "max_train_steps": 60},
+    {"rank": 16, "max_train_steps": 60},
+    {"rank": 16, "max_train_steps": 200},
+    {"rank": 16, "max_train_steps": 200, "trajectories": 16},
+    {"rank": 64, "max_train_steps": 200, "trajectories": 16},
+    {"rank": 16, "max_train_steps": 200, "trajectories": 16, "learning_rate": 0.01},
+    {"rank": 16, "max_train_steps": 200, "trajectories": 16, "negative_guidance": 3.0},
+    {"rank": 16, "max_train_steps": 200, "trajectories": 16, "negative_guidance": 0.25},
 )
 FRESH, POINTS = 24, 60
 """Trajectories that were not trained on, and how many points of them are looked at."""
@@ -53,20 +54,21 @@ def left(model: Model, problem: Problem, method: ANT) -> float:
     run = RunContext()
     (concept,) = problem.erase
     # The change as it is trained, before any fusion.
-    method = dataclasses.replace(method, through_fusion=False)
-    factors = method.train(model, problem, run, *method._sums(model, problem, run))[concept.name]
-    layers = layers_of(model, "text")
-    modules = [find(model.pipe, layer) for layer in layers]
+    method = method.replace(through_fusion=False)
+    sums = method.low_rank.sum_grams(method, model, problem, run)
+    factors = method.low_rank.train(method, model, problem, run, *sums)[concept.name]
+    layers = select_layers(model, "text")
+    modules = [find_layer(model.pipe, layer) for layer in layers]
     ups, downs = ([factors[f"{layer}.{side}"][None] for layer in layers] for side in ("up", "down"))
-    steering = Steering(model, method.course)
-    text = model.encode(method._prompts(model, concept))
+    steering = Steering(model, method.trajectory_config)
+    text = model.encode(method.prompts(model, concept))
     subject = TrainingConcept(concept.name, text, run.generator("fresh"))
     with torch.no_grad():
-        kept = steering.keep(subject, FRESH)
-        picked = [steering.pick([subject], [kept]) for _ in range(POINTS)]
-        before = sum(float(steering.losses(*one)) for one in picked)
-        with each_its_own(modules, ups, downs):
-            after = sum(float(steering.losses(*one)) for one in picked)
+        kept = steering.store_trajectories(subject, FRESH)
+        picked = [steering.pick_points([subject], [kept]) for _ in range(POINTS)]
+        before = sum(float(steering.compute_losses(*one)) for one in picked)
+        with use_own_factors(modules, ups, downs):
+            after = sum(float(steering.compute_losses(*one)) for one in picked)
     return after / before
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.erasing.guidance_training import Steering, TrainingConcept, part_of
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.parameters import select_parameters
 from expunge.erasing.saliency import _add_map
+from expunge.erasing.trajectories import TrainingConcept
 from expunge.methods.ant import ANT
 from expunge.ops.finetune import frozen
 from expunge.ops.saliency import HALVES, Intersection, settled
@@ -52,9 +54,13 @@ def counts(word: str, maps: int, method: ANT) -> tuple[dict[str, Sequence[int]],
     """For each half how many weights are left after each map; and how many there are."""
     model = expunge.load("emoji")
     problem = Problem((Concept(word),))
-    prompts = method._prompts(model, problem.erase[0])
-    course = dataclasses.replace(method.course, objective=Objective(method.negative_guidance))
-    steering, parameters, both = Steering(model, course), part_of(model, method.part), Both()
+    prompts = method.prompts(model, problem.erase[0])
+    course = dataclasses.replace(method.trajectory_config, objective=Objective(method.negative_guidance))
+    steering, parameters, both = (
+        Steering(model, course),
+        select_parameters(model, method.weights.part),
+        Both(),
+    )
     text = model.encode(prompts)
     with frozen(model.parameters()):
         for parameter in parameters.values():
@@ -62,7 +68,7 @@ def counts(word: str, maps: int, method: ANT) -> tuple[dict[str, Sequence[int]],
         for i in range(maps):
             at = i % len(prompts)
             one = TrainingConcept(prompts[at], text[[at]], RunContext(0).generator("saliency", str(i)))
-            _add_map(steering, one, parameters, both, method.map_samples, method.batch_size)
+            _add_map(steering, one, parameters, both, method.weights.map_samples, method.batch_size)
             print(i + 1, {half: found.counts[-1] for half, found in both.each.items()}, flush=True)
     total = sum(p.numel() for p in parameters.values())
     return {half: found.counts for half, found in both.each.items()}, total
@@ -76,15 +82,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     method = ANT.preset("emoji-masked")
+    weights = method.weights
     found, total = counts(options.word, options.maps, method)
     rows = {}
     for half, left in found.items():
-        when = next((n for n in range(1, len(left) + 1) if settled(left[:n], method.settle)), None)
+        when = next((n for n in range(1, len(left) + 1) if settled(left[:n], weights.settle)), None)
         shares = {
             str(n): round(left[n - 1] / total, 5) for n in (1, 5, 10, 20, 50, 100) if n <= len(left)
         }
         rows[half] = {"share left after maps": shares, "settled after": when, "counts": list(left)}
-    record = {"word": options.word, "part": method.part, "weights": total, "settle": method.settle,
+    record = {"word": options.word, "part": weights.part, "weights": total, "settle": weights.settle,
               "halves": rows}  # fmt: skip
     with replacing(FILE) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")

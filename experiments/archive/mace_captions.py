@@ -24,9 +24,10 @@ import torch
 import expunge
 from expunge import Concept, Problem
 from expunge.base.files import replacing
-from expunge.erasing.caption_gram import captions_for, prior
-from expunge.evaluation.image_cache import model_hash
-from expunge.methods.mace import MACE, Sums
+from expunge.erasing.caption_gram import compute_prior, read_captions_for
+from expunge.fingerprint import hash_for_images
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
 from expunge.runtime.context import RunContext
 
 SOURCES = ("general", "vocabulary", "")
@@ -76,12 +77,14 @@ def main() -> None:
     there = (unrelated @ weights.T).norm(dim=1)
     every = [concept for problem in PROBLEMS.values() for concept in problem.erase]  # read once for all
     means = {
-        source: prior(model, captions_for(model, source, every)).mean if source else torch.zeros(())
+        source: compute_prior(model, read_captions_for(model, source, every)).mean
+        if source
+        else torch.zeros(())
         for source in (*SOURCES, *options.captions)
     }
     rows: list[dict[str, Any]] = []
     for preset, problem in PROBLEMS.items():
-        sums = Sums.of(MACE()._groups(model, problem))
+        sums = PromptSums.of(group_by_anchor(model, problem))
         names = [(c.name, str(c.anchor)) for c in problem.erase]
         erased, goals = (
             model.encode([HELD_OUT.format(name) for name in some]).embeddings[:, -60:].double()
@@ -91,7 +94,9 @@ def main() -> None:
             if not source and not problem.retain:
                 continue  # no prior at all
             method = MACE.preset(preset, captions="")
-            matrix = method.refine(sums, means[source] + method._kept(model, problem, RunContext()))
+            matrix = method.refine(
+                sums, means[source] + method.sum_retained(model, problem, RunContext())
+            )
             moved = ((unrelated @ (matrix.T - torch.eye(len(matrix)))) @ weights.T).norm(dim=1) / there
             left = (erased @ matrix.T - goals).norm(dim=-1) / (erased - goals).norm(dim=-1)
             row = {"preset": preset, "captions": source or "the retained alone", "erased": len(names),
@@ -103,7 +108,7 @@ def main() -> None:
     record = {
         "not measured": "COCO's captions, the paper's: they do not ship and could not be had here",
         "rows": rows,
-        "model sha256": model_hash(model),
+        "model sha256": hash_for_images(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
     }
     with replacing(Path(__file__).parents[1] / "results" / "mace_captions.json") as file:

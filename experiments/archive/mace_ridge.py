@@ -23,8 +23,9 @@ from torch import Tensor
 import expunge
 from expunge import Model
 from expunge.base.files import replacing
-from expunge.erasing.caption_gram import captions
-from expunge.methods.mace import MACE, Sums
+from expunge.erasing.caption_gram import read_captions
+from expunge.methods.mace import MACE
+from expunge.methods.mace.prompt_sums import PromptSums, group_by_anchor
 from expunge.runtime.context import RunContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive
@@ -53,7 +54,7 @@ def main() -> None:
     goals = said([str(concept.anchor) for concept in problem.erase])
     watched = {
         "retained": said(list(problem.retain)),
-        "captions": end_states(model, list(captions("general")[::20])),
+        "captions": end_states(model, list(read_captions("general")[::20])),
     }
     far = (erased - goals).norm(dim=-1).mean()
 
@@ -63,10 +64,10 @@ def main() -> None:
         return {name: round(float(value), 3) for name, value in {"left": left, **drift}.items()}
 
     rows: list[dict[str, Any]] = []
-    groups = MACE()._groups(model, problem)
-    sums = Sums.of(groups)
+    groups = group_by_anchor(model, problem)
+    sums = PromptSums.of(groups)
     kept = {
-        domain: MACE(refine_prior=1.0, domain_weight=domain)._kept(model, problem, RunContext())
+        domain: MACE(refine_prior=1.0, domain_weight=domain).sum_retained(model, problem, RunContext())
         for domain in DOMAINS
     }
     for ridge, prior, domain in itertools.product(RIDGES, PRIORS, DOMAINS):

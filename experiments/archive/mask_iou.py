@@ -32,7 +32,7 @@ from expunge import Model
 from expunge.base.files import replacing
 from expunge.erasing import object_masks
 from expunge.erasing.reference_images import Examples
-from expunge.evaluation.image_cache import model_hash
+from expunge.fingerprint import hash_for_images
 from expunge.ops.otsu import otsu
 from expunge.runtime.context import RunContext
 
@@ -76,7 +76,7 @@ def seen(model: Model, one: Shown, word: str) -> Tensor:
     examples = Examples(word, prompt, model.encode_images(one.num_images))
     tokens = model.encode([prompt]).content_mask.shape[1]
     behind = torch.arange(tokens)[None] > model.count_tokens("a photo of the")
-    return object_masks.attended(model, examples, behind, RunContext(0))
+    return object_masks.measure_attention(model, examples, behind, RunContext(0))
 
 
 def masked(attention: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def main() -> None:
         "pictures": sum(len(one.num_images) for one in objects),
         "log-SNRs": object_masks.LOG_SNRS,
         "pixels of the coarsest map": object_masks.SMALLEST,
-        "model sha256": model_hash(model),
+        "model sha256": hash_for_images(model),
         "versions": {name: version(name) for name in ("expunge", "torch", "diffusers")},
         "each": each,
     }

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expunge.base.files import replacing
-from expunge.evaluation.suite import SuiteConcept
+from expunge.evaluation.cells import SuiteConcept
 from expunge.methods.uce import UCE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive

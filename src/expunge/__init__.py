@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from expunge.checkpoints.load import load as load
     from expunge.edit import Edit as Edit
     from expunge.erasure import erase as erase
-    from expunge.evaluation.report import evaluate as evaluate
+    from expunge.evaluation.evaluate import evaluate as evaluate
     from expunge.model import Model as Model
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ __all__ = [
 _HEAVY = {
     "Edit": "expunge.edit",
     "erase": "expunge.erasure",
-    "evaluate": "expunge.evaluation.report",
+    "evaluate": "expunge.evaluation.evaluate",
     "load": "expunge.checkpoints.load",
     "Model": "expunge.model",
 }

@@ -1,4 +1,4 @@
-"""The program `expunge`: the command line, answering an interrupt from its first moment on."""
+"""The program `expunge`: start the command line so that Ctrl-C, pipes and any locale work at once."""
 
 import contextlib
 import os
@@ -9,56 +9,56 @@ from typing import Any, NoReturn, TextIO
 
 
 class Output:
-    """Standard output or error: a reader that has left stops no work, and a full disk is remembered.
+    """Standard output or error that survives a closed pipe, and remembers a full disk.
 
-    What is printed is news of the work, so the work goes on without it.
+    What is printed only reports the work, so the work goes on without it.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: OSError | None = None
-        """Why not all was written, unless nobody reads it any more."""
+        """Why the output is incomplete; None where the reader merely closed the pipe."""
 
     def write(self, text: str) -> int:
-        """Write, as long as someone reads."""
-        with self._watched():
+        """Write text, unless the reader has closed the pipe."""
+        with self._catch_write_errors():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what was written."""
-        with self._watched():
+        """Flush what was written."""
+        with self._catch_write_errors():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
-    def _watched(self) -> Any:
+    def _catch_write_errors(self) -> Any:
         try:
             yield
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 self.error = self.error or error
-            # What is left in the buffer, and what follows, goes nowhere, and Python ends in peace.
+            # Discard the rest of the output: else Python fails again when it flushes at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
 
 RESTARTED = "EXPUNGE_RESTARTED"
-"""Set where Python was started once more, so that it is once at most."""
+"""An environment variable set when Python is restarted, so that this happens at most once."""
 
-TWO = ("-X", "-W")
-"""Python's options that take a word."""
+WITH_VALUE = ("-X", "-W")
+"""The options of Python that take a value."""
 
 
 def run() -> NoReturn:
     """Run the command in `sys.argv` and leave with its exit code."""
-    signal.signal(signal.SIGINT, _leave)  # nothing is under way while modules are read
+    signal.signal(signal.SIGINT, _exit_interrupted)  # no work is under way during the imports
     _restart_if_needed()
     speak_in_any_locale()
-    out, err = _outputs()
+    out, err = _wrap_outputs()
     from expunge.cli.main import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,50 +69,49 @@ def run() -> NoReturn:
         code = code or 2
     err.flush()
     if code == 130:
-        os._exit(code)  # an orderly exit could fall over modules that were only half imported
+        os._exit(code)  # a regular exit could fail in modules that are imported in part
     sys.exit(code)
 
 
 def speak_in_any_locale() -> None:
-    """Let what a locale cannot write be spelled, `\\u03bb` for λ, and not end the command."""
+    r"""Escape characters that the locale cannot write, as `\u03bb` for λ, rather than fail."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _restart_if_needed() -> None:
-    """Start Python once more where it was started in a way that the command cannot work in.
+    """Restart Python where it was started in a mode that the command cannot run in.
 
-    In an ASCII locale, prompts and the names of files in other letters cannot be told from bytes, and
-    Python's UTF-8 mode can. Without docstrings (`-OO`), transformers cannot be imported; with assertions
-    alone left out (`-O`), it can.
+    In an ASCII locale, prompts and file names with other letters cannot be decoded; Python's UTF-8 mode
+    decodes them. Without docstrings (`-OO`), transformers cannot be imported; `-O` alone is fine.
     """
-    ascii_alone = sys.getfilesystemencoding().lower() in ("ascii", "us-ascii", "ansi_x3.4-1968")
+    ascii_only = sys.getfilesystemencoding().lower() in ("ascii", "us-ascii", "ansi_x3.4-1968")
     without_docstrings = sys.flags.optimize > 1
     again = os.environ.pop(RESTARTED, "")
-    if again or not (ascii_alone or without_docstrings) or os.name == "nt":
+    if again or not (ascii_only or without_docstrings) or os.name == "nt":
         return
     environment = {**os.environ, RESTARTED: "1"}
     options = list(sys.orig_argv[1:])
-    if ascii_alone:
+    if ascii_only:
         environment["PYTHONUTF8"] = "1"
     if without_docstrings:
         environment["PYTHONOPTIMIZE"] = "1"
         for place, option in enumerate(options):
-            if option in ("-m", "-c") or (not option.startswith("-") and options[place - 1] not in TWO):
+            if option in ("-m", "-c") or (
+                not option.startswith("-") and options[place - 1] not in WITH_VALUE
+            ):
                 break
             options[place] = "-O" if set(option[1:]) == {"O"} else option
     os.execve(sys.executable, [sys.executable, *options], environment)
 
 
-def _outputs() -> tuple[Output, Output]:
-    """Put standard output and error behind an `Output` each, though they were closed."""
+def _wrap_outputs() -> tuple[Output, Output]:
+    """Replace standard output and error by an `Output` each, also where they were closed."""
     for number in range(3):
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # else the next file that is opened would get the number, and all that is printed
+        except OSError:  # the next file opened would get this number, and all output with it
             os.open(os.devnull, os.O_RDWR)
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
@@ -123,7 +122,7 @@ def _outputs() -> tuple[Output, Output]:
     return out, err
 
 
-def _leave(_: int, __: FrameType | None) -> None:
+def _exit_interrupted(_: int, __: FrameType | None) -> None:
     os.write(2, b"expunge: interrupted\n")
     os._exit(130)
 

@@ -1,13 +1,19 @@
-"""The contract of an attack: it turns a probe into a harder one."""
+"""The contract of an attack, or any other condition under which an erasure is judged.
+
+An attack changes what the edited model is asked (`Attack.run`: a harder probe) or the model itself
+(`Attack.apply`: weights rounded, trained further, with a LoRA on top). Judging draws the same prompts
+and seeds without the attack and under it, and the *original* model under the same attack beside them:
+an attack that ruins what the original draws shows nothing about an erasure.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
@@ -15,15 +21,57 @@ from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True)
-class Attack(ABC):
-    """A way to bring an erased concept back. One subclass a file in `attacks/`."""
+class Attack:
+    """A way to bring an erased concept back. One subclass a file in `attacks/`; fields are options.
 
+    A subclass overrides `run`, which changes the probe, or `apply`, which changes the model, or both.
+
+    Raises:
+        TypeError: a subclass overrides neither.
+    """
+
+    ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The budgets of a suite that names none: for "" and for each further ladder, "NAME:LADDER", the
+    attack's fields; one of them is a list, tried from its weakest value on. Without any, the attack is
+    judged once, as its fields are."""
+    smaller_is_stronger: ClassVar[bool] = False
+    """Whether the largest value of a ladder is the weakest, as with bits of a weight."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that had another name in earlier versions: {old: new}; an old one is answered with the new."""
+    """Fields with another name in earlier versions: {old: new}; an old name is refused with the new."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
+        if type(self).run is Attack.run and not self.changes_model:
+            raise TypeError(f"the attack {type(self).__name__} must override run or apply")
 
-    @abstractmethod
+    @property
+    def changes_model(self) -> bool:
+        """Whether images under the attack come from a changed model, not from a changed probe alone."""
+        return type(self).apply is not Attack.apply
+
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
-        """The probe made harder for the edited model. The model is left as it was."""
+        """Return the probe made harder for the edited model: other prompts, or other encoded text.
+
+        Args:
+            model: the original; it is left as it was.
+            edit: what is attacked. One without changes stands for the original: the positive control.
+            probe: what is drawn without the attack; the answer has as many rows, in the same order.
+            run: the seed that all random choices follow from, and the progress.
+        """
+        return probe
+
+    @contextmanager
+    def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
+        """Change the model while images are drawn; the context manager gives the model to draw with.
+
+        By default that is the edited model. The images are cached under the attack's fields, the seed
+        and the edit, so what is done here may depend on nothing else; it is opened once for all images,
+        and not at all where they have been drawn before.
+
+        Args:
+            model: the original; it is as it was when the context is left.
+            edit: what is attacked. One without changes stands for the original: the positive control.
+            run: the seed that all random choices follow from, and the progress.
+        """
+        with model.using(edit):
+            yield model

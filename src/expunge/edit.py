@@ -1,4 +1,4 @@
-"""An edit: the changes that erase something, and where they come from."""
+"""An edit: the changes that erase concepts, with a record of how they were made. One file."""
 
 from __future__ import annotations
 
@@ -16,41 +16,47 @@ import torch
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.fields import build_recorded
+from expunge.base.fields import build_from_record
 from expunge.base.files import read_header, replacing
 from expunge.changes import (
     KINDS,
     Applied,
     Changes,
+    build_change,
     check_fit,
-    check_numbers,
-    content,
-    from_spec,
+    encode_tensor,
+    require_finite,
 )
-from expunge.fingerprint import base, places, same_base
+from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
 from expunge.problem import Problem
 
 FORMAT = 1
-"""The version of the file's record."""
+"""The version of the file format."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where an edit comes from."""
+    """How an edit was made."""
 
     method: str
+    """The name of the method."""
     fields: Mapping[str, Any]
+    """The values of the method's fields."""
     problem: Problem
+    """What was to be erased and retained."""
     model: str
     """The name of the base model."""
     base: str
     """The hash of the base model's parameters that change."""
     seed: int
+    """The seed of all random numbers."""
     seconds: float
+    """How long it took."""
     versions: Mapping[str, str]
+    """The versions of expunge and the libraries it was made with."""
     family: str = ""
-    """The base model's family; none in older edits."""
+    """The base model's family; "" in older edits."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -59,9 +65,11 @@ class Record:
 
     @property
     def reads_anchor(self) -> bool:
-        """Whether it mattered to the method what a concept becomes; True for one not known here."""
+        """Whether the method used the anchors; True for a method that is not installed here."""
         try:
-            return bool(build_recorded(registry.get("methods", self.method), self.fields).reads_anchor)
+            return bool(
+                build_from_record(registry.get("methods", self.method), self.fields).reads_anchor
+            )
         except ExpungeError:
             return True
 
@@ -76,23 +84,26 @@ class Edit:
     """
 
     changes: Changes
+    """The changes, applied in order."""
     record: Record
+    """How they were made."""
 
     @property
     def hash(self) -> str:
-        """The hash of what the edit does; its record plays no part in it."""
+        """The hash of the changes; the record has no part in it."""
         digest = hashlib.sha256()
+        # In order: changes of one layer do not commute.
         for change in self.changes:
             digest.update(json.dumps(change.spec, sort_keys=True).encode())
             for name, tensor in sorted(change.tensors.items()):
-                digest.update(name.encode() + content(tensor))
+                digest.update(name.encode() + encode_tensor(tensor))
         return digest.hexdigest()
 
     def require_family(self, family: type[Model]) -> None:
         """Check that the edit is for models of this family.
 
         Raises:
-            ExpungeError: it is for those of another.
+            ExpungeError: it is for models of another.
         """
         if self.record.family not in ("", family.__name__):
             raise ExpungeError(
@@ -101,7 +112,7 @@ class Edit:
             )
 
     def fits(self, model: Model | Any) -> bool:
-        """Whether the edit was made from just these weights; half-precision copies count as them.
+        """Whether the edit was made from these very weights; half-precision copies of them count.
 
         Raises:
             ExpungeError: the model is of another family, or a layer is missing or has another shape:
@@ -111,13 +122,13 @@ class Edit:
         if isinstance(model, Model):
             self.require_family(type(model))
         check_fit(root, self.changes)
-        return same_base(base(model), places(self.changes), self.record.base)
+        return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 
     def apply(self, pipe: Model | Any) -> Applied:
-        """Lay the edit on a diffusers pipeline (or a model) until `remove()` takes it off.
+        """Apply the edit to a diffusers pipeline (or a model), until `remove()` is called on the result.
 
-        Edits stack; take them off in reverse. Changes that are weights are then saved with
-        the pipeline by `save_pretrained`.
+        Edits stack; remove them in reverse order. `save_pretrained` then saves changes that are static
+        weights with the pipeline.
 
         >>> applied = edit.apply(pipe)  # doctest: +SKIP
         >>> applied.remove()            # doctest: +SKIP
@@ -126,6 +137,7 @@ class Edit:
             ExpungeError: a layer is missing or has another shape.
         """
         root = pipe.pipe if isinstance(pipe, Model) else pipe
+        # A fine-tuned model has the same shapes, and erasing may well work on it: warn, do not refuse.
         if not self.fits(pipe):
             warnings.warn(
                 f"the edit was made from other weights ({self.record.model or 'unnamed'});"
@@ -139,13 +151,13 @@ class Edit:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.
 
         Raises:
-            ExpungeError: the file cannot be written, or the edit holds nan or infinity.
+            ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
-        check_numbers(self.changes, "the edit")
+        require_finite(self.changes, "the edit")
         record = dataclasses.asdict(self.record)
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
-        # Cloned: a file cannot hold two tensors that share their memory, and changes may.
+        # Changes may share memory, which safetensors refuses to save: clone.
         tensors = {
             f"{i}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for i, change in enumerate(self.changes)
@@ -159,7 +171,7 @@ class Edit:
         """Read an edit.
 
         Raises:
-            ExpungeError: the file is missing, cut short, is not an edit, or holds nan or infinity.
+            ExpungeError: the file is missing, cut short, not an edit, or contains NaN or infinity.
         """
         header = read_header(path)
         text = header.get("__metadata__", {}).get("expunge")
@@ -167,11 +179,12 @@ class Edit:
             raise ExpungeError(f"{path} is a safetensors file, but not an edit")
         try:
             data = json.loads(text)
+            # A kind of change that is not known here came with a later version, too.
             if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
             tensors = safetensors.torch.load_file(path)
             changes = tuple(
-                from_spec(
+                build_change(
                     spec, {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
                 )
                 for i, spec in enumerate(data["changes"])
@@ -181,5 +194,5 @@ class Edit:
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
-        check_numbers(changes, str(path))
+        require_finite(changes, str(path))
         return cls(changes, record)

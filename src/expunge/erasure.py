@@ -12,19 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge import fingerprint
+from expunge import __version__, fingerprint
 from expunge.base import registry
-from expunge.base.errors import ExpungeWarning, listed
-from expunge.base.quiet import Progress, quiet
+from expunge.base.errors import ExpungeWarning, join_names
+from expunge.base.fields import flatten
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import Change
 from expunge.edit import Edit, Record
-from expunge.fingerprint import base, base_hash, places
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
 from expunge.runtime import ray_backend
 from expunge.runtime.context import RunContext
-from expunge.runtime.work_dir import opened
+from expunge.runtime.work_dir import open_work_dir
 
 
 def erase(
@@ -33,7 +34,7 @@ def erase(
     method: Method | str = "uce",
     *,
     seed: int = 0,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     work: str | Path | None = None,
     ray: str = "",
 ) -> Edit:
@@ -43,21 +44,25 @@ def erase(
 
     Args:
         model: the model to erase from.
-        problem: what to erase and what to retain; anchors left open are the model's choice.
+        problem: what to erase and what to retain; the model chooses anchors that are left open.
         method: a method with its fields set, or the name of one.
-        seed: the number all random choices follow from.
-        progress: told what is done.
-        work: a folder in which finished concepts are kept. The same call goes on from there if it
-            was cut short, killed or not, and ends with the same edit. `work.discard` takes it away
+        seed: the seed of all random numbers.
+        progress: called with what is done.
+        work: a work folder, in which finished parts are saved. If the call is interrupted or killed,
+            the same call resumes there and ends with the same edit. Delete it with `work_dir.remove`
             once the edit is saved.
-        ray: the address of a Ray cluster to spread concepts over: HOST:PORT, ray://HOST:PORT,
-            "auto", or "local" for one started on this machine; "" works here.
+        ray: the address of a Ray cluster to spread the work over: HOST:PORT, ray://HOST:PORT,
+            "auto", or "local" to start one on this machine; "" runs in this process.
+
+    Returns:
+        The edit, with its record.
 
     Raises:
-        ExpungeError: no such method, a name that the model cannot read, a work folder of another
-            command, or a cluster that does not answer.
+        ExpungeError: there is no such method, the model cannot read a name, the work folder belongs to
+            another call, or the cluster does not answer.
+        TypeError: `method` is neither a Method nor a name.
     """
-    ray_backend.check(ray)
+    ray_backend.check_address(ray)
     if isinstance(method, str):
         method = registry.get("methods", method)()
     if not isinstance(method, Method):
@@ -71,19 +76,20 @@ def erase(
     model.require_words(prompts)
     method.check_family(type(model))
     _warn_of_overlaps(problem)
-    read = base(model)
+    read = make_base_reader(model)
     command: dict[str, Any] = {
-        "method": type(method).__module__.rpartition(".")[2],
-        "fields": dataclasses.asdict(method),
+        "method": registry.name_of("methods", type(method)),
+        "fields": flatten(method),
         "problem": dataclasses.asdict(problem),
-        # What was finished with one model is not gone on with in another: all of it counts.
-        "model": fingerprint.of_model(model) if work is not None else "",
+        # Parts that were computed with another model must not be resumed, so all of the model counts.
+        "model": fingerprint.hash_model(model) if work is not None else "",
         "seed": seed,
     }
-    if named := _files(command["fields"]):
+    if named := _hash_files(command["fields"]):
         command["files"] = named
+    # Once two calls have the same command, the second may resume the work of the first.
     start = time.monotonic()
-    with opened(work, command) as folder:
+    with open_work_dir(work, command) as folder:
         run = RunContext(seed, progress, folder, ray)
         changes: tuple[Change, ...] = tuple(method.fit(model, problem, run))
     record = Record(
@@ -91,44 +97,42 @@ def erase(
         fields=command["fields"],
         problem=problem,
         model=model.name,
-        base=base_hash(read, places(changes)),
+        base=hash_base(read, list_places(changes)),
         seed=seed,
         seconds=round(time.monotonic() - start, 3),
-        versions=versions(),
+        versions=read_versions(),
         family=type(model).__name__,
     )
     return Edit(changes, record)
 
 
-def _files(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of every file that a field names: with other words in it, the command is another one.
+def _hash_files(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of every file that a field names: a changed file makes it another command.
 
-    Folders are left out: who mends an image in one goes on with what was finished.
+    Folders are left out, so that a user may mend one image of many and resume.
     """
-    found = {}
+    hashes = {}
     for name, value in fields.items():
-        with contextlib.suppress(OSError):  # who reads it says what is wrong with it
+        with contextlib.suppress(OSError):  # the method that reads the file reports the error
             if isinstance(value, str) and (file := Path(value)).is_file():
-                found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+                hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
 
 
 def _warn_of_overlaps(problem: Problem) -> None:
-    """Say, in one sentence, which names may change with an erased one because they have its words."""
+    """Warn of names that contain the words of an erased one, and so may change with it."""
     pairs = problem.overlaps()
     if pairs:
         of = dict.fromkeys(problem.retain, "retained")
         shown = [f"{name!r} in {other!r} ({of.get(other, 'erased too')})" for name, other in pairs]
         warnings.warn(
-            f"names that share words with an erased one may change with it: {listed(shown, 3)}",
+            f"names that share words with an erased one may change with it: {join_names(shown, 3)}",
             ExpungeWarning,
             stacklevel=3,
         )
 
 
-def versions() -> dict[str, str]:
-    """The versions of what an edit hangs on."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("expunge", "torch", "diffusers", "transformers")
-    }
+def read_versions() -> dict[str, str]:
+    """Return the versions of expunge and the libraries that an edit depends on."""
+    others = ("torch", "diffusers", "transformers")
+    return {"expunge": __version__, **{name: importlib.metadata.version(name) for name in others}}

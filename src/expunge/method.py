@@ -1,14 +1,15 @@
-"""The contract of a method: hyper-parameters as fields, and `fit`."""
+"""The contract of a method: hyper-parameters as dataclass fields, and `fit`."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.fields import build, check
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.fields import build, check_fields, flatten, groups, leaves, require_known
 from expunge.changes import Changes
 from expunge.model import Model
 from expunge.problem import Problem
@@ -18,34 +19,76 @@ from expunge.runtime.cost import Cost
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to erase concepts. One subclass a file in `methods/`; its fields are its options."""
+    """A method that erases concepts. One subclass a file in `methods/`; its fields are its options."""
 
     citation: ClassVar[str]
-    """The paper: authors, title, year, where to find it."""
+    """The paper: authors, title, year, and where to find it."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Field values that belong together, by name; `about`, no field, says in a line what for."""
+    """Named sets of field values; `about`, which is not a field, says in a line what the set is for."""
 
     needs: ClassVar[Mapping[str, str]] = {}
-    """What each of its stages needs of a family that not every one has, as plain texts; `Model.lacks`
-    says why one has it not. A method without stages names itself."""
+    """What each stage needs that not every family has: {stage: capability}, both plain texts.
+
+    `Model.missing_capabilities` says which a family lacks, and why. A method without stages uses its
+    own name as the stage."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that had another name in earlier versions: {old: new}. Records of old edits are read with
-    them; on the command line and in TOML the old name is answered with the new one."""
+    """Fields that had another name in earlier versions: {old: new}.
+
+    The records of old edits are read by it; on the command line and in TOML files the old name is
+    refused with the new one."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Answer a field that is not there with where it is, the name it has now, or the nearest one.
+
+        Raises:
+            ExpungeError: there is no such field.
+        """
+        for group, kind in groups(cls).items():
+            for name in fields.keys() & {field.name for field in leaves(kind)}:
+                raise ExpungeError(
+                    f"{cls.__name__}'s field {name!r} is one of its {group}:"
+                    f" {cls.__name__}({group}={kind.__name__}({name}=…)), or {cls.__name__}.of({name}=…)"
+                )
+        names = [*(field.name for field in dataclasses.fields(cls)), *(f.name for f in leaves(cls))]
+        require_known(cls, fields, names)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make the method from the values of its fields, those of its groups among the others.
+
+        Raises:
+            ExpungeError: there is no such field, or a value does not fit.
+        """
+        return build(cls, values)
+
+    def replace(self, **values: Any) -> Self:
+        """Make the same method with other values of some fields, those of its groups among the others.
+
+        Raises:
+            ExpungeError: there is no such field, or a value does not fit.
+        """
+        return build(type(self), {**flatten(self), **values})
 
     @property
     def reads_anchor(self) -> bool:
-        """Whether it matters to this method, as its fields are, what a concept becomes."""
+        """Whether the method, with these field values, uses the anchors."""
+        return True
+
+    @property
+    def reads_retain(self) -> bool:
+        """Whether the method, with these field values, reads what a problem retains."""
         return True
 
     def check_family(self, family: type[Model]) -> None:
-        """Check that models of a family have what this method needs, as its fields are.
+        """Check that a family has what this method, with these field values, needs.
 
         Raises:
-            ExpungeError: it has not; the reason, and what of the method is left.
+            ExpungeError: it lacks something; the message gives the reason and the stages that work.
         """
         stages = getattr(self, "stages", tuple(self.needs))
         for stage in stages:
@@ -60,30 +103,33 @@ class Method(ABC):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The method with a preset's values, but for those given beside.
+        """Return the method with a preset's field values, those in `overrides` taking precedence.
 
         Raises:
-            ExpungeError: no such preset, or a value that does not fit.
+            ExpungeError: there is no such preset, or a value does not fit.
         """
         if name not in cls.presets:
-            raise unknown("preset", name, cls.presets)
+            raise UnknownNameError("preset", name, cls.presets)
         values = {**cls.presets[name], **overrides}
         values.pop("about", None)
         return build(cls, values)
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost | None:
-        """How much this method will ask of a model, about; None if it does not say.
+        """Estimate the cost of `fit`, for `--dry-run` and the remaining time; None if it is unknown.
 
         Args:
             problem: what to erase.
-            num_inference_steps: the model's own.
+            num_inference_steps: the model's number of denoising steps.
         """
         return None
 
     @abstractmethod
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        """The changes that solve the problem. The model is left as it was, bit for bit.
+        """Return the changes that solve the problem, and leave the model as it was, bit for bit.
 
-        Every anchor of the problem has been chosen, and every name fits the model's window.
-        What takes long goes through `run.pieces`, which keeps and spreads it.
+        Args:
+            model: the model to erase from.
+            problem: what to erase; every anchor is chosen, and every name fits the model's window.
+            run: seed, progress and work folder. Long work goes through `run.map_cached`, which saves it
+                and spreads it over a cluster.
         """

@@ -1,4 +1,4 @@
-"""What a model is asked to draw."""
+"""A probe: prompts and seeds for a model to draw."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt and one seed for every image, and how to sample them.
+    """One prompt and one seed an image, and how to sample them.
 
-    The seed alone decides the noise an image starts from: the same row gives the same image
-    whatever stands beside it.
+    The seed alone determines the noise of an image: the same row gives the same image in any batch.
 
     >>> Probe(("a cat", "a dog"), (0, 7)).seeds
     (0, 7)
 
     Raises:
-        ExpungeError: no images, prompts and seeds of different number, or a setting out of range.
+        ExpungeError: there is no image, prompts and seeds differ in number, or a value is out of range.
     """
 
     prompts: tuple[str, ...]
@@ -31,11 +30,11 @@ class Probe:
     seeds: tuple[int, ...]
     """The seed of each image, 0 or more."""
     num_inference_steps: int | None = None
-    """Denoising steps, 1 to 1000; None is the model's own default."""
+    """Number of denoising steps, 1 to 1000; None is the model's default."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, 0 or more; 1 is none; None is the model's own default."""
+    """Scale of classifier-free guidance, 0 or more; 1 is none; None is the model's default."""
     text: Text | None = None
-    """Encoded text to draw from in place of the prompts, one row an image (for attacks)."""
+    """Encoded text to draw from in place of the prompts, one row an image; attacks set it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
@@ -66,10 +65,20 @@ class Probe:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Probe:
-        """`n` images of every prompt, with the seeds `seed`, `seed + 1`, … for each.
+        """Return a probe of `n` images of every prompt, with the seeds `seed`, `seed + 1`, … for each.
 
         >>> Probe.of(["a cat", "a dog"], n=2).prompts
         ('a cat', 'a cat', 'a dog', 'a dog')
+
+        Args:
+            prompts: one prompt or several.
+            n: how many images of each.
+            seed: the seed of the first.
+            num_inference_steps: number of denoising steps; None is the model's default.
+            guidance_scale: scale of classifier-free guidance; None is the model's default.
+
+        Raises:
+            ExpungeError: `n` is less than 1, or a setting is out of range.
         """
         if n < 1:
             raise ExpungeError(f"the number of images must be at least 1, not {n}")

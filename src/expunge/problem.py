@@ -1,4 +1,4 @@
-"""What to erase, what it should become, and what must stay."""
+"""The problem: the concepts to erase, what they become, and what must stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import check
+from expunge.base.fields import check_fields
 
 Kind = Literal["object", "identity", "style", "explicit"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -19,33 +19,33 @@ KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
 @dataclass(frozen=True)
 class Concept:
-    """Something a model can draw, and what it should draw in its place.
+    """A concept that a model can draw, and the anchor that it should draw in its place.
 
     >>> Concept("airplane", anchor="sky").kind
     'object'
 
     Raises:
-        ExpungeError: an empty name, or a kind that is not one of `KINDS`.
+        ExpungeError: a name is empty, the kind is none of `KINDS`, or the anchor is the concept itself.
     """
 
     name: str
-    """The words that call for it: "airplane", "Van Gogh"."""
+    """The words that prompts call it by: "airplane", "Van Gogh"."""
     anchor: str | None = None
     """What it becomes. "" is the empty prompt; None lets the model choose by kind."""
     kind: Kind = "object"
-    """What sort of thing it is."""
+    """What kind of thing it is: one of `KINDS`."""
     synonyms: tuple[str, ...] = ()
-    """Further names to erase with it."""
+    """More names to erase with it."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         object.__setattr__(self, "name", tidy(self.name))
         object.__setattr__(self, "synonyms", tuple(tidy(name) for name in self.synonyms))
         if self.anchor is not None:
             object.__setattr__(self, "anchor", tidy(self.anchor))
         if not all(self.names):
             raise ExpungeError("a concept needs a name; this one is empty")
-        if self.anchor is not None and key(self.anchor) in map(key, self.names):
+        if self.anchor is not None and normalize_name(self.anchor) in map(normalize_name, self.names):
             raise ExpungeError(f"the anchor of {self.name!r} is the concept itself")
 
     @property
@@ -75,7 +75,7 @@ class Problem:
     ('bird', 'ship')
 
     Raises:
-        ExpungeError: nothing to erase, a concept named twice, or erased and retained at once.
+        ExpungeError: there is nothing to erase, or a name is there twice or to be erased and retained.
     """
 
     erase: tuple[Concept, ...]
@@ -99,30 +99,30 @@ class Problem:
             raise ExpungeError("a prompt to retain is empty")
         seen: set[str] = set()
         for name in (name for concept in self.erase for name in concept.names):
-            if key(name) in seen:
+            if normalize_name(name) in seen:
                 raise ExpungeError(f"{name!r} is to be erased twice")
-            seen.add(key(name))
+            seen.add(normalize_name(name))
         for text in self.retain:
-            if key(text) in seen:
+            if normalize_name(text) in seen:
                 raise ExpungeError(f"{text!r} cannot be both erased and retained")
 
     def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
-        """The same problem with every anchor that was left open chosen by kind."""
+        """Return the problem with every open anchor set to the one of the concept's kind."""
         chosen = (
-            c if c.anchor is not None else dataclasses.replace(c, anchor=_other(c, anchors))
+            c if c.anchor is not None else dataclasses.replace(c, anchor=_choose_anchor(c, anchors))
             for c in self.erase
         )
         return dataclasses.replace(self, erase=tuple(chosen))
 
     def overlaps(self) -> list[tuple[str, str]]:
-        """Pairs of an erased name and a prompt to retain, or another concept's name, with its words.
+        """Return pairs of an erased name and another name or retained prompt that contains its words.
 
         >>> Problem((Concept("cat"),), ("a cat's face", "caterpillar")).overlaps()
         [('cat', "a cat's face")]
         """
         owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
         others = [*owned, *((text, None) for text in self.retain)]
-        words = {name: set(re.findall(r"\w+", key(name))) for name, _ in others}
+        words = {name: set(re.findall(r"\w+", normalize_name(name))) for name, _ in others}
         return [
             (name, other)
             for name, place in owned
@@ -132,61 +132,64 @@ class Problem:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Problem:
-        """The inverse of `dataclasses.asdict`."""
+        """Build a problem from what `dataclasses.asdict` returned."""
         concepts = (Concept(**{**c, "synonyms": tuple(c["synonyms"])}) for c in data["erase"])
         return cls(tuple(concepts), tuple(data["retain"]))
 
 
 _JOINERS = "\u200c\u200d"
-"""They shape the letters of some scripts, and join emoji to one."""
+"""The zero-width joiners: they shape letters of some scripts, and join several emoji to one."""
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Characters without an image of their own that Unicode does not count as formats."""
+"""Invisible characters that Unicode does not class as format characters."""
 _SPELLINGS = str.maketrans(
     dict.fromkeys("\u2018\u2019\u02bc\u2032", "'") | dict.fromkeys("\u2010\u2011\u2012", "-")
 )
-"""Apostrophes and hyphens that a word processor puts in the place of the plain ones."""
+"""Typographic apostrophes and hyphens, with the plain ones that they stand for."""
 
 
 def tidy(text: str) -> str:
-    """A name or a prompt as people see it: composed, and without characters that nobody sees.
+    """Return a name or a prompt in composed form (NFC), without invisible characters.
 
-    To a tokenizer, an unseen character is a token like any other: what is erased would not be what
-    was read. Joiners stay between letters or emoji that they shape, and so do the tags in flags.
+    To a tokenizer, an invisible character is a token like any other, so the concept erased would not be
+    the one that the user sees. Joiners stay between letters or emoji that they shape, and so do the tag
+    characters of flags.
 
     >>> tidy(" Tu\u0308rkiye\u200b ") == "T\u00fcrkiye"
     True
     """
     text = unicodedata.normalize("NFC", text)
-    kept = [c for i, c in enumerate(text) if unicodedata.category(c) != "Cf" or _shapes(text, i)]
+    kept = [c for i, c in enumerate(text) if unicodedata.category(c) != "Cf" or _is_visible(text, i)]
     return "".join(kept).strip()
 
 
-def _shapes(text: str, place: int) -> bool:
-    """Whether a format character is part of what is seen: a tag, or a joiner outside Latin script."""
+def _is_visible(text: str, place: int) -> bool:
+    """Whether a format character changes what is seen: a tag, or a joiner outside Latin script."""
     if "\U000e0020" <= text[place] <= "\U000e007f":
         return True
     inside = 0 < place < len(text) - 1
     return text[place] in _JOINERS and inside and min(text[place - 1], text[place + 1]) > "\u058f"
 
 
-def key(name: str) -> str:
-    """What two spellings of one name share: they may differ in case, spacing, Unicode's forms, unseen
-    characters, and the sort of an apostrophe or a hyphen.
+def normalize_name(name: str) -> str:
+    """Return the key of a name, equal for all its spellings.
 
-    >>> key("Ｃａｔ  face\u200b") == key("cat face")
+    Spellings may differ in case, spacing, Unicode form, invisible characters, and the kind of apostrophe
+    or hyphen.
+
+    >>> normalize_name("Ｃａｔ  face\u200b") == normalize_name("cat face")
     True
     """
     text = _UNSEEN.sub("", tidy(name)).translate(_SPELLINGS)
-    for _ in range(2):  # folding the case can take apart what was composed
+    for _ in range(2):  # folding the case can decompose letters again
         text = unicodedata.normalize("NFKC", text).translate(_SPELLINGS).casefold()
-    # A joiner between letters is a matter of spelling; between emoji it makes another one.
+    # A joiner between letters is a matter of spelling; between emoji it makes another emoji.
     joined = re.sub(r"(?<=\w)[\u200c\u200d](?=\w)", "", text)
     return " ".join(joined.split())
 
 
-def _other(concept: Concept, anchors: Mapping[str, str]) -> str:
-    """The kind's anchor, or the empty prompt where that is the concept itself."""
+def _choose_anchor(concept: Concept, anchors: Mapping[str, str]) -> str:
+    """Return the anchor of a concept's kind, or the empty prompt where that is the concept itself."""
     anchor = anchors[concept.kind]
-    return "" if key(anchor) in map(key, concept.names) else anchor
+    return "" if normalize_name(anchor) in map(normalize_name, concept.names) else anchor

@@ -21,7 +21,7 @@ class Text:
     content_mask: Tensor
     """(n, tokens), bool: the prompt's own tokens, neither start, end nor padding."""
     ids: Tensor
-    """(n, tokens), int64: the tokenizer's numbers."""
+    """(n, tokens), int64: the token ids."""
     pooled: Tensor | None = None
     """(n, pooled width), for families that read it."""
     eos_index: Tensor | None = None
@@ -46,12 +46,19 @@ class Text:
         return len(self.prompts)
 
     @property
+    def first_end(self) -> Tensor:
+        """Where the first text encoder's end token stands in each row, (n, 1)."""
+        if self.eos_index is None:
+            raise TypeError("eos_index must be a tensor (n, parts), not None")
+        return self.eos_index[:, :1]
+
+    @property
     def read(self) -> Tensor:
         """The tokens that the denoiser reads, (n, tokens), bool."""
         return torch.ones_like(self.content_mask) if self.attention_mask is None else self.attention_mask
 
     def segments(self, row: int) -> list[tuple[slice, int]]:
-        """A row's tokens, encoder by encoder: where they are, and where their end token stands."""
+        """Return, for each text encoder, the slice of its tokens in a row and the end token's index."""
         if self.eos_index is None:
             raise TypeError("eos_index must be a tensor (n, parts), not None")
         found, start = [], 0
@@ -60,8 +67,22 @@ class Text:
             start += length
         return found
 
+    def from_last_token(self, row: int) -> list[slice]:
+        """Find each encoder's last content token of a prompt, and all that follows it.
+
+        A prompt without content, the empty one, begins with its start token there, or with its end token
+        where the tokenizer has no start token (T5).
+
+        Args:
+            row: the prompt.
+
+        Returns:
+            For each text encoder the positions from that token on, the end and the padding included.
+        """
+        return [slice(max(own.start, end - 1), own.stop) for own, end in self.segments(row)]
+
     def __getitem__(self, rows: Sequence[int]) -> Text:
-        """The text of some rows, in the order given."""
+        """Return the text of some rows, in the order given."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.embeddings.device)
         return Text(
             tuple(self.prompts[i] for i in rows),
@@ -76,7 +97,7 @@ class Text:
 
     @classmethod
     def joined(cls, texts: Sequence[Text]) -> Text:
-        """The rows of several texts, one after the other."""
+        """Concatenate the rows of several texts of one model."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
         ends = [text.eos_index for text in texts if text.eos_index is not None]
         return cls(
@@ -98,7 +119,7 @@ class TextEntry:
     """A linear layer through which text enters the denoiser."""
 
     layer: str
-    """Its name, as changes name it."""
+    """The layer's name, as changes spell it: `unet.….attn2.to_k`."""
     role: Literal["key", "value", "context", "pooled"]
-    """What its output is: the keys or values of a cross-attention, the tokens that enter a joint
-    attention, or a vector of the whole prompt."""
+    """What its output is: keys or values of a cross-attention, the tokens that enter joint attention
+    ("context"), or a vector of the whole prompt ("pooled")."""

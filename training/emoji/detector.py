@@ -27,7 +27,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from expunge.base.files import replacing
-from expunge.emoji.detector import FOLDER, NOTHING, Detector, Network, Recognition, Settings
+from expunge.emoji.detector import FOLDER, NOTHING, Detector, DetectorConfig, Network, Recognition
 from training.emoji import broken
 from training.emoji.loop import device, train
 from training.emoji.scenes import SceneMaker
@@ -164,7 +164,7 @@ def to_device(examples: Examples) -> Examples:
     return Examples(*(tensor.to(device()) for tensor in examples.tensors))
 
 
-def save(folder: Path, weights: dict[str, Tensor], settings: Settings) -> None:
+def save(folder: Path, weights: dict[str, Tensor], settings: DetectorConfig) -> None:
     """Float16 weights and the settings beside them."""
     half = {name: t.half() if t.is_floating_point() else t for name, t in weights.items()}
     with replacing(folder / "model.safetensors") as file:
@@ -172,7 +172,7 @@ def save(folder: Path, weights: dict[str, Tensor], settings: Settings) -> None:
     save_settings(folder, settings)
 
 
-def save_settings(folder: Path, settings: Settings) -> None:
+def save_settings(folder: Path, settings: DetectorConfig) -> None:
     with replacing(folder / "config.json") as file:
         file.write_text(
             json.dumps(dataclasses.asdict(settings), ensure_ascii=False, indent=1) + "\n",
@@ -183,7 +183,9 @@ def save_settings(folder: Path, settings: Settings) -> None:
 # -- thresholds and measures -----------------------------------------------------------------------------------------
 
 
-def calibrate(settings: Settings, two: Recognition, truth: Tensor, scenes: Recognition, empty: Recognition) -> Settings:
+def calibrate(
+    settings: DetectorConfig, two: Recognition, truth: Tensor, scenes: Recognition, empty: Recognition
+) -> DetectorConfig:
     """Thresholds at 1 % false alarms.
 
     Bounded, since a label that nothing is ever taken for would else be seen at a probability of 0.001. A plain
@@ -294,7 +296,9 @@ def main() -> None:
         return train(name, network, loss_of, options.work, optimiser, minutes=minutes)
 
     names = tuple(label.name for label in world.labels)
-    settings = Settings(names, world.styles, WIDTHS, thresholds=(0.5,) * len(names), nothing=0.2, unrecognisable=0.5)
+    settings = DetectorConfig(
+        names, world.styles, WIDTHS, thresholds=(0.5,) * len(names), nothing=0.2, unrecognisable=0.5
+    )
 
     def shipped(weights: dict[str, Tensor]) -> Detector:
         """What lies in the folder is what is measured."""

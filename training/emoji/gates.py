@@ -26,7 +26,7 @@ from torch import Tensor
 
 import expunge
 from expunge.base.files import replacing
-from expunge.base.image_files import grid, save
+from expunge.base.image_files import make_grid, save_image
 from expunge.emoji.detector import FOLDER as DETECTOR
 from expunge.emoji.detector import NOTHING, UNRECOGNISABLE, Detector, Recognition
 from expunge.evaluation.suite import Suite
@@ -369,7 +369,7 @@ def main() -> None:
             file.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
     if options.grid:
         shown = [part[torch.linspace(0, len(part) - 1, 12).long()] for part in parts]
-        save(grid(torch.cat(shown), columns=12, width=96), options.grid)
+        save_image(make_grid(torch.cat(shown), columns=12, width=96), options.grid)
         for gate in chosen:
             picked = torch.linspace(0, len(gate.cases) - 1, 12).long().tolist()
             print(f"{gate.name}: " + " | ".join(gate.cases[k].prompt or "(empty)" for k in picked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.ops.finetune import frozen
-from expunge.ops.pgd import bounded as attacked
-from expunge.ops.pgd import within
+from expunge.ops.pgd import draw_in_ball
+from expunge.ops.pgd import minimise_in_ball as attacked
 from expunge.probe import Probe
 from expunge.runtime.context import RunContext
 from expunge.text import Text
@@ -40,7 +40,14 @@ class Embedding(Attack):
     objective that of RACE (Kim et al., 2024, arXiv 2405.16341), on a whole trajectory.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"times": "num_timesteps"}
+    ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"radius": [0.05, 0.1, 0.2, 0.4], "steps": 10},
+        "restarts": {"restarts": [1, 4, 8], "radius": 0.2, "steps": 40, "num_timesteps": 6},
+    }
+    renamed: ClassVar[Mapping[str, str]] = {
+        "times": "num_timesteps",
+        "batch": "batch_size",
+    }
 
     radius: float = bounded(0.1, at_least=0)
     """The bound, as a share of each token's norm; 0 changes nothing."""
@@ -55,8 +62,17 @@ class Embedding(Attack):
     """Images attacked together; it changes nothing but speed and memory."""
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
+        """Return the probe with perturbed embeddings, found for each image by itself.
+
+        Args:
+            model: the original.
+            edit: what is attacked.
+            probe: what is drawn unattacked; its encoded text, if any, is where the attack starts.
+            run: the seed of the restarts, and the progress.
+        """
         if not (self.steps and self.radius):
             return probe
+        # Encoded by the original: what is attacked are the embeddings that the denoiser reads.
         text = probe.text or model.encode(probe.prompts)
         found = []
         for start in range(0, len(probe), self.batch_size):
@@ -68,17 +84,32 @@ class Embedding(Attack):
         return dataclasses.replace(probe, text=dataclasses.replace(text, embeddings=embeddings))
 
     def objective(self, model: Model, text: Text, given: Tensor, points: list[Point]) -> Tensor:
-        """Σ_t of the mean squared error for each row of embeddings `given`, (n,)."""
-        asked = dataclasses.replace(text, embeddings=given)
+        """Return Σ_t of the mean squared error for each row, (n,).
+
+        Args:
+            model: with the edit applied.
+            text: the prompts as encoded; only their embeddings are replaced.
+            given: (n, tokens, width), the embeddings to judge.
+            points: of the original's trajectory, from `points`.
+        """
+        perturbed = dataclasses.replace(text, embeddings=given)
         errors = [
-            (model.predict(z, t, asked) - goal).square().flatten(1).mean(1) for t, z, goal in points
+            (model.predict(z, t, perturbed) - goal).square().flatten(1).mean(1) for t, z, goal in points
         ]
         return torch.stack(errors).sum(0)
 
     def points(self, model: Model, text: Text, probe: Probe, rows: list[int]) -> list[Point]:
-        """(t, z_t, ε₀) along the original's trajectories, evenly from the first noise on."""
+        """Return (t, z_t, ε₀) along the original's trajectories, evenly from the first noise on.
+
+        Args:
+            model: the original, without the edit.
+            text: the prompts as encoded, a row an image.
+            probe: the seeds and the sampler.
+            rows: which of the probe's images.
+        """
         seeds = [probe.seeds[i] for i in rows]
         steps = probe.num_inference_steps or model.num_inference_steps
+        # The middles of equal parts of the trajectory, so that few points still cover all of it.
         chosen = {round((i + 0.5) * steps / self.num_timesteps - 0.5) for i in range(self.num_timesteps)}
         trajectory = model.trajectory(
             text, seeds, num_inference_steps=steps, guidance_scale=probe.guidance_scale
@@ -96,18 +127,21 @@ class Embedding(Attack):
         self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int], run: RunContext
     ) -> Tensor:
         points = self.points(model, text, probe, rows)
+        # The points are the original's, so they are found before the edit is applied.
         best, least = text.embeddings, torch.full((len(rows),), torch.inf)
         names = [(probe.prompts[row], str(probe.seeds[row])) for row in rows]
         with frozen(model.parameters()), model.using(edit):
             for start in range(self.restarts):
+                # Each image has generators of its own, so that batches change nothing.
                 own = [run.generator("embedding", *name, str(start)) for name in names]
                 found, values = attacked(
                     lambda given: self.objective(model, text, given, points),
                     text.embeddings,
                     self.radius,
                     self.steps,
-                    within(text.embeddings, self.radius, own) if start else None,
+                    draw_in_ball(text.embeddings, self.radius, own) if start else None,
                 )
+                # Rows that an earlier start has served better keep what it found.
                 better = values.cpu() < least
                 best = torch.where(better.to(best.device)[:, None, None], found, best)
                 least = torch.where(better, values.cpu(), least)

@@ -6,14 +6,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from expunge.attack import Attack
 from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.erasing.caption_gram import words
+from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
@@ -44,6 +44,12 @@ class Inversion(Attack):
     arXiv 2308.01508. The target is the original's prediction instead of the noise: less of chance.
     """
 
+    ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"steps": [50, 150]},
+        "restarts": {"restarts": [1, 3], "steps": 150},
+        "long": {"steps": [150, 600]},
+        "cce": {"steps": [5000], "batch_size": 16, "num_images": 16},
+    }
     renamed: ClassVar[Mapping[str, str]] = {
         "rate": "learning_rate",
         "batch": "batch_size",
@@ -66,10 +72,18 @@ class Inversion(Attack):
     """The word whose embedding to start from; by default the tokenizer's nearest to the anchor."""
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
+        """Return the probe with a learnt word in the place of the concept's name.
+
+        Args:
+            model: the original.
+            edit: what is attacked.
+            probe: what is drawn unattacked; one word is learnt for all its images.
+            run: the seed of images and noise, and the progress.
+        """
         if not self.steps:
             return probe
         word = self._word(model, edit)
-        prompts = [renamed(prompt, edit, word) for prompt in probe.prompts]
+        prompts = [replace_name(prompt, edit, word) for prompt in probe.prompts]
         starts = self._starts(model, edit, probe, word, run)
         learnt = [
             self.learn(model, edit, probe, word, prompts, run, start, k)
@@ -94,10 +108,13 @@ class Inversion(Attack):
         start: str = "",
         restart: int = 0,
     ) -> list[torch.Tensor]:
-        """v for each text encoder, the mean over the last quarter of the steps.
+        """Learn v for each text encoder, (width,) each: the mean over the last quarter of the steps.
 
         Args:
-            model, edit, probe, run: as in `run`.
+            model: the original.
+            edit: what is attacked.
+            probe: what is drawn unattacked.
+            run: as in `run`.
             word: the word whose place v takes.
             prompts: the probe's, with the word in them.
             start: the word whose vector v starts from; by default `word`.
@@ -107,10 +124,12 @@ class Inversion(Attack):
         rows, original, latents = self._images(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
         first = model.word_vectors(start or word)
+        # Shifts count in units of the embedding's own size, so that one learning rate fits all encoders.
         shifts = [torch.zeros_like(vector).requires_grad_() for vector in first]
         sizes = [vector.norm() / len(vector) ** 0.5 for vector in first]
         optimiser = torch.optim.Adam(shifts, lr=self.learning_rate)
         means = [torch.zeros_like(vector) for vector in first]
+        # Single steps are noisy, for a batch is small: their mean draws better than the last one.
         tail = max(1, self.steps // 4)
         with frozen(model.parameters()), torch.enable_grad():
             for step in range(self.steps):
@@ -121,6 +140,7 @@ class Inversion(Attack):
                 )
                 noise = torch.randn(latents[some].shape, generator=generator).to(latents)
                 z = model.add_noise(latents[some], noise, t)
+                # The original's prediction, and not the noise: it leaves out what no word can explain.
                 with torch.no_grad():
                     goal = model.predict(z, t, original[some])
                 now = [v + size * shift for v, size, shift in zip(first, sizes, shifts, strict=True)]
@@ -130,6 +150,7 @@ class Inversion(Attack):
                 with model.using(edit):
                     error = (model.predict(z, t, text) - goal).square().mean()
                     gradients = torch.autograd.grad(error, shifts)
+                # Set by hand: `backward` would fill the gradients of the model's weights, too.
                 for shift, gradient in zip(shifts, gradients, strict=True):
                     shift.grad = gradient
                 optimiser.step()
@@ -167,6 +188,7 @@ class Inversion(Attack):
         learnt: list[list[torch.Tensor]],
     ) -> list[float]:
         """The mean error of each learnt word on the same images and noise, which no start has seen."""
+        # The same images and noise for all starts, so that their errors compare.
         generator = run.generator("inversion", *probe.prompts, "check")
         rows, original, latents = self._images(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
@@ -187,23 +209,32 @@ class Inversion(Attack):
 
     def _starts(self, model: Model, edit: Edit, probe: Probe, word: str, run: RunContext) -> list[str]:
         """The words to start from: the first is the one whose place is taken."""
-        known = [w for w in words(model, edit.record.problem.erase) if w != word]
+        known = [w for w in vocabulary_words(model, edit.record.problem.erase) if w != word]
         generator = run.generator("inversion", *probe.prompts, "starts")
         order = torch.randperm(len(known), generator=generator).tolist()
+        # The first start is that of a single one, so that more restarts never change it.
         found = [word, *(known[i] for i in order[: self.restarts - 1])]
         return found + [word] * (self.restarts - len(found))
 
     def _word(self, model: Model, edit: Edit) -> str:
         """A word that the tokenizer has as one token and no erased name uses."""
         erased = edit.record.problem.erase
-        known = words(model, erased)
+        known = vocabulary_words(model, erased)
         wanted = [self.start, *(concept.anchor or "" for concept in erased)]
+        # The last word of an anchor first: in "a photo of the sky" that is what it names.
         of_anchor = [w for text in wanted for w in reversed(text.lower().split()) if w in known]
         return (of_anchor or known)[0]
 
 
-def renamed(prompt: str, edit: Edit, word: str) -> str:
-    """The prompt with a word in the place of the longest erased name in it, or at its end."""
+def replace_name(prompt: str, edit: Edit, word: str) -> str:
+    """Return the prompt with a word in the place of the longest erased name in it, or at its end.
+
+    Args:
+        prompt: the prompt.
+        edit: says which names it erases.
+        word: what takes their place.
+    """
+    # The longest first: "cat" would otherwise be replaced within "cat face".
     names = sorted((n for c in edit.record.problem.erase for n in c.names), key=len, reverse=True)
     for name in names:
         new, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", word, prompt, flags=re.IGNORECASE)

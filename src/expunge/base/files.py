@@ -1,4 +1,4 @@
-"""Files that are whole: written beside and moved into place, checked before they are read."""
+"""Read and write files safely: written beside and moved into place, checked before they are read."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any
 from expunge.base.errors import ExpungeError
 
 PICKLED = "pickled, and reading it could run a stranger's code; convert it to .safetensors first"
-"""What is wrong with files that are not safetensors."""
+"""What a message says of weight files that are not safetensors."""
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""What Git LFS begins the small text with that stands for a file it has not fetched."""
+"""The beginning of the small text that Git LFS leaves in place of a file it has not fetched."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yield a temporary path that becomes `path` when the block ends well, and is deleted otherwise.
 
-    A file that was at `path` stays as it was until then. Missing parent folders are made. A symbolic
-    link stays one: what it points to is replaced.
+    A file that was at `path` stays as it was until then. Missing parent folders are created. Of a
+    symbolic link, the file it points to is replaced.
 
     Raises:
-        ExpungeError: the folder cannot be made or written, or `path` is a folder.
+        ExpungeError: the folder cannot be created or written, or `path` is a folder.
     """
     path = Path(path)
     temporary = None
@@ -40,7 +40,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if target.is_dir():
             raise IsADirectoryError(21, "it is a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Half of a long name's ending would be another ending: keep short ones alone.
+        # The suffix tells libraries the format; a very long one is part of the name, not a format.
         suffix = path.suffix if len(path.suffix) <= 16 else ""
         handle, name = tempfile.mkstemp(prefix=".", suffix=suffix, dir=target.parent)
         os.close(handle)
@@ -58,7 +58,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before the work, not after it, whether `path` can be written.
+    """Check, before the work and not after it, that `path` can be written.
 
     Raises:
         ExpungeError: it cannot.
@@ -76,16 +76,16 @@ def check_writable(path: str | Path) -> None:
 
 
 def _target(path: Path) -> Path:
-    """What is written in the end: a symbolic link's target, or the path itself.
+    """Return the path that is written in the end: a symbolic link's target, or the path itself.
 
     Raises:
-        OSError: the links go round, or the working directory is gone.
+        OSError: the links form a loop, or the working directory is gone.
     """
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))
     if target.is_symlink():
-        raise OSError(errno.ELOOP, "its symbolic links go round")
+        raise OSError(errno.ELOOP, "its symbolic links form a loop")
     return target
 
 
@@ -93,7 +93,7 @@ def is_file(path: str | Path) -> bool:
     """Whether there is a file of this name.
 
     Raises:
-        ExpungeError: that cannot be told: the name is too long, or its folder may not be searched.
+        ExpungeError: the name is too long, or its folder may not be searched.
     """
     return _is(Path(path).is_file, path)
 
@@ -118,13 +118,13 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
     """Check that a folder can take the results of these suites.
 
     Raises:
-        ExpungeError: it holds those of others, or something that is no report.
+        ExpungeError: it holds the results of other suites, or a file that is not a report.
     """
     file = Path(folder) / "results.json"
     if not is_file(file):
         return
     try:
-        there = {case["suite"]["name"] for case in json.loads(file.read_text("utf8"))["cases"]}
+        there = {case["suite"]["name"] for case in json.loads(file.read_text(encoding="utf-8"))["cases"]}
     except (ValueError, KeyError, TypeError):
         raise ExpungeError(f"{file} is not ours to replace; name another folder") from None
     if there != set(suites):
@@ -134,11 +134,11 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
 
 
 def read_header(path: str | Path) -> dict:
-    """The header of a safetensors file (names, dtypes, shapes, metadata), its length checked.
+    """Return the header of a safetensors file: names, dtypes, shapes and metadata.
 
     Raises:
-        ExpungeError: the file is missing, is no safetensors file (but pickled, say, or a pointer of Git
-            LFS), or is shorter than it says.
+        ExpungeError: the file is missing, is not a safetensors file (but pickled, or a Git LFS pointer),
+            or has another length than its header says.
     """
     path = Path(path)
     try:
@@ -167,10 +167,10 @@ def read_header(path: str | Path) -> dict:
 
 
 def check_pointer(path: Path) -> None:
-    """Check that a file holds what it should, and not where Git LFS keeps it.
+    """Check that a file is not a pointer that Git LFS left in its place.
 
     Raises:
-        ExpungeError: it is a pointer, or cannot be read.
+        ExpungeError: it is one, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -184,19 +184,19 @@ def check_pointer(path: Path) -> None:
 
 
 def check_weights(folder: str | Path) -> None:
-    """Check that every weight file beneath a folder is there and whole.
+    """Check that every weight file in a folder and its subfolders is there and complete.
 
-    Only headers and lengths are read. Of a diffusers folder to load, `variants.check_read` checks what
-    is read alone.
+    Only headers and lengths are read. For a diffusers folder that is about to be loaded,
+    `variants.check_read` checks only the files that are read.
 
     Raises:
-        ExpungeError: a shard named by an index is missing, or a file is cut short, or there are none but
-            pickled ones.
+        ExpungeError: a shard named by an index is missing, a file is cut short, or only pickled ones are
+            there.
     """
     folder = Path(folder)
     for index in sorted(folder.rglob("*.safetensors.index.json")):
         try:
-            shards = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise ExpungeError(f"{index} is not an index of weight files") from None
         for shard in shards:
@@ -209,20 +209,20 @@ def check_weights(folder: str | Path) -> None:
             raise ExpungeError(f"{file} is {PICKLED}")
 
 
-def slug(text: str, longest: int = 60) -> str:
-    """What is legible of a text in a file name: lower-case letters of English, digits and hyphens.
+def make_slug(text: str, longest: int = 60) -> str:
+    """Return a text's ASCII letters, in lower case, and digits, joined by hyphens, for a file name.
 
-    >>> slug("Côte d'Ivoire 🇨🇮")
+    >>> make_slug("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire'
     """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest]
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept: `EXPUNGE_CACHE`, or `expunge` among the user's caches.
+def find_cache_folder() -> Path:
+    """Return the cache folder: `EXPUNGE_CACHE`, or `expunge` in the user's cache folder.
 
     Raises:
-        ExpungeError: nothing says where: there is no home folder.
+        ExpungeError: neither is set, and there is no home folder.
     """
     if chosen := os.environ.get("EXPUNGE_CACHE"):
         return Path(chosen)
@@ -237,23 +237,23 @@ def cache_folder() -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
+    """Read a TOML file.
 
     Raises:
-        ExpungeError: it cannot be read, or it is not TOML in UTF-8.
+        ExpungeError: it cannot be read, or is not TOML in UTF-8.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExpungeError(f"{path} is not a TOML file: {error}") from None
 
 
-def size(n: float) -> str:
-    """A number of bytes in words.
+def format_bytes(n: float) -> str:
+    """Return a number of bytes with its unit.
 
-    >>> size(1234567), size(2e9), size(80)
+    >>> format_bytes(1234567), format_bytes(2e9), format_bytes(80)
     ('1.2 MB', '2.0 GB', '0.1 kB')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
@@ -263,13 +263,13 @@ def size(n: float) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
+    """Read a JSON file that holds one table.
 
     Raises:
         ExpungeError: it cannot be read, or holds something else.
     """
     try:
-        data = json.loads(path.read_text("utf8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:
@@ -280,10 +280,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_space(folder: str | Path, needed: int) -> None:
-    """Check that the disk of a folder, which need not be there yet, takes `needed` bytes more.
+    """Check that the disk of a folder, which need not exist yet, has `needed` bytes free.
 
     Raises:
-        ExpungeError: it does not.
+        ExpungeError: it has not.
     """
     folder = Path(folder).absolute()
     try:
@@ -293,16 +293,17 @@ def check_space(folder: str | Path, needed: int) -> None:
         raise ExpungeError(f"cannot write {folder}: {error.strerror or error}") from error
     if free < needed:
         raise ExpungeError(
-            f"the disk of {folder} has {size(free)} free; {size(needed)} are to be written"
+            f"the disk of {folder} has {format_bytes(free)} free;"
+            f" {format_bytes(needed)} are to be written"
         )
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yield an empty folder that becomes `path` when the block ends well, and is deleted otherwise.
 
     Raises:
-        ExpungeError: something is at `path` already, or the folder cannot be made or written.
+        ExpungeError: something is at `path` already, or the folder cannot be created or written.
     """
     path = Path(path)
     temporary = None

@@ -1,4 +1,4 @@
-"""Images as files."""
+"""Read and write images as files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_pil(image: Tensor, width: int | None = None) -> Image.Image:
-    """An image (3, height, width) in [0, 1] as a PIL image, smoothly enlarged to `width` pixels."""
+    """Return an image (3, height, width) in [0, 1] as a PIL image, enlarged to `width` pixels."""
     array = (image.permute(1, 2, 0) * 255).round().byte().numpy()
     result = Image.fromarray(array)
     if width is None or width <= result.width:
@@ -26,11 +26,18 @@ def to_pil(image: Tensor, width: int | None = None) -> Image.Image:
 
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-"""The image files that are found in a folder."""
+"""The endings of the image files that are read from a folder."""
 
 
-def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
-    """Images (n, 3, height, width) side by side, each at least `width` pixels wide, on white."""
+def make_grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int = 4) -> Image.Image:
+    """Return a grid of images on white.
+
+    Args:
+        images: (n, 3, height, width), in [0, 1].
+        columns: how many images stand side by side; by default about twice as many as rows.
+        width: the least width of an image, in pixels; smaller ones are enlarged.
+        gap: pixels between two images.
+    """
     tiles = [to_pil(image, width) for image in images]
     if columns is None:
         columns = math.ceil(math.sqrt(2 * len(tiles))) if len(tiles) > 3 else len(tiles)
@@ -42,37 +49,39 @@ def grid(images: Tensor, columns: int | None = None, width: int = 192, gap: int 
     return sheet
 
 
-def read(path: str | Path, size: tuple[int, int] | None = None, background: str = "white") -> Tensor:
-    """An image file as a tensor (3, height, width), float32 in [0, 1], as a viewer shows it.
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, background: str = "white"
+) -> Tensor:
+    """Read an image file as a tensor (3, height, width), float32 in [0, 1], as a viewer shows it.
 
-    It is turned as its camera noted, 16 bits a channel become 8, and what is transparent shows the
-    background. Of an animation it is the first frame, and this is said.
+    It is rotated as its EXIF data says, 16 bits a channel become 8, and transparent pixels show the
+    background. Of an animation the first frame is read, with an ExpungeWarning.
 
     Args:
         path: the file.
-        size: height and width to resize to, in pixels; None leaves them.
-        background: the colour behind what is transparent, by its name.
+        size: height and width to resize to, in pixels; None keeps those of the file.
+        background: the colour behind transparent pixels, by its name.
 
     Raises:
-        ExpungeError: the file is missing, is no image, or has more pixels than are safely read.
+        ExpungeError: the file is missing, is not an image, or has more pixels than can be read safely.
     """
     import numpy as np
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of a broken file is raised
+            warnings.simplefilter("ignore")  # Pillow warns of broken files and then raises
             with Image.open(path) as opened:
                 frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-                image = _flat(_upright(opened), background)
+                image = _flatten(_rotate(opened), background)
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ExpungeError(f"cannot read {path}: it has more than {most} million pixels") from None
     except MemoryError:
         raise ExpungeError(f"cannot read {path}: it does not fit into the memory") from None
-    except Exception as error:  # of broken files, the library raises what it likes
+    except Exception as error:  # Pillow raises many kinds of error for broken files
         known = isinstance(error, OSError) and error.strerror
-        what = error.strerror if isinstance(error, OSError) and known else "it is no whole image"
+        what = error.strerror if isinstance(error, OSError) and known else "it is not a whole image"
         raise ExpungeError(f"cannot read {path}: {what}") from None
     if frames > 1:
         warnings.warn(
@@ -85,17 +94,17 @@ def read(path: str | Path, size: tuple[int, int] | None = None, background: str 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its camera was held."""
+def _rotate(image: Image.Image) -> Image.Image:
+    """Return the image rotated as its EXIF data says."""
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the notes are broken, not the image
+    except Exception:  # the EXIF data is broken, not the image
         return image
 
 
-def _flat(image: Image.Image, background: str) -> Image.Image:
-    """Any mode as RGB, with the background behind what is transparent."""
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    """Return an image of any mode as RGB, with the background behind transparent pixels."""
     import numpy as np
 
     clear = image.info.get("transparency")
@@ -111,11 +120,11 @@ def _flat(image: Image.Image, background: str) -> Image.Image:
             return image
         image.putalpha(alpha)
     elif image.mode == "F":
-        raise ValueError("fractions have no white")
+        raise ValueError("floating-point pixels have no agreed white")
     elif image.mode in ("RGBa", "La"):
         image = image.convert(image.mode.upper()).convert("RGBA")
     elif image.mode in ("RGBA", "LA", "PA") or clear is not None:
-        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, while the pixels have 8 by now
+        if isinstance(clear, tuple) and max(clear) > 255:  # given in 16 bits; the pixels have 8 by now
             image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = image.convert("RGBA")
     else:
@@ -124,34 +133,42 @@ def _flat(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(behind, image).convert("RGB")
 
 
-def save(image: Image.Image, path: str | Path) -> None:
+def save_image(image: Image.Image, path: str | Path) -> None:
     """Write an image; the ending of the name decides the format.
 
     Raises:
-        ExpungeError: the ending is no image format, or the file cannot be written.
+        ExpungeError: the ending is not an image format, or the file cannot be written.
     """
     check_ending(path)
     with replacing(path) as temporary:
         image.save(temporary)
 
 
-def keep(image: Image.Image, folder: str | Path, name: str) -> Path:
-    """Write an image as a PNG of this name; a number is added where another image has it already.
+def save_unique(image: Image.Image, folder: str | Path, name: str) -> Path:
+    """Write an image as a PNG file, with a number added where another image has the name already.
+
+    Args:
+        image: the image.
+        folder: the folder to write to.
+        name: the file's name without its ending.
+
+    Returns:
+        The file; an earlier one if that holds the very same image.
 
     Raises:
         ExpungeError: the file cannot be written.
     """
     number = 1
     while (path := Path(folder) / f"{name}{f'-{number}' if number > 1 else ''}.png").exists():
-        if _same(path, image):
+        if _holds(path, image):
             return path
         number += 1
-    save(image, path)
+    save_image(image, path)
     return path
 
 
-def _same(path: Path, image: Image.Image) -> bool:
-    """Whether a file holds just this image."""
+def _holds(path: Path, image: Image.Image) -> bool:
+    """Whether a file holds exactly this image."""
     try:
         with Image.open(path) as there:
             return (
@@ -159,7 +176,7 @@ def _same(path: Path, image: Image.Image) -> bool:
                 and there.size == image.size
                 and (there.tobytes() == image.tobytes())
             )
-    except Exception:  # it is something else, or broken
+    except Exception:  # not an image, or a broken one
         return False
 
 
@@ -170,5 +187,5 @@ def check_ending(path: str | Path) -> None:
         ExpungeError: it does not.
     """
     ending = Path(path).suffix.lower()
-    if ending not in (".png", ".jpg", ".jpeg", ".webp"):
+    if ending not in ENDINGS:
         raise ExpungeError(f"{path} should end in .png, .jpg or .webp, or in / for a folder")

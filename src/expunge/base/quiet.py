@@ -1,4 +1,4 @@
-"""Progress that nobody is told of, and libraries that say nothing."""
+"""Progress callbacks, and silence for the libraries underneath."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""Called with a label, how much is done, and how much there is."""
+"""Called with what is being done, how much of it is done, and how much there is in all."""
 
 
-def quiet(label: str, done: int, total: int) -> None:
-    """The progress of a library: none."""
+def ignore_progress(label: str, done: int, total: int) -> None:
+    """Do nothing: the progress callback where none is given.
+
+    Args:
+        label: what is being done.
+        done: how much of it is done.
+        total: how much there is in all.
+    """
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Silence diffusers, transformers and the hub for the length of a block."""
+def silence_libraries() -> Iterator[None]:
+    """Silence the logs, warnings and bars of diffusers, transformers and the hub for a block."""
     import diffusers
     import huggingface_hub
     import transformers

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from expunge.base import files
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.changes import WeightChange
 from expunge.checkpoints import erasure_notes, loading, pipelines, safetensors_io
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote
@@ -30,7 +30,7 @@ from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
 from expunge.checkpoints.variants import PICKLES, find_weight_files, read_components, read_variants
 from expunge.checkpoints.weight_changes import Place
 from expunge.edit import Edit
-from expunge.fingerprint import Read, places, same_base
+from expunge.fingerprint import ParameterReader, is_same_base, list_places
 from expunge.model import Model
 
 DENOISER_PREFIX = "model.diffusion_model."
@@ -108,7 +108,7 @@ class Checkpoint:
         denoiser = self.family.denoiser
         source = loading.Source(self.name, self.path, self.variant)
         pipe = pipelines.read_pipeline(source, dtype, **{denoiser: None, "vae": None})
-        with quietly():
+        with silence_libraries():
             pipe.to(choose_device(device))
         network = pipelines.build_empty(self.path, denoiser)
         torch.nn.Module.to(network, dtype)  # its own `to` warns of casts, and there is nothing to cast
@@ -236,7 +236,7 @@ class Checkpoint:
         path, name = next(iter(self.locate(layer, parameter).values()))
         return tuple(self.headers[path][name]["shape"])
 
-    def fits(self, edit: Edit, read: Read | None = None) -> bool:
+    def fits(self, edit: Edit, read: ParameterReader | None = None) -> bool:
         """Return whether an edit was made from just these weights, as `Edit.fits` does for a model.
 
         Args:
@@ -257,7 +257,7 @@ class Checkpoint:
                         f"the edit does not fit: {layer} is {shape} in {self.name},"
                         f" and its {change.kind} change has {found}"
                     )
-        return same_base(read or self.read, places(edit.changes), edit.record.base)
+        return is_same_base(read or self.read, list_places(edit.changes), edit.record.base)
 
     def name_by_kohya(self, layer: str) -> str | None:
         """Return a layer's name in a LoRA of kohya's naming; None where it has none."""

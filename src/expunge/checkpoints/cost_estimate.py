@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from expunge.base.files import size
+from expunge.base.files import format_bytes
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.loading import read_index
 from expunge.checkpoints.pace import time_model
 from expunge.checkpoints.pipelines import build_empty
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.model import Model
 from expunge.problem import Concept
 from expunge.runtime.cost import Cost
@@ -93,7 +93,7 @@ class CostEstimate:
 
     def count_units(self, cost: Cost) -> dict[str, float]:
         """Count the prompts, predictions and gradients of some work, a prior's captions included."""
-        captions = unread(None, cost.captions) if self.captions is None else self.captions
+        captions = count_unread(None, cost.captions) if self.captions is None else self.captions
         return {
             "prompts": cost.prompts + captions,
             "predictions": cost.predictions,
@@ -116,12 +116,14 @@ class CostEstimate:
         Args:
             cost: the work; None where the method does not say how much it needs.
         """
-        parts = ", ".join(f"{name} {size(n * self.itemsize)}" for name, n in self.parameters.items())
+        parts = ", ".join(
+            f"{name} {format_bytes(n * self.itemsize)}" for name, n in self.parameters.items()
+        )
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
         turns = ", parts in turn" if len(self.resident_parts) > 1 else ""
         lines = [
             f"weights: {parts}{alone}",
-            f"memory: {size(self.memory)} of weights on the device{turns}",
+            f"memory: {format_bytes(self.memory)} of weights on the device{turns}",
             f"a prompt takes about {_format_seconds(self.prompt_seconds)}"
             + ("" if alone else f", a prediction about {_format_seconds(self.prediction_seconds)}"),
         ]
@@ -195,6 +197,7 @@ def estimate_model(
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module):
+            # A denoiser left on the disk stands on the meta device and takes no memory.
             there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
             parameters[_find_part(type(model), name, type(module).__name__)] += sum(there)
     loaded = +parameters  # unary plus drops the parts without parameters
@@ -205,7 +208,7 @@ def estimate_model(
     entries = [model.weight(entry.layer) for entry in model.text_entries()]
     made = dataclasses.replace(
         made,
-        captions=unread(model, work.captions, erased),
+        captions=count_unread(model, work.captions, erased),
         saving_seconds=SAVING_SECONDS + 2 * sum(2 * w.numel() for w in entries) / HASHED_PER_SECOND,
         product_seconds=_time_product(entries[0].shape[1]),
     )

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expunge.base.errors import ExpungeError, listed
+from expunge.base.errors import ExpungeError, join_names
 from expunge.checkpoints.weight_changes import Place
 from expunge.edit import Edit, Record
-from expunge.fingerprint import places
+from expunge.fingerprint import list_places
 
 NOTE = "expunge.erased"
 """The entry of a file's metadata that holds the notes."""
@@ -36,7 +36,7 @@ class ErasureNote:
     @classmethod
     def of(cls, edit: Edit) -> ErasureNote:
         """Make the note of an edit."""
-        return cls(edit.record, edit.hash, tuple(sorted(places(edit.changes))))
+        return cls(edit.record, edit.hash, tuple(sorted(list_places(edit.changes))))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ErasureNote:
@@ -100,5 +100,5 @@ def update_metadata(metadata: Mapping[str, str], notes: Sequence[ErasureNote]) -
     new: dict[str, str | None] = {name: None for name in OUTDATED if name in metadata}
     if "modelspec.title" in former:
         names = [concept.name for note in notes for concept in note.record.problem.erase]
-        new["modelspec.title"] = f"{former['modelspec.title']} without {listed(names, 3)}"
+        new["modelspec.title"] = f"{former['modelspec.title']} without {join_names(names, 3)}"
     return {**new, **({FORMER: json.dumps(former)} if former else {})}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
 from expunge.base.files import read_header
-from expunge.changes import check_numbers
+from expunge.changes import require_finite
 from expunge.checkpoints import hub
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote, serialise_notes
@@ -116,7 +116,7 @@ def export(
     """
     output = Path(output)
     _check_values(to, output, rank, energy)
-    check_numbers(edit.changes, "the edit")
+    require_finite(edit.changes, "the edit")
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.find(model)
     _check_kind(to, checkpoint)
@@ -125,6 +125,7 @@ def export(
     static, lost = make_static(edit, checkpoint, texts)
     changes = group_by_place(static)
     loras = [change for file, scale in beneath for change in checkpoint.read_lora(file, scale)]
+    # The edit was made on top of these LoRAs, so that it is compared and factorised on top of them.
     fused = make_updates(group_by_place(loras))
 
     def read(layer: str, parameter: str) -> Tensor:
@@ -139,6 +140,7 @@ def export(
             ExpungeWarning,
             stacklevel=2,
         )
+    # Only now: whether kohya has a name for every layer depends on what the edit changes.
     if to not in FORMS:
         weights = [layer for layer, parameter in changes if parameter == "weight"]
         to = choose_form(to, checkpoint.family, all(map(checkpoint.name_by_kohya, weights)))
@@ -155,7 +157,7 @@ def export(
         base = describe_base(checkpoint.family, checkpoint.infer_variant())
         support = _describe_readers(to, checkpoint, read_base_title(base))
         notes = (*lost, *_describe_lora(lora, dtype), support, *moved)
-        text = make_card(notes=notes)
+        text = make_card(notes=notes)  # before the LoRA is written, since a broken report stops here
         metadata = {
             **base,
             "modelspec.title": make_title(edit),
@@ -211,7 +213,7 @@ def _check_values(to: str, output: Path, rank: int | None, energy: float) -> Non
         ExpungeError: one is out of range.
     """
     if to not in TARGETS:
-        raise unknown("form to export to", to, TARGETS)
+        raise UnknownNameError("form to export to", to, TARGETS)
     if rank is not None and rank < 1:
         raise ExpungeError(f"the rank of a LoRA must be at least 1, not {rank}")
     if not 0 < energy <= 1:
@@ -258,7 +260,7 @@ def _check_output(output: Path) -> None:
 
 def _describe_readers(form: str, checkpoint: Checkpoint, base: str) -> str:
     """A note of which model a LoRA is for, and which programs read it."""
-    if checkpoint.name in registry.names("models"):
+    if checkpoint.name in registry.list_names("models"):
         # Shipped models have other widths than any model that the programs know.
         alike = f", which is built like {base} but smaller" if base else ""
         return f"For {checkpoint.name} alone{alike}: diffusers loads it."

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.changes import Change, Changes, HookedChange, InputChange, Right
-from expunge.erasing.caption_gram import captions, prior
-from expunge.erasing.pooled_gates import through
-from expunge.erasing.prompt_templates import KEPT, TEMPLATES
+from expunge.erasing.caption_gram import compute_prior, read_captions
+from expunge.erasing.pooled_gates import apply_to_vectors
+from expunge.erasing.prompt_templates import KEPT, assemble_prompts, assemble_retained_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import gram, outer, right_factor, widened
+from expunge.ops.least_squares import gram, outer, pad_right_factor, solve_right_factor
 from expunge.problem import Problem
 from expunge.text import Text
 
@@ -84,8 +84,9 @@ def fit_static_weights(
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:
         return LinearFit(tuple(fitted), 0.0, 0.0)
+    # The name alone and in a sentence: a token's embedding depends on those before it.
     templates = ["{}", *(KEPT[concept.kind] for concept in problem.erase)]
-    retained_prompts = [way.format(name) for name in problem.retain for way in dict.fromkeys(templates)]
+    retained_prompts = assemble_retained_prompts(problem.retain, list(dict.fromkeys(templates)))
     retained = model.encode(["", *retained_prompts])
     groups = _group_layers(gates)
     pooled_layers = {entry.layer for entry in model.pooled_entries()}
@@ -103,19 +104,21 @@ def fit_static_weights(
         retained_sum = gram(_select_rows(retained, pooled).flatten(0, 1)).cpu()
         penalty = retain_scale * retained_sum / len(retained)
         if captions_from and prior_scale:
-            texts = captions(captions_from)
+            texts = read_captions(captions_from)
             if pooled:
                 some = _select_rows(model.encode(texts[:POOLED_CAPTIONS]), pooled)
                 penalty = penalty + prior_scale * gram(some.flatten(0, 1)).cpu() / len(some)
             else:
-                penalty = penalty + prior_scale * prior(model, texts).mean
+                penalty = penalty + prior_scale * compute_prior(model, texts).mean
         # A prompt has one pooled vector and many tokens: the same λ would weigh more on it.
         share = float(one.input.trace() / torch.stack(tokens).mean()) if pooled and tokens else 1.0
-        matrix = right_factor(one.cross, one.input, penalty, share * ridge)
+        matrix = solve_right_factor(one.cross, one.input, penalty, share * ridge)
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
         missed, wanted = one.measure_miss(matrix), one.measure_miss(eye)
+        # Moments suffice for both figures, so that no prompt is encoded twice.
         drift = (matrix - eye) @ retained_sum @ (matrix - eye).T
-        fitted.append(Right(layers, widened(matrix.float(), model.weight(layers[0]).shape[1])))
+        # Inputs behind the text, such as SDXL's image size, pass unchanged.
+        fitted.append(Right(layers, pad_right_factor(matrix.float(), model.weight(layers[0]).shape[1])))
         for layer in layers:
             w = model.weight(layer).cpu().double()[:, : len(matrix)]
             lost.append(_sum_squares(w, missed) / _sum_squares(w, wanted))
@@ -149,7 +152,7 @@ class _Sums:
 
 def _list_prompts(problem: Problem, name: str) -> list[str]:
     concept = next(c for c in problem.erase if c.name == name)
-    return [template.format(one) for one in concept.names for template in TEMPLATES[concept.kind]]
+    return assemble_prompts(concept)
 
 
 def _group_layers(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[InputChange]]:
@@ -160,6 +163,7 @@ def _group_layers(gates: Sequence[InputChange]) -> dict[tuple[str, ...], list[In
             before.setdefault(layer, []).append(change)
     groups: dict[tuple[int, ...], list[str]] = {}
     for layer, stack in before.items():
+        # By identity: equal tensors of two edits are still two changes.
         groups.setdefault(tuple(map(id, stack)), []).append(layer)
     return {tuple(layers): before[layers[0]] for layers in groups.values()}
 
@@ -176,7 +180,7 @@ def _select_rows(text: Text, pooled: bool) -> Tensor:
 def _apply_stack(stack: Sequence[InputChange], e: Tensor, inputs: int) -> Tensor:
     """The output of a stack of changes for rows that are the first of a layer's inputs."""
     for change in stack:
-        e = through(change, e, inputs)
+        e = apply_to_vectors(change, e, inputs)
     return e
 
 

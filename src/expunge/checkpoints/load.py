@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.checkpoints.loading import fetch_source, find_family, find_source, read_settings
 from expunge.checkpoints.lora import fuse_lora
 from expunge.checkpoints.pipelines import read_pipeline
@@ -67,7 +67,7 @@ def load(
     family = find_family(type(pipe).__name__)
     for file, scale in lora:
         fuse_lora(file, pipe, scale)
-    with quietly():  # diffusers warns of half precision on a CPU
+    with silence_libraries():  # diffusers warns of half precision on a CPU
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         elif device == "cpu":

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header, read_json
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.checkpoints.hub import download, is_offline
 from expunge.checkpoints.variants import check_folder, find_weight_files, read_components
 
@@ -59,7 +59,7 @@ def find_source(model: str | Path, variant: str | None = None) -> Source:
         ExpungeError: there is no such model, it has no such variant, or its weight files are pickled,
             missing, or cut short.
     """
-    shipped = registry.names("models")
+    shipped = registry.list_names("models")
     path = registry.HERE / model / "pipeline" if str(model) in shipped else Path(model)
     if files.is_file(path):
         if variant:
@@ -71,7 +71,7 @@ def find_source(model: str | Path, variant: str | None = None) -> Source:
             return Source(str(model), None, variant)
         if "/" in str(model) or path.suffix:
             raise ExpungeError(f"there is no file or folder {model}{_suggest(path)}")
-        raise unknown("model", str(model), shipped)
+        raise UnknownNameError("model", str(model), shipped)
     if not files.is_file(path / "model_index.json"):
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")
     check_folder(path, variant)
@@ -90,12 +90,12 @@ def fetch_source(source: Source, *, weights: bool = True) -> Source:
     """
     if source.path:
         return source
-    with quietly():
+    with silence_libraries():
         folder = download(source.name, weights=weights, variant=source.variant)
     if weights:
         if missing := _find_missing_component(folder):
             # Some repositories hold half-precision weights and nothing else.
-            with quietly():
+            with silence_libraries():
                 folder = download(source.name, variant="*")
             missing = _find_missing_component(folder)
         if missing:
@@ -158,7 +158,7 @@ def find_family(pipeline: str) -> type[Model]:
     Raises:
         ExpungeError: no family knows the class.
     """
-    known = {name: registry.get("families", name) for name in registry.names("families")}
+    known = registry.load_all("families")
     for family in known.values():
         if pipeline in family.pipelines:
             return family
@@ -186,9 +186,8 @@ def find_family_of_file(path: Path) -> type[Model]:
         if name != "__metadata__"
     }
     kind = infer_diffusers_model_type(meta)
-    known = registry.names("families")
-    for name in known:
-        family = registry.get("families", name)
+    known = registry.load_all("families")
+    for family in known.values():
         # diffusers calls several families "v1", so that the kind alone does not decide.
         if kind in family.single_files and any(family.single_file_key in tensor for tensor in meta):
             return family

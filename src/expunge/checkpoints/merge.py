@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, check_numbers
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import Change, Dense, HookedChange, LowRank, Right, WeightChange, require_finite
 from expunge.checkpoints.weight_changes import (
     Place,
     compose_linear,
@@ -22,14 +22,14 @@ from expunge.checkpoints.weight_changes import (
     require_weights,
 )
 from expunge.edit import Edit, Record
-from expunge.erasing.caption_gram import captions, prior
+from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.erasure import versions
-from expunge.fingerprint import base, base_hash, places
+from expunge.erasure import read_versions
+from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
-from expunge.ops.least_squares import fused, gram, widened
-from expunge.ops.low_rank import balanced
-from expunge.problem import Problem, key
+from expunge.ops.least_squares import gram, pad_right_factor, solve_fusion
+from expunge.ops.low_rank import balance
+from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 
 POOLED_CAPTIONS = 500
@@ -52,7 +52,7 @@ def merge(
     *,
     ridge: float = 1.0,
     prior_scale: float = 0.1,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Edit:
     """Merge edits into one that erases what all of them erase.
 
@@ -90,13 +90,14 @@ def merge(
     _check_anchors(edits)
     start = time.monotonic()
     for number, edit in enumerate(edits, 1):
-        check_numbers(edit.changes, f"edit {number} of those to merge")
+        require_finite(edit.changes, f"edit {number} of those to merge")
         if not edit.fits(model):
             warnings.warn(
                 f"an edit was made from other weights ({edit.record.model or 'unnamed'})",
                 ExpungeWarning,
                 stacklevel=2,
             )
+    # Gates look at the layer's input and add nothing to its weight, so that they need no fusing.
     static = [
         require_weights(tuple(c for c in edit.changes if not isinstance(c, HookedChange)))
         for edit in edits
@@ -114,6 +115,7 @@ def merge(
             problems = [edit.record.problem for edit in edits]
             moments = _read_moments(model, problems, pooled, progress)
             changes += _fuse(model, layers, by_place, moments, ridge, prior_scale)
+    # Elsewhere it is not known what a layer receives, and a fit needs to know it.
     if shared:
         layer, parameter = min(shared)
         raise ExpungeError(
@@ -126,10 +128,10 @@ def merge(
         fields={"ridge": ridge, "prior_scale": prior_scale, "of": [edit.hash for edit in edits]},
         problem=problem,
         model=edits[0].record.model,
-        base=base_hash(base(model), places(changes)),
+        base=hash_base(make_base_reader(model), list_places(changes)),
         seed=0,
         seconds=round(time.monotonic() - start, 3),
-        versions=versions(),
+        versions=read_versions(),
         family=type(model).__name__,
     )
     return Edit(tuple(changes), record)
@@ -139,12 +141,13 @@ def join_problems(problems: Sequence[Problem]) -> Problem:
     """Join problems into one that erases all they erase, and retains the rest of what they retain."""
     concepts, seen = [], set[str]()
     for concept in (concept for problem in problems for concept in problem.erase):
-        names = tuple(name for name in concept.names if key(name) not in seen)
-        seen |= set(map(key, names))
+        # A name that an earlier edit erases keeps that edit's kind and anchor.
+        names = tuple(name for name in concept.names if normalize_name(name) not in seen)
+        seen |= set(map(normalize_name, names))
         if names:
             concepts.append(dataclasses.replace(concept, name=names[0], synonyms=names[1:]))
     retained = dict.fromkeys(text for problem in problems for text in problem.retain)
-    lost = [text for text in retained if key(text) in seen]
+    lost = [text for text in retained if normalize_name(text) in seen]
     if lost:
         warnings.warn(
             f"one edit retains what another erases, and it will be erased: {', '.join(lost)}",
@@ -166,8 +169,8 @@ def _check_anchors(edits: Sequence[Edit]) -> None:
             continue
         for concept in edit.record.problem.erase:
             for name in concept.names:
-                first, second = anchors.setdefault(key(name), concept.anchor), concept.anchor
-                if key(first or "") != key(second or ""):
+                first, second = anchors.setdefault(normalize_name(name), concept.anchor), concept.anchor
+                if normalize_name(first or "") != normalize_name(second or ""):
                     one, other = (
                         repr(x) if x else "what the empty prompt draws" for x in (first, second)
                     )
@@ -207,12 +210,15 @@ def _read_moments(
             )
             for concept in problem.erase
         ]
+        # Each concept counts once, however many synonyms and templates it has.
         erased.append(torch.stack(sums).sum(0))
     retained = average(["", *(text for problem in problems for text in problem.retain)])
     if pooled:
-        retained = retained + average(captions("general")[:POOLED_CAPTIONS])
+        retained = retained + average(read_captions("general")[:POOLED_CAPTIONS])
     else:
-        retained = retained + prior(model, captions("general"), RunContext(progress=progress)).mean
+        retained = (
+            retained + compute_prior(model, read_captions("general"), RunContext(progress=progress)).mean
+        )
     return EditMoments(tuple(erased), retained)
 
 
@@ -234,11 +240,12 @@ def _fuse(
         ridge: λ.
         prior_scale: ρ.
     """
+    # One solution for all layers: K depends on the text alone, and W enters only as (Wᵢ − W) Gᵢ K.
     whole = torch.stack(moments.erased).sum(0)
     eye = torch.eye(len(whole), dtype=torch.float64)
-    # With M the identity, `fused` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
+    # With M the identity, `solve_fusion` gives Gᵢ K for whatever is stacked: W + Σ (Wᵢ − W) Gᵢ K.
     stacked = torch.cat([*moments.erased])
-    _, solved = fused(eye, whole, prior_scale * moments.retained, ridge, stacked)
+    _, solved = solve_fusion(eye, whole, prior_scale * moments.retained, ridge, stacked)
     reach = solved.split(len(whole))
     changes: list[Change] = []
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -253,7 +260,7 @@ def _fuse(
         rights = tuple(id(change) for each in some for change in each if isinstance(change, Right))
         total, ups, downs = torch.eye(inputs, dtype=torch.float64), [], []
         for each, k in zip(some, reach, strict=True):
-            k = widened(k, inputs)
+            k = pad_right_factor(k, inputs)
             right, up, down = compose_linear(each, inputs)
             total = total + (right - torch.eye(inputs, dtype=torch.float64)) @ k
             if len(down):
@@ -263,7 +270,8 @@ def _fuse(
             groups.setdefault(rights, []).append(layer)
             matrices[rights] = total
         if ups:
-            factors = balanced(torch.cat(ups, 1), torch.cat(downs))
+            # Side by side the edits' factors are one product; balanced, float32 keeps most of it.
+            factors = balance(torch.cat(ups, 1), torch.cat(downs))
             changes.append(LowRank((layer,), *(factor.float() for factor in factors)))
     shared = [Right(tuple(some), matrices[rights].float()) for rights, some in groups.items()]
     return [*shared, *changes]
@@ -280,6 +288,7 @@ def _fuse_dense(
         changes: the changes of each edit.
         reach: Gᵢ K of each edit, (d, d).
     """
+    # float64 throughout: differences of nearly equal weights are summed.
     original = model.weight(layer).cpu().double()
     total = original.clone()
     for some, k in zip(changes, reach, strict=True):
@@ -287,5 +296,5 @@ def _fuse_dense(
         for change in some:
             after = change.weight(after)
         # Other inputs behind the text stay as each edit has them.
-        total += (after - original) @ widened(k, original.shape[1])
+        total += (after - original) @ pad_right_factor(k, original.shape[1])
     return Dense((layer,), total.to(model.weight(layer).dtype))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from expunge import __version__
-from expunge.base.errors import ExpungeError, listed
-from expunge.base.fields import spelled_out
+from expunge.base.errors import ExpungeError, join_names
+from expunge.base.fields import format_values
 from expunge.base.files import replacing
-from expunge.changes import summary
+from expunge.changes import summarize
 from expunge.edit import Edit
 
 LIMITS = """\
@@ -64,9 +64,9 @@ def render_card(
     lines += [
         "",
         f"* Retained by name: {', '.join(record.problem.retain) or 'nothing'}.",
-        f"* Method: {record.method} ({spelled_out(record.fields)}), seed {record.seed}.",
+        f"* Method: {record.method} ({format_values(record.fields)}), seed {record.seed}.",
         f"* Base: {record.model or 'unnamed'}; the changed tensors' hash there is `{record.base[:16]}`.",
-        f"* Changes: {summary(edit.changes)}; edit `{edit.hash[:16]}`.",
+        f"* Changes: {summarize(edit.changes)}; edit `{edit.hash[:16]}`.",
         f"{MARK}{__version__} as {form}.",
         *(f"* {note}" for note in notes),
         f"* Licence: {licence or 'that of the base model'}.",
@@ -115,7 +115,7 @@ def is_card(path: str | Path) -> bool:
 def make_title(edit: Edit) -> str:
     """Make the title of a model with an edit: "emoji without cat"."""
     names = [concept.name for concept in edit.record.problem.erase]
-    return f"{edit.record.model or 'A model'} without {listed(names, 3)}"
+    return f"{edit.record.model or 'A model'} without {join_names(names, 3)}"
 
 
 def _render_yaml(header: dict[str, Any]) -> list[str]:

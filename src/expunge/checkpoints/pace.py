@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
-from expunge.erasing.caption_gram import captions
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.erasing.caption_gram import read_captions
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.least_squares import gram
@@ -78,7 +78,7 @@ class Pace:
         totals: dict[str, float],
         unit_seconds: dict[str, float],
         overhead: float = 0.0,
-        tell: Progress = quiet,
+        tell: Progress = ignore_progress,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.overhead, self.tell, self.clock = model, overhead, tell, clock
@@ -94,6 +94,7 @@ class Pace:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Pace:
+        # All text encoders read the same prompts, so that one of them counts.
         encoders = sorted(name for name in self.model.pipe.components if name.startswith("text_encoder"))
         first = next((e for n in encoders if (e := self.model.pipe.components[n]) is not None), None)
         denoiser = getattr(self.model.pipe, self.model.denoiser, None)
@@ -109,6 +110,7 @@ class Pace:
 
     def left(self) -> float:
         """Return the seconds until the end, as far as they are known."""
+        # What has not been measured is assumed to be as far off as what has.
         slowness = self._compute_slowness()
         seconds = self.overhead * slowness
         for one in self.kinds.values():
@@ -154,6 +156,7 @@ class Pace:
             return
         for kind in ("predictions", "gradients"):
             one = self.kinds[kind]
+            # Only ever fewer: the first steps may include work that is done once.
             needed = (one.done - counts[kind]) * (total - before) / steps
             one.total = min(one.total, counts[kind] + needed)
 
@@ -206,8 +209,8 @@ def time_model(
         the seconds of one unit, by `KINDS`.
     """
     found: dict[str, float] = {}
-    some = list(captions("general")[: 4 * batch_size])
-    model.encode(some[:1])
+    some = list(read_captions("general")[: 4 * batch_size])
+    model.encode(some[:1])  # the first call of a network allocates and compiles
     with _timed(found, "prompts", len(some), clock):
         gram(model.encode(some).embeddings.flatten(0, 1).cpu())
     shape = getattr(model, "_latent_shape", None)
@@ -215,6 +218,7 @@ def time_model(
         return found
     text = model.encode([""] * batch_size)
     latents = torch.zeros(batch_size, *shape, device=model.device, dtype=model.dtype)
+    # Any time will do, since a prediction costs the same at all of them.
     t = torch.full((batch_size,), len(model.log_snr()) // 2, device=model.device)
     with torch.no_grad():
         model.predict(latents, t, text)

@@ -13,7 +13,7 @@ import torch
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, read_json
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 from expunge.checkpoints import safetensors_io
 from expunge.checkpoints.hub import is_unreachable
 from expunge.checkpoints.loading import Source, find_family_of_file, is_hub_id, read_index
@@ -48,7 +48,7 @@ def read_pipeline(
 
     path = _require_path(source)
     try:
-        with quietly():
+        with silence_libraries():
             if source.is_file:
                 family = find_family_of_file(path)
                 if config is not None and _has_denoiser_alone(Path(config)):
@@ -98,7 +98,7 @@ def build_empty(folder: Path, part: str) -> Any:
     library, name = read_index(folder)[part]
     config = read_json(folder / part / "config.json")
     try:
-        with quietly(), torch.device("meta"):
+        with silence_libraries(), torch.device("meta"):
             if library == "diffusers":
                 return getattr(diffusers, name).from_config(config)
             kind = getattr(transformers, name)

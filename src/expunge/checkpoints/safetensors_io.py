@@ -94,6 +94,7 @@ def find_scales(header: Mapping[str, Any]) -> dict[str, str]:
         if not scales:
             continue
         shape, rows = header[scales[0]]["shape"], place["shape"][0]
+        # Scales of blocks have more entries than rows, or a second level.
         by_row = prod(shape) == rows and rows in shape
         if not (prod(shape) == 1 or by_row) or f"{dot}weight_scale_2" in header:
             raise ExpungeError(
@@ -168,8 +169,10 @@ def copy_file(
     for name in updates:
         if name not in header:
             raise ExpungeError(f"{source} has no tensor {name}")
+    # Of the changed layers alone: elsewhere any kind of scale is copied as it is.
     scales = {name: find_scales(_select_layer(header, name)).get(name) for name in updates}
     check_space(Path(target).parent, Path(source).stat().st_size)
+    # In the order of the data, which need not be the header's: the new file is written in one go.
     places = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     start, new_scales = _make_head(entries, header), dict[str, Tensor]()
     with Path(source).open("rb") as old, replacing(target) as temporary, temporary.open("wb") as new:
@@ -264,6 +267,7 @@ def _unscale(value: Tensor, scale: Tensor) -> Tensor:
 def _rescale(value: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> StoredTensor:
     """A weight divided by its scale and rounded; the scale grows where the weight has outgrown it."""
     if dtype.itemsize > 1:
+        # 16 bits reach far beyond any weight, so that the scale need not grow.
         return StoredTensor((value.double() / _spread(scale, value).double()).to(dtype), scale)
     most, wide = torch.finfo(dtype).max, value.double()
     size = wide.abs().flatten(1).amax(1) if scale.numel() > 1 else wide.abs().amax()

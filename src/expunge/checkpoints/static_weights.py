@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import cache_folder
+from expunge.base.files import find_cache_folder
 from expunge.changes import WeightChange
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.linearize import LinearFit, fit_static_weights
@@ -81,7 +81,7 @@ def _fit_cached(model: Model, edit: Edit) -> LinearFit:
     """The weights fitted to an edit's gates, read from the cache folder or written there."""
     problem = json.dumps(dataclasses.asdict(edit.record.problem), sort_keys=True)
     key = "\n".join([text_hash(model, ()), edit.hash, edit.record.base, problem])
-    file = cache_folder() / "plain" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    file = find_cache_folder() / "plain" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if file.is_file():
         try:
             cached = Edit.load(file)

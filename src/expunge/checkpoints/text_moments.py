@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import cache_folder, read_header, replacing
-from expunge.erasing.caption_gram import captions, text_hash
+from expunge.base.files import find_cache_folder, read_header, replacing
+from expunge.erasing.caption_gram import read_captions, text_hash
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -87,7 +87,7 @@ def read_text_moments(model: Model, problem: Problem) -> dict[str, TextMoments]:
     groups = [_thin_out(prompts, most) for prompts in groups]
     retained = [
         "",
-        *_thin_out(list(captions("general")), count),
+        *_thin_out(list(read_captions("general")), count),
         *_thin_out(list(problem.retain), count),
     ]
     encoders = text_hash(model, ())
@@ -113,7 +113,7 @@ def _sum_moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -
         encoders: the hash of the text encoders, part of the cache's key.
     """
     key = hashlib.sha256(json.dumps([encoders, [list(group) for group in groups]]).encode())
-    file = cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
+    file = find_cache_folder() / "moments" / f"{key.hexdigest()}.safetensors"
     if file.is_file():
         try:
             read_header(file)

@@ -16,7 +16,7 @@ from expunge.checkpoints.erasure_notes import ErasureNote
 from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
 from expunge.checkpoints.weight_changes import Place, group_by_place, require_weights
 from expunge.edit import Edit
-from expunge.fingerprint import same_base
+from expunge.fingerprint import is_same_base
 
 MAX_CONDITION = 1e6
 """The condition number of a matrix beyond which its inverse, applied to float32 weights, is mostly
@@ -81,7 +81,8 @@ def _copy_from(source: Checkpoint, last: ErasureNote) -> dict[Place, TensorUpdat
         raise ExpungeError(
             f"{source.name} is {source.family.__name__}, and what was erased was {last.record.family}"
         )
-    if not same_base(source.read, last.places, last.record.base):
+    # The note's hash is of the tensors before the erasure, rounded to float16.
+    if not is_same_base(source.read, last.places, last.record.base):
         raise ExpungeError(
             f"{source.name} has other weights than the model that was erased; it cannot be put back"
         )
@@ -105,6 +106,7 @@ def _copy_variants_from(
             if variant in ours:
                 update = partial(_read_original, source=source, place=place, variant=variant)
                 found.setdefault(variant, {})[place] = update
+            # A single variant may be copied from whatever the original has, with its dtype converted.
             elif len(there) > 1:
                 raise ExpungeError(
                     f"{source.name} has no {variant or 'plain'} weights of {place[0]}, which"
@@ -146,11 +148,13 @@ def _invert(edit: Edit, last: ErasureNote) -> dict[Place, TensorUpdate]:
                 raise ExpungeError(
                     f"the edit cannot be taken off again (condition {condition:.0e}); give the original"
                 )
+            # Once for all layers that share the matrix.
             inverses[id(change)] = torch.linalg.inv(matrix)
         elif not isinstance(change, (Right, LowRank, Sparse)):
             raise ExpungeError(f"a {change.kind} change keeps nothing of what was; give the original")
 
     def invert(there: Tensor, some: list[WeightChange]) -> Tensor:
+        # float64, so that only the stored weight's own rounding is amplified by the inverse.
         value = there.double()
         for change in reversed(some):
             if isinstance(change, Right):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.base import files
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 
 IDLE = ("safety_checker", "feature_extractor", "image_encoder")
 """How components are named that a pipeline may have and that are never run here."""
@@ -138,7 +138,7 @@ def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     if variant and variant not in found.values():
         if not known:
             raise ExpungeError(f"{folder} has no variant {variant!r}, but plain weights alone")
-        raise unknown("variant", variant, known)
+        raise UnknownNameError("variant", variant, known)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Concepts from a file: `.txt`, `.csv` or `.toml`.
+"""Read concepts from a file: `.txt`, `.csv` or `.toml`.
 
 `.txt`, one a line, as on the command line; what follows the last comma is the kind:
 
@@ -9,7 +9,7 @@
     Van Gogh=art, style
 
 `.csv`, with a header that names some of the columns name, anchor, kind and synonyms, the synonyms
-separated by `|`; an anchor or a kind left empty is left open:
+separated by `|`; an empty anchor or kind is left open:
 
     name,anchor,kind,synonyms
     airplane,sky,,aircraft|jet
@@ -34,18 +34,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.fields import build
-from expunge.problem import KINDS, Concept, Kind, key
+from expunge.problem import KINDS, Concept, Kind, normalize_name
 
 COLUMNS = ("name", "anchor", "kind", "synonyms")
+"""The columns that a `.csv` file may have."""
 
-Found = Iterator[tuple[str, Concept]]
-"""Concepts, and where each stands: "line 3"."""
+Located = Iterator[tuple[str, Concept]]
+"""Concepts, each with its place in the file: "line 3"."""
 
 
-def read(path: str | Path, kind: Kind = "object") -> tuple[tuple[Concept, ...], tuple[str, ...]]:
-    """The concepts of a file, and the prompts that it asks to retain.
+def read_concepts(
+    path: str | Path, kind: Kind = "object"
+) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    """Read the concepts of a file, and the prompts that it asks to retain.
 
     Args:
         path: a `.txt`, `.csv` or `.toml` file in UTF-8.
@@ -63,37 +66,41 @@ def read(path: str | Path, kind: Kind = "object") -> tuple[tuple[Concept, ...], 
         raise ExpungeError(f"{path} is not text in UTF-8") from None
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-    retain = _retained(path, text) if path.suffix.lower() == ".toml" else ()
+    retain = _read_retain(path, text) if path.suffix.lower() == ".toml" else ()
     concepts = []
     seen: dict[str, str] = {}
     for where, concept in _READERS[path.suffix.lower()](path, text, kind):
         for name in concept.names:
-            if key(name) in seen:
-                raise ExpungeError(f"{path}, {where}: {name!r} was there on {seen[key(name)]}")
-            seen[key(name)] = where
+            if normalize_name(name) in seen:
+                raise ExpungeError(
+                    f"{path}, {where}: {name!r} was there on {seen[normalize_name(name)]}"
+                )
+            seen[normalize_name(name)] = where
         concepts.append(concept)
     if not concepts and not retain:
         raise ExpungeError(f"{path} names no concept")
     return tuple(concepts), retain
 
 
-def _lines(path: Path, text: str, kind: Kind) -> Found:
+def _read_lines(path: Path, text: str, kind: Kind) -> Located:
+    """Read the concepts of a `.txt` file."""
     for number, content in enumerate(text.splitlines(), 1):
         where = f"line {number}"
         content = re.sub(r"(^|\s)#.*", "", content).strip()
         if not content:
             continue
-        with _at(path, where):
+        with _name_place(path, where):
             named, comma, own = content.rpartition(",")
             own = own.strip()
             if comma and own not in KINDS:
-                problem = unknown("kind of concept", own, KINDS)
+                problem = UnknownNameError("kind of concept", own, KINDS)
                 raise ExpungeError(f"{problem} (what follows the last comma is the kind)")
             concept = Concept.parse(named if comma else content, cast(Kind, own) if comma else kind)
         yield where, concept
 
 
-def _rows(path: Path, text: str, kind: Kind) -> Found:
+def _read_rows(path: Path, text: str, kind: Kind) -> Located:
+    """Read the concepts of a `.csv` file."""
     rows = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
     header: list[str] = []
     while True:
@@ -106,9 +113,9 @@ def _rows(path: Path, text: str, kind: Kind) -> Found:
         if not any(cells):
             continue
         where = f"line {rows.line_num}"
-        with _at(path, where):
+        with _name_place(path, where):
             if not header:
-                header = _header(cells)
+                header = _check_header(cells)
                 continue
             if len(cells) > len(header):
                 raise ExpungeError(f"{len(cells)} cells stand under {len(header)} columns")
@@ -118,58 +125,65 @@ def _rows(path: Path, text: str, kind: Kind) -> Found:
         yield where, concept
 
 
-def _header(columns: list[str]) -> list[str]:
+def _check_header(columns: list[str]) -> list[str]:
+    """Return the columns of a `.csv` file.
+
+    Raises:
+        ExpungeError: one is unknown or there twice, or `name` is missing.
+    """
     for column in columns:
         if column not in COLUMNS:
-            raise unknown("column", column, COLUMNS)
+            raise UnknownNameError("column", column, COLUMNS)
     if "name" not in columns or len(set(columns)) < len(columns):
         raise ExpungeError(f"the header must name each column once, and one of them name: {columns}")
     return columns
 
 
-def _tables(path: Path, text: str, kind: Kind) -> Found:
-    tables = _toml(path, text).get("concept", [])
+def _read_tables(path: Path, text: str, kind: Kind) -> Located:
+    """Read the concepts of a `.toml` file."""
+    tables = _parse_toml(path, text).get("concept", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ExpungeError(f"{path}: a concept is a table of its own, under [[concept]]")
     heads = re.finditer(r"^[ \t]*\[\[\s*concept\s*\]\]", text, re.MULTILINE)
     places = [f"line {text.count(chr(10), 0, head.start()) + 1}" for head in heads]
-    if len(places) != len(tables):  # they are written in another of TOML's ways
+    if len(places) != len(tables):  # the tables are written inline, so lines cannot be told
         places = [f"concept {number}" for number in range(1, len(tables) + 1)]
     for where, table in zip(places, tables, strict=True):
-        with _at(path, where):
+        with _name_place(path, where):
             concept = build(Concept, {"name": "", "kind": kind, **table})
         yield where, concept
 
 
-def _retained(path: Path, text: str) -> tuple[str, ...]:
-    retain = _toml(path, text).get("retain", [])
+def _read_retain(path: Path, text: str) -> tuple[str, ...]:
+    """Read the prompts to retain of a `.toml` file."""
+    retain = _parse_toml(path, text).get("retain", [])
     if not isinstance(retain, list) or not all(isinstance(prompt, str) for prompt in retain):
         raise ExpungeError(f"{path}: retain must be a list of prompts, not {retain!r}")
     return tuple(retain)
 
 
-def _toml(path: Path, text: str) -> dict[str, Any]:
+def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ExpungeError(f"{path} is not TOML: {error}") from error
     for name in data:
         if name not in ("concept", "retain"):
-            raise ExpungeError(f"{path}: {unknown('key', name, ('concept', 'retain'))}")
+            raise ExpungeError(f"{path}: {UnknownNameError('key', name, ('concept', 'retain'))}")
     return data
 
 
 @contextlib.contextmanager
-def _at(path: Path, where: str) -> Iterator[None]:
-    """Says of an error where it was."""
+def _name_place(path: Path, where: str) -> Iterator[None]:
+    """Put the file and the line before the message of an error."""
     try:
         yield
     except ExpungeError as error:
         raise ExpungeError(f"{path}, {where}: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path, str, Kind], Found]] = {
-    ".txt": _lines,
-    ".csv": _rows,
-    ".toml": _tables,
+_READERS: dict[str, Callable[[Path, str, Kind], Located]] = {
+    ".txt": _read_lines,
+    ".csv": _read_rows,
+    ".toml": _read_tables,
 }

@@ -1,4 +1,4 @@
-"""`expunge studio`: the page in the browser. Nothing here imports it before it is asked for."""
+"""`expunge studio`: the page in the browser, which is imported when the command runs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import importlib
 from dataclasses import dataclass
 
 ROOM = "expunge.studio.server"
-"""It stands above the command line, which knows it by name alone."""
+"""The module of the page; it imports this room, so it is imported by name."""
 
 
 @dataclass(frozen=True)
-class Studio:
-    """Choose, erase, look, judge and take away in the browser, on this machine."""
+class StudioOptions:
+    """Choose, erase, look, judge and export in the browser, on this machine."""
 
     host: str = "127.0.0.1"
-    """The address to listen at; by default only this machine can reach it."""
+    """The address to listen on; by default only this machine can reach it."""
     port: int = 7860
-    """The port; where it is taken, the next free one, and this is said."""
+    """The port; if it is taken, the next free one, which is printed."""
     model: str = "emoji"
     """The model to begin with: a shipped model, a diffusers folder, a .safetensors file, or a hub id."""
     browser: bool = True
     """Open a browser on it."""
 
 
-def studio_command(options: Studio) -> None:
-    """`expunge studio`."""
+def run_studio(options: StudioOptions) -> None:
+    """Run `expunge studio`."""
     importlib.import_module(ROOM).serve(
         options.host, options.port, model=options.model, browser=options.browser
     )

@@ -1,1 +1,1 @@
-"""The model that ships: a small Stable Diffusion of emoji drawings, and the detector that judges it."""
+"""The model that ships: a small Stable Diffusion of emoji drawings, and its detector."""

@@ -1,6 +1,6 @@
-"""The emoji model's own CLIP: how well an image and a text go together.
+"""The emoji model's CLIP: scores how well an image and a text match.
 
-Its text tower is the pipeline's text encoder; its image tower and the two projections lie beside it.
+Its text tower is the pipeline's text encoder; its image tower and the two projections are in `clip/`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 class Clip:
-    """Scores images against texts by the cosine of their projections.
+    """Scores images against texts by the cosine similarity of their projections.
 
     >>> clip = Clip.load()                                  # doctest: +SKIP
     >>> clip.score(images, ["a cat", "a rocket"]).shape   # doctest: +SKIP
@@ -45,6 +45,7 @@ class Clip:
         folder = Path(folder)
         check_weights(folder / "clip")
         check_weights(folder / "pipeline")
+        # float32 on the CPU: the files hold float16, in which convolutions there are slow or missing.
         pipeline, towers = folder / "pipeline", {"dtype": torch.float32, "local_files_only": True}
         try:
             return cls(
@@ -63,7 +64,8 @@ class Clip:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(n, 256), each of length one."""
+        """Embed texts: (n, 256), each of length one."""
+        # The text tower has no positions beyond these.
         window = self.tokenizer.model_max_length
         ids = self.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=window, return_tensors="pt"
@@ -73,12 +75,13 @@ class Clip:
 
     @torch.inference_mode()
     def embed_images(self, images: Tensor) -> Tensor:
-        """(n, 256), each of length one, of images (n, 3, 64, 64) in [0, 1]."""
+        """Embed images (n, 3, 64, 64) in [0, 1]: (n, 256), each of length one."""
+        # 64 at a time: the attention of thousands of images at once would not fit the memory.
         pooled = torch.cat(
             [self.image(pixel_values=part * 2 - 1).pooler_output for part in images.split(64)]
         )
         return nn.functional.normalize(pooled @ self.projections["picture_projection"].T, dim=1)
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """(images, texts): cosines in [-1, 1]."""
+        """Return cosine similarities, (images, texts), in [-1, 1]."""
         return self.embed_images(images) @ self.embed_texts(texts).T

@@ -1,8 +1,8 @@
-"""The detector of the emoji model: which things an image shows, in which style, or that it is broken.
+"""The emoji model's detector: classifies what an image shows, in which style, or that it is broken.
 
-It has seen the real drawings only, never an image of the model that it judges. It answers two
-different questions: *what is it* (`Recognition.top`, one answer an image) and *is this there at
-all* (`Recognition.has`, a label at a time, against that label's own threshold).
+It was trained on the real drawings only, never on images of the model that it judges. It answers two
+different questions: *what is it* (`Recognition.top`, one label an image) and *is this in it at all*
+(`Recognition.has`, one label at a time, against that label's own threshold).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header
 
 FOLDER = Path(__file__).parent / "detector"
@@ -25,7 +25,7 @@ UNRECOGNISABLE, NOTHING = "unrecognisable", "nothing"
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a short cut: (n, before, h, w) to (n, after, h/stride, w/stride)."""
+    """A residual block of two 3x3 convolutions: (n, before, h, w) to (n, after, h/stride, w/stride)."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -41,14 +41,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         return torch.relu(self.body(x) + self.short(x))
 
 
 class Network(nn.Module):
     """A small residual network with one linear head for labels, styles and *unrecognisable*.
 
-    It strides early, and reads mean and maximum of its last map, so that a small object in a corner
-    counts as much as a large one.
+    It strides early, and pools its last feature map by mean and maximum, so that a small object in a
+    corner counts as much as a large one.
     """
 
     def __init__(self, labels: int, styles: int, widths: tuple[int, ...]) -> None:
@@ -58,49 +59,53 @@ class Network(nn.Module):
         blocks = [Block(before, after, 2) for before, after in itertools.pairwise(widths)]
         self.body = nn.Sequential(*stem, *blocks, Block(widths[-1], widths[-1], 1))
         self.head = nn.Linear(2 * widths[-1], sum(self.sizes))
-        nn.init.constant_(self.head.bias[:labels], -4)  # one label in a hundred is in an image
+        nn.init.constant_(self.head.bias[:labels], -4)  # the prior: one label in fifty is in an image
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n, labels), (n, styles) and (n,) of images (n, 3, 64, 64) in [0, 1]."""
-        x = self.body(images * 2 - 1)
+        """Return logits (n, labels), (n, styles) and (n,) of images (n, 3, 64, 64) in [0, 1]."""
+        x = self.body(images * 2 - 1)  # trained on [-1, 1]
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         labels, styles, broken = self.head(pooled).split(self.sizes, 1)
         return labels, styles, broken[:, 0]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `config.json` holds: the shape of the network, the names, and the thresholds."""
+class DetectorConfig:
+    """The contents of `config.json`: the network's shape, the names, and the thresholds."""
 
     label_names: tuple[str, ...]
+    """The names of the labels, in the order of the logits."""
     style_names: tuple[str, ...]
+    """The names of the styles, in the order of the logits."""
     widths: tuple[int, ...]
+    """The channels of the network's stages."""
     thresholds: tuple[float, ...]
-    """For every label the probability from which it is there: 1 % false alarms on two-object scenes."""
+    """The probability at which each label is present: 1 % false positives on two-object scenes."""
     nothing: float
-    """An image whose best label stays below this shows a background and nothing else."""
+    """An image whose best label is less probable than this shows a background and nothing else."""
     unrecognisable: float
-    """The probability from which an image is broken: 1 % false alarms on real scenes."""
+    """The probability at which an image counts as broken: 1 % false positives on real scenes."""
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """What the detector sees in n images. All numbers are probabilities, each label by itself."""
+    """The detector's probabilities for n images, each label by itself."""
 
     labels: Tensor
     """(n, labels)"""
     styles: Tensor
     """(n, styles)"""
     unrecognisable: Tensor
-    """(n,): noise, blur, a muddle; a plain background is none of these."""
-    settings: Settings
+    """(n,): noise, blur or a muddle; a plain background is none of these."""
+    settings: DetectorConfig
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def top(self) -> list[str]:
-        """What each image shows: its best label, "nothing" for a mere background, "unrecognisable"."""
+        """Return what each image shows: its best label, "nothing" or "unrecognisable"."""
         best, where = self.labels.max(1)
+        # "Unrecognisable" is decided last, because noise may resemble any label or none.
         names = [self.settings.label_names[index] for index in where.tolist()]
         for i in range(len(self)):
             if best[i] < self.settings.nothing:
@@ -110,28 +115,28 @@ class Recognition:
         return names
 
     def has(self, label: str) -> Tensor:
-        """(n,) bool: whether a label is in the image at all, beside whatever else.
+        """Return whether a label is in each image, whatever else is: (n,) bool.
 
         Raises:
             ExpungeError: the detector does not know the label.
         """
         names = self.settings.label_names
         if label not in names:
-            raise unknown("label", label, names)
+            raise UnknownNameError("label", label, names)
         index = names.index(label)
         return self.labels[:, index] >= self.settings.thresholds[index]
 
     def top_style(self) -> list[str]:
-        """The style each image is most like."""
+        """Return the most probable style of each image."""
         return [self.settings.style_names[index] for index in self.styles.argmax(1).tolist()]
 
     def broken(self) -> Tensor:
-        """(n,) bool: whether an image is unrecognisable."""
+        """Return whether each image is unrecognisable: (n,) bool."""
         return self.unrecognisable >= self.settings.unrecognisable
 
 
 class Detector:
-    """Recognises the drawings of the emoji model.
+    """Classifies the images of the emoji model.
 
     >>> detector = Detector.load()              # doctest: +SKIP
     >>> detector(model.draw(probe)).top()       # doctest: +SKIP
@@ -140,7 +145,7 @@ class Detector:
     Cost: about 0.04 GFLOP an image; a thousand images in a second or two on two cores.
     """
 
-    def __init__(self, network: Network, settings: Settings) -> None:
+    def __init__(self, network: Network, settings: DetectorConfig) -> None:
         self.network, self.settings = network.eval(), settings
 
     @classmethod
@@ -154,12 +159,14 @@ class Detector:
         config, weights = folder / "config.json", folder / "model.safetensors"
         read_header(weights)
         try:
-            table = json.loads(config.read_text(encoding="utf8"))
+            table = json.loads(config.read_text(encoding="utf-8"))
             many = {
                 name: tuple(table[name])
                 for name in ("label_names", "style_names", "widths", "thresholds")
             }
-            settings = Settings(**many, nothing=table["nothing"], unrecognisable=table["unrecognisable"])
+            settings = DetectorConfig(
+                **many, nothing=table["nothing"], unrecognisable=table["unrecognisable"]
+            )
             network = Network(len(settings.label_names), len(settings.style_names), settings.widths)
             network.load_state_dict(safetensors.torch.load_file(weights))
         except OSError as error:
@@ -168,20 +175,23 @@ class Detector:
             raise ExpungeError(
                 f"{folder} is not a detector's folder, or config and weights differ"
             ) from error
+        # Convolutions of small images are faster in this layout on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(network, settings)
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        """The names of the labels."""
         return self.settings.label_names
 
     @property
     def style_names(self) -> tuple[str, ...]:
+        """The names of the styles."""
         return self.settings.style_names
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, batch_size: int = 128) -> Recognition:
-        """What is in images (n, 3, 64, 64) in [0, 1].
+        """Classify images (n, 3, 64, 64) in [0, 1].
 
         Raises:
             ExpungeError: images of another shape.
@@ -190,6 +200,7 @@ class Detector:
             raise ExpungeError(
                 f"the detector reads images (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}"
             )
+        # In batches, so that memory does not grow with the number of images.
         device = next(self.network.parameters()).device
         batches = [self.network(batch.to(device).float()) for batch in images.split(batch_size)]
         labels, styles, broken = (

@@ -1,4 +1,4 @@
-"""The prior: what a text encoder makes of everyday captions, as one matrix; and the captions."""
+"""The prior of closed forms: the mean Gram matrix of everyday captions' tokens; and the captions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning, unknown
-from expunge.base.files import cache_folder, read_header, replacing
-from expunge.changes import content
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
+from expunge.base.files import find_cache_folder, read_header, replacing
+from expunge.changes import encode_tensor
+from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.erasing.prompt_templates import GENERAL
 from expunge.model import Model
 from expunge.ops.least_squares import gram
@@ -24,17 +25,17 @@ from expunge.problem import Concept
 from expunge.runtime.context import RunContext
 
 BATCH = 64
-"""Captions encoded together."""
+"""How many captions are encoded together."""
 
 VOCABULARY, WORDS = "vocabulary", 3000
-"""The captions that are the tokenizer's own words, and how many at the most, the most frequent first."""
+"""The name of the captions that are made of the tokenizer's own words; and how many words, at most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
     """The mean over captions of Σ e eᵀ, where e runs over all positions of a caption.
 
-    A mean, so that a prior of 1,000 captions means the same as one of 600,000: the sum that papers
+    With a mean, the weight of a prior of 1,000 captions is that of one of 600,000: the sum that papers
     use is `mean * count`. In units of a squared embedding.
 
     Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), the terms in eᵖ of eq. 2 and 7.
@@ -46,17 +47,17 @@ class Prior:
     """How many captions it is the mean of."""
 
 
-def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
-    """The prior of some captions, as a model reads them.
+def compute_prior(model: Model, captions: Sequence[str], run: RunContext | None = None) -> Prior:
+    """Compute the prior of some captions, or read it from the user's cache folder.
 
-    It is kept in the user's cache folder, one file of 8 d² bytes for each set of captions and each
-    text encoder, and found again by their content.
+    The cache holds one file of 8 d² bytes for each set of captions and each text encoder, named by the
+    hash of their content.
 
     Args:
-        model: whose text encoder and tokenizer to read with.
-        captions: the captions; one that is there twice counts twice. Those longer than the model's
+        model: whose text encoder and tokenizer read them.
+        captions: the captions; one that occurs twice counts twice. Those longer than the model's
             window are cut, with one warning.
-        run: told what is done.
+        run: is told how far it is.
 
     Raises:
         ExpungeError: there is no caption.
@@ -64,13 +65,13 @@ def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) 
     run = run or RunContext()
     if not captions:
         raise ExpungeError("a prior needs captions, and there is none")
-    file = cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
+    file = find_cache_folder() / "priors" / f"{text_hash(model, captions)}.safetensors"
     if file.is_file():
         try:
             count = int(read_header(file)["__metadata__"]["count"])
             return Prior(safetensors.torch.load(file.read_bytes())["mean"], count)
         except (ExpungeError, safetensors.SafetensorError, KeyError, ValueError):
-            pass  # broken: made again
+            pass  # a broken file is computed again
     made = _prior(model, captions, run)
     try:
         with replacing(file) as temporary:
@@ -82,10 +83,10 @@ def prior(model: Model, captions: Sequence[str], run: RunContext | None = None) 
     return made
 
 
-def captions(source: str) -> tuple[str, ...]:
-    """Captions by name: a shipped set, a text file with one a line, or a data set of the hub.
+def read_captions(source: str) -> tuple[str, ...]:
+    """Read captions by name: a shipped set, a text file with one a line, or a data set of the hub.
 
-    >>> len(captions("general")) >= 1000
+    >>> len(read_captions("general")) >= 1000
     True
 
     Args:
@@ -97,6 +98,7 @@ def captions(source: str) -> tuple[str, ...]:
         ExpungeError: there is no such source, it has no captions, or `datasets` is not installed.
     """
     shipped = {path.stem: path for path in (registry.HERE / "captions").glob("*.txt")}
+    # A shipped name wins over a file of the same name without an ending.
     file = shipped.get(source, Path(source))
     data_set = re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", source)
     if file.is_file():
@@ -111,35 +113,35 @@ def captions(source: str) -> tuple[str, ...]:
     elif data_set:
         lines = _from_hub(source)
     else:
-        raise unknown("set of captions", source, [*shipped, VOCABULARY])
+        raise UnknownNameError("set of captions", source, [*shipped, VOCABULARY])
     found = tuple(filter(None, (line.strip() for line in lines)))
     if not found:
         raise ExpungeError(f"{source} has no captions")
     return found
 
 
-def captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions as `captions` takes them, or for "vocabulary" a depiction of each word known.
+def read_captions_for(model: Model, source: str, erased: Sequence[Concept]) -> tuple[str, ...]:
+    """Read captions as `read_captions`; for "vocabulary", make one of each word the tokenizer knows.
 
     Args:
         model: whose tokenizer knows words.
-        source: "vocabulary", or what `captions` takes.
+        source: "vocabulary", or what `read_captions` takes.
         erased: the concepts whose words are left out of a vocabulary.
     """
     if source != VOCABULARY:
-        return captions(source)
-    return tuple(GENERAL.format(word) for word in words(model, erased)[:WORDS])
+        return read_captions(source)
+    return tuple(GENERAL.format(word) for word in vocabulary_words(model, erased)[:WORDS])
 
 
-def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
-    """How many captions of a source have to be read, for want of a prior that was kept.
+def count_unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> int:
+    """Count the captions of a source that have to be encoded: 0 where their prior is in the cache.
 
-    Those of a data set of the hub are not known before it has been fetched, and count nothing.
+    Those of a data set of the hub are not known before it has been fetched, and count 0.
 
     Args:
-        model: who would read them; None for one that is not in memory: all have to be read.
-        source: as `captions_for` takes it; "" for none.
-        erased: as in `captions_for`.
+        model: the model that would read them; None for one that is not in memory: all have to be read.
+        source: as `read_captions_for` takes it; "" for none.
+        erased: as in `read_captions_for`.
     """
     if not source:
         return 0
@@ -147,20 +149,15 @@ def unread(model: Model | None, source: str, erased: Sequence[Concept] = ()) -> 
         return WORDS
     if source != VOCABULARY and not Path(source).is_file() and "/" in source:
         return 0
-    found = captions(source) if model is None else captions_for(model, source, erased)
-    kept = cache_folder() / "priors"
+    found = read_captions(source) if model is None else read_captions_for(model, source, erased)
+    kept = find_cache_folder() / "priors"
     if model is not None and kept.is_dir() and any(kept.iterdir()):
         return 0 if (kept / f"{text_hash(model, found)}.safetensors").is_file() else len(found)
     return len(found)
 
 
-def words(model: Model, erased: Sequence[Concept]) -> list[str]:
-    """The tokenizer's own words that are in no concept's name, in the order of their numbers."""
-    taken = {word for concept in erased for name in concept.names for word in name.lower().split()}
-    return [word for word in model.vocabulary() if word not in taken]
-
-
 def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:
+    # A text shorter in letters than the window is in tokens cannot be cut: no need to tokenize it.
     cut = sum(len(c) > model.window and model.count_tokens(c) > model.window for c in captions)
     if cut:
         warnings.warn(
@@ -182,21 +179,23 @@ def _prior(model: Model, captions: Sequence[str], run: RunContext) -> Prior:
 
 
 def text_hash(model: Model, captions: Sequence[str]) -> str:
-    """The hash of all that a prior follows from: captions, text encoders' weights, tokenizers."""
+    """Hash all that a prior follows from: captions, text encoders' weights, tokenizers."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for caption in captions:
+        # The zero byte parts captions: "a b" + "c" must not equal "a" + "b c".
         digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
     for name in ("max_sequence_length", "layers", "template"):  # how a language model is asked
         if hasattr(model, name):
             digest.update(f"{name}={getattr(model, name)}".encode())
     for name in model.read_ahead:
         for key, tensor in model.read_ahead_parameters(name).items():
-            digest.update(f"{name}.{key}".encode() + content(tensor))
+            digest.update(f"{name}.{key}".encode() + encode_tensor(tensor))
     for name, part in sorted(model.pipe.components.items()):
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():
-                digest.update(key.encode() + content(tensor))
+                digest.update(key.encode() + encode_tensor(tensor))
         elif name.startswith("tokenizer") and part is not None:
+            # The tokenizer as data, not its files: one that was changed in memory is another one.
             tokenizer = getattr(part, "tokenizer", part)  # a processor has one of its own
             state = json.loads(tokenizer.backend_tokenizer.to_str())
             state |= {"padding": None, "truncation": None}  # these are of the last call
@@ -205,7 +204,7 @@ def text_hash(model: Model, captions: Sequence[str]) -> str:
 
 
 def _from_hub(source: str) -> list[str]:
-    """A column of text of a Hugging Face data set; a cell may hold several captions."""
+    """Read a column of text of a Hugging Face data set; a cell may hold several captions."""
     try:
         import datasets
     except ImportError:
@@ -227,6 +226,6 @@ def _from_hub(source: str) -> list[str]:
             )
         (column,) = texts
     if column not in data.column_names:
-        raise unknown("column", column, data.column_names)
+        raise UnknownNameError("column", column, data.column_names)
     cells = (cell if isinstance(cell, list) else [cell] for cell in data[column])
     return [str(text) for cell in cells for text in cell if text is not None]

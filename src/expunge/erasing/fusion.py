@@ -1,4 +1,4 @@
-"""Fusing many low-rank changes into one weight that does to each concept's words what its own does."""
+"""Fuse many low-rank changes into one weight that does to each concept's words what its own does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeWarning
 from expunge.changes import Change, Changes, LowRank, Right
-from expunge.erasing.caption_gram import captions_for, prior
-from expunge.erasing.prompt_templates import RETAINED
+from expunge.erasing.caption_gram import compute_prior, read_captions_for
+from expunge.erasing.prompt_templates import assemble_retained_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import floored, fused, gram, moved_by
-from expunge.ops.low_rank import balanced
+from expunge.ops.least_squares import apply_floor, gram, multiply_by_gram, solve_fusion
+from expunge.ops.low_rank import balance
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext, Tensors
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are made when they are asked for, and not kept."""
+    """Tensors by name that are computed when they are asked for, and not stored."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
         self.names, self.make = names, make
@@ -44,16 +44,17 @@ def retained_gram(
     weighs: bool,
     domain_weight: float,
 ) -> Tensor:
-    """E_captions + ω E_retained of Σ_positions e eᵀ: (d, d), float64.
+    """Compute E_captions + ω E_retained of Σ_positions e eᵀ: (d, d), float64.
 
     Args:
-        model: whose text encoder to read with.
-        problem: names and prompts that stay, each read in four prompts; and what is erased.
-        run: told what is done.
-        captions_from: where the captions come from, as in `prior.captions_for`; "" for none.
-        weighs: whether the sum will weigh anything; without, captions are not read.
+        model: whose text encoder reads.
+        problem: names and prompts to retain, each read in four prompts; and what is erased.
+        run: is told how far it is.
+        captions_from: where the captions come from, as in `caption_gram.read_captions_for`; "" for none.
+        weighs: whether the sum will have any weight; if not, captions are not read.
         domain_weight: ω.
     """
+    # Asked of the model, since its configuration names the width differently in every family.
     width = model.encode([""]).embeddings.shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64)
     if problem.retain and not (weighs and domain_weight):
@@ -63,12 +64,12 @@ def retained_gram(
             stacklevel=5,
         )
     elif problem.retain:
-        prompts = [template.format(text) for text in problem.retain for template in RETAINED]
+        prompts = assemble_retained_prompts(problem.retain)
         for start in range(0, len(prompts), 64):
             e = model.encode(prompts[start : start + 64]).embeddings
             total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
-        total += prior(model, captions_for(model, captions_from, problem.erase), run).mean
+        total += compute_prior(model, read_captions_for(model, captions_from, problem.erase), run).mean
     return total
 
 
@@ -82,7 +83,7 @@ def fuse(
     ridge: float,
     floor: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensors]]:
-    """M₂, and the factors with each D replaced by D G K: together they act on each concept alone.
+    """Solve for M₂, and replace each D by D G K: together they act on each concept alone.
 
     The equation is that of `ops.least_squares.fused`.
 
@@ -99,10 +100,13 @@ def fuse(
         name: [(key, tensor) for key, tensor in tensors.items() if key.endswith(".down")]
         for name, tensors in factors.items()
     }
+    # All concepts' factors of all layers are solved for in one stack.
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
-    moved += [moved_by(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()]
-    ridge = floored(ridge, floor, whole)
-    matrix, solved = fused(matrix, whole, prior, ridge, torch.cat(moved))
+    moved += [
+        multiply_by_gram(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()
+    ]
+    ridge = apply_floor(ridge, floor, whole)
+    matrix, solved = solve_fusion(matrix, whole, prior, ridge, torch.cat(moved))
     answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
     return matrix, {
         name: {**tensors, **{key: next(answers) for key, _ in downs[name]}}
@@ -113,18 +117,19 @@ def fuse(
 def assemble_changes(
     layers: Sequence[str], matrix: Tensor | None, factors: Mapping[str, Tensors], scale: float = 1.0
 ) -> Changes:
-    """One right factor of all layers, and one low-rank change a layer; column i is concept i's.
+    """Make one right factor of all layers, and one low-rank change a layer; column i is concept i's.
 
     Args:
         layers: the layers that change.
         matrix: M or M₂, (d, d); None where there is none.
-        factors: as in `fuse`; they are kept in half precision.
+        factors: as in `fuse`; the edit holds them in half precision.
         scale: what B D is multiplied by.
     """
     changes: list[Change] = [] if matrix is None else [Right(tuple(layers), matrix.float())]
     for layer in layers if factors else ():
         up = torch.cat([tensors[f"{layer}.up"] for tensors in factors.values()], 1)
         down = torch.cat([tensors[f"{layer}.down"] for tensors in factors.values()])
-        halves = (x.half() for x in balanced(scale * up.double(), down.double()))
+        # Half precision halves the file; balanced, the product loses next to nothing.
+        halves = (x.half() for x in balance(scale * up.double(), down.double()))
         changes.append(LowRank((layer,), *halves))
     return tuple(changes)

@@ -1,7 +1,7 @@
-"""Masks of a named thing: GroundingDINO finds its boxes, SAM cuts it out of them.
+"""Masks of a named thing: GroundingDINO finds its boxes, SAM segments it within them.
 
-Both come from transformers; images are prepared here, so that torchvision is not needed. Their
-weights are read from the Hugging Face cache or fetched from the hub.
+Both models come from transformers; images are prepared here, so that torchvision is not needed. The
+models' weights are read from the Hugging Face cache or fetched from the hub.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import quietly
+from expunge.base.quiet import silence_libraries
 
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SEGMENTER = "facebook/sam-vit-base"
@@ -26,7 +26,7 @@ DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 @dataclass(frozen=True, eq=False)
 class GroundedSAM:
-    """Both models, and when a box counts."""
+    """Both models, and the score from which a box counts."""
 
     tokenizer: Any
     detector: Any
@@ -36,21 +36,21 @@ class GroundedSAM:
     threshold: float = 0.3
     """The least score of a box, 0 to 1."""
     side: int = 800
-    """The shorter side in pixels at which the detector looks at an image."""
+    """The shorter side of the images that the detector is given, in pixels."""
 
     @classmethod
-    @lru_cache(maxsize=1)  # once for all concepts
+    @lru_cache(maxsize=1)  # read once for all concepts
     def load(cls, detector: str = DETECTOR, segmenter: str = SEGMENTER) -> GroundedSAM:
         """Read both models.
 
         Raises:
-            ExpungeError: weights are neither in the cache nor to be had.
+            ExpungeError: weights are neither in the cache nor can they be fetched.
         """
         from transformers import AutoTokenizer, GroundingDinoForObjectDetection, SamModel
 
         name = detector
         try:
-            with quietly():
+            with silence_libraries():
                 tokenizer = AutoTokenizer.from_pretrained(detector)
                 finder = GroundingDinoForObjectDetection.from_pretrained(detector, use_safetensors=True)
                 name = segmenter
@@ -64,18 +64,24 @@ class GroundedSAM:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, thing: str) -> Tensor:
-        """The masks of `thing` in images (n, 3, height, width) in [0, 1]: (n, height, width), bool.
+        """Find the masks of a thing in images.
 
-        An image in which it is not found gets an empty mask.
+        Args:
+            images: (n, 3, height, width), in [0, 1].
+            thing: its name.
+
+        Returns:
+            (n, height, width), bool; empty in an image in which the thing is not found.
         """
         return torch.stack([self._mask(image, self.boxes(image, thing)) for image in images])
 
     def boxes(self, image: Tensor, thing: str) -> Tensor:
-        """Where `thing` is: (boxes, 4), left, top, right, bottom in parts of the sides."""
+        """Find the boxes of a thing: (boxes, 4), left, top, right, bottom as shares of the sides."""
         height, width = image.shape[1:]
         scale = self.side / min(height, width)
         size = (round(height * scale), round(width * scale))
         given = _resized((image - MEAN) / DEVIATION, size)[None]
+        # GroundingDINO was trained on lower-case phrases that end in a full stop.
         words = self.tokenizer([f"{thing.lower().rstrip('.')}."], return_tensors="pt")
         found = self.detector(
             pixel_values=given, pixel_mask=torch.ones(1, *size, dtype=torch.int64), **words
@@ -85,19 +91,21 @@ class GroundedSAM:
         return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).clamp(0, 1)
 
     def _mask(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """The union of what SAM cuts out of each box."""
+        """Segment what is in each box with SAM, and unite the masks: (height, width), bool."""
         height, width = image.shape[1:]
         if not len(boxes):
             return torch.zeros(height, width, dtype=torch.bool)
         side = self.segmenter.config.vision_config.image_size
         scale = side / max(height, width)
         h, w = round(height * scale), round(width * scale)
+        # SAM takes squares: the longer side fills one, the rest is padded below and right.
         given = pad(_resized((image - MEAN) / DEVIATION, (h, w)), (0, side - w, 0, side - h))
         corners = boxes * torch.tensor([w, h, w, h])
         found = self.segmenter(
             pixel_values=given[None], input_boxes=corners[None], multimask_output=False
         )
         whole = interpolate(found.pred_masks[0, :, :1].float(), (side, side), mode="bilinear")
+        # The padding is cut off before the mask takes the image's size, or it would shift.
         cut = interpolate(whole[..., :h, :w], (height, width), mode="bilinear")
         return (cut > 0).any(0)[0]
 

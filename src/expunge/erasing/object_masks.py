@@ -1,6 +1,6 @@
-"""Where in its images a concept is.
+"""Find where in its images a concept is.
 
-A mask (h, w) is 1 where it is and 0 elsewhere, in whatever size it was found.
+A mask (h, w) is 1 where the concept is and 0 elsewhere; its size is that of what it was found in.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from expunge.base import image_files
-from expunge.base.errors import ExpungeError, unknown
-from expunge.erasing.reference_images import Examples, folder_of
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.erasing.reference_images import Examples, find_folder
 from expunge.model import Model
-from expunge.ops.attention import grid, read_attention
+from expunge.ops.attention import infer_grid, read_attention
 from expunge.ops.otsu import otsu
 from expunge.runtime.context import RunContext
 
@@ -24,23 +24,24 @@ SOURCES = ("attention", "none", "grounded-sam")
 """Where masks come from, unless from a folder."""
 
 LOG_SNRS = (0.0, -1.0, -2.0)
-"""The noise at which attention is looked at: the object's place is settled, its detail is not."""
+"""The noise levels at which attention is read: the object's place is settled there, its detail is
+not."""
 
 SMALLEST = 16
-"""The fewest pixels of a map that says where something is: coarser ones point anywhere."""
+"""The fewest pixels of a map that locates anything: in coarser ones attention falls anywhere."""
 
 
-def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """The masks of a concept's examples: (n, h, w), 0 or 1.
+def find_masks(source: str, model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+    """Find the masks of a concept's examples: (n, h, w), 0 or 1.
 
     Args:
-        source: "attention": the model's own, thresholded. "none": everything. "grounded-sam": from
-            GroundingDINO and SAM. Otherwise a folder of PNGs named as the images' files.
+        source: "attention": the model's own, thresholded; "none": everywhere; "grounded-sam": from
+            GroundingDINO and SAM; otherwise a folder of PNGs named as the images' files.
         model: the model that draws the concept.
         examples: its images.
-        tokens: (1, tokens), bool, those of the examples' prompt that tell of the concept: its own, and
-            the end and padding after it.
-        run: for the noise.
+        tokens: (1, tokens), bool, the tokens of the examples' prompt that carry the concept: its
+            phrase's, and the end and padding after it.
+        run: its seed, for the noise.
 
     Raises:
         ExpungeError: a mask is missing, unreadable, of another shape than its image, wholly empty
@@ -49,16 +50,16 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
     if source == "none":
         return torch.ones(len(examples), 1, 1)
     if source == "attention":
-        masks = from_attention(model, examples, tokens, run)
+        masks = masks_from_attention(model, examples, tokens, run)
     elif source == "grounded-sam":
         from expunge.erasing.grounded_sam import GroundedSAM
 
         drawn = torch.cat([model.decode(one) for one in examples.latents.split(1)])
         masks = GroundedSAM.load()(drawn, examples.concept)
     elif not Path(source).is_dir():
-        raise unknown("folder or other source of masks", source, SOURCES)
+        raise UnknownNameError("folder or other source of masks", source, SOURCES)
     else:
-        masks = from_folder(source, model, examples)
+        masks = masks_from_folder(source, model, examples)
     for i, mask in enumerate(masks):
         if not mask.any() or mask.all():
             what = "full" if mask.any() else "empty"
@@ -69,21 +70,31 @@ def find(source: str, model: Model, examples: Examples, tokens: Tensor, run: Run
     return masks.float()
 
 
-def from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """The brighter part of where a concept's tokens are attended to: (n, h, w), bool.
+def masks_from_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+    """Threshold the attention to a concept's tokens by Otsu's method: (n, h, w), bool.
 
-    `attended`, split by Otsu's threshold.
+    Args:
+        model: the model that draws the concept.
+        examples: its images.
+        tokens: as in `find_masks`.
+        run: its seed.
     """
-    seen = attended(model, examples, tokens, run)
+    seen = measure_attention(model, examples, tokens, run)
     return seen > otsu(seen.flatten(1))[..., None]
 
 
 @torch.no_grad()
-def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
-    """How much each pixel attends to a concept's tokens: (n, h, w).
+def measure_attention(model: Model, examples: Examples, tokens: Tensor, run: RunContext) -> Tensor:
+    """Measure how much each pixel attends to a concept's tokens: (n, h, w).
 
-    A mean over heads, layers and levels of noise. The end and padding tokens tell of the whole
-    prompt, and are attended to from all over the object; its own words, from some part of it.
+    A mean over heads, layers and noise levels. The end and padding tokens carry the whole prompt, and
+    are attended to from all over the object; its own words, from some part of it.
+
+    Args:
+        model: the model that draws the concept.
+        examples: its images.
+        tokens: as in `find_masks`.
+        run: its seed.
     """
     latents = examples.latents
     height, width = latents.shape[-2:]
@@ -95,12 +106,15 @@ def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) 
         pixels = attention.shape[2]
         if pixels < min(SMALLEST, height * width):
             return None
-        seen = (attention.float().mean(1) @ counted).unflatten(1, grid(pixels, height, width))
+        seen = (attention.float().mean(1) @ counted).unflatten(1, infer_grid(pixels, height, width))
+        # Layers see the image in different sizes; the mean needs one.
         return interpolate(seen[:, None], (height, width), mode="bilinear")[:, 0]
 
     total = torch.zeros(())
     for level in LOG_SNRS:
+        # The timestep nearest to the noise level, on whichever schedule.
         t = (log_snr - level).abs().argmin().expand(len(examples)).to(latents.device)
+        # Drawn on the CPU, so that masks are the same on every device.
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.add_noise(latents, noise, t)
         maps = read_attention(
@@ -112,21 +126,27 @@ def attended(model: Model, examples: Examples, tokens: Tensor, run: RunContext) 
     return total / len(LOG_SNRS)
 
 
-def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
-    """Masks read from files named as the images' files are, white where the concept is.
+def masks_from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
+    """Read masks from files named as the images' files, white where the concept is: (n, h, w), bool.
 
-    They lie as the images do, in a folder of the concept's own or in `folder`. (n, h, w), bool.
+    Args:
+        folder: holds the masks, or a folder of the concept's name with them.
+        model: not needed; masks are of the size of their images.
+        examples: the images, read from files.
+
+    Raises:
+        ExpungeError: the images are no files, or a mask is missing or of another size than its image.
     """
     if not examples.files:
         raise ExpungeError("masks from a folder belong to images from a folder: set images_from too")
-    place = folder_of(examples.concept, folder)
+    place = find_folder(examples.concept, folder)
     masks = []
     for file in examples.files:
         path = _named(place, Path(file).stem)
         if not path.is_file():
             raise ExpungeError(f"the mask of {file} is missing: there is no {path}")
         # What a mask leaves transparent is not the concept.
-        mask, image = image_files.read(path, background="black"), image_files.read(file)
+        mask, image = image_files.read_image(path, background="black"), image_files.read_image(file)
         if mask.shape != image.shape:
             sizes = [" × ".join(map(str, p.shape[:0:-1])) for p in (mask, image)]
             raise ExpungeError(f"the mask {path} is {sizes[0]} pixels, its image {sizes[1]}")
@@ -135,7 +155,7 @@ def from_folder(folder: str | Path, model: Model, examples: Examples) -> Tensor:
 
 
 def _named(folder: Path, stem: str) -> Path:
-    """The mask of that name, though its ending be in capitals or its letters of another Unicode form."""
+    """Find the mask of a name, with an ending in capitals or letters in another Unicode form, too."""
     exact = folder / f"{stem}.png"
     if exact.is_file():
         return exact

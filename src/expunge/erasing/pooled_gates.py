@@ -12,8 +12,8 @@ from expunge.changes import Gated, InputChange
 from expunge.text import Text
 
 
-def widened(gated: Gated, inputs: int) -> Gated:
-    """Gates for a layer that is given something else behind the vector: SDXL's sizes.
+def pad_gates(gated: Gated, inputs: int) -> Gated:
+    """Pad gates with zeros, for a layer whose input holds more than the vector: SDXL's sizes.
 
     Args:
         gated: gates on the vector alone.
@@ -29,27 +29,37 @@ def widened(gated: Gated, inputs: int) -> Gated:
     )
 
 
-def through(change: InputChange, vectors: Tensor, inputs: int) -> Tensor:
-    """What a layer that is so wide is given in the place of vectors (n, d): (n, d)."""
-    width = vectors.shape[-1]
-    return change.given(pad(vectors, (0, inputs - width)))[..., :width]
-
-
-def given(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
-    """The vectors of a text behind the gates that stand before the layers which read them.
+def apply_to_vectors(change: InputChange, vectors: Tensor, inputs: int) -> Tensor:
+    """Apply a change to vectors: what a layer is given in their place.
 
     Args:
-        changes: by layer. Every family has one such layer; the first of several counts.
+        change: before the layer.
+        vectors: (n, d).
+        inputs: the width of the layer's input, at least d.
+
+    Returns:
+        (n, d)
+    """
+    width = vectors.shape[-1]
+    return change.change_input(pad(vectors, (0, inputs - width)))[..., :width]
+
+
+def apply_gates(changes: Mapping[str, Gated], text: Text) -> Tensor | None:
+    """Apply gates to the vectors of a text, where the text has them.
+
+    Args:
+        changes: by the layer they stand before. Every family has one such layer; of several the first
+            counts.
         text: n rows.
     """
     if text.pooled is None or not changes:
         return text.pooled
     change = next(iter(changes.values()))
-    return through(change, text.pooled, change.direction.shape[1])
+    return apply_to_vectors(change, text.pooled, change.direction.shape[1])
 
 
-def remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None) -> float:
-    """How much of what parts a concept from its anchor is left: a share, as a layer sees it.
+def measure_remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None) -> float:
+    """Measure the share of a concept's distance from its anchor that is left, as a layer sees it.
 
         (Σ ‖W (ẽ − a)‖² / Σ ‖W (e − a)‖²)^½,    1 where nothing is edited, 0 where nothing is left
 
@@ -57,9 +67,9 @@ def remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gated | None
         weight: W, (out, d).
         rows: e, (n, d), vectors of the concept's prompts.
         neutral: a, (n, d), those of the same with the anchor.
-        gated: the edit; None for none.
+        gated: the edit, or None.
     """
     w = weight.double().T
-    after = rows if gated is None else gated.given(rows)
+    after = rows if gated is None else gated.change_input(rows)
     left, apart = (((x - neutral).double() @ w).square().sum() for x in (after, rows))
     return float((left / apart.clamp(min=1e-30)).sqrt())

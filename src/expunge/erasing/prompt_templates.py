@@ -1,17 +1,18 @@
-"""Phrasings to erase a concept in, thirty for each kind; {} is the concept's place.
+"""Phrasings to erase a concept in, thirty for each kind, and the prompts that are made from them.
 
-None of them is a phrasing that a suite judges by, nor one in which what stays is held: what an erasure
-does to words that it has not seen is what is asked. (`tests/test_templates.py` compares them all, with
-case, punctuation and articles put aside.) A causal text encoder says nothing of a phrase in the words
-before it, so what is left around a concept lies behind it: in a third and more of the phrasings words
-follow.
+{} is the concept's place. No phrasing is one that a suite judges by, nor one in which something is
+retained: a suite asks what an erasure does in words that it has not seen. (`tests/test_templates.py`
+compares all of them, with case, punctuation and articles put aside.) A causal text encoder says nothing
+of a phrase in the words before it, so what is left around a concept lies behind it: in more than a third
+of the phrasings words follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from expunge.base.errors import ExpungeError
+from expunge.problem import Concept
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
@@ -143,10 +144,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a drawing of {} in pencil",
     ),
 }
-"""By kind. The first of each is what images of a concept are drawn with."""
+"""By kind of concept. The images of a concept are drawn with the first of its kind."""
 
 RETAINED = ("{}", "here is the {}", "a print of the {}", "a {} in a frame")
-"""The prompts in which what a problem retains is kept. It may be a whole prompt, and is kept as such."""
+"""The phrasings in which names to retain are kept. A name may be a whole prompt: {} keeps that."""
 
 KEPT: dict[str, str] = {
     "object": "a print of the {}",
@@ -154,17 +155,63 @@ KEPT: dict[str, str] = {
     "style": "a print by {}",
     "explicit": "a print of {}",
 }
-"""By kind, a phrasing to keep names and general words in, built like the first of `TEMPLATES`."""
+"""By kind of concept, the phrasing in which gates keep names and general words. It is as many tokens
+long as the first of `TEMPLATES`, so that a word stands where an erased one stands: a random text encoder
+tells places apart as well as words."""
 
 GENERAL = "a depiction of the {}"
-"""The prompt in which a word that a tokenizer knows is kept."""
+"""The phrasing in which a prior keeps the words of a tokenizer's vocabulary."""
+
+
+def assemble_prompts(concept: Concept, templates: Sequence[str] = ()) -> list[str]:
+    """Put each of a concept's names into each template.
+
+    >>> assemble_prompts(Concept("plane", synonyms=("jet",)), ("{}", "a photo of the {}"))
+    ['plane', 'a photo of the plane', 'jet', 'a photo of the jet']
+
+    Args:
+        concept: the concept; its synonyms count as names.
+        templates: phrasings with {} in the concept's place; by default those of its kind.
+
+    Returns:
+        The prompts, name after name, each template by template.
+    """
+    templates = templates or TEMPLATES[concept.kind]
+    return [template.format(name) for name in concept.names for template in templates]
+
+
+def assemble_anchor_prompts(concept: Concept, templates: Sequence[str] = ()) -> list[str]:
+    """Put a concept's anchor into each template: one prompt a template.
+
+    The empty anchor, or none, stands for the empty prompt. Repeated once for each name of the concept,
+    the list has a row for every row of `assemble_prompts`.
+
+    >>> assemble_anchor_prompts(Concept("plane", "the sky"), ("{}", "a photo of {}"))
+    ['the sky', 'a photo of the sky']
+
+    Args:
+        concept: the concept.
+        templates: phrasings with {} in the concept's place; by default those of its kind.
+    """
+    templates = templates or TEMPLATES[concept.kind]
+    return [template.format(concept.anchor) if concept.anchor else "" for template in templates]
+
+
+def assemble_retained_prompts(names: Sequence[str], templates: Sequence[str] = RETAINED) -> list[str]:
+    """Put each of the names to retain into each template: name after name, each template by template.
+
+    Args:
+        names: names, or whole prompts.
+        templates: phrasings with {} in the name's place.
+    """
+    return [template.format(name) for name in names for template in templates]
 
 
 def require_place(templates: Iterable[str]) -> None:
     """Check that each template has one place for the concept.
 
     Raises:
-        ExpungeError: one has none, or several.
+        ExpungeError: a template has no {}, or several.
     """
     for template in templates:
         if template.count("{}") != 1:

@@ -12,33 +12,33 @@ from torch import Tensor
 from expunge.base import image_files
 from expunge.base.errors import ExpungeError
 from expunge.model import Model
-from expunge.problem import key
+from expunge.problem import normalize_name
 from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Images of one concept, as the denoiser knows them."""
+    """Images of one concept, as latents."""
 
     concept: str
     """Its name."""
     prompt: str
-    """What the images show, in words."""
+    """The prompt of the images."""
     latents: Tensor
     """(n, c, h, w), clean."""
     files: tuple[str, ...] = ()
-    """The names of the files they were read from, if they were."""
+    """The files that the images were read from, if any."""
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def describe(self, i: int) -> str:
-        """Image i in words, for messages."""
+        """Name image i in a message."""
         return self.files[i] if self.files else f"image {i + 1} of {self.concept!r}"
 
 
 @torch.no_grad()
-def drawn(
+def draw_examples(
     model: Model,
     concept: str,
     prompt: str,
@@ -46,15 +46,37 @@ def drawn(
     run: RunContext,
     num_inference_steps: int | None = None,
 ) -> Examples:
-    """Draw n examples of a concept; their seeds follow from the run's and the concept's name."""
+    """Draw n examples of a concept; their seeds follow from the run's seed and the concept's name.
+
+    Args:
+        model: draws them.
+        concept: its name.
+        prompt: of the images.
+        n: how many.
+        run: its seed.
+        num_inference_steps: by default the model's own.
+    """
     steps = num_inference_steps or model.num_inference_steps
     latents = _latents(model, [prompt] * n, run.generator("examples", concept), steps)
     return Examples(concept, prompt, latents)
 
 
 @torch.no_grad()
-def each(model: Model, label: str, prompts: Sequence[str], run: RunContext, batch: int = 16) -> Tensor:
-    """One image of each prompt, (n, c, h, w); seeds follow from the run's and the label."""
+def draw_each(
+    model: Model, label: str, prompts: Sequence[str], run: RunContext, batch: int = 16
+) -> Tensor:
+    """Draw one image of each prompt; their seeds follow from the run's seed and the label.
+
+    Args:
+        model: draws them.
+        label: what is drawn, for the seeds and the progress.
+        prompts: of the images.
+        run: its seed.
+        batch: how many are drawn together.
+
+    Returns:
+        The latents, (n, c, h, w).
+    """
     generator, steps = run.generator("examples", label), model.num_inference_steps
     parts = []
     for start in range(0, len(prompts), batch):
@@ -64,45 +86,54 @@ def each(model: Model, label: str, prompts: Sequence[str], run: RunContext, batc
 
 
 def _latents(model: Model, prompts: Sequence[str], generator: torch.Generator, steps: int) -> Tensor:
-    """An image of each prompt, drawn in one batch, (n, c, h, w)."""
+    """Draw an image of each prompt in one batch: (n, c, h, w)."""
+    # A seed an image, so that an image does not depend on how many are drawn with it.
     seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
     return model.denoise(model.encode(prompts), seeds, until=steps, num_inference_steps=steps)[1]
 
 
-def read(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
-    """Read all images of a concept from `folder/concept`, or from `folder` if that is not there.
+def read_examples(model: Model, concept: str, prompt: str, folder: str | Path) -> Examples:
+    """Read all images of a concept from `folder/concept`, or from `folder` if there is no such folder.
+
+    Args:
+        model: encodes them.
+        concept: its name.
+        prompt: what they show.
+        folder: holds them.
 
     Raises:
-        ExpungeError: no images there, one is unreadable, or of another size than the model draws.
+        ExpungeError: there are no images, or one is unreadable or of another size than the model draws.
     """
-    place = folder_of(concept, folder)
+    place = find_folder(concept, folder)
     files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
     if not files:
         raise ExpungeError(f"{place} has no images of {concept!r} (.png, .jpg or .webp)")
     latents = []
     for path in files:
         try:
-            latents.append(model.encode_images(image_files.read(path)[None]))
+            latents.append(model.encode_images(image_files.read_image(path)[None]))
         except ExpungeError as error:
             message = str(error)
             raise ExpungeError(message if str(path) in message else f"{path}: {message}") from None
     return Examples(concept, prompt, torch.cat(latents), tuple(map(str, files)))
 
 
-def folder_of(concept: str, folder: str | Path) -> Path:
-    """Where the files of a concept lie: a folder of its own within `folder`, or `folder` itself.
+def find_folder(concept: str, folder: str | Path) -> Path:
+    """Find the folder of a concept's files: one of its name within `folder`, or `folder` itself.
 
-    The folder's name may be another spelling of the concept's, such as a file system makes of it.
+    The folder's name may be the concept's in another spelling, such as a file system makes of it.
 
     Raises:
-        ExpungeError: there is no such folder, or several bear the concept's name.
+        ExpungeError: there is no such folder, or several have the concept's name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ExpungeError(f"there is no folder {folder}")
     if (own := folder / concept).is_dir():
         return own
-    alike = sorted(p for p in folder.iterdir() if key(p.name) == key(concept) and p.is_dir())
+    alike = sorted(
+        p for p in folder.iterdir() if normalize_name(p.name) == normalize_name(concept) and p.is_dir()
+    )
     if len(alike) > 1:
         names = ", ".join(ascii(path.name) for path in alike)
         raise ExpungeError(f"{folder} has several folders that are called {concept!r}: {names}")

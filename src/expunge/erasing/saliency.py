@@ -1,4 +1,4 @@
-"""The saliency mask: which weights of a denoiser are trained, made from many maps, kept in a file."""
+"""Saliency masks: which weights of a denoiser are trained. Made from many maps, stored in a file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, replacing
-from expunge.erasing.guidance_training import Steering, TrainingConcept
-from expunge.fingerprint import base, base_hash
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.trajectories import TrainingConcept
+from expunge.fingerprint import hash_base, make_base_reader
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.ops.in_place import backward
-from expunge.ops.saliency import Intersection, packed, unpacked
+from expunge.ops.saliency import Intersection, pack_bits, unpack_bits
 from expunge.runtime.context import RunContext
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which weights matter to a concept, in every one of some maps."""
+    """The weights that matter to a concept in every one of some maps."""
 
     masks: Mapping[str, Tensor]
     """For each parameter, by its name, a bool tensor of its shape."""
@@ -34,17 +35,17 @@ class Mask:
     base: str
     """The hash of the parameters."""
     method: str
-    """The method it was made for."""
+    """The method that the mask was made for."""
 
     def save(self, path: str | Path) -> None:
-        """Write it to one `.safetensors` file, a bit a weight.
+        """Write the mask to one `.safetensors` file, a bit a weight.
 
         Raises:
             ExpungeError: the file cannot be written.
         """
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         about = {"counts": self.counts, "base": self.base, "method": self.method, "shapes": shapes}
-        tensors = {name: packed(mask) for name, mask in self.masks.items()}
+        tensors = {name: pack_bits(mask) for name, mask in self.masks.items()}
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, {"expunge mask": json.dumps(about)}))
 
@@ -61,16 +62,22 @@ class Mask:
         about = json.loads(text)
         shapes = about.pop("shapes")
         bits = safetensors.torch.load(Path(path).read_bytes())
-        masks = {name: unpacked(tensor, shapes[name]) for name, tensor in bits.items()}
+        masks = {name: unpack_bits(tensor, shapes[name]) for name, tensor in bits.items()}
         return cls(masks, tuple(about["counts"]), about["base"], about["method"])
 
     def require_fit(
         self, model: Model, parameters: Mapping[str, nn.Parameter], method: str, path: str | Path
     ) -> None:
-        """Check that it was made for these parameters and this method.
+        """Check that the mask was made for these parameters and this method.
+
+        Args:
+            model: whose parameters they are.
+            parameters: by name.
+            method: its name.
+            path: of the mask, for messages.
 
         Raises:
-            ExpungeError: it was not.
+            ExpungeError: the mask was made for others.
         """
         if self.method != method:
             raise ExpungeError(f"the mask {path} was made for the method {self.method}, not {method}")
@@ -83,7 +90,7 @@ class Mask:
             raise ExpungeError(f"the mask {path} was made for another model, of other weights")
 
 
-def find(
+def make_mask(
     steering: Steering,
     parameters: Mapping[str, nn.Parameter],
     prompts: Sequence[str],
@@ -96,21 +103,22 @@ def find(
     batch_size: int,
     half: str = "largest",
 ) -> Mask:
-    """Make a mask: each map from one prompt and one noise, prompts in turn, until it settles.
+    """Make a mask from maps, each of one prompt and one noise, prompts in turn, until it settles.
 
-    A map is the gradient of the loss summed over points of one trajectory of the original; it is taken
-    where training starts, where the terms that keep things as they are have no gradient.
+    A map is the gradient of the loss summed over points of one trajectory of the original. It is
+    computed
+    where training starts: there, the terms that keep predictions as they are have no gradient.
 
     Args:
-        steering: the course.
-        parameters: what is to be masked, by name.
+        steering: the trajectories and their losses.
+        parameters: the parameters to mask, by name.
         prompts: the concept and its augmentations.
-        run: its seed, and who is told.
-        method: whom it is for.
-        maps: how many maps at the most.
+        run: its seed; is told how far it is.
+        method: the name of the method that the mask is for.
+        maps: how many maps, at most.
         samples: points a map.
-        settle: stop when ten maps took away no more than this share of the weights; 0 never does.
-        batch_size: how many points at once.
+        settle: stop when the last ten maps removed at most this share of the weights; 0 never stops.
+        batch_size: points in one batch.
         half: which half of each tensor's gradients a map keeps, "largest" or "smallest".
 
     Raises:
@@ -123,8 +131,9 @@ def find(
         unconditional_early=0.0,
         preserve=steering.objective.preserve if pulls else 0.0,
     )
-    steering = Steering(model, dataclasses.replace(steering.course, objective=objective))
+    steering = Steering(model, dataclasses.replace(steering.config, objective=objective))
     text, intersection = model.encode(prompts), Intersection(half)
+    # Gradients add up on the parameters themselves; what was there is put back.
     asked = {p: (p.requires_grad, p.grad) for p in parameters.values()}
     try:
         with frozen(model.parameters()):
@@ -143,7 +152,7 @@ def find(
             parameter.requires_grad_(asks)
             parameter.grad = gradient
     run.progress("saliency", maps, maps)
-    for name, parameter in parameters.items():  # what the loss does not hang on is not trained
+    for name, parameter in parameters.items():  # what the loss does not depend on is not trained
         intersection.masks.setdefault(name, torch.zeros_like(parameter, dtype=torch.bool))
     if not intersection.counts[-1]:
         where = {"largest": "upper", "smallest": "lower"}[half]
@@ -159,11 +168,12 @@ def _add_map(
     samples: int,
     batch_size: int,
 ) -> None:
-    """One map: gradients of all samples add up on the parameters, and are then let go one by one."""
-    parts = steering.walk(subject, samples).split(batch_size)
+    """Make one map: gradients of all samples add up on the parameters, and are then freed one by one."""
+    parts = steering.draw_points_along(subject, samples).split(batch_size)
     for part in parts:
         with torch.enable_grad():
-            loss = steering.losses(part).sum()
+            loss = steering.compute_losses(part).sum()
+        # Only with the last part is a gradient complete, and can be compared and freed.
         if part is not parts[-1]:
             loss.backward()
         else:
@@ -172,4 +182,6 @@ def _add_map(
 
 
 def _hash(model: Model, parameters: Mapping[str, nn.Parameter]) -> str:
-    return base_hash(base(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters))
+    return hash_base(
+        make_base_reader(model), ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in parameters)
+    )

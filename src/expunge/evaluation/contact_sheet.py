@@ -1,4 +1,4 @@
-"""Before above after: images of the same prompts and seeds in bands, as one image."""
+"""Contact sheets: images of the same prompts and seeds, before above after, as one image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from expunge.base.image_files import to_pil
 
 GAP = 8
+"""Pixels between images."""
 INK, GREY, RIM, PAPER = "#16181d", "#5b6270", "#e3e6eb", "#ffffff"
+"""Colours of titles, labels, frames and the ground."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,37 +23,39 @@ class Strip:
 
     title: str
     captions: Sequence[str]
-    """Of each column."""
+    """A caption for each column."""
     rows: Sequence[tuple[str, Sequence[Tensor]]]
-    """What a row is called, and its images (3, height, width) in [0, 1], one a column."""
+    """For each row its label and its images (3, height, width) in [0, 1], one a column."""
     figures: str = ""
     """A few words at the right of the title."""
 
 
-def contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
-    """The bands one below the other, each image `cell` pixels wide, all of one width and height."""
+def draw_contact_sheet(strips: Sequence[Strip], cell: int = 128) -> Image.Image:
+    """Draw strips one below the other, each image `cell` pixels wide and high."""
     title, label, note = (ImageFont.load_default(size) for size in (cell * 3 // 16, 16, 14))
     head, foot, step = cell * 3 // 8 + 14, 46, cell + GAP
-    names = [name for band in bands for name, _ in band.rows]
+    names = [name for strip in strips for name, _ in strip.rows]
     left = 3 * GAP + max(round(label.getlength(name)) for name in names)
-    wide = [left + round(title.getlength(b.title) + label.getlength(b.figures)) + 2 * GAP for b in bands]
-    columns = max(len(band.captions) for band in bands)
+    wide = [
+        left + round(title.getlength(b.title) + label.getlength(b.figures)) + 2 * GAP for b in strips
+    ]
+    columns = max(len(strip.captions) for strip in strips)
     width = max(left + columns * step, *wide) + 2 * GAP
-    heights = [head + len(band.rows) * step + foot for band in bands]
+    heights = [head + len(strip.rows) * step + foot for strip in strips]
     paper = Image.new("RGB", (width, sum(heights) + GAP), PAPER)
     pen, corners, top = ImageDraw.Draw(paper), _corners(cell), 0
-    for band, height in zip(bands, heights, strict=True):
+    for strip, height in zip(strips, heights, strict=True):
         base = top + head - 14
-        pen.text((left, base), _plain(band.title), INK, title, anchor="ls")
-        pen.text((width - 2 * GAP, base), _plain(band.figures), GREY, label, anchor="rs")
-        for r, (name, images) in enumerate(band.rows):
+        pen.text((left, base), _plain(strip.title), INK, title, anchor="ls")
+        pen.text((width - 2 * GAP, base), _plain(strip.figures), GREY, label, anchor="rs")
+        for r, (name, images) in enumerate(strip.rows):
             y = top + head + r * step
             pen.text((left - 2 * GAP, y + cell // 2), _plain(name), GREY, label, anchor="rm")
             for c, image in enumerate(images):
                 x = left + c * step
                 paper.paste(to_pil(image, cell).resize((cell, cell)), (x, y), corners)
                 pen.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), 10, outline=RIM)
-        for c, caption in enumerate(band.captions):
+        for c, caption in enumerate(strip.captions):
             x, y = left + c * step + cell // 2, top + height - foot + 2
             pen.text((x, y), _lines(caption, note, cell), GREY, note, anchor="ma", align="center")
         top += height
@@ -59,7 +63,7 @@ def contact_sheet(bands: Sequence[Strip], cell: int = 128) -> Image.Image:
 
 
 def _plain(text: str) -> str:
-    """A text in the letters that Pillow's own font has."""
+    """A text in ASCII: Pillow's own font has no other letters."""
     return unicodedata.normalize("NFKD", text.replace("–", "-")).encode("ascii", "ignore").decode()
 
 

@@ -6,6 +6,7 @@
     retain = "others"                                      # the other concepts, or a list of prompts
     seeds = [0, 1]                                         # of the edits
     full_seeds = [0, 1, 2]                                 # and at full size, where not the same
+    attacks = ["embedding", "inversion"]                   # tried on each edit, at the suites' budgets
 
     [[methods]]
     name = "uce"
@@ -17,7 +18,7 @@
     stages = ["refine"]
     title = "refinement only"                          # what the report calls it
 
-What is done is found again: an edit by its name, which holds the hash of all it hangs on, and a
+An edit that was made is found by its file name, which contains the hash of all it depends on, and an
 image in the cache. So a run that was stopped goes on where it was.
 """
 
@@ -35,18 +36,21 @@ import torch
 
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.files import read_toml, slug
-from expunge.base.quiet import Progress, quiet
+from expunge.base.files import make_slug, read_toml
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.erasure import erase
-from expunge.evaluation.image_cache import Cache, model_hash
-from expunge.evaluation.report import Report, evaluate
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.report import Report
 from expunge.evaluation.suite import Suite
+from expunge.fingerprint import hash_for_images
 from expunge.method import Method
 from expunge.model import Model
-from expunge.problem import KINDS, Concept, Kind, Problem, key
-from expunge.runtime.work_dir import beside, remove
+from expunge.problem import KINDS, Concept, Kind, Problem, normalize_name
+from expunge.runtime.work_dir import find_work_dir, remove
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class Job:
     def name(self) -> str:
         """What the report calls it: its title, or the method, its preset, and what is not as there."""
         default = type(self.method).preset(self.preset) if self.preset else type(self.method)()
+        usual = fields.flatten(default)
         changed = [
-            f"{f.name} {getattr(self.method, f.name)}"
-            for f in dataclasses.fields(self.method)
-            if getattr(self.method, f.name) != getattr(default, f.name)
+            f"{name} {value}"
+            for name, value in fields.flatten(self.method).items()
+            if value != usual[name]
         ]
         concepts = ", ".join(concept.name for concept in self.problem.erase[:3])
         more = " …" if len(self.problem.erase) > 3 else ""
@@ -76,22 +81,28 @@ class Job:
         return ", ".join([*called, *seed]) + f": {concepts}{more}"
 
     def file(self, model: Model) -> str:
-        """The edit's file name: it changes with everything that the edit hangs on."""
+        """Return the edit's file name: it changes with everything that the edit depends on."""
         record = [
             self.method_name,
-            dataclasses.asdict(self.method),
+            fields.flatten(self.method),
             dataclasses.asdict(self.problem),
             self.seed,
-            model_hash(model),
+            hash_for_images(model),
         ]
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{slug(self.name)}-{digest}.safetensors"
+        return f"{make_slug(self.name)}-{digest}.safetensors"
 
-    def done(self, model: Model, folder: Path, progress: Progress = quiet) -> Candidate:
-        """The edit, made if it is not in the folder yet, going on where an earlier try stopped."""
+    def run(self, model: Model, folder: Path, progress: Progress = ignore_progress) -> Candidate:
+        """Return the edit, made if it is not in the folder yet, going on where an earlier try stopped.
+
+        Args:
+            model: what to erase from.
+            folder: where edits are kept.
+            progress: told what is done.
+        """
         file = folder / self.file(model)
         if not file.is_file():
-            place = beside(file)
+            place = find_work_dir(file)
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
             remove(place)
@@ -114,6 +125,8 @@ class Experiment:
     full: bool = False
     full_seeds: tuple[int, ...] = ()
     """The seeds of the edits at full size; by default `seeds`."""
+    attacks: tuple[str, ...] = ()
+    """What every edit is attacked with, "NAME" or "NAME:LADDER"."""
 
     @classmethod
     def read(cls, path: str | Path) -> Experiment:
@@ -134,16 +147,26 @@ class Experiment:
         if not methods or not all(isinstance(one, Mapping) and "name" in one for one in methods):
             raise ExpungeError(f'{path} names no method: write [[methods]] and name = "uce"')
         problems = _problems(table.get("concepts", []), table.get("retain", "others"), head.kind)
-        seeds = {"seeds": head.seeds, "full_seeds": head.full_seeds}
-        experiment = cls(tuple(methods), problems, suites, head.model, full=head.full, **seeds)
+        experiment = cls(
+            tuple(methods),
+            problems,
+            suites,
+            head.model,
+            head.seeds,
+            head.full,
+            head.full_seeds,
+            head.attacks,
+        )
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
+            for attack in head.attacks:
+                read_ladder(suite, attack)
             for problem in problems:
-                suite.erased([concept.name for concept in problem.erase])
+                suite.find_erased([concept.name for concept in problem.erase])
         return experiment
 
     def jobs(self) -> list[Job]:
-        """The edits to make: every method on every problem with every seed."""
+        """Return the edits to make: every method on every problem with every seed."""
         found, seeds = [], (self.full_seeds if self.full else ()) or self.seeds
         for table in self.methods:
             cls = registry.get("methods", table["name"])
@@ -164,7 +187,7 @@ class Experiment:
         *,
         autocast: torch.dtype | None = None,
         cache: Cache | None = None,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> Report:
         """Make the edits that are not there yet, judge them all, and write the report to `folder`.
 
@@ -172,7 +195,8 @@ class Experiment:
             model: what to erase from, in its own number format.
             folder: where edits and the report go.
             autocast: the number format to draw in when judging, as in `Model.autocasting`.
-            cache, progress: as in `evaluate`.
+            cache: where images and numbers are kept; by default the user's cache folder.
+            progress: told what is done.
 
         Raises:
             ExpungeError: the folder cannot be written.
@@ -181,9 +205,9 @@ class Experiment:
         candidates = []
         for done, job in enumerate(jobs):
             progress("erasing", done, len(jobs))
-            candidates.append(job.done(model, folder / "edits", progress))
+            candidates.append(job.run(model, folder / "edits", progress))
         progress("erasing", len(jobs), len(jobs))
-        how: Any = {"full": self.full, "cache": cache, "progress": progress}
+        how: Any = {"full": self.full, "attacks": self.attacks, "cache": cache, "progress": progress}
         with model.autocasting(autocast):
             report = evaluate(model, candidates, self.suites, **how)
         report.save(folder)
@@ -200,9 +224,10 @@ class _Head:
     seeds: tuple[int, ...] = (0,)
     full: bool = False
     full_seeds: tuple[int, ...] = ()
+    attacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        fields.check(self)
+        fields.check_fields(self)
         if not self.suites:
             raise ExpungeError('the experiment names no suite: write suites = ["object"]')
         if not self.seeds:
@@ -230,14 +255,16 @@ def _problems(concepts: Any, retain: Any, kind: Kind) -> tuple[Problem, ...]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ExpungeError(f"a concept is NAME or NAME=ANCHOR, or a list of them, not {one!r}")
         groups.append(tuple(Concept.parse(text, kind) for text in texts))
-    names = list({key(concept.name): concept.name for group in groups for concept in group}.values())
+    names = list(
+        {normalize_name(concept.name): concept.name for group in groups for concept in group}.values()
+    )
     problems = []
     for group in groups:
-        gone = {key(name) for concept in group for name in concept.names}
+        gone = {normalize_name(name) for concept in group for name in concept.names}
         if retain == "others":
-            kept = [name for name in names if key(name) not in gone]
+            kept = [name for name in names if normalize_name(name) not in gone]
         elif isinstance(retain, list) and all(isinstance(text, str) for text in retain):
-            kept = [text for text in retain if key(text) not in gone]
+            kept = [text for text in retain if normalize_name(text) not in gone]
         else:
             raise ExpungeError(f'retain is "others" or a list of prompts, not {retain!r}')
         problems.append(Problem(group, tuple(kept)))

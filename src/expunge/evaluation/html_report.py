@@ -1,9 +1,7 @@
-"""The report as one page that needs nothing else: no file beside it, no request to the net."""
+"""The report as one HTML page that loads nothing: no file beside it, nothing from the network."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
-from torch import Tensor
 
-from expunge.base.errors import listed
-from expunge.base.image_files import to_pil
-from expunge.evaluation.measure import make
-from expunge.evaluation.scoring import PUBLISHED, CandidateResult, Comparison, SuiteResult, compared
+from expunge.base.errors import join_names
+from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.comparisons import Comparison, compare_all
+from expunge.evaluation.html_strips import lay_out_attacks, lay_out_strips
+from expunge.evaluation.robustness import AttackResult
+from expunge.evaluation.scoring import PUBLISHED
 from expunge.evaluation.statistics import Estimate
-from expunge.metric import Classifier
 
 if TYPE_CHECKING:
     from expunge.evaluation.report import Report
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-SHOWN = {"erased": 8, "synonyms": 8, "retained": 12}  # images of a strip
-WIDEST = 128  # pixels of an image on the page
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Told apart by those who see few colours, too (Okabe and Ito)."""
-ROLES = {
-    "erased": "Erased",
-    "synonyms": "Synonyms, which the method was not told of",
-    "retained": "Retained",
-}
 TITLES = {
     "efficacy": "Efficacy",
     "generality": "Generality",
@@ -65,16 +55,16 @@ class Number:
 
     text: str
     interval: str = ""
-    """About these concepts."""
+    """The interval about these concepts."""
     general: str = ""
-    """About concepts in general."""
+    """The interval about concepts in general."""
     sort: float = -math.inf
     part: float = 0.0
-    """Of a full bar, 0 to 1."""
+    """How much of the bar is filled, 0 to 1."""
 
 
-def number(estimate: Estimate | None, percent: bool = True) -> Number:
-    """An estimate in words."""
+def format_number(estimate: Estimate | None, percent: bool = True) -> Number:
+    """Return an estimate as the page shows it; an en dash where there is none."""
     if estimate is None or math.isnan(estimate.value):
         return Number("–")
     score, scale = estimate.score, 100 if percent else 1
@@ -91,7 +81,7 @@ def number(estimate: Estimate | None, percent: bool = True) -> Number:
 
 
 def render_page(report: Report) -> str:
-    """The page."""
+    """Return a report as an HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
     names = list(dict.fromkeys(row.name for case in report.cases for row in case.rows))
@@ -123,14 +113,14 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
         for role in ("erased", "floor", "ceiling", "retained")
         if any(role in row.metrics.get(metric, {}) for row in rows)
     ]
-    methods, brief = report.methods()[name], _brief(rows)
+    methods, brief = report.average_methods()[name], _brief(rows)
     parts = list(dict.fromkeys(part for row in rows for part in row.totals))
     return {
         "suite": suite,
         "h": Markup("H<sub>{}</sub>").format(suite.score.removeprefix("H_")),
         "terms": terms,
         "extra": extra,
-        "extra_titles": [f"{metric.replace('_', ' ')}, {role}" for metric, role in extra],
+        "extra_titles": [_metric_title(report, metric, role) for metric, role in extra],
         "published": list(PUBLISHED[suite.score]),
         "rows": [
             {
@@ -138,34 +128,72 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
                 "erased": ", ".join(case.erased[:3]) + (" …" if len(case.erased) > 3 else ""),
                 "original": row.candidate is None,
                 "colour": colours[row.name],
-                "h": number(row.h, is_share),
-                "terms": [number(row.terms.get(term), is_share) for term in terms],
-                "broken": number(row.roles.get("erased", {}).get("unrecognisable")),
+                "h": format_number(row.h, is_share),
+                "terms": [format_number(row.terms.get(term), is_share) for term in terms],
+                "broken": format_number(row.roles.get("erased", {}).get("unrecognisable")),
                 "published": [
-                    number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
+                    format_number(row.published.get(name), is_share) for name in PUBLISHED[suite.score]
                 ],
                 "totals": [_count(row, part) for part in parts],
-                "extra": [number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra],
+                "extra": [
+                    format_number(row.metrics.get(m, {}).get(role), percent=False) for m, role in extra
+                ],
             }
             for case in cases
             for row in case.rows
         ],
+        "attacks": [
+            _attacked(row, one, budget, colours[row.name], ", ".join(case.erased[:3]))
+            for case in cases
+            for row in case.rows
+            for one in row.attacks
+            for budget in one.asr
+        ],
         "methods": [
-            {"recipe": recipe, "name": brief.get(recipe, recipe), "h": number(h, is_share)}
+            {"recipe": recipe, "name": brief.get(recipe, recipe), "h": format_number(h, is_share)}
             for recipe, h in sorted(methods.items(), key=lambda item: -_sortable(item[1]))
         ]
         if len(cases) > 1
         else [],
         "between": [
             _difference(brief.get(one.one, one.one), brief.get(one.other, one.other), one)
-            for one in (report.compared().get(name, []) if len(cases) > 1 else [])
+            for one in (report.compare_methods().get(name, []) if len(cases) > 1 else [])
         ],
         "totals": [part.removesuffix("_EXPOSED").replace("_", " ").lower() for part in parts],
         "plot": _plot(cases, colours) if is_share else None,
         "cases": [
-            _case(report, case, found) for case, found in zip(cases, compared(cases), strict=True)
+            _case(report, case, found) for case, found in zip(cases, compare_all(cases), strict=True)
         ],
     }
+
+
+def _attacked(
+    row: CandidateResult, one: AttackResult, budget: str, colour: str, erased: str
+) -> dict[str, Any]:
+    """An edit under an attack at one budget."""
+    numbers = {
+        "pre-ASR": one.pre,
+        "ASR": one.asr[budget],
+        "alone": one.seen[budget],
+        "difference": one.difference[budget],
+        "unrecognisable": one.broken[budget],
+        "control": one.control[budget],
+    }
+    return {
+        "name": row.name,
+        "erased": erased,
+        "colour": colour,
+        "attack": f"{one.attack}, {budget}",
+        "numbers": {title: format_number(estimate) for title, estimate in numbers.items()},
+        "holds": one.control_holds(budget),
+    }
+
+
+def _metric_title(report: Report, metric: str, role: str) -> str:
+    """A column's title; on what should stay, an arrow says which way is better."""
+    up = report.provenance["metrics"][metric]["higher is better"]
+    arrow = (" ↑" if up else " ↓") if role == "retained" else ""
+    return f"{metric.replace('_', ' ')}, {role}{arrow}"
 
 
 def _count(row: CandidateResult, part: str) -> Number:
@@ -180,7 +208,7 @@ def _difference(one: str, other: str, found: Comparison) -> dict[str, Any]:
         "of": found.of,
         "one": one,
         "other": other,
-        "number": number(found.difference, found.of != "H_a"),
+        "number": format_number(found.difference, found.of != "H_a"),
         "sure": found.sure,
         "sure_in_general": found.sure_in_general,
         "family": found.family,
@@ -252,8 +280,15 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     """Its strips, and what is uncertain in it."""
     edits = [row for row in case.rows if row.candidate]
     return {
-        "erased": listed(case.erased, 6),
-        "edits": [{**_asked(row), **_strips(report, case, row)} for row in edits],
+        "erased": join_names(case.erased, 6),
+        "edits": [
+            {
+                **_describe(row),
+                **lay_out_strips(report.cache, case, row),
+                "attacks": lay_out_attacks(row),
+            }
+            for row in edits
+        ],
         "left_out": case.left_out,
         "differences": [
             _difference(one.one, one.other, one) for one in found if one.of == case.suite.score
@@ -267,7 +302,7 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
     }
 
 
-def _asked(row: CandidateResult) -> dict[str, Any]:
+def _describe(row: CandidateResult) -> dict[str, Any]:
     """What was asked of an edit, and the answers in plain numbers."""
     if row.candidate is None:
         raise TypeError("a row with a candidate is expected, and the original has none")
@@ -290,86 +325,14 @@ def _asked(row: CandidateResult) -> dict[str, Any]:
             answers.append(
                 {
                     "question": question,
-                    "number": number(seen["seen"]),
-                    "what": what.replace("pictures", f"{seen['seen'].n:,} images"),
-                    "before": number(seen["original"]).text,
+                    "number": format_number(seen["seen"]),
+                    "what": what.replace("images", f"{seen['seen'].n:,} images"),
+                    "before": format_number(seen["original"]).text,
                     "gone": role in ("erased", "synonyms"),
-                    "broken": number(seen["unrecognisable"]).text,
+                    "broken": format_number(seen["unrecognisable"]).text,
                 }
             )
     return {"asked": asked, "made": made, "answers": answers}
-
-
-def _strips(report: Report, case: SuiteResult, row: CandidateResult) -> dict[str, Any]:
-    """Before and after on the same seeds, worst first, for each role."""
-    judge = _judge_of(report, case)
-    strips = []
-    for role, title in ROLES.items():
-        places = _worst_first(case, row, role)
-        if not places:
-            continue
-        score_suite = [place for place in places if row.looks.cells[place[1]].asks]
-        chosen = places[: SHOWN[role]]
-        asked = [row.looks.requests[c][i] for _, c, i in chosen]
-        before = report.cache.draw(case.sources["original"], asked)
-        after = report.cache.draw(case.sources[row.name], asked)
-        strips.append(
-            {
-                "title": title,
-                "failing": sum(bad > 0.5 for bad, _, _ in score_suite),
-                "judged": len(score_suite),
-                "of": len(places),
-                "pairs": [
-                    {
-                        "before": data_uri(before[k]),
-                        "after": data_uri(after[k]),
-                        "prompt": request.prompt,
-                        "seed": request.seed,
-                        "seen": _seen(judge, case, row, c, i),
-                        "wrong": bad > 0.5,
-                    }
-                    for k, ((bad, c, i), request) in enumerate(zip(chosen, asked, strict=True))
-                ],
-            }
-        )
-    return {"name": row.name, "roles": strips}
-
-
-def _worst_first(case: SuiteResult, row: CandidateResult, role: str) -> list[tuple[float, int, int]]:
-    """The images of a role, (how badly it fails, cell, place): the worst of every prompt first, then
-    the next of every prompt, so that a strip shows many words. Of like ones, those come first that the
-    original did right, or where something is erased, wrong: that drew what should go."""
-    ranked = []
-    for c, cell in enumerate(row.looks.cells):
-        if cell.role != role:
-            continue
-        after, before = (case.wrong[name][c].tolist() for name in (row.name, "original"))
-        turn = 1 if role == "retained" else -1
-        order = sorted(
-            (-bad, turn * was, i)
-            for i, (bad, was) in enumerate(zip(after, before, strict=True))
-            if not math.isnan(bad)
-        )
-        ranked += [(rank, bad, c, i) for rank, (bad, _, i) in enumerate(order)]
-    return [(-bad, c, i) for _, bad, c, i in sorted(ranked)]
-
-
-def _judge_of(report: Report, case: SuiteResult) -> Classifier | None:
-    metric = make(case.suite.judge, case.suite.options.get(case.suite.judge, {}))
-    return metric if isinstance(metric, Classifier) else None
-
-
-def _seen(
-    judge: Classifier | None, case: SuiteResult, row: CandidateResult, cell: int, image: int
-) -> tuple[str, str]:
-    """What the judge calls the image before and after."""
-    if judge is None:
-        return "", ""
-    before, after = (
-        judge.shown(one.looks.rows[case.suite.judge][cell][image : image + 1])[0]
-        for one in (case.rows[0], row)
-    )
-    return before, after
 
 
 def _judges(report: Report) -> list[str]:
@@ -385,17 +348,3 @@ def _judges(report: Report) -> list[str]:
                     parts.append(f"{what} {100 * one['share']:.1f} % (n = {one['n']:,})")
             said.append(f"{name}, on drawings that it was not trained on: {'; '.join(parts)}")
     return said
-
-
-def data_uri(image: Tensor) -> str:
-    """An image (3, height, width) inside the page, at most 128 pixels wide."""
-    one = to_pil(image.nan_to_num())
-    data = io.BytesIO()
-    if one.width > WIDEST:
-        one = one.resize((WIDEST, one.height * WIDEST // one.width), Image.Resampling.LANCZOS)
-        one.save(data, "WEBP", quality=85)
-        kind = "webp"
-    else:
-        one.save(data, "PNG")
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,12 +1,12 @@
-"""Looks: the numbers that metrics take of images, each image drawn once and looked at once."""
+"""Measuring: each image is drawn once, and each metric looks at it once."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +14,20 @@ from torch import Tensor
 
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.suite import Cell
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.evaluation.cells import Cell
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Request, Source
+from expunge.evaluation.sample import Sample
 from expunge.metric import Metric
 from expunge.model import Model
 
 CHUNK = 64
+"""Images that are drawn and measured together."""
 
 
-@dataclass(frozen=True, eq=False)
-class Measurements:
-    """What was measured on the images of some cells."""
-
-    cells: tuple[Cell, ...]
-    requests: tuple[tuple[Request, ...], ...]
-    """For each cell its images."""
-    rows: Mapping[str, tuple[Tensor, ...]]
-    """For each metric, for each cell: (images, width)."""
-
-
-def make(name: str, options: Mapping[str, Any]) -> Metric:
-    """A metric by its name, with its options.
+def make_metric(name: str, options: Mapping[str, Any]) -> Metric:
+    """Make a metric by its name, with its options.
 
     Raises:
         ExpungeError: there is no such metric or option.
@@ -44,81 +36,78 @@ def make(name: str, options: Mapping[str, Any]) -> Metric:
     return metric
 
 
-def key(metric: Metric) -> str:
-    """The name under which a metric's numbers are kept: it changes with all they hang on."""
+def name_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:
+    """Return metrics under their names; None in the place of one that is still to be made.
+
+    Raises:
+        ExpungeError: there is no such metric (the nearest is named), or one is named twice.
+        TypeError: one is neither a name nor a metric.
+    """
+    found: dict[str, Metric | None] = {}
+    for one in metrics:
+        if isinstance(one, str):
+            registry.get("metrics", one)
+        elif not isinstance(one, Metric):
+            raise TypeError(f"a metric must be a name or a Metric, not {one!r}")
+        name = one if isinstance(one, str) else registry.name_of("metrics", type(one))
+        if name in found:
+            raise ExpungeError(f"the metric {name} is named twice")
+        found[name] = None if isinstance(one, str) else one
+    return found
+
+
+def metric_key(metric: Metric) -> str:
+    """Return the name under which a metric's numbers are kept: it changes with all they hang on."""
     text = json.dumps(metric.feature_key, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def requests(
-    model: Model, cells: Sequence[Cell], steps: int | None, guidance: float | None
-) -> tuple[tuple[Request, ...], ...]:
-    """The images of cells, with the sampler's settings filled in."""
-    steps = steps or model.num_inference_steps
-    default = model.guidance_scale if guidance is None else guidance
-    return tuple(
-        tuple(
-            Request(
-                cell.prompt,
-                seed,
-                steps,
-                default if cell.guidance is None else cell.guidance,
-                cell.stand_in,
-            )
-            for seed in cell.seeds
-        )
-        for cell in cells
-    )
 
 
 def measure(
     cache: Cache,
     source: Source,
     original: Source | None,
-    cells: Sequence[Cell],
-    asked: Sequence[Sequence[Request]],
+    samples: Sequence[Sample],
     metrics: Mapping[str, Metric],
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     label: str = "",
-) -> Measurements:
-    """Measure the images of cells; draws only images that a metric has not yet seen.
+) -> tuple[Sample, ...]:
+    """Return the samples with what metrics measure of them; draws only what a metric has not yet seen.
 
     Args:
         cache: where images and numbers are kept.
         source: what draws.
         original: what paired metrics compare with; None where `source` is the original itself, and
             paired metrics are passed over.
-        cells: what to look at.
-        asked: for each cell its images, from `requests`.
+        samples: what to draw.
         metrics: by name.
         progress: told how many images are done.
         label: what progress calls it.
     """
-    keys = {name: key(m) for name, m in metrics.items() if original is not None or not m.paired}
-    lookers = {keys[name]: metrics[name] for name in keys}
-    flat = [request for group in asked for request in group]
-    found: dict[str, list[Tensor]] = {one: [] for one in lookers}
-    progress(label, 0, 100 * len(flat))  # what is read and what is drawn is not yet known
-    for start in range(0, len(flat), CHUNK):
+    keys = {name: metric_key(m) for name, m in metrics.items() if original is not None or not m.paired}
+    by_key = {keys[name]: metrics[name] for name in keys}
+    requests = [request for sample in samples for request in sample.requests]
+    rows: dict[str, list[Tensor]] = {one: [] for one in by_key}
+    progress(label, 0, 100 * len(requests))  # what is read and what is drawn is not yet known
+    for start in range(0, len(requests), CHUNK):
 
         def tell(_: str, done: int, total: int, at: int = start) -> None:
-            here = min(CHUNK, len(flat) - at)
-            progress(label, 100 * at + 100 * here * done // max(total, 1), 100 * len(flat))
+            here = min(CHUNK, len(requests) - at)
+            progress(label, 100 * at + 100 * here * done // max(total, 1), 100 * len(requests))
 
-        part = flat[start : start + CHUNK]
+        part = requests[start : start + CHUNK]
         with torch.inference_mode():
-            for one, row in _chunk(cache, source, original, part, lookers, tell):
-                found[one].append(row)
-        progress(label, 100 * min(start + CHUNK, len(flat)), 100 * len(flat))
-    lengths = [len(group) for group in asked]
-    return Measurements(
-        tuple(cells),
-        tuple(tuple(group) for group in asked),
-        {name: torch.stack(found[one]).split(lengths) for name, one in keys.items()},
+            for one, row in _measure_chunk(cache, source, original, part, by_key, tell):
+                rows[one].append(row)
+        progress(label, 100 * min(start + CHUNK, len(requests)), 100 * len(requests))
+    lengths = [len(sample) for sample in samples]
+    features = {name: torch.stack(rows[one]).split(lengths) for name, one in keys.items()}
+    return tuple(
+        dataclasses.replace(sample, features={name: parts[i] for name, parts in features.items()})
+        for i, sample in enumerate(samples)
     )
 
 
-def _chunk(
+def _measure_chunk(
     cache: Cache,
     source: Source,
     original: Source | None,
@@ -131,11 +120,11 @@ def _chunk(
     `metrics` are given by their keys.
     """
     places = [source.address(request) for request in part]
-    theirs = [original.address(request) for request in part] if original else [""] * len(part)
-    known = [cache.scores(place) for place in places]
+    references_at = [original.address(request) for request in part] if original else [""] * len(part)
+    known = [cache.read_scores(place) for place in places]
 
     def where(one: str, row: int) -> str:
-        return f"{one}:{theirs[row][:16]}" if metrics[one].paired else one
+        return f"{one}:{references_at[row][:16]}" if metrics[one].paired else one
 
     new: list[dict[str, Tensor]] = [{} for _ in part]
     lacking = {
@@ -158,6 +147,11 @@ def _chunk(
                 [part[r].prompt for r in missing],
                 torch.stack([references[r] for r in missing]) if metrics[one].paired else None,
             )
+            if measured.ndim != 2 or len(measured) != len(missing):
+                raise TypeError(
+                    f"the metric {type(metrics[one]).__name__} must measure {len(missing)} images as a"
+                    f" tensor ({len(missing)}, width), not {tuple(measured.shape)}"
+                )
             for row, numbers in zip(missing, measured, strict=True):
                 new[row][where(one, row)] = numbers.float()
         for row in rows:
@@ -168,7 +162,7 @@ def _chunk(
 
 
 def warn_of_cuts(model: Model, cells: Sequence[Cell]) -> None:
-    """Say of every prompt that is longer than the model's window where it will be cut."""
+    """Warn of every prompt that is longer than the model's window, and say where it will be cut."""
     for prompt in dict.fromkeys(cell.prompt for cell in cells):
         if len(prompt) <= model.window or (n := model.count_tokens(prompt)) <= model.window:
             continue
@@ -185,15 +179,3 @@ def warn_of_cuts(model: Model, cells: Sequence[Cell]) -> None:
             ExpungeWarning,
             stacklevel=2,
         )
-
-
-def require_known(names: Sequence[str]) -> None:
-    """Check that all metrics exist before anything is drawn.
-
-    Raises:
-        ExpungeError: one does not; the nearest is named.
-    """
-    for name in names:
-        registry.get("metrics", name)
-    if len(set(names)) < len(names):
-        raise ExpungeError(f"a metric is named twice among {', '.join(names)}")

@@ -1,11 +1,11 @@
-"""Robustness: how often an attack brings an erased concept back.
+"""Robustness: how often an attack, or another condition, brings an erased concept back.
 
-Asked are the images of a suite's erased prompts in which the original model shows the concept. Of
+Looked at are the images of a suite's erased prompts in which the original model shows the concept. Of
 these, *pre-ASR* is the share in which the edited model shows it unattacked; *ASR* at a budget is the
 share in which it does at that budget or any smaller one, none included, for nobody has to attack as
 hard as allowed. A broken image does not show the concept, nor has it been defended: beside ASR stands
-the share that is *unrecognisable* at a budget and has not come back. The budgets are the suite's; an
-attack may have several ladders of them, "NAME" and "NAME:LADDER".
+the share that is *unrecognisable* at a budget and has not come back. The original under the same attack
+is the positive control: below 80 %, the attack destroys images, and says nothing about an erasure.
 """
 
 from __future__ import annotations
@@ -21,242 +21,332 @@ import torch
 from torch import Tensor
 
 from expunge.attack import Attack
-from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
-from expunge.base.quiet import Progress, quiet
-from expunge.changes import content
+from expunge.base.quiet import Progress, ignore_progress
+from expunge.changes import encode_tensor
 from expunge.edit import Edit
 from expunge.evaluation import statistics
+from expunge.evaluation.attack_budgets import Ladder
 from expunge.evaluation.contact_sheet import Strip
-from expunge.evaluation.image_cache import Cache, Request, Source
-from expunge.evaluation.measure import make, measure, requests
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Condition, Request, Source
+from expunge.evaluation.measure import measure
+from expunge.evaluation.sample import Sample, classify
 from expunge.evaluation.statistics import Estimate
-from expunge.evaluation.suite import Cell, Suite
+from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.runtime.context import RunContext
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "embedding": {"radius": [0.05, 0.1, 0.2, 0.4], "steps": 10},
-    "inversion": {"steps": [50, 150]},
-    "embedding:restarts": {"restarts": [1, 4, 8], "radius": 0.2, "steps": 40, "num_timesteps": 6},
-    "inversion:restarts": {"restarts": [1, 3], "steps": 150},
-    "inversion:long": {"steps": [150, 600]},
-    "inversion:cce": {"steps": [5000], "batch_size": 16, "num_images": 16},
-}
-"""The budgets of a suite that names none."""
-
 SHOWN = 6
 """Images in a strip."""
+CONTROL = 0.8
+"""The share in which the original must show the concept under the attack for the attack to count."""
 
 
 @dataclass(frozen=True, eq=False)
-class Robustness:
-    """One edit under one attack, on one suite."""
+class AttackResult:
+    """One edit under one attack, on one suite. Every share is of the images that the original shows
+    the concept in.
+    """
 
-    suite: str
     edit: str
+    """What the report calls the edit."""
     attack: str
+    """The attack's name, or "NAME:LADDER"."""
     fields: Mapping[str, Any]
     """The attack's, but for what the budgets run over."""
     pre: Estimate
-    """pre-ASR"""
+    """pre-ASR: the share in which the edited model shows the concept unattacked."""
     asr: Mapping[str, Estimate]
-    """ASR, for each budget in words."""
+    """ASR, for each budget in words: the share at that budget or any smaller one."""
     pre_broken: Estimate
     """The share unrecognisable unattacked."""
     broken: Mapping[str, Estimate]
     """For each budget the share that is unrecognisable there and has not come back at it or a smaller
     one: neither a success of the attack nor of the defence."""
+    seen: Mapping[str, Estimate]
+    """For each budget the share at it alone."""
+    difference: Mapping[str, Estimate]
+    """For each budget `seen` less `pre`, paired image by image."""
+    control: Mapping[str, Estimate]
+    """For each budget the share in which the original shows the concept under the same attack."""
     strip: Strip
     """A few of the images: before, after, and attacked, with a row for each budget."""
 
+    def control_holds(self, budget: str) -> bool:
+        """Whether the original shows the concept under the attack often enough for it to count."""
+        return self.control[budget].value >= CONTROL
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return everything but the images, ready for JSON."""
+
+        def table(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+            return {budget: estimate.to_dict() for budget, estimate in estimates.items()}
+
         return {
-            "suite": self.suite,
-            "edit": self.edit,
             "attack": self.attack,
             "fields": dict(self.fields),
-            "pre-ASR": dataclasses.asdict(self.pre.score),
-            "ASR": {budget: dataclasses.asdict(asr.score) for budget, asr in self.asr.items()},
-            "unrecognisable": {
-                "unattacked": dataclasses.asdict(self.pre_broken.score),
-                **{budget: dataclasses.asdict(one.score) for budget, one in self.broken.items()},
+            "pre-ASR": self.pre.to_dict(),
+            "ASR": table(self.asr),
+            "seen": table(self.seen),
+            "difference": table(self.difference),
+            "control": {
+                budget: {**control.to_dict(), "holds": self.control_holds(budget)}
+                for budget, control in self.control.items()
             },
+            "unrecognisable": {"unattacked": self.pre_broken.to_dict(), **table(self.broken)},
         }
 
 
-def robustness(
-    model: Model,
-    edit: Edit,
-    suite: Suite,
-    attack: str,
+@dataclass(frozen=True, eq=False)
+class Defence:
+    """An edit that is attacked, and what is known of its images and the original's without an attack."""
+
+    suite: Suite
+    judge: Classifier
+    cache: Cache
+    original: Source
+    edit: Edit
+    name: str
+    """What the report calls the edit."""
+    before: Sequence[Sample]
+    """What the original draws of the erased prompts, classified."""
+    after: Sequence[Sample]
+    """What the edited model draws of them, classified."""
+
+    @classmethod
+    def of(
+        cls,
+        suite: Suite,
+        judge: Classifier,
+        cache: Cache,
+        original: Source,
+        edit: Edit,
+        name: str,
+        before: Sequence[Sample],
+        after: Sequence[Sample],
+    ) -> Defence:
+        """Take the erased prompts out of all samples of the original and of the edited model.
+
+        Args:
+            suite: what says how the judge is asked.
+            judge: the suite's.
+            cache: where images are kept; an attacked image by the hash of its embedding.
+            original: what draws the original's images.
+            edit: what is attacked.
+            name: what the report calls the edit.
+            before: the original's samples, classified.
+            after: the edited model's, of the same cells.
+        """
+        pairs = [
+            (one, other)
+            for one, other in zip(before, after, strict=True)
+            if one.cell.role == "erased" and _erased_target(one) is not None
+        ]
+        if not pairs:
+            raise ExpungeError(f"suite {suite.name} has no erased prompts whose images could be judged")
+        firsts, seconds = ([pair[i] for pair in pairs] for i in range(2))
+        return cls(suite, judge, cache, original, edit, name, firsts, seconds)
+
+
+Controls = dict[tuple[str, ...], Estimate]
+"""What the original came to under attacks that were tried before: it is the same for every edit that
+erases the same."""
+
+
+def judge_attack(
+    defence: Defence,
+    ladder: Ladder,
     *,
-    name: str = "",
-    full: bool = False,
-    cache: Cache | None = None,
-    progress: Progress = quiet,
     seed: int = 0,
-) -> Robustness:
-    """Attack an edit on a suite's erased prompts, at each of its budgets anew.
+    progress: Progress = ignore_progress,
+    controls: Controls | None = None,
+) -> AttackResult:
+    """Attack an edit on a suite's erased prompts, at each budget anew.
+
+    Args:
+        defence: what is attacked.
+        ladder: the attack at each of its budgets.
+        seed: of the attack.
+        progress: told what is done.
+        controls: what is known of the original under attacks; what is found is added.
+    """
+    suite, cache, original, edit = defence.suite, defence.cache, defence.original, defence.edit
+    edited = Source(original.model, (edit,))
+    # The original under an attack that is made against it: it keeps the record, which names the concept.
+    kept = dataclasses.replace(edit, changes=())
+    known = {} if controls is None else controls
+    where = f"{ladder.name} on {defence.name}"
+
+    def share(values: Sequence[Tensor], name: str) -> Estimate:
+        return _share(defence.before, values, name)
+
+    after = defence.after
+    # What is too near to tell has not come back.
+    reached = [_erased(sample).nan_to_num(0) for sample in after]
+
+    def lost(samples: Sequence[Sample]) -> Estimate:
+        """What is a muddle, and has not come back."""
+        only = [_broken(s) * (1 - r).clamp(0, 1) for s, r in zip(samples, reached, strict=True)]
+        return share(only, f"{where}, unrecognisable")
+
+    pre, pre_broken = share(reached, where), lost(after)
+    asr, broken, seen, difference, control = {}, {}, {}, {}, {}
+    chosen = _spread(after)
+    shown = {
+        "before": cache.draw(original, _pick(defence.before, chosen)),
+        f"after: {_percent(pre)}": cache.draw(edited, _pick(after, chosen)),
+    }
+    for budget, attack in ladder.rungs.items():
+        key = (suite.name, ladder.name, budget, repr(edit.record.problem.erase), str(seed))
+        if key not in known:
+            label = f"{suite.name}, original, {ladder.name} {budget}"
+            found, _ = _under_attack(defence, attack, kept, (), seed, progress, label, ())
+            known[key] = share([_erased(s).nan_to_num(0) for s in found], f"{label}, control")
+        control[budget] = known[key]
+        label = f"{suite.name}, {ladder.name} {budget}"
+        found, images = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
+        here = [_erased(sample).nan_to_num(0) for sample in found]
+        # Nobody has to attack as hard as allowed: what came back at a weaker budget counts here, too.
+        reached = [torch.maximum(r, x) for r, x in zip(reached, here, strict=True)]
+        asr[budget], broken[budget] = share(reached, where), lost(found)
+        # Under a name of its own, so that the difference has the priors of both in it.
+        seen[budget] = share(here, f"{where}, {budget}")
+        difference[budget] = seen[budget].minus(pre)
+        shown[f"{budget}: {_percent(asr[budget])}"] = images
+    captions = [request.prompt for request in _pick(after, chosen)]
+    rows = [(title, list(images)) for title, images in shown.items()]
+    strip = Strip(where, captions, rows, "seen, at the left")
+    return AttackResult(
+        defence.name,
+        ladder.name,
+        ladder.fields,
+        pre,
+        asr,
+        pre_broken,
+        broken,
+        seen,
+        difference,
+        control,
+        strip,
+    )
+
+
+def _under_attack(
+    defence: Defence,
+    attack: Attack,
+    edit: Edit,
+    edits: tuple[Edit, ...],
+    seed: int,
+    progress: Progress,
+    label: str,
+    chosen: Sequence[tuple[int, int]],
+) -> tuple[tuple[Sample, ...], Tensor]:
+    """What a model draws of the erased prompts under an attack, classified; and the chosen images.
+
+    `edit` is what is attacked and `edits` what is drawn with: none for the original.
+    """
+    model = defence.original.model
+    condition = Condition(attack, edit, seed) if attack.changes_model else None
+    source = Source(model, edits, condition)
+    with source.hold():
+        run = RunContext(seed, progress)
+        # Before anything is drawn: an attack looks at the original, and not at the changed model.
+        samples = [attack_sample(model, edit, attack, sample, run) for sample in defence.after]
+        judges = {defence.suite.judge: defence.judge}
+        found = measure(defence.cache, source, None, samples, judges, progress, label)
+        images = defence.cache.draw(source, _pick(samples, chosen)) if chosen else torch.zeros(0)
+    return classify(defence.suite, defence.judge, found), images
+
+
+def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run: RunContext) -> Sample:
+    """Return a sample whose requests ask for what the attack has made of them.
 
     Args:
         model: the original.
         edit: what is attacked.
-        suite: its prompts, seeds, judge, and budgets (`attacks`).
-        attack: the name of an attack, or of one of its ladders of budgets, "NAME:LADDER".
-        name: what to call the edit.
-        full: the suite's full size.
-        cache: where images are kept; an attacked image by the hash of its embedding.
-        progress: told what is done.
-        seed: of the attack.
+        attack: the attack, at one budget.
+        sample: what is drawn unattacked.
+        run: the seed of the attack, and the progress.
 
     Raises:
-        ExpungeError: no such attack, a budget it does not take, or a suite without a judge.
+        ExpungeError: the attack gives another number of images than it was given.
     """
-    cache = Cache() if cache is None else cache
-    model = model.sampled_by(suite.scheduler)
-    ladder = budgets(suite, attack)
-    judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
-    if not isinstance(judge, Classifier):
-        raise ExpungeError(f"suite {suite.name}: {suite.judge} does not say what an image shows")
-    names = [concept.name for concept in edit.record.problem.erase]
-    cells = [cell for cell in suite.cells(names, full=full) if cell.role == "erased" and cell.asks]
-    asked = requests(model, cells, suite.num_inference_steps, suite.guidance_scale)
-
-    def seen(
-        source: Source, rows: Sequence[Sequence[Request]], label: str
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        looks = measure(cache, source, None, cells, rows, {suite.judge: judge}, progress, label)
-        return _seen(suite, judge, cells, looks.rows[suite.judge])
-
-    original, edited = Source(model), Source(model, (edit,))
-    drawn, _ = seen(original, asked, f"{suite.name}, original")
-    answers, muddled = seen(edited, asked, suite.name)
-    reached = {key: rows.nan_to_num(0) for key, rows in answers.items()}
-    concepts = {cell.prompt: cell.concept for cell in cells}
-
-    def share(values: Mapping[str, Tensor], what: str = "") -> Estimate:
-        counted = {key: rows.masked_fill(~(drawn[key] >= 0.5), math.nan) for key, rows in values.items()}
-        return statistics.mean(counted, name=f"{attack} on {name}{what}", concepts=concepts)
-
-    def lost() -> Estimate:
-        """What is a muddle, and has not come back."""
-        only = {key: rows * (1 - reached[key]).clamp(0, 1) for key, rows in muddled.items()}
-        return share(only, ", unrecognisable")
-
-    chosen = _spread(asked)
-    pre, asr, pre_broken, broken = share(reached), {}, lost(), {}
-    shown = {
-        "before": cache.draw(original, _at(asked, chosen)),
-        f"after: {_percent(pre)}": cache.draw(edited, _at(asked, chosen)),
-    }
-    for budget, one in ladder.items():
-        rows = [
-            _attacked(model, edit, one, cell, asks, RunContext(seed, progress))
-            for cell, asks in zip(cells, asked, strict=True)
-        ]
-        found, muddled = seen(edited, rows, f"{suite.name}, {attack} {budget}")
-        reached = {key: torch.maximum(reached[key], x.nan_to_num(0)) for key, x in found.items()}
-        asr[budget], broken[budget] = share(reached), lost()
-        shown[f"{budget}: {_percent(asr[budget])}"] = cache.draw(edited, _at(rows, chosen))
-    first = dataclasses.asdict(next(iter(ladder.values())))
-    plain = {key: value for key, value in first.items() if key != _grid(suite, attack)[0]}
-    name = name or edit.record.method
-    captions = [one.prompt for one in _at(asked, chosen)]
-    strip = Strip(
-        f"{attack} on {name}", captions, [(k, list(v)) for k, v in shown.items()], "seen, at the left"
+    first = sample.requests[0]
+    probe = Probe(
+        tuple(request.prompt for request in sample.requests),
+        tuple(request.seed for request in sample.requests),
+        first.num_inference_steps,
+        first.guidance_scale,
     )
-    return Robustness(suite.name, name, attack, plain, pre, asr, pre_broken, broken, strip)
+    found = attack.run(model, edit, probe, run)
+    if len(found) != len(probe):
+        raise ExpungeError(
+            f"the attack {type(attack).__name__} made {len(found)} images of {len(probe)};"
+            " it must keep their number and order"
+        )
+    requests = []
+    for row, request in enumerate(sample.requests):
+        steps = found.num_inference_steps or request.num_inference_steps
+        scale = request.guidance_scale if found.guidance_scale is None else found.guidance_scale
+        text = None if found.text is None else found.text[[row]]
+        requests.append(
+            dataclasses.replace(
+                request,
+                prompt=found.prompts[row],
+                seed=found.seeds[row],
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                text=text,
+                text_hash=""
+                if text is None
+                else hashlib.sha256(encode_tensor(text.embeddings[0])).hexdigest(),
+            )
+        )
+    return Sample(sample.cell, tuple(requests))
 
 
-def _spread(asked: Sequence[Sequence[Request]]) -> list[tuple[int, int]]:
-    """A few of all images, evenly taken: their cell, and their place in it."""
-    every = [(cell, place) for cell, row in enumerate(asked) for place in range(len(row))]
+def _share(before: Sequence[Sample], values: Sequence[Tensor], name: str) -> Estimate:
+    """The mean of values over the images in which the original shows the concept."""
+    counted: dict[str, list[Tensor]] = {}
+    for sample, rows in zip(before, values, strict=True):
+        # Where the original does not show it, there is nothing to bring back.
+        shown = _erased(sample) >= 0.5
+        counted.setdefault(sample.cell.prompt, []).append(rows.masked_fill(~shown, math.nan))
+    joined = {prompt: torch.cat(parts) for prompt, parts in counted.items()}
+    concepts = {sample.cell.prompt: sample.cell.concept for sample in before}
+    return statistics.mean(joined, name=name, concepts=concepts)
+
+
+def _erased_target(sample: Sample) -> int | None:
+    """The place of the concept that a prompt was erased for."""
+    roles = [target.role for target in sample.cell.targets]
+    return roles.index("erased") if "erased" in roles else None
+
+
+def _erased(sample: Sample) -> Tensor:
+    """Whether each image shows the concept that its prompt was erased for."""
+    return sample.seen[_erased_target(sample) or 0]
+
+
+def _broken(sample: Sample) -> Tensor:
+    if sample.broken is None:
+        raise TypeError("the sample must be classified before it is attacked")
+    return sample.broken
+
+
+def _spread(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """A few of all images, evenly taken: their sample, and their place in it."""
+    every = [(s, place) for s, sample in enumerate(samples) for place in range(len(sample))]
     return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
 
 
-def _at(rows: Sequence[Sequence[Request]], chosen: Sequence[tuple[int, int]]) -> list[Request]:
-    return [rows[cell][place] for cell, place in chosen]
+def _pick(samples: Sequence[Sample], chosen: Sequence[tuple[int, int]]) -> list[Request]:
+    return [samples[s].requests[place] for s, place in chosen]
 
 
 def _percent(share: Estimate) -> str:
     """In a few letters, for a label."""
     return f"{100 * share.value:.0f} %"
-
-
-def budgets(suite: Suite, attack: str) -> dict[str, Attack]:
-    """The attack at each of the suite's budgets, the smallest first.
-
-    Raises:
-        ExpungeError: there is no such attack or ladder, or the suite gives it a field that it has not.
-    """
-    cls = registry.get("attacks", attack.partition(":")[0])
-    field, values = _grid(suite, attack)
-    rest = {key: value for key, value in _table(suite, attack).items() if key != field}
-    return {
-        f"{field} {value:g}": fields.build(cls, {**rest, field: value}, attack)
-        for value in sorted(values)
-    }
-
-
-def _table(suite: Suite, attack: str) -> Mapping[str, Any]:
-    return suite.attacks.get(attack) or DEFAULTS.get(attack, {})
-
-
-def _grid(suite: Suite, attack: str) -> tuple[str, list[float]]:
-    """The field that the budgets run over, and its values."""
-    lists = {key: value for key, value in _table(suite, attack).items() if isinstance(value, list)}
-    if len(lists) != 1 or not all(lists.values()):
-        known = [key for key in dict.fromkeys((*suite.attacks, *DEFAULTS)) if key != attack]
-        hint = f"; there are some for {', '.join(known)}"
-        raise ExpungeError(
-            f"suite {suite.name} has no budgets for the attack {attack}: write one list in"
-            f" [attacks.{_quoted(attack)}], such as steps = [50, 150]{hint}"
-        )
-    ((field, values),) = lists.items()
-    return field, values
-
-
-def _quoted(attack: str) -> str:
-    """An attack's key as TOML writes it."""
-    return f'"{attack}"' if ":" in attack else attack
-
-
-def _attacked(
-    model: Model, edit: Edit, attack: Attack, cell: Cell, asked: Sequence[Request], run: RunContext
-) -> list[Request]:
-    """A cell's images, with the text that the attack has found for each."""
-    first = asked[0]
-    probe = Probe(
-        (cell.prompt,) * len(asked), cell.seeds, first.num_inference_steps, first.guidance_scale
-    )
-    text = attack.run(model, edit, probe, run).text
-    if text is None:
-        return list(asked)
-    return [
-        dataclasses.replace(
-            one,
-            text=text[[row]],
-            text_hash=hashlib.sha256(content(text.embeddings[row])).hexdigest(),
-        )
-        for row, one in enumerate(asked)
-    ]
-
-
-def _seen(
-    suite: Suite, judge: Classifier, cells: Sequence[Cell], rows: Sequence[Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """For each prompt whether each image shows what it was erased for, and whether it is broken;
-    broken ones do not."""
-    found, broken = {}, {}
-    for cell, row in zip(cells, rows, strict=True):
-        ask = next((ask for ask in cell.asks if ask.role == "erased"), None)
-        if ask is None:
-            continue
-        answer = judge.score(row, ask.labels, ask.near, suite.question)
-        broken[cell.prompt] = judge.broken(row).float()
-        found[cell.prompt] = answer.masked_fill(judge.broken(row), 0.0)
-    return found, broken

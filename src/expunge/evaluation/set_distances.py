@@ -1,55 +1,64 @@
 """Distances between sets of images, with their intervals: from the original, from real images, and
-from what an anchor draws."""
+from what an anchor draws.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from expunge.evaluation import statistics
-from expunge.evaluation.measure import Measurements
+from expunge.evaluation.sample import Sample
 from expunge.evaluation.statistics import NONE, Estimate
-from expunge.metric import Apart, Distance
+from expunge.metric import Distance, SetDistance
 
 FURTHER = "\0further seeds"
 """Marks the images of an anchor that no other set shares its seeds with."""
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """The rows of some images, and for each run of them the prompt."""
+class FeatureSet:
+    """The features of a set of images, and for each run of them the prompt."""
 
     rows: Tensor
     prompts: tuple[tuple[str, int], ...]
 
     @classmethod
-    def of(cls, looks: Measurements, metric: str, role: str) -> Images:
-        """Those of one role."""
+    def of(cls, samples: Sequence[Sample], metric: str, role: str) -> FeatureSet:
+        """Return the images of one role.
+
+        Args:
+            samples: a model's.
+            metric: the name of what measured them.
+            role: whose images.
+        """
         parts = [
-            (cell.prompt, rows)
-            for cell, rows in zip(looks.cells, looks.rows[metric], strict=True)
-            if cell.role == role
+            (sample.cell.prompt, sample.features[metric])
+            for sample in samples
+            if sample.cell.role == role
         ]
         return cls._joined(parts)
 
     @classmethod
-    def halves(cls, looks: Measurements, metric: str) -> tuple[Images, Images]:
-        """An anchor's images: with the seeds of the erased prompts, and with further ones."""
+    def halves(cls, samples: Sequence[Sample], metric: str) -> tuple[FeatureSet, FeatureSet]:
+        """Return an anchor's images: with the seeds of the erased prompts, and with further ones."""
         shared, further = [], []
-        for cell, rows in zip(looks.cells, looks.rows[metric], strict=True):
+        for sample in samples:
+            prompt, rows = sample.cell.prompt, sample.features[metric]
             half = len(rows) // 2
-            shared.append((cell.prompt, rows[:half]))
-            further.append((cell.prompt + FURTHER, rows[half:]))
+            shared.append((prompt, rows[:half]))
+            further.append((prompt + FURTHER, rows[half:]))
         return cls._joined(shared), cls._joined(further)
 
     @classmethod
-    def _joined(cls, parts: list[tuple[str, Tensor]]) -> Images:
+    def _joined(cls, parts: list[tuple[str, Tensor]]) -> FeatureSet:
         return cls(torch.cat([rows for _, rows in parts]), tuple((p, len(rows)) for p, rows in parts))
 
     def by_prompt(self, values: Tensor) -> dict[str, Tensor]:
-        """One number an image, for each prompt."""
+        """Return one number an image, for each prompt."""
         found: dict[str, list[Tensor]] = {}
         lengths = [n for _, n in self.prompts]
         for (prompt, _), part in zip(self.prompts, values.split(lengths), strict=True):
@@ -57,38 +66,59 @@ class Images:
         return {prompt: torch.cat(parts) for prompt, parts in found.items()}
 
 
-def from_original(
-    name: str, metric: Distance, looks: Measurements, before: Measurements, role: str
+def measure_from_original(
+    name: str, metric: Distance, samples: Sequence[Sample], before: Sequence[Sample], role: str
 ) -> Estimate:
-    """How far a role's images are from real ones, or else from the original's.
+    """Measure how far a role's images are from real ones, or else from the original's.
 
     There is no distance of the original from itself, nor of a single image.
+
+    Args:
+        name: the metric's.
+        metric: what compares the sets.
+        samples: a model's.
+        before: the original's, of the same cells.
+        role: whose images.
     """
-    images, real = Images.of(looks, name, role), metric.real()
-    if len(images.rows) < 2 or (looks is before and real is None):
+    images, real = FeatureSet.of(samples, name, role), metric.load_real()
+    if len(images.rows) < 2 or (samples is before and real is None):
         return NONE
     if real is not None:
-        return _between(metric, images, Images(real, (("real images", len(real)),)))
-    apart = metric.distance(images.rows, Images.of(before, name, role).rows)
+        return _between(metric, images, FeatureSet(real, (("real images", len(real)),)))
+    apart = metric.distance(images.rows, FeatureSet.of(before, name, role).rows)
     # The same prompts and seeds: each pair of images is resampled together.
-    return statistics.moved(apart.value, images.by_prompt(apart.influence + apart.of_reference))
+    return statistics.shift_by_influence(
+        apart.value, images.by_prompt(apart.influence + apart.reference_influence)
+    )
 
 
-def from_anchor(
-    name: str, metric: Distance, looks: Measurements, before: Measurements, anchor: Measurements
+def measure_from_anchor(
+    name: str,
+    metric: Distance,
+    samples: Sequence[Sample],
+    before: Sequence[Sample],
+    anchor: Sequence[Sample],
 ) -> dict[str, Estimate]:
-    """How far the erased images are from the anchor's, between the floor and the ceiling."""
-    shared, further = Images.halves(anchor, name)
-    erased, original = (Images.of(one, name, "erased") for one in (looks, before))
+    """Measure how far the erased images are from the anchor's, between the floor and the ceiling.
+
+    Args:
+        name: the metric's.
+        metric: what compares the sets.
+        samples: a model's.
+        before: the original's, of the same cells.
+        anchor: what the original draws of the anchors, twice as many images.
+    """
+    shared, further = FeatureSet.halves(anchor, name)
+    erased, original = (FeatureSet.of(one, name, "erased") for one in (samples, before))
     if min(map(len, (erased.rows, shared.rows))) < 2:
         return {}
     sets = {"erased": erased, "floor": shared, "ceiling": original}
     return {what: _between(metric, images, further) for what, images in sets.items()}
 
 
-def _between(metric: Distance, one: Images, other: Images) -> Estimate:
+def _between(metric: Distance, one: FeatureSet, other: FeatureSet) -> Estimate:
     """The distance of two sets that share no image's weight."""
-    apart: Apart = metric.distance(one.rows, other.rows)
-    return statistics.moved(
-        apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.of_reference)
+    apart: SetDistance = metric.distance(one.rows, other.rows)
+    return statistics.shift_by_influence(
+        apart.value, one.by_prompt(apart.influence), other.by_prompt(apart.reference_influence)
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.changes import check_asked, named_layers
+from expunge.changes import check_in_use, iterate_layers
 from expunge.families._latent import LatentModel
 from expunge.ops.attention import CrossAttention
 from expunge.text import Text, TextEntry
@@ -27,7 +27,7 @@ class CrossAttentionModel(LatentModel):
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found = []
         for name, module in self._attentions():
-            check_asked(self.pipe, f"{self.denoiser}.{name}.to_k", hooked=True)
+            check_in_use(self.pipe, f"{self.denoiser}.{name}.to_k", hooked=True)
             # A norm behind a projection gives what is attended with.
             query, key = (
                 module.get_submodule(norm) if getattr(module, norm, None) is not None else projection
@@ -46,7 +46,7 @@ class CrossAttentionModel(LatentModel):
 
     def _attentions(self) -> Iterator[tuple[str, Any]]:
         """The cross-attentions of the denoiser, by name."""
-        for name, module in named_layers(self.network):
+        for name, module in iterate_layers(self.network):
             if name.endswith(".attn2"):
                 yield name, module
 

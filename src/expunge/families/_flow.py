@@ -24,14 +24,16 @@ class FlowModel(Flow, LatentModel):
     the layers that embed its pooled vector (`time_text_embed.text_embedder`). Behind them, every
     block mixes it with the image.
 
-    At time t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
+    At timestep t of 1000 latents are (1 − σ) x + σ ε with σ = t / 1000; the prediction is ε − x.
     """
 
     denoiser = "transformer"
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
-        why = self.missing_capabilities["cross-attention"]
-        raise ExpungeError(f"{type(self).__name__} has no cross-attention: {why}")
+        raise ExpungeError(
+            f"{type(self).__name__} has no cross-attention:"
+            f" {self.missing_capabilities['cross-attention']}"
+        )
 
     def text_entries(self) -> tuple[TextEntry, ...]:
         return (TextEntry("transformer.context_embedder", "context"),)
@@ -40,7 +42,7 @@ class FlowModel(Flow, LatentModel):
         return (TextEntry("transformer.time_text_embed.text_embedder.linear_1", "pooled"),)
 
     def _time(self, t: Tensor | int, n: int) -> Tensor:
-        """A time for each of n rows."""
+        """Return a timestep for each of n rows."""
         return torch.as_tensor(t, device=self.device).to(self.dtype).expand(n)
 
 
@@ -64,13 +66,13 @@ def t5(
 
 
 def beside(first: Tensor, second: Tensor) -> Tensor:
-    """Two encoders' tokens one after the other, the narrower ones filled up with zeros."""
+    """Join two encoders' tokens one after the other, the narrower ones padded with zeros."""
     width = max(first.shape[-1], second.shape[-1])
     return torch.cat([pad(x, (0, width - x.shape[-1])) for x in (first, second)], 1)
 
 
 def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
-    """How far a sampler's times lean toward noise for an image of so many tokens: linear in them.
+    """Compute how far a sampler's timesteps shift toward noise, linear in the image's tokens.
 
     Args:
         config: the scheduler's.

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.quiet import Progress, quiet
+from expunge.base.quiet import Progress, ignore_progress
 from expunge.families import _text
 from expunge.families._lora import LoraNaming
-from expunge.model import Model, require_unicode, warn_cut
+from expunge.model import Model, check_unicode, warn_truncated
 from expunge.probe import Probe
 from expunge.text import Text
 
@@ -32,7 +32,7 @@ class LatentModel(Model):
 
     lora_naming = LoraNaming()
     contrasts: bool = True
-    """Whether guidance leads from the unconditional prediction to the prompt's, two for each step."""
+    """Whether guidance extrapolates from the unconditional prediction to the prompt's: two a step."""
     takes_guidance: bool = True
     """Whether guidance changes anything; it does not where a model was distilled without it."""
 
@@ -49,10 +49,10 @@ class LatentModel(Model):
 
     def _encoded(self, prompts: Sequence[str]) -> Text:
         distinct = list(dict.fromkeys(prompts))
-        require_unicode(distinct)
+        check_unicode(distinct)
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
-                warn_cut(prompt, n, self.window)
+                warn_truncated(prompt, n, self.window)
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
     def _ahead(self, states: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class LatentModel(Model):
 
     @abstractmethod
     def _read(self, prompts: list[str]) -> Text:
-        """Distinct prompts as the denoiser sees them, with gradients where they are enabled."""
+        """Encode distinct prompts for the denoiser, with gradients where they are enabled."""
 
     def knows(self, prompt: str) -> bool:
         return _text.knows(self.pipe.tokenizer, prompt)
@@ -91,7 +91,7 @@ class LatentModel(Model):
         return _text.vocabulary(self.pipe.tokenizer)
 
     def timesteps(self, num_inference_steps: int | None = None) -> tuple[int, ...]:
-        """The times at which `trajectory` asks the denoiser, from noise on."""
+        """Return the timesteps at which `trajectory` calls the denoiser, from noise on."""
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         return tuple(round(float(t)) for t in scheduler.timesteps)
 
@@ -106,21 +106,23 @@ class LatentModel(Model):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = self.contrasts and guidance > 1
         if guided:
+            # Unconditional and prompted rows in one batch: one call of the denoiser a step.
             text = Text.joined([self.unconditional(len(seeds)), text])
         scheduler = self._sampler(num_inference_steps or self.num_inference_steps)
         # One generator an image, on the CPU: its noise depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.randn((1, *self._latent_shape), generator=g) for g in generators])
-        latents = noise.to(self.device, self.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+        latents, timesteps = self._start(noise.to(self.device, self.dtype), seeds, scheduler)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
         scales = hasattr(scheduler, "scale_model_input")
         autocast = partial(torch.autocast, self.device.type, self.autocast, enabled=bool(self.autocast))
-        for t in scheduler.timesteps:
+        for t in timesteps:
             given = scheduler.scale_model_input(latents, t) if scales else latents
             yield round(float(t)), given
             with autocast():
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
+            # Samplers accumulate over steps: autocast's precision is for the denoiser alone.
             output = output.to(latents.dtype)
             if guided:
                 empty, prompt = output.chunk(2)
@@ -128,7 +130,19 @@ class LatentModel(Model):
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
 
-    def draw(self, probe: Probe, *, batch_size: int = 16, progress: Progress = quiet) -> Tensor:
+    def _start(self, noise: Tensor, seeds: Sequence[int], scheduler: Any) -> tuple[Tensor, Tensor]:
+        """Return the latents that denoising starts from, and the timesteps that it then takes.
+
+        Args:
+            noise: (n, c, h, w), of unit variance.
+            seeds: of the images, n.
+            scheduler: with its timesteps set.
+        """
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
+
+    def draw(
+        self, probe: Probe, *, batch_size: int = 16, progress: Progress = ignore_progress
+    ) -> Tensor:
         if not self.takes_guidance and (probe.guidance_scale or 0) > 1:
             warnings.warn(
                 f"this model was distilled to draw without guidance: the guidance_scale of"
@@ -139,12 +153,13 @@ class LatentModel(Model):
         return super().draw(probe, batch_size=batch_size, progress=progress)
 
     def _sampler(self, steps: int) -> Any:
-        """The model's sampler, laid out for so many steps.
+        """Make the model's sampler with so many steps.
 
         Raises:
-            ExpungeError: it cannot take so many.
+            ExpungeError: the sampler cannot take so many; the nearest number is named.
         """
         asked = (type(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        # Remembered on the model: trying a sampler takes as many steps as drawing.
         known: dict[Any, bool] = self.__dict__.setdefault("_samplers", {})
         if (asked, steps) not in known:
             known[asked, steps] = self._takes(steps)
@@ -161,7 +176,7 @@ class LatentModel(Model):
 
     @torch.no_grad()
     def _takes(self, steps: int) -> bool:
-        """Whether the sampler can take so many steps and ends with numbers, tried on one small latent.
+        """Try on one small latent whether the sampler takes so many steps and ends with finite numbers.
 
         Samplers fail in their own ways, and some not before the last step, or with nan alone.
         """
@@ -185,7 +200,7 @@ class LatentModel(Model):
         vae = self.pipe.vae
         dtype = vae.dtype
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        cast = partial(torch.nn.Module.to, vae)  # its own `to` warns
+        cast = partial(torch.nn.Module.to, vae)  # diffusers' own `to` warns
         if overflows:
             cast(torch.float32)
         try:
@@ -220,11 +235,11 @@ class LatentModel(Model):
         return empty + guidance * (prompt - empty)
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
-        """The prediction for a sampler's step; a denoiser that is told the guidance takes it here."""
+        """Predict for a sampler's step; a denoiser distilled from guidance takes the scale here."""
         return self.predict(latents, t, text)
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
-        """Lay a sampler out for so many steps."""
+        """Set the timesteps of a sampler."""
         scheduler.set_timesteps(steps, device=self.device)
 
     @property
@@ -233,7 +248,7 @@ class LatentModel(Model):
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        """The channels, height and width of the latents that the model was made for."""
+        """The channels, height and width of the latents that the model was trained on."""
         config = self.network.config
         size = self.sample_size or config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -246,12 +261,12 @@ class LatentModel(Model):
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents as the denoiser takes them."""
+        """Scale the autoencoder's latents for the denoiser."""
         config = self.pipe.vae.config
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """The inverse of `_scaled`."""
+        """Invert `_scaled`."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.changes import check_asked, named_layers
+from expunge.changes import check_in_use, iterate_layers
 from expunge.families._latent import LatentModel
 from expunge.families._lora import LayerRows
 from expunge.families._noise import Diffusion
@@ -25,10 +25,10 @@ class UNetModel(Diffusion, LatentModel):
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         found: list[tuple[str, Any]] = [
-            (name, module) for name, module in named_layers(self.network) if name.endswith("attn2")
+            (name, module) for name, module in iterate_layers(self.network) if name.endswith("attn2")
         ]
         for name, _ in found:
-            check_asked(self.pipe, f"unet.{name}.to_k", hooked=True)
+            check_in_use(self.pipe, f"unet.{name}.to_k", hooked=True)
         return tuple(
             CrossAttention(module.to_q, module.to_k, module.heads, module.scale) for _, module in found
         )
@@ -36,7 +36,7 @@ class UNetModel(Diffusion, LatentModel):
     def text_entries(self) -> tuple[TextEntry, ...]:
         return tuple(
             TextEntry(f"unet.{name}", "key" if name.endswith("to_k") else "value")
-            for name, _ in named_layers(self.network)
+            for name, _ in iterate_layers(self.network)
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         )
 
@@ -67,8 +67,8 @@ class UNetModel(Diffusion, LatentModel):
         for layer, original in OUTSIDE.items():
             if name == original:
                 return ((layer, None),)
-        layer = _find_in_blocks(name, config)
-        return ((layer, None),) if layer else ()
+        found = _find_in_blocks(name, config)
+        return ((found, None),) if found else ()
 
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
@@ -114,7 +114,7 @@ OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-"""What the first code calls the layers outside the blocks."""
+"""What single files in the original (LDM) layout call the layers outside the blocks."""
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -124,7 +124,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-"""What it calls the layers of a residual block."""
+"""What they call the layers of a residual block."""
 
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
-"""The upward blocks where nothing is said of them: those of Stable Diffusion 1 and 2."""
+"""The upward blocks where a configuration does not name them: those of Stable Diffusion 1 and 2."""

@@ -29,10 +29,10 @@ class Flux(FlowModel):
     Tokens are T5's alone, 512 of them (256 for schnell: `max_sequence_length` in `expunge.json`); the
     pooled vector is CLIP's.
 
-    FLUX.1-dev is distilled from guided predictions: it is told a guidance scale and answers for it
-    in one pass. So nothing here ever contrasts two predictions. `draw` tells it `guidance_scale`;
-    `predict` tells it 1, at which it answers as its teacher did without guidance; *unconditional* is
-    that answer to the empty prompt. FLUX.1-schnell is told no guidance; its scale changes nothing.
+    FLUX.1-dev is distilled from guided predictions: it takes a guidance scale and predicts for it
+    in one pass. So nothing here ever contrasts two predictions. `draw` gives it `guidance_scale`;
+    `predict` gives it 1, at which it predicts as its teacher did without guidance; *unconditional* is
+    that prediction for the empty prompt. FLUX.1-schnell takes no guidance; its scale changes nothing.
     """
 
     pipelines = ("FluxPipeline",)
@@ -96,8 +96,10 @@ class Flux(FlowModel):
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 3.5, "num_inference_steps": 28, **(settings or {})}
         super().__init__(pipe, name, settings)
-        told = pipe.transformer.config.guidance_embeds
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512 if told else 256))
+        embeds_guidance = pipe.transformer.config.guidance_embeds
+        self.max_sequence_length = int(
+            settings.get("max_sequence_length", 512 if embeds_guidance else 256)
+        )
 
     @property
     def window(self) -> int:
@@ -136,11 +138,11 @@ class Flux(FlowModel):
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
         n, channels, height, width = latents.shape
-        told = self.network.config.guidance_embeds
+        embeds_guidance = self.network.config.guidance_embeds
         output = self.network(
             hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
             timestep=self._time(t, n) / self._times,
-            guidance=torch.full((n,), guidance, device=self.device) if told else None,
+            guidance=torch.full((n,), guidance, device=self.device) if embeds_guidance else None,
             pooled_projections=text.pooled,
             encoder_hidden_states=text.embeddings,
             txt_ids=torch.zeros(text.embeddings.shape[1], 3, device=self.device, dtype=self.dtype),

@@ -15,7 +15,7 @@ from expunge.families._lora import ALL, BaseModel, LoraNaming, split_equally, sw
 from expunge.text import Text
 
 T5_TOKENS = 256
-"""How many tokens of T5 the pipeline gives to the denoiser."""
+"""How many tokens of T5 the pipeline gives the denoiser."""
 
 
 class SD3(FlowModel):
@@ -95,7 +95,7 @@ class SD3(FlowModel):
         )
 
     def _t5(self, prompts: Sequence[str]) -> tuple[_text.Tokens, Tensor]:
-        """T5's tokens and states; zeros, each prompt ending at once, where the pipeline has no T5."""
+        """Encode with T5; without one, return zeros, each prompt with its end token first."""
         if self.pipe.text_encoder_3 is not None:
             return t5(self.pipe.tokenizer_3, self.pipe.text_encoder_3, prompts, T5_TOKENS)
         empty = torch.zeros(len(prompts), T5_TOKENS, dtype=torch.int64)

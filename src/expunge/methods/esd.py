@@ -5,32 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
-from expunge.erasing.guidance_training import (
-    Steering,
-    TrainingConcept,
-    TrajectoryConfig,
-    part_of,
-    train_weights,
-)
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.guidance_training import train_weights
+from expunge.erasing.parameters import Part, select_parameters
+from expunge.erasing.prompt_templates import assemble_prompts, require_place
+from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
-from expunge.ops.noise_level import on_latents
+from expunge.ops.noise_level import shift_log_snr
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
 
-PARTS: Mapping[str, Any] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
-
-EMOJI = {"trajectory_steps": 0, "learning_rate": 3e-5, "max_train_steps": 100, "samples": 2, "turn": -2.5,
-         "templates": ("{}", "an image of the {}", "the {} in a picture")}  # fmt: skip
-"""Where the emoji model's presets start from: its own sampler, fewer and larger steps."""
+PARTS: Mapping[str, Part] = {"x": "cross-attention", "x-strict": "text", "u": "rest"}
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,7 @@ class ESD(Method):
         " ICCV 2023, arXiv 2303.07345."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "style": {"about": "the paper's, on SD 1.x", "part": "x"},
-        "object": {"about": "the paper's, on SD 1.x", "part": "u"},
-        "explicit": {"about": "the paper's, on SD 1.x", "part": "u"},
-        "emoji-object": {"about": "objects of the emoji model; not tuned", **EMOJI, "part": "u"},
-        "emoji-identity": {"about": "flags of the emoji model; rate tried on other words",
-                           **EMOJI, "part": "x"},
-        "emoji-style": {"about": "styles of the emoji model; not tuned", **EMOJI, "part": "x"},
-        "emoji-explicit": {"about": "weapons of the emoji model; not tuned", **EMOJI, "part": "u"},
-        "fast": {"about": "a rough try in a few steps", "part": "x-strict", "max_train_steps": 10, "learning_rate": 1e-3,
-                 "trajectory_steps": 4, "unconditional": 3.0},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
         "steps": "max_train_steps",
@@ -109,15 +92,15 @@ class ESD(Method):
         require_place(self.templates)
 
     @property
-    def course(self) -> TrajectoryConfig:
-        """How trajectories are drawn and what is asked of them."""
-        eta, ours = self.negative_guidance, self.objective == "esd"
+    def trajectory_config(self) -> TrajectoryConfig:
+        """How trajectories are drawn, and the objective on them."""
+        eta, own = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
-        objective = Objective(eta, 0.0, keep) if ours else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
+        objective = Objective(eta, 0.0, keep) if own else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
         return TrajectoryConfig(
             objective,
             self.turn,
-            "always" if ours else "late",
+            "always" if own else "late",
             self.trajectory_steps,
             self.trajectory_guidance,
         )
@@ -126,24 +109,29 @@ class ESD(Method):
     def reads_anchor(self) -> bool:
         return False
 
+    @property
+    def reads_retain(self) -> bool:
+        return False
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         # Every step follows a trajectory to some place, half the way on average.
         drawn = (
             (self.trajectory_steps or num_inference_steps) * (1 + (self.trajectory_guidance > 1)) // 2
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        points, asked = self.max_train_steps * self.samples, self.course.objective
+        points, asked = self.max_train_steps * self.samples, self.trajectory_config.objective
         return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        names = [name for concept in problem.erase for name in concept.names]
-        prompts = [template.format(name) for name in names for template in self.templates]
+        prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]
         model.require_window(prompts)
-        turn = on_latents(self.turn, self.turn_side, model.latents_side)
+        # The config's t' is meant for latents of `turn_side`.
+        turn = shift_log_snr(self.turn, self.turn_side, model.latents_side)
+        part = PARTS[self.part] if self.train_on == "part" else self.train_on
         return train_weights(
-            Steering(model, dataclasses.replace(self.course, turn=turn)),
-            TrainingConcept(names[0], model.encode(prompts), run.generator("training")),
-            InPlace(part_of(model, PARTS[self.part] if self.train_on == "part" else self.train_on)),
+            Steering(model, dataclasses.replace(self.trajectory_config, turn=turn)),
+            TrainingConcept(problem.erase[0].name, model.encode(prompts), run.generator("training")),
+            InPlace(select_parameters(model, part)),
             run,
             max_train_steps=self.max_train_steps,
             learning_rate=self.learning_rate,

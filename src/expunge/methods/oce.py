@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Dense
-from expunge.erasing.caption_gram import captions, prior
-from expunge.erasing.concept_tokens import last_tokens, pairs
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.caption_gram import compute_prior, read_captions
+from expunge.erasing.concept_tokens import last_tokens
+from expunge.erasing.prompt_templates import (
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -22,37 +27,23 @@ from expunge.runtime.cost import Cost
 
 @dataclass(frozen=True)
 class OCE(Method):
-    """Replace each value projection W by Q W, with the orthogonal Q nearest to erasing and retaining at
-    once.
+    """Orthogonal concept erasure: replace each value projection W by Q W, with an orthogonal Q.
 
         M = −s_e G (I − G*) + s_g W C_g Wᵀ + s_p Σ (W c_p)(W c_p)ᵀ + λ W Wᵀ = U Σ Vᵀ,    Q = U Vᵀ
 
     G and G* project on the span of the concepts' and of the anchors' values, C_g is the mean second
-    moment of a token
-    of everyday captions, c_p the last own tokens of what is retained. Q maximises tr(Qᵀ M). A rotation
-    cannot
-    send many values to zero, so what is not erased keeps its lengths and angles.
+    moment of a token of everyday captions, c_p the last content tokens of what is retained. Q maximises
+    tr(Qᵀ M). A rotation cannot send many values to zero, so what is not erased keeps its lengths and
+    angles.
 
-    Cost: encodes the captions once (kept in the cache), and one singular value decomposition a layer, as
-    wide as the
-    layer's output. It needs more output dimensions than concepts.
+    Cost: encodes the captions once (their prior is cached), and one singular value decomposition a
+    layer, as wide as the layer's output. It needs more output dimensions than concepts.
 
     Source: OCE, ICML 2026, arXiv 2605.28902. Prompts are the bare names.
     """
 
     citation: ClassVar[str] = "OCE: Orthogonal Concept Erasure. ICML 2026, arXiv 2605.28902."
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "object": {"about": "the paper's, for objects in Stable Diffusion",
-                   "erase_scale": 2000.0, "general_scale": 10.0, "retain_scale": 0.0, "ridge": 10.0},
-        "identity": {"about": "the paper's, for people in Stable Diffusion",
-                     "erase_scale": 3500.0, "general_scale": 50.0, "retain_scale": 5.0, "ridge": 10.0},
-        "style": {"about": "the paper's, for styles in Stable Diffusion",
-                  "erase_scale": 500.0, "general_scale": 10.0, "retain_scale": 1.0, "ridge": 10.0},
-        "explicit": {"about": "the paper's, for nudity in Stable Diffusion",
-                     "erase_scale": 3000.0, "general_scale": 20.0, "retain_scale": 0.0, "ridge": 10.0},
-        "fast": {"about": "a rough try: more on what is retained", "erase_scale": 1000.0,
-                 "general_scale": 50.0, "retain_scale": 100.0, "ridge": 10.0},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     erase_scale: float = bounded(2000.0, at_least=0)
     """s_e, weight of leaving the concepts' directions for the anchors'. 0 changes nothing."""
@@ -74,14 +65,16 @@ class OCE(Method):
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        general = len(captions(self.captions)) if self.captions and self.general_scale else 0
+        general = len(read_captions(self.captions)) if self.captions and self.general_scale else 0
         return Cost(prompts=2 * erased + len(problem.retain) + general)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
-        model.require_window([prompt for pair in prompts for prompt in pair])
-        target = last_tokens(model.encode([erased for erased, _ in prompts]))
-        anchor = last_tokens(model.encode([anchored for _, anchored in prompts]))
+        erased, anchored = [], []
+        for concept in problem.erase:
+            erased += assemble_prompts(concept, self.templates)
+            anchored += assemble_anchor_prompts(concept, self.templates) * len(concept.names)
+        model.require_window(erased + anchored)
+        target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         width = target.shape[1]
         kept = (
             last_tokens(model.encode(problem.retain))
@@ -91,9 +84,11 @@ class OCE(Method):
         general = torch.zeros(width, width, dtype=torch.float64)
         if self.captions and self.general_scale:
             tokens = model.encode([""]).embeddings.shape[1]
-            general = prior(model, captions(self.captions), run).mean / tokens
+            # The prior sums over a caption's positions; C_g is the mean of one token.
+            general = compute_prior(model, read_captions(self.captions), run).mean / tokens
 
         changes = []
+        # As published, values alone: keys, which say where attention falls, stay.
         values = [entry for entry in model.text_entries() if entry.role != "key"]
         for done, entry in enumerate(values):
             run.progress("solving layers", done, len(values))
@@ -107,13 +102,14 @@ class OCE(Method):
     def objective(
         self, weight: Tensor, target: Tensor, anchor: Tensor, kept: Tensor, general: Tensor
     ) -> Tensor:
-        """M of a layer, (out, out), float64.
+        """Compute M of a layer, (out, out), float64.
 
         Args:
-            weight: W, (out, width).
-            target, anchor: (n, width), a row a token.
-            kept: (m, width), a row a token; m may be 0.
-            general: C_g, (width, width).
+            weight: W, (out, d).
+            target: tokens of the concepts, (n, d).
+            anchor: tokens of the anchors, (n, d).
+            kept: tokens of what is retained, (m, d); m may be 0.
+            general: C_g, (d, d).
         """
         eye = torch.eye(weight.shape[0], dtype=torch.float64)
         away, toward = projector(weight @ target.T), projector(weight @ anchor.T)
@@ -127,7 +123,7 @@ class OCE(Method):
 
 
 def projector(columns: Tensor) -> Tensor:
-    """The orthogonal projector on the span of some columns, each first made of length 1: (out, out).
+    """Compute the orthogonal projector on the span of some columns, normalised first: (out, out).
 
     Args:
         columns: (out, n).
@@ -139,6 +135,6 @@ def projector(columns: Tensor) -> Tensor:
 
 
 def nearest_rotation(matrix: Tensor) -> Tensor:
-    """U Vᵀ of M = U Σ Vᵀ: the orthogonal matrix Q with the largest tr(Qᵀ M)."""
+    """Compute U Vᵀ of M = U Σ Vᵀ: the orthogonal matrix Q with the largest tr(Qᵀ M)."""
     u, _, vh = torch.linalg.svd(matrix)
     return u @ vh

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, LowRank
-from expunge.erasing.concept_tokens import general_words, last_tokens, pairs
-from expunge.erasing.prompt_templates import require_place
+from expunge.erasing.concept_tokens import last_tokens, sample_words
+from expunge.erasing.prompt_templates import (
+    assemble_anchor_prompts,
+    assemble_prompts,
+    require_place,
+)
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -26,24 +31,19 @@ class SPEED(Method):
 
         min_Δ ‖(W + ΔP) C₁ − W C*‖² + s ‖ΔP‖²   with   ΔP C₂ = 0
 
-    The columns of C₁ and C* are the last own tokens of the concepts' and the anchors' prompts. P
-    projects on
-    the directions in which the retained embeddings C₀ have almost no energy: the eigenvectors of C₀ C₀ᵀ
-    whose
-    eigenvalue is below `threshold`. C₂ is the start token and three centres of the empty prompt's
-    tokens. With
-    N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
+    The columns of C₁ and C* are the last content tokens of the concepts' and the anchors' prompts. P
+    projects on the directions in which the retained embeddings C₀ have almost no energy: the
+    eigenvectors of C₀ C₀ᵀ whose eigenvalue is below `threshold`. C₂ is the start token and three
+    centres of the empty prompt's tokens. With N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
 
         ΔP = W (C* − C₁) C₁ᵀ [N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N].
 
     Which embeddings are retained is chosen for each layer: those that an unconstrained edit would move
-    more than
-    the mean does (influence), and random copies of them along the direction that the layer sees least
-    (augmentation).
+    more than the mean (influence), and random copies of them along the direction that the layer sees
+    least (augmentation).
 
     Cost: encodes a few hundred short prompts; two eigenvalue problems of the text's width a layer. The
-    change of
-    a layer has rank n, the number of prompts that are erased.
+    change of a layer has rank n, the number of prompts that are erased.
 
     Source: SPEED, ICLR 2026, arXiv 2503.07392. The words that stand in for the paper's retained captions
     are ours.
@@ -53,21 +53,11 @@ class SPEED(Method):
         "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models."
         " ICLR 2026, arXiv 2503.07392."
     )
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "few": {"about": "the paper's, for a few objects, people or styles", "threshold": 0.1},
-        "many": {
-            "about": "the paper's, for many concepts", "threshold": 1e-4, "strength_penalty": 0.05,
-        },
-        "explicit": {
-            "about": "the paper's, for nudity",
-            "threshold": 0.1, "strength_penalty": 0.7, "invariant_slack": 0.5,
-        },
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     threshold: float = bounded(0.1, above=0)
     """Largest eigenvalue of C₀C₀ᵀ that counts as none, in units of a squared embedding. Larger leaves
-    the edit
-    more directions: it erases more and moves the retained more."""
+    the edit more directions: it erases more and moves the retained more."""
     strength_penalty: float = bounded(1.0, above=0)
     """s, the pull of ΔP to zero. Larger erases less."""
     invariant_slack: float = bounded(0.0, at_least=0)
@@ -88,12 +78,14 @@ class SPEED(Method):
         return Cost(prompts=2 * erased + len(problem.retain) + self.general + 1)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        prompts = [pair for concept in problem.erase for pair in pairs(concept, self.templates)]
-        model.require_window([prompt for pair in prompts for prompt in pair])
-        target = last_tokens(model.encode([erased for erased, _ in prompts]))
-        anchor = last_tokens(model.encode([anchored for _, anchored in prompts]))
+        erased, anchored = [], []
+        for concept in problem.erase:
+            erased += assemble_prompts(concept, self.templates)
+            anchored += assemble_anchor_prompts(concept, self.templates) * len(concept.names)
+        model.require_window(erased + anchored)
+        target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         anchors = {concept.anchor for concept in problem.erase if concept.anchor}
-        words = general_words(model, problem.erase, self.general, run.generator("words"))
+        words = sample_words(model, problem.erase, self.general, run.generator("words"))
         retained = list(dict.fromkeys([*problem.retain, *sorted(anchors), *words]))
         if not retained:
             raise ExpungeError("SPEED needs something to retain: name it, or set general above 0")
@@ -117,10 +109,11 @@ class SPEED(Method):
     def _retained(
         self, weight: Tensor, target: Tensor, anchor: Tensor, kept: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The retained embeddings that matter to a layer, and random copies of them: (m, width)."""
+        """Select the retained embeddings that matter to a layer, and random copies of them: (m, d)."""
         chosen = kept[influential(weight, target, anchor, kept)]
         if not self.augmentations:
             return chosen
+        # Along the direction that the layer sees least, a copy has nearly the same value.
         least = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, 0]
         size = (len(chosen), self.augmentations, 1)
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -129,14 +122,15 @@ class SPEED(Method):
 
 
 def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) -> Tensor:
-    """Which rows an unconstrained edit of a layer moves at least as far as it moves the mean row.
+    """Find the rows that an unconstrained edit of a layer moves at least as far as the mean row.
 
     Δ = W (C*C₁ᵀ − C₁C₁ᵀ)(I + C₁C₁ᵀ)⁻¹, and a row c₀ counts where ‖Δ c₀‖ is at least the mean.
 
     Args:
-        weight: W, (out, width).
-        target, anchor: C₁ and C*, (n, width) each, a row a token.
-        rows: (m, width).
+        weight: W, (out, d).
+        target: C₁, (n, d), a row a token.
+        anchor: C*, (n, d).
+        rows: (m, d).
 
     Returns:
         (m,), bool.
@@ -150,12 +144,12 @@ def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) ->
 def null_space_change(
     target: Tensor, retained: Tensor, fixed: Tensor, threshold: float, penalty: float, slack: float
 ) -> Tensor:
-    """N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N with N = P (C₁C₁ᵀ P + s I)⁻¹: (width, width), symmetric.
+    """Compute N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N with N = P (C₁C₁ᵀ P + s I)⁻¹: (d, d), symmetric.
 
     Args:
-        target: C₁, (n, width), a row a token.
-        retained: C₀, (m, width).
-        fixed: C₂, (k, width).
+        target: C₁, (n, d), a row a token.
+        retained: C₀, (m, d).
+        fixed: C₂, (k, d).
         threshold: eigenvalues of C₀C₀ᵀ below it span the null space.
         penalty: s.
         slack: λ.
@@ -180,12 +174,11 @@ def null_space_change(
 
 
 def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> Tensor:
-    """The start token and the centres of the empty prompt's other tokens, by k-means: (1 + centres,
-    width).
+    """Find the start token and the centres of the empty prompt's other tokens: (1 + centres, d).
 
     Args:
-        empty: the empty prompt's embeddings, (tokens, width).
-        generator: chooses the first centres.
+        empty: the empty prompt's embeddings, (tokens, d).
+        generator: chooses the first centres of k-means.
         centres: how many, at most as many as there are other tokens.
     """
     rest = empty[1:]
@@ -194,6 +187,7 @@ def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> T
         return empty[:1]
     means = rest[torch.randperm(len(rest), generator=generator)[:k]]
     for _ in range(20):
+        # A centre without tokens stays where it is.
         nearest = torch.cdist(rest, means).argmin(1)
         means = torch.stack([
             rest[nearest == i].mean(0) if (nearest == i).any() else means[i] for i in range(k)

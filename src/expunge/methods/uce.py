@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.changes import Changes, Right
-from expunge.erasing.prompt_templates import RETAINED, require_place
+from expunge.base.presets import Presets, read_presets
+from expunge.changes import Changes
+from expunge.erasing.prompt_templates import (
+    RETAINED,
+    assemble_anchor_prompts,
+    assemble_prompts,
+    assemble_retained_prompts,
+    require_place,
+)
+from expunge.erasing.refit import Refit
 from expunge.method import Method
 from expunge.model import Model
-from expunge.ops.least_squares import gram, outer, right_factor, widened
-from expunge.problem import Concept, Problem
+from expunge.problem import Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
-from expunge.text import Text
 
 TEMPLATES = {
     "object": (
@@ -71,15 +72,7 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "original": {"about": "as first published, on SD 1.x", "ridge": 0.5, "retain_scale": 0.1,
-                     "general": 0, "templates": NAME, "retain_templates": NAME, "weigh": "prompt",
-                     "also_retain": ("empty-if-alone",)},
-        "rewrite": {"about": "as published again in 2025, on SD 1.x: one token of each prompt",
-                    "ridge": 0.5, "retain_scale": 1.0, "general": 0, "templates": NAME,
-                    "retain_templates": NAME, "weigh": "prompt", "positions": "last",
-                    "retain_positions": "last", "also_retain": ()},
-    }  # fmt: skip
+    presets: ClassVar[Presets] = read_presets(__file__)
 
     ridge: float = bounded(50.0, above=0)
     """λ, pull to the original weights in every direction, in units of a squared embedding (about 600
@@ -119,110 +112,29 @@ class UCE(Method):
         return Cost(prompts=2 * sum(templates) + retained + self.general, products=8)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        tokens, pooled = _Sums(), _Sums()
-
+        refit = Refit()
         for concept in problem.erase:
-            erased, anchored = self._prompts(concept)
+            templates = self.templates or TEMPLATES[concept.kind]
+            erased = assemble_prompts(concept, templates)
+            anchored = assemble_anchor_prompts(concept, templates) * len(concept.names)
             model.require_window(erased + anchored)
-            e, a = model.encode(erased), model.encode(anchored)
+            # A mean over prompts, so that synonyms and templates do not weigh a concept up.
             weight = 1 / len(erased) if self.weigh == "concept" else 1.0
-            tokens.move(*self._aligned(e, a), weight)
-            pooled.move(e.pooled, a.pooled, weight)
+            refit.erase(model.encode(erased), model.encode(anchored), weight, self.positions)
 
         for text in self._retained(problem):
-            prompts = [template.format(text) for template in self.retain_templates] if text else [""]
-            r = model.encode(prompts)
+            prompts = assemble_retained_prompts([text], self.retain_templates) if text else [""]
             weight = self.retain_scale / (len(prompts) if self.weigh == "concept" else 1)
-            tokens.keep(self._kept(r), weight)
-            pooled.keep(r.pooled, weight)
+            refit.retain(model.encode(prompts), weight, self.retain_positions)
 
-        words = self._words(model, problem, run)
-        for start in range(0, len(words), 64):
-            run.progress("reading words", start, len(words))
-            v = model.encode(words[start : start + 64])
-            tokens.keep(v.embeddings.flatten(0, 1), self.general_scale / len(words))
-            pooled.keep(v.pooled, self.general_scale / len(words))
-        run.progress("reading words", len(words), len(words))
-
-        matrix = right_factor(tokens.cross, tokens.gram, tokens.prior, self.ridge).float()
-        changes = [Right(tuple(entry.layer for entry in model.text_entries()), matrix)]
-        for entry in model.pooled_entries():
-            # A vector of the whole prompt is one row where its tokens are many: λ in proportion.
-            ridge = self.ridge * float(pooled.gram.trace() / tokens.gram.trace())
-            matrix = right_factor(pooled.cross, pooled.gram, pooled.prior, ridge).float()
-            inputs = model.weight(entry.layer).shape[1]
-            changes.append(Right((entry.layer,), widened(matrix, inputs)))
-        return tuple(changes)
+        refit.retain_words(model, problem.erase, self.general, self.general_scale, run)
+        return refit.solve(model, self.ridge)
 
     def _retained(self, problem: Problem) -> list[str]:
-        """What stays, each once: names, prompts, and "" for the empty prompt."""
+        """List what is retained, each once: names, prompts, and "" for the empty prompt."""
         texts = list(problem.retain)
         if "anchors" in self.also_retain:
             texts += [concept.anchor or "" for concept in problem.erase]
         if "empty" in self.also_retain or ("empty-if-alone" in self.also_retain and not texts):
             texts.insert(0, "")
         return list(dict.fromkeys(texts))
-
-    def _kept(self, text: Text) -> Tensor:
-        """The embeddings that stay where they go, (n, width)."""
-        if self.retain_positions == "all":
-            return text.embeddings.flatten(0, 1)
-        return torch.cat([rows[:1] for i in range(len(text)) for rows in _from_last(text, i)])
-
-    def _prompts(self, concept: Concept) -> tuple[list[str], list[str]]:
-        """The erased prompts and, one for one, the same with the anchor."""
-        templates = self.templates or TEMPLATES[concept.kind]
-        pairs = [
-            (template.format(name), template.format(concept.anchor) if concept.anchor else "")
-            for name in concept.names
-            for template in templates
-        ]
-        return [erased for erased, _ in pairs], [anchored for _, anchored in pairs]
-
-    def _aligned(self, erased: Text, anchored: Text) -> tuple[Tensor, Tensor]:
-        """The embeddings to move and where to, aligned from the last own token on: two (n, width)."""
-        pairs = []
-        for row in range(len(erased)):
-            for e, a in zip(_from_last(erased, row), _from_last(anchored, row), strict=True):
-                n = 1 if self.positions == "last" else min(len(e), len(a))
-                pairs.append((e[:n], a[:n]))
-        e, a = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-        return e, a
-
-    def _words(self, model: Model, problem: Problem, run: RunContext) -> Sequence[str]:
-        """A sample of the tokenizer's words, without those that are being erased."""
-        taken = {w for c in problem.erase for name in c.names for w in re.findall(r"\w+", name.lower())}
-        words = [word for word in model.vocabulary() if word not in taken]
-        order = torch.randperm(len(words), generator=run.generator("words"))
-        return [words[i] for i in order[: self.general].tolist()]
-
-
-@dataclass(eq=False)
-class _Sums:
-    """The sums that a refit is solved from; texts without the rows in question add nothing."""
-
-    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """G = Σ e eᵀ over what is erased."""
-    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """C = Σ a eᵀ."""
-    prior: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """P = Σ r rᵀ over what is kept."""
-
-    def move(self, erased: Tensor | None, anchored: Tensor | None, scale: float) -> None:
-        if erased is not None and anchored is not None:
-            e, a = erased.cpu(), anchored.cpu()
-            self.gram = self.gram + scale * gram(e)
-            self.cross = self.cross + scale * outer(a, e)
-
-    def keep(self, rows: Tensor | None, scale: float) -> None:
-        if rows is not None:
-            self.prior = self.prior + scale * gram(rows.cpu())
-
-
-def _from_last(text: Text, row: int) -> list[Tensor]:
-    """The embeddings from a prompt's last own token on, of each text encoder; (tokens left, width).
-
-    A prompt without any, the empty one, has its start token there, or its end if there is no start.
-    """
-    segments = text.segments(row)
-    return [text.embeddings[row, max(own.start, end - 1) : own.stop] for own, end in segments]

@@ -34,13 +34,14 @@ class Towers:
 
 @cache
 def towers(model: str) -> Towers:
-    """The CLIP called "emoji", or one of transformers by folder or hub id.
+    """Load the CLIP called "emoji", or one of transformers by folder or hub id; each is loaded once.
 
     Raises:
         ExpungeError: its weights are missing.
     """
     from transformers.utils import logging
 
+    # The bars of loading would stand between those of drawing.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -62,7 +63,7 @@ def _emoji() -> Towers:
 
     @torch.inference_mode()
     def features(images: Tensor) -> Tensor:
-        parts = fitted(images).split(64)
+        parts = fitted(images).split(64)  # activations of more would fill the memory
         return torch.cat([clip.image(pixel_values=part * 2 - 1).pooler_output for part in parts])
 
     return Towers(
@@ -86,10 +87,12 @@ def _transformers(model: str) -> Towers:
             f"cannot load the CLIP {model}: {said}; name a folder that holds it"
         ) from error
     size = clip.config.vision_config.image_size
+    # A hub id may point to other weights tomorrow, so the key holds what they are.
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    # The statistics that OpenAI's CLIP was trained with; later ones kept them.
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -114,9 +117,9 @@ def _transformers(model: str) -> Towers:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images scaled to a square, the bicubic way with smoothing, in [0, 1]."""
+    """Return images scaled to a square, bicubic with antialiasing, (n, 3, size, size) in [0, 1]."""
     if images.shape[2:] == (size, size):
         return images
     return functional.interpolate(
         images, (size, size), mode="bicubic", align_corners=False, antialias=True
-    ).clamp(0, 1)
+    ).clamp(0, 1)  # bicubic interpolation overshoots at edges

@@ -21,16 +21,27 @@ class OfFeatures(Distance):
 
     @property
     def feature_key(self) -> Mapping[str, Any]:
+        """Cache key of the rows."""
+        # In the words of earlier versions: rows that they have kept are found by it.
         digest = towers(self.model).digest
-        return {"features": f"image tower of the CLIP {self.model}, pooled", "sha256": digest}
+        return {"features": f"picture tower of the CLIP {self.model}, pooled", "sha256": digest}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return self.feature_key
+        """What its numbers hang on: see the keys."""
+        digest = towers(self.model).digest
+        return {"features": f"image tower of the CLIP {self.model}, pooled", "sha256": digest}
 
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the image tower's pooled output, (n, width).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         return towers(self.model).features(images)
 
 
@@ -43,9 +54,11 @@ class FromOriginalOrReal(OfFeatures):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return {**self.feature_key, "against": self.against or "the original's images"}
+        """What its numbers hang on: see the keys."""
+        return {**super().provenance, "against": self.against or "the original's images"}
 
-    def real(self) -> Tensor | None:
+    def load_real(self) -> Tensor | None:
+        """Return the features of the images in `against`, (m, width), or None."""
         if not self.against:
             return None
         size = towers(self.model).size

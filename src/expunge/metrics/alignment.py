@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from expunge.metric import Apart
+from expunge.metric import SetDistance
 from expunge.metrics._distances import kernel
 from expunge.metrics._features import OfFeatures
 
@@ -32,5 +32,6 @@ class Alignment(OfFeatures):
 
     from_anchor: ClassVar[bool] = True
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return kernel(rows, reference)

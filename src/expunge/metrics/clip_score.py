@@ -26,12 +26,21 @@ class ClipScore(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The CLIP and the hash of its weights."""
         return {"model": self.model, "sha256": towers(self.model).digest}
 
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return 100 times the cosine of each image and its prompt, (n, 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: of the images.
+            references: not read.
+        """
         clip = towers(self.model)
+        # Many images share a prompt: each is encoded once.
         distinct = list(dict.fromkeys(prompts))
         texts = clip.embed_texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
         return 100 * (clip.embed_images(images) * texts).sum(1, keepdim=True).clamp(min=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import towers
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,6 +43,7 @@ class ClipZeroshot(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The CLIP, the hash of its weights, and the classes."""
         return {
             "model": self.model,
             "sha256": towers(self.model).digest,
@@ -54,15 +55,33 @@ class ClipZeroshot(Classifier):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the probability of each class, and 1 for a blank image, (n, classes + 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         clip = towers(self.model)
         texts = clip.embed_texts([self.template.format(name) for name in self.classes])
         chances = (self.scale * clip.embed_images(images) @ texts.T).softmax(1)
-        return torch.cat([chances, blank(images)[:, None].float()], 1)
+        # A blank image goes with some class best, too: only the last number tells it.
+        return torch.cat([chances, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         return label in self.classes
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """Return whether one of the labels is what images show, (n,) in [0, 1], or nan.
+
+        Args:
+            rows: (n, width), from `measure`.
+            labels: those that count as the concept.
+            near: not read: a class is one of few.
+            question: "best", "there" or "probability".
+        """
+        # Labels that are no class have no probability: a suite may name several for a concept.
         places = [self.classes.index(label) for label in labels if self.knows(label)]
         chances = rows[:, : len(self.classes)]
         if question == "best":
@@ -70,8 +89,10 @@ class ClipZeroshot(Classifier):
         sure = chances[:, places].sum(1)
         return (sure >= 0.5).float() if question == "there" else sure
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return rows[:, -1] > 0.5
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         return [self.classes[place] for place in rows[:, : len(self.classes)].argmax(1).tolist()]

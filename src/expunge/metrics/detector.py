@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expunge.emoji.detector import FOLDER, NOTHING, SIZE, Detector, Recognition
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import resized
 
 
@@ -35,6 +35,7 @@ class EmojiDetector(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The hash of its weights, its labels, thresholds, and accuracy on held-out drawings."""
         held_out = self._path / "held_out.json"
         settings = _load(self._path).settings
         return {
@@ -49,8 +50,16 @@ class EmojiDetector(Classifier):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the probabilities of labels, styles and unrecognisable, (n, labels + styles + 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
+        # nan would come out as nan, and rows are kept as numbers: black is unrecognisable, too.
         seen = _load(self._path)(resized(images.nan_to_num(), SIZE))
-        broken = seen.unrecognisable.masked_fill(blank(images), 1.0)
+        broken = seen.unrecognisable.masked_fill(is_blank(images), 1.0)
         return torch.cat([seen.labels, seen.styles, broken[:, None]], 1)
 
     def recognition(self, rows: Tensor) -> Recognition:
@@ -61,15 +70,25 @@ class EmojiDetector(Classifier):
         return Recognition(labels, styles, broken[:, 0], settings)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         settings = _load(self._path).settings
         return label in settings.label_names or label in settings.style_names
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """Return whether one of the labels is what images show, (n,) in [0, 1], or nan.
+
+        Args:
+            rows: (n, width), from `measure`.
+            labels: those that count as the concept.
+            near: labels whose images count neither way.
+            question: "best", "there" or "probability".
+        """
         seen = self.recognition(rows)
         names = seen.settings.label_names
         styles = [style for style in labels if style in seen.settings.style_names]
         wanted = [label for label in labels if label in names]
         if styles:
+            # One image has one style, and several labels: styles compete among themselves alone.
             places = [seen.settings.style_names.index(style) for style in styles]
             if question == "probability":
                 return seen.styles[:, places].amax(1)
@@ -81,10 +100,12 @@ class EmojiDetector(Classifier):
         tops = seen.top()
         return torch.tensor([float("nan") if top in near else float(top in wanted) for top in tops])
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return self.recognition(rows).broken()
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         tops = self.recognition(rows).top()
         return ["background only" if top == NOTHING else top for top in tops]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Apart, Distance, read_images
+from expunge.metric import Distance, SetDistance, read_images
 from expunge.metrics._distances import frechet
 
 
@@ -32,6 +32,7 @@ class Fid(Distance):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Inception's weights, who computes with them, and what is compared with."""
         from importlib.metadata import version
 
         _extractor(self.weights)
@@ -42,17 +43,32 @@ class Fid(Distance):
             "against": self.against or "the original's images",
         }
 
+    @property
+    def feature_key(self) -> Mapping[str, Any]:
+        """Cache key of the rows."""
+        # In the words of earlier versions: rows that they have kept are found by it.
+        return {**super().feature_key, "against": self.against or "the original's pictures"}
+
     @torch.inference_mode()
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return 2048 Inception features, (n, 2048).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         whole = (images.nan_to_num() * 255).round().to(torch.uint8)
         return torch.cat([_extractor(self.weights)(part)[0] for part in whole.split(32)])
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return frechet(rows, reference)
 
-    def real(self) -> Tensor | None:
+    def load_real(self) -> Tensor | None:
+        """Return the features of the images in `against`, (m, width), or None."""
         return self.measure(read_images(self.against, (299, 299)), ()) if self.against else None
 
 

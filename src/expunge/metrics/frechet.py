@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expunge.metric import Apart
+from expunge.metric import SetDistance
 from expunge.metrics._distances import frechet
 from expunge.metrics._features import FromOriginalOrReal
 
@@ -21,5 +21,6 @@ class Frechet(FromOriginalOrReal):
     Source: Dowson, Landau 1982; as a measure of images Heusel et al., NeurIPS 2017.
     """
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return frechet(rows, reference)

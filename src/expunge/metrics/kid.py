@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expunge.metric import Apart
+from expunge.metric import SetDistance
 from expunge.metrics._distances import kernel
 from expunge.metrics._features import FromOriginalOrReal
 
@@ -20,5 +20,6 @@ class Kid(FromOriginalOrReal):
     Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018, eq. 4.
     """
 
-    def distance(self, rows: Tensor, reference: Tensor) -> Apart:
+    def distance(self, rows: Tensor, reference: Tensor) -> SetDistance:
+        """Return the distance of two sets of rows, (n, width) and (m, width)."""
         return kernel(rows, reference)

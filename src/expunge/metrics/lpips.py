@@ -31,6 +31,7 @@ class Lpips(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The network and who computes with it."""
         from importlib.metadata import version
 
         _distance(self.network)
@@ -40,8 +41,19 @@ class Lpips(Metric):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the learned distance from the reference, (n, 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: what the original drew, as `images`.
+
+        Raises:
+            TypeError: there are no references.
+        """
         if references is None:
             raise TypeError("references must be a tensor of images, not None")
+        # One pair at a time: torchmetrics averages over what it is given.
         distance, rows = _distance(self.network), []
         for one, other in zip(images.nan_to_num(), references.nan_to_num(), strict=True):
             rows.append(distance(one[None], other[None]).reshape(1))

@@ -20,12 +20,24 @@ class PixelDistance(Metric):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """The version of this measure."""
         return {"version": 1}
 
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return the root mean squared difference from the reference, (n, 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: what the original drew, as `images`.
+
+        Raises:
+            TypeError: there are no references.
+        """
         if references is None:
             raise TypeError("references must be a tensor of images, not None")
+        # Broken images count as black: nan would spoil the mean.
         difference = images.nan_to_num() - references.nan_to_num()
         return difference.flatten(1).square().mean(1, keepdim=True).sqrt()

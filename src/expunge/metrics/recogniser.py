@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
-from expunge.metric import Classifier, blank
+from expunge.metric import Classifier, is_blank
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class Recogniser(Classifier):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Each classifier's folder, and the hash of its weights."""
         return {
             "classifiers": [
                 {"folder": Path(folder).name, "sha256": one.digest, "labels": len(one.labels)}
@@ -71,13 +72,30 @@ class Recogniser(Classifier):
     def measure(
         self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None
     ) -> Tensor:
+        """Return each classifier's probabilities, and 1 for a blank image, (n, labels + 1).
+
+        Args:
+            images: (n, 3, height, width) in [0, 1].
+            prompts: not read.
+            references: not read.
+        """
         seen = [one(images) for one in self._classifiers]
-        return torch.cat([*seen, blank(images)[:, None].float()], 1)
+        return torch.cat([*seen, is_blank(images)[:, None].float()], 1)
 
     def knows(self, label: str) -> bool:
+        """Return whether the label is among its own."""
         return any(_plain(label) in one.labels for one in self._classifiers)
 
     def score(self, rows: Tensor, labels: Sequence[str], near: Sequence[str], question: str) -> Tensor:
+        """Return whether one of the labels is what images show, (n,) in [0, 1], or nan.
+
+        Args:
+            rows: (n, width), from `measure`.
+            labels: those that count as the concept.
+            near: labels whose images count neither way.
+            question: "best", "there" or "probability".
+        """
+        # All labels of a concept are one classifier's: a style is not asked for among objects.
         wanted = {_plain(label) for label in labels}
         names, chances = next(
             (one.labels, part) for one, part in self._parts(rows) if wanted & set(one.labels)
@@ -89,14 +107,17 @@ class Recogniser(Classifier):
         else:
             answers = chances[:, places].sum(1)
             answers = (answers >= 0.5).float() if question == "there" else answers
+        # As the papers ask among images with a face: without one, there is no answer.
         dropped = {_plain(name) for name in (self.nothing, *near) if name}
         neither = [place for place, name in enumerate(names) if name in dropped]
         return answers.masked_fill(torch.isin(best, torch.tensor(neither)), float("nan"))
 
-    def broken(self, rows: Tensor) -> Tensor:
+    def find_broken(self, rows: Tensor) -> Tensor:
+        """Return which images are unrecognisable, (n,) bool."""
         return rows[:, -1] > 0.5
 
-    def shown(self, rows: Tensor) -> list[str]:
+    def describe(self, rows: Tensor) -> list[str]:
+        """Return the best label of each image."""
         bests = [
             [one.labels[place] for place in part.argmax(1).tolist()] for one, part in self._parts(rows)
         ]

@@ -1,4 +1,4 @@
-"""Cross-attention maps, read while a denoiser runs, and how much of them falls where."""
+"""Read cross-attention maps while a denoiser runs, and measure how much attention falls where."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class CrossAttention:
-    """One cross-attention: the layers that make its queries and keys, and how the two meet."""
+    """One cross-attention: the layers that make its queries and keys, and how scores are scaled."""
 
     query: nn.Module
     """Gives (n, pixels, heads · width)."""
@@ -25,27 +25,27 @@ class CrossAttention:
     """Gives (n, tokens, heads · width)."""
     heads: int
     scale: float
-    """What scores are multiplied by before the softmax."""
+    """The factor of the scores before the softmax."""
     mask: Callable[[], Tensor | None] | None = None
     """Gives the tokens that are attended to at all, (n, tokens), bool, of the run that is read."""
 
 
 class _Enough(Exception):  # noqa: N818
-    """Every attention has been read; what remains of the forward pass is not needed."""
+    """Raised when every attention has been read: the rest of the forward pass is not needed."""
 
 
 class AttentionReader:
-    """Listens to cross-attentions for the length of a `with` block, while a denoiser runs.
+    """Read cross-attentions for the length of a `with` block, while a denoiser runs.
 
     The maps are computed beside the layers, from their queries and keys, so nothing that the
-    denoiser computes changes. One map at a time is held, but for what gradients need. Checkpointed
-    parts of a denoiser run a second time when gradients are asked for, and must then meet the same:
-    ask for them inside the block.
+    denoiser computes changes. One map at a time is in memory, apart from what gradients need.
+    Checkpointed parts of a denoiser run a second time during backpropagation and must find the same
+    hooks: backpropagate inside the block.
 
     Args:
         attentions: the attentions to read.
-        whole: let the denoiser run to its end, as checkpointing must; otherwise it is left once the
-            last map has been read.
+        whole: let the denoiser run to its end, which checkpointing needs; otherwise stop it after the
+            last map.
     """
 
     def __init__(self, attentions: Sequence[CrossAttention], *, whole: bool = False) -> None:
@@ -58,6 +58,7 @@ class AttentionReader:
     def __enter__(self) -> AttentionReader:
         for i, attention in enumerate(self.attentions):
             for layer, is_query in ((attention.query, True), (attention.key, False)):
+                # Bound by `partial`: a closure would see the last i and is_query of the loop.
                 hear = partial(self._hear, i, is_query)
                 self._hooks.append(layer.register_forward_hook(hear))
         return self
@@ -68,21 +69,24 @@ class AttentionReader:
         self._hooks, self._waiting = [], {}
 
     def read(self, read: Callable[[Tensor], T], forward: Callable[[], object]) -> list[T]:
-        """What `read` makes of every attention's map while `forward` runs, in the order given.
+        """Apply a function to every attention's map while the denoiser runs.
 
         Args:
-            read: gets a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
+            read: takes a map (n, heads, pixels, tokens), whose rows over tokens sum to 1.
             forward: runs the denoiser.
+
+        Returns:
+            The results, in the order of the attentions.
         """
         return self.read_with_queries(lambda attention, _: read(attention), forward)
 
     def read_with_queries(
         self, read: Callable[[Tensor, Tensor], T], forward: Callable[[], object]
     ) -> list[T]:
-        """As `read`, for what needs the queries Q beside the map.
+        """Apply a function to every attention's map and queries, as `read` does.
 
         Args:
-            read: gets a map (n, heads, pixels, tokens), and its queries (n, heads, pixels, width).
+            read: takes a map (n, heads, pixels, tokens), and its queries (n, heads, pixels, width).
             forward: runs the denoiser.
         """
         found: dict[int, T] = {}
@@ -99,11 +103,13 @@ class AttentionReader:
         if i not in self._waiting:
             self._waiting[i] = output
             return
+        # Implementations call queries and keys in either order; the second to come completes the
+        # pair.
         other = self._waiting.pop(i)
         query, key = (output, other) if is_query else (other, output)
         attention = self.attentions[i]
         heard = self._read(attention_map(query, key, attention), by_head(query, attention.heads))
-        if self._found is None:  # a second run, for gradients
+        if self._found is None:  # a checkpointed part runs a second time, for gradients
             return
         self._found[i] = heard
         if len(self._found) == len(self.attentions) and not self.whole:
@@ -113,7 +119,13 @@ class AttentionReader:
 def read_attention(
     attentions: Sequence[CrossAttention], read: Callable[[Tensor], T], forward: Callable[[], object]
 ) -> list[T]:
-    """What `read` makes of every attention's map while `forward` runs once: see `AttentionReader`."""
+    """Apply a function to every attention's map while the denoiser runs once (`AttentionReader.read`).
+
+    Args:
+        attentions: the attentions to read.
+        read: takes a map (n, heads, pixels, tokens).
+        forward: runs the denoiser.
+    """
     with AttentionReader(attentions) as reader:
         return reader.read(read, forward)
 
@@ -123,47 +135,68 @@ def read_with_queries(
     read: Callable[[Tensor, Tensor], T],
     forward: Callable[[], object],
 ) -> list[T]:
-    """As `read_attention`, for what needs the queries beside the map."""
+    """Apply a function to every attention's map and queries while the denoiser runs once.
+
+    Args:
+        attentions: the attentions to read.
+        read: takes a map and its queries, (n, heads, pixels, width).
+        forward: runs the denoiser.
+    """
     with AttentionReader(attentions) as reader:
         return reader.read_with_queries(read, forward)
 
 
 def attention_map(query: Tensor, key: Tensor, attention: CrossAttention) -> Tensor:
-    """A = softmax(scale · Q Kᵀ) for every head: (n, heads, pixels, tokens), float32 or finer."""
+    """Compute A = softmax(scale · Q Kᵀ) of every head: (n, heads, pixels, tokens), float32 or finer.
+
+    Args:
+        query: (n, pixels, heads · width).
+        key: (n, tokens, heads · width).
+        attention: the number of heads, and the scale.
+    """
+    # Scaled before the product, as attention kernels do: half precision could overflow after it.
     scores = (by_head(query, attention.heads) * attention.scale) @ by_head(key, attention.heads).mT
     if attention.mask is not None and (mask := attention.mask()) is not None:
         scores = scores.masked_fill(~mask.to(scores.device)[:, None, None], -torch.inf)
+    # Softmax in half precision loses the small weights that masks and losses are made of.
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
 
 def by_head(projected: Tensor, heads: int) -> Tensor:
-    """Queries or keys (n, rows, heads · width) as (n, heads, rows, width)."""
+    """Reshape queries or keys (n, rows, heads · width) to (n, heads, rows, width)."""
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def energy(attention: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Σ_{i ∈ tokens} ‖Aⁱ ⊙ M‖² over heads and pixels, for each row: (n,).
+    """Sum ‖Aⁱ ⊙ M‖² over some tokens i, heads and pixels, for each row: (n,).
 
     Args:
         attention: A, (n, heads, pixels, tokens).
         tokens: (n, tokens), 1 where a token counts and 0 elsewhere.
         mask: M, (n, pixels), 1 where a pixel counts and 0 elsewhere.
     """
+    # A product with the 0/1 vector of tokens: no copy of the map with the other tokens blanked.
     per_pixel = (attention.square() @ tokens.to(attention.dtype)[:, None, :, None]).squeeze(-1)
     return (per_pixel * mask.to(attention.dtype)[:, None]).sum((1, 2))
 
 
-def grid(pixels: int, height: int, width: int) -> tuple[int, int]:
-    """The height and width of a layer with so many pixels, in a network that halves its latents.
+def infer_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """Infer the height and width of a layer from its pixels, in a network that halves its latents.
 
-    >>> grid(16, 8, 8), grid(12, 8, 5)
+    >>> infer_grid(16, 8, 8), infer_grid(12, 8, 5)
     ((4, 4), (4, 3))
+
+    Args:
+        pixels: of the layer.
+        height: of the latents.
+        width: of the latents.
 
     Raises:
         ExpungeError: no halving of (height, width) has so many.
     """
     h, w = height, width
     while h * w > pixels:
+        # Odd sides round up, as a convolution of stride 2 with padding 1 does.
         h, w = (h + 1) // 2, (w + 1) // 2
     if h * w != pixels:
         raise ExpungeError(f"{pixels} pixels are no halving of latents of {height} × {width}")

@@ -1,4 +1,4 @@
-"""Layers that are asked the same thing at every step answer once."""
+"""Cache the outputs of layers that are given the same input at every step."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 
-class Once(nn.Module):
-    """A layer that keeps its last answer, hooks included, while it is given the very same tensor."""
+class CachedLayer(nn.Module):
+    """A layer that returns its last output, hooks included, while it is given the very same tensor."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.given: Tensor | None = None
-        self.answer: Tensor | None = None
+        self.output: Tensor | None = None
 
     def forward(self, given: Tensor) -> Tensor:
-        if self.answer is None or given is not self.given:
-            self.given, self.answer = given, self.layer(given)
-        return self.answer
+        # Identity, not equality: comparing would cost more than some layers do.
+        if self.output is None or given is not self.given:
+            self.given, self.output = given, self.layer(given)
+        return self.output
 
 
 @contextlib.contextmanager
 def cache_outputs(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Let some layers answer once for the length of a block in which no weight changes.
+    """Cache layers' outputs for the length of a block, in which no weight may change.
+
+    While sampling the prompt is constant, so keys and values are computed once per batch.
 
     Args:
         places: for each layer the module that holds it, and its name there.
@@ -33,7 +36,7 @@ def cache_outputs(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     layers = [getattr(parent, name) for parent, name in places]
     try:
         for (parent, name), layer in zip(places, layers, strict=True):
-            parent._modules[name] = Once(layer)
+            parent._modules[name] = CachedLayer(layer)
         yield
     finally:
         for (parent, name), layer in zip(places, layers, strict=True):

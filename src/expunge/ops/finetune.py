@@ -1,4 +1,4 @@
-"""The training loop: AdamW on a few tensors, for many independent problems at once."""
+"""The training loop: AdamW on a few tensors, for many independent problems in one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError, ExpungeWarning
 
 KEEP_EVERY = 25
-"""After how many steps the state of unfinished training is kept."""
+"""After how many steps the state of unfinished training is saved."""
 
 
 def minimise(
@@ -26,17 +26,17 @@ def minimise(
     max_grad_norm: float = 1.0,
     names: Sequence[str] = (),
 ) -> None:
-    """Train `parameters` in place.
+    """Train parameters in place.
 
     Row b of every parameter belongs to problem b and to no other: its loss is `losses(step)[b]`, its
-    gradient is clipped by its own norm, and AdamW treats every number by itself. So n problems in
-    one batch end where each would end alone. One whose loss runs away ends where it last was sound, with
-    a warning; the others go on.
+    gradient is clipped by its own norm, and AdamW treats every entry by itself. So n problems in one
+    batch end where each would end alone. A problem whose loss diverges ends at its last sound state,
+    with a warning; the others go on.
 
     Args:
         parameters: tensors (n, …).
-        losses: the losses (n,) of a step, counted from 0; or parts of them, whose sum they are. Parts
-            are asked for one after the other, and the graph of each is let go before the next.
+        losses: returns the losses (n,) of a step, counted from 0; or parts of them, which sum to the
+            losses. The graph of each part is freed before the next part is computed.
         max_train_steps: how many steps.
         learning_rate: AdamW's learning rate.
         weight_decay: AdamW's, decoupled.
@@ -44,7 +44,7 @@ def minimise(
         names: of the problems, for the warning.
 
     Raises:
-        ExpungeError: a loss runs away before any state was kept.
+        ExpungeError: a loss diverges before any state was saved.
     """
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     sound: list[Tensor] = []
@@ -61,25 +61,30 @@ def minimise(
                 total = _added(total, loss.detach().double().cpu())
                 # Asking for these gradients alone leaves no trace on the network's own parameters.
                 found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                # Summed over parts here, so that one clipping sees the whole gradient.
                 gradients = [_added(a, b) for a, b in zip(gradients, found, strict=True)]
+                # Frees the graph before the generator builds the next part's.
                 del loss, found
             if total is None:
                 raise TypeError("a step of training needs a loss")
             for b, last in enumerate(total.tolist()):
                 history[b].append(last)
                 if b not in stopped and diverged(history[b]):
-                    broke_off(step, bool(sound), "its change", names[b] if names else "")
+                    warn_diverged(step, bool(sound), "its change", names[b] if names else "")
                     stopped.add(b)
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 now = [parameter.detach().clone() for parameter in parameters]
                 _put_back(now, sound, stopped)
                 sound = now
-            for parameter, gradient in zip(parameters, clipped(gradients, max_grad_norm), strict=True):
+            for parameter, gradient in zip(
+                parameters, clip_gradients(gradients, max_grad_norm), strict=True
+            ):
                 parameter.grad = gradient
             optimiser.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    # The stopped problems went on in the batch, since a row cannot be left out; undo that.
     _put_back(parameters, sound, stopped)
 
 
@@ -93,18 +98,18 @@ def _put_back(parameters: Sequence[Tensor], sound: Sequence[Tensor], rows: Itera
             parameter[row] = before[row]
 
 
-def broke_off(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
-    """Say that the loss runs away, and which state counts.
+def warn_diverged(step: int, sound: bool, what: str, name: str = "", stacklevel: int = 3) -> None:
+    """Warn that the loss diverges, and say which state counts.
 
     Args:
-        step: in which it showed, from 0.
+        step: in which it diverged, from 0.
         sound: whether there is a state to go back to.
-        what: what is made of that state.
+        what: what is made from that state.
         name: of the problem.
         stacklevel: of the warning.
 
     Raises:
-        ExpungeError: there is none.
+        ExpungeError: there is no such state.
     """
     who = f" of {name!r}" if name else ""
     says = f"training{who} broke off at step {step + 1}: the loss runs away"
@@ -116,7 +121,7 @@ def broke_off(step: int, sound: bool, what: str, name: str = "", stacklevel: int
 
 
 def diverged(losses: Sequence[float], window: int = 10) -> bool:
-    """Whether training runs away: the last loss is not finite, or the last ones are far above the first.
+    """Tell whether training diverges: a loss is not finite, or the last ones are far above the first.
 
     Far is ten times for the mean of the last `window`, and a thousand times for the last one alone.
 
@@ -133,9 +138,15 @@ def diverged(losses: Sequence[float], window: int = 10) -> bool:
     return len(losses) >= 2 * window and sum(last) > 10 * sum(first)
 
 
-def clipped(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
-    """Gradients (n, …) with the norm of each row, over all tensors, at most `clip`."""
+def clip_gradients(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Tensor | None]:
+    """Scale gradients (n, …) down so that the norm of each row, over all tensors, is within a bound.
+
+    Args:
+        gradients: of each tensor; None where the loss does not depend on it.
+        max_grad_norm: the bound.
+    """
     squares = [g.square().flatten(1).sum(1) for g in gradients if g is not None]
+    # 1e-6 as in PyTorch's own clipping: a zero gradient must not divide by zero.
     factor = (max_grad_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
     return [
         None if g is None else g * factor.reshape(-1, *(1,) * (g.ndim - 1)).to(g.dtype)
@@ -145,7 +156,7 @@ def clipped(gradients: Sequence[Tensor | None], max_grad_norm: float) -> list[Te
 
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let no parameter ask for gradients for the length of a block: activations need less memory."""
+    """Switch off gradients of parameters for the length of a block: activations need less memory."""
     asking = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         for parameter in asking:

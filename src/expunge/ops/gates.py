@@ -1,4 +1,4 @@
-"""Gates and their directions in closed form: what a gate opens on, and what it takes away."""
+"""Solve for gates and their directions: what a gate opens on, and what it takes away."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 
 CLEAR = 0.3
-"""The gap between background and concept that a gate needs, where the way between their means is 1."""
+"""The gap between background and concept that a gate needs, in units of the distance of their means."""
 
 
-def directions(
+def find_directions(
     weight: Tensor, differences: Tensor, *, energy: float = 1.0, rank: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The directions in which rows differ most to a layer: up (d, r) and down (r, d), float64.
+    """Find the directions in which rows differ most to a layer: up (d, r) and down (r, d), float64.
 
     With D the rows as columns and W D = U S Vᵀ its thin singular value decomposition, and U_r, S_r,
     V_r the leading r of them,
@@ -25,9 +25,9 @@ def directions(
         up = D V_r S_r⁻¹,     down = U_rᵀ W,     W up down x = U_r U_rᵀ W x,     down up = 1:
 
     what `up down` takes from an input x is what the projector on the leading left singular vectors
-    takes from the layer's answer. For several layers, let W be a root of Σ W_lᵀ W_l (`stacked`).
+    takes from the layer's output. For several layers, let W be a root of Σ W_lᵀ W_l (`stack_root`).
 
-    >>> up, down = directions(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rank=1)
+    >>> up, down = find_directions(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rank=1)
     >>> (up @ down).abs().round().tolist()
     [[1.0, 0.0], [0.0, 0.0]]
 
@@ -43,23 +43,27 @@ def directions(
     Source: ACE (arXiv 2504.11850) leaves the reduction open; this one is ours.
     """
     weight, columns = weight.double(), differences.double().T
+    # Few prompts, many channels: the thin decomposition costs as much as there are prompts.
     u, s, vt = torch.linalg.svd(weight @ columns, full_matrices=False)
     if not len(s) or not s[0] > 0:
         raise ExpungeError("the layer sees no difference, so there is no direction")
     kept = s.square().cumsum(0) / s.square().sum()
     seen = int((s > 1e-6 * s[0]).sum())
+    # 1e-9 below, so that a share of 1 does not ask for directions of round-off alone.
     r = min(int((kept < energy * (1 - 1e-9)).sum()) + 1, seen, rank or seen)
+    # down up = 1 follows, since Uᵀ W D V S⁻¹ = 1.
     return columns @ vt[:r].T / s[:r], u[:, :r].T @ weight
 
 
-def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The affine map that best foretells answers from rows: its matrix (r, d) and offset (r,), float64.
+def fit_affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Fit the affine map from rows to answers: its matrix (r, d) and offset (r,), float64.
 
         min_{G, g} Σ_i w_i ‖G x_i + g − y_i‖² / Σ_i w_i + λ σ² ‖G‖²
 
-    with σ² the rows' mean variance. Large λ leave the answers' mean.
+    with σ² the rows' mean variance. A large λ leaves the mean of the answers.
 
-    >>> line, at = affine(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]), torch.ones(2), 0.0)
+    >>> x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]])
+    >>> line, at = fit_affine(x, y, torch.ones(2), 0.0)
     >>> line.tolist(), at.tolist()
     ([[2.0]], [1.0])
 
@@ -71,6 +75,7 @@ def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tupl
     """
     x, y, w = rows.double(), answers.double(), weights.double() / weights.double().sum()
     middle, mean = w @ x, w @ y
+    # Centred, so that the ridge pulls on the slope and never on the offset.
     x, y = x - middle, y - mean
     spread = (w[:, None] * x).T @ x
     sphere = spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(spread)).to(spread)
@@ -79,19 +84,20 @@ def affine(rows: Tensor, answers: Tensor, weights: Tensor, ridge: float) -> tupl
     return line, mean - line @ middle
 
 
-def stacked(weights: list[Tensor]) -> Tensor:
-    """A root R (d, d) of Σ WᵀW: ‖R x‖² = Σ ‖W x‖² for every x; float64.
+def stack_root(weights: list[Tensor]) -> Tensor:
+    """Compute a root R (d, d) of Σ WᵀW, so that ‖R x‖² = Σ ‖W x‖² for every x; float64.
 
     Args:
         weights: W of every layer, (out, d).
     """
     gram = sum((w.double().T @ w.double() for w in weights), torch.zeros((), dtype=torch.float64))
+    # A root of the sum replaces dozens of layers by one d × d matrix, with the same lengths.
     values, vectors = torch.linalg.eigh(gram)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 class Background:
-    """Tokens that gates should stay closed on.
+    """Tokens that gates should stay closed on, and the spread of them.
 
     Args:
         general: (n, d), tokens of prompts of all sorts.
@@ -99,8 +105,9 @@ class Background:
         ridge: λ, how much of a sphere the spread Σ of the tokens is taken for, in units of σ², its
             mean variance. Small values part the concept from these tokens best, large values hold
             best against perturbations.
-        n_std: k, how many standard n_std above the mean of `general` count as closed.
-        shut: (j, d), every token that must stay, if `retained` has but some, for the direction.
+        n_std: k, how many standard deviations above the mean of `general` count as closed.
+        shut: (j, d), every token that must stay, where `retained` holds only those that a direction is
+            solved with.
     """
 
     def __init__(
@@ -113,16 +120,21 @@ class Background:
     ) -> None:
         self.general, self.retained, self.n_std = general.double(), retained.double(), n_std
         self.shut = self.retained if shut is None else shut.double()
+        # Both kinds count alike in the spread: a gate must not open on either.
         rows = torch.cat([self.general, self.retained])
         self.mean = rows.mean(0)
         self.spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
         self.ridges = [ridge / 10**i for i in range(5)]
+        # Factorised when first needed: all concepts share them, and most need the first alone.
         self.lowers: list[Tensor] = []
 
     def direction(self, rows: Tensor) -> Tensor:
-        """w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
+        """Solve for w ∝ (Σ + λ σ² 1)⁻¹ (mean of rows − mean), (d,), with w · (that difference) = 1.
 
-        Where that does not tell them clearly from the background, λ is lowered, tenfold at a time.
+        Where w does not separate the rows clearly from the background, λ is lowered, tenfold at a time.
+
+        Args:
+            rows: (n, d), the tokens to open on.
         """
         difference = rows.double().mean(0) - self.mean
         found = []
@@ -137,23 +149,24 @@ class Background:
         return max(found, key=lambda one: one[0])[1]
 
     def _lower(self, ridge: float) -> Tensor:
-        """The Cholesky factor of Σ + λ σ² 1."""
+        """Factorise Σ + λ σ² 1 by Cholesky."""
         sphere = self.spread.diagonal().mean().clamp(min=1e-12) * torch.eye(len(self.mean)).to(self.mean)
         return torch.linalg.cholesky(self.spread + ridge * sphere)
 
     def start(self, direction: Tensor, rows: Tensor) -> float:
-        """How far along a direction the rows begin: their 5 % point."""
+        """Measure how far along a direction the rows begin: their 5 % quantile."""
         return float(((rows.double() - self.mean) @ direction).quantile(0.05))
 
     def edge(self, direction: Tensor) -> float:
-        """How far along a direction tokens still count as closed; the concept's mean is at 1."""
+        """Measure how far along a direction tokens still count as closed; the concept's mean is at 1."""
         general = self.general @ direction - self.mean @ direction
+        # A quantile would need more words than are read; mean and deviation settle early.
         edge = float(general.mean() + self.n_std * general.std())
         # General prompts may hold a name of the concept; what is retained may not.
         return max(min(edge, 0.5), self.reach(direction, self.retained))
 
     def reach(self, direction: Tensor, rows: Tensor) -> float:
-        """How far along a direction the farthest of some rows is."""
+        """Measure how far along a direction the farthest of some rows is."""
         return float((rows.double() @ direction).max() - self.mean @ direction) if len(rows) else 0.0
 
 
@@ -168,20 +181,20 @@ class Gate(NamedTuple):
     """()"""
 
 
-def gate(rows: Tensor, background: Background, *, margin: float, retain_openness: float) -> Gate:
-    """The gate of some tokens, in closed form.
+def fit_gate(rows: Tensor, background: Background, *, margin: float, retain_openness: float) -> Gate:
+    """Solve for the gate of some tokens.
 
     Along w (`Background.direction`), the background ends at `edge` and the concept begins at `start`,
-    its 5 % point. The gate is half open at edge + margin · (start − edge), and open by `leak` at
-    the edge:
+    its 5 % quantile. The gate is half open at edge + margin · (start − edge), and open by
+    `retain_openness` = o at the edge:
 
-        s(x) = σ(slope (w · x − centre)),     slope = logit(1 − leak) / (margin (start − edge))
+        s(x) = σ(slope (w · x − centre)),     slope = logit(1 − o) / (margin (start − edge))
 
     Args:
         rows: (n, d), the tokens to open on.
         background: those to stay closed on.
-        margin: above 0, below 1; small values open wider: synonyms and perturbed tokens, too.
-        retain_openness: above 0, below ½.
+        margin: above 0, below 1; small values open wider, for synonyms and perturbed tokens, too.
+        retain_openness: o, above 0, below ½.
 
     Source: MACE's and ACE's papers set no gate in closed form; the mean + k · std is ours.
     """
@@ -191,6 +204,7 @@ def gate(rows: Tensor, background: Background, *, margin: float, retain_openness
     start = max(background.start(direction, rows), edge + 0.05)
     centre = edge + margin * (start - edge)
     slope = math.log(1 / retain_openness - 1) / (margin * (start - edge))
+    # Directions were measured from the background's mean; a gate is given the token itself.
     offset = float(direction @ background.mean)
     places = torch.tensor([centre + offset, slope], dtype=torch.float64)
     return Gate(direction, places[0], places[1])

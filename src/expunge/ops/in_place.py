@@ -1,4 +1,4 @@
-"""Training some entries of a network's weights where they are, without a second network."""
+"""Train some entries of a network's weights where they are, without a second network."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from torch import Tensor, nn
 class InPlace:
     """Some entries of some parameters, trained in place for the length of a `with` block.
 
-    Besides the network there is, for the trained entries alone, their original, their value and
-    (outside) the optimiser's state; gradients are cut down to them parameter by parameter, as
-    backpropagation comes by. At the end of the block all is as it was, to the last bit.
+    Beside the network, memory holds the original and the value of the trained entries alone, and
+    (outside) the optimiser's state of them. Gradients are cut down to these entries parameter by
+    parameter, during backpropagation. At the end of the block the network is as it was, bit for bit.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None = None
     ) -> None:
-        """All entries of the parameters, or where `masks` has a bool tensor for each, those."""
+        """Select the entries to train.
+
+        Args:
+            parameters: by name.
+            masks: for each parameter a bool tensor of its shape; None trains all entries.
+        """
         self.parameters = dict(parameters)
         if masks is not None:
             self.parameters = {k: p for k, p in self.parameters.items() if bool(masks[k].any())}
         self.masks = masks
         self._originals = [self._entries(k, p.detach()) for k, p in self.parameters.items()]
         self.values = [
+            # Adam's small steps would vanish in half precision.
             original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
             for original in self._originals
         ]
         """The trained entries of each parameter, (n,), float32 or finer."""
 
     def _entries(self, name: str, tensor: Tensor) -> Tensor:
-        """The trained entries of a tensor, in the order of its flattened form: a copy, (n,)."""
+        """Copy the trained entries of a tensor, in the order of its flattened form: (n,)."""
         if self.masks is None:
             return tensor.flatten().clone()
         return tensor.masked_select(self.masks[name].to(tensor.device))
@@ -44,15 +50,17 @@ class InPlace:
             if self.masks is None:
                 data.copy_(value.reshape(data.shape))
             else:
+                # Written through `data`: autograd must not record what restores or replaces
+                # weights.
                 data.masked_scatter_(self.masks[name].to(data.device), value)
 
     def write(self) -> None:
-        """Let the network have the values."""
+        """Write the values into the network."""
         self._put(self.values)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The network as it was, for the length of a block."""
+        """Restore the original network for the length of a block."""
         self._put(self._originals)
         try:
             yield
@@ -73,7 +81,7 @@ class InPlace:
             parameter.grad = gradient
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """d loss / d values, each (n,); the loss must hang on the network's parameters."""
+        """Compute d loss / d values, each (n,), of a loss that depends on the network's parameters."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, gradient: Tensor) -> None:
@@ -86,7 +94,7 @@ class InPlace:
         ]
 
     def state(self, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The values and the optimiser's state of each, to go on from; `go_on` takes it up."""
+        """Return the values and the optimiser's state of each; `resume` takes them up."""
         state = {}
         for i, value in enumerate(self.values):
             state[f"{i}.value"] = value
@@ -94,8 +102,8 @@ class InPlace:
                 state[f"{i}.{key}"] = tensor
         return state
 
-    def go_on(self, optimiser: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave; other tensors may lie beside it."""
+    def resume(self, optimiser: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned; the mapping may hold other tensors, too."""
         for i, value in enumerate(self.values):
             value.copy_(state[f"{i}.value"])
             optimiser.state[value] = {
@@ -105,9 +113,16 @@ class InPlace:
             }
 
     def differences(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        """Of each parameter its name, where its trained entries are, (n,) (None: everywhere), and by
-        how much they have changed, (n,); one parameter at a time, since all take much memory."""
+        """Yield of each parameter its name, the places of its trained entries and their changes.
+
+        One parameter at a time, since all take much memory.
+
+        Returns:
+            The places in the flattened parameter, (n,), or None for all; and the changes, (n,).
+        """
         for name, value, original in zip(self.parameters, self.values, self._originals, strict=True):
+            # Computed here and not kept: indices of all parameters would take more memory than the
+            # weights.
             place = None if self.masks is None else self.masks[name].flatten().nonzero().flatten()
             yield name, place, value - original
 
@@ -115,9 +130,14 @@ class InPlace:
 def backward(
     loss: Tensor, parameters: Mapping[str, nn.Parameter], hear: Callable[[str, Tensor], None]
 ) -> None:
-    """Backpropagate, and let go of each parameter's gradient as soon as `hear` has had it.
+    """Backpropagate, and free each parameter's gradient as soon as it has been used.
 
-    A gradient that lies on a parameter already is added to it, and goes with it.
+    A gradient that a parameter already has is added to the new one, and is freed with it.
+
+    Args:
+        loss: a scalar.
+        parameters: by name.
+        hear: takes a parameter's name and its gradient.
     """
 
     def listen(name: str) -> Callable[[Tensor], None]:

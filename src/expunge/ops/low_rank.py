@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 
-class Switch:
-    """Whether changes are on; `off` takes them off for the length of a block."""
+class FactorSwitch:
+    """Whether low-rank changes are on; `off` switches them off for the length of a block."""
 
     def __init__(self) -> None:
         self.on = True
@@ -27,13 +27,13 @@ class Switch:
 
 
 @contextmanager
-def each_its_own(
+def use_own_factors(
     layers: Sequence[nn.Module], ups: Sequence[Tensor], downs: Sequence[Tensor], scale: float = 1.0
-) -> Iterator[Switch]:
+) -> Iterator[FactorSwitch]:
     """Give every row of a batch the low-rank change of its problem, for the length of a block.
 
     In a batch of k·n rows for n problems, row i belongs to problem b = i mod n, and a layer's
-    answer W x_i becomes W x_i + scale · B_b (D_b x_i), as a batched product.
+    output W x_i becomes W x_i + scale · B_b (D_b x_i), as a batched product.
 
     Args:
         layers: linear layers that are given (k·n, …, in), and convolutions.
@@ -42,28 +42,30 @@ def each_its_own(
             list is read at every call, so that its entries may be replaced meanwhile.
         scale: what B D is multiplied by.
     """
-    switch = Switch()
+    switch = FactorSwitch()
     with ExitStack() as stack:
         for i, (layer, up) in enumerate(zip(layers, ups, strict=True)):
             stack.callback(layer.register_forward_hook(_adding(up, downs, i, scale, switch)).remove)
         yield switch
 
 
-def first_factors(
+def init_factors(
     layers: Sequence[nn.Module], rank: int, generators: Sequence[torch.Generator]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each layer B = 0, (n, out, rank), and D normal with deviation 1/rank, (n, rank, in).
+    """Initialise for each layer B = 0, (n, out, rank), and D normal with deviation 1/rank, (n, rank,
+    in).
 
     Args:
         layers: linear layers and convolutions, these with a flattened kernel.
         rank: of the product.
-        generators: one a problem.
+        generators: one a problem, so that its factors do not depend on the others.
     """
     ups, downs = [], []
     for layer in layers:
         weight: Any = layer.weight
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         rows, columns = weight.shape[0], weight.shape[1:].numel()
+        # Drawn on the CPU, so that a change is the same on every device.
         drawn = [torch.randn(rank, columns, generator=g) / rank for g in generators]
         ups.append(torch.zeros(len(drawn), rows, rank, **like))
         downs.append(torch.stack(drawn).to(**like))
@@ -71,7 +73,7 @@ def first_factors(
 
 
 def _adding(
-    up: Tensor, downs: Sequence[Tensor], i: int, scale: float, switch: Switch
+    up: Tensor, downs: Sequence[Tensor], i: int, scale: float, switch: FactorSwitch
 ) -> Callable[..., Tensor]:
     n = len(up)
 
@@ -87,7 +89,8 @@ def _adding(
         return output + ((flat @ d.mT) @ b.mT).reshape(output.shape)
 
     def _convolved(layer: nn.Conv2d, x: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        """All problems in one convolution, a group of channels each."""
+        """Apply all problems' factors in one convolution, a group of channels each."""
+        # Problems become groups of channels: one call instead of one convolution a problem.
         kernels = d.flatten(0, 1).unflatten(1, (x.shape[1], *layer.kernel_size))
         beside = x.unflatten(0, (-1, n)).flatten(1, 2)
         small = conv2d(beside, kernels, None, layer.stride, layer.padding, layer.dilation, n)
@@ -97,10 +100,10 @@ def _adding(
     return add
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product B D, the largest entry of each column of B as large as that of D's row.
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale factors so that the largest entries of B's columns and of D's rows are equal in pairs.
 
-    Half precision then keeps the most of it. Empty columns stay empty.
+    The product B D stays, and half precision then keeps the most of it. Empty columns stay empty.
 
     Args:
         up: B, (out, rank).
@@ -111,14 +114,14 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * scale, down / scale[:, None]
 
 
-def truncated(
+def truncate(
     change: Tensor,
     rank: int | None,
     energy: float,
     metric: Tensor | None = None,
     floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The nearest B D of small rank to a change of a weight, in the metric of what it is given.
+    """Find the nearest B D of small rank to a change of a weight, in the metric of its inputs.
 
         min ‖(Δ − B D) S^½‖²  over rank r;   B = U, D = Uᵀ Δ
 
@@ -141,24 +144,25 @@ def truncated(
     delta = change.double()
     if delta.shape[0] <= delta.shape[1]:
         seen = delta if metric is None else delta @ metric
+        # The Gram matrix of the shorter side: its eigenvalues are the squared singular values.
         squares, left = _descending(seen @ delta.T)
     else:
         root = delta if metric is None else delta @ torch.linalg.cholesky(metric)
         squares, right = _descending(root.T @ root)
         left = root @ right / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    kept = left[:, : leading(squares, rank, energy, floor)]
+    kept = left[:, : count_leading(squares, rank, energy, floor)]
     return kept, kept.T @ delta
 
 
-def shared(
+def factor_shared(
     matrix: Tensor, most: int | None, energy: float, metric: Tensor | None, unit: float
 ) -> tuple[Tensor, Tensor]:
-    """P Q, the leading part of M − I, for all layers that become W M at once: Δ = W (M − I) ≈ (W P) Q.
+    """Factorise the leading part P Q of M − I, for all layers W M at once: W (M − I) ≈ (W P) Q.
 
     Args:
         matrix: M, (d, d).
-        most: how many directions are ever asked for; None for what the energy takes.
-        energy: as of `truncated`; a hundredth of what it gives away is given away here.
+        most: how many directions are needed, at most; None for as many as the energy takes.
+        energy: as of `truncate`; a hundredth of what it gives away is given away here.
         metric: S, (d, d), or None.
         unit: the rounding unit of the number format that M was kept in; what its rounding alone
             would look like is left out.
@@ -168,21 +172,22 @@ def shared(
     """
     m = matrix.double()
     change = m - torch.eye(len(m), dtype=m.dtype)
-    floor = noise(m, metric, unit)
+    floor = measure_rounding_noise(m, metric, unit)
     tight = 1 - (1 - energy) / 100
-    return truncated(change, most, tight, metric, floor)
+    return truncate(change, most, tight, metric, floor)
 
 
-def compressed(
+def compress(
     up: Tensor, down: Tensor, moments: Tensor, rank: int | None, energy: float
 ) -> tuple[Tensor, Tensor]:
-    """B D of smaller rank, the nearest in a metric, without ever forming the product.
+    """Find the nearest B D of smaller rank in a metric, without forming the product.
 
     Args:
         up: B, (out, n).
         down: D, (n, in).
         moments: D S Dᵀ, (n, n).
-        rank, energy: as of `truncated`.
+        rank: as of `truncate`.
+        energy: as of `truncate`.
 
     Returns:
         the smaller B and D, float64.
@@ -191,16 +196,23 @@ def compressed(
     root = vectors * values.sqrt()
     gram = up.T @ up
     squares, right = _descending(root.T @ gram @ root)
-    r = leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
+    r = count_leading(squares, rank, energy, float(squares[0].sqrt()) * 1e-7)
     sides = right[:, :r] / squares[:r].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    # Both factors stay thin: nothing of the size (out, in) is formed.
     turn = root @ sides
     return up @ turn, turn.T @ gram @ down
 
 
-def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
-    """Twice the largest singular value, in a metric, of what rounding to a format does to a matrix.
+def measure_rounding_noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
+    """Estimate twice the largest singular value, in a metric, of a matrix's rounding errors.
 
-    Measured on a drawn one, E = unit |value| u with u even between -1 and 1: ‖E S^½‖, by powers.
+    Measured on drawn errors, E = unit |value| u with u even between -1 and 1: ‖E S^½‖, by the power
+    method.
+
+    Args:
+        value: the matrix.
+        metric: S, (in, in), or None for the identity.
+        unit: the rounding unit of the number format.
     """
     draw = torch.Generator().manual_seed(0)
     even = torch.rand(value.shape, generator=draw, dtype=torch.float64) * 2 - 1
@@ -217,8 +229,8 @@ def noise(value: Tensor, metric: Tensor | None, unit: float) -> float:
     return 2 * size**0.5
 
 
-def leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> int:
-    """How many singular values are kept, by their squares in descending order; at least 1.
+def count_leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> int:
+    """Count the singular values that are kept, at least 1.
 
     Args:
         squares: (n,), in descending order.
@@ -235,7 +247,7 @@ def leading(squares: Tensor, rank: int | None, energy: float, floor: float) -> i
 
 
 def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below 0, and eigenvectors, the largest first."""
+    """Return eigenvalues, none below 0, and eigenvectors, the largest first."""
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
@@ -246,12 +258,12 @@ EXACT = 1024
 PROBES = 96
 
 
-def probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> Tensor:
-    """Z, (inputs, n), such that ‖A Z‖² is ‖A G^½‖² for any A: exactly, or in the mean where it is wide.
+def draw_probes(moments: Tensor | None, inputs: int, generator: torch.Generator) -> Tensor:
+    """Draw Z, (inputs, n), such that ‖A Z‖² is ‖A G^½‖² for any A: exactly, or in the mean if wide.
 
     Args:
         moments: G, (inputs, inputs); None for the identity.
-        inputs: the layer's.
+        inputs: the width of the layer's input.
         generator: of the random directions.
     """
     noise = None

@@ -1,21 +1,21 @@
-"""What a noise level means on latents of another size."""
+"""Translate a noise level to latents of another size."""
 
 from __future__ import annotations
 
 import math
 
 
-def on_latents(log_snr: float, meant_for: int, side: int) -> float:
-    """A log-SNR that was chosen on latents of one size, for those of another.
+def shift_log_snr(log_snr: float, meant_for: int, side: int) -> float:
+    """Shift a log-SNR that was chosen on latents of one size, for those of another.
 
     A coarse image is a mean over pixels. With r times as many of them a side, the noise in that mean
-    falls by r, the image stays: what was hidden at a log-SNR of λ is hidden at λ − 2 ln r. So where a
+    falls by r, the image stays: what was hidden at a log-SNR of λ is hidden at λ − 2 ln r. So where an
     image's layout ends and its detail begins, a window for training or a step to turn at, moves to
     more noise on larger latents.
 
-    >>> on_latents(1.12, meant_for=64, side=64)
+    >>> shift_log_snr(1.12, meant_for=64, side=64)
     1.12
-    >>> round(on_latents(1.12, meant_for=64, side=128), 3)  # SDXL
+    >>> round(shift_log_snr(1.12, meant_for=64, side=128), 3)  # SDXL
     -0.266
 
     Args:

@@ -1,4 +1,4 @@
-"""Which tokens of two prompts correspond, when they differ in one phrase."""
+"""Find which tokens of two prompts correspond, where the prompts differ in one phrase."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ class Match:
         return slice(self.head, self.first), slice(self.first + self.tail, None)
 
 
-def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
+def match_tokens(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     """Match two prompts by the common beginning and the common end of their words.
 
     >>> photo_of_cat, photo_of_big_dog = torch.tensor([0, 5, 6, 1, 1]), torch.tensor([0, 5, 8, 7, 1])
-    >>> match(photo_of_cat, photo_of_big_dog, (3, 4))
+    >>> match_tokens(photo_of_cat, photo_of_big_dog, (3, 4))
     Match(head=2, first=3, second=4, tail=1)
 
     Args:
-        first, second: (tokens,), the tokenizer's numbers: start, words, end, padding.
-        eos_index: where the end token of each stands.
+        first: (tokens,), the tokenizer's numbers: start, words, end, padding.
+        second: the other prompt's, (tokens,).
+        ends: where the end token of each stands.
     """
     shorter = min(ends)
     same = first[:shorter] == second[:shorter]
@@ -50,16 +51,17 @@ def match(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     return Match(head, starts[0], starts[1], len(first) - max(starts))
 
 
-def phrase_positions(before: Sequence[int], after: Sequence[int], own: Tensor) -> Tensor:
-    """The positions of the phrase in each of n prompts: (n, tokens), bool.
+def locate_phrases(before: Sequence[int], after: Sequence[int], content_mask: Tensor) -> Tensor:
+    """Locate the phrase in each of n prompts: (n, tokens), bool.
 
     Args:
-        before, after: how many tokens the words before the phrase have, and those after it.
-        content_mask: (n, tokens), bool, the prompts' own tokens.
+        before: how many tokens the words before the phrase have, of each prompt.
+        after: how many those after it have.
+        content_mask: (n, tokens), bool, the prompts' content tokens.
     """
-    place = torch.arange(own.shape[1], device=own.device)
-    begin = own.long().argmax(1, keepdim=True)
+    place = torch.arange(content_mask.shape[1], device=content_mask.device)
+    begin = content_mask.long().argmax(1, keepdim=True)
     # Of several text encoders' tokens the first one's: they run on without a gap.
-    n = (own | (place < begin)).long().cumprod(1).sum(1, keepdim=True) - begin
-    first, last = (torch.tensor(x, device=own.device)[:, None] for x in (before, after))
+    n = (content_mask | (place < begin)).long().cumprod(1).sum(1, keepdim=True) - begin
+    first, last = (torch.tensor(x, device=content_mask.device)[:, None] for x in (before, after))
     return (place >= begin + first) & (place < begin + n - last)

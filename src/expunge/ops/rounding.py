@@ -25,9 +25,11 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Gen
     """
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return value.to(dtype)
+    # Eight bits have 256 numbers, so that the format itself is the table of neighbours.
     every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     grid = every[every.isfinite()].unique(sorted=True)
     wide = value.detach().cpu().float().clamp(float(grid[0]), float(grid[-1]))
+    # All 256 values of an 8-bit format fit in a table: neighbours are found by search.
     above = torch.bucketize(wide, grid, right=True).clamp(1, len(grid) - 1)
     low, high = grid[above - 1], grid[above]
     share = (wide - low) / (high - low)
@@ -66,7 +68,7 @@ class RoundingCost:
 
     @property
     def error(self) -> float:
-        """‖rounded − wanted‖ / ‖Δ‖"""
+        """The relative error ‖rounded − wanted‖ / ‖Δ‖."""
         return (self.missed / self.total) ** 0.5 if self.total else 0.0
 
     @property

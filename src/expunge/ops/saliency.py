@@ -1,4 +1,4 @@
-"""Which weights matter to a loss: in each tensor the half with the largest gradient, in every map.
+"""Find the weights that matter to a loss: in each tensor the largest half of gradients, in every map.
 
     mask = ⋂_maps { |g| > median |g| },     g = Σ ∇L over a map's samples
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 WINDOW = 10
-"""Over how many maps the number of weights must stay as it is to be settled."""
+"""Over how many maps the number of weights must hold to count as settled."""
 
 
 def top_half(gradient: Tensor) -> Tensor:
-    """Where |g| is above its median over the tensor: at most half of it, as a bool tensor.
+    """Mark where |g| is above its median over the tensor: at most half of it, as a bool tensor.
 
     An entry without a gradient is never among them.
 
@@ -31,7 +31,7 @@ def top_half(gradient: Tensor) -> Tensor:
 
 
 def bottom_half(gradient: Tensor) -> Tensor:
-    """Where |g| is below its median over the tensor, or nothing at all: at most half of it, as released.
+    """Mark where |g| is below its median over the tensor, or 0: at most half of it, as released.
 
     An entry without a gradient is the smallest there is.
 
@@ -58,22 +58,23 @@ class Intersection:
         """How many entries are left after each map."""
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Take one tensor's gradient of the present map into account."""
+        """Add one tensor's gradient of the present map."""
         half = self.half(gradient)
         mask = self.masks.setdefault(name, half)
+        # In place: a mask is as large as the model's weights, a byte each.
         mask &= half
 
     def done(self) -> None:
-        """The present map is complete."""
+        """Complete the present map."""
         self.counts.append(sum(int(mask.sum()) for mask in self.masks.values()))
 
     def settled(self, share: float) -> bool:
-        """Whether the last `WINDOW` maps took away no more than this share of the entries."""
+        """Tell whether the last `WINDOW` maps removed at most this share of the entries."""
         return settled(self.counts, share)
 
 
 def settled(counts: Sequence[int], share: float) -> bool:
-    """Whether the last `WINDOW` counts fell by no more than a share of the one before them.
+    """Tell whether the last `WINDOW` counts fell by at most a share of the one before them.
 
     >>> settled([1000, 500, *[400] * 10], 0.01), settled([1000, 500, *[499] * 9], 0.01)
     (False, False)
@@ -86,14 +87,14 @@ def settled(counts: Sequence[int], share: float) -> bool:
     return before - counts[-1] <= share * before
 
 
-def packed(mask: Tensor) -> Tensor:
-    """A bool tensor as bits: uint8, an eighth of its length."""
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bits: uint8, an eighth of its length."""
     bits = mask.flatten().to(torch.uint8).cpu()
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `packed`, for a tensor of this shape."""
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack the bits of a tensor of this shape: the inverse of `pack_bits`."""
     each = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return each.flatten()[: torch.Size(shape).numel()].bool().reshape(tuple(shape))

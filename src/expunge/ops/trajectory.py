@@ -61,17 +61,17 @@ class Objective:
 
     @property
     def meets_early(self) -> bool:
-        """Whether an early point is needed at all."""
+        """Whether any term needs an early point."""
         return self.preserve > 0 or self.unconditional_early > 0
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """The points whose terms L is the sum of."""
+        """The points that L has terms at."""
         return ("late", "early") if self.meets_early else ("late",)
 
     @property
     def of_student(self) -> tuple[Asked, ...]:
-        """What the denoiser in training is asked."""
+        """The predictions that are needed of the denoiser in training."""
         guided = self.prediction_guidance != 1
         needed: dict[Asked, bool] = {
             "late": True,
@@ -83,7 +83,7 @@ class Objective:
 
     @property
     def of_original(self) -> tuple[Asked, ...]:
-        """What the original is asked."""
+        """The predictions that are needed of the original."""
         needed: dict[Asked, bool] = {
             "late": True,
             "late empty": True,
@@ -101,14 +101,16 @@ class Objective:
         early: Tensor,
         sides: Sequence[Side] = ("late", "early"),
     ) -> Tensor:
-        """L of each sample: (n,).
+        """Compute L of each sample: (n,).
 
         Args:
             student: ε, at least `of_student`; gradients pass through it.
             original: ε₀, at least `of_original`.
-            late, early: (n,), what an error of a prediction is worth in ε at the two points.
+            late: (n,), what an error of a prediction is worth in ε at the late points.
+            early: the same at the early points.
             sides: the points whose terms are wanted; L is the sum over both.
         """
+        # The released code guides the student too, so that its targets move g times as far.
         push = self.negative_guidance * self.prediction_guidance
         total = torch.zeros_like(late)
         if "late" in sides:
@@ -140,6 +142,7 @@ class Objective:
 
 
 def _error(found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
-    """The mean square of (found − wanted) in ε, for each sample: (n,), float32 or finer."""
+    """Average the square of (found − wanted) in ε, for each sample: (n,), float32 or finer."""
+    # Wide before the square: half precision squares underflow.
     difference = (found - wanted).to(scale.dtype).flatten(1)
     return scale.square() * difference.square().mean(1)

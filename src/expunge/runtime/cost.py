@@ -1,4 +1,4 @@
-"""How much a method asks of a model."""
+"""What a method costs, counted in calls of the model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """How much a method asks of a model."""
+    """What a method costs, counted in calls of the model."""
 
     prompts: int = 0
-    """Prompts to read."""
+    """Prompts that the text encoders read."""
     predictions: int = 0
-    """Predictions of the denoiser, for one image each."""
+    """Forward passes of the denoiser, of one image each."""
     gradients: int = 0
-    """Predictions with gradients."""
+    """Forward passes with a backward pass."""
     captions: str = ""
-    """Where the captions of a prior come from, as `prior.captions_for` takes it; "" for none."""
+    """The source of the captions of a prior, as `caption_gram.captions_for` takes it; "" for none."""
     products: int = 0
-    """What its equations cost, in products of two matrices as wide as the text embeddings, float64."""
+    """The cost of its equations, in float64 products of two matrices as wide as the text embeddings."""
 
     @property
-    def reads_alone(self) -> bool:
-        """Whether the text encoders are enough."""
+    def text_only(self) -> bool:
+        """Whether the text encoders are enough, so that nothing else need be loaded."""
         return not (self.predictions or self.gradients)

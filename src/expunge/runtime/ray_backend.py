@@ -1,4 +1,4 @@
-"""Spreading work over a Ray cluster. Ray is imported only when work is spread."""
+"""Spread work over a Ray cluster. Ray is imported only when there is work to spread."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Any
 import torch
 
 from expunge.base.errors import ExpungeError
-from expunge.runtime.store import Tensors, plain
+from expunge.runtime.store import Tensors, copy_to_cpu
 
 Make = Callable[[Sequence[str]], Mapping[str, Mapping[str, torch.Tensor]]]
-"""Makes the tensors of some names."""
+"""Computes the tensors of some names."""
 
 RETRIES = 3
 """How often a batch is given to another worker when the one that had it dies."""
 
 PATIENCE = 5.0
-"""Seconds that the machine at an address has to answer."""
+"""Seconds to wait for an answer from an address."""
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""HTTP/2's empty settings, with which both sides begin; the fourth byte says what it is."""
+"""An empty SETTINGS frame of HTTP/2, which both sides send first; the fourth byte is its type."""
 
 
-def check(address: str) -> None:
-    """Find out before the work whether it could be spread; "" is no cluster, and always well.
+def check_address(address: str) -> None:
+    """Check, before the work, that a cluster answers at an address; "" is no cluster and always passes.
 
     Raises:
-        ExpungeError: no address of a cluster, nobody answers there, or Ray is not installed.
+        ExpungeError: it is not an address, nobody answers there, or Ray is not installed.
     """
     if not address:
         return
@@ -44,7 +44,7 @@ def check(address: str) -> None:
                 f" not {address!r}"
             )
         try:
-            greeting = _greet(parts[1] or parts[2], int(parts[3]))
+            greeting = _exchange_prefaces(parts[1] or parts[2], int(parts[3]))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ExpungeError(f"nobody answers at the Ray address {address}: {reason}") from error
@@ -56,8 +56,11 @@ def check(address: str) -> None:
         )
 
 
-def _greet(host: str, port: int) -> bytes:
-    """The first bytes that a server says to HTTP/2's greeting; Ray itself would wait for minutes."""
+def _exchange_prefaces(host: str, port: int) -> bytes:
+    """Return the first bytes that a server answers to HTTP/2's preface.
+
+    Ray itself would wait for minutes at an address where nobody listens.
+    """
     with socket.create_connection((host, port), PATIENCE) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
         return connection.recv(len(SETTINGS))
@@ -66,12 +69,17 @@ def _greet(host: str, port: int) -> bytes:
 def spread(
     function: Make, batches: Sequence[Sequence[str]], address: str
 ) -> Iterator[tuple[Sequence[str], dict[str, Tensors]]]:
-    """Each batch of names and what `function` makes of it, as they are finished, in any order.
+    """Yield each batch of names with what `function` computes of it, as they are finished, in any order.
 
     `function` and what it closes over are sent once. A worker computes with as many threads as this
-    process would, so that it gets the same result; start with fewer (OMP_NUM_THREADS=1) to have
+    process would, so that it gets the same result; start with fewer (OMP_NUM_THREADS=1) to run
     more batches at once on a machine. Where this process has a GPU, each worker asks for one.
-    A process that is connected to Ray already uses that cluster and stays connected.
+    A process that is already connected to Ray uses that cluster and stays connected.
+
+    Args:
+        function: computes the tensors of some names.
+        batches: the names, in batches.
+        address: the cluster's address, or "local" to start one on this machine.
 
     Raises:
         ExpungeError: nobody answers at the address, Ray is not installed, or a batch's workers
@@ -113,13 +121,13 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    check(address)
+    check_address(address)
     import ray
 
     if ray.is_initialized():
         yield ray
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no statistics to anybody
     own = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
@@ -131,18 +139,18 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-_held: dict[Any, Make] = {}
-"""In a worker: the function it was sent last, so that it is fetched once and not for every batch."""
+_last_function: dict[Any, Make] = {}
+"""In a worker: the function of the last batch, so that it is fetched once and not for every batch."""
 
 
 def _make(box: list[Any], threads: int, names: Sequence[str]) -> dict[str, Tensors]:
-    """What a worker does with a batch."""
+    """Compute a batch; runs in a worker."""
     import ray
 
     (reference,) = box
-    if reference not in _held:
-        _held.clear()
-        _held[reference] = ray.get(reference)
+    if reference not in _last_function:
+        _last_function.clear()
+        _last_function[reference] = ray.get(reference)
     torch.set_num_threads(threads)
-    made = _held[reference](names)
-    return {name: plain(made[name]) for name in names}
+    made = _last_function[reference](names)
+    return {name: copy_to_cpu(made[name]) for name in names}

@@ -1,4 +1,4 @@
-"""Another scheduler for a model, where a protocol demands one."""
+"""Replace a model's scheduler, for evaluation protocols that demand a certain one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DIFFUSION = (
     "DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "KDPM2AncestralDiscrete",
     "DEISMultistep", "UniPCMultistep",
 )  # fmt: skip
-"""diffusers' schedulers for networks that predict noise, velocity or the clean latents."""
+"""The diffusers schedulers for networks that predict noise, velocity or the clean latents."""
 FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
-"""Those for flow matching."""
+"""The diffusers schedulers for flow matching."""
 LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-"""What a configuration that does not say so means for latents, in place of the defaults for pixels."""
+"""Defaults for latents, in place of diffusers' own, which are for pixels."""
 
 
-def scheduler_name(name: str) -> str:
-    """The short name of a scheduler: diffusers' class, without "Scheduler".
+def parse_scheduler(name: str) -> str:
+    """Return the short name of a scheduler: its diffusers class, without "Scheduler".
 
-    >>> scheduler_name("ddim"), scheduler_name("DDIMScheduler"), scheduler_name("")
+    >>> parse_scheduler("ddim"), parse_scheduler("DDIMScheduler"), parse_scheduler("")
     ('DDIM', 'DDIM', '')
 
     Raises:
@@ -37,28 +37,28 @@ def scheduler_name(name: str) -> str:
     raise ExpungeError(f"there is no scheduler {name!r}{hint}")
 
 
-def matches_flow(scheduler: Any) -> bool:
-    """Whether a pipeline's scheduler is one for flow matching: made for it, or told of it."""
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether a scheduler is for flow matching."""
     told = scheduler.config.get("prediction_type") == "flow_prediction"
     return told or type(scheduler).__name__.startswith("FlowMatch")
 
 
-def replaced(scheduler: Any, name: str, model: str) -> Any:
-    """A scheduler of another class with the same noise schedule; the same one where it is of that class.
+def replace_scheduler(scheduler: Any, name: str, model: str) -> Any:
+    """Return a scheduler of another class with the same noise schedule, or itself if of that class.
 
     Args:
-        scheduler: the pipeline's.
-        name: as `scheduler_name` reads it.
-        model: what to call the model in an error.
+        scheduler: the pipeline's scheduler.
+        name: the class wanted, as `parse_scheduler` reads it; "" for its own.
+        model: what the message calls the model.
 
     Raises:
-        ExpungeError: there is none of that name, or it is not for the kind of model that this is.
+        ExpungeError: there is no such scheduler, or it is for models that predict something else.
     """
-    wanted = scheduler_name(name)
+    wanted = parse_scheduler(name)
     own = type(scheduler).__name__
     if not wanted or own == f"{wanted}Scheduler":
         return scheduler
-    if matches_flow(scheduler) != (wanted in FLOW):
+    if is_flow_matching(scheduler) != (wanted in FLOW):
         kinds = ("predict noise", "learn a flow")
         mine, theirs = kinds if wanted in FLOW else reversed(kinds)
         raise ExpungeError(
@@ -67,7 +67,7 @@ def replaced(scheduler: Any, name: str, model: str) -> Any:
         )
     import diffusers
 
-    # What was never said, and only stands there by default, was meant for another class.
+    # Values that stand in the configuration by default only are defaults of the old class.
     config = dict(scheduler.config)
     unsaid = ("_use_default_values", *config.get("_use_default_values", ()))
     said = {key: value for key, value in config.items() if key not in unsaid}

@@ -1,4 +1,4 @@
-"""Finished pieces of a long piece of work, kept in a folder: one `.safetensors` file each."""
+"""Save the finished parts of long work in a folder: one `.safetensors` file an entry."""
 
 from __future__ import annotations
 
@@ -11,54 +11,60 @@ import safetensors.torch
 import torch
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
-from expunge.base.files import read_header, replacing, slug
+from expunge.base.files import make_slug, read_header, replacing
 
 Tensors = dict[str, torch.Tensor]
-"""What a piece consists of."""
+"""The tensors of an entry, by name."""
 
 
-def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors as a file would give them back: on the CPU, without gradients, nothing shared."""
+def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return the tensors as a file would return them: on the CPU, without gradients, sharing nothing."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
 
 
-def stem(name: str) -> str:
-    """A file name, without its ending, for any name: what is legible of it, and its hash.
+def make_stem(name: str) -> str:
+    """Return a file name, without its ending, for any name: its ASCII letters and its hash.
 
-    >>> stem("Côte d'Ivoire 🇨🇮")
+    >>> make_stem("Côte d'Ivoire 🇨🇮")
     'c-te-d-ivoire-8cfcbc84914202fb'
     """
-    legible = slug(name, 40)
+    legible = make_slug(name, 40)
+    # A name from the command line may hold surrogates, which UTF-8 refuses otherwise.
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{legible}-{digest}" if legible else digest
 
 
-def keep(folder: Path, name: str, tensors: Tensors) -> None:
-    """Keep a piece; it is there whole or not at all.
+def save_entry(folder: Path, name: str, tensors: Tensors) -> None:
+    """Save an entry, whole or not at all.
+
+    Args:
+        folder: the folder.
+        name: the entry's name; it may hold any character.
+        tensors: the entry's tensors.
 
     Raises:
         ExpungeError: the file cannot be written.
     """
-    with replacing(folder / f"{stem(name)}.safetensors") as temporary:
+    with replacing(folder / f"{make_stem(name)}.safetensors") as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"name": name}))
 
 
-def kept(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
-    """The pieces among `names` that were kept; one that is broken counts as missing, with a warning."""
+def load_entries(folder: Path, names: Iterable[str]) -> dict[str, Tensors]:
+    """Return the entries among `names` that were saved, without broken ones, which raise a warning."""
     found = {}
     for name in names:
-        file = folder / f"{stem(name)}.safetensors"
+        file = folder / f"{make_stem(name)}.safetensors"
         if not file.exists():
             continue
         try:
-            read_header(file)
+            read_header(file)  # reports a file that was cut short, which safetensors may not
             found[name] = safetensors.torch.load(file.read_bytes())
         except (ExpungeError, safetensors.SafetensorError):
             warnings.warn(
-                f"the kept piece {file} of {name!r} is broken; it is made again",
+                f"the saved file {file} of {name!r} is broken; it is computed again",
                 ExpungeWarning,
                 stacklevel=3,
             )

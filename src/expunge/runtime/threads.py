@@ -1,4 +1,4 @@
-"""How many threads the CPU's work gets, so that it does not wait for cores that others are using.
+"""Choose the number of CPU threads, so that work does not wait for cores that others are using.
 
 A parallel loop ends when its slowest thread does. Where another program holds one of two cores, the
 thread that wants it waits for its turn, some milliseconds, in every one of the many short loops of
@@ -16,32 +16,32 @@ from pathlib import Path
 import torch
 
 SMALL = 2e9
-"""Operations of one prediction of a denoiser below which its loops are too short to share."""
+"""FLOPs of one forward pass below which a denoiser's loops are too short to share."""
 
-WINDOW = 0.25
-"""Seconds that the load is watched for at first."""
+MEASURE = 0.25
+"""Seconds for which the load is measured at first."""
 
-AGAIN = 2.0
-"""Seconds after which it is looked at again."""
+REMEASURE = 2.0
+"""Seconds after which the load is measured again."""
 
-ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Who sets one of these has chosen, and is left alone."""
+CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables by which the user has chosen the number of threads."""
 
 
 @dataclass(frozen=True)
 class Ticks:
-    """Processor time since the machine started, in seconds."""
+    """CPU time since the machine started, in seconds."""
 
     at: float
-    """When it was read."""
+    """When it was read, by the monotonic clock, in seconds."""
     busy: float
-    """What all processes have used, on all cores."""
+    """CPU time of all processes, on all cores."""
     ours: float
-    """What this process has used."""
+    """CPU time of this process."""
 
 
-def cores() -> float:
-    """The cores that this process may use: by affinity, and by the quota of its control group."""
+def count_cores() -> float:
+    """Return how many cores this process may use, by its affinity and its control group's quota."""
     try:
         allowed = float(len(os.sched_getaffinity(0)))
     except AttributeError:  # no such thing on macOS and Windows
@@ -53,8 +53,8 @@ def cores() -> float:
         return allowed
 
 
-def ticks() -> Ticks | None:
-    """What the processors have done so far; None where the system does not say."""
+def read_ticks() -> Ticks | None:
+    """Read the CPU time used so far; None where the system does not report it."""
     try:
         line = Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()
         # user, nice, system, idle, iowait, irq, softirq, steal
@@ -66,16 +66,16 @@ def ticks() -> Ticks | None:
     return Ticks(time.monotonic(), busy / hertz, time.process_time())
 
 
-def others(before: Ticks, after: Ticks) -> float:
-    """How many cores other processes used between two moments, on average."""
+def count_busy_cores(before: Ticks, after: Ticks) -> float:
+    """Return how many cores other processes used between two readings, on average."""
     passed = max(after.at - before.at, 1e-3)
     return max(0.0, (after.busy - before.busy) - (after.ours - before.ours)) / passed
 
 
-def share(most: int, free: float) -> int:
-    """The threads to take of `most`, where so many cores are free: whole ones, one at least.
+def choose_threads(most: int, free: float) -> int:
+    """Return how many of `most` threads to use where `free` cores are idle: one at the least.
 
-    >>> share(2, 1.9), share(2, 1.2), share(8, 0.1)
+    >>> choose_threads(2, 1.9), choose_threads(2, 1.2), choose_threads(8, 0.1)
     (2, 1, 1)
     """
     return max(1, min(most, math.floor(free + 0.25)))
@@ -83,29 +83,29 @@ def share(most: int, free: float) -> int:
 
 @dataclass
 class Threads:
-    """PyTorch's threads while a command works; what was set before comes back at the end.
+    """Set PyTorch's number of threads for a `with` block, and restore it at the end.
 
     Args:
-        small: whether the network's loops are too short to share: one thread then.
+        small: whether the network's loops are too short to share; one thread is then fastest.
     """
 
     small: bool = False
     most: int = field(default=0, init=False)
-    """The threads that PyTorch had."""
+    """The number of threads that PyTorch had."""
     seen: Ticks | None = field(default=None, init=False)
-    """The load when it was looked at last."""
+    """The last reading of the load; None where it is not measured."""
 
     def __enter__(self) -> Threads:
         self.most = torch.get_num_threads()
-        if self.most == 1 or any(os.environ.get(name) for name in ASKED):
+        if self.most == 1 or any(os.environ.get(name) for name in CHOSEN_BY_USER):
             self.most = 1  # nothing to choose
             return self
         if self.small:
             torch.set_num_threads(1)
             return self
-        before = ticks()
+        before = read_ticks()
         if before is not None:
-            time.sleep(WINDOW)
+            time.sleep(MEASURE)
             self.seen = before
             self._choose()
         return self
@@ -114,16 +114,16 @@ class Threads:
         if self.most > 1:
             torch.set_num_threads(self.most)
 
-    def look(self) -> None:
-        """Choose again if the last look was some time ago; from the thread that computes."""
-        if self.seen is not None and time.monotonic() - self.seen.at >= AGAIN:
+    def adjust(self) -> None:
+        """Choose again if the last reading is old; call it from the thread that computes."""
+        if self.seen is not None and time.monotonic() - self.seen.at >= REMEASURE:
             self._choose()
 
     def _choose(self) -> None:
-        before, now = self.seen, ticks()
+        before, now = self.seen, read_ticks()
         if before is None or now is None:
             return
         self.seen = now
-        chosen = share(self.most, cores() - others(before, now))
+        chosen = choose_threads(self.most, count_cores() - count_busy_cores(before, now))
         if chosen != torch.get_num_threads():
             torch.set_num_threads(chosen)

@@ -1,4 +1,4 @@
-"""The folder in which a long command keeps what it has finished, until its output is saved."""
+"""The work folder: where a long command saves finished parts, until its output is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.base.errors import ExpungeError
-from expunge.base.files import replacing, slug
+from expunge.base.files import make_slug, replacing
 
 try:
     import fcntl
@@ -20,18 +20,18 @@ except ImportError:  # Windows has none, and two equal commands are not told apa
     fcntl = None  # type: ignore[assignment]
 
 COMMAND = "command.json"
-"""The file that says whose folder it is."""
+"""The file that records the command that the folder belongs to."""
 
 LOCK = ".lock"
-"""The file that a command holds locked while it works in the folder; a killed one lets it go."""
+"""The file that a command keeps locked while it runs; the system unlocks it if the command is killed."""
 
 OR = "or choose another output"
 
 
-def beside(output: str | Path) -> Path:
-    """The work folder of a command that writes `output`: beside it, and called after it.
+def find_work_dir(output: str | Path) -> Path:
+    """Return the work folder of a command that writes `output`: beside it, and named after it.
 
-    >>> beside("edits/no-airplane.safetensors").name
+    >>> find_work_dir("edits/no-airplane.safetensors").name
     'no-airplane.safetensors.work'
     """
     output = Path(output)
@@ -42,23 +42,23 @@ def beside(output: str | Path) -> Path:
         longest = 255
     if len(os.fsencode(name)) > longest:
         digest = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]
-        name = f"{slug(output.name, 40)}-{digest}.work"
+        name = f"{make_slug(output.name, 40)}-{digest}.work"
     return output.with_name(name)
 
 
 @contextlib.contextmanager
-def opened(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Path | None]:
-    """The work folder of a command, for the length of a block; found again by the same command.
+def open_work_dir(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Open the work folder of a command for a block; the same command finds it again later.
 
-    It is left behind if anything was kept in it.
+    It stays there if anything was saved in it.
 
     Args:
-        folder: where it is, or None for no folder.
-        command: what the command does, ready for JSON; two commands are one if these are equal.
+        folder: the folder; None yields None.
+        command: what the command does, ready for JSON; two commands are the same if these are equal.
 
     Raises:
-        ExpungeError: the folder belongs to another command, one is at work in it at this moment, or it
-            cannot be made.
+        ExpungeError: the folder belongs to another command, another process uses it, or it cannot be
+            created.
     """
     if folder is None:
         yield None
@@ -76,7 +76,7 @@ def opened(folder: str | Path | None, command: Mapping[str, Any]) -> Iterator[Pa
 
 
 def remove(folder: str | Path) -> None:
-    """Take a work folder away, if it is there and is one, and no other command is at work in it."""
+    """Delete a work folder, if it is one and no other process uses it."""
     if (Path(folder) / COMMAND).is_file():
         with _locked(Path(folder)) as free:
             if free:
@@ -90,10 +90,10 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder locked for the length of a block; False where another command holds it.
+    """Lock a folder for a block; yield False where another process has locked it.
 
     Raises:
-        ExpungeError: the folder cannot be made or written.
+        ExpungeError: the folder cannot be created or written.
     """
     lock = folder / LOCK
     handle = None
@@ -103,10 +103,10 @@ def _locked(folder: Path) -> Iterator[bool]:
             try:
                 handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
-                continue  # another command has just taken the folder away
+                continue  # another process has just deleted the folder
             free = _lock(handle)
-            # Who had it before may have taken the folder away: then this locks nothing.
-            if free and not _same(handle, lock):
+            # The process that had the lock may have deleted the folder: then this locks nothing.
+            if free and not _is_open_at(handle, lock):
                 os.close(handle)
                 handle = None
     except FileExistsError:
@@ -119,27 +119,27 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield free
     finally:
         if free and not (folder / COMMAND).is_file():
-            with contextlib.suppress(OSError):  # someone else's folder, or none at all
+            with contextlib.suppress(OSError):  # the folder is in use, or gone
                 lock.unlink()
                 folder.rmdir()
         os.close(handle)
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file; False where another command has."""
+    """Lock an open file; return False where another process has."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # some network file systems know no locks
+    except OSError:  # some network file systems have no locks
         return True
     return True
 
 
-def _same(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
+def _is_open_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
@@ -147,17 +147,21 @@ def _same(handle: int, path: Path) -> bool:
 
 
 def _claim(folder: Path, command: Mapping[str, Any]) -> None:
-    """Make the folder this command's, or see that it is."""
+    """Record a command as the owner of a folder, or check that it is.
+
+    Raises:
+        ExpungeError: the folder belongs to another command, or is not a work folder.
+    """
     file = folder / COMMAND
     if not file.is_file():
-        # A command that was killed before it had signed its folder leaves at most a hidden file.
+        # A command that was killed before it wrote this file leaves at most a hidden one.
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ExpungeError(f"{folder} is in the way and no work folder of expunge's; move it, {OR}")
         with replacing(file) as temporary:
-            temporary.write_text(json.dumps(command, ensure_ascii=False, indent=1), "utf8")
+            temporary.write_text(json.dumps(command, ensure_ascii=False, indent=1), "utf-8")
         return
     try:
-        other = json.loads(file.read_text("utf8"))
+        other = json.loads(file.read_text(encoding="utf-8"))
         differing = [key for key in command if other.get(key) != command[key]]
     except (OSError, ValueError, AttributeError):
         raise ExpungeError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from expunge import __version__
 from expunge.base.errors import ExpungeError
-from expunge.base.fields import build, check
+from expunge.base.fields import build, check_fields
 from expunge.base.files import replacing
 from expunge.problem import Concept, Problem
 from expunge.studio import recipes
@@ -37,7 +37,7 @@ class View:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.files import size
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.files import format_bytes
 from expunge.checkpoints.pace import format_duration
 from expunge.cli import concept_files
-from expunge.problem import Concept, key
+from expunge.problem import Concept, normalize_name
 from expunge.studio import choice, recipes, uploads
 from expunge.studio.choice import Choice, View
 from expunge.studio.knowledge import Knowledge, notes_on
@@ -65,8 +65,10 @@ class Choosing:
         Raises:
             ExpungeError: a name is empty, there twice, or to be retained.
         """
-        there = {key(concept.name): concept for concept in self.choice.concepts}
-        found = [there.get(key(name)) or self.knowledge.propose(name) for name in names]
+        if list(names) == [concept.name for concept in self.choice.concepts]:
+            return  # a page tells of what it was told, too
+        there = {normalize_name(concept.name): concept for concept in self.choice.concepts}
+        found = [there.get(normalize_name(name)) or self.knowledge.propose(name) for name in names]
         self._set_concepts(found, proposing=True)
 
     def change(self, name: str, **values: Any) -> None:
@@ -75,14 +77,20 @@ class Choosing:
         Raises:
             ExpungeError: it is not chosen, or a value does not fit.
         """
-        if key(name) not in [key(concept.name) for concept in self.choice.concepts]:
-            raise unknown("chosen concept", name, [concept.name for concept in self.choice.concepts])
-        self._set_concepts(
-            [
-                dataclasses.replace(concept, **values) if key(concept.name) == key(name) else concept
-                for concept in self.choice.concepts
-            ]
-        )
+        if normalize_name(name) not in [
+            normalize_name(concept.name) for concept in self.choice.concepts
+        ]:
+            raise UnknownNameError(
+                "chosen concept", name, [concept.name for concept in self.choice.concepts]
+            )
+        changed = [
+            dataclasses.replace(concept, **values)
+            if normalize_name(concept.name) == normalize_name(name)
+            else concept
+            for concept in self.choice.concepts
+        ]
+        if tuple(changed) != self.choice.concepts:
+            self._set_concepts(changed)
 
     def choose_list(self, path: str | Path) -> None:
         """Choose the concepts, and what stays, of a file: .txt, .csv or .toml.
@@ -92,7 +100,7 @@ class Choosing:
         """
         checked = uploads.check(path, uploads.LISTS)
         try:
-            concepts, retain = concept_files.read(checked)
+            concepts, retain = concept_files.read_concepts(checked)
         except ExpungeError as error:
             raise ExpungeError(str(error).replace(str(checked), checked.name)) from None
         if retain:
@@ -125,6 +133,8 @@ class Choosing:
         Raises:
             ExpungeError: one of them is to be erased, or empty.
         """
+        if tuple(names) == self.choice.retain:
+            return
         trial = dataclasses.replace(self.choice, retain=tuple(dict.fromkeys(names)))
         if trial.concepts:
             trial = dataclasses.replace(trial, retain=trial.problem.retain)
@@ -158,8 +168,8 @@ class Choosing:
             before = self.knowledge.stay([concept.name for concept in self.choice.concepts])
             own = [name for name in self.choice.retain if name not in before]
             names = [concept.name for concept in concepts]
-            erased = {key(name) for concept in concepts for name in concept.names}
-            stay = [n for n in (*own, *self.knowledge.stay(names)) if key(n) not in erased]
+            erased = {normalize_name(name) for concept in concepts for name in concept.names}
+            stay = [n for n in (*own, *self.knowledge.stay(names)) if normalize_name(n) not in erased]
             trial = dataclasses.replace(trial, retain=tuple(dict.fromkeys(stay)))
         if trial.concepts:
             _ = trial.problem  # says what is wrong with it
@@ -192,9 +202,10 @@ class Choosing:
                 return Foresight(notes=tuple(notes))
             method.check_family(type(loaded.model))
             problem = problem.with_anchors(loaded.model.anchors)
-            notes = [*notes_on(loaded.model, self.knowledge, problem.erase), *notes]
-            loaded.model.require_window([*problem.retain, *(c.anchor or "" for c in problem.erase)])
-            memory, seconds = loaded.foresee(method, problem)
+            with loaded.lock:
+                notes = [*notes_on(loaded.asked, self.knowledge, problem.erase), *notes]
+                loaded.asked.require_window([*problem.retain, *(c.anchor or "" for c in problem.erase)])
+                memory, seconds = loaded.foresee(method, problem)
         except ExpungeError as error:
             return Foresight(problem=str(error))
         told = (
@@ -202,7 +213,7 @@ class Choosing:
             if seconds is None
             else f"about {format_duration(seconds)}"
         )
-        return Foresight(f"{size(memory)} of weights in memory", told, tuple(notes))
+        return Foresight(f"{format_bytes(memory)} of weights in memory", told, tuple(notes))
 
     @property
     def edit_path(self) -> Path:

@@ -34,6 +34,9 @@ EXAMPLES = {
 TICK, IDLE = 0.7, 2.5
 """Seconds between two looks at the work: while there is some, and while there is none."""
 
+CHOICE = 10
+"""How many components the left side has that a choice changes."""
+
 CARDS = 12
 """Concepts that are shown one by one; of more, the list is there."""
 
@@ -64,20 +67,32 @@ class Handlers:
             raise gr.Error(AWAY, title="Not done", print_exception=False)
         return self.studio.session(who)
 
-    def attempt(self, who: str | None, act: Callable[[Session], Any]) -> Session:
-        """Do something with a session; what is against it becomes a sentence on the page."""
+    def attempt(
+        self,
+        who: str | None,
+        act: Callable[[Session], Any],
+        failed: Callable[[Exception], None] = lambda _: None,
+    ) -> Session:
+        """Do something with a session; what is against it becomes a sentence on the page.
+
+        Args:
+            who: the session's name.
+            act: what to do.
+            failed: told what is against it.
+        """
         session = self.session(who)
         try:
             act(session)
         except Exception as error:
+            failed(error)
             text = sentence(error)
             gr.Warning(views.escape(text[:1].upper() + text[1:]), duration=12, title="Not done")
         return session
 
     # What the page shows.
 
-    def choice(self, session: Session) -> list[Any]:
-        """The left side: `Page.choice` in its order."""
+    def choice(self, session: Session, *, anew: bool = True) -> list[Any]:
+        """The left side: `Page.choice` in its order; `anew`, with other cards."""
         chosen = session.choice
         kind = recipes.kind_of(chosen.concepts)
         names = [concept.name for concept in chosen.concepts]
@@ -86,7 +101,7 @@ class Handlers:
         return [
             gr.update(value=chosen.model),
             gr.update(value=names, choices=list(dict.fromkeys([*known, *names])), interactive=True),
-            time.monotonic_ns(),  # the cards are shown anew
+            time.monotonic_ns() if anew else gr.skip(),
             gr.update(value=list(chosen.retain), choices=list(dict.fromkeys([*known, *chosen.retain]))),
             gr.update(value=chosen.method),
             gr.update(value=chosen.preset, choices=[option.name for option in presets]),
@@ -242,9 +257,13 @@ class Handlers:
         """A handler of the left side: who, then what `act` takes beside the session."""
 
         def handle(who: str | None, *values: Any) -> list[Any]:
+            before = self.session(who).choice
             session = self.attempt(who, lambda session: act(session, *values))
             self.attempt(who, lambda session: session.preview())
-            return [*self.choice(session), gr.Timer(TICK)]
+            return [
+                *self.choice(session, anew=session.choice.concepts != before.concepts),
+                gr.Timer(TICK),
+            ]
 
         return handle
 

@@ -10,7 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
-from expunge.base.files import cache_folder
+from expunge.base.files import find_cache_folder
 from expunge.studio.jobs import Desk
 from expunge.studio.models import FIRST, Models
 from expunge.studio.session import Session
@@ -31,7 +31,7 @@ class Studio:
     def __init__(
         self, folder: str | Path | None = None, models: Models | None = None, first: str = FIRST
     ) -> None:
-        self.folder = Path(folder) if folder is not None else cache_folder() / "studio"
+        self.folder = Path(folder) if folder is not None else find_cache_folder() / "studio"
         self.models = models or Models()
         self.desk, self.first = Desk(), first
         self._sessions: dict[str, Session] = {}

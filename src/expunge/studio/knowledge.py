@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, listed
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import known_to
-from expunge.evaluation.suite import Suite, SuiteConcept
+from expunge.base.errors import ExpungeError, join_names
+from expunge.evaluation.cells import SuiteConcept
+from expunge.evaluation.evaluate import restrict_to_judge
+from expunge.evaluation.measure import make_metric
+from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier
 from expunge.model import Model
-from expunge.problem import Concept, Kind, key
+from expunge.problem import Concept, Kind, normalize_name
 
 KIND_OF_SUITE: tuple[tuple[str, Kind], ...] = (
     ("celebrity", "identity"),
@@ -65,7 +66,7 @@ class Knowledge:
 
     def find(self, name: str) -> Known | None:
         """The concept of a name, however it is spelled."""
-        return self.concepts.get(key(name))
+        return self.concepts.get(normalize_name(name))
 
     def propose(self, name: str) -> Concept:
         """A name as a concept of the kind that is known of it."""
@@ -79,16 +80,18 @@ class Knowledge:
 
     def stay(self, erased: Sequence[str]) -> list[str]:
         """What is proposed to stay where these are erased: their like."""
-        gone = {key(name) for name in erased}
+        gone = {normalize_name(name) for name in erased}
         found = [other for name in erased if (known := self.find(name)) for other in known.siblings]
-        return [name for name in dict.fromkeys(found) if key(name) not in gone][:SIBLINGS]
+        return [name for name in dict.fromkeys(found) if normalize_name(name) not in gone][:SIBLINGS]
 
     def near(self, name: str) -> str:
         """The known name that is written almost so, or begins so alone; "" for none."""
-        begun = [known for spelled, known in self.concepts.items() if spelled.startswith(key(name))]
+        begun = [
+            known for spelled, known in self.concepts.items() if spelled.startswith(normalize_name(name))
+        ]
         if len({known.name for known in begun}) == 1:
             return begun[0].name
-        found = difflib.get_close_matches(key(name), list(self.concepts), n=1, cutoff=0.7)
+        found = difflib.get_close_matches(normalize_name(name), list(self.concepts), n=1, cutoff=0.7)
         return self.concepts[found[0]].name if found else ""
 
     def suites_for(self, names: Sequence[str]) -> list[str]:
@@ -96,7 +99,7 @@ class Knowledge:
         return [
             title
             for title, suite in self.suites.items()
-            if any(suite.concept(name) is not None for name in names)
+            if any(suite.find_concept(name) is not None for name in names)
         ]
 
     def prompts(self, concepts: Sequence[Concept], retain: Sequence[str]) -> list[str]:
@@ -111,7 +114,7 @@ class Knowledge:
 
     def _prompt(self, name: str, kind: Kind) -> str:
         for suite in self.suites.values():
-            concept = suite.concept(name)
+            concept = suite.find_concept(name)
             templates = [t for t in suite.templates.get("erased", ()) if "{}" in t]
             if concept is not None and templates:
                 other = suite.others[0].words if suite.others else ""
@@ -123,14 +126,14 @@ def of_model(name: str) -> Knowledge:
     """What is known of a model, by the suites that are made for it and their judges."""
     concepts: dict[str, Known] = {}
     suites: dict[str, Suite] = {}
-    for title in sorted(registry.names("suites"), key=_order):
+    for title in sorted(registry.list_names("suites"), key=_order):
         suite = Suite.read(title)
         if suite.model != name:
             continue
         judge = _judge(suite)
         if judge is not None:
             try:
-                suite = known_to(suite, judge)
+                suite = restrict_to_judge(suite, judge)
             except ExpungeError:
                 continue  # its judge knows none of its labels: nothing to choose there
         suites[title] = suite
@@ -140,10 +143,10 @@ def of_model(name: str) -> Knowledge:
             near = [other for other in names if other != called]
             known = Known(called, kind, concept.synonyms, tuple(near))
             for spelling in (called, *concept.names):
-                concepts.setdefault(key(spelling), known)
+                concepts.setdefault(normalize_name(spelling), known)
         for other in suite.others:
-            concepts.setdefault(key(other.words), Known(other.words, "object"))
-    unique = {key(known.name): known for known in concepts.values()}
+            concepts.setdefault(normalize_name(other.words), Known(other.words, "object"))
+    unique = {normalize_name(known.name): known for known in concepts.values()}
     return Knowledge({**unique, **concepts}, suites)
 
 
@@ -164,7 +167,7 @@ def _order(title: str) -> tuple[int, str]:
 def _judge(suite: Suite) -> Classifier | None:
     """A suite's judge; None where it cannot be had here."""
     try:
-        judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
+        judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
     except ExpungeError:
         return None
     return judge if isinstance(judge, Classifier) else None
@@ -196,13 +199,13 @@ def notes_on(model: Model, knowledge: Knowledge, concepts: Sequence[Concept]) ->
                 " all: write it in the language of the model's captions."
             )
             continue
-        strange = model.unfamiliar(name)
+        strange = model.find_unknown_words(name)
         if near := knowledge.near(name):
             said.append(
                 f"“{name}” is not among the names this model is known to draw; did you mean “{near}”?"
             )
         elif strange:
-            words = listed([f"“{word}”" for word in strange], 3)
+            words = join_names([f"“{word}”" for word in strange], 3)
             said.append(f"This model can only spell {words}: see whether it is written as you meant.")
     return said
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
-from expunge.base.files import size
+from expunge.base.files import format_bytes
 from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import CostEstimate, estimate, estimate_model
 from expunge.checkpoints.load import load
-from expunge.erasing.caption_gram import unread
+from expunge.erasing.caption_gram import count_unread
 from expunge.method import Method
 from expunge.model import Model
 from expunge.problem import Problem
@@ -42,15 +43,34 @@ class Loaded:
     """A model in memory, and how fast it is here."""
 
     model: Model
+    """The model that works, in the desk's thread alone."""
     plan: CostEstimate
+    asked: Model = field(init=False)
+    """The same with tokenizers of its own, for questions while the model works: a tokenizer keeps the
+    padding of its last call, so that two threads cannot share one."""
+    lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+    """Held while `asked` is asked."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", with_own_tokenizers(self.model))
 
     def foresee(self, method: Method, problem: Problem) -> tuple[float, float | None]:
         """Bytes of weights in memory, and seconds that erasing takes; None where nobody can say."""
         work = method.estimate_cost(problem, self.model.num_inference_steps)
         if work is None:
             return self.plan.memory, None
-        captions = unread(self.model, work.captions, problem.erase)
+        captions = count_unread(self.asked, work.captions, problem.erase)
         return self.plan.memory, dataclasses.replace(self.plan, captions=captions).seconds(work)
+
+
+def with_own_tokenizers(model: Model) -> Model:
+    """The same model with copies of its tokenizers; its weights are shared."""
+    made = copy.copy(model)
+    made.pipe = copy.copy(model.pipe)
+    for name, part in model.pipe.components.items():
+        if hasattr(part, "get_vocab"):
+            setattr(made.pipe, name, copy.deepcopy(part))
+    return made
 
 
 def free_memory() -> float:
@@ -89,9 +109,9 @@ class Models:
                 it is too large.
         """
         if not name.strip():
-            shipped = ", ".join(registry.names("models"))
+            shipped = ", ".join(registry.list_names("models"))
             raise ExpungeError(f"name a model: {shipped}, a folder, a .safetensors file or a hub id")
-        if name in self._loaded or name in registry.names("models"):
+        if name in self._loaded or name in registry.list_names("models"):
             return
         if not self.local_files and not loading.is_hub_id(name):
             raise ExpungeError(
@@ -102,8 +122,8 @@ class Models:
         needed, free = weights(found), SPARE * self.memory()
         if needed > free:
             raise ExpungeError(
-                f"{found.name} has {size(needed)} of weights, and {size(free)} can be used here:"
-                " close other programs, or take a smaller model; nothing was loaded"
+                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be"
+                " used here: close other programs, or take a smaller model; nothing was loaded"
             )
 
     def ready(self, name: str) -> Loaded | None:

@@ -165,8 +165,9 @@ class Page:
                     interactive=True,
                     min_width=140,
                 )
-            for part, field in ((becomes, "anchor"), (kind, "kind"), (also, "synonyms")):
-                part.input(
+            told = ((becomes.input, becomes, "anchor"), (kind.input, kind, "kind"))
+            for event, part, field in (*told, (_told(also), also, "synonyms")):
+                event(
                     self.do.change(name, field), [self.who, part], [self.foresight, self.start], **HIDDEN
                 )
         if len(concepts) > CARDS:
@@ -297,8 +298,8 @@ class Page:
         def wire(event: Any, act: Any, *inputs: Any) -> Any:
             return event(do.choosing(act), [self.who, *inputs], [*self.choice, self.timer], **HIDDEN)
 
-        wire(self.names.input, lambda session, names: session.choose(names or []), self.names)
-        wire(self.stay.input, lambda session, names: session.retain(names or []), self.stay)
+        wire(_told(self.names), lambda session, names: session.choose(names or []), self.names)
+        wire(_told(self.stay), lambda session, names: session.retain(names or []), self.stay)
         wire(self.method.input, lambda session, name: session.choose_method(name), self.method)
         wire(
             self.preset.input,
@@ -350,7 +351,6 @@ class Page:
         wire(self.start.click, lambda session: session.erase())
         wire(self.cancel.click, lambda session: session.cancel())
         wire(self.stop.click, lambda session: session.cancel())
-        self.title.change(None, None, None, js=theme.SHOW)
         view = (self.prompts, self.look_seed, self.number, self.strength)
         wire(self.draw.click, look, *view)
         wire(self.strength.release, look, *view)
@@ -379,3 +379,9 @@ class Page:
 
 def _step(number: int, title: str) -> None:
     gr.HTML(f'<h2 class="x-step"><b aria-hidden="true">{number}</b>{views.escape(title)}</h2>')
+
+
+def _told(part: gr.Dropdown) -> Any:
+    """The event of a choice of several: Gradio tells of picked names by one event, of written ones by
+    none but the keys', and of those left behind when it loses the focus."""
+    return partial(gr.on, [part.input, part.key_up, part.blur], trigger_mode="always_last")

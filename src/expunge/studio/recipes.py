@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, unknown
-from expunge.base.files import slug
+from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.files import make_slug
 from expunge.method import Method
 from expunge.problem import Concept, Problem
 
@@ -18,7 +18,7 @@ FIRST = "uce"
 DEFAULTS = "default"
 """What the page calls a method without a preset."""
 
-EVERYWHERE = ("gate", "fast")
+EVERYWHERE = ("gate",)
 """Presets that are for no model in particular."""
 
 
@@ -32,7 +32,7 @@ class Option:
 
 def methods() -> list[Option]:
     """Every method; the first answer's first."""
-    names = sorted(registry.names("methods"), key=lambda name: (name != FIRST, name))
+    names = sorted(registry.list_names("methods"), key=lambda name: (name != FIRST, name))
     return [Option(name, registry.describe("methods", name)) for name in names]
 
 
@@ -45,10 +45,10 @@ def presets(method: str, model: str, kind: str = "object") -> list[Option]:
         kind: of the concepts; presets named after it come first.
     """
     cls = _method(method)
-    shipped = model in registry.names("models")
+    shipped = model in registry.list_names("models")
     found = [Option(DEFAULTS, "The method's own settings.")]
     for name, preset in cls.presets.items():
-        meant = next((one for one in registry.names("models") if name.startswith(one)), "")
+        meant = next((one for one in registry.list_names("models") if name.startswith(one)), "")
         if name in EVERYWHERE or (meant == model if shipped else not meant):
             found.append(Option(name, _as_sentence(str(preset.get("about", "")))))
 
@@ -74,8 +74,8 @@ def build(method: str, preset: str) -> Method:
 
 
 def _method(name: str) -> type[Method]:
-    if name not in registry.names("methods"):
-        raise unknown("method", name, registry.names("methods"))
+    if name not in registry.list_names("methods"):
+        raise UnknownNameError("method", name, registry.list_names("methods"))
     found: type[Method] = registry.get("methods", name)
     return found
 
@@ -87,7 +87,7 @@ def _as_sentence(about: str) -> str:
 
 def file_name(problem: Problem) -> str:
     """What to call an edit: "no-airplane-cat"."""
-    names = [slug(concept.name, 24) for concept in problem.erase[:3]]
+    names = [make_slug(concept.name, 24) for concept in problem.erase[:3]]
     return "-".join(["no", *(name for name in names if name)]) if any(names) else "edit"
 
 
@@ -185,4 +185,4 @@ def check_preset(method: str, preset: str) -> None:
     """
     known = [DEFAULTS, *_method(method).presets]
     if preset and preset not in known:
-        raise ExpungeError(str(unknown(f"preset of {method}", preset, known)))
+        raise ExpungeError(str(UnknownNameError(f"preset of {method}", preset, known)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.edit import Edit
 from expunge.studio import choice, looking, recipes, uploads, working
 from expunge.studio.choice import Choice, View
@@ -199,9 +199,9 @@ class Session(Choosing):
         made = self._need()
         known = self.models.knowledge(made.model).suites
         if suite not in self.suites:
-            raise unknown("suite that knows what was erased", suite, self.suites)
+            raise UnknownNameError("suite that knows what was erased", suite, self.suites)
         if amount not in working.SIZES:
-            raise unknown("size", amount, working.SIZES)
+            raise UnknownNameError("size", amount, working.SIZES)
 
         def work(job: Job) -> working.Verdict:
             model = self.models.get(made.model, job).model
@@ -244,7 +244,7 @@ class Session(Choosing):
         """
         made = self._need()
         if form not in working.FORMS:
-            raise unknown("form", form, working.FORMS)
+            raise UnknownNameError("form", form, working.FORMS)
         stem, report = recipes.file_name(made.edit.record.problem), None
         if self.verdict is not None and (self.verdict.folder / "results.json").is_file():
             report = self.verdict.folder

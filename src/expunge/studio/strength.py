@@ -50,8 +50,8 @@ class ScaledWeight(_Part, WeightChange):
 class ScaledInput(_Part, InputChange):
     """x + s (change(x) − x), for a gate on what a layer is given."""
 
-    def given(self, x: Tensor) -> Tensor:
-        return self._between(x, self.inner.given(x))
+    def change_input(self, x: Tensor) -> Tensor:
+        return self._between(x, self.inner.change_input(x))
 
 
 @dataclass(frozen=True, eq=False)

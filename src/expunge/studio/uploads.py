@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from expunge.base import files
-from expunge.base.errors import ExpungeError, listed
+from expunge.base.errors import ExpungeError, join_names
 
 LIMITS = {
     ".txt": 1_000_000,
@@ -40,7 +40,9 @@ def check(path: str | Path, endings: tuple[str, ...]) -> Path:
     if ending in PICKLES:
         raise ExpungeError(f"{name} is {files.PICKLED}")
     if ending not in endings:
-        raise ExpungeError(f"{name} is none of the files that are read here: {listed(list(endings), 5)}")
+        raise ExpungeError(
+            f"{name} is none of the files that are read here: {join_names(list(endings), 5)}"
+        )
     try:
         n = path.stat().st_size
         with path.open("rb") as file:
@@ -48,8 +50,8 @@ def check(path: str | Path, endings: tuple[str, ...]) -> Path:
     except OSError as error:
         raise ExpungeError(f"cannot read {name}: {error.strerror or error}") from None
     if n > LIMITS[ending]:
-        most = files.size(LIMITS[ending])
-        raise ExpungeError(f"{name} is {files.size(n)}; a {ending} file may have {most} here")
+        most = files.format_bytes(LIMITS[ending])
+        raise ExpungeError(f"{name} is {files.format_bytes(n)}; a {ending} file may have {most} here")
     if not n:
         raise ExpungeError(f"{name} is empty")
     if start.startswith((b"PK\3\4", b"\x80")):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expunge.attack import Attack
 from expunge.base import fields, registry
-from expunge.base.errors import ExpungeError, unknown
+from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.image_files import to_pil
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import count_operations
@@ -23,16 +23,17 @@ from expunge.checkpoints.model_card import render_card, write_card
 from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
-from expunge.evaluation.measure import make
-from expunge.evaluation.report import Report, evaluate
-from expunge.evaluation.scoring import Candidate
+from expunge.evaluation.candidates import Candidate
+from expunge.evaluation.cells import Size
+from expunge.evaluation.evaluate import Report, evaluate
+from expunge.evaluation.measure import make_metric
 from expunge.evaluation.statistics import Estimate
-from expunge.evaluation.suite import Size, Suite
+from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.metric import Classifier
 from expunge.model import Model
 from expunge.probe import Probe
-from expunge.problem import Problem, key
+from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 from expunge.runtime.threads import SMALL, Threads
 from expunge.studio.jobs import Job
@@ -77,7 +78,7 @@ def erase_in(
                 loaded.plan.unit_seconds,
                 loaded.plan.overhead(work),
             )
-            pace.listeners += [lambda *_: threads.look(), _Listener(job)]
+            pace.listeners += [lambda *_: threads.adjust(), _Listener(job)]
             stack.enter_context(pace)
 
             def progress(label: str, done: int, total: int) -> None:
@@ -179,7 +180,7 @@ def ladder(attack: str, budget: float) -> list[tuple[str, Attack]]:
     """
     known = ("inversion", "embedding")
     if attack not in known:
-        raise unknown("attack", attack, known)
+        raise UnknownNameError("attack", attack, known)
     if not 0 < budget <= 10_000:
         raise ExpungeError(f"the budget of an attack must be above 0, not {budget:g}")
     cls, found = registry.get("attacks", attack), []
@@ -206,10 +207,10 @@ class _Eye:
     def of(cls, suites: Sequence[Suite], edit: Edit) -> _Eye | None:
         for suite in suites:
             for concept in edit.record.problem.erase:
-                if (found := suite.concept(concept.name)) is None:
+                if (found := suite.find_concept(concept.name)) is None:
                     continue
                 try:
-                    judge = make(suite.judge, dict(suite.options.get(suite.judge, {})))
+                    judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
                 except ExpungeError:
                     continue
                 if isinstance(judge, Classifier):
@@ -219,7 +220,7 @@ class _Eye:
     def seen(self, images: Tensor) -> list[bool | None]:
         rows = self.judge.measure(images, [""] * len(images))
         answers = self.judge.score(rows, self.labels, self.near, self.question)
-        broken = self.judge.broken(rows).tolist()
+        broken = self.judge.find_broken(rows).tolist()
         return [
             False if lost else None if answer != answer else answer >= 0.5
             for answer, lost in zip(answers.tolist(), broken, strict=True)
@@ -249,7 +250,7 @@ def judge_in(
         ExpungeError: the suite knows nothing of what is erased, or there is no such size.
     """
     if size not in SIZES:
-        raise unknown("size", size, SIZES)
+        raise UnknownNameError("size", size, SIZES)
     if size == "glance":
         suite = dataclasses.replace(suite, sizes={**suite.sizes, "quick": GLANCE})
     with stopping(model, job):
@@ -263,8 +264,8 @@ def judge_in(
 
 def _told(edit: Edit, suite: Suite) -> tuple[str, ...]:
     """What a reader should know where the method was told words that the suite holds out."""
-    told = {key(name) for concept in edit.record.problem.erase for name in concept.synonyms}
-    held = [s for concept in suite.concepts for s in concept.synonyms if key(s) in told]
+    told = {normalize_name(name) for concept in edit.record.problem.erase for name in concept.synonyms}
+    held = [s for concept in suite.concepts for s in concept.synonyms if normalize_name(s) in told]
     if not held:
         return ()
     words = ", ".join(f"“{word}”" for word in held[:3])
@@ -318,7 +319,7 @@ def take_in(
         ExpungeError: there is no such form, or the edit cannot take it.
     """
     if form not in FORMS:
-        raise unknown("form", form, FORMS)
+        raise UnknownNameError("form", form, FORMS)
     job.step = "writing"
     shutil.rmtree(folder / form, ignore_errors=True)
     place = folder / form

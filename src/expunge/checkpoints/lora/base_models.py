@@ -50,7 +50,7 @@ def describe_base(family: type[Model], variant: str = "") -> dict[str, str]:
 def read_base_title(metadata: Mapping[str, str]) -> str:
     """Read from a LoRA's metadata which base model it is for; "" where they do not say."""
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
-    families = (registry.get("families", name) for name in registry.names("families"))
+    families = (registry.get("families", name) for name in registry.list_names("families"))
     for base in (base for family in families for base in get_naming(family).bases.values()):
         if architecture == base.architecture:
             return base.title

@@ -23,7 +23,7 @@ from expunge.changes import WeightChange
 from expunge.checkpoints.lora.keys import make_diffusers_stem
 from expunge.checkpoints.lora.truncate import TruncationLoss, Truncator
 from expunge.checkpoints.weight_changes import Place
-from expunge.ops.low_rank import balanced
+from expunge.ops.low_rank import balance
 
 if TYPE_CHECKING:
     from expunge.checkpoints.text_moments import TextMoments
@@ -91,7 +91,8 @@ class Lora:
                 left_out.append((layer, parameter))
                 continue
             shapes[layer] = tuple(weight.shape)
-            found[layer] = balanced(*truncator.truncate(layer, weight, some))
+            # Half precision keeps most of factors of equal size.
+            found[layer] = balance(*truncator.truncate(layer, weight, some))
         if not found:
             raise ExpungeError("a LoRA holds changes of weights, and this edit changes none")
         most = max(up.shape[1] for up, _ in found.values())
@@ -116,6 +117,7 @@ class Lora:
             kernel = self.shapes[layer][2:]
             up = up.reshape(*up.shape, *(1 for _ in kernel)).to(dtype).contiguous()
             down = down.reshape(down.shape[0], self.shapes[layer][1], *kernel).to(dtype).contiguous()
+            # Of transformers, the programs know PEFT's newer endings instead.
             if naming == "diffusers" and layer.startswith("unet."):
                 stem, join = make_diffusers_stem(layer)
                 tensors |= {f"{stem}{join}.down.weight": down, f"{stem}{join}.up.weight": up}
@@ -155,6 +157,7 @@ class Lora:
         if not all(bool(tensor.float().isfinite().all()) for tensor in tensors.values()):
             format = str(dtype).removeprefix("torch.")
             raise ExpungeError(f"the changes are too large for {format}; write the LoRA in float32")
+        # Trainers that go on from a LoRA read its shape here.
         if naming == "kohya":
             metadata = {
                 "ss_network_module": "networks.lora",

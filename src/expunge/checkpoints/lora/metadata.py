@@ -64,6 +64,7 @@ class AdapterMetadata:
             raise ExpungeError(
                 f"{self.path}: its metadata say rank {declared:g} of {shorten(layer)}, which has {rank}"
             )
+        # PEFT scales by the layer's own rank, and rsLoRA by its root, which keeps large ranks stable.
         return alpha / (rank**0.5 if self.get(component, "use_rslora") else rank)
 
     def _find_number(self, component: str, pattern: str, name: str, inside: str) -> float | None:
@@ -78,7 +79,7 @@ class AdapterMetadata:
                     raise ExpungeError(
                         f"{self.path}: {pattern} of its metadata has no pattern {key!r}"
                     ) from None
-                if matches:
+                if matches:  # PEFT, too, takes the first pattern that matches
                     value = own
                     break
         if value is None:

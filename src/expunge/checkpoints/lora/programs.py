@@ -81,7 +81,7 @@ def make_table() -> str:
     """Make the table of which program reads which form of a LoRA, in Markdown."""
     heads = ["family", "`--to`", *PROGRAMS.values()]
     rows = [heads, ["---"] * len(heads)]
-    for name in registry.names("families"):
+    for name in registry.list_names("families"):
         family = registry.get("families", name)
         if not (title := get_naming(family).title):
             continue

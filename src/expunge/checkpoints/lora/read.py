@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning, listed
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.files import read_header
-from expunge.changes import LowRank, WeightChange, check_fit, find
+from expunge.changes import LowRank, WeightChange, check_fit, find_layer
 from expunge.checkpoints.loading import find_family
 from expunge.checkpoints.lora.base_models import read_base_title
 from expunge.checkpoints.lora.dora import Dora
@@ -75,12 +75,13 @@ def read_lora(
     header = read_header(path)
     raw = read_tensors(path)
     modules, others = group_modules(raw, path)
+    # Other namings are left to diffusers, which knows many and may drop parts of them.
     if not modules and any("lora" in name for name in raw):
         raw, others = _convert_by_diffusers(raw, pipeline, config, path), []
         modules, _ = group_modules(raw, path)
     if not modules:
         if any("lora" in name or "hada_" in name or "lokr_" in name for name in others):
-            shown = listed([shorten(name) for name in others], 2)
+            shown = join_names([shorten(name) for name in others], 2)
             raise ExpungeError(f"{path} is not a LoRA that can be read: nothing here reads {shown}")
         raise ExpungeError(f"{path} is not a LoRA: none of its tensors is named like one")
     builder = _ChangeBuilder(
@@ -98,7 +99,7 @@ def read_lora(
                 raise ExpungeError(f"{path} is not one LoRA: it changes {layer} twice")
             changes[layer] = change
     if others:
-        shown = listed([shorten(name) for name in others], 2)
+        shown = join_names([shorten(name) for name in others], 2)
         warnings.warn(
             f"{path}: {len(others)} of {len(raw)} tensors left out, being no LoRA of a layer: {shown}",
             ExpungeWarning,
@@ -127,8 +128,9 @@ def fuse_lora(path: str | Path, pipe: Any, scale: float = 1.0) -> None:
         base = f", but, as it says, for {title}" if title else ""
         raise ExpungeError(f"{path} is not a LoRA for this model{base}: {reason}") from None
     for change in changes:
-        module: Any = find(pipe, *change.layers)
+        module: Any = find_layer(pipe, *change.layers)
         after = change.weight(module.weight.detach())
+        # Checked before it is assigned: half precision overflows where the factors are finite.
         if not bool(after.isfinite().all()):
             raise ExpungeError(
                 f"{path} at strength {scale:g} makes NaN or infinity of {change.layers[0]}"
@@ -149,6 +151,7 @@ class _ChangeBuilder:
     def build(self, stem: str, parts: Parts) -> list[WeightChange]:
         """The changes of one module: one a layer, several where the file fuses layers."""
         up, down = parts["up"].flatten(1).float(), parts["down"].float()
+        # Before flattening: a convolution's inputs are its channels, not channels times kernel.
         rank, inputs = down.shape[:2]
         down = self._include_middle(stem, parts, down).flatten(1)
         found = find_layers(stem, self.family, self.config)
@@ -166,6 +169,7 @@ class _ChangeBuilder:
             of_rows = (
                 "magnitude" in parts or magnitude.ndim < 2 or magnitude.numel() == magnitude.shape[0]
             )
+            # LyCORIS stores (out, 1) for rows and (1, in) for columns, PEFT a vector of rows.
             norms = magnitude.flatten().float()
             if len(norms) != (len(up) if of_rows else inputs):
                 self._refuse(f"{shorten(stem)} has {len(norms)} magnitudes")

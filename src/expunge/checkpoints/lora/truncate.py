@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expunge.changes import Dense, LowRank, Right, WeightChange
 from expunge.checkpoints.weight_changes import compose_linear, compose_low_rank
-from expunge.ops.low_rank import compressed, noise, probes, shared, truncated
+from expunge.ops.low_rank import compress, draw_probes, factor_shared, measure_rounding_noise, truncate
 
 if TYPE_CHECKING:
     from expunge.checkpoints.text_moments import TextMoments
@@ -94,6 +94,7 @@ class Truncator:
             down = torch.cat([change.down.double() for change in low])
             self.exact.append((layer, up, down))
             return up, down
+        # Without forming Δ, which a decomposition would take long for in every layer.
         if weight.ndim == 2 and all(isinstance(change, (Right, LowRank)) for change in changes):
             return self._truncate_linear(layer, weight, changes)
         original = weight.double()
@@ -104,8 +105,12 @@ class Truncator:
         metric = self._metric(layer, delta.shape[1])
         dense = [change.value for change in changes if isinstance(change, Dense)]
         # A dense weight in half precision differs everywhere by rounding, which would take full rank.
-        floor = noise(original.flatten(1), metric, _rounding_unit(dense[-1])) if dense else 0.0
-        up, down = truncated(delta, self.rank, self.energy, metric, floor)
+        floor = (
+            measure_rounding_noise(original.flatten(1), metric, _rounding_unit(dense[-1]))
+            if dense
+            else 0.0
+        )
+        up, down = truncate(delta, self.rank, self.energy, metric, floor)
         self._add_loss(layer, delta.shape[1], lambda z: delta @ z, (up, down))
         return up, down
 
@@ -116,6 +121,7 @@ class Truncator:
         for layer, up, down in self.exact:
             self._add_loss(layer, down.shape[1], partial(_apply, up, down), None)
         missed, total = self.sums[0::2], self.sums[1::2]
+        # Squares add up over layers; a change that does nothing to text has no share to lose.
         shares = [m / t if t else 0.0 for m, t in zip(missed, total, strict=True)]
         known = self.complete and total[1] > 0
         return TruncationLoss(shares[0] ** 0.5, *(shares[1:] if known else (None, None)))
@@ -139,7 +145,7 @@ class Truncator:
                 torch.cat([moments, mixed.T], 1), torch.cat([mixed, seen @ own_down.T], 1),
             ])  # fmt: skip
             up, down = torch.cat([up, own_up], 1), torch.cat([down, own_down])
-        up, down = compressed(up, down, moments, self.rank, self.energy)
+        up, down = compress(up, down, moments, self.rank, self.energy)
 
         def apply(z: Tensor) -> Tensor:
             # Δ Z without Δ, which may be too large to hold for every layer.
@@ -169,7 +175,7 @@ class Truncator:
             # More directions than the rank, since each layer's weight turns and stretches them.
             most = None if self.rank is None else max(4 * self.rank, 64)
             if rights:
-                up, down = shared(right, most, self.energy, metric, unit)
+                up, down = factor_shared(right, most, self.energy, metric, unit)
             else:
                 up, down = right[:, :0], right[:0]
             seen = down if metric is None else down @ metric
@@ -213,7 +219,7 @@ class Truncator:
             # One seed for all layers: equal exports measure equal losses.
             draw = torch.Generator().manual_seed(0)
             some = (None, moments.erased, moments.retained) if moments else (None,)
-            self.probes[key] = tuple(probes(each, inputs, draw) for each in some)
+            self.probes[key] = tuple(draw_probes(each, inputs, draw) for each in some)
         for i, z in enumerate(self.probes[key]):
             wanted = apply(z).double()
             self.sums[2 * i + 1] += float(wanted.square().sum())

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import expunge
+from edits import edited, low_rank
 from expunge import ExpungeError
 from expunge.base import registry
 from expunge.changes import LowRank
@@ -25,11 +26,12 @@ from expunge.checkpoints.lora.programs import (
     make_table,
 )
 from expunge.checkpoints.weight_changes import group_by_place
+from expunge.families._lora import BaseModel, LoraNaming, split_equally
 from expunge.families.flux import Flux
 from expunge.families.sd3 import SD3
 from expunge.families.sdxl import SDXL
 from expunge.families.stable_diffusion import StableDiffusion
-from test_export import edited, low_rank
+from expunge.model import Model
 from tiny import PIPELINES
 
 FAMILIES = {family.__name__: family for family in (StableDiffusion, SDXL, SD3, Flux)}
@@ -183,7 +185,7 @@ def as_forge(state, family, network):
 
 NEW = [
     (family, form)
-    for family in (registry.get("families", name) for name in registry.names("families"))
+    for family in (registry.get("families", name) for name in registry.list_names("families"))
     for form in ("lora", "kohya")
     if family.__name__ not in FAMILIES and form in family.lora_naming.readers
 ]
@@ -509,3 +511,53 @@ def test_a_lora_says_for_which_base_it_is(family, variant, version, second, arch
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, second)
     assert said["modelspec.architecture"] == architecture
     assert read_base_title(said) == named
+
+
+class Newcomer(StableDiffusion):
+    """A family of another package: everything that names its layers stands in its own class."""
+
+    denoiser = "transformer"
+    ldm_layers = ((r"blocks\.(\d+)\.attn\.out", r"layers.\1.self_attn.wo"),)
+    ldm_fused_layers = ((r"layers\.(\d+)\.self_attn\.wqkv", split_equally(r"blocks.\1.attn", "q k v")),)
+    lora_naming = LoraNaming(
+        title="Newcomer",
+        bases={"": BaseModel("Newcomer 1", "new1", "newcomer-1")},
+        readers={"kohya": {"comfyui": ALL}},
+        unsupported={"a1111": "A1111 does not run Newcomer at all"},
+        words=("self_attn",),
+    )
+    ldm_layer_name = classmethod(Model.ldm_layer_name.__func__)
+    find_ldm_layers = classmethod(Model.find_ldm_layers.__func__)
+    kohya_layer_name = classmethod(Model.kohya_layer_name.__func__)
+
+
+def test_a_family_says_all_that_is_to_say_in_its_own_class(monkeypatch):
+    assert Newcomer.kohya_layer_name("blocks.3.attn.out", {}) == "lora_unet_layers_3_self_attn_wo"
+    ((layer, pick),) = find_layers("lora_unet_layers_3_self_attn_wo", Newcomer, {})
+    assert (layer, pick) == ("transformer.blocks.3.attn.out", None)
+    found = find_layers("diffusion_model.layers.1.self_attn.wqkv", Newcomer, {})
+    assert [layer for layer, _ in found] == [f"transformer.blocks.1.attn.{x}" for x in "qkv"]
+    rows = torch.arange(6.0)[:, None]
+    assert [pick(rows, 2).flatten().tolist() for _, pick in found] == [[0, 1], [2, 3], [4, 5]]
+    assert describe_support("kohya", Newcomer).startswith("Loads whole in ComfyUI; not in diffusers")
+    assert choose_form("comfyui", Newcomer, True) == "kohya"
+    with pytest.raises(ExpungeError, match="A1111 does not run Newcomer at all"):
+        choose_form("a1111", Newcomer, True)
+    with pytest.raises(ExpungeError, match="ComfyUI reads no LoRA of this edit for Newcomer"):
+        choose_form("comfyui", Newcomer, False)
+    assert describe_base(Newcomer)["modelspec.architecture"] == "newcomer-1/lora"
+    monkeypatch.setattr(registry, "list_names", lambda kind: ("newcomer",))
+    monkeypatch.setattr(registry, "get", lambda kind, name: Newcomer)
+    assert read_base_title(describe_base(Newcomer)) == "Newcomer 1"
+    assert "| Newcomer | `kohya` | – | yes | – | – | – |" in make_table()
+
+
+def test_a_family_that_says_nothing_is_read_by_diffusers_alone():
+    class Silent(StableDiffusion):
+        lora_naming = None
+
+    assert describe_base(Silent) == {}
+    assert find_support("lora", Silent, "diffusers") == ALL
+    assert find_support("kohya", Silent, "comfyui") == ""
+    with pytest.raises(ExpungeError, match="Forge reads no LoRA of this edit for Silent"):
+        choose_form("forge", Silent, True)

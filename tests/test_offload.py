@@ -9,6 +9,7 @@ from expunge import Concept, Probe, Problem
 from expunge.base import registry
 from expunge.checkpoints.offload import OffloadHook, offload_idle_parts
 from expunge.ops.finetune import frozen
+from quick import quick
 from tiny import PIPELINES
 
 
@@ -74,10 +75,9 @@ def test_what_gradients_flow_back_through_stays(both):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize("name", registry.list_names("methods"))
 def test_a_method_makes_the_same_edit(name):
-    kind = registry.get("methods", name)
-    method = kind.preset("fast") if "fast" in kind.presets else kind(general=5)
+    method = quick(name)
     problem = Problem((Concept("airplane", "sky"), Concept("horse", "sky")), ("ship",))
     edits = []
     for turning in (False, True):

@@ -1,4 +1,4 @@
-"""Time told honestly: what is counted, what is told of the rest, and how many threads there are."""
+"""Time told honestly: what is counted, and what is told of the rest."""
 
 import dataclasses
 
@@ -8,12 +8,10 @@ import torch
 import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.base import registry
-from expunge.checkpoints.cost_estimate import CostEstimate, count_operations, estimate_model
+from expunge.checkpoints.cost_estimate import CostEstimate, estimate_model
 from expunge.checkpoints.pace import Pace, format_duration, make_printer, time_model
-from expunge.erasing.caption_gram import captions, prior, unread
-from expunge.runtime import threads
+from expunge.erasing.caption_gram import compute_prior, count_unread, read_captions
 from expunge.runtime.cost import Cost
-from expunge.runtime.threads import Threads, Ticks, others, share
 
 
 class Clock:
@@ -27,7 +25,8 @@ class Clock:
 
 
 FAST = {
-    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}", "learning_rate": 0.01,
+    "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}",
+             "learning_rate": 0.01,
              "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
     "ace": {"general": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2, "max_train_steps": 2,
             "attack_steps": 2, "recovered": 0.0, "max_overlap": 1.0},
@@ -70,13 +69,13 @@ def test_a_prior_that_was_kept_is_not_read_again(model, monkeypatch, tmp_path):
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path))
     source = tmp_path / "c.txt"
     source.write_text("a ship\na cat\na dog", encoding="utf-8")
-    assert unread(None, str(source)) == unread(model, str(source)) == 3
-    prior(model, captions(str(source)))
-    assert unread(model, str(source)) == 0
-    assert unread(model, "") == 0
+    assert count_unread(None, str(source)) == count_unread(model, str(source)) == 3
+    compute_prior(model, read_captions(str(source)))
+    assert count_unread(model, str(source)) == 0
+    assert count_unread(model, "") == 0
     # A data set is not fetched to be counted.
-    assert unread(model, "owner/name:column") == 0
-    assert unread(None, "general") == len(captions("general"))
+    assert count_unread(model, "owner/name:column") == 0
+    assert count_unread(None, "general") == len(read_captions("general"))
 
 
 def estimate(**fields):
@@ -90,7 +89,7 @@ def test_every_stage_is_in_the_estimate():
     expected = (10 + 100) * 0.1 + 20 * 1.0 + 5 * 2.5 + 7 * 0.01 + 0.5
     assert each.seconds(work) == pytest.approx(expected)
     assert estimate(captions=0).seconds(work) == pytest.approx(1 + 20 + 5 * 3)
-    assert estimate().count_units(work)["prompts"] == 10 + len(captions("general"))
+    assert estimate().count_units(work)["prompts"] == 10 + len(read_captions("general"))
 
 
 @pytest.fixture
@@ -205,74 +204,3 @@ def test_a_dear_trial_is_left_out(model, monkeypatch):
     monkeypatch.setattr("expunge.checkpoints.cost_estimate._time_device", lambda device, dtype: 1e3)
     made = estimate_model(model, work=Cost(prompts=1, predictions=1))
     assert made.prediction_seconds > 1
-
-
-class TestThreads:
-    @pytest.fixture(autouse=True)
-    def two(self, monkeypatch):
-        """PyTorch with two threads, as it thinks; what it is told is kept."""
-        state = {"threads": 2}
-        monkeypatch.setattr(torch, "get_num_threads", lambda: state["threads"])
-        monkeypatch.setattr(torch, "set_num_threads", lambda n: state.update(threads=n))
-        for name in threads.ASKED:
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(threads, "cores", lambda: 2.0)
-        monkeypatch.setattr(threads.time, "sleep", lambda _: None)
-        return state
-
-    def loads(self, monkeypatch, used):
-        """Ticks one second apart, between which others use so many cores."""
-        moments, busy = iter(range(100)), [0.0]
-
-        def ticks():
-            at = next(moments)
-            busy[0] += used[min(at, len(used) - 1)]
-            return Ticks(10.0 * at, 10 * busy[0], 0.0)
-
-        monkeypatch.setattr(threads, "ticks", ticks)
-        monkeypatch.setattr(threads.time, "monotonic", lambda: 1e6)
-
-    def test_as_many_as_cores_are_free(self, monkeypatch, two):
-        for used, expected in ((0.0, 2), (0.2, 2), (1.0, 1), (1.9, 1)):
-            two["threads"] = 2
-            self.loads(monkeypatch, [used])
-            with Threads():
-                assert two["threads"] == expected
-            assert two["threads"] == 2
-
-    def test_a_job_that_comes_and_goes(self, monkeypatch, two):
-        self.loads(monkeypatch, [0.0, 0.0, 1.0, 0.0])
-        with Threads() as found:
-            seen = []
-            for _ in range(3):
-                seen.append(two["threads"])
-                found.look()
-        assert seen == [2, 1, 2]
-
-    def test_small_networks_have_one(self, two):
-        with Threads(small=True) as found:
-            assert two["threads"] == 1
-            found.look()
-            assert two["threads"] == 1
-        assert two["threads"] == 2
-
-    @pytest.mark.parametrize("name", threads.ASKED)
-    def test_who_has_chosen_is_left_alone(self, monkeypatch, two, name):
-        monkeypatch.setenv(name, "2")
-        with Threads(small=True):
-            assert two["threads"] == 2
-
-    def test_a_system_that_does_not_say(self, monkeypatch, two):
-        monkeypatch.setattr(threads, "ticks", lambda: None)
-        with Threads() as found:
-            found.look()
-            assert two["threads"] == 2
-
-    def test_shares(self):
-        assert others(Ticks(0, 10, 4), Ticks(2, 14, 5)) == pytest.approx(1.5)
-        assert [share(4, free) for free in (4.0, 3.9, 2.5, 0.0, -1.0)] == [4, 4, 2, 1, 1]
-
-
-def test_the_shipped_model_is_small_and_a_large_one_is_not(model):
-    assert count_operations(model) < threads.SMALL
-    assert count_operations(expunge.load("emoji")) < threads.SMALL

@@ -1,0 +1,83 @@
+"""The kinds of change an edit is made of, and how they are applied to a pipeline.
+
+A change belongs to named layers and says what their parameter or their output becomes. A layer's
+name is the pipeline's component and the module's path in it: `unet.mid_block.attentions.0.…attn2.to_k`.
+A change that is a static weight is applied by exchanging the parameter; one that depends on the
+token that a layer receives runs as a forward hook.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from expunge.changes.applied import Applied, check_fit, require_finite
+from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
+from expunge.changes.gated import Damped, Gated, TokenGates
+from expunge.changes.layers import (
+    PARALLEL,
+    check_in_use,
+    encode_tensor,
+    find_layer,
+    find_layer_path,
+    is_compiled,
+    iterate_layers,
+    read_base_parameter,
+    unwrap,
+)
+from expunge.changes.weights import Dense, LowRank, Right, Sparse
+
+__all__ = [
+    "KINDS",
+    "PARALLEL",
+    "Applied",
+    "Change",
+    "Changes",
+    "Damped",
+    "Dense",
+    "Gated",
+    "HookedChange",
+    "InputChange",
+    "LowRank",
+    "OutputChange",
+    "Right",
+    "Sparse",
+    "TokenGates",
+    "WeightChange",
+    "build_change",
+    "check_fit",
+    "check_in_use",
+    "encode_tensor",
+    "find_layer",
+    "find_layer_path",
+    "is_compiled",
+    "iterate_layers",
+    "read_base_parameter",
+    "require_finite",
+    "summarize",
+    "unwrap",
+]
+
+Changes = Sequence[Change]
+"""What a method returns: changes, applied in order."""
+
+KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped)}
+"""The kinds of change that a file may hold, by the name it has there."""
+
+
+def build_change(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+    """Return the change that `Change.spec` and `Change.tensors` were taken from."""
+    plain = {name: value for name, value in spec.items() if name != "kind"}
+    # JSON has no tuples, and a change must be hashable.
+    return KINDS[spec["kind"]](**{**plain, "layers": tuple(plain["layers"]), **tensors})
+
+
+def summarize(changes: Changes) -> str:
+    """Return in words what kinds there are: "right on 22 layers, low-rank on 4 layers"."""
+    counts: Counter[str] = Counter()
+    for change in changes:
+        counts[change.label] += len(change.layers)
+    return ", ".join(f"{kind} on {n} layer{'s' * (n > 1)}" for kind, n in counts.items())

@@ -1,0 +1,114 @@
+"""`expunge draw`: draw images, with or without edits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from expunge.base import files
+from expunge.base.errors import ExpungeError
+from expunge.checkpoints import loading
+from expunge.cli.loading_options import LoadingOptions
+from expunge.cli.terminal import show_progress
+from expunge.probe import Probe
+
+LARGEST_GRID = 4096
+"""How many images `draw` puts into one file."""
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Draw images."""
+
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """The prompt."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER/")]
+    """FILE.png for one grid of all images, or FOLDER/ for one PNG file an image."""
+    number: Annotated[int, arg(aliases=["-n"])] = 1
+    """How many images; image i has the seed SEED + i."""
+    seed: int = 0
+    """The seed of the first image."""
+    edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT", help_behavior_hint="")] = ()
+    """An edit to apply; may be given more than once."""
+    model: str = "emoji"
+    """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Number of denoising steps; by default the model's own."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="")] = None
+    """Guidance scale; by default the model's own."""
+    loading: LoadingOptions = dataclasses.field(default_factory=LoadingOptions)
+
+
+def run_draw(options: DrawOptions) -> None:
+    """Run `expunge draw`."""
+    from expunge.base import image_files
+
+    probe = Probe.of(options.prompt, options.number, options.seed, options.steps, options.guidance)
+    output = Path(options.output)
+    to_folder = options.output.endswith("/") or output.is_dir()
+    if not to_folder:
+        image_files.check_ending(output)
+        if options.number > LARGEST_GRID:
+            raise ExpungeError(
+                f"one grid holds up to {LARGEST_GRID} images, not {options.number};"
+                " -o FOLDER/ takes more"
+            )
+    # All that can fail is checked before the imports below, which take seconds.
+    files.check_writable(output / "0.png" if to_folder else output)
+    loading.find_source(options.model, options.loading.variant)
+    for path in options.edit:
+        files.read_header(path)
+    from expunge.edit import Edit
+    from expunge.evaluation.image_cache import Cache
+    from expunge.evaluation.image_source import Request, Source
+
+    if options.loading.dry_run:
+        from expunge.runtime.cost import Cost
+
+        n, steps = options.number, options.steps
+        # Two prompts (the prompt and the empty one) and, with guidance, two predictions a step.
+        options.loading.print_estimate(options.model, lambda own: Cost(2, 2 * n * (steps or own)))
+        return
+    edits = tuple(Edit.load(path) for path in options.edit)
+    model = options.loading.load(options.model)
+    steps = probe.num_inference_steps or model.num_inference_steps
+    guidance = model.guidance_scale if probe.guidance_scale is None else probe.guidance_scale
+    requests = [
+        Request(prompt, seed, steps, guidance)
+        for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
+    ]
+    source = Source(model, edits)
+    with show_progress() as progress:
+        # A cache folder that cannot be written must not stop the drawing.
+        images = Cache(required=False).draw(source, requests, progress)
+    if to_folder:
+        for image, request in zip(images, requests, strict=True):
+            name = f"{_make_file_name(request.prompt)}-{request.seed}-{source.address(request)[:8]}"
+            image_files.save_unique(image_files.to_pil(image), output, name)
+    else:
+        image_files.save_image(image_files.make_grid(images), output)
+    print(f"{options.output}: {len(probe)} image{'s' * (len(probe) > 1)} of {options.prompt!r}")
+
+
+def _make_file_name(prompt: str, longest: int = 60) -> str:
+    """Return a prompt's letters and digits for a file name, in its own script where that works.
+
+    Args:
+        prompt: the prompt.
+        longest: the most bytes of the name, in UTF-8.
+    """
+    name = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).casefold()).strip("-")
+    try:
+        # File systems limit the length of a name in bytes, not in letters.
+        name = name.encode("utf8")[:longest].decode("utf8", "ignore").strip("-")
+        os.fsencode(name)
+    except UnicodeEncodeError:  # the file system's encoding has no such letters
+        name = files.make_slug(prompt, longest)
+    return name or "image"

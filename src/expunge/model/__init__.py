@@ -1,0 +1,6 @@
+"""A text-to-image model: a diffusers pipeline, and what erasing asks of it."""
+
+from expunge.model.contract import ANCHORS, FamilyContract
+from expunge.model.model import HasChanges, Model, check_unicode, warn_truncated
+
+__all__ = ["ANCHORS", "FamilyContract", "HasChanges", "Model", "check_unicode", "warn_truncated"]

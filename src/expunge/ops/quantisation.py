@@ -1,0 +1,71 @@
+"""Weights rounded to few bits, as loaders of large models round them, and kept in their dtype.
+
+This is *fake* quantisation: the numbers are those that a quantised weight stands for, the arithmetic
+stays what it was. It shows what rounding does to an erasure, and nothing about speed or memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Entries of a weight that share one scale in 4 bits, as in QLoRA."""
+
+
+def quantise_int8(weight: Tensor) -> Tensor:
+    """Round a weight to 8 bits, symmetric, with one scale for each output channel.
+
+    >>> quantise_int8(torch.tensor([[1.27, 0.014]])).tolist()[0][1] - 0.01 < 1e-6
+    True
+
+    Args:
+        weight: (out, …).
+
+    Returns:
+        The rounded weight, same shape and dtype.
+    """
+    rows = weight.flatten(1).float()
+    # A row of zeros has no scale; any serves.
+    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return ((rows / scale).round().clamp(-127, 127) * scale).reshape(weight.shape).to(weight.dtype)
+
+
+def quantise_nf4(weight: Tensor) -> Tensor:
+    """Round a weight to the 16 levels of NormalFloat-4, in blocks of 64 with one scale each.
+
+    Args:
+        weight: any shape; blocks run over its flattened form, the last may be shorter.
+
+    Returns:
+        The rounded weight, same shape and dtype.
+
+    Source: QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314), appendix E.
+    """
+    flat = weight.flatten().float()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
+    scale = padded.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    levels = normal_levels().to(flat.device)
+    # Between two levels the middle decides: rounding to the nearest.
+    middles = (levels[1:] + levels[:-1]) / 2
+    rounded = levels[torch.bucketize(padded / scale, middles)] * scale
+    return rounded.flatten()[: len(flat)].reshape(weight.shape).to(weight.dtype)
+
+
+@cache
+def normal_levels() -> Tensor:
+    """Return NormalFloat-4's levels: (16,), float32, from −1 to 1, with 0 among them.
+
+    Quantiles of a normal distribution, eight above 0 and seven below, so that each level stands for
+    as many of a normal weight's entries; scaled to ±1.
+
+    >>> normal_levels()[[0, 7, 15]].tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    edge = 1 - (1 / 32 + 1 / 30) / 2  # the outermost probability, the mean of both halves'
+    above = torch.special.ndtri(torch.linspace(edge, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+    return (levels / levels.max()).sort().values.float()
