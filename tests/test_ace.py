@@ -294,8 +294,8 @@ class TestAttention:
             "damping": torch.tensor([[0.5, 0.2], [0.4, 0.0]]),
         }  # fmt: skip
         x, y = torch.ones(1, 1, 2), torch.ones(1, 1, 2)
-        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).output(x, y)
-        twice = Damped(("a",), **shared).output(x, y)
+        once = Damped(("a",), **shared, concept=torch.tensor([0, 0])).change_output(x, y)
+        twice = Damped(("a",), **shared).change_output(x, y)
         torch.testing.assert_close(once[0, 0], torch.tensor([0.5, 0.8]))
         torch.testing.assert_close(twice[0, 0], torch.tensor([0.3, 0.8]))
 

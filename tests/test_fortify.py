@@ -16,7 +16,8 @@ from expunge.methods.ace.fortify import Attacks, FortifyConfig
 from expunge.runtime.context import RunContext
 
 SHORT = TEMPLATES["object"][:2]
-CONFIG = FortifyConfig(60, 6e-4, 0.5, 0.5, 3.0)
+CONFIG = FortifyConfig(60, 6e-4, radius=0.5, noisiest=0.5, retain_weight=3.0)
+WIDER = dataclasses.replace(CONFIG, radius=0.8)
 FORTIFY = ACE(
     stages=("gate", "fortify"),
     templates=SHORT,
@@ -93,7 +94,7 @@ class TestFortify:
         def reached(edit: Edit) -> tuple[float, float, float]:
             """How near an attack comes to the concept, and to the anchor; how far what stays moves."""
             text = worded.encode([SHORT[0].format(name) for name in ("dog", "truck", "frog", "cat") * 4])
-            attacks = Attacks(text.embeddings, 1, 0.8, torch.Generator().manual_seed(0))
+            attacks = Attacks(text.embeddings, 1, WIDER, torch.Generator().manual_seed(0))
             attacks.begun = torch.arange(16)
             with worded.using(edit):
                 for _ in range(100):

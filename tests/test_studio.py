@@ -166,6 +166,20 @@ def test_a_name_that_the_model_does_not_know_is_said(session, name, said):
     assert any(said in note for note in session.foresee().notes)
 
 
+def test_questions_leave_the_working_tokenizer_alone(studio, session):
+    """It keeps the padding of its last call: asked in another thread, it would spoil a batch."""
+    loaded = studio.models.get("emoji")
+    loaded.model.encode(["a cat", "a dog and a ship"])
+    working = loaded.model.pipe.tokenizer.backend_tokenizer
+    before = (working.padding, working.truncation)
+    assert before[0] is not None
+    session.choose(["飞机", "cat"])
+    assert session.foresee().time
+    assert (working.padding, working.truncation) == before
+    assert loaded.asked.pipe.unet is loaded.model.pipe.unet
+    assert loaded.asked.vocabulary() == loaded.model.vocabulary()
+
+
 def test_what_cannot_be_done_is_said_before_the_work(session):
     assert session.foresee() == Foresight(problem="choose at least one concept to erase")
     with pytest.raises(ExpungeError, match="choose at least one"):

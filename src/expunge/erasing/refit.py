@@ -11,6 +11,7 @@ Source: UCE (Gandikota et al., WACV 2024, arXiv 2308.14761), eq. 7, solved in `o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor
 
 from expunge.changes import Changes, Right
+from expunge.erasing.concept_tokens import sample_words
 from expunge.model import Model
 from expunge.ops.least_squares import gram, outer, pad_right_factor, solve_right_factor
+from expunge.problem import Concept
+from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 
@@ -106,6 +110,24 @@ class Refit:
         self.tokens.retain(rows, weight)
         if text.pooled is not None:
             self.pooled.retain(text.pooled, weight)
+
+    def retain_words(
+        self, model: Model, erased: Sequence[Concept], n: int, weight: float, run: RunContext
+    ) -> None:
+        """Keep a sample of the tokenizer's own words, every one of their tokens, where they go.
+
+        Args:
+            model: encodes them.
+            erased: the concepts whose words are left out.
+            n: how many words, at most.
+            weight: of all words together.
+            run: its seed chooses them.
+        """
+        words = sample_words(model, erased, n, run.generator("words"))
+        for start in range(0, len(words), 64):
+            run.progress("reading words", start, len(words))
+            self.retain(model.encode(words[start : start + 64]), weight / len(words))
+        run.progress("reading words", len(words), len(words))
 
     def solve(self, model: Model, ridge: float) -> Changes:
         """Solve for one M of all layers that read tokens, and one of each that reads the pooled vector.

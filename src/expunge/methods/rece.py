@@ -11,10 +11,15 @@ from torch import Tensor
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
-from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts, require_place
-from expunge.erasing.refit import match_from_last_token
+from expunge.erasing.prompt_templates import (
+    RETAINED,
+    assemble_anchor_prompts,
+    assemble_prompts,
+    assemble_retained_prompts,
+    require_place,
+)
+from expunge.erasing.refit import Refit, match_from_last_token
 from expunge.method import Method
-from expunge.methods.uce import UCE
 from expunge.model import Model
 from expunge.ops.least_squares import solve_right_factor
 from expunge.problem import Problem
@@ -67,28 +72,28 @@ class RECE(Method):
         super().__post_init__()
         require_place(self.templates)
 
-    @property
-    def refit(self) -> UCE:
-        """Return the UCE that every round solves."""
-        return UCE(
-            ridge=self.ridge,
-            retain_scale=self.retain_scale,
-            general=self.general,
-            templates=self.templates,
-        )
-
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
-        cost = self.refit.estimate_cost(problem, num_inference_steps)
-        return Cost(cost.prompts, products=cost.products * (1 + self.rounds))
+        erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
+        retained = len(RETAINED) * len(self._retained(problem))
+        return Cost(2 * erased + retained + self.general, products=8 * (1 + self.rounds))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        refit = self.refit.gather(model, problem, run)
+        refit = Refit()
         pairs = []
         for concept in problem.erase:
             erased = assemble_prompts(concept, self.templates)
             anchored = assemble_anchor_prompts(concept, self.templates) * len(concept.names)
-            e, a = match_from_last_token(model.encode(erased), model.encode(anchored))
-            pairs.append((e.double().cpu(), a.double().cpu(), 1 / len(erased)))
+            model.require_window(erased + anchored)
+            texts = model.encode(erased), model.encode(anchored)
+            # A mean over prompts, so that synonyms and templates do not weigh a concept up.
+            weight = 1 / len(erased)
+            refit.erase(*texts, weight)
+            e, a = match_from_last_token(*texts)
+            pairs.append((e.double().cpu(), a.double().cpu(), weight))
+        for text in self._retained(problem):
+            prompts = assemble_retained_prompts([text], RETAINED) if text else [""]
+            refit.retain(model.encode(prompts), self.retain_scale / len(prompts))
+        refit.retain_words(model, problem.erase, self.general, 1.0, run)
         sent = sum_projections(model)
         for done in range(self.rounds):
             run.progress("looking for what comes back", done, self.rounds)
@@ -99,6 +104,11 @@ class RECE(Method):
                 sums.erase(find_returning(e, matrix, sent, self.norm_weight), a, weight)
         run.progress("looking for what comes back", self.rounds, self.rounds)
         return refit.solve(model, self.ridge)
+
+    def _retained(self, problem: Problem) -> list[str]:
+        """List what is retained, each once: the empty prompt, the problem's own, and the anchors."""
+        anchors = (concept.anchor or "" for concept in problem.erase)
+        return list(dict.fromkeys(["", *problem.retain, *anchors]))
 
 
 def sum_projections(model: Model) -> Tensor:

@@ -9,7 +9,6 @@ from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
-from expunge.erasing.concept_tokens import sample_words
 from expunge.erasing.prompt_templates import (
     RETAINED,
     assemble_anchor_prompts,
@@ -113,19 +112,6 @@ class UCE(Method):
         return Cost(prompts=2 * sum(templates) + retained + self.general, products=8)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        return self.gather(model, problem, run).solve(model, self.ridge)
-
-    def gather(self, model: Model, problem: Problem, run: RunContext) -> Refit:
-        """Encode the problem's prompts and sum what the refit is solved from.
-
-        Args:
-            model: the model; its denoiser is not asked.
-            problem: what to erase and to retain.
-            run: its seed chooses the words.
-
-        Raises:
-            ExpungeError: a prompt is longer than the model reads.
-        """
         refit = Refit()
         for concept in problem.erase:
             templates = self.templates or TEMPLATES[concept.kind]
@@ -141,13 +127,8 @@ class UCE(Method):
             weight = self.retain_scale / (len(prompts) if self.weigh == "concept" else 1)
             refit.retain(model.encode(prompts), weight, self.retain_positions)
 
-        words = sample_words(model, problem.erase, self.general, run.generator("words"))
-        for start in range(0, len(words), 64):
-            run.progress("reading words", start, len(words))
-            # All words together have one weight, and every one of their tokens counts.
-            refit.retain(model.encode(words[start : start + 64]), self.general_scale / len(words))
-        run.progress("reading words", len(words), len(words))
-        return refit
+        refit.retain_words(model, problem.erase, self.general, self.general_scale, run)
+        return refit.solve(model, self.ridge)
 
     def _retained(self, problem: Problem) -> list[str]:
         """List what is retained, each once: names, prompts, and "" for the empty prompt."""

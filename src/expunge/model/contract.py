@@ -54,6 +54,7 @@ class FamilyContract(ABC):
         self.name = name
         self.num_inference_steps = int(settings.get("num_inference_steps", 50))
         self.guidance_scale = float(settings.get("guidance_scale", 7.5))
+        # A model may bring anchors that suit what it was trained on.
         self.anchors = {**ANCHORS, **settings.get("anchors", {})}
         self.stored: Callable[[str, str], Tensor] | None = None
         """Reads a parameter from the disk, by its layer's name and its own; None where all is loaded."""
@@ -230,5 +231,6 @@ class FamilyContract(ABC):
     @classmethod
     def kohya_layer_name(cls, layer: str, config: Mapping[str, Any]) -> str | None:
         """Return the name of a denoiser's layer in a LoRA of kohya's naming; None where it has none."""
+        # kohya names layers as single files do, with dots made underscores.
         original = cls.ldm_layer_name(layer, config)
         return None if original is None else "lora_unet_" + original.replace(".", "_")

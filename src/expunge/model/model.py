@@ -129,6 +129,7 @@ class Model(FamilyContract):
         Args:
             dtype: bfloat16 or float16; None changes nothing.
         """
+        # Nested blocks: None inside keeps the dtype of the outer block.
         before, self.autocast = self.autocast, dtype or self.autocast
         try:
             yield
@@ -203,6 +204,7 @@ class Model(FamilyContract):
         Raises:
             ExpungeError: the word is more than one token.
         """
+        # Hooks on the embedding layers, not changed weights: gradients then reach `vectors` alone.
         with contextlib.ExitStack() as stack:
             for (layers, i), vector in zip(self._word(word), vectors, strict=True):
 

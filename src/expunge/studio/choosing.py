@@ -202,9 +202,10 @@ class Choosing:
                 return Foresight(notes=tuple(notes))
             method.check_family(type(loaded.model))
             problem = problem.with_anchors(loaded.model.anchors)
-            notes = [*notes_on(loaded.model, self.knowledge, problem.erase), *notes]
-            loaded.model.require_window([*problem.retain, *(c.anchor or "" for c in problem.erase)])
-            memory, seconds = loaded.foresee(method, problem)
+            with loaded.lock:
+                notes = [*notes_on(loaded.asked, self.knowledge, problem.erase), *notes]
+                loaded.asked.require_window([*problem.retain, *(c.anchor or "" for c in problem.erase)])
+                memory, seconds = loaded.foresee(method, problem)
         except ExpungeError as error:
             return Foresight(problem=str(error))
         told = (

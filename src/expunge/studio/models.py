@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,15 +43,34 @@ class Loaded:
     """A model in memory, and how fast it is here."""
 
     model: Model
+    """The model that works, in the desk's thread alone."""
     plan: CostEstimate
+    asked: Model = field(init=False)
+    """The same with tokenizers of its own, for questions while the model works: a tokenizer keeps the
+    padding of its last call, so that two threads cannot share one."""
+    lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+    """Held while `asked` is asked."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", with_own_tokenizers(self.model))
 
     def foresee(self, method: Method, problem: Problem) -> tuple[float, float | None]:
         """Bytes of weights in memory, and seconds that erasing takes; None where nobody can say."""
         work = method.estimate_cost(problem, self.model.num_inference_steps)
         if work is None:
             return self.plan.memory, None
-        captions = count_unread(self.model, work.captions, problem.erase)
+        captions = count_unread(self.asked, work.captions, problem.erase)
         return self.plan.memory, dataclasses.replace(self.plan, captions=captions).seconds(work)
+
+
+def with_own_tokenizers(model: Model) -> Model:
+    """The same model with copies of its tokenizers; its weights are shared."""
+    made = copy.copy(model)
+    made.pipe = copy.copy(model.pipe)
+    for name, part in model.pipe.components.items():
+        if hasattr(part, "get_vocab"):
+            setattr(made.pipe, name, copy.deepcopy(part))
+    return made
 
 
 def free_memory() -> float:
@@ -102,8 +122,8 @@ class Models:
         needed, free = weights(found), SPARE * self.memory()
         if needed > free:
             raise ExpungeError(
-                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be used here:"
-                " close other programs, or take a smaller model; nothing was loaded"
+                f"{found.name} has {format_bytes(needed)} of weights, and {format_bytes(free)} can be"
+                " used here: close other programs, or take a smaller model; nothing was loaded"
             )
 
     def ready(self, name: str) -> Loaded | None:

@@ -351,7 +351,6 @@ class Page:
         wire(self.start.click, lambda session: session.erase())
         wire(self.cancel.click, lambda session: session.cancel())
         wire(self.stop.click, lambda session: session.cancel())
-        self.title.change(None, None, None, js=theme.SHOW)
         view = (self.prompts, self.look_seed, self.number, self.strength)
         wire(self.draw.click, look, *view)
         wire(self.strength.release, look, *view)

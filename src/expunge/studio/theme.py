@@ -9,24 +9,27 @@ import gradio as gr
 
 CSS = Path(__file__).with_name("style.css")
 
-
-def head() -> str:
-    """The styles for the page's head, as they are: Gradio rewrites those it is given."""
-    return f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"
-
-
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 TOGGLE = "() => { document.body.classList.toggle('dark'); }"
 """What the button for light and dark does in the browser."""
 
+SHOW = """
+let shown = '';
+setInterval(() => {
+  const title = document.querySelector('#x-title')?.innerText.trim() ?? '';
+  if (title && title !== shown && innerWidth < 760 && performance.now() > 6000)
+    document.querySelector('#x-stage').scrollIntoView({behavior: 'smooth'});
+  shown = title;
+}, 500);
+"""
+"""Scrolls to new results where they stand below the choice."""
 
-SHOW = """() => {
-  const stage = document.querySelector('#x-stage');
-  if (innerWidth < 760 && stage) stage.scrollIntoView({behavior: 'smooth'});
-}"""
-"""Where the results stand below the choice, goes there when there are some."""
+
+def head() -> str:
+    """The styles for the page's head, as they are (Gradio rewrites those it is given), and a script."""
+    return f"<style>\n{CSS.read_text(encoding='utf-8')}</style><script>{SHOW}</script>"
 
 
 def theme() -> Any:
