@@ -744,7 +744,7 @@ def test_a_report_in_a_pipe_cuts_no_name(monkeypatch, capsys):
 
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "mace, [a] very long name of an edit " * 12 + "end"
-    row = SimpleNamespace(name=name, h=None, terms=dict.fromkeys(["erased", "retained"] * 6))
+    row = SimpleNamespace(name=name, h=None, attacks=(), terms=dict.fromkeys(["erased", "retained"] * 6))
     suite = SimpleNamespace(name="object", score="H_o")
     case = SimpleNamespace(suite=suite, rows=[row], erased=["[airplane]"], left_out=[])
     evaluate.print_report(SimpleNamespace(cases=[case]))
