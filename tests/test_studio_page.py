@@ -182,6 +182,7 @@ def test_by_keyboard_alone(opened):
 
     reach("#x-names")
     page.keyboard.type("flag of Jap")
+    page.wait_for_function("document.querySelectorAll('ul[role=listbox] li').length === 1")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.wait_for_selector(".x-card h3:has-text('flag of Japan')")

@@ -267,6 +267,32 @@ class Handlers:
 
         return handle
 
+    def typing(
+        self, handle: Callable[..., list[Any]], told: Callable[[Session], Sequence[str]], n: int
+    ) -> Callable[..., list[Any]]:
+        """A handler of the keys in a choice of several, for written names, which no other event tells.
+
+        What a key tells may be older than what was picked meanwhile: so it can add names, and none but
+        the key that deletes can take one away.
+
+        Args:
+            handle: what is done with the names: who, then they.
+            told: the names that the session has.
+            n: how many components `handle` answers for.
+        """
+
+        def typed(who: str | None, names: list[str] | None, event: gr.KeyUpData) -> list[Any]:
+            kept = set(told(self.session(who))) <= set(names or [])
+            if event.key != "Backspace" and not kept:
+                return [gr.skip() for _ in range(n)]
+            return handle(who, names)
+
+        return typed
+
+    def synonyms(self, name: str) -> Callable[[Session], Sequence[str]]:
+        """Says what else a chosen concept is called."""
+        return lambda session: next((c.synonyms for c in session.choice.concepts if c.name == name), ())
+
     def working(self, act: Callable[..., Any]) -> Callable[..., list[Any]]:
         """A handler that starts work: who, then what `act` takes; the timer shows the rest."""
 

@@ -165,11 +165,13 @@ class Page:
                     interactive=True,
                     min_width=140,
                 )
-            told = ((becomes.input, becomes, "anchor"), (kind.input, kind, "kind"))
-            for event, part, field in (*told, (_told(also), also, "synonyms")):
-                event(
-                    self.do.change(name, field), [self.who, part], [self.foresight, self.start], **HIDDEN
-                )
+            shown = [self.foresight, self.start]
+            for part, field in ((becomes, "anchor"), (kind, "kind"), (also, "synonyms")):
+                part.input(self.do.change(name, field), [self.who, part], shown, **HIDDEN)
+            handle = self.do.change(name, "synonyms")
+            also.blur(handle, [self.who, also], shown, **HIDDEN)
+            typed = self.do.typing(handle, self.do.synonyms(name), len(shown))
+            also.key_up(typed, [self.who, also], shown, trigger_mode="always_last", **HIDDEN)
         if len(concepts) > CARDS:
             gr.HTML(views.sentence(f"and {len(concepts) - CARDS} more, as they stand in the list"))
 
@@ -298,8 +300,19 @@ class Page:
         def wire(event: Any, act: Any, *inputs: Any) -> Any:
             return event(do.choosing(act), [self.who, *inputs], [*self.choice, self.timer], **HIDDEN)
 
-        wire(_told(self.names), lambda session, names: session.choose(names or []), self.names)
-        wire(_told(self.stay), lambda session, names: session.retain(names or []), self.stay)
+        def erased(session: Any) -> list[str]:
+            return [concept.name for concept in session.choice.concepts]
+
+        several = (
+            (self.names, lambda session, names: session.choose(names or []), erased),
+            (self.stay, lambda session, names: session.retain(names or []), lambda s: s.choice.retain),
+        )
+        for part, act, told in several:
+            wire(part.input, act, part)
+            wire(part.blur, act, part)
+            typed = do.typing(do.choosing(act), told, len(self.choice) + 1)
+            shown = [*self.choice, self.timer]
+            part.key_up(typed, [self.who, part], shown, trigger_mode="always_last", **HIDDEN)
         wire(self.method.input, lambda session, name: session.choose_method(name), self.method)
         wire(
             self.preset.input,
@@ -379,9 +392,3 @@ class Page:
 
 def _step(number: int, title: str) -> None:
     gr.HTML(f'<h2 class="x-step"><b aria-hidden="true">{number}</b>{views.escape(title)}</h2>')
-
-
-def _told(part: gr.Dropdown) -> Any:
-    """The event of a choice of several: Gradio tells of picked names by one event, of written ones by
-    none but the keys', and of those left behind when it loses the focus."""
-    return partial(gr.on, [part.input, part.key_up, part.blur], trigger_mode="always_last")
