@@ -140,3 +140,17 @@ def test_a_record_that_is_not_ours(path, change, message):
     save_file(load_file(path), path, {"expunge": json.dumps(data)})
     with pytest.raises(ExpungeError, match=message):
         Edit.load(path)
+
+
+def test_an_edit_at_a_strength(edit, pipe):
+    name = edit.changes[0].layers[0].removeprefix("unet.")
+    before = pipe.unet.get_submodule(name).weight.detach().clone()
+    with edit.apply(pipe):
+        full = pipe.unet.get_submodule(name).weight.detach().clone()
+    with edit.apply(pipe, strength=0.8):
+        found = pipe.unet.get_submodule(name).weight.detach()
+        torch.testing.assert_close(found, before + 0.8 * (full - before))
+        assert edit.fits(pipe)
+    with pytest.raises(ExpungeError, match=r"^strength must be 0 \(nothing changes\) or more, not -1$"):
+        edit.apply(pipe, strength=-1)
+    assert torch.equal(pipe.unet.get_submodule(name).weight, before)

@@ -24,6 +24,7 @@ from expunge.changes import (
     Changes,
     build_change,
     check_fit,
+    check_strength,
     encode_tensor,
     require_finite,
 )
@@ -124,7 +125,7 @@ class Edit:
         check_fit(root, self.changes)
         return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 
-    def apply(self, pipe: Model | Any) -> Applied:
+    def apply(self, pipe: Model | Any, strength: float = 1.0) -> Applied:
         """Apply the edit to a diffusers pipeline (or a model), until `remove()` is called on the result.
 
         Edits stack; remove them in reverse order. `save_pretrained` then saves changes that are static
@@ -133,9 +134,17 @@ class Edit:
         >>> applied = edit.apply(pipe)  # doctest: +SKIP
         >>> applied.remove()            # doctest: +SKIP
 
+        Args:
+            pipe: the pipeline, or the model.
+            strength: how much of the changes counts: 1 is the edit as it was made, 0 changes nothing,
+                0.8 moves every weight 0.8 of the way. Gated changes are scaled in what they do to their
+                layer's input or output.
+
         Raises:
-            ExpungeError: a layer is missing or has another shape.
+            ExpungeError: a layer is missing or has another shape, or the strength is no number of 0 or
+                more.
         """
+        check_strength(strength)
         root = pipe.pipe if isinstance(pipe, Model) else pipe
         # A fine-tuned model has the same shapes, and erasing may well work on it: warn, do not refuse.
         if not self.fits(pipe):
@@ -145,7 +154,7 @@ class Edit:
                 ExpungeWarning,
                 stacklevel=2,
             )
-        return Applied(root, self.changes)
+        return Applied(root, self.changes, strength)
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.
