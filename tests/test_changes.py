@@ -221,7 +221,8 @@ def test_strength_one_is_the_same_to_the_bit_and_zero_touches_nothing(pipe):
         assert all(torch.equal(plain[name], tensor) for name, tensor in weights(pipe).items())
     with Applied(pipe, changes, 0):
         assert linear(pipe).weight is own[0]
-        assert not linear(pipe)._forward_hooks and not linear(pipe)._forward_pre_hooks
+        assert not linear(pipe)._forward_hooks
+        assert not linear(pipe)._forward_pre_hooks
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(pipe).items())
 
 

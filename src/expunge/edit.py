@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from expunge import __version__
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning
 from expunge.base.fields import build_from_record
@@ -205,3 +207,9 @@ class Edit:
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
         require_finite(changes, str(path))
         return cls(changes, record)
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of expunge and the libraries that an edit depends on."""
+    others = ("torch", "diffusers", "transformers")
+    return {"expunge": __version__, **{name: importlib.metadata.version(name) for name in others}}

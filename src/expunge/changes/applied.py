@@ -144,6 +144,12 @@ class Applied:
             hook.remove()
         self._swapped, self._hooks = {}, []
 
+    def keep(self) -> None:
+        """Make the changes the pipeline's own: nothing can be removed, and the originals are freed."""
+        for _, value in self._swapped.values():
+            del value.expunge_base  # type: ignore[attr-defined]
+        self._swapped, self._hooks = {}, []
+
     def __enter__(self) -> Applied:
         return self
 
