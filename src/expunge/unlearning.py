@@ -11,7 +11,7 @@ from torch import nn
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.changes import Applied, Changes, check_strength
+from expunge.changes import Applied, Changes
 from expunge.erasure import as_model, erase
 from expunge.method import Method
 from expunge.problem import Concept, Kind, Problem
@@ -26,7 +26,6 @@ def unlearn(
     retain: str | Sequence[str] = (),
     kind: Kind = "object",
     copy: bool = False,
-    strength: float = 1.0,
     seed: int = 0,
     progress: Progress = ignore_progress,
     **fields: Any,
@@ -38,7 +37,8 @@ def unlearn(
     >>> pipe("an airplane over the sea").images[0].show()  # doctest: +SKIP
 
     `save_pretrained` then saves static weights with the pipeline, and leaves out gates (ACE), which are
-    hooks. To keep the edit as a file, or to take it off again, use `erase` and `Edit.apply`.
+    hooks. To keep the edit as a file, to take it off again, or to apply it at another strength, use
+    `erase` and `Edit.apply`.
 
     Args:
         pipe: the pipeline. Of a model, its pipeline is taken.
@@ -49,7 +49,6 @@ def unlearn(
         kind: what kind of thing the named concepts are: object, identity, style or explicit.
         copy: leave the pipeline as it is and return another, which has its own weights where the edit
             changes them (the denoiser, as a rule) and shares all other parts.
-        strength: how much of the edit counts, as in `Edit.apply`.
         seed: the seed of all random numbers.
         progress: called with what is done.
         fields: fields of the method: `stages=("gate",)`.
@@ -61,7 +60,6 @@ def unlearn(
         ExpungeError: nothing is to be erased, an argument does not fit, the family is not known, or the
             pipeline cannot be copied. The pipeline is then as it was.
     """
-    check_strength(strength)
     problem = _make_problem(concept, anchor, retain, kind)
     model = as_model(pipe)
     own = model.pipe
@@ -75,7 +73,7 @@ def unlearn(
     if copy:
         own = _copy_changed(own, model.denoiser, edit.changes)
     # Not `Edit.apply`: the edit was made from these very weights, which a copy no longer tells.
-    Applied(own, edit.changes, strength).keep()
+    Applied(own, edit.changes).keep()
     return own
 
 
