@@ -17,9 +17,10 @@ import torch
 
 from expunge import __version__
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
 from expunge.base.files import read_header, replacing
+from expunge.base.html import render_table
 from expunge.changes import (
     KINDS,
     Applied,
@@ -29,6 +30,7 @@ from expunge.changes import (
     check_strength,
     encode_tensor,
     require_finite,
+    summarize,
 )
 from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
@@ -36,6 +38,9 @@ from expunge.problem import Problem
 
 FORMAT = 1
 """The version of the file format."""
+
+SHOWN = 10
+"""How many concepts, and retained prompts, a notebook shows of an edit."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,25 @@ class Edit:
                 stacklevel=2,
             )
         return Applied(root, self.changes, strength)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it: what it erases, how it was made, what it changes."""
+        record, problem = self.record, self.record.problem
+        rows = []
+        for concept in problem.erase:
+            becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
+            how = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
+            rows.append((f"erases {', '.join(concept.names)}", f"{concept.kind}; {how}"))
+        # An edit of a thousand concepts must not fill the notebook.
+        if len(rows) > SHOWN:
+            rows[SHOWN:] = [(f"and {len(rows) - SHOWN} more", "")]
+        rows += [
+            ("retains", join_names(problem.retain, SHOWN) or "nothing by name"),
+            ("method", f"{record.method}, seed {record.seed}, {record.seconds:.1f} s"),
+            ("made from", f"{record.model or 'an unnamed model'} ({record.family or 'unknown family'})"),
+            ("changes", summarize(self.changes)),
+        ]
+        return render_table("expunge edit", rows)
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.

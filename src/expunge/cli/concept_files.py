@@ -81,7 +81,7 @@ def read_concepts(
     if is_trainer_file(data):
         located, retain = _read_trainers(path, data, kind)
     else:
-        retain = _read_retain(path, data) if suffix == ".toml" else ()
+        retain = _read_retain(path, data or {})
         located = _READERS[suffix](path, text, kind)
     concepts = []
     seen: dict[str, str] = {}

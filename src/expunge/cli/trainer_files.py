@@ -10,8 +10,8 @@ LECO's prompts, as TOML (under `[[prompts]]`, with defaults at the top) or YAML 
     guidance_scale = 1.0
 
 A concept slider of ai-toolkit: the whole configuration (`config.process`) or its `slider` alone, with
-the fields in it or under `targets`. Of a slider, which has two ends, what it erases at its positive end is
-taken, and drawn as the class it belongs to; its anchors are retained:
+the fields in it or under `targets`. Of a slider, which has two ends, what it erases at its positive end
+is taken, and drawn as the class it belongs to; its anchors are retained:
 
     slider:
       target_class: "person"
