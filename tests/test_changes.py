@@ -177,3 +177,67 @@ def test_specs_and_tensors_are_the_whole_change(pipe):
 
 def test_summary(pipe):
     assert summarize(examples(pipe)[:2]) == "right on 2 layers, low-rank on 1 layer"
+
+
+# Strength.
+
+
+def at_strength(pipe, changes, strength):
+    """The key projection's weight, and what it and the value's return, with changes at a strength."""
+    torch.manual_seed(2)
+    x = torch.randn(2, 5, linear(pipe).in_features)
+    with Applied(pipe, changes, strength):
+        outputs = [linear(pipe, name)(x).detach() for name in (KEY, VALUE)]
+        return linear(pipe).weight.detach().clone(), outputs
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.8, 1.5])
+@pytest.mark.parametrize("place", range(len(KINDS)))
+def test_strength_scales_what_a_change_makes(pipe, place, strength):
+    change = examples(pipe)[place]
+    weight, outputs = at_strength(pipe, [], 1)
+    full_weight, full = at_strength(pipe, [change], 1)
+    scaled_weight, scaled = at_strength(pipe, [change], strength)
+    torch.testing.assert_close(scaled_weight, weight + strength * (full_weight - weight))
+    # The projections are linear: what scales the input's difference scales the output's.
+    for before, after, found in zip(outputs, full, scaled, strict=True):
+        torch.testing.assert_close(found, before + strength * (after - before), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(scaled[0], full[0])
+
+
+def test_strength_scales_the_sum_of_a_weights_changes(pipe):
+    changes = examples(pipe)[:3]
+    weight, _ = at_strength(pipe, [], 1)
+    full, _ = at_strength(pipe, changes, 1)
+    torch.testing.assert_close(at_strength(pipe, changes, 0.5)[0], (weight + full) / 2)
+
+
+def test_strength_one_is_the_same_to_the_bit_and_zero_touches_nothing(pipe):
+    changes, before = examples(pipe), weights(pipe)
+    own = [m for name, m in linear(pipe).named_parameters()]
+    with Applied(pipe, changes):
+        plain = weights(pipe)
+    with Applied(pipe, changes, 1.0):
+        assert all(torch.equal(plain[name], tensor) for name, tensor in weights(pipe).items())
+    with Applied(pipe, changes, 0):
+        assert linear(pipe).weight is own[0]
+        assert not linear(pipe)._forward_hooks
+        assert not linear(pipe)._forward_pre_hooks
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(pipe).items())
+
+
+def test_half_precision_is_rounded_once(pipe):
+    pipe.unet.half()
+    weight = linear(pipe).weight.detach().clone()
+    change = LowRank((KEY,), torch.randn(len(weight), 1), torch.randn(1, weight.shape[1]))
+    with Applied(pipe, [change], 0.3):
+        found = linear(pipe).weight.detach()
+    assert torch.equal(found, (weight.double() + 0.3 * (change.up @ change.down).double()).half())
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf"), "0.8", None, True])
+def test_a_strength_that_is_none_changes_nothing(pipe, strength):
+    before = weights(pipe)
+    with pytest.raises(ExpungeError, match=r"^strength must be"):
+        Applied(pipe, examples(pipe), strength)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(pipe).items())

@@ -122,7 +122,7 @@ def test_retain_alone(file):
         ("c.toml", "[[concept]]\nanchor='a'", "line 1: a concept needs a name"),
         ("c.toml", "concept=[{name='a'}, {nam='b'}]", "concept 2: a concept has no field 'nam'"),
         ("c.toml", "retain='bird'", "retain must be a list of prompts, not 'bird'"),
-        ("c.json", "{}", "from a .txt, .csv or .toml file, not"),
+        ("c.json", "{}", "from a .txt, .csv, .toml or .yaml file, not"),
     ],
 )
 def test_refused(file, name, text, message):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 import expunge
@@ -387,3 +389,38 @@ class TestTheExampleKeepsTheContract(test_methods.TestContract):
             registry, "describe", lambda kind, name: "DIM." if name == "Dim" else describe(kind, name)
         )
         return example()()
+
+
+NOTEBOOK = HERE / "docs" / "tutorials" / "quickstart.ipynb"
+
+
+def test_the_notebook_is_whole():
+    book = json.loads(NOTEBOOK.read_text("utf-8"))
+    assert (book["nbformat"], book["nbformat_minor"] >= 5) == (4, True)
+    cells = book["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code"] * 5
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    heads = [line.strip("# \n") for cell in cells for line in cell["source"] if re.match("#+ ", line)]
+    assert heads == ["Quickstart", "Erase", "Look", "Judge", "Export"]
+    for cell in cells:
+        keys = {"cell_type", "id", "metadata", "source"}
+        code = cell["cell_type"] == "code"
+        assert cell.keys() == (keys | {"execution_count", "outputs"} if code else keys)
+    # What was shown when it was run loads nothing and names no folder of whoever ran it.
+    assert not re.search(r"https?://|/home/|/tmp/|/work/", NOTEBOOK.read_text("utf-8"))
+
+
+def test_the_notebook_runs(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), NOTEBOOK.name, "exec"), names)
+    written = {"no-airplane.safetensors", "no-airplane-lora.safetensors", "report"}
+    assert written <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert expunge.Edit.load("no-airplane.safetensors").hash == names["edit"].hash
+    assert names["edit"].record.problem.erase[0].name == "airplane"
+    (_, before), (_, half), (_, after) = names["rows"]
+    assert not any(map(torch.equal, before, after))
+    assert not any(map(torch.equal, half, after))

@@ -1,6 +1,8 @@
 """Edits as files, and on plain pipelines."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -140,3 +142,30 @@ def test_a_record_that_is_not_ours(path, change, message):
     save_file(load_file(path), path, {"expunge": json.dumps(data)})
     with pytest.raises(ExpungeError, match=message):
         Edit.load(path)
+
+
+def test_an_edit_at_a_strength(edit, pipe):
+    name = edit.changes[0].layers[0].removeprefix("unet.")
+    before = pipe.unet.get_submodule(name).weight.detach().clone()
+    with edit.apply(pipe):
+        full = pipe.unet.get_submodule(name).weight.detach().clone()
+    with edit.apply(pipe, strength=0.8):
+        found = pipe.unet.get_submodule(name).weight.detach()
+        torch.testing.assert_close(found, before + 0.8 * (full - before))
+        assert edit.fits(pipe)
+    with pytest.raises(ExpungeError, match=r"^strength must be 0 \(nothing changes\) or more, not -1$"):
+        edit.apply(pipe, strength=-1)
+    assert torch.equal(pipe.unet.get_submodule(name).weight, before)
+
+
+def test_what_a_notebook_shows_of_an_edit(edit):
+    many = tuple(Concept(f"<b>{i}</b>", "sky", synonyms=("a & b",) if not i else ()) for i in range(13))
+    record = dataclasses.replace(edit.record, problem=Problem(many, ("ship", "bird")), model="<script>")
+    html = Edit(edit.changes, record)._repr_html_()
+    assert "erases &lt;b&gt;0&lt;/b&gt;, a &amp; b</th><td>object; becomes &#x27;sky&#x27;" in html
+    assert "and 3 more" in html
+    assert "<td>ship, bird</td>" in html
+    assert "<td>uce, seed 0, " in html
+    assert "<td>&lt;script&gt; (StableDiffusion)</td>" in html
+    assert "right on" in html
+    assert not re.search("<b>|<script|https?:|src=", html)

@@ -17,7 +17,7 @@ ORDER = (
     "model",
     "families", "fingerprint", "method",
     "edit", "erasing",
-    "erasure", "methods", "checkpoints",
+    "methods", "checkpoints", "erasure", "unlearning",
     "attack", "attacks",
     "metrics", "evaluation",
     "cli",

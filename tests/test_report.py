@@ -497,3 +497,20 @@ def test_what_is_wrong_with_an_experiment(experiment, old, new, says):
         Experiment.read(experiment)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_notebook_shows_of_a_report(model, edits, suite, tmp_path):
+    named = [Candidate.of(edits[0], "<b>mine</b>")]
+    report = evaluate(model, named, [suite], cache=Cache(tmp_path / "cache"))
+    html = report._repr_html_()
+    assert "<caption>tiny, quick</caption>" in html
+    assert re.findall('<th scope="col">(.*?)</th>', html) == [
+        "edit",
+        "erased",
+        "H_c",
+        *report.cases[0].rows[0].terms,
+    ]
+    assert re.findall('<th scope="row">(.*?)</th>', html) == ["original", "&lt;b&gt;mine&lt;/b&gt;"]
+    score = report.cases[0].rows[1].h.score
+    assert f"<td>{100 * score.value:.1f} ({100 * score.low:.1f}–{100 * score.high:.1f})</td>" in html
+    assert not re.search("<b>|https?:|src=", html)

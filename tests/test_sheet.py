@@ -1,6 +1,11 @@
 """Before above after, as one image."""
 
+import base64
+import io
+import re
+
 import torch
+from PIL import Image
 
 from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 
@@ -28,3 +33,11 @@ def test_every_image_is_there_in_its_row_and_column():
     (red, green), (blue, yellow) = ([places[c] for c in row] for row in colours)
     assert red[0] == blue[0] < green[0] == yellow[0]
     assert red[1] == green[1] < blue[1] == yellow[1]
+
+
+def test_what_a_notebook_shows_of_a_strip():
+    strip = Strip("A <b>ship</b>", ["seed 0"], [("before", [flat(1, 0, 0)]), ("after", [flat(0, 0, 1)])])
+    found = re.fullmatch(r'<img alt="(.*?)" src="data:image/png;base64,(.*)">', strip._repr_html_())
+    assert found[1] == "A &lt;b&gt;ship&lt;/b&gt;: before, after; seed 0"
+    image = Image.open(io.BytesIO(base64.b64decode(found[2])))
+    assert image.convert("RGB").tobytes() == draw_contact_sheet([strip]).tobytes()

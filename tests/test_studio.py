@@ -7,13 +7,11 @@ import shlex
 import threading
 
 import pytest
-import torch
 
 import expunge
 from expunge import Concept, Problem
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header
-from expunge.changes import Gated, Right
 from expunge.cli import erase as erase_command
 from expunge.cli import main as command_line
 from expunge.methods.mace import MACE
@@ -22,7 +20,7 @@ from expunge.studio.choice import Choice, View
 from expunge.studio.choosing import Foresight
 from expunge.studio.house import Studio
 from expunge.studio.models import Models
-from expunge.studio.strength import scaled
+from expunge.studio.strength import check_strength
 from quick import QUICK
 
 pytestmark = pytest.mark.filterwarnings("default::expunge.base.errors.ExpungeWarning")
@@ -471,31 +469,10 @@ def test_uploads_are_checked(tmp_path, monkeypatch, name, content, said):
 # Strength.
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 1.5])
-def test_a_weight_moves_by_its_strength(strength):
-    weight, matrix = torch.randn(4, 3), torch.randn(3, 3)
-    for change in scaled([Right(("unet.x",), matrix)], strength):
-        wanted = weight + strength * (weight @ matrix - weight)
-        torch.testing.assert_close(change.weight(weight), wanted)
-        assert change.fits(weight.shape)
-    assert len(scaled([Right(("unet.x",), matrix)], strength)) == (strength > 0)
-
-
-def test_a_gate_moves_by_its_strength():
-    one = torch.ones(1)
-    gate = Gated(
-        ("unet.x",), direction=torch.eye(3)[:1], centre=one * 0, slope=one, up=torch.randn(3, 1),
-        down=torch.randn(1, 3), goal=one, owner=torch.zeros(1, dtype=torch.int64),
-    )  # fmt: skip
-    (half,) = scaled([gate], 0.5)
-    x = torch.randn(2, 3)
-    torch.testing.assert_close(half.change_input(x), (x + gate.change_input(x)) / 2)
-
-
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan")])
 def test_a_strength_out_of_range(strength):
     with pytest.raises(ExpungeError, match="strength must be 0 to 2"):
-        scaled([], strength)
+        check_strength(strength)
 
 
 # Serving.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expunge.erasure import erase as erase
     from expunge.evaluation.evaluate import evaluate as evaluate
     from expunge.model import Model as Model
+    from expunge.unlearning import unlearn as unlearn
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "erase",
     "evaluate",
     "load",
+    "unlearn",
 ]
 
 _HEAVY = {
@@ -43,6 +45,7 @@ _HEAVY = {
     "evaluate": "expunge.evaluation.evaluate",
     "load": "expunge.checkpoints.load",
     "Model": "expunge.model",
+    "unlearn": "expunge.unlearning",
 }
 
 

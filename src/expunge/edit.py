@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,18 +15,22 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from expunge import __version__
 from expunge.base import registry
-from expunge.base.errors import ExpungeError, ExpungeWarning
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
 from expunge.base.files import read_header, replacing
+from expunge.base.html import render_table
 from expunge.changes import (
     KINDS,
     Applied,
     Changes,
     build_change,
     check_fit,
+    check_strength,
     encode_tensor,
     require_finite,
+    summarize,
 )
 from expunge.fingerprint import is_same_base, list_places, make_base_reader
 from expunge.model import Model
@@ -33,6 +38,9 @@ from expunge.problem import Problem
 
 FORMAT = 1
 """The version of the file format."""
+
+SHOWN = 10
+"""How many concepts, and retained prompts, a notebook shows of an edit."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Edit:
         check_fit(root, self.changes)
         return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 
-    def apply(self, pipe: Model | Any) -> Applied:
+    def apply(self, pipe: Model | Any, strength: float = 1.0) -> Applied:
         """Apply the edit to a diffusers pipeline (or a model), until `remove()` is called on the result.
 
         Edits stack; remove them in reverse order. `save_pretrained` then saves changes that are static
@@ -133,9 +141,17 @@ class Edit:
         >>> applied = edit.apply(pipe)  # doctest: +SKIP
         >>> applied.remove()            # doctest: +SKIP
 
+        Args:
+            pipe: the pipeline, or the model.
+            strength: how much of the changes counts: 1 is the edit as it was made, 0 changes nothing,
+                0.8 moves every weight 0.8 of the way. Gated changes are scaled in what they do to their
+                layer's input or output.
+
         Raises:
-            ExpungeError: a layer is missing or has another shape.
+            ExpungeError: a layer is missing or has another shape, or the strength is no number of 0 or
+                more.
         """
+        check_strength(strength)
         root = pipe.pipe if isinstance(pipe, Model) else pipe
         # A fine-tuned model has the same shapes, and erasing may well work on it: warn, do not refuse.
         if not self.fits(pipe):
@@ -145,7 +161,26 @@ class Edit:
                 ExpungeWarning,
                 stacklevel=2,
             )
-        return Applied(root, self.changes)
+        return Applied(root, self.changes, strength)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it: what it erases, how it was made, what it changes."""
+        record, problem = self.record, self.record.problem
+        rows = []
+        for concept in problem.erase:
+            becomes = repr(concept.anchor) if concept.anchor else "what the empty prompt draws"
+            how = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
+            rows.append((f"erases {', '.join(concept.names)}", f"{concept.kind}; {how}"))
+        # An edit of a thousand concepts must not fill the notebook.
+        if len(rows) > SHOWN:
+            rows[SHOWN:] = [(f"and {len(rows) - SHOWN} more", "")]
+        rows += [
+            ("retains", join_names(problem.retain, SHOWN) or "nothing by name"),
+            ("method", f"{record.method}, seed {record.seed}, {record.seconds:.1f} s"),
+            ("made from", f"{record.model or 'an unnamed model'} ({record.family or 'unknown family'})"),
+            ("changes", summarize(self.changes)),
+        ]
+        return render_table("expunge edit", rows)
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one `.safetensors` file; an older file stays until it is complete.
@@ -196,3 +231,9 @@ class Edit:
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
         require_finite(changes, str(path))
         return cls(changes, record)
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of expunge and the libraries that an edit depends on."""
+    others = ("torch", "diffusers", "transformers")
+    return {"expunge": __version__, **{name: importlib.metadata.version(name) for name in others}}

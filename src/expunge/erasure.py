@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge import __version__, fingerprint
+from expunge import fingerprint
 from expunge.base import registry
-from expunge.base.errors import ExpungeWarning, join_names
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import flatten
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import Change
-from expunge.edit import Edit, Record
+from expunge.checkpoints.load import load
+from expunge.edit import Edit, Record, read_versions
 from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.method import Method
 from expunge.model import Model
@@ -29,7 +29,7 @@ from expunge.runtime.work_dir import open_work_dir
 
 
 def erase(
-    model: Model,
+    model: Model | Any,
     problem: Problem,
     method: Method | str = "uce",
     *,
@@ -43,7 +43,7 @@ def erase(
     >>> edit = erase(model, Problem(erase=(Concept("airplane"),)), "uce")  # doctest: +SKIP
 
     Args:
-        model: the model to erase from.
+        model: the model to erase from, or a diffusers pipeline as it is.
         problem: what to erase and what to retain; the model chooses anchors that are left open.
         method: a method with its fields set, or the name of one.
         seed: the seed of all random numbers.
@@ -58,11 +58,12 @@ def erase(
         The edit, with its record.
 
     Raises:
-        ExpungeError: there is no such method, the model cannot read a name, the work folder belongs to
-            another call, or the cluster does not answer.
+        ExpungeError: there is no such method, the model is a name or a path, its family is not known, it
+            cannot read a name, the work folder belongs to another call, or the cluster does not answer.
         TypeError: `method` is neither a Method nor a name.
     """
     ray_backend.check_address(ray)
+    model = as_model(model)
     if isinstance(method, str):
         method = registry.get("methods", method)()
     if not isinstance(method, Method):
@@ -106,6 +107,22 @@ def erase(
     return Edit(changes, record)
 
 
+def as_model(pipe: Model | Any) -> Model:
+    """Return a diffusers pipeline as a model; a model is returned as it is.
+
+    Raises:
+        ExpungeError: it is a name or a path, or a pipeline of no known family.
+    """
+    if isinstance(pipe, Model):
+        return pipe
+    if isinstance(pipe, (str, Path)):
+        raise ExpungeError(
+            f"a model or a diffusers pipeline is expected, not {str(pipe)!r}: load it first, with"
+            f" expunge.load({str(pipe)!r})"
+        )
+    return load(pipe)
+
+
 def _hash_files(fields: Mapping[str, Any]) -> dict[str, str]:
     """Return the hash of every file that a field names: a changed file makes it another command.
 
@@ -130,9 +147,3 @@ def _warn_of_overlaps(problem: Problem) -> None:
             ExpungeWarning,
             stacklevel=3,
         )
-
-
-def read_versions() -> dict[str, str]:
-    """Return the versions of expunge and the libraries that an edit depends on."""
-    others = ("torch", "diffusers", "transformers")
-    return {"expunge": __version__, **{name: importlib.metadata.version(name) for name in others}}

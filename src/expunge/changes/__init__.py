@@ -28,6 +28,7 @@ from expunge.changes.layers import (
     read_base_parameter,
     unwrap,
 )
+from expunge.changes.strength import check_strength
 from expunge.changes.weights import Dense, LowRank, Right, Sparse
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "build_change",
     "check_fit",
     "check_in_use",
+    "check_strength",
     "encode_tensor",
     "find_layer",
     "find_layer_path",

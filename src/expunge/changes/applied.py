@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from expunge.base.errors import ExpungeError
 from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
 from expunge.changes.layers import check_in_use, find_layer, find_layer_path
+from expunge.changes.strength import check_strength, scale_difference
 
 
 def require_finite(changes: Sequence[Change], what: str) -> None:
@@ -64,12 +65,20 @@ class Applied:
     Nothing is touched if one of them does not fit. With tensors that require gradients, keep
     `backward()` inside the block: gradients then equal those of a real copy.
 
+    Args:
+        root: the pipeline.
+        changes: the changes, in order.
+        strength: how much of the changes counts. A parameter W becomes W + strength · (W′ − W), where W′
+            is what all its changes make of it; the difference that a hooked change makes to its layer's
+            input or output is scaled likewise. 1 applies the changes as they are, 0 changes nothing.
+
     Raises:
         ExpungeError: a layer is missing, has another shape, or is not called by the pipeline as it is
-            set up.
+            set up; or the strength is no number of 0 or more.
     """
 
-    def __init__(self, root: Any, changes: Sequence[Change]) -> None:
+    def __init__(self, root: Any, changes: Sequence[Change], strength: float = 1.0) -> None:
+        self._strength = check_strength(strength)
         check_fit(root, changes)
         for change in changes:
             for layer in change.layers:
@@ -81,6 +90,8 @@ class Applied:
                     )
         self._swapped: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        if not self._strength:
+            return
         try:
             for (module, name), weights in _group_by_parameter(root, changes).items():
                 self._swap(module, name, weights)
@@ -88,7 +99,7 @@ class Applied:
                 if isinstance(change, HookedChange):
                     # On the wrapper: what a loaded LoRA adds then reads and returns the same.
                     modules = [find_layer_path(root, layer)[-1] for layer in change.layers]
-                    self._hooks += _register_hooks(modules, change)
+                    self._hooks += _register_hooks(modules, change, self._strength)
         except BaseException:
             # An interrupt, too, must not leave the pipeline half changed.
             self.remove()
@@ -99,9 +110,14 @@ class Applied:
         original = module._parameters[name]
         if original is None:  # checked before; for the type checker
             raise TypeError(f"{type(module).__name__} has no parameter {name}, which check_fit found")
-        value = original.detach()
+        before = value = original.detach()
+        if self._strength != 1:
+            # Unrounded in between, so that a weight in half precision is rounded once, at the end.
+            value = before.to(torch.promote_types(before.dtype, torch.float32))
         for change in changes:
             value = change.weight(value)
+        if self._strength != 1:
+            value = scale_difference(before, value, self._strength)
         if not value.requires_grad:
             value = nn.Parameter(value, original.requires_grad)
         # A tensor that requires gradients replaces the parameter as it is: wrapped, it would be a leaf.
@@ -126,6 +142,12 @@ class Applied:
             module._parameters[name] = original  # type: ignore[assignment]
         for hook in self._hooks:
             hook.remove()
+        self._swapped, self._hooks = {}, []
+
+    def keep(self) -> None:
+        """Make the changes the pipeline's own: nothing can be removed, and the originals are freed."""
+        for _, value in self._swapped.values():
+            del value.expunge_base  # type: ignore[attr-defined]
         self._swapped, self._hooks = {}, []
 
     def __enter__(self) -> Applied:
@@ -154,9 +176,14 @@ def _group_by_parameter(
 
 
 def _register_hooks(
-    modules: Sequence[nn.Module], change: HookedChange
+    modules: Sequence[nn.Module], change: HookedChange, strength: float
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Register a change as a forward hook of some modules.
+
+    Args:
+        modules: the modules.
+        change: the change.
+        strength: how much of the difference that it makes counts.
 
     Raises:
         TypeError: the change acts neither on inputs nor on outputs.
@@ -166,12 +193,18 @@ def _register_hooks(
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             with torch.autocast(output.device.type, enabled=False):
-                return change.change_output(inputs[0], output)
+                changed = change.change_output(inputs[0], output)
+                return changed if strength == 1 else scale_difference(output, changed, strength)
 
         return [module.register_forward_hook(after) for module in modules]
     if not isinstance(change, InputChange):
         raise TypeError(f"an InputChange or an OutputChange is expected, not a {type(change).__name__}")
-    changed = _LastResult(change.change_input)
+
+    def change_input(x: Tensor) -> Tensor:
+        replaced = change.change_input(x)
+        return replaced if strength == 1 else scale_difference(x, replaced, strength)
+
+    changed = _LastResult(change_input)
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.autocast(inputs[0].device.type, enabled=False):

@@ -21,10 +21,9 @@ from expunge.checkpoints.weight_changes import (
     group_by_place,
     require_weights,
 )
-from expunge.edit import Edit, Record
+from expunge.edit import Edit, Record, read_versions
 from expunge.erasing.caption_gram import compute_prior, read_captions
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.erasure import read_versions
 from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.model import Model
 from expunge.ops.least_squares import gram, pad_right_factor, solve_fusion

@@ -1,4 +1,4 @@
-"""Read concepts from a file: `.txt`, `.csv` or `.toml`.
+"""Read concepts from a file: `.txt`, `.csv`, `.toml` or `.yaml`.
 
 `.txt`, one a line, as on the command line; what follows the last comma is the kind:
 
@@ -21,6 +21,8 @@ separated by `|`; an empty anchor or kind is left open:
     [[concept]]
     name = "airplane"
     anchor = ""
+
+LECO's prompts (`.toml`, `.yaml`) and sliders of ai-toolkit (`.yaml`) are read, too: see `trainer_files`.
 """
 
 from __future__ import annotations
@@ -30,13 +32,18 @@ import csv
 import io
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
 from expunge.base.fields import build
+from expunge.cli.trainer_files import is_trainer_file, parse_yaml, read_trainer_file
 from expunge.problem import KINDS, Concept, Kind, normalize_name
+
+YAML = (".yaml", ".yml")
+"""The endings of YAML files, in which other trainers say what to erase."""
 
 COLUMNS = ("name", "anchor", "kind", "synonyms")
 """The columns that a `.csv` file may have."""
@@ -51,25 +58,34 @@ def read_concepts(
     """Read the concepts of a file, and the prompts that it asks to retain.
 
     Args:
-        path: a `.txt`, `.csv` or `.toml` file in UTF-8.
+        path: a `.txt`, `.csv`, `.toml` or `.yaml` file in UTF-8.
         kind: the kind of a concept whose line names none.
 
     Raises:
         ExpungeError: the file cannot be read, a line does not fit, or a concept stands there twice.
     """
     path = Path(path)
-    if path.suffix.lower() not in _READERS:
-        raise ExpungeError(f"concepts are read from a .txt, .csv or .toml file, not from {path}")
+    suffix = path.suffix.lower()
+    if suffix not in (*_READERS, *YAML):
+        raise ExpungeError(f"concepts are read from a .txt, .csv, .toml or .yaml file, not from {path}")
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ExpungeError(f"{path} is not text in UTF-8") from None
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
-    retain = _read_retain(path, text) if path.suffix.lower() == ".toml" else ()
+    data = parse_yaml(path, text) if suffix in YAML else None
+    if suffix == ".toml":
+        data = _parse_toml(path, text)
+    located: Iterable[tuple[str, Concept]]
+    if is_trainer_file(data):
+        located, retain = _read_trainers(path, data, kind)
+    else:
+        retain = _read_retain(path, data or {})
+        located = _READERS[suffix](path, text, kind)
     concepts = []
     seen: dict[str, str] = {}
-    for where, concept in _READERS[path.suffix.lower()](path, text, kind):
+    for where, concept in located:
         for name in concept.names:
             if normalize_name(name) in seen:
                 raise ExpungeError(
@@ -80,6 +96,20 @@ def read_concepts(
     if not concepts and not retain:
         raise ExpungeError(f"{path} names no concept")
     return tuple(concepts), retain
+
+
+def _read_trainers(path: Path, data: Any, kind: Kind) -> tuple[Located, tuple[str, ...]]:
+    """Read the file of another trainer, and warn of what has no place in a problem."""
+    read = read_trainer_file(path, data, kind)
+    if read.unmapped:
+        left = join_names(list(read.unmapped), 8)
+        warnings.warn(
+            f"{path} is another trainer's, and this of it was left out: {left}; how to erase"
+            " is a matter of the method's own options",
+            ExpungeWarning,
+            stacklevel=3,
+        )
+    return iter(read.concepts), tuple(read.retain)
 
 
 def _read_lines(path: Path, text: str, kind: Kind) -> Located:
@@ -141,7 +171,7 @@ def _check_header(columns: list[str]) -> list[str]:
 
 def _read_tables(path: Path, text: str, kind: Kind) -> Located:
     """Read the concepts of a `.toml` file."""
-    tables = _parse_toml(path, text).get("concept", [])
+    tables = _check_keys(path, _parse_toml(path, text)).get("concept", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ExpungeError(f"{path}: a concept is a table of its own, under [[concept]]")
     heads = re.finditer(r"^[ \t]*\[\[\s*concept\s*\]\]", text, re.MULTILINE)
@@ -154,9 +184,9 @@ def _read_tables(path: Path, text: str, kind: Kind) -> Located:
         yield where, concept
 
 
-def _read_retain(path: Path, text: str) -> tuple[str, ...]:
+def _read_retain(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
     """Read the prompts to retain of a `.toml` file."""
-    retain = _parse_toml(path, text).get("retain", [])
+    retain = _check_keys(path, data).get("retain", [])
     if not isinstance(retain, list) or not all(isinstance(prompt, str) for prompt in retain):
         raise ExpungeError(f"{path}: retain must be a list of prompts, not {retain!r}")
     return tuple(retain)
@@ -164,9 +194,17 @@ def _read_retain(path: Path, text: str) -> tuple[str, ...]:
 
 def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ExpungeError(f"{path} is not TOML: {error}") from error
+
+
+def _check_keys(path: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a `.toml` file holds.
+
+    Raises:
+        ExpungeError: it has a key that is not known.
+    """
     for name in data:
         if name not in ("concept", "retain"):
             raise ExpungeError(f"{path}: {UnknownNameError('key', name, ('concept', 'retain'))}")

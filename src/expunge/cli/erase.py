@@ -44,7 +44,8 @@ class EraseOptions:
     ] = ()
     """A concept and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
     concepts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A .txt, .csv or .toml file of concepts; in .txt one a line: NAME=ANCHOR or NAME=ANCHOR, KIND."""
+    """A .txt, .csv or .toml file of concepts; in .txt one a line: NAME=ANCHOR or NAME=ANCHOR, KIND.
+    LECO's prompts (.toml, .yaml) and ai-toolkit's sliders (.yaml) are read, too."""
     kind: str = "object"
     """The kind of concepts that name none: object, identity, style or explicit."""
     retain: Annotated[
@@ -87,7 +88,10 @@ def run_erase(arguments: Sequence[str]) -> None:
     if preset != "list" and not {"-h", "--help"} & set(arguments):
         # Importing a method imports torch, which takes seconds: first check what needs neither.
         try:
-            check_problem(parse_options(EraseOptions, command, arguments[1:], complete=False))
+            with warnings.catch_warnings():
+                # The problem is read again below; what it warns of is said once.
+                warnings.simplefilter("ignore", ExpungeWarning)
+                check_problem(parse_options(EraseOptions, command, arguments[1:], complete=False))
         except ExpungeError:
             # A misspelt option may be why something is missing: then name the option.
             if find_unknown_options(EraseOptions, arguments[1:]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -28,6 +31,15 @@ class Strip:
     """For each row its label and its images (3, height, width) in [0, 1], one a column."""
     figures: str = ""
     """A few words at the right of the title."""
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it: the strip as an image, and in words for who sees none."""
+        buffer = io.BytesIO()
+        draw_contact_sheet([self]).save(buffer, "PNG")
+        rows = ", ".join(name for name, _ in self.rows)
+        alt = escape(f"{self.title}: {rows}; {', '.join(self.captions)}")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def draw_contact_sheet(strips: Sequence[Strip], cell: int = 128) -> Image.Image:

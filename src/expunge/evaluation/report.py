@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from expunge.base.errors import join_names
 from expunge.base.files import check_results, replacing
+from expunge.base.html import render_table
 from expunge.evaluation import statistics
 from expunge.evaluation.candidates import SuiteResult
 from expunge.evaluation.comparisons import Comparison, compare_all, correct_family
@@ -134,6 +136,32 @@ class Report:
         for line in lines:
             writer.writerow({k: "" if v != v else v for k, v in line.items()})
         return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it: a table for each suite, with scores and intervals."""
+        from expunge.evaluation.html_report import format_number
+
+        tables = []
+        for suite in dict.fromkeys(case.suite.name for case in self.cases):
+            cases = [case for case in self.cases if case.suite.name == suite]
+            score = cases[0].suite.score
+            terms = list(
+                dict.fromkeys(term for case in cases for row in case.rows for term in row.terms)
+            )
+            rows = []
+            for case in cases:
+                for row in case.rows:
+                    numbers = [row.h, *(row.terms.get(term) for term in terms)]
+                    shown = [format_number(number, score != "H_a") for number in numbers]
+                    cells = (f"{n.text} ({n.interval})" if n.interval else n.text for n in shown)
+                    rows.append((row.name, join_names(case.erased, 3), *cells))
+            attacked = [one for case in cases for row in case.rows for one in row.attacks]
+            notes = ["In brackets: 95 % intervals."]
+            if attacked:
+                notes.append("Edits were attacked, too: save the report to see how they held.")
+            title = f"{suite}, {'full' if self.full else 'quick'}"
+            tables.append(render_table(title, rows, ("edit", "erased", score, *terms), notes))
+        return "".join(tables)
 
     def save(self, folder: str | Path) -> None:
         """Write `results.json`, `results.csv` and `index.html`.

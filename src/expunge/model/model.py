@@ -114,17 +114,22 @@ class Model(FamilyContract):
         return {key: self.stored(layer, parameter) for key, (layer, _, parameter) in places.items()}
 
     @contextlib.contextmanager
-    def using(self, *edits: HasChanges | Changes) -> Iterator[None]:
+    def using(self, *edits: HasChanges | Changes, strength: float = 1.0) -> Iterator[None]:
         """Apply edits (or changes) to the model for a block, and always remove them at its end.
 
+        Args:
+            edits: the edits.
+            strength: how much of what they change together counts: see `Edit.apply`.
+
         Raises:
-            ExpungeError: a layer is missing or has another shape.
+            ExpungeError: a layer is missing or has another shape, or the strength is no number of 0 or
+                more.
         """
         # All in one `Applied`: several would each check the fit and swap the same parameters again.
         changes: list[Change] = []
         for edit in edits:
             changes.extend(edit if isinstance(edit, Sequence) else edit.changes)
-        with Applied(self.pipe, changes):
+        with Applied(self.pipe, changes, strength):
             yield
 
     @contextlib.contextmanager

@@ -16,7 +16,7 @@ from expunge.model import Model
 from expunge.probe import Probe
 from expunge.studio.choice import View
 from expunge.studio.jobs import Job
-from expunge.studio.strength import scaled
+from expunge.studio.strength import check_strength
 
 MOST = 64
 """Images of one look."""
@@ -42,10 +42,10 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
         ExpungeError: there is no prompt, there are too many images, or a number is out of range.
     """
     probe = probe_of(view)
-    changes = scaled(edit.changes, view.strength)
+    check_strength(view.strength)
     edit.fits(model)  # raises where it cannot be laid on at all
     before = drawn(model, probe, job, "drawing before")
-    after = drawn(model, probe, job, "drawing after", changes)
+    after = drawn(model, probe, job, "drawing after", edit.changes, view.strength)
     return [
         Pair(prompt, seed, to_pil(one, SHOWN), to_pil(other, SHOWN))
         for prompt, seed, one, other in zip(probe.prompts, probe.seeds, before, after, strict=True)
@@ -76,11 +76,13 @@ def probe_of(view: View) -> Probe:
     return Probe.of(list(dict.fromkeys(prompts)), view.number, view.seed)
 
 
-def drawn(model: Model, probe: Probe, job: Job, label: str, changes: Changes = ()) -> Tensor:
+def drawn(
+    model: Model, probe: Probe, job: Job, label: str, changes: Changes = (), strength: float = 1.0
+) -> Tensor:
     """The images of a probe with some changes laid on, (n, 3, height, width)."""
 
     def tell(_: str, done: int, total: int) -> None:
         job.progress(label, done, total)
 
-    with model.using(changes), torch.inference_mode():
+    with model.using(changes, strength=strength), torch.inference_mode():
         return model.draw(probe, progress=tell)
