@@ -18,7 +18,7 @@ from expunge.attacks.quantise import Quantise, round_weights
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
-from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.attack_budgets import choose_ladders, read_ladder
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.image_cache import Cache
@@ -29,6 +29,7 @@ from expunge.methods.ace import ACE
 from expunge.methods.uce import UCE
 from expunge.metric import Classifier
 from expunge.runtime.context import RunContext
+from tiny import flux
 
 ATTACKS = registry.list_names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
@@ -312,6 +313,8 @@ class TestJudged:
             ({"radius": [0.1], "steps": [1, 2]}, "write one list"),
             ({"radios": [0.1]}, "did you mean 'radius'"),
             ({"radius": [-1]}, "radius must be at least 0"),
+            ({"radius": [0.1, 0]}, "told: the attack embedding at radius 0 changes nothing"),
+            ({"radius": [0.1], "steps": 0}, "at radius 0.1 changes nothing"),
         ],
     )
     def test_budgets_that_are_none(self, table, message):
@@ -332,6 +335,43 @@ class TestJudged:
             read_ladder(suite, "inversion:ccee")
         with pytest.raises(ExpungeError, match="no attack 'invrsion'; did you mean 'inversion'"):
             Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
+
+    def test_every_attacks_budget_of_0_is_refused(self):
+        for name, field in (("inversion", "steps"), ("finetuning", "max_train_steps")):
+            suite = Suite.from_table({**TABLE, "attacks": {name: {field: [0, 5]}}}, "told")
+            with pytest.raises(ExpungeError, match=f"{field} 0 changes nothing"):
+                read_ladder(suite, name)
+
+    def test_all_is_every_first_ladder_and_the_rest_is_listed(self, model):
+        suite = Suite.from_table(TABLE, "told")
+        ladders, not_run = choose_ladders(suite, ["all", "inversion:long"], model)
+        assert [one.name for one in ladders] == ["inversion:long", *ATTACKS]
+        by_name = {one.name: one for one in ladders}
+        assert list(by_name["embedding"].rungs) == ["radius 0.1", "radius 0.4"]  # the suite's own
+        assert list(by_name["finetuning"].rungs)[0] == "max_train_steps 50"  # the attack's
+        assert set(not_run.values()) == {""}
+        assert "finetuning:concept" in not_run
+        assert "inversion:long" not in not_run
+        ladders, _ = choose_ladders(suite, [Embedding(radius=0.2), "all"], model)
+        assert sorted(one.name for one in ladders) == sorted(ATTACKS)
+
+    def test_what_a_family_cannot_have_is_left_out_with_the_reason(self):
+        suite, other = Suite.from_table(TABLE, "told"), expunge.load(flux())
+        ladders, not_run = choose_ladders(suite, ["all"], other)
+        assert [one.name for one in ladders] == [name for name in ATTACKS if name != "finetuning"]
+        assert not_run["finetuning"].startswith("it needs cross-attention, and Flux has none: text")
+        with pytest.raises(ExpungeError, match="finetuning:concept cannot be made on this model: it"):
+            choose_ladders(suite, ["finetuning:concept"], other)
+
+    def test_misspelt_ladders_and_all(self):
+        suite = Suite.from_table(TABLE, "told")
+        for name, says in (
+            ("inversion:lnog", "did you mean 'inversion:long'"),
+            ("al", "no attack 'al'; did you mean 'all'"),
+            ("all:long", "all is every attack's first ladder and has no ladders of its own"),
+        ):
+            with pytest.raises(ExpungeError, match=says):
+                choose_ladders(suite, [name])
 
     def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path):
         """Of two images one is always broken: beside ASR stands how many such there are."""
@@ -622,6 +662,8 @@ def test_attacks_are_read_one_after_the_other_and_the_old_option_is_answered(cap
     given = ["e.safetensors", "--attacks", "embedding", "inversion:long", "-o", "x", "--attacks", "a"]
     found = parse_options(EvaluateOptions, "evaluate", given)
     assert found.attacks == (("embedding", "inversion:long"), ("a",))
+    same = ["e.safetensors", "--conditions", "all", "-o", "x"]
+    assert parse_options(EvaluateOptions, "evaluate", same).attacks == (("all",),)
     old = ["evaluate", "e.safetensors", "--suite", "object", "--attack", "embedding", "-o", "x"]
     assert main(old) == 2
     assert "the option --attack of evaluate is named --attacks now" in capsys.readouterr().err
