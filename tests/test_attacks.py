@@ -4,6 +4,7 @@ import dataclasses
 import json
 from contextlib import contextmanager
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from expunge.cli.main import main
 from expunge.evaluation.attack_budgets import choose_ladders, read_ladder
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.html_conditions import say_verdict
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.results import read_results
@@ -348,7 +350,7 @@ class TestJudged:
         assert [one.name for one in ladders] == ["inversion:long", *ATTACKS]
         by_name = {one.name: one for one in ladders}
         assert list(by_name["embedding"].rungs) == ["radius 0.1", "radius 0.4"]  # the suite's own
-        assert list(by_name["finetuning"].rungs)[0] == "max_train_steps 50"  # the attack's
+        assert next(iter(by_name["finetuning"].rungs)) == "max_train_steps 50"  # the attack's
         assert set(not_run.values()) == {""}
         assert "finetuning:concept" in not_run
         assert "inversion:long" not in not_run
@@ -598,6 +600,36 @@ class TestInTheReport:
         assert "embedding, radius 0.4" in page
         assert page.count('class="attacked"') == 2
         assert "the control fails" not in page
+        assert "Does it stay gone?" in page
+        assert page.count('<td class="left said">') == 3  # two radii, and the rounding
+        assert "What was not tested" in page
+        assert "inversion:cce" in page.partition("What was not tested")[2].partition("</ul>")[0]
+
+    def test_verdicts_are_of_the_interval_and_the_control(self, report):
+        (case,) = report.cases
+        one, _ = case.rows[1].attacks
+        budget = "radius 0.4"
+
+        def say(low, high, control=1.0, broken=0.0):
+            def fixed(value, low, high):
+                return mock.Mock(value=value, n=20, score=mock.Mock(value=value, low=low, high=high))
+
+            told = dataclasses.replace(
+                one,
+                seen={budget: fixed(0.5, 0, 1)},
+                difference={budget: fixed((low + high) / 2, low, high)},
+                control={budget: fixed(control, 0, 1)},
+                broken={budget: fixed(broken, 0, 1)},
+            )
+            return say_verdict(told, budget)
+
+        assert say(0.2, 0.8) == "It comes back: seen in 50 % of the images."
+        assert say(-0.3, 0.05).startswith("No more than without it: a rise above 5 % is ruled out")
+        assert "20 images cannot rule out one of 30 points" in say(-0.1, 0.3)
+        assert say(0.2, 0.8, control=0.4) == (
+            "The original itself draws it in only 40 %: this condition says nothing."
+        )
+        assert say(0.2, 0.8, broken=0.3).endswith("30 % are unrecognisable.")
 
     def test_results_of_earlier_versions_are_read_as_ones_of_today(self, report, tmp_path):
         table = json.loads((tmp_path / "report" / "results.json").read_text())
