@@ -4,6 +4,7 @@ import dataclasses
 import json
 from contextlib import contextmanager
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from expunge.attacks.quantise import Quantise, round_weights
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
-from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.attack_budgets import choose_ladders, read_ladder
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
+from expunge.evaluation.html_conditions import say_verdict
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.results import read_results
@@ -29,6 +31,7 @@ from expunge.methods.ace import ACE
 from expunge.methods.uce import UCE
 from expunge.metric import Classifier
 from expunge.runtime.context import RunContext
+from tiny import flux
 
 ATTACKS = registry.list_names("attacks")
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=3)
@@ -312,6 +315,8 @@ class TestJudged:
             ({"radius": [0.1], "steps": [1, 2]}, "write one list"),
             ({"radios": [0.1]}, "did you mean 'radius'"),
             ({"radius": [-1]}, "radius must be at least 0"),
+            ({"radius": [0.1, 0]}, "told: the attack embedding at radius 0 changes nothing"),
+            ({"radius": [0.1], "steps": 0}, "at radius 0.1 changes nothing"),
         ],
     )
     def test_budgets_that_are_none(self, table, message):
@@ -332,6 +337,43 @@ class TestJudged:
             read_ladder(suite, "inversion:ccee")
         with pytest.raises(ExpungeError, match="no attack 'invrsion'; did you mean 'inversion'"):
             Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
+
+    def test_every_attacks_budget_of_0_is_refused(self):
+        for name, field in (("inversion", "steps"), ("finetuning", "max_train_steps")):
+            suite = Suite.from_table({**TABLE, "attacks": {name: {field: [0, 5]}}}, "told")
+            with pytest.raises(ExpungeError, match=f"{field} 0 changes nothing"):
+                read_ladder(suite, name)
+
+    def test_all_is_every_first_ladder_and_the_rest_is_listed(self, model):
+        suite = Suite.from_table(TABLE, "told")
+        ladders, not_run = choose_ladders(suite, ["all", "inversion:long"], model)
+        assert [one.name for one in ladders] == ["inversion:long", *ATTACKS]
+        by_name = {one.name: one for one in ladders}
+        assert list(by_name["embedding"].rungs) == ["radius 0.1", "radius 0.4"]  # the suite's own
+        assert next(iter(by_name["finetuning"].rungs)) == "max_train_steps 50"  # the attack's
+        assert set(not_run.values()) == {""}
+        assert "finetuning:concept" in not_run
+        assert "inversion:long" not in not_run
+        ladders, _ = choose_ladders(suite, [Embedding(radius=0.2), "all"], model)
+        assert sorted(one.name for one in ladders) == sorted(ATTACKS)
+
+    def test_what_a_family_cannot_have_is_left_out_with_the_reason(self):
+        suite, other = Suite.from_table(TABLE, "told"), expunge.load(flux())
+        ladders, not_run = choose_ladders(suite, ["all"], other)
+        assert [one.name for one in ladders] == [name for name in ATTACKS if name != "finetuning"]
+        assert not_run["finetuning"].startswith("it needs cross-attention, and Flux has none: text")
+        with pytest.raises(ExpungeError, match="finetuning:concept cannot be made on this model: it"):
+            choose_ladders(suite, ["finetuning:concept"], other)
+
+    def test_misspelt_ladders_and_all(self):
+        suite = Suite.from_table(TABLE, "told")
+        for name, says in (
+            ("inversion:lnog", "did you mean 'inversion:long'"),
+            ("al", "no attack 'al'; did you mean 'all'"),
+            ("all:long", "all is every attack's first ladder and has no ladders of its own"),
+        ):
+            with pytest.raises(ExpungeError, match=says):
+                choose_ladders(suite, [name])
 
     def test_a_muddle_is_neither_back_nor_defended(self, model, edit, tmp_path):
         """Of two images one is always broken: beside ASR stands how many such there are."""
@@ -558,6 +600,36 @@ class TestInTheReport:
         assert "embedding, radius 0.4" in page
         assert page.count('class="attacked"') == 2
         assert "the control fails" not in page
+        assert "Does it stay gone?" in page
+        assert page.count('<td class="left said">') == 3  # two radii, and the rounding
+        assert "What was not tested" in page
+        assert "inversion:cce" in page.partition("What was not tested")[2].partition("</ul>")[0]
+
+    def test_verdicts_are_of_the_interval_and_the_control(self, report):
+        (case,) = report.cases
+        one, _ = case.rows[1].attacks
+        budget = "radius 0.4"
+
+        def say(low, high, control=1.0, broken=0.0):
+            def fixed(value, low, high):
+                return mock.Mock(value=value, n=20, score=mock.Mock(value=value, low=low, high=high))
+
+            told = dataclasses.replace(
+                one,
+                seen={budget: fixed(0.5, 0, 1)},
+                difference={budget: fixed((low + high) / 2, low, high)},
+                control={budget: fixed(control, 0, 1)},
+                broken={budget: fixed(broken, 0, 1)},
+            )
+            return say_verdict(told, budget)
+
+        assert say(0.2, 0.8) == "It comes back: seen in 50 % of the images."
+        assert say(-0.3, 0.05).startswith("No more than without it: a rise above 5 % is ruled out")
+        assert "20 images cannot rule out one of 30 points" in say(-0.1, 0.3)
+        assert say(0.2, 0.8, control=0.4) == (
+            "The original itself draws it in only 40 %: this condition says nothing."
+        )
+        assert say(0.2, 0.8, broken=0.3).endswith("30 % are unrecognisable.")
 
     def test_results_of_earlier_versions_are_read_as_ones_of_today(self, report, tmp_path):
         table = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -622,6 +694,8 @@ def test_attacks_are_read_one_after_the_other_and_the_old_option_is_answered(cap
     given = ["e.safetensors", "--attacks", "embedding", "inversion:long", "-o", "x", "--attacks", "a"]
     found = parse_options(EvaluateOptions, "evaluate", given)
     assert found.attacks == (("embedding", "inversion:long"), ("a",))
+    same = ["e.safetensors", "--conditions", "all", "-o", "x"]
+    assert parse_options(EvaluateOptions, "evaluate", same).attacks == (("all",),)
     old = ["evaluate", "e.safetensors", "--suite", "object", "--attack", "embedding", "-o", "x"]
     assert main(old) == 2
     assert "the option --attack of evaluate is named --attacks now" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from expunge.base.errors import ExpungeError
 from expunge.base.fields import check_fields
 from expunge.edit import Edit
 from expunge.model import Model
@@ -36,6 +37,8 @@ class Attack:
     judged once, as its fields are."""
     smaller_is_stronger: ClassVar[bool] = False
     """Whether the largest value of a ladder is the weakest, as with bits of a weight."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it needs that not every family has; `Model.missing_capabilities` says which lacks what."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Fields with another name in earlier versions: {old: new}; an old name is refused with the new."""
 
@@ -48,6 +51,25 @@ class Attack:
     def changes_model(self) -> bool:
         """Whether images under the attack come from a changed model, not from a changed probe alone."""
         return type(self).apply is not Attack.apply
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the budget is 0: then there is no attack, and nothing is shown."""
+        return False
+
+    @classmethod
+    def require(cls, model: Model) -> None:
+        """Check that a model can be put under this attack; an override calls it first.
+
+        Raises:
+            ExpungeError: its family lacks something; the message says what, and why.
+        """
+        for need in cls.needs:
+            if need in model.missing_capabilities:
+                raise ExpungeError(
+                    f"it needs {need}, and {type(model).__name__} has none:"
+                    f" {model.missing_capabilities[need]}"
+                )
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         """Return the probe made harder for the edited model: other prompts, or other encoded text.

@@ -61,6 +61,10 @@ class Embedding(Attack):
     batch_size: int = bounded(8, at_least=1)
     """Images attacked together; it changes nothing but speed and memory."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        return not (self.steps and self.radius)
+
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         """Return the probe with perturbed embeddings, found for each image by itself.
 
@@ -70,7 +74,7 @@ class Embedding(Attack):
             probe: what is drawn unattacked; its encoded text, if any, is where the attack starts.
             run: the seed of the restarts, and the progress.
         """
-        if not (self.steps and self.radius):
+        if self.changes_nothing:
             return probe
         # Encoded by the original: what is attacked are the embeddings that the denoiser reads.
         text = probe.text or model.encode(probe.prompts)

@@ -53,6 +53,8 @@ class Finetuning(Attack):
         "before": {"max_train_steps": [50, 200, 500], "edit": "after"},
     }
 
+    needs: ClassVar[tuple[str, ...]] = ("cross-attention",)
+
     on: Literal["others", "concept"] = "others"
     """Train on images of other words, or of the erased concepts."""
     edit: Literal["before", "after"] = "before"
@@ -66,9 +68,13 @@ class Finetuning(Attack):
     learning_rate: float = bounded(1e-4, above=0)
     """AdamW's learning rate."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.max_train_steps
+
     @contextmanager
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
-        if not self.max_train_steps:
+        if self.changes_nothing:
             with model.using(edit):
                 yield model
             return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expunge.attack import Attack
+from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
@@ -38,6 +39,14 @@ class ImageToImage(Attack):
 
     strength: float = bounded(0.7, above=0, at_most=1)
     """The share of the steps that is taken, from the noised image on; 1 is nearly all noise."""
+
+    @classmethod
+    def require(cls, model: Model) -> None:
+        super().require(model)
+        if not hasattr(model, "_start"):
+            raise ExpungeError(
+                f"it needs a family that can start from an image, and {type(model).__name__} cannot"
+            )
 
     @contextmanager
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:

@@ -71,6 +71,10 @@ class Inversion(Attack):
     start: str = ""
     """The word whose embedding to start from; by default the tokenizer's nearest to the anchor."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.steps
+
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         """Return the probe with a learnt word in the place of the concept's name.
 
@@ -80,7 +84,7 @@ class Inversion(Attack):
             probe: what is drawn unattacked; one word is learnt for all its images.
             run: the seed of images and noise, and the progress.
         """
-        if not self.steps:
+        if self.changes_nothing:
             return probe
         word = self._word(model, edit)
         prompts = [replace_name(prompt, edit, word) for prompt in probe.prompts]

@@ -48,9 +48,11 @@ class EvaluateOptions:
     ] = ()
     """A metric to measure besides those of the suites."""
     attacks: Annotated[
-        UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="ATTACK …", help_behavior_hint="")
+        UseAppendAction[tuple[tuple[str, ...], ...]],
+        arg(aliases=["--conditions"], metavar="ATTACK …", help_behavior_hint=""),
     ] = ()
-    """Attacks that try to bring the concept back, at the suites' budgets: `expunge list attacks`."""
+    """Attacks and other conditions that may bring the concept back, at the suites' budgets: their names
+    (`expunge list attacks`), or all."""
     erases: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help_behavior_hint="")] = ()
     """What the diffusers folders have erased; an edit says so itself."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
@@ -140,9 +142,10 @@ def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite], attacks: 
         ExpungeError: an unknown name, a missing file, or suites of different models.
     """
     for attack in attacks:
-        # What follows a colon chooses one of the attack's variants.
-        if attack.partition(":")[0] not in registry.list_names("attacks"):
-            raise UnknownNameError("attack", attack.partition(":")[0], registry.list_names("attacks"))
+        # As `attack_budgets.check_attack_name`, which cannot be had without torch.
+        known = registry.list_names("attacks")
+        if attack != "all" and attack.partition(":")[0] not in (*known, "all"):
+            raise UnknownNameError("attack", attack.partition(":")[0], [*known, "all"])
     models = {options.model or suite.model for suite in suites}
     if len(models) > 1:
         raise ExpungeError(f"these suites are for different models: {', '.join(sorted(models))}")
@@ -217,6 +220,8 @@ def print_report(report: Report) -> None:
     if spoiled:
         names = join_names(list(dict.fromkeys(spoiled)), 5)
         print(f"does not count, for under it the original seldom draws the concept either: {names}")
+    for name, reason in {k: v for case in report.cases for k, v in case.not_run.items() if v}.items():
+        print(f"left out: {name}, for {reason}")
 
 
 def _format_score(estimate: Estimate | None) -> str:

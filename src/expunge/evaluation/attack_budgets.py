@@ -1,17 +1,24 @@
-"""Ladders of budgets: an attack at each strength that a suite asks for, the weakest first."""
+"""Ladders of budgets: an attack at each strength that a suite asks for, the weakest first.
+
+`all` stands for every attack's first ladder, but for those that the model's family cannot have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from expunge.attack import Attack
 from expunge.base import fields, registry
-from expunge.base.errors import ExpungeError
+from expunge.base.errors import ExpungeError, UnknownNameError, find_nearest
 from expunge.base.fields import format_value
 from expunge.evaluation.suite import Suite
+from expunge.model import Model
+
+ALL = "all"
+"""What stands for every attack's first ladder."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,61 @@ class Ladder:
     """The attack's, but for the one that the budgets run over."""
     rungs: Mapping[str, Attack]
     """The attack at each budget, by the budget in words."""
+
+
+def choose_ladders(
+    suite: Suite, attacks: Sequence[str | Attack], model: Model | None = None
+) -> tuple[list[Ladder], dict[str, str]]:
+    """Return the ladders that are asked for, and of all others why they are not among them.
+
+    Args:
+        suite: whose budgets have precedence over the attacks' own.
+        attacks: names, "NAME:LADDER", `all`, or attacks as they are.
+        model: what they must be possible on; without one, that is not looked at.
+
+    Returns:
+        The ladders; then {name: reason} of every ladder known that is not run. The reason is empty
+        where it was only not asked for.
+
+    Raises:
+        ExpungeError: as `read_ladder`; an attack is named twice; one that is named is not possible on
+            the model.
+    """
+    named = [read_ladder(suite, attack) for attack in attacks if attack != ALL]
+    for ladder in named:
+        if reason := _find_obstacle(ladder, model):
+            raise ExpungeError(f"the attack {ladder.name} cannot be made on this model: {reason}")
+    taken, impossible = [ladder.name for ladder in named], {}
+    if len(set(taken)) < len(taken):
+        raise ExpungeError("an attack is named twice")
+    found = named
+    if ALL in attacks:
+        every = [
+            read_ladder(suite, _first_ladder(suite, name, cls))
+            for name, cls in registry.load_all("attacks").items()
+        ]
+        impossible = {one.name: reason for one in every if (reason := _find_obstacle(one, model))}
+        found = named + [one for one in every if one.name not in (*taken, *impossible)]
+    names = [ladder.name for ladder in found]
+    rest = [name for name in dict.fromkeys((*_known(suite), *impossible)) if name not in names]
+    return found, {name: impossible.get(name, "") for name in rest}
+
+
+def _first_ladder(suite: Suite, name: str, cls: type[Attack]) -> str:
+    """The name of an attack's first ladder: its plain one, where the suite or it has such a one."""
+    if name in suite.attacks or "" in cls.ladders or not cls.ladders:
+        return name
+    return f"{name}:{next(iter(cls.ladders))}"
+
+
+def _find_obstacle(ladder: Ladder, model: Model | None) -> str:
+    """Why an attack cannot be made on a model; "" where it can, or there is no model."""
+    try:
+        for attack in ladder.rungs.values() if model is not None else ():
+            attack.require(model)
+    except ExpungeError as error:
+        return str(error)
+    return ""
 
 
 def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
@@ -44,6 +106,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
     if not isinstance(attack, str):
         raise TypeError(f"an attack must be a name or an Attack, not {attack!r}")
     name, _, rung = attack.partition(":")
+    check_attack_name(attack)
     cls: type[Attack] = registry.get("attacks", name)
     table = suite.attacks.get(attack) or cls.ladders.get(rung)
     if table is None and not rung and not cls.ladders:
@@ -53,11 +116,18 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
     if len(lists) != 1 or not all(lists.values()):
         known = [key for key in _known(suite) if key != attack]
         quoted = f'"{attack}"' if rung else attack
+        near = find_nearest(attack, (one for one in known if ":" in one), 0.85) if rung else ""
+        hint = f"did you mean {near!r}? Or " if near and table is None else ""
         raise ExpungeError(
-            f"suite {suite.name} has no budgets for the attack {attack}: write one list in"
+            f"suite {suite.name} has no budgets for the attack {attack}: {hint}write one list in"
             f" [attacks.{quoted}], such as steps = [50, 150]; there are some for {', '.join(known)}"
         )
     ((field, values),) = lists.items()
+    if any(value == 0 for value in values if not isinstance(value, bool)):
+        raise ExpungeError(
+            f"suite {suite.name}: the attack {attack} at {field} 0 changes nothing, so it would show"
+            " nothing; every budget must be above 0"
+        )
     rest = {key: value for key, value in (table or {}).items() if key != field}
     numbers = all(isinstance(value, (int, float)) for value in values)
     rungs = {
@@ -66,8 +136,29 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
         )
         for value in (sorted(values, reverse=cls.smaller_is_stronger) if numbers else values)
     }
+    for budget, one in rungs.items():
+        if one.changes_nothing:
+            raise ExpungeError(
+                f"suite {suite.name}: the attack {attack} at {budget} changes nothing, so it would show"
+                " nothing; every budget must be above 0"
+            )
     first = dataclasses.asdict(next(iter(rungs.values())))
     return Ladder(attack, {key: value for key, value in first.items() if key != field}, rungs)
+
+
+def check_attack_name(attack: str) -> None:
+    """Check that there is such an attack, importing none; what follows a colon is not looked at.
+
+    Raises:
+        ExpungeError: there is none; the nearest is named.
+    """
+    name, colon, _ = attack.partition(":")
+    if name == ALL and colon:
+        raise ExpungeError(
+            f"{ALL} is every attack's first ladder and has no ladders of its own, so not {attack!r}"
+        )
+    if attack != ALL and name not in (known := registry.list_names("attacks")):
+        raise UnknownNameError("attack", name, [*known, ALL])
 
 
 def _known(suite: Suite) -> list[str]:

@@ -109,6 +109,8 @@ class SuiteResult:
     """What drew each row's images, by the row's name."""
     judge: Metric = field(repr=False)
     """What answered the suite's questions."""
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    """Where edits were attacked: of each ladder that was not run, why; "" where it was not asked for."""
 
     @property
     def dropped(self) -> frozenset[tuple[str, str]]:

@@ -21,7 +21,7 @@ from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.evaluation import statistics
-from expunge.evaluation.attack_budgets import Ladder, read_ladder
+from expunge.evaluation.attack_budgets import Ladder, choose_ladders
 from expunge.evaluation.candidates import Candidate, SuiteResult
 from expunge.evaluation.cells import ROLES, Cell
 from expunge.evaluation.image_cache import Cache
@@ -46,6 +46,8 @@ class _Plan:
     """Without what its judge does not know."""
     metrics: Mapping[str, Metric]
     ladders: Sequence[Ladder]
+    not_run: Mapping[str, str]
+    """Of the ladders that are not run, why; "" where they were only not asked for."""
     group: Sequence[Candidate]
     cells: tuple[Cell, ...]
 
@@ -79,7 +81,7 @@ def evaluate(
             name of a suite's takes its place.
         judge: what answers the suites' questions in the place of their own judge.
         attacks: what to attack every edit with, by name ("NAME", "NAME:LADDER"), at the suites' budgets,
-            or as they are, at that one.
+            or as they are, at that one; "all" for every attack that the model's family can be put under.
         options: fields of metrics, by name, over those of the suites.
         roles: which prompts are drawn; by default all of a suite's.
         seed: the number that attacks' random choices follow from.
@@ -190,14 +192,12 @@ def _plan(
         for name in dict.fromkeys((suite.judge, *suite.metrics, *given))
     }
     known = restrict_to_judge(suite, metrics[suite.judge])
-    ladders = [read_ladder(suite, attack) for attack in attacks]
+    ladders, not_run = choose_ladders(suite, attacks, model)
     if ladders and not isinstance(metrics[suite.judge], Classifier):
         raise ExpungeError(
             f"suite {suite.name}: {suite.judge} does not say what an image shows, so no attack can be"
             " judged by it"
         )
-    if len({ladder.name for ladder in ladders}) < len(ladders):
-        raise ExpungeError("an attack is named twice")
     groups: dict[tuple[str, ...], list[Candidate]] = {}
     for candidate in candidates:
         erased = tuple(concept.name for concept in known.find_erased(candidate.erases))
@@ -206,7 +206,7 @@ def _plan(
     for group in groups.values():
         cells = tuple(c for c in known.cells(group[0].erases, full=full) if c.role in roles)
         warn_of_cuts(model, cells)
-        plans.append(_Plan(known, metrics, ladders, group, cells))
+        plans.append(_Plan(known, metrics, ladders, not_run, group, cells))
     return plans
 
 
@@ -276,7 +276,7 @@ def _attack_case(
         how: Any = {"seed": seed, "progress": progress, "controls": controls}
         attacks = tuple(judge_attack(defence, ladder, **how) for ladder in plan.ladders)
         rows.append(dataclasses.replace(row, attacks=attacks))
-    return dataclasses.replace(case, rows=tuple(rows))
+    return dataclasses.replace(case, rows=tuple(rows), not_run=plan.not_run)
 
 
 def restrict_to_judge(suite: Suite, judge: Metric) -> Suite:

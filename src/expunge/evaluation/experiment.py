@@ -40,7 +40,7 @@ from expunge.base.files import make_slug, read_toml
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.edit import Edit
 from expunge.erasure import erase
-from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.attack_budgets import choose_ladders
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
 from expunge.evaluation.image_cache import Cache
@@ -126,7 +126,7 @@ class Experiment:
     full_seeds: tuple[int, ...] = ()
     """The seeds of the edits at full size; by default `seeds`."""
     attacks: tuple[str, ...] = ()
-    """What every edit is attacked with, "NAME" or "NAME:LADDER"."""
+    """What every edit is attacked with, "NAME", "NAME:LADDER" or "all"."""
 
     @classmethod
     def read(cls, path: str | Path) -> Experiment:
@@ -159,8 +159,7 @@ class Experiment:
         )
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
-            for attack in head.attacks:
-                read_ladder(suite, attack)
+            choose_ladders(suite, head.attacks)
             for problem in problems:
                 suite.find_erased([concept.name for concept in problem.erase])
         return experiment

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from expunge.base.errors import join_names
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
 from expunge.evaluation.comparisons import Comparison, compare_all
-from expunge.evaluation.html_strips import lay_out_attacks, lay_out_strips
+from expunge.evaluation.html_conditions import lay_out_conditions
+from expunge.evaluation.html_strips import lay_out_strips
 from expunge.evaluation.robustness import AttackResult
 from expunge.evaluation.scoring import PUBLISHED
 from expunge.evaluation.statistics import Estimate
@@ -142,6 +143,7 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
             for case in cases
             for row in case.rows
         ],
+        "stays": lay_out_conditions(cases, colours),
         "attacks": [
             _attacked(row, one, budget, colours[row.name], ", ".join(case.erased[:3]))
             for case in cases
@@ -285,7 +287,6 @@ def _case(report: Report, case: SuiteResult, found: Sequence[Comparison]) -> dic
             {
                 **_describe(row),
                 **lay_out_strips(report.cache, case, row),
-                "attacks": lay_out_attacks(row),
             }
             for row in edits
         ],

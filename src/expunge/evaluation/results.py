@@ -143,6 +143,7 @@ def case_table(case: SuiteResult, differences: Sequence[Comparison]) -> dict[str
             }
             for row in case.rows
         ],
+        **({"not tested": dict(case.not_run)} if any(row.attacks for row in case.rows) else {}),
         "differences": [comparison_table(one) for one in differences],
     }
 
