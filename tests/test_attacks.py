@@ -15,7 +15,6 @@ from expunge import Concept, Edit, ExpungeError, Probe, Problem
 from expunge.attack import Attack
 from expunge.attacks.embedding import Embedding
 from expunge.attacks.inversion import Inversion, replace_name
-from expunge.attacks.quantise import Quantise, round_weights
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
@@ -197,33 +196,6 @@ class TestEmbedding:
             assert bool((away <= 0.5 * text.norm(dim=-1) * (1 + 1e-4)).all())
         again = dataclasses.replace(attack, restarts=3).run(model, swapped, PROBE, RunContext())
         assert torch.equal(again.text.embeddings, found[-1].text.embeddings)
-
-
-class TestQuantise:
-    def test_rounds_each_output_by_itself_and_the_edit_with_it(self, model, problem):
-        edit = expunge.erase(model, problem, "uce")
-        (layer, *_) = edit.changes[0].layers
-        with model.using(edit):
-            edited = model.weight(layer).clone()
-        with Quantise(bits=3).apply(model, edit, RunContext()):
-            found = model.weight(layer)
-        levels = found / (edited.abs().amax(1, keepdim=True) / 3)
-        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
-        assert levels.abs().max() <= 3 + 1e-4
-        half = edited.abs().amax(1, keepdim=True) / 6
-        assert bool(((found - edited).abs() <= half * (1 + 1e-4)).all())
-
-    def test_many_bits_change_next_to_nothing_and_the_weakest_comes_first(self, model, edit):
-        with model.using(edit):
-            plain = model.draw(PROBE)
-        far = [(draw_under(model, edit, Quantise(bits=b)) - plain).abs().mean() for b in (16, 8, 4)]
-        assert far[0] < 1e-3
-        assert far[0] < far[1] < far[2]
-        suite = Suite.from_table({**TABLE, "attacks": {}}, "told")
-        assert list(read_ladder(suite, "quantise").rungs) == ["bits 8", "bits 6", "bits 4"]
-
-    def test_a_row_of_zeros_stays(self):
-        assert torch.equal(round_weights(torch.zeros(2, 3, 1, 1), 4), torch.zeros(2, 3, 1, 1))
 
 
 class TestInversion:

@@ -12,9 +12,12 @@ from expunge.attacks.finetuning import PROMPT, Finetuning
 from expunge.attacks.image_to_image import ImageToImage
 from expunge.attacks.quantisation import Quantisation
 from expunge.attacks.wording import Wording
+from expunge.evaluation.attack_budgets import read_ladder
+from expunge.evaluation.suite import Suite
 from expunge.ops.quantisation import normal_levels, quantise_int8, quantise_nf4
 from expunge.ops.training_target import compute_training_target
 from expunge.runtime.context import RunContext
+from test_attacks import TABLE
 
 PROBE = Probe.of("a photo of the airplane", n=2, num_inference_steps=4)
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -143,6 +146,11 @@ class TestImageToImage:
             with ImageToImage(strength).apply(model, edit, RunContext()) as other:
                 off.append(float((other.draw(PROBE) - original).abs().mean()))
         assert off[0] < off[1] < off[2]
+
+    def test_the_weakest_comes_first(self):
+        suite = Suite.from_table(TABLE, "told")
+        rungs = list(read_ladder(suite, "image_to_image").rungs)
+        assert rungs == ["strength 0.9", "strength 0.7", "strength 0.5", "strength 0.3"]
 
     def test_batches_change_nothing(self, model, edit):
         with ImageToImage(0.5).apply(model, edit, RunContext()) as other:

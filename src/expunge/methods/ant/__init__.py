@@ -109,6 +109,11 @@ class ANT(SharedSettings):
         for what in ("mask", "augmentations", "retain_weight"):
             if many and getattr(self.weights, what):
                 raise ExpungeError(f"low-rank changes know no {what}: leave it out, or train weights")
+        if many and self.weights.train_on != "part":
+            raise ExpungeError(
+                f"low-rank changes are fused where text enters, so train_on {self.weights.train_on!r} has"
+                " no say: set trained to 'weights'"
+            )
         if not many and self.low_rank.training_templates:
             raise ExpungeError("weights know no training_templates: leave them out, or give templates")
         # What the model's schedule does not allow is said before captions are read.
