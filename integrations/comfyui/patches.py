@@ -83,8 +83,8 @@ def name_layers(edit: Edit, keys: Sequence[str]) -> dict[str, str]:
             original = family.ldm_layer_name(inside, config) if component == family.denoiser else None
             if original is None or f"{PREFIX}{original}.{change.parameter}" not in keys:
                 raise ExpungeError(
-                    f"the edit does not fit: it changes {layer}, which this MODEL does not have;"
-                    f" it is for {edit.record.family}, made from {edit.record.model or 'an unnamed model'}"
+                    f"the edit does not fit: it changes {layer}, which this MODEL does not have; it is"
+                    f" for {edit.record.family}, made from {edit.record.model or 'an unnamed model'}"
                 )
             found[layer] = PREFIX + original
     return found

@@ -111,8 +111,8 @@ class ANT(SharedSettings):
                 raise ExpungeError(f"low-rank changes know no {what}: leave it out, or train weights")
         if many and self.weights.train_on != "part":
             raise ExpungeError(
-                f"low-rank changes are fused where text enters, so train_on {self.weights.train_on!r} has"
-                " no say: set trained to 'weights'"
+                "low-rank changes are fused where text enters, so train_on"
+                f" {self.weights.train_on!r} has no say: set trained to 'weights'"
             )
         if not many and self.low_rank.training_templates:
             raise ExpungeError("weights know no training_templates: leave them out, or give templates")
