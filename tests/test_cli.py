@@ -220,7 +220,7 @@ def test_lists_and_help(run):
         ("erase uce --concept a -o e.safetensors extra", "does not know what to do with 'extra'"),
         ("erase uce --concept = -o e.safetensors", "needs a name"),
         ("erase uce -o e.safetensors", "no concept to erase"),
-        ("erase uce -o e.safetensors --concepts file", ".txt, .csv or .toml file, not from file"),
+        ("erase uce -o e.safetensors --concepts file", ".txt, .csv, .toml or .yaml file, not from file"),
         ("erase uce -o e.safetensors --concepts absent.txt", "cannot read absent.txt"),
         (
             "erase uce --concept a -o e.safetensors --preset --seed 1",
