@@ -37,6 +37,8 @@ class ImageToImage(Attack):
 
     ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {"strength": [0.9, 0.7, 0.5, 0.3]}}
 
+    smaller_is_stronger: ClassVar[bool] = True
+
     strength: float = bounded(0.7, above=0, at_most=1)
     """The share of the steps that is taken, from the noised image on; 1 is nearly all noise."""
 

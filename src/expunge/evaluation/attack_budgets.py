@@ -80,8 +80,10 @@ def _first_ladder(suite: Suite, name: str, cls: type[Attack]) -> str:
 
 def _find_obstacle(ladder: Ladder, model: Model | None) -> str:
     """Why an attack cannot be made on a model; "" where it can, or there is no model."""
+    if model is None:
+        return ""
     try:
-        for attack in ladder.rungs.values() if model is not None else ():
+        for attack in ladder.rungs.values():
             attack.require(model)
     except ExpungeError as error:
         return str(error)
