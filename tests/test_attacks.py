@@ -310,6 +310,10 @@ class TestJudged:
         with pytest.raises(ExpungeError, match="no attack 'invrsion'; did you mean 'inversion'"):
             Suite.from_table({**TABLE, "attacks": {"invrsion:cce": {}}}, "told")
 
+    def test_the_smallest_strength_keeps_most_of_the_image_and_comes_last(self):
+        ladder = read_ladder(Suite.from_table(TABLE, "told"), "image_to_image").rungs
+        assert [one.strength for one in ladder.values()] == [0.9, 0.7, 0.5, 0.3]
+
     def test_every_attacks_budget_of_0_is_refused(self):
         for name, field in (("inversion", "steps"), ("finetuning", "max_train_steps")):
             suite = Suite.from_table({**TABLE, "attacks": {name: {field: [0, 5]}}}, "told")
@@ -593,7 +597,7 @@ class TestInTheReport:
                 control={budget: fixed(control, 0, 1)},
                 broken={budget: fixed(broken, 0, 1)},
             )
-            return say_verdict(told, budget)
+            return say_verdict(told, budget).replace("\N{NO-BREAK SPACE}", " ")
 
         assert say(0.2, 0.8) == "It comes back: seen in 50 % of the images."
         assert say(-0.3, 0.05).startswith("No more than without it: a rise above 5 % is ruled out")
@@ -601,6 +605,7 @@ class TestInTheReport:
         assert say(0.2, 0.8, control=0.4) == (
             "The original itself draws it in only 40 %: this condition says nothing."
         )
+        assert "itself draws it in none of the images: this" in say(0.2, 0.8, control=0)
         assert say(0.2, 0.8, broken=0.3).endswith("30 % are unrecognisable.")
 
     def test_results_of_earlier_versions_are_read_as_ones_of_today(self, report, tmp_path):

@@ -70,7 +70,8 @@ def say_verdict(one: AttackResult, budget: str) -> str:
     if math.isnan(seen.value) or math.isnan(control):
         return "There is no image in which the original shows the concept, so nothing can be said."
     if not one.control_holds(budget):
-        return f"The original itself draws it in only {_percent(control)}: this condition says nothing."
+        share = f"in only {_percent(control)}" if control else "in none of the images"
+        return f"The original itself draws it {share}: this condition says nothing."
     rise = one.difference[budget].score
     if rise.low > 0:
         said = f"It comes back: seen in {_percent(seen.value)} of the images."
@@ -139,4 +140,5 @@ def _signed(share: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
+    # A space that no line breaks at.
+    return "–" if math.isnan(share) else f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -215,7 +215,7 @@ def judge_attack(
         # Under a name of its own, so that the difference has the priors of both in it.
         seen[budget] = share(here, f"{where}, {budget}")
         difference[budget] = seen[budget].minus(pre)
-        shown[f"{budget}: {_percent(asr[budget])}"] = images
+        shown[f"{budget}: {_percent(seen[budget])}"] = images
     captions = [request.prompt for request in _pick(after, chosen)]
     rows = [(title, list(images)) for title, images in shown.items()]
     strip = Strip(where, captions, rows, "seen, at the left")
