@@ -8,7 +8,7 @@ import torch
 import expunge
 from expunge import ExpungeError
 from expunge.checkpoints.checkpoint import Checkpoint
-from expunge.checkpoints.cost_estimate import estimate, estimate_model, list_resident_parts
+from expunge.checkpoints.cost_estimate import TEXT_PARTS, estimate, estimate_model, list_resident_parts
 from tiny import PIPELINES
 
 
@@ -30,8 +30,10 @@ def test_a_plan_of_every_family(tiny, name):
         estimate(checkpoint, torch.float16, "cpu", text_alone=alone) for alone in (False, True)
     )
     assert made.parameters == estimate_model(expunge.load(tiny[name])).parameters
-    assert text.parameters == {k: n for k, n in made.parameters.items() if k in ("CLIP", "T5")}
-    assert ("T5" in text.parameters) == (name in ("sd3", "flux"))
+    assert text.parameters == {k: n for k, n in made.parameters.items() if k in TEXT_PARTS}
+    assert ("T5" in text.parameters) == (name in ("sd3", "flux", "pixart", "chroma", "wan"))
+    named = ("sana", "flux2", "z_image", "qwen_image")
+    assert ("language model" in text.parameters) == (name in named)
     denoiser, encoders = made.parameters["denoiser"], sum(text.parameters.values())
     assert text.memory == 2 * encoders
     autoencoder = made.parameters["autoencoder"]
