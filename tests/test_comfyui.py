@@ -106,7 +106,7 @@ class Clip:
         return self.model.encode([tokens]).embeddings, None
 
 
-@pytest.mark.parametrize(("method", "most"), [("uce", 1e-3), ("ace", 1e-2)])
+@pytest.mark.parametrize(("method", "most"), [("uce", 1e-4), ("ace", 1e-4)])
 def test_an_edit_draws_what_expunge_draws(nodes, model, tmp_path, method, most):
     fields = (
         {"stages": ("gate",), "general": 10, "max_overlap": 1.0, "templates": ("a photo of the {}",)}
