@@ -188,5 +188,11 @@ def surroundings(tokenizer: Any, template: Template) -> int:
 
 
 def own_tokens(tokenizer: Any, prompt: str, template: Template) -> int:
-    """How many tokens of its own a prompt has in a template, uncut."""
+    """Count a prompt's own tokens in a template, uncut.
+
+    Args:
+        tokenizer: the language model's.
+        prompt: the prompt.
+        template: what stands around it.
+    """
     return int(tokenize_in(tokenizer, [prompt], template, 2**20, padding="longest").content_mask.sum())

@@ -129,7 +129,13 @@ class Flux(FlowModel):
     def infer_variant(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
     ) -> str:
-        """Tell apart "dev", which embeds the guidance scale, and "schnell", which does not."""
+        """Tell apart "dev", which embeds the guidance scale, and "schnell", which does not.
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names and shapes of a checkpoint's tensors.
+            prediction_type: what the scheduler's configuration says.
+        """
         guided = any(
             name.startswith(("guidance_in.", "time_text_embed.guidance")) or ".guidance_in." in name
             for name in tensors

@@ -116,7 +116,13 @@ class SD3(FlowModel):
     def infer_variant(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
     ) -> str:
-        """Tell apart SD 3 ("m"), 3.5 medium ("5-medium") and 3.5 large ("5-large")."""
+        """Tell apart SD 3 ("m"), 3.5 medium ("5-medium") and 3.5 large ("5-large").
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names and shapes of a checkpoint's tensors.
+            prediction_type: what the scheduler's configuration says.
+        """
         # 3.5 alone normalises queries and keys; large has 38 blocks and medium 24.
         if not (config.get("qk_norm") or any(".ln_q." in name for name in tensors)):
             return "m"

@@ -63,7 +63,13 @@ class StableDiffusion(UNetModel):
     def infer_variant(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], prediction_type: str = ""
     ) -> str:
-        """Tell apart versions 1 (""), 2 that predicts the noise ("2") and 2 that predicts v ("2-v")."""
+        """Tell apart versions 1 (""), 2 that predicts the noise ("2") and 2 that predicts v ("2-v").
+
+        Args:
+            config: the denoiser's configuration, or what `infer_config` makes of a single file.
+            tensors: the names and shapes of a checkpoint's tensors.
+            prediction_type: what the scheduler's configuration says.
+        """
         keys = (shape for name, shape in tensors.items() if name.endswith("attn2.to_k.weight"))
         shape = next(keys, None)
         width = config.get("cross_attention_dim") if shape is None else shape[1]

@@ -79,7 +79,16 @@ def probe_of(view: View) -> Probe:
 def drawn(
     model: Model, probe: Probe, job: Job, label: str, changes: Changes = (), strength: float = 1.0
 ) -> Tensor:
-    """The images of a probe with some changes laid on, (n, 3, height, width)."""
+    """Draw a probe with some changes applied: (n, 3, height, width).
+
+    Args:
+        model: draws them.
+        probe: prompts and seeds.
+        job: is told how far it is.
+        label: what is drawn, for the progress.
+        changes: to apply; none for the original.
+        strength: of the changes, 1 as they were made.
+    """
 
     def tell(_: str, done: int, total: int) -> None:
         job.progress(label, done, total)

@@ -92,7 +92,15 @@ def file_name(problem: Problem) -> str:
 
 
 def command(model: str, problem: Problem, method: str, preset: str, seed: int) -> str:
-    """The command that makes the same edit."""
+    """Return the command that makes the same edit.
+
+    Args:
+        model: the model's name.
+        problem: what to erase and to retain.
+        method: the method's name.
+        preset: the preset's name; "" for the method's own values.
+        seed: the edit's.
+    """
     words = ["expunge", "erase", method]
     lead = ""
     if preset not in ("", DEFAULTS):
@@ -138,7 +146,15 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def python(model: str, problem: Problem, method: str, preset: str, seed: int) -> str:
-    """The lines of Python that make the same edit."""
+    """Return the lines of Python that make the same edit.
+
+    Args:
+        model: the model's name.
+        problem: what to erase and to retain.
+        method: the method's name.
+        preset: the preset's name; "" for the method's own values.
+        seed: the edit's.
+    """
     concepts = ", ".join(_call(concept) for concept in problem.erase)
     comma = "," if len(problem.erase) == 1 else ""
     retain = f", retain={problem.retain!r}" if problem.retain else ""

@@ -71,7 +71,14 @@ def serve(
 
 
 def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | None = None) -> Any:
-    """Begin to serve; returns Gradio's page, whose `close()` ends it."""
+    """Begin to serve; return Gradio's page, whose `close()` ends it.
+
+    Args:
+        host: the address to listen at.
+        port: the port.
+        model: what the page opens on.
+        folder: where sessions are kept; None for a temporary one.
+    """
     from expunge.studio.house import Studio
     from expunge.studio.jobs import Job
     from expunge.studio.models import Models
