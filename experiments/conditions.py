@@ -5,7 +5,7 @@ the same condition beside it. The budgets are the fewest that say something, and
 look, and no figure to compare methods by. Writes `results/conditions-quick.json` after every edit and
 condition, and goes on from there when it is started again; `--table` prints what is there.
 
-    python experiments/conditions.py [--words airplane cat ship] [--images 4]
+    python experiments/conditions.py [--words airplane cat ship] [--images 8]
     python experiments/conditions.py --table
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
     """Erase, judge under each condition, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
-    parser.add_argument("--images", type=int, default=4, help="images of each word")
+    parser.add_argument("--images", type=int, default=8, help="images of each word")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--edits", type=Path, default=HERE / "conditions.work" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "conditions-quick.json")
