@@ -24,7 +24,7 @@ from expunge.ops.training_target import compute_training_target
 from expunge.runtime.context import RunContext
 
 PROMPT = "a picture of {}"
-"""What the images to train on are drawn and captioned with; no suite judges by it."""
+"""What the images to train on are drawn and captioned with."""
 
 
 @dataclass(frozen=True)

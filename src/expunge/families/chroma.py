@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from expunge.families._flow import FlowModel, end, shift, t5
+from expunge.families._flux_layers import FLUX_FUSED_LAYERS, FLUX_LAYERS
 from expunge.families._lora import ALL, BaseModel, LoraNaming
-from expunge.families.flux import Flux
 from expunge.text import Text, TextEntry
 
 
@@ -28,12 +28,12 @@ class Chroma(FlowModel):
     pipelines = ("ChromaPipeline",)
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and picture attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
     }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"
-    ldm_layers = Flux.ldm_layers  # its original code names layers alike
-    ldm_fused_layers = Flux.ldm_fused_layers
+    ldm_layers = FLUX_LAYERS  # its original code names layers alike
+    ldm_fused_layers = FLUX_FUSED_LAYERS
     lora_naming = LoraNaming(
         title="Chroma",
         bases={
@@ -85,7 +85,7 @@ class Chroma(FlowModel):
             raise TypeError("eos_index must be a tensor (n, 1), not None")
         place = torch.arange(text.embeddings.shape[1], device=self.device)
         told = (place <= text.eos_index + 1).to(self.dtype)
-        picture = torch.ones(n, height // 2 * (width // 2), device=self.device, dtype=self.dtype)
+        image = torch.ones(n, height // 2 * (width // 2), device=self.device, dtype=self.dtype)
         output = self.network(
             hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
             timestep=self._time(t, n) / self._times,
@@ -94,7 +94,7 @@ class Chroma(FlowModel):
             img_ids=self.pipe._prepare_latent_image_ids(
                 n, height // 2, width // 2, self.device, self.dtype
             ),
-            attention_mask=torch.cat([told, picture], 1),
+            attention_mask=torch.cat([told, image], 1),
             return_dict=False,
         )[0]
         scale = self.pipe.vae_scale_factor

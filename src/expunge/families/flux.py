@@ -11,15 +11,8 @@ from torch import Tensor
 
 from expunge.families import _text
 from expunge.families._flow import FlowModel, end, shift, t5
-from expunge.families._lora import (
-    ALL,
-    BLACK_FOREST_LABS,
-    BaseModel,
-    LoraNaming,
-    split_equally,
-    split_single_block,
-    swap_shift_and_scale,
-)
+from expunge.families._flux_layers import FLUX_FUSED_LAYERS, FLUX_LAYERS
+from expunge.families._lora import ALL, BLACK_FOREST_LABS, BaseModel, LoraNaming
 from expunge.text import Text
 
 
@@ -42,36 +35,8 @@ class Flux(FlowModel):
     }
     single_files = ("flux-dev", "flux-schnell")
     single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
-    ldm_layers = (
-        (r"context_embedder", r"txt_in"),
-        (r"x_embedder", r"img_in"),
-        (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
-        (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
-        (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
-        (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
-        (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
-        (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
-        (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
-        (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-        (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
-        (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
-        (r"proj_out", r"final_layer.linear"),
-    )
-    ldm_fused_layers = (
-        (r"double_blocks\.(\d+)\.img_attn\.qkv",
-         split_equally(r"transformer_blocks.\1.attn", "to_q to_k to_v")),
-        (r"double_blocks\.(\d+)\.txt_attn\.qkv",
-         split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
-        (r"single_blocks\.(\d+)\.linear1",
-         split_single_block(r"single_transformer_blocks.\1", "attn.to_q attn.to_k attn.to_v proj_mlp")),
-        (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
-    )  # fmt: skip
+    ldm_layers = FLUX_LAYERS
+    ldm_fused_layers = FLUX_FUSED_LAYERS
     lora_naming = LoraNaming(
         title="FLUX.1",
         bases={

@@ -24,7 +24,7 @@ class Wan(Flow, CrossAttentionModel):
     Tokens are UMT5's 512. The states of its padding are zeros, of which `text_embedder` makes the same
     vector everywhere; the denoiser has no mask and reads that, too. A norm stands behind the keys.
 
-    A picture is a video of one frame; `num_frames` in `expunge.json` draws a clip and shows its middle
+    An image is a video of one frame; `num_frames` in `expunge.json` draws a clip and shows its middle
     frame. Latents keep the frames among their channels: (n, channels · frames, height, width).
 
     Unconditional is the empty prompt.
