@@ -1,6 +1,7 @@
 """What other programs read of our LoRAs: their maps of names, after their published sources."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -526,9 +527,9 @@ class Newcomer(StableDiffusion):
         unsupported={"a1111": "A1111 does not run Newcomer at all"},
         words=("self_attn",),
     )
-    ldm_layer_name = classmethod(Model.ldm_layer_name.__func__)
-    find_ldm_layers = classmethod(Model.find_ldm_layers.__func__)
-    kohya_layer_name = classmethod(Model.kohya_layer_name.__func__)
+    ldm_layer_name: Any = classmethod(Model.ldm_layer_name.__func__)  # type: ignore[attr-defined]
+    find_ldm_layers: Any = classmethod(Model.find_ldm_layers.__func__)  # type: ignore[attr-defined]
+    kohya_layer_name: Any = classmethod(Model.kohya_layer_name.__func__)  # type: ignore[attr-defined]
 
 
 def test_a_family_says_all_that_is_to_say_in_its_own_class(monkeypatch):
