@@ -20,6 +20,7 @@ from expunge.base import registry
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.main import main
 from expunge.cli.spelling import describe_unknown_words, find_nearest_name, list_suite_names
+from expunge.cli.terminal import catch_interrupts
 from expunge.runtime.cost import Cost
 from quick import options as quick_options
 from tiny import flux, sdxl
@@ -298,6 +299,19 @@ def test_an_interrupt_leaves_earlier_files(run, edit, monkeypatch, tmp_path, whe
     assert (tmp_path / "x.png").read_text() == "earlier"
     assert (tmp_path / edit).read_bytes() == earlier
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.safetensors", "x.png"]
+
+
+def test_an_interrupt_in_a_finaliser_comes_a_moment_later(capsys):
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), catch_interrupts() as received:
+        one = Finalised()
+        del one
+        time.sleep(10)
+    assert received
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

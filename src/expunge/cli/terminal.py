@@ -167,6 +167,12 @@ def catch_interrupts() -> Iterator[list[int]]:
                 # Raised during an import, it could end in a library's own code and abort the process.
                 os.write(2, b"expunge: interrupted\n")
                 os._exit(130)
+            if frame.f_code.co_name == "__del__":
+                # Raised in a finaliser, it would be printed and ignored: once more a moment later.
+                again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+                return
             frame = frame.f_back
         raise KeyboardInterrupt
 
