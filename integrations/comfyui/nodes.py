@@ -17,7 +17,7 @@ from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext
 
 from .adapter import ComfyStableDiffusion
-from .patches import apply_edit
+from .patches import add_weights, apply_edit
 
 CLOSED_FORMS = ("uce", "oce", "speed")
 """Methods that need no images and no gradients: they finish while one waits."""
@@ -82,12 +82,9 @@ class EraseConcepts:
         for change in changes:
             if not isinstance(change, WeightChange):
                 raise TypeError(f"a closed form returns weights, not a {type(change).__name__}")
-            patches = {
-                f"{layer}.weight": ("diff", (change.weight(w) - w,))
-                for layer in change.layers
-                for w in (adapter.weight(layer),)
-            }
-            patched.add_patches(patches, strength)
+            # The adapter's layers have the MODEL's own names.
+            names = {layer: layer for layer in change.layers}
+            add_weights(patched, change, names, adapter.weights, strength)
         return (patched,)
 
 

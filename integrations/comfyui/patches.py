@@ -20,6 +20,7 @@ from torch import Tensor
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
 from expunge.changes import Change, InputChange, WeightChange
+from expunge.changes.strength import scale_difference
 from expunge.edit import Edit
 
 PREFIX = "diffusion_model."
@@ -45,7 +46,7 @@ def apply_edit(model: Any, edit: Edit, strength: float = 1.0) -> Any:
     hooked = [change for change in edit.changes if isinstance(change, InputChange)]
     for change in edit.changes:
         if isinstance(change, WeightChange):
-            _add_weights(patched, change, names, weights, strength)
+            add_weights(patched, change, names, weights, strength)
         elif not isinstance(change, InputChange):
             raise ExpungeError(
                 f"ComfyUI cannot carry a {change.kind} change; export the edit as weights:"
@@ -121,16 +122,28 @@ def make_context_patch(changes: Sequence[InputChange], strength: float) -> Calla
 
 def _mix(change: InputChange, x: Tensor, strength: float) -> Tensor:
     changed = change.change_input(x)
-    return changed if strength == 1 else x + strength * (changed - x)
+    return changed if strength == 1 else scale_difference(x, changed, strength)
 
 
-def _add_weights(
+def add_weights(
     patched: Any,
     change: WeightChange,
     names: Mapping[str, str],
     weights: Mapping[str, Tensor],
     strength: float,
 ) -> None:
+    """Add a static change to a MODEL's weight patches.
+
+    Args:
+        patched: ComfyUI's ModelPatcher, a copy of the user's.
+        change: the change.
+        names: what the MODEL calls the change's layers, without ".weight".
+        weights: the MODEL's weights, by name.
+        strength: 1 is the change as it was made, 0 none of it.
+
+    Raises:
+        ExpungeError: the MODEL takes no patch for a layer.
+    """
     patches = {}
     for layer in change.layers:
         key = f"{names[layer]}.{change.parameter}"
