@@ -130,7 +130,6 @@ class Finetuning(Attack):
             run: its seed draws batches, times and noise.
         """
         generator, levels = run.generator("finetuning"), model.log_snr()
-        kind = getattr(model.pipe.scheduler.config, "prediction_type", "flow_prediction")
         with torch.no_grad():
             text = model.encode(captions)
         optimiser = torch.optim.AdamW(trained.values, lr=self.learning_rate, foreach=False)
@@ -144,7 +143,9 @@ class Finetuning(Attack):
                 t = torch.randint(len(levels), (self.batch_size,), generator=generator)
                 noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)
                 x, noise = latents[rows.to(latents.device)], noise.to(latents)
-                target = compute_training_target(kind, x, noise, levels[t].clamp(-20, 20))
+                target = compute_training_target(
+                    model.prediction_type, x, noise, levels[t].clamp(-20, 20)
+                )
                 with torch.enable_grad():
                     z = model.add_noise(x, noise, t.to(x.device))
                     predicted = model.predict(z, t.to(x.device), text[rows.tolist()])

@@ -181,6 +181,12 @@ class Model(FamilyContract):
         scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
         return tuple(int(t) for t in scheduler.timesteps)
 
+    @property
+    def prediction_type(self) -> str:
+        """Return what the denoiser predicts, in diffusers' word; "flow_prediction" for flows, which have
+        none."""
+        return str(getattr(self.pipe.scheduler.config, "prediction_type", "flow_prediction"))
+
     def noise_scale(self) -> Tensor:
         """Return dε/dprediction at each timestep, (T,), float64: the scale of a prediction's error in ε.
 
@@ -190,7 +196,7 @@ class Model(FamilyContract):
         """
         level = self.log_snr()
         # ᾱ = σ(log-SNR), so every factor is a function of the log-SNR alone.
-        kind = getattr(self.pipe.scheduler.config, "prediction_type", "flow_prediction")
+        kind = self.prediction_type
         return {
             "epsilon": torch.ones_like(level),
             "v_prediction": level.sigmoid().sqrt(),
