@@ -67,6 +67,22 @@ class Concept:
         return cls(name, anchor if equals else None, kind, tuple(synonyms))
 
 
+def match_whole(name: str) -> str:
+    """Return a regular expression of a name that is no part of a longer word."""
+    return rf"(?<!\w){re.escape(name)}(?!\w)"
+
+
+def replace_whole(prompt: str, name: str, words: str) -> str:
+    """Return a prompt with words in every place where a name stands as whole words, in any case.
+
+    Args:
+        prompt: the prompt.
+        name: what is replaced.
+        words: what takes its place, as they are.
+    """
+    return re.sub(match_whole(name), lambda _: words, prompt, flags=re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Problem:
     """The concepts to erase and the prompts to retain.
@@ -105,6 +121,16 @@ class Problem:
         for text in self.retain:
             if normalize_name(text) in seen:
                 raise ExpungeError(f"{text!r} cannot be both erased and retained")
+
+    def find_name(self, prompt: str) -> str:
+        """Return the longest erased name that stands in a prompt as whole words, or "" for none.
+
+        >>> Problem((Concept("cat"), Concept("cat face"))).find_name("a photo of the Cat face")
+        'cat face'
+        """
+        # The longest first: "cat" would otherwise be found within "cat face".
+        names = sorted((name for concept in self.erase for name in concept.names), key=len, reverse=True)
+        return next((n for n in names if re.search(match_whole(n), prompt, re.IGNORECASE)), "")
 
     def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
         """Return the problem with every open anchor set to the one of the concept's kind."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
+from expunge.problem import replace_whole
 from expunge.runtime.context import RunContext
 from expunge.text import Text
 
@@ -238,10 +238,5 @@ def replace_name(prompt: str, edit: Edit, word: str) -> str:
         edit: says which names it erases.
         word: what takes their place.
     """
-    # The longest first: "cat" would otherwise be replaced within "cat face".
-    names = sorted((n for c in edit.record.problem.erase for n in c.names), key=len, reverse=True)
-    for name in names:
-        new, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", word, prompt, flags=re.IGNORECASE)
-        if count:
-            return new
-    return f"{prompt} {word}".strip()
+    name = edit.record.problem.find_name(prompt)
+    return replace_whole(prompt, name, word) if name else f"{prompt} {word}".strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -12,6 +11,7 @@ from expunge.attack import Attack
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
+from expunge.problem import replace_whole
 from expunge.runtime.context import RunContext
 
 Kind = Literal["synonym", "prefix", "suffix", "long", "repeated", "misspelt", "upper", "negated"]
@@ -53,23 +53,22 @@ class Wording(Attack):
     """For `synonym`: the names to ask by, in turn."""
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
-        names = sorted((n for c in edit.record.problem.erase for n in c.names), key=len, reverse=True)
-        prompts = tuple(self.reword(model, p, names, i) for i, p in enumerate(probe.prompts))
+        find_name = edit.record.problem.find_name
+        prompts = tuple(self.reword(model, p, find_name(p), i) for i, p in enumerate(probe.prompts))
         return dataclasses.replace(probe, prompts=prompts)
 
-    def reword(self, model: Model, prompt: str, names: list[str], row: int) -> str:
+    def reword(self, model: Model, prompt: str, name: str, row: int) -> str:
         """Return a prompt in other words.
 
         Args:
             model: whose window a long prompt fills.
             prompt: the prompt.
-            names: the erased names, the longest first.
+            name: the erased name that stands in it, or "" for none.
             row: chooses the synonym.
         """
-        name = next((n for n in names if re.search(_whole(n), prompt, re.IGNORECASE)), "")
 
         def put(words: str) -> str:
-            return re.sub(_whole(name), lambda _: words, prompt, flags=re.IGNORECASE) if name else prompt
+            return replace_whole(prompt, name, words) if name else prompt
 
         if self.kind == "prefix":
             return PREFIX + prompt
@@ -86,11 +85,6 @@ class Wording(Attack):
         if self.kind == "negated":
             return put(f"no {name}")
         return put(self.synonyms[row % len(self.synonyms)]) if self.synonyms else prompt
-
-
-def _whole(name: str) -> str:
-    """A pattern of a name that is no part of a longer word."""
-    return rf"(?<!\w){re.escape(name)}(?!\w)"
 
 
 def _misspell(name: str) -> str:
