@@ -81,6 +81,7 @@ class Finetuning(Attack):
         captions, latents = self.draw_training_images(model, edit, run)
         with contextlib.ExitStack() as stack:
             if self.edit == "before":
+                # Ahead of `InPlace`: what is trained are then the weights that the edit left.
                 stack.enter_context(model.using(edit))
             trained = stack.enter_context(InPlace(select_parameters(model, "cross-attention")))
             self.train(model, trained, captions, latents, run)
@@ -131,7 +132,9 @@ class Finetuning(Attack):
         """
         generator, levels = run.generator("finetuning"), model.log_snr()
         with torch.no_grad():
+            # The text encoder is not trained, so that captions are encoded once.
             text = model.encode(captions)
+        # Without `foreach`: its fused sums would hold copies of all parameters at once.
         optimiser = torch.optim.AdamW(trained.values, lr=self.learning_rate, foreach=False)
         with frozen(model.parameters()):
             # Frozen but for what is trained: activations of the rest need not be kept.
@@ -143,6 +146,7 @@ class Finetuning(Attack):
                 t = torch.randint(len(levels), (self.batch_size,), generator=generator)
                 noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)
                 x, noise = latents[rows.to(latents.device)], noise.to(latents)
+                # Bounded, for a timestep of noise alone has an infinite log SNR.
                 target = compute_training_target(
                     model.prediction_type, x, noise, levels[t].clamp(-20, 20)
                 )
@@ -154,5 +158,6 @@ class Finetuning(Attack):
                 for value, gradient in zip(trained.values, gradients, strict=True):
                     value.grad = gradient
                 optimiser.step()
+                # The optimiser works on float32 copies; the model reads its own half-precision weights.
                 trained.write()
         run.progress("finetuning", self.max_train_steps, self.max_train_steps)

@@ -62,10 +62,13 @@ def _starting_from_images(model: Model, edit: Edit, strength: float) -> Model:
     plain_start = model._start  # type: ignore[attr-defined]
 
     def start(noise: Tensor, seeds: Sequence[int], scheduler: Any) -> tuple[Tensor, Tensor]:
+        # While the original draws the images to start from, sampling starts from noise as always.
         if not clean:
             return plain_start(noise, seeds, scheduler)
+        # At least one step: with none the original's image itself would be judged.
         skipped = len(scheduler.timesteps) - max(1, round(strength * len(scheduler.timesteps)))
         timesteps = scheduler.timesteps[skipped:]
+        # Else the sampler looks its place up by timestep, and second-order ones repeat timesteps.
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         x = torch.stack([clean[i] for i in range(len(seeds))]).to(noise)
@@ -86,6 +89,7 @@ def _starting_from_images(model: Model, edit: Edit, strength: float) -> Model:
                 probe.guidance_scale,
                 None if probe.text is None else probe.text[rows],
             )
+            # The original draws first, its batch at a time; `start` then finds its images by their row.
             clean.clear()
             with torch.inference_mode():
                 _, latents = model.denoise(
@@ -101,5 +105,6 @@ def _starting_from_images(model: Model, edit: Edit, strength: float) -> Model:
             progress("drawing from images", rows[-1] + 1, len(probe))
         return torch.cat(images)
 
+    # On the copy alone: the caller's model keeps its own methods, whatever fails in between.
     other.__dict__.update(_start=start, draw=draw)
     return other

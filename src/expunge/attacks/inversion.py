@@ -96,6 +96,7 @@ class Inversion(Attack):
         vectors = learnt[0]
         if len(learnt) > 1:
             errors = self._errors(model, edit, probe, word, prompts, run, learnt)
+            # Chosen by the attacker's objective, for an attacker has no judge to choose by.
             vectors = learnt[errors.index(min(errors))]
         with torch.no_grad():
             text = model.encode_with(prompts, word, vectors)
@@ -124,6 +125,7 @@ class Inversion(Attack):
             start: the word whose vector v starts from; by default `word`.
             restart: which start this is; each has images and noise of its own.
         """
+        # The first start's name has no number: a single start stays what it is when more are added.
         generator = run.generator("inversion", *probe.prompts, *([str(restart)] if restart else []))
         rows, original, latents = self._images(model, probe, generator)
         levels, mine = model.log_snr(), [prompts[i] for i in rows]
@@ -168,6 +170,7 @@ class Inversion(Attack):
     ) -> tuple[list[int], Text, torch.Tensor]:
         """Images of the concept: the rows of their prompts, their text, and clean latents."""
         rows = torch.randint(len(probe), (self.num_images,), generator=generator).tolist()
+        # Seeds of its own: the images that are judged must be new to the attacker.
         seeds = torch.randint(2**31, (self.num_images,), generator=generator).tolist()
         original = model.encode([probe.prompts[i] for i in rows])
         steps = probe.num_inference_steps or model.num_inference_steps

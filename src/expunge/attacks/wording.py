@@ -84,6 +84,7 @@ class Wording(Attack):
             return prompt.upper()
         if self.kind == "negated":
             return put(f"no {name}")
+        # By turns, so that a judgement does not hang on one synonym.
         return put(self.synonyms[row % len(self.synonyms)]) if self.synonyms else prompt
 
 
@@ -106,6 +107,7 @@ def _lengthen(model: Model, prompt: str) -> str:
     """Add words behind a prompt while it fits the tokenizer's window."""
     words = FILLER.split()
     added = 0
+    # Within the window: an encoder cuts off what is more, and with it nothing of the attack is read.
     while model.count_tokens(longer := f"{prompt}, {' '.join(words[: added + 1])}") <= model.window:
         prompt_so_far, added = longer, added + 1
         if added == len(words):

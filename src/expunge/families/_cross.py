@@ -34,6 +34,7 @@ class CrossAttentionModel(LatentModel):
                 for norm, projection in (("norm_q", module.to_q), ("norm_k", module.to_k))
             )
             width = module.to_q.out_features // module.heads
+            # Not `module.scale`: Wan's attention has none. All of them use PyTorch's 1/√width.
             found.append(CrossAttention(query, key, module.heads, width**-0.5, self._read_tokens))
         return tuple(found)
 
@@ -56,7 +57,9 @@ class CrossAttentionModel(LatentModel):
 
     def _asked(self, text: Text, n: int) -> dict[str, Any]:
         """The text of a prediction for n rows, as the denoiser takes it; its mask is remembered."""
+        # Attention maps are read by hooks, which see no argument of the denoiser: they ask for this.
         self._mask = text.attention_mask
+        # In the weights' type, not bool: diffusers makes a bias, (1 − mask) · −10000, of it.
         mask = None if text.attention_mask is None else text.attention_mask.to(self.device, self.dtype)
         return {"encoder_hidden_states": text.embeddings, "encoder_attention_mask": mask}
 

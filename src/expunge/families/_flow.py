@@ -59,6 +59,7 @@ def t5(
     """
     tokens = _text.tokenize(tokenizer, prompts, length, starts=False)
     states = []
+    # In parts: 64 prompts of 512 tokens are half a GiB of T5-XXL's states, several in its layers.
     for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):
         told = {"attention_mask": mask.to(encoder.device)} if masked else {}
         states.append(encoder(ids.to(encoder.device), **told)[0])
@@ -80,7 +81,9 @@ def shift(config: Mapping[str, Any], tokens: int, most: float) -> float:
         most: the largest shift, where the configuration does not say it.
     """
     small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    # Large images need more noise before they lose their layout, so their steps are put nearer to it.
     low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
+    # Not clamped: beyond the two lengths the pipelines follow the same line.
     return low + (high - low) * (tokens - small) / (large - small)
 
 

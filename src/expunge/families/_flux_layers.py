@@ -32,5 +32,6 @@ FLUX_FUSED_LAYERS = (
      split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
     (r"single_blocks\.(\d+)\.linear1",
      split_single_block(r"single_transformer_blocks.\1", "attn.to_q attn.to_k attn.to_v proj_mlp")),
+    # norm_out is diffusers' AdaLayerNormContinuous, which chunks its output into scale, then shift.
     (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
 )  # fmt: skip

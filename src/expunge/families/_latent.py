@@ -53,11 +53,13 @@ class LatentModel(Model):
         for prompt in distinct:
             if len(prompt) > self.window and (n := self.count_tokens(prompt)) > self.window:
                 warn_truncated(prompt, n, self.window)
+        # Suites ask for a prompt once for each seed: it is encoded once.
         return self._read(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
     def _ahead(self, states: Tensor) -> Tensor:
         """A text encoder's states, (n, tokens, width), as the text entries read them."""
         for name in self.read_ahead:
+            # A functional call: while a checkpoint is streamed, the module has no weights (`stored`).
             weights = self.read_ahead_parameters(name)
             at = next(iter(weights.values()))
             module = self.network.get_submodule(name)
@@ -75,6 +77,7 @@ class LatentModel(Model):
             yield
         finally:
             for module, forward in zip(modules, before, strict=True):
+                # An instance's own `forward` is a hook of accelerate; deleting it would undo offloading.
                 if forward is None:
                     del module.forward
                 else:
@@ -119,6 +122,7 @@ class LatentModel(Model):
         autocast = partial(torch.autocast, self.device.type, self.autocast, enabled=bool(self.autocast))
         for t in timesteps:
             given = scheduler.scale_model_input(latents, t) if scales else latents
+            # Yielded before the prediction, so that whoever stops at a step does not pay for it.
             yield round(float(t)), given
             with autocast():
                 output = self._guided(torch.cat([given] * 2) if guided else given, t, text, guidance)
@@ -126,6 +130,7 @@ class LatentModel(Model):
             output = output.to(latents.dtype)
             if guided:
                 empty, prompt = output.chunk(2)
+                # ε = ε_∅ + guidance · (ε_c − ε_∅), classifier-free guidance as diffusers writes it.
                 output = self._contrasted(empty, prompt, guidance)
             latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
         yield 0, latents
@@ -186,6 +191,7 @@ class LatentModel(Model):
             scales = hasattr(scheduler, "scale_model_input")
             takes_generator = "generator" in inspect.signature(scheduler.step).parameters
             extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
+            # Two by two: whether the sampler takes the steps does not depend on the size.
             latents = torch.ones((1, self._latent_shape[0], 2, 2), device=self.device)
             for t in scheduler.timesteps:
                 if scales:
@@ -199,6 +205,7 @@ class LatentModel(Model):
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
         dtype = vae.dtype
+        # SDXL's autoencoder has activations beyond 65504, half precision's largest number.
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         cast = partial(torch.nn.Module.to, vae)  # diffusers' own `to` warns
         if overflows:
@@ -228,6 +235,7 @@ class LatentModel(Model):
     def _coded(self, images: Tensor) -> Tensor:
         """The autoencoder's latents of images in [-1, 1]."""
         found = self.pipe.vae.encode(images, return_dict=False)[0]
+        # SANA's deterministic autoencoder returns latents. Elsewhere the mode: sampling would add noise.
         return found if isinstance(found, Tensor) else found.mode()
 
     def _contrasted(self, empty: Tensor, prompt: Tensor, guidance: float) -> Tensor:
@@ -244,6 +252,7 @@ class LatentModel(Model):
 
     @property
     def latents_side(self) -> int:
+        # The side of a square of equal area: images need not be square.
         return round(math.prod(self._latent_shape[1:]) ** 0.5)
 
     @property
@@ -263,6 +272,7 @@ class LatentModel(Model):
     def _scaled(self, latents: Tensor) -> Tensor:
         """Scale the autoencoder's latents for the denoiser."""
         config = self.pipe.vae.config
+        # The shift came with SD 3; earlier configurations have none, or None.
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     def _unscaled(self, latents: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class LanguageModelText(FlowModel):
         # The scores of every word of the vocabulary are not wanted, and would take the most memory.
         told |= {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in takes}
         found = []
+        # Every layer's hidden states are returned at once: 16 prompts are a few GiB in the largest.
         for ids, mask in zip(tokens.ids.split(16), tokens.mask.split(16), strict=True):
             device = encoder.device
             states = encoder(input_ids=ids.to(device), attention_mask=mask.to(device), **told)

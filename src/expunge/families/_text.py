@@ -44,6 +44,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, *, starts: boo
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     place = torch.arange(length)
+    # Counted by the mask and not by the id: SD 1's tokenizer pads with the end token itself.
     end = padded.attention_mask.sum(1, keepdim=True) - 1  # where the end token stands
     own = (place >= int(starts)) & (place < end)
     return Tokens(padded.input_ids, padded.attention_mask, own)
@@ -80,6 +81,7 @@ def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     states, pooled = [], []
     for part in ids.split(64):
         output = encoder(part.to(encoder.device), output_hidden_states=True)
+        # SDXL and SD 3 were trained on the state before the last layer, without the final norm.
         states.append(output.hidden_states[-2])
         pooled.append(output[0])
     return torch.cat(states), torch.cat(pooled)
@@ -172,6 +174,7 @@ def tokenize_in(
     first = len(template.before)
     last = torch.tensor([[first + len(prompt)] for prompt in prompts])
     mask = attended.bool()
+    # Special tokens have the empty span (0, 0), which `stops > starts` leaves out.
     own = mask & (stops > first) & (starts < last) & (stops > starts)
     place = torch.arange(own.shape[1])
     # Behind the own tokens; where there are none, behind the template's beginning.
@@ -183,6 +186,7 @@ def tokenize_in(
 
 def surroundings(tokenizer: Any, template: Template) -> int:
     """How many tokens a template has beside those of the prompt."""
+    # The length is a bound that no text reaches, so that nothing is cut off.
     tokens = tokenize_in(tokenizer, ["a"], template, 2**20, padding="longest")
     return int((~tokens.content_mask).sum())
 

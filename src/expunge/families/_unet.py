@@ -54,10 +54,13 @@ class UNetModel(Diffusion, LatentModel):
         i = number * a_block + int(place)
         part = {"resnets": 0, "attentions": 1}.get(kind)
         if side == "mid":
+            # middle_block is resnet, attention, resnet: 0, 1 and 2.
             return f"middle_block.{2 * int(place) if part == 0 else 1}.{inside}"
+        # A level has `layers_per_block` input blocks and one that downsamples: hence `a_block`'s + 1.
         if kind == "downsamplers":
             return f"input_blocks.{(number + 1) * a_block}.0.op"
         if kind == "upsamplers":
+            # The upsampler shares the block of the level's last layer, behind its attention if any.
             attends = "CrossAttn" in str((config.get("up_block_types") or UP)[number])
             return f"output_blocks.{(number + 1) * a_block - 1}.{1 + attends}.conv"
         return f"{'input' if side == 'down' else 'output'}_blocks.{i + (side == 'down')}.{part}.{inside}"
@@ -73,11 +76,13 @@ class UNetModel(Diffusion, LatentModel):
     @classmethod
     def infer_config(cls, tensors: Sequence[str]) -> Mapping[str, Any]:
         blocks = {found[1] for name in tensors if (found := re.search(r"output_blocks\.(\d+)\.", name))}
+        # Each level but the last ends in one downsampling convolution.
         levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
         attending = {
             found[1] for n in tensors if (found := re.search(r"output_blocks\.(\d+)\.1\.norm", n))
         }
         a_block = len(blocks) // levels
+        # A level's first block tells of the whole level whether it attends.
         up = [f"{'CrossAttn' * (str(i * a_block) in attending)}UpBlock2D" for i in range(levels)]
         return {"layers_per_block": a_block - 1, "up_block_types": up}
 

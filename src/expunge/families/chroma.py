@@ -84,12 +84,14 @@ class Chroma(FlowModel):
         if text.eos_index is None:
             raise TypeError("eos_index must be a tensor (n, 1), not None")
         place = torch.arange(text.embeddings.shape[1], device=self.device)
+        # One token of padding stays unmasked, as it was in training.
         told = (place <= text.eos_index + 1).to(self.dtype)
         image = torch.ones(n, height // 2 * (width // 2), device=self.device, dtype=self.dtype)
         output = self.network(
             hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
             timestep=self._time(t, n) / self._times,
             encoder_hidden_states=text.embeddings,
+            # Text has no place: all its tokens sit at the origin of the rotary embedding.
             txt_ids=torch.zeros(text.embeddings.shape[1], 3, device=self.device, dtype=self.dtype),
             img_ids=self.pipe._prepare_latent_image_ids(
                 n, height // 2, width // 2, self.device, self.dtype
@@ -102,6 +104,7 @@ class Chroma(FlowModel):
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         _, height, width = self._latent_shape
+        # The transformer makes one token of two by two latents.
         mu = shift(scheduler.config, height // 2 * (width // 2), 1.15)
         sigmas = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=mu)
@@ -109,4 +112,5 @@ class Chroma(FlowModel):
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self.sample_size or self.pipe.default_sample_size
+        # The transformer takes four neighbours side by side: its channels are four times these.
         return self.network.config.in_channels // 4, size, size

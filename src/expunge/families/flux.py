@@ -88,6 +88,7 @@ class Flux(FlowModel):
         )
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
+        # At a scale of 1 the distilled model predicts as its teacher did without guidance.
         return self._guided(latents, torch.as_tensor(t), text, 1.0)
 
     @classmethod
@@ -112,10 +113,12 @@ class Flux(FlowModel):
         embeds_guidance = self.network.config.guidance_embeds
         output = self.network(
             hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
+            # In [0, 1]: the transformer itself multiplies by 1000.
             timestep=self._time(t, n) / self._times,
             guidance=torch.full((n,), guidance, device=self.device) if embeds_guidance else None,
             pooled_projections=text.pooled,
             encoder_hidden_states=text.embeddings,
+            # Text has no place: all its tokens sit at the origin of the rotary embedding.
             txt_ids=torch.zeros(text.embeddings.shape[1], 3, device=self.device, dtype=self.dtype),
             img_ids=self.pipe._prepare_latent_image_ids(
                 n, height // 2, width // 2, self.device, self.dtype
@@ -128,6 +131,7 @@ class Flux(FlowModel):
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         _, height, width = self._latent_shape
         mu = shift(scheduler.config, height // 2 * (width // 2), 1.15)
+        # Such a scheduler spaces its sigmas itself; the pipeline hands it none.
         if getattr(scheduler.config, "use_flow_sigmas", False):
             scheduler.set_timesteps(steps, device=self.device, mu=mu)
         else:
@@ -137,4 +141,5 @@ class Flux(FlowModel):
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self.sample_size or self.pipe.default_sample_size
+        # The transformer takes four neighbours side by side: its channels are four times these.
         return self.network.config.in_channels // 4, size, size

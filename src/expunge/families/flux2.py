@@ -103,9 +103,11 @@ class Flux2(LanguageModelText):
         settings = {**own, **(settings or {})}
         super().__init__(pipe, name, settings)
         self.told = told
+        # A base model is neither: it alone pays for two predictions a step.
         self.contrasts = not (told or distilled)
         self.takes_guidance = not distilled
         self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        # The pipeline's argument of the same name: a shallower text encoder needs other layers.
         self.layers = tuple(settings.get("text_encoder_out_layers", LAYERS[type(pipe).__name__]))
 
     @cached_property
@@ -137,6 +139,7 @@ class Flux2(LanguageModelText):
 
     def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
         n, _, height, width = latents.shape
+        # The latents are (n, c, h, w) with neighbours already side by side in c: a token is one place.
         output = self.network(
             hidden_states=latents.flatten(2).mT,
             timestep=self._time(t, n) / self._times,
@@ -150,6 +153,7 @@ class Flux2(LanguageModelText):
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
         _, height, width = self._latent_shape
+        # A shift fitted to steps and tokens, whose figures stand in the pipeline's module alone.
         measure = sys.modules[type(self.pipe).__module__].compute_empirical_mu
         mu = measure(image_seq_len=height * width, num_steps=steps)
         if getattr(scheduler.config, "use_flow_sigmas", False):
@@ -160,6 +164,7 @@ class Flux2(LanguageModelText):
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
+        # Halved, for a latent here is two by two of the autoencoder's.
         side = (self.sample_size or self.pipe.default_sample_size) // 2
         return self.network.config.in_channels, side, side
 
@@ -183,6 +188,7 @@ class Flux2(LanguageModelText):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and deviation of the autoencoder's latents, (1, channels, 1, 1)."""
+        # The autoencoder has no scaling factor: a batch norm's running statistics stand for it.
         norm, config = self.pipe.vae.bn, self.pipe.vae.config
         mean, variance = (x.view(1, -1, 1, 1).to(like) for x in (norm.running_mean, norm.running_var))
         return mean, (variance + config.batch_norm_eps).sqrt()

@@ -109,6 +109,7 @@ class PixArt(Diffusion, CrossAttentionModel):
         """The prompts as the pipeline reads them: cleaned, where the libraries for it are there."""
         from diffusers.utils import is_bs4_available, is_ftfy_available
 
+        # The pipeline warns at each call where they are missing; asked beforehand, it does not.
         clean = is_bs4_available() and is_ftfy_available()
         return list(self.pipe._text_preprocessing(list(prompts), clean_caption=clean))
 

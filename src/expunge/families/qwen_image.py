@@ -66,6 +66,7 @@ class QwenImage(LanguageModelText):
 
     @property
     def window(self) -> int:
+        # The instruction's tokens do not count: they are cut off before the denoiser reads the rest.
         return super().window + self.pipe.prompt_template_encode_start_idx
 
     def text_entries(self) -> tuple[TextEntry, ...]:
@@ -93,6 +94,7 @@ class QwenImage(LanguageModelText):
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         n, channels, height, width = latents.shape
+        # Cut to the longest prompt, as in the pipeline: padding would cost attention and change nothing.
         longest = int(text.read.sum(1).max())
         mask = text.read[:, :longest]
         with self._past():
@@ -100,6 +102,7 @@ class QwenImage(LanguageModelText):
                 hidden_states=self.pipe._pack_latents(latents, n, channels, height, width),
                 timestep=self._time(t, n) / self._times,
                 encoder_hidden_states=text.embeddings[:, :longest],
+                # Without a mask, diffusers can take attention kernels that know none.
                 encoder_hidden_states_mask=None if bool(mask.all()) else mask,
                 img_shapes=[[(1, height // 2, width // 2)]] * n,
                 return_dict=False,
@@ -128,6 +131,7 @@ class QwenImage(LanguageModelText):
         return self.network.config.in_channels // 4, side, side
 
     def _decoded(self, latents: Tensor) -> Tensor:
+        # The autoencoder is Wan's for videos: an image is a clip of one frame.
         return super()._decoded(latents[:, :, None])[:, :, 0]
 
     def _coded(self, images: Tensor) -> Tensor:
@@ -144,6 +148,7 @@ class QwenImage(LanguageModelText):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and deviation of the autoencoder's latents, (1, channels, 1, 1)."""
         config = self.pipe.vae.config
+        # A mean and deviation for each channel, in place of one scaling factor.
         mean, deviation = (
             torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std)
         )

@@ -89,6 +89,7 @@ class Sana(Flow, CrossAttentionModel):
         settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
         super().__init__(pipe, name, settings)
         self.max_sequence_length = int(settings.get("max_sequence_length", 300))
+        # The pipeline holds its instruction as the default of an argument, and nowhere else.
         asked = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
         self._instruction = "\n".join(asked.default)
 
@@ -110,6 +111,7 @@ class Sana(Flow, CrossAttentionModel):
     def _instructed(self, prompts: list[str], instruction: str) -> Text:
         """The prompts behind an instruction: its first token, and the last ones of the whole."""
         tokenizer, length = self.pipe.tokenizer, self.max_sequence_length
+        # Less two, as in the pipeline: the start token and a blank, which the prompt's share counts.
         more = len(tokenizer.encode(instruction)) - 2 if instruction else 0
         said = [prompt.lower().strip() for prompt in prompts]
         template = _text.Template(instruction)
@@ -119,6 +121,7 @@ class Sana(Flow, CrossAttentionModel):
             encoder = self.pipe.text_encoder
             device = encoder.device
             states.append(encoder(ids.to(device), attention_mask=mask.to(device))[0])
+        # The start token, and the last `length` − 1 of the padded whole.
         taken = [0, *range(more + 1, more + length)]
         read = tokens.mask[:, taken].bool()
         place = torch.arange(length)
@@ -142,4 +145,5 @@ class Sana(Flow, CrossAttentionModel):
                 **self._asked(text, n),
                 return_dict=False,
             )[0]
+        # Half of what it answers may be the variance, which no sampler here asks.
         return output[:, : latents.shape[1]]

@@ -90,6 +90,7 @@ class SD3(FlowModel):
             torch.cat([first.content_mask, third.content_mask], 1).to(self.device),
             torch.cat([first.ids, third.ids], 1).to(self.device),
             torch.cat([pooled, also_pooled], 1).to(self.device, self.dtype),
+            # Two ends, one a part: where CLIP's and where T5's summary of the prompt stand.
             torch.stack([end(first), parts[0] + end(third)], 1).to(self.device),
             parts,
         )
@@ -99,6 +100,7 @@ class SD3(FlowModel):
         if self.pipe.text_encoder_3 is not None:
             return t5(self.pipe.tokenizer_3, self.pipe.text_encoder_3, prompts, T5_TOKENS)
         empty = torch.zeros(len(prompts), T5_TOKENS, dtype=torch.int64)
+        # One token is real in each, so that the place of the end stays defined.
         mask = torch.zeros_like(empty).index_fill(1, torch.tensor([0]), 1)
         width = self.network.config.joint_attention_dim
         return _text.Tokens(empty, mask, empty > 0), torch.zeros(len(prompts), T5_TOKENS, width)
@@ -130,6 +132,7 @@ class SD3(FlowModel):
         return "5-large" if len({block[2] for block in found if block}) > 30 else "5-medium"
 
     def _set_timesteps(self, scheduler: Any, steps: int) -> None:
+        # Published SD 3 schedulers shift by a constant of their own; dynamic ones need the image's size.
         extra = {}
         if scheduler.config.get("use_dynamic_shifting"):
             _, height, width = self._latent_shape

@@ -48,6 +48,7 @@ class SDXL(UNetModel):
         pipe, length = self.pipe, self.pipe.tokenizer.model_max_length
         tokens = _text.tokenize(pipe.tokenizer, prompts, length)
         second = _text.tokenize(pipe.tokenizer_2, prompts, length)
+        # The first encoder's pooled output is left out: SDXL was trained on the second's alone.
         states, _ = _text.penultimate(pipe.text_encoder, tokens.ids)
         more, pooled = _text.penultimate(pipe.text_encoder_2, second.ids)
         return Text(
@@ -64,6 +65,7 @@ class SDXL(UNetModel):
             return text
         if text.pooled is None:
             raise TypeError("text must have a pooled vector, not None")
+        # Mask and tokens stay those of the empty prompt: methods still ask where its end stands.
         zeros, pooled = torch.zeros_like(text.embeddings), torch.zeros_like(text.pooled)
         return Text(text.prompts, zeros, text.content_mask, text.ids, pooled)
 

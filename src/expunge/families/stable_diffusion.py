@@ -44,6 +44,7 @@ class StableDiffusion(UNetModel):
     def _read(self, prompts: list[str]) -> Text:
         tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
         tokens = _text.tokenize(tokenizer, prompts, tokenizer.model_max_length)
+        # Encoders that were trained with the padding masked say so; CLIP's own read it.
         asks = getattr(encoder.config, "use_attention_mask", False)
         embeddings = []
         for ids, mask in zip(tokens.ids.split(64), tokens.mask.split(64), strict=True):

@@ -103,6 +103,7 @@ class Wan(Flow, CrossAttentionModel):
             self.max_sequence_length,
             masked=True,
         )
+        # The encoder's states of padding are not zero; the pipeline puts zeros in their place.
         states = torch.where(tokens.mask.bool()[..., None].to(states.device), states, 0)
         return Text(
             tuple(prompts),
@@ -114,6 +115,7 @@ class Wan(Flow, CrossAttentionModel):
 
     def _cleaned(self, prompt: str) -> str:
         """A prompt as the pipeline reads it."""
+        # The pipeline's own function, from its module: no class exports it.
         cleaned: str = sys.modules[type(self.pipe).__module__].prompt_clean(prompt)
         return cleaned
 
@@ -121,6 +123,7 @@ class Wan(Flow, CrossAttentionModel):
         frames = self._latent_frames
         times = self._time(t, len(latents))
         if self.pipe.config.get("expand_timesteps"):  # a time for each token
+            # Image-to-video gives its still frame's tokens time 0; from text alone all times are alike.
             _, high, wide = self.network.config.patch_size
             height, width = latents.shape[-2:]
             times = times[:, None].expand(-1, frames * (height // high) * (width // wide))
@@ -135,6 +138,7 @@ class Wan(Flow, CrossAttentionModel):
 
     @property
     def _latent_frames(self) -> int:
+        # The first frame stands alone; after it the autoencoder makes one of every four.
         return (self.num_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
 
     @property
@@ -154,6 +158,7 @@ class Wan(Flow, CrossAttentionModel):
         return clip[:, :, clip.shape[2] // 2]
 
     def _coded(self, images: Tensor) -> Tensor:
+        # A clip in which nothing moves: an image as the model knows it.
         still = images[:, :, None].repeat(1, 1, self.num_frames, 1, 1)
         return super()._coded(still).flatten(1, 2)
 
@@ -169,6 +174,7 @@ class Wan(Flow, CrossAttentionModel):
         """The mean and deviation of the autoencoder's latents, (1, channels · frames, 1, 1)."""
         config = self.pipe.vae.config
         mean, deviation = (
+            # Frames vary fastest among the joined channels, as `flatten(1, 2)` leaves them.
             torch.tensor(x).repeat_interleave(self._latent_frames).view(1, -1, 1, 1).to(like)
             for x in (config.latents_mean, config.latents_std)
         )

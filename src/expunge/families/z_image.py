@@ -106,6 +106,8 @@ class ZImage(LanguageModelText):
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         with self._past():
+            # Its time runs from 0, all noise, to 1, and it predicts x − ε: hence 1 − t and the sign.
+            # Images and texts are lists of unequal lengths; each image has a frame axis of 1.
             outputs = self.network(
                 list(latents[:, :, None]),
                 (self._times - self._time(t, len(latents))) / self._times,
