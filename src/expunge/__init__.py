@@ -51,5 +51,6 @@ _HEAVY = {
 
 def __getattr__(name: str) -> Any:
     if name in _HEAVY:
+        # Imported at first use (PEP 562): torch and diffusers take seconds.
         return getattr(importlib.import_module(_HEAVY[name]), name)
     raise AttributeError(f"module 'expunge' has no attribute {name!r}")

@@ -64,6 +64,7 @@ class Attack:
         Raises:
             ExpungeError: its family lacks something; the message says what, and why.
         """
+        # A reason and not a family's name: families are plug-ins, and no attack knows them all.
         for need in cls.needs:
             if need in model.missing_capabilities:
                 raise ExpungeError(

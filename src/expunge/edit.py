@@ -226,6 +226,7 @@ class Edit:
             )
             record = Record.from_dict(data["record"])
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            # ExpungeError is a ValueError: one that says more must not be wrapped.
             if isinstance(error, ExpungeError):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error

@@ -70,6 +70,7 @@ def erase(
         raise TypeError(
             f"method must be a Method with its fields set, or the name of one, not {method!r}"
         )
+    # First of all: the record must hold the anchors that were used, and they are checked like names.
     problem = problem.with_anchors(model.anchors)
     anchors = (concept.anchor for concept in problem.erase if concept.anchor)
     prompts = [*(n for concept in problem.erase for n in concept.names), *anchors, *problem.retain]
@@ -77,6 +78,7 @@ def erase(
     model.require_words(prompts)
     method.check_family(type(model))
     _warn_of_overlaps(problem)
+    # Without edits that are applied: the record tells which base weights the changes take the place of.
     read = make_base_reader(model)
     command: dict[str, Any] = {
         "method": registry.name_of("methods", type(method)),

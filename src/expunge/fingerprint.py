@@ -101,6 +101,7 @@ def hash_weights(model: Model) -> str:
     were left on the disk count by their name, dtype and shape.
     """
     tensors = list(_tensors(model))
+    # In-place writes raise a tensor's version, and replacing it changes its identity: no data is read.
     state = [(key, id(tensor), _version(tensor)) for key, tensor in tensors]
     known, seen = model.__dict__.get("_hash"), model.__dict__.get("_hashed")
     # Weights that were sent to the disk meanwhile cannot be read, nor written to.
@@ -199,6 +200,7 @@ def config_as_read(config: object) -> dict[str, str]:
     """A configuration as it is once read from its file: without names and versions, tuples as lists."""
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
     dropped = (*DROPPED, "model_type")
+    # JSON has no tuples: a configuration in memory and the same one read from disk must hash alike.
     kept = {k: v for k, v in sorted(items) if not k.startswith("_") and k not in dropped}
     return {k: str(list(v) if isinstance(v, tuple) else v) for k, v in kept.items()}
 
@@ -239,6 +241,7 @@ def is_same_base(read: ParameterReader, places: Iterable[tuple[str, str]], base:
     places = tuple(places)
     if hash_base(read, places) == base:
         return True
+    # The edit may be of a bfloat16 copy, which rounding to float16 does not lead to.
     return hash_base(lambda *place: read(*place).to(torch.bfloat16), places) == base
 
 

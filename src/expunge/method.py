@@ -52,6 +52,7 @@ class Method(ABC):
                 )
         names = [*(field.name for field in dataclasses.fields(cls)), *(f.name for f in leaves(cls))]
         require_known(cls, fields, names)
+        # Checked in `__new__`, for the dataclass's own `__init__` would raise a bare TypeError first.
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ class Method(ABC):
         Raises:
             ExpungeError: it lacks something; the message gives the reason and the stages that work.
         """
+        # Only the stages that are switched on count: gates alone may work where refinement does not.
         stages = getattr(self, "stages", tuple(self.needs))
         for stage in stages:
             need = self.needs.get(stage, "")

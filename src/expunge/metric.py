@@ -112,6 +112,7 @@ class Classifier(Metric):
             labels: those that count as a concept.
         """
         known = [label for label in labels if self.knows(label)]
+        # A label too near to tell is nan, and counts as not shown.
         return {label: self.score(rows, [label], (), "there").nan_to_num(0).round() for label in known}
 
     def describe(self, rows: Tensor) -> list[str]:

@@ -46,10 +46,12 @@ class Probe:
             raise ExpungeError(f"a probe of {len(self.prompts)} prompts has {len(self.seeds)} seeds")
         if self.text is not None and len(self.text) != len(self.prompts):
             raise ExpungeError(f"a probe of {len(self.prompts)} prompts has {len(self.text)} texts")
+        # torch maps negative seeds onto the largest ones: in this range each noise has one seed.
         if not all(0 <= seed < 2**63 for seed in self.seeds):
             raise ExpungeError("a seed must be at least 0 and below 2**63")
         if steps is not None and not 1 <= steps <= 1000:
             raise ExpungeError(f"num_inference_steps must be 1 to 1000, not {steps}")
+        # Written so that nan fails it, too.
         if guidance is not None and not 0 <= guidance < float("inf"):
             raise ExpungeError(f"guidance_scale must be at least 0, not {guidance}")
 
@@ -83,6 +85,7 @@ class Probe:
         if n < 1:
             raise ExpungeError(f"the number of images must be at least 1, not {n}")
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        # The same seeds for every prompt: images then differ by the prompt alone.
         rows = [(prompt, seed + i) for prompt in prompts for i in range(n)]
         return cls(
             tuple(p for p, _ in rows), tuple(s for _, s in rows), num_inference_steps, guidance_scale

@@ -69,6 +69,7 @@ class Concept:
 
 def match_whole(name: str) -> str:
     """Return a regular expression of a name that is no part of a longer word."""
+    # Not \b, which needs a letter on one side: a name may end in a sign, as "C++" does.
     return rf"(?<!\w){re.escape(name)}(?!\w)"
 
 
@@ -80,6 +81,7 @@ def replace_whole(prompt: str, name: str, words: str) -> str:
         name: what is replaced.
         words: what takes its place, as they are.
     """
+    # A function, for in a plain replacement `\1` would be a group.
     return re.sub(match_whole(name), lambda _: words, prompt, flags=re.IGNORECASE)
 
 
@@ -114,6 +116,7 @@ class Problem:
         if not all(self.retain):
             raise ExpungeError("a prompt to retain is empty")
         seen: set[str] = set()
+        # By key, for "Cat" and "cat" are one concept to a tokenizer that folds case.
         for name in (name for concept in self.erase for name in concept.names):
             if normalize_name(name) in seen:
                 raise ExpungeError(f"{name!r} is to be erased twice")
@@ -148,6 +151,7 @@ class Problem:
         """
         owned = [(name, place) for place, c in enumerate(self.erase) for name in c.names]
         others = [*owned, *((text, None) for text in self.retain)]
+        # Whole words: "caterpillar" shares letters with "cat", and no token.
         words = {name: set(re.findall(r"\w+", normalize_name(name))) for name, _ in others}
         return [
             (name, other)

@@ -35,11 +35,13 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.eos_index is None:
+            # One start token, then the prompt's own: the end token stands right behind them.
             object.__setattr__(self, "eos_index", self.content_mask.sum(1, keepdim=True) + 1)
         if not self.segment_lengths:
             object.__setattr__(self, "segment_lengths", (self.content_mask.shape[1],))
         if self.attention_mask is not None:
             read = self.attention_mask[..., None]
+            # Not multiplied by the mask: 0 · nan is nan.
             object.__setattr__(self, "embeddings", torch.where(read, self.embeddings, 0))
 
     def __len__(self) -> int:

@@ -107,6 +107,7 @@ def _check_copyable(pipe: Any) -> None:
         ExpungeError: its parts are offloaded, or spread over several devices.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    # accelerate's hooks hold the original's modules: a copy would move those to the device, not itself.
     moved = next(
         (name for name, p in parts.items() if any(hasattr(m, "_hf_hook") for m in p.modules())), ""
     )

@@ -53,6 +53,7 @@ def choose_ladders(
     """
     named = [read_ladder(suite, attack) for attack in attacks if attack != ALL]
     for ladder in named:
+        # What is named must be possible; of `all`, the impossible is only listed with its reason.
         if reason := _find_obstacle(ladder, model):
             raise ExpungeError(f"the attack {ladder.name} cannot be made on this model: {reason}")
     taken, impossible = [ladder.name for ladder in named], {}
@@ -115,6 +116,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
         alone = cls()
         return Ladder(attack, dataclasses.asdict(alone), {_spell(alone): alone})
     lists = {key: value for key, value in (table or {}).items() if isinstance(value, list)}
+    # Budgets run over one field: a grid has no order from weak to strong, and ASR accumulates along it.
     if len(lists) != 1 or not all(lists.values()):
         known = [key for key in _known(suite) if key != attack]
         quoted = f'"{attack}"' if rung else attack
@@ -125,6 +127,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
             f" [attacks.{quoted}], such as steps = [50, 150]; there are some for {', '.join(known)}"
         )
     ((field, values),) = lists.items()
+    # Python counts False as 0; a field that is switched off may well be an attack.
     if any(value == 0 for value in values if not isinstance(value, bool)):
         raise ExpungeError(
             f"suite {suite.name}: the attack {attack} at {field} 0 changes nothing, so it would show"
@@ -132,6 +135,7 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
         )
     rest = {key: value for key, value in (table or {}).items() if key != field}
     numbers = all(isinstance(value, (int, float)) for value in values)
+    # From weak to strong, for ASR counts what came back at a weaker budget, too; words stay as written.
     rungs = {
         f"{field} {value:g}" if numbers else f"{field} {value}": fields.build(
             cls, {**rest, field: value}, attack

@@ -58,6 +58,7 @@ class Candidate:
         if self.edit is None:
             return self.name
         record = self.edit.record
+        # Sorted: records of older edits hold their fields in another order.
         fields = ", ".join(f"{key} {value}" for key, value in sorted(record.fields.items()))
         return f"{record.method} ({fields})" if fields else record.method
 

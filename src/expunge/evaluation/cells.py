@@ -47,6 +47,7 @@ class SuiteConcept:
         if not self.name.strip():
             raise ExpungeError("a concept of the suite has no name")
         for part in ("name", "words"):
+            # Invisible characters in a file must not make a name that no edit's name equals.
             object.__setattr__(self, part, tidy(getattr(self, part)))
         for part in ("labels", "near", "synonyms", "also", "retain"):
             object.__setattr__(self, part, tuple(map(tidy, getattr(self, part))))

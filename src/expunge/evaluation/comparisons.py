@@ -42,6 +42,7 @@ class Comparison:
 def correct_family(differences: Sequence[tuple[str, str, str, Estimate]]) -> list[Comparison]:
     """Correct the comparisons that are made at once for their number."""
     p = [difference.p_value() for *_, difference in differences]
+    # Corrected apart from the others: the two readings answer two questions.
     general = [
         d.p_value(in_general=True) if d.general is not None else math.nan for *_, d in differences
     ]
@@ -58,6 +59,7 @@ def compare_all(cases: Sequence[SuiteResult]) -> list[list[Comparison]]:
     families: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for c, rows in enumerate(found):
         for r, (of, *_) in enumerate(rows):
+            # A family is what one would search for its best: all pairs, in all cases, of one number.
             families.setdefault((cases[c].suite.name, of), []).append((c, r))
     placed: dict[tuple[int, int], Comparison] = {}
     for places in families.values():

@@ -201,10 +201,12 @@ def _plan(
     groups: dict[tuple[str, ...], list[Candidate]] = {}
     for candidate in candidates:
         erased = tuple(concept.name for concept in known.find_erased(candidate.erases))
+        # Edits compare only on the same prompts, and these follow from what is erased, in any order.
         groups.setdefault(tuple(sorted(erased)), []).append(candidate)
     plans = []
     for group in groups.values():
         cells = tuple(c for c in known.cells(group[0].erases, full=full) if c.role in roles)
+        # Before any drawing: a cut prompt may have lost the very concept that is judged.
         warn_of_cuts(model, cells)
         plans.append(_Plan(known, metrics, ladders, not_run, group, cells))
     return plans
@@ -257,6 +259,7 @@ def _attack_case(
     controls: Controls,
 ) -> SuiteResult:
     """Attack every edit of a case; its rows are given what the attacks came to."""
+    # The original's row stays as it is: under attack it is the control within each edit's result.
     judge, rows = plan.metrics[plan.suite.judge], [case.rows[0]]
     if not plan.ladders or not isinstance(judge, Classifier):
         return case
@@ -286,6 +289,7 @@ def restrict_to_judge(suite: Suite, judge: Metric) -> Suite:
         ExpungeError: the judge answers no questions, or knows none of the labels.
     """
     if not isinstance(judge, Classifier):
+        # H_a is made of CLIP scores alone; all other H's are shares of images that show a concept.
         if suite.score != "H_a":
             raise ExpungeError(
                 f"suite {suite.name}: {suite.judge} does not say what an image shows; only H_a can do"
@@ -322,6 +326,7 @@ def _provenance(model: Model, plans: Sequence[_Plan], seed: int) -> dict[str, An
         "sampler": describe_sampler(model.with_scheduler(suite.scheduler)),
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
+        # Through JSON at once: tuples and paths read back from results.json as they are written here.
         "metrics": json.loads(json.dumps(metrics, default=str)),
         **attacked,
         "intervals": f"95 %, {statistics.DRAWS} draws: low and high are about these concepts (prompts,"

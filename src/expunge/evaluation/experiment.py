@@ -106,6 +106,7 @@ class Job:
             edit = erase(model, self.problem, self.method, seed=self.seed, progress=progress, work=place)
             edit.save(file)
             remove(place)
+        # Read back even where it was just made: both ways then judge what the file holds.
         return Candidate.of(Edit.load(file), self.name)
 
 
@@ -159,6 +160,7 @@ class Experiment:
         )
         experiment.jobs()  # says now what is wrong with a method
         for suite in suites:
+            # Wrong names are found before hours of erasing.
             choose_ladders(suite, head.attacks)
             for problem in problems:
                 suite.find_erased([concept.name for concept in problem.erase])
@@ -207,6 +209,7 @@ class Experiment:
             candidates.append(job.run(model, folder / "edits", progress))
         progress("erasing", len(jobs), len(jobs))
         how: Any = {"full": self.full, "attacks": self.attacks, "cache": cache, "progress": progress}
+        # Only judging: edits are made in the weights' own precision, whatever draws their images.
         with model.autocasting(autocast):
             report = evaluate(model, candidates, self.suites, **how)
         report.save(folder)

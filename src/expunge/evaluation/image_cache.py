@@ -106,6 +106,7 @@ class Cache:
             if image is not None:
                 images[address] = image
             else:
+                # A batch has one sampler and one way to its text.
                 attacked = bool(request.text_hash)
                 key = (request.num_inference_steps, request.guidance_scale, request.stand_in, attacked)
                 missing.setdefault(key, {})[address] = request
@@ -126,6 +127,7 @@ class Cache:
                     if not self.trouble:
                         self._fresh += self._write(address, image)
                     images[address] = image
+                # Not at every image: pruning looks at every file of the cache.
                 if self.limit is not None and self._fresh > self.limit / 20:
                     self.prune(self.limit)
                 done += len(part)
@@ -145,7 +147,9 @@ class Cache:
 
     def keep_scores(self, address: str, scores: Mapping[str, Tensor]) -> None:
         """Save numbers beside an image, with those that are there."""
+        # Read again: another process may have added its metrics meanwhile.
         merged = {**self.read_scores(address), **scores}
+        # Cloned, for rows are views of one tensor, and safetensors refuses shared memory.
         tensors = {key: value.detach().float().cpu().clone() for key, value in merged.items()}
         with replacing(self.path(address, ".safetensors")) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors))
@@ -166,6 +170,7 @@ class Cache:
                 found[stem] = (max(used, state.st_mtime), size + state.st_size)
         total = sum(size for _, size in found.values())
         gone = self._fresh = 0
+        # An image and its numbers go together, by whichever was used last.
         for stem, (_, size) in sorted(found.items(), key=lambda item: item[1][0]):
             if total <= limit:
                 break
@@ -183,6 +188,7 @@ class Cache:
             with Image.open(path) as file:
                 file.load()
                 array = np.asarray(file.convert("RGB"))
+                # A PNG cut short, or one of another program, may well decode.
                 if file.info.get("pixels") != _digest(array):
                     raise ValueError("its pixels are not those that were drawn")
                 broken = file.info.get("broken") == "yes"
@@ -204,6 +210,7 @@ class Cache:
     def _write(self, address: str, image: Tensor) -> int:
         """Keep an image; returns how many bytes it takes."""
         broken = image.dtype == torch.int16
+        # A PNG has no nan: such an image is kept black and marked.
         array = image.clamp(min=0).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         notes = PngImagePlugin.PngInfo()
         notes.add_text("pixels", _digest(array))

@@ -48,6 +48,7 @@ class Request:
     def record(self) -> dict[str, Any]:
         """All that its image hangs on, ready for JSON."""
         plain = {key: value for key, value in vars(self).items() if key != "text"}
+        # No key where it is empty: so the addresses of images from before there were attacks hold.
         return plain if self.text_hash else {k: v for k, v in plain.items() if k != "text_hash"}
 
 
@@ -129,6 +130,7 @@ class Source:
                     entered.append(self._enter(stack, progress))
                 return entered[0]
 
+            # Into `__dict__`, past the frozen dataclass: it is no part of what a source is.
             self.__dict__["_held"] = held
             try:
                 yield
@@ -162,6 +164,7 @@ def _set_on(scheduler: Any) -> dict[str, str]:
     """What can be set on a scheduler beside its configuration: a noise schedule, a shift."""
     found = {
         key: hashlib.sha256(encode_tensor(value)).hexdigest()[:16]
+        # Users set these directly, as for zero terminal SNR; no configuration tells.
         for key in ("betas", "alphas_cumprod", "final_alpha_cumprod")
         if isinstance(value := getattr(scheduler, key, None), Tensor)
     }
@@ -188,6 +191,7 @@ def encode_residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text
     parts: dict[str, list[Tensor]] = {"embeddings": [], "content_mask": [], "ids": [], "read": []}
     for row in range(len(text)):
         end = int(text.eos_index[row, 0])
+        # Moved, so that the end token stands where the stand-in's would: positions were encoded before.
         place = torch.arange(end, end + width - cut).clamp(max=width - 1)
         place = place.to(text.embeddings.device)
         for name, found in parts.items():
@@ -198,6 +202,7 @@ def encode_residual(model: Model, prompts: Sequence[str], stand_in: str) -> Text
         embeddings,
         own,
         ids,
+        # The pooled vector stays: it is read at the end token, and so is part of the residual.
         text.pooled,
         torch.full_like(text.eos_index[:, :1], cut),
         attention_mask=None if text.attention_mask is None else read,

@@ -84,6 +84,7 @@ def measure(
         label: what progress calls it.
     """
     keys = {name: metric_key(m) for name, m in metrics.items() if original is not None or not m.paired}
+    # By what their rows depend on: a judge and a score with one feature extractor measure together.
     by_key = {keys[name]: metrics[name] for name in keys}
     requests = [request for sample in samples for request in sample.requests]
     rows: dict[str, list[Tensor]] = {one: [] for one in by_key}
@@ -94,6 +95,7 @@ def measure(
             here = min(CHUNK, len(requests) - at)
             progress(label, 100 * at + 100 * here * done // max(total, 1), 100 * len(requests))
 
+        # In chunks of a fixed size, so that memory does not grow with the suite.
         part = requests[start : start + CHUNK]
         with torch.inference_mode():
             for one, row in _measure_chunk(cache, source, original, part, by_key, tell):
@@ -124,6 +126,7 @@ def _measure_chunk(
     known = [cache.read_scores(place) for place in places]
 
     def where(one: str, row: int) -> str:
+        # A paired row depends on its reference, too: the original may be another one.
         return f"{one}:{references_at[row][:16]}" if metrics[one].paired else one
 
     new: list[dict[str, Tensor]] = [{} for _ in part]
@@ -132,6 +135,7 @@ def _measure_chunk(
     }
     rows = sorted({row for missing in lacking.values() for row in missing})
     if rows:
+        # Drawn as the cache holds them, in 8 bits: numbers do not tell a cached image from a new one.
         images = dict(zip(rows, cache.draw(source, [part[r] for r in rows], progress), strict=True))
         paired = sorted({r for one, missing in lacking.items() if metrics[one].paired for r in missing})
         references = (
@@ -155,6 +159,7 @@ def _measure_chunk(
             for row, numbers in zip(missing, measured, strict=True):
                 new[row][where(one, row)] = numbers.float()
         for row in rows:
+            # After every chunk: a run that is killed keeps what it has measured.
             cache.keep_scores(places[row], new[row])
     return [
         (one, {**known[row], **new[row]}[where(one, row)]) for row in range(len(part)) for one in metrics

@@ -112,6 +112,7 @@ class PromptList:
                 has = join_names([name for name in columns if name], 12)
                 raise ExpungeError(f"{source} has no column {named!r}; it has {has}{hint}")
             for name, column in zip(plain, columns, strict=True):
+                # Seeds under a misspelt header would be ignored in silence.
                 if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
                     raise ExpungeError(f"{source} has a column {column!r}; did you mean {near[0]!r}?")
             return None
@@ -128,6 +129,7 @@ class PromptList:
         paths = [Path(self.csv), folder / self.csv]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:
+            # Spreadsheets write a byte order mark, which would else begin the first column's name.
             with path.open(newline="", encoding="utf-8-sig") as file:
                 text = file.read()
         except UnicodeDecodeError:
@@ -135,6 +137,7 @@ class PromptList:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise ExpungeError(f"cannot read the prompts {path}: {why}") from error
+        # Strict: by default the reader takes an unclosed quote to the end of the file as one cell.
         reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
         columns: list[str] = []
         rows: list[tuple[str, Sequence[Any]]] = []
@@ -232,6 +235,7 @@ def _whole(value: Any) -> int | None:
     number = _number(value, "seed")
     if number is None:
         return None
+    # A data set may hold seeds as floats, which above 2**53 are no longer those that were meant.
     if isinstance(value, float) and abs(value) > 2**53:
         raise ExpungeError(f"the seed {value!r} was rounded: above 2**53, write seeds as whole numbers")
     if not 0 <= number < 2**63 or number != int(number):

@@ -143,6 +143,7 @@ class Defence:
         pairs = [
             (one, other)
             for one, other in zip(before, after, strict=True)
+            # Synonyms are left out: what an edit misses there, no attack has brought back.
             if one.cell.role == "erased" and _erased_target(one) is not None
         ]
         if not pairs:
@@ -189,6 +190,7 @@ def judge_attack(
 
     def lost(samples: Sequence[Sample]) -> Estimate:
         """What is a muddle, and has not come back."""
+        # What came back at a weaker budget is a success of the attack, whatever this budget makes of it.
         only = [_broken(s) * (1 - r).clamp(0, 1) for s, r in zip(samples, reached, strict=True)]
         return share(only, f"{where}, unrecognisable")
 
@@ -200,6 +202,7 @@ def judge_attack(
         f"after: {_percent(pre)}": cache.draw(edited, _pick(after, chosen)),
     }
     for budget, attack in ladder.rungs.items():
+        # All that the control hangs on; edits of other methods that erase the same share it.
         key = (suite.name, ladder.name, budget, repr(edit.record.problem.erase), str(seed))
         if key not in known:
             label = f"{suite.name}, original, {ladder.name} {budget}"
@@ -249,6 +252,7 @@ def _under_attack(
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
     model = defence.original.model
+    # Attacks on the probe alone draw with the edited model as it is, and find its images in the cache.
     condition = Condition(attack, edit, seed) if attack.changes_model else None
     source = Source(model, edits, condition)
     with source.hold():
@@ -275,6 +279,7 @@ def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run:
         ExpungeError: the attack gives another number of images than it was given.
     """
     first = sample.requests[0]
+    # Steps and guidance are a cell's, so those of its first request are all requests'.
     probe = Probe(
         tuple(request.prompt for request in sample.requests),
         tuple(request.seed for request in sample.requests),
@@ -340,6 +345,7 @@ def _broken(sample: Sample) -> Tensor:
 def _spread(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """A few of all images, evenly taken: their sample, and their place in it."""
     every = [(s, place) for s, sample in enumerate(samples) for place in range(len(sample))]
+    # Evenly, not by success: a strip of the worst images would mislead about the share.
     return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
 
 

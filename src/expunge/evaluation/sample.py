@@ -57,6 +57,7 @@ class Sample:
         for target, seen in targets:
             if target.role != "plain":
                 answer = seen.nan_to_num(0.5)
+                # The worst and not the mean: a page lists failures by it, and one is enough to fail.
                 worst = torch.maximum(worst, answer if target.role in GONE else 1 - answer)
         return worst if targets or not self.cell.targets else worst.fill_(torch.nan)
 
@@ -115,6 +116,7 @@ def classify(suite: Suite, judge: Classifier, samples: Sequence[Sample]) -> tupl
 
         def ask(question: str, of: Sample = sample, broken: Tensor = broken) -> tuple[Tensor, ...]:
             return tuple(
+                # A judge must answer something even of noise; of a broken image it does not count.
                 judge.score(of.features[suite.judge], one.labels, one.near, question).masked_fill(
                     broken, 0.0
                 )

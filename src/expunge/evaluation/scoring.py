@@ -71,6 +71,7 @@ def score_suite(
     original = samples["original"]
     left_out: list[tuple[str, str, float]] = []
     if isinstance(judge, Classifier):
+        # All but plain prompts, which name nothing that the original could fail to draw.
         for role in ROLES[:-1]:
             shares = _each(original, role)
             # `not >=`: a share that is nan, for every image was too near to tell, is left out, too.
@@ -155,6 +156,7 @@ def _counted(sample: Sample, t: int) -> Tensor:
     """What terms are made of: a broken image counts as not erased, and as not kept."""
     if sample.cell.targets[t].role not in GONE:
         return sample.seen[t]
+    # A method that ruins images must not win: here broken counts as seen, for what stays as unseen.
     return sample.seen[t].masked_fill(_broken(sample, t) > 0.5, 1.0)
 
 
@@ -172,6 +174,7 @@ def _terms(
         if not any(_targets(samples, role)):
             continue
 
+        # The role is bound now: a closure would see the loop's last one.
         def mean(answer: Answer, role: str = role) -> Estimate:
             answers, concepts = _gather(samples, role, answer, dropped)
             return statistics.mean(answers, name=f"{role} of {name}", concepts=concepts)
@@ -205,6 +208,7 @@ def _terms(
         "specificity": relative.get("retained", NONE),
         "content": relative.get("content", NONE),
     }
+    # An H without one of its terms is no number at all: these two are named even where they are nan.
     always = ("efficacy", "specificity")
     terms = {k: v for k, v in terms.items() if k in always or v.n or k in TERMS[suite.score]}
     return roles, terms, {role: _each(samples, role) for role in roles}
@@ -248,6 +252,7 @@ def _totals(suite: Suite, judge: Classifier, samples: Sequence[Sample]) -> dict[
 def _h(suite: Suite, terms: Mapping[str, Estimate]) -> Estimate:
     """The one number of the suite. Synonyms that the original does not know are no part of it."""
     if suite.score == "H_a":
+        # A difference of two CLIP scores and not a mean: CLIP scores have no natural 0 and 1.
         return terms["retained"].minus(terms["erased"])
     names = TERMS[suite.score]
     known = [terms[name] for name in names if name != "generality" or terms[name].n]
@@ -264,6 +269,7 @@ def _scores(
         prompt = sample.cell.prompt
         if sample.cell.role == role:
             values = sample.features[metric][:, column]
+            # Two cells may share a prompt, as captions of several lists do: one prompt's images.
             found[prompt] = torch.cat([found[prompt], values]) if prompt in found else values
             concepts[prompt] = sample.cell.concept
     return found, concepts
@@ -280,6 +286,7 @@ def _measured(
     roles = [role for role in ROLES if any(sample.cell.role == role for sample in samples)]
     found: dict[str, dict[str, Estimate]] = {}
     for name, metric in metrics.items():
+        # Paired metrics have measured nothing of the original itself.
         if name not in samples[0].features or (name == suite.judge and isinstance(metric, Classifier)):
             continue
         if isinstance(metric, Distance) and metric.from_anchor:
@@ -311,6 +318,7 @@ def _probability(name: str, judge: Classifier, samples: Sequence[Sample], role: 
 
     def answer(sample: Sample, t: int) -> Tensor:
         target = sample.cell.targets[t]
+        # Whatever the suite asks its own judge: thresholds of two judges do not compare.
         return judge.score(sample.features[name], target.labels, target.near, "probability")
 
     answers, concepts = _gather(samples, role, answer, unknown)

@@ -49,6 +49,8 @@ class FeatureSet:
         for sample in samples:
             prompt, rows = sample.cell.prompt, sample.features[metric]
             half = len(rows) // 2
+            # The floor needs two sets of the anchor's images without a common seed, for an image is at
+            # distance 0 from itself.
             shared.append((prompt, rows[:half]))
             further.append((prompt + FURTHER, rows[half:]))
         return cls._joined(shared), cls._joined(further)
@@ -81,9 +83,11 @@ def measure_from_original(
         role: whose images.
     """
     images, real = FeatureSet.of(samples, name, role), metric.load_real()
+    # A variance needs two images.
     if len(images.rows) < 2 or (samples is before and real is None):
         return NONE
     if real is not None:
+        # Real images are no pairs of those drawn: each set is resampled by itself.
         return _between(metric, images, FeatureSet(real, (("real images", len(real)),)))
     apart = metric.distance(images.rows, FeatureSet.of(before, name, role).rows)
     # The same prompts and seeds: each pair of images is resampled together.

@@ -83,6 +83,7 @@ class Estimate:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Return a function of the number, with its draws mapped alike."""
+        # Of the value itself and not of the draws' mean, which a prior has pulled.
         value = float(function(torch.tensor(self.value, dtype=torch.float64)))
         return _of(value, self.n, function, self)
 
@@ -140,6 +141,7 @@ class Estimate:
         deviation = float(draws.std())
         if deviation == 0:
             return 0.0 if self.value else 1.0
+        # 20 / draws is what ten draws beyond zero would have given: the tail may not claim more.
         return min(20 / len(draws), math.erfc(abs(float(draws.mean())) / deviation / math.sqrt(2)))
 
 
@@ -222,12 +224,14 @@ def shift_by_influence(value: float, *influences: Answers) -> Estimate:
     Its draws are value + Σ mean of the influences under resampling, a mean for each set.
     """
     means = [mean(one, share=False) for one in influences]
+    # Influences have mean 0, so their draws are shifts around the value.
     return Estimate(value, means[0].n, value + torch.stack([one.draws for one in means]).sum(0))
 
 
 def take_harmonic_mean(terms: Sequence[Tensor]) -> Tensor:
     """Return the harmonic mean of terms in [0, 1], element by element; zero where one of them is."""
     stacked = torch.stack([term.clamp(0, 1) for term in terms])
+    # The floor only avoids 1 / 0; such elements are set to zero below.
     mean = len(terms) / (1 / stacked.clamp(min=1e-12)).sum(0)
     return torch.where((stacked > 0).all(0), mean, torch.zeros_like(mean))
 
@@ -289,6 +293,7 @@ def correct_for_chance(seen: Estimate, chance: Estimate) -> Estimate:
     """
 
     def ua(s: Tensor, c: Tensor) -> Tensor:
+        # Below chance is gone, not more than gone; a chance of 1 leaves nothing to measure.
         return 1 - (s - c).clamp(min=0) / (1 - c).clamp(min=1e-9)
 
     value = float(ua(torch.tensor(seen.value), torch.tensor(chance.value)))

@@ -162,6 +162,7 @@ class Suite(Settings):
                 tuple(_known_as(one, namesakes.get(normalize_name(one.name))) for one in group)
                 for group in (concepts, more)
             )
+        # Reversed, so that of several spellings the first one stays; turned back below.
         bare = {normalize_name(text): text for text in reversed((*settings.erase, *settings.retain))}
         named = {normalize_name(concept.name) for concept in concepts}
         concepts += tuple(SuiteConcept(bare[text]) for text in reversed(bare) if text not in named)
@@ -172,14 +173,10 @@ class Suite(Settings):
             key: fields.build(Size, _is_table(value, f"sizes.{key}"), f"sizes.{key}")
             for key, value in _is_table(table.get("sizes", {}), "sizes").items()
         }
-        options = {
-            key: _is_table(value, f"options.{key}")
-            for key, value in _is_table(table.get("options", {}), "options").items()
-        }
-        attacks = {
-            key: _is_table(value, f"attacks.{key}")
-            for key, value in _is_table(table.get("attacks", {}), "attacks").items()
-        }
+        options, attacks = (
+            {k: _is_table(v, f"{part}.{k}") for k, v in _is_table(table.get(part, {}), part).items()}
+            for part in ("options", "attacks")
+        )
         suite = cls(
             **{key: getattr(settings, key) for key in Settings.__dataclass_fields__},
             name=name,
@@ -261,6 +258,7 @@ class Suite(Settings):
         names = [name for concept in erased for name in concept.retain]
         if not names:
             names = list(self.retain) or [concept.name for concept in self.concepts]
+        # What the judge knows by an erased label cannot be told from the erased, so is not retained.
         gone = {label for concept in erased for label in concept.labels}
         wanted = set(map(normalize_name, names))
         kept = (concept for concept in self.concepts if normalize_name(concept.name) in wanted)
@@ -286,6 +284,7 @@ class Suite(Settings):
                 cells += self._filled("synonyms", concept, synonym, size.synonyms)
         for concept in self.find_retained(gone):
             cells += self._filled("retained", concept, concept.words, size.retained)
+        # Asked of every erased concept: prompts that name none tell how often each is seen by chance.
         targets = tuple(c.target("plain", c.words) for c in gone)
         for prompt, _, n in self._spread(self.templates.get("plain", ()), "", size.plain):
             cells.append(Cell("plain", "", prompt, self._seeds(n), targets))
@@ -320,6 +319,7 @@ class Suite(Settings):
             return ()
         cells = []
         for anchor, concepts in Counter(chosen).items():
+            # Two concepts with one anchor have twice the erased images, and so many must its own be.
             n = each * concepts
             filled = self._spread(templates, anchor, n) if anchor else [("", None, n)]
             cells += [Cell("anchor", "", prompt, self._seeds(2 * n), ()) for prompt, _, n in filled]
@@ -344,6 +344,7 @@ class Suite(Settings):
             for other in self.others if "{other}" in template else (None,):
                 text = template.replace("{other}", other.words) if other else template
                 filled.append((text.replace("{}", words), other))
+        # Evenly taken and not the first ones: they stand by template, and each should have its part.
         if len(filled) > images:
             filled = [filled[i * len(filled) // images] for i in range(images)]
         for i, (prompt, other) in enumerate(filled):

@@ -207,9 +207,11 @@ class FamilyContract(ABC):
         """
         number = r"(\d+)"
         for pattern, original in cls.ldm_layers:
+            # Escaping turned the group `\1` into `\\1`: there the block's number is looked for.
             wanted = re.escape(original).replace(r"\\1", number)
             if found := re.fullmatch(wanted, name):
                 block = found[1] if found.groups() else ""
+                # But for its number and escaped dots, the pattern is a plain name, filled in as text.
                 return ((pattern.replace(number, block).replace("\\.", "."), None),)
         for pattern, parts in cls.ldm_fused_layers:
             if found := re.fullmatch(pattern, name):

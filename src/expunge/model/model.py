@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError, ExpungeWarning, find_nearest
+from expunge.base.errors import ExpungeError, find_nearest
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import PARALLEL, Applied, Change, Changes, find_layer, find_layer_path, is_compiled
 from expunge.model.contract import FamilyContract
+from expunge.model.prompt_checks import check_unicode
 from expunge.ops.cached_layers import cache_outputs
 from expunge.probe import Probe
 from expunge.runtime.schedulers import replace_scheduler
@@ -375,32 +375,3 @@ class Model(FamilyContract):
             return contextlib.nullcontext()  # compiled code cannot be intercepted
         layers = [entry.layer.rpartition(".") for entry in entries]
         return cache_outputs([(find_layer(self.pipe, parent), name) for parent, _, name in layers])
-
-
-def check_unicode(prompts: Sequence[str]) -> None:
-    """Check that every prompt is valid Unicode: a command line passes invalid bytes on as surrogates.
-
-    Raises:
-        ExpungeError: one is not.
-    """
-    for prompt in prompts:
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = prompt.encode("utf-8", "backslashreplace").decode()
-            raise ExpungeError(f"'{shown}' is not text in UTF-8; see what encoding it is in") from None
-
-
-def warn_truncated(prompt: str, tokens: int, window: int) -> None:
-    """Warn that a prompt is longer than the window and will be truncated.
-
-    Args:
-        prompt: the prompt.
-        tokens: how many tokens it has.
-        window: how many the model reads.
-    """
-    warnings.warn(
-        f"{prompt[:40]!r}… has {tokens} tokens; the model reads the first {window}",
-        ExpungeWarning,
-        stacklevel=3,
-    )
