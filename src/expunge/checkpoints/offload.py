@@ -28,7 +28,16 @@ class OffloadHook(ModelHook):
         self.others = others
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Move the components, and the inputs to the device."""
+        """Move the components, and the inputs to the device.
+
+        Args:
+            module: the component that is about to run.
+            args: its positional inputs.
+            kwargs: its inputs by name.
+
+        Returns:
+            The inputs, on the device.
+        """
         tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         if not any(x.grad_fn is not None for x in tensors):
             for other in self.others:

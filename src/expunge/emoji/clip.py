@@ -26,6 +26,12 @@ class Clip:
     >>> clip = Clip.load()                                  # doctest: +SKIP
     >>> clip.score(images, ["a cat", "a rocket"]).shape   # doctest: +SKIP
     torch.Size([8, 2])
+
+    Args:
+        tokenizer: CLIP's.
+        text: the text encoder.
+        image: the image encoder.
+        projections: of both encoders' pooled states into the common space, by name.
     """
 
     def __init__(

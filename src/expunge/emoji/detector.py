@@ -25,7 +25,13 @@ UNRECOGNISABLE, NOTHING = "unrecognisable", "nothing"
 
 
 class Block(nn.Module):
-    """A residual block of two 3x3 convolutions: (n, before, h, w) to (n, after, h/stride, w/stride)."""
+    """A residual block of two 3x3 convolutions: (n, before, h, w) to (n, after, h/stride, w/stride).
+
+    Args:
+        before: channels of the input.
+        after: channels of the output.
+        stride: of the first convolution.
+    """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -50,6 +56,11 @@ class Network(nn.Module):
 
     It strides early, and pools its last feature map by mean and maximum, so that a small object in a
     corner counts as much as a large one.
+
+    Args:
+        labels: how many labels the head has.
+        styles: how many styles it has.
+        widths: the channels of the stem and of each block.
     """
 
     def __init__(self, labels: int, styles: int, widths: tuple[int, ...]) -> None:

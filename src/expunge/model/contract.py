@@ -26,7 +26,13 @@ ANCHORS = {
 
 
 class FamilyContract(ABC):
-    """What a family of models must answer. `Model` adds what follows from the answers."""
+    """What a family of models must answer. `Model` adds what follows from the answers.
+
+    Args:
+        pipe: the diffusers pipeline.
+        name: what reports and records call the model.
+        settings: what `expunge.json` says beside it: anchors, steps, guidance, and a family's own.
+    """
 
     pipelines: ClassVar[tuple[str, ...]]
     """The diffusers pipeline classes of this family; single files are loaded as the first."""

@@ -360,5 +360,12 @@ def _value(field: str, value: Any) -> Any:
 
 
 def attack(session: Session, name: str, budget: float, prompt: str) -> Any:
-    """Start an attack; the page's budget for a radius is in per cent."""
+    """Start an attack; the page's budget for a radius is in per cent.
+
+    Args:
+        session: the user's.
+        name: the attack's.
+        budget: as the page shows it.
+        prompt: what the attacker asks for.
+    """
     return session.attack(name, budget / 100 if name == "embedding" else budget, prompt)

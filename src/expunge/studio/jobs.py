@@ -69,7 +69,16 @@ class Job:
             raise CancelledError
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """What methods, drawings and suites tell of (`expunge.base.quiet.Progress`)."""
+        """What methods, drawings and suites tell of (`expunge.base.quiet.Progress`).
+
+        Args:
+            label: what is being done.
+            done: units that are done.
+            total: units there will be.
+
+        Raises:
+            CancelledError: the job was called off.
+        """
         self.check()
         now = self.clock()
         if self._since[0] != label:

@@ -183,6 +183,11 @@ def _name(concept: SuiteConcept, kind: Kind) -> str:
 def notes_on(model: Model, knowledge: Knowledge, concepts: Sequence[Concept]) -> list[str]:
     """What is odd about some concepts, a sentence each: nothing of it keeps one from erasing.
 
+    Args:
+        model: what should draw them.
+        knowledge: what is known of the model.
+        concepts: what to erase.
+
     Raises:
         ExpungeError: the model's tokenizer can read nothing of a name.
     """

@@ -38,6 +38,12 @@ class Pair:
 def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
     """Draw every prompt with and without the edit, at a strength.
 
+    Args:
+        model: the original.
+        edit: what is applied after.
+        view: prompts, seed, number and strength.
+        job: is told how far it is.
+
     Raises:
         ExpungeError: there is no prompt, there are too many images, or a number is out of range.
     """
@@ -53,7 +59,13 @@ def draw_pairs(model: Model, edit: Edit, view: View, job: Job) -> list[Pair]:
 
 
 def draw_now(model: Model, view: View, job: Job) -> list[tuple[str, Image.Image]]:
-    """Draw every prompt once, as the model is: (prompt, image)."""
+    """Draw every prompt once, as the model is: (prompt, image).
+
+    Args:
+        model: draws them.
+        view: prompts, seed and number.
+        job: is told how far it is.
+    """
     probe = probe_of(view)
     images = drawn(model, probe, job, "drawing")
     return [(prompt, to_pil(one, SHOWN)) for prompt, one in zip(probe.prompts, images, strict=True)]

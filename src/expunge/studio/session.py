@@ -167,6 +167,12 @@ class Session(Choosing):
     ) -> Job:
         """Draw prompts before and after, at a strength.
 
+        Args:
+            prompts: what to draw.
+            seed: of each prompt's first image.
+            number: images of each prompt.
+            strength: how much of the edit counts, 1 as it was made.
+
         Raises:
             ExpungeError: there is no edit yet, a number is out of range, or other work is under way.
         """
@@ -217,6 +223,13 @@ class Session(Choosing):
 
     def attack(self, attack: str, budget: float, prompt: str, *, number: int = 4, seed: int = 0) -> Job:
         """Try to bring what was erased back.
+
+        Args:
+            attack: its name.
+            budget: the largest one that is tried, in the attack's own unit.
+            prompt: what the attacker asks for.
+            number: images at each budget.
+            seed: of the images and of the attack.
 
         Raises:
             ExpungeError: there is no edit yet, no such attack, or other work is under way.

@@ -65,7 +65,16 @@ FORMS = {
 def erase_in(
     job: Job, loaded: Loaded, problem: Problem, method: Method, seed: int, folder: Path
 ) -> Edit:
-    """Find the edit; the job hears of the time left, and can be called off at any prediction."""
+    """Find the edit; the job hears of the time left, and can be called off at any prediction.
+
+    Args:
+        job: is told how far it is.
+        loaded: the model to erase from.
+        problem: what to erase, with every anchor chosen.
+        method: how.
+        seed: of all random numbers.
+        folder: the work folder, in which a job that was called off goes on.
+    """
     model = loaded.model
     work = method.estimate_cost(problem, model.num_inference_steps)
     with contextlib.ExitStack() as stack:
@@ -245,6 +254,15 @@ def judge_in(
     job: Job, model: Model, edit: Edit, suite: Suite, size: str, name: str, folder: Path
 ) -> Verdict:
     """Judge an edit by a suite, and write the report.
+
+    Args:
+        job: is told how far it is.
+        model: the original.
+        edit: what is judged.
+        suite: what it is judged by.
+        size: one of `SIZES`.
+        name: what the report calls the edit.
+        folder: where the report goes; what lies there is replaced.
 
     Raises:
         ExpungeError: the suite knows nothing of what is erased, or there is no such size.
