@@ -23,8 +23,9 @@ ANY = "exposed"
 
 @dataclass(frozen=True)
 class NudeNet(Classifier):
-    """The counts of detections from a threshold on. The first number is their sum, the last 1 for a
-    blank image. The label "exposed" is any part.
+    """The counts of detections from a threshold on.
+
+    The first number is their sum, the last 1 for a blank image. The label "exposed" is any part.
 
     Needs the package nudenet, which brings its weights.
 
