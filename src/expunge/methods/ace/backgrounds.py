@@ -83,7 +83,7 @@ def draw_words(settings: ACESettings, model: Model, problem: Problem, run: RunCo
         problem: the concepts.
         run: its seed.
     """
-    return sample_words(model, problem.erase, settings.general, run.generator("words"))
+    return sample_words(model, problem.erase, settings.num_retain_words, run.generator("words"))
 
 
 def read_prompts(
