@@ -129,7 +129,7 @@ def test_anchors_are_drawn_once_and_the_suite_may_say_which(suite):
 def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
     report.save(tmp_path / "report")
     table = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert table["format"] == 2
+    assert table["format"] == 3
     facts = table["provenance"]
     assert facts["num_inference_steps"] == 2
     assert len(facts["model sha256"]) == 64
