@@ -69,7 +69,7 @@ def test_parse():
         (lambda: UCE(ridge="x"), "ridge must be a number, not 'x'"),
         (lambda: UCE(ridge=float("inf")), "ridge must be finite"),
         (lambda: UCE(num_retain_words=1.5), "num_retain_words must be a whole number"),
-        (lambda: UCE(general=True), "num_retain_words must be a whole number"),
+        (lambda: UCE(num_retain_words=True), "num_retain_words must be a whole number"),
         (lambda: UCE(positions="lst"), "did you mean 'last'"),
         (lambda: UCE(templates=("no place",)), "template"),
         (lambda: UCE(templates="a {}"), "templates must be a list of text"),
