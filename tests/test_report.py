@@ -479,7 +479,7 @@ def test_fields_beside_a_preset(experiment):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"uce"\ngeneral', '"uec"\ngeneral', "did you mean 'uce'"),
+        ('"uce"\nnum_retain_words', '"uec"\ngeneral', "did you mean 'uce'"),
         ("ridge = 5.0", 'preset = "fats"', "there is no preset 'fats'"),
         ("ridge", "rigde", "did you mean 'ridge'"),
         ("ridge = 5.0", "ridge = -5.0", "ridge must be above 0"),

@@ -66,7 +66,8 @@ class Metric(ABC):
         """Return a row of numbers for each image, (n, width), the same whatever images stand beside it.
 
         Args:
-            images: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers.
+            images: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers, and its row
+                is finite all the same.
             prompts: what each was drawn for.
             references: what the original drew for the same prompts and seeds, where `paired`.
 

@@ -133,7 +133,7 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
         )
 
 
-def read_header(path: str | Path) -> dict:
+def read_header(path: str | Path) -> dict[str, Any]:
     """Return the header of a safetensors file: names, dtypes, shapes and metadata.
 
     Raises:

@@ -41,15 +41,19 @@ class Steering:
             is always reversed.
     """
 
+    model: Model
+    config: TrajectoryConfig
+    objective: Objective
+
     def __init__(self, model: Model, config: TrajectoryConfig) -> None:
         scheduler = config.scheduler
         if scheduler == "auto":
             scheduler = "" if is_flow_matching(model.pipe.scheduler) else "DDIM"
         model = model.with_scheduler(scheduler)
         self.model, self.config, self.objective = model, config, config.objective
-        self.timesteps = model.timesteps(config.num_inference_steps or None)
-        self.scale = model.noise_scale()
-        self.empty = model.unconditional(1)
+        self.timesteps: tuple[int, ...] = model.timesteps(config.num_inference_steps or None)
+        self.scale: Tensor = model.noise_scale()
+        self.empty: Text = model.unconditional(1)
         # As a log-SNR t' means the same noise on every schedule; a step number would not.
         level = model.log_snr()
         # Schedules that end without noise or signal have infinite ends.

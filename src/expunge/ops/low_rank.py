@@ -15,7 +15,7 @@ class FactorSwitch:
     """Whether low-rank changes are on; `off` switches them off for the length of a block."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.on: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:

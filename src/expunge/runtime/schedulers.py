@@ -15,7 +15,7 @@ DIFFUSION = (
 """The diffusers schedulers for networks that predict noise, velocity or the clean latents."""
 FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
 """The diffusers schedulers for flow matching."""
-LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+LATENTS: dict[str, bool | int] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """Defaults for latents, in place of diffusers' own, which are for pixels."""
 
 

@@ -42,11 +42,14 @@ class Choosing:
         first: the model to begin with.
     """
 
+    models: Models
+    folder: Path
+
     def __init__(self, models: Models, folder: Path, first: str = FIRST) -> None:
         self.models, self.folder = models, folder
         self.marks: Counter[str] = Counter()
         """How often each part of the session has changed: what a page shows it by."""
-        self.choice = Choice(first, preset=recipes.presets(recipes.FIRST, first)[0].name)
+        self.choice: Choice = Choice(first, preset=recipes.presets(recipes.FIRST, first)[0].name)
 
     @property
     def knowledge(self) -> Knowledge:

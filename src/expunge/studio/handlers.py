@@ -23,7 +23,7 @@ from expunge.studio.session import PREVIEW, Session
 AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
 """What a concept becomes where nobody says, and where it is to be nothing."""
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[str, ...]] = {
     "Airplane": ("airplane",),
     "Flag of Japan": ("flag of Japan",),
     "Twemoji style": ("twemoji style",),

@@ -14,7 +14,7 @@ from typing import Any
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 WAITING, WORKING, DONE, FAILED, CANCELLED = "waiting", "working", "done", "failed", "cancelled"
 

@@ -53,6 +53,10 @@ class Session(Choosing):
         first: the model to begin with.
     """
 
+    name: str
+    desk: Desk
+    choice: Choice
+
     def __init__(self, name: str, models: Models, desk: Desk, folder: Path, first: str = FIRST) -> None:
         super().__init__(models, folder, first)
         self.name, self.desk = name, desk

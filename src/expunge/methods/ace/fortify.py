@@ -212,6 +212,11 @@ def train_against_attacks(
 class Attacks:
     """Attacks that go on side by side, each on one concept, from the prompt of another word."""
 
+    words: Tensor
+    targets: int
+    config: FortifyConfig
+    generator: torch.Generator
+
     def __init__(
         self, words: Tensor, targets: int, config: FortifyConfig, generator: torch.Generator
     ) -> None:
@@ -225,13 +230,13 @@ class Attacks:
         """
         self.words, self.targets, self.config, self.generator = words, targets, config, generator
         n = config.n_attacks
-        self.begun = torch.zeros(n, dtype=torch.int64)
+        self.begun: Tensor = torch.zeros(n, dtype=torch.int64)
         """The prompt that each began at."""
-        self.owner = torch.zeros(n, dtype=torch.int64)
+        self.owner: Tensor = torch.zeros(n, dtype=torch.int64)
         """The concept that each is after."""
-        self.moves = torch.full((n,), config.max_attack_steps)
+        self.moves: Tensor = torch.full((n,), config.max_attack_steps)
         """How often each has moved."""
-        self.shift = torch.zeros(n, *words.shape[1:]).to(words)
+        self.shift: Tensor = torch.zeros(n, *words.shape[1:]).to(words)
         """(attacks, tokens, d), how far each has moved."""
         self.renew()
 
