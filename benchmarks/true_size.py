@@ -70,9 +70,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "sdxl": {"family": "sdxl", "class": "UNet2DConditionModel", "config": SDXL,
              "tokens": 77, "width": 2048, "pooled": 1280, "uce": {}},
     "flux": {"family": "flux", "class": "FluxTransformer2DModel", "config": FLUX,
-             "tokens": 512, "width": 4096, "pooled": 768, "uce": {"general": 50, "positions": "last"}},
+             "tokens": 512, "width": 4096, "pooled": 768,
+             "uce": {"num_retain_words": 50, "positions": "last"}},
     "klein-4b": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
-                 "tokens": 512, "width": 7680, "pooled": 0, "uce": {"general": 50, "positions": "last"}},
+                 "tokens": 512, "width": 7680, "pooled": 0,
+                 "uce": {"num_retain_words": 50, "positions": "last"}},
     # As many tokens as a prompt of ten words has in its chat template; the padding is never read.
     "z-image": {"family": "z_image", "class": "ZImageTransformer2DModel", "config": Z_IMAGE,
                 "tokens": 24, "width": 2560, "pooled": 0, "uce": {}},

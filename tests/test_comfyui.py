@@ -109,7 +109,12 @@ class Clip:
 @pytest.mark.parametrize(("method", "most"), [("uce", 1e-4), ("ace", 1e-4)])
 def test_an_edit_draws_what_expunge_draws(nodes, model, tmp_path, method, most):
     fields = (
-        {"stages": ("gate",), "general": 10, "max_overlap": 1.0, "templates": ("a photo of the {}",)}
+        {
+            "stages": ("gate",),
+            "num_retain_words": 10,
+            "max_overlap": 1.0,
+            "templates": ("a photo of the {}",),
+        }
         if method == "ace"
         else {}
     )

@@ -38,10 +38,10 @@ ALSO = ["CONTRIBUTING.md", "experiments/README.md", "benchmarks/README.md"]
 TEXTS |= {page: (HERE / page).read_text("utf-8") for page in ALSO}
 
 QUICKER = {
-    "uce": "--general 5",
+    "uce": "--num-retain-words 5",
     "mace": "--stages refine fuse --captions ''",
-    "ace": "--stages gate --general 20",
-    "speed": "--general 20",
+    "ace": "--stages gate --num-retain-words 20",
+    "speed": "--num-retain-words 20",
     "oce": "--captions ''",
 }
 """What is added to a page's `erase`, so that it takes seconds."""
@@ -129,7 +129,7 @@ def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
     names = {"__name__": "page"}
     for block in blocks(page):
         if block.file:
-            text = block.text.replace('name = "uce"', 'name = "uce"\ngeneral = 5')
+            text = block.text.replace('name = "uce"', 'name = "uce"\nnum_retain_words = 5')
             text = text.replace('name = "mace"', 'name = "mace"\ncaptions = ""')
             text = re.sub(r"^concepts = .*", 'concepts = ["airplane"]', text, flags=re.MULTILINE)
             Path(block.file).write_text(text, "utf-8")
@@ -347,7 +347,7 @@ def test_peft_reads_the_lora_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     model = expunge.load("emoji")
-    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), UCE(general=5))
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), UCE(num_retain_words=5))
     export(edit, "lora", "emoji", "no-airplane-lora.safetensors")
     (block,) = (block for block in blocks("docs/how-to/export.md") if block.language == "py")
     names = {"DiffusionPipeline": DiffusionPipeline}

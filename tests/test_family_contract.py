@@ -284,7 +284,7 @@ def test_attention_adds_up_over_what_is_read(model, family, latents):
 def test_ace_finds_the_gate_in_the_attention(model):
     if "cross-attention" in model.missing_capabilities:
         pytest.skip("there is no cross-attention")
-    method = quick("ace", reduction="attention", stages=("gate",), general=12)
+    method = quick("ace", reduction="attention", stages=("gate",), num_retain_words=12)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     layers = {layer for change in edit.changes for layer in change.layers}
     assert {entry.layer for entry in model.text_entries() if entry.role == "key"} <= layers
@@ -308,7 +308,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
     lacks = registry.read_declared("families", family, "missing_capabilities")
     assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
-    few = {"general": 12, "captions": ""}
+    few = {"num_retain_words": 12, "captions": ""}
     fast |= {field.name: few[field.name] for field in leaves(kind) if field.name in few}
     missing = [stage for stage, need in needs.items() if need in lacks]
     # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
@@ -336,7 +336,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
 def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
     before = states(model.pipe)
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    method = quick("uce", ridge=0.01, general=0)
+    method = quick("uce", ridge=0.01, num_retain_words=0)
     edit, again = (expunge.erase(model, problem, method) for _ in range(2))
     assert edit.hash == again.hash
     assert all(torch.equal(before[k], t) for k, t in states(model.pipe).items())
@@ -379,7 +379,7 @@ def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkey
     monkeypatch.setattr(text_moments, "MAX_MULTIPLICATIONS", 0)  # few captions tell enough
     pipe.save_pretrained(tmp_path / "tiny")
     model = loaded(tmp_path / "tiny", family)
-    method = quick("uce", general=0)
+    method = quick("uce", num_retain_words=0)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     done = export(edit, "lora", tmp_path / "tiny", tmp_path / "x.safetensors", energy=1.0,
                   dtype=torch.float32)  # fmt: skip

@@ -22,7 +22,12 @@ def test_a_method_of_its_own_gets_uces_edit_from_the_pieces(model):
     refit.retain(model.encode(["ship"]), 2.0)
     (change,) = refit.solve(model, 3.0)
     method = UCE(
-        3.0, retain_scale=2.0, general=0, templates=templates, retain_templates=("{}",), also_retain=()
+        3.0,
+        retain_scale=2.0,
+        num_retain_words=0,
+        templates=templates,
+        retain_templates=("{}",),
+        also_retain=(),
     )
     (own,) = expunge.erase(model, Problem((concept,), ("ship",)), method).changes
     assert torch.equal(change.matrix, own.matrix)

@@ -94,7 +94,7 @@ class Classifier(Metric):
             rows: (n, width), what `measure` gave.
             labels: those that count as the concept.
             near: those that count neither for nor against.
-            question: "best", the best label is one of them; "there", one of them is in the image,
+            question: "top1", the best label is one of them; "present", one of them is in the image,
                 beside whatever else; "probability", how likely one of them is.
         """
 
@@ -113,7 +113,7 @@ class Classifier(Metric):
         """
         known = [label for label in labels if self.knows(label)]
         # A label too near to tell is nan, and counts as not shown.
-        return {label: self.score(rows, [label], (), "there").nan_to_num(0).round() for label in known}
+        return {label: self.score(rows, [label], (), "present").nan_to_num(0).round() for label in known}
 
     def describe(self, rows: Tensor) -> list[str]:
         """Return what each image shows, in a word, for captions; by default nothing is said."""

@@ -77,7 +77,7 @@ def run_list(options: ListOptions) -> None:
         table.add_row(name, registry.describe(options.kind, name))
     print_table(table if names else f"no {options.kind} yet")
     if options.kind == "methods":
-        heads, *rows = registry.matrix()
+        heads, *rows = registry.tabulate_coverage()
         grid = make_plain_table()
         for row in (heads, *rows):
             grid.add_row(*row)

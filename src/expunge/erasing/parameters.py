@@ -1,5 +1,4 @@
-"""The parts of a denoiser that can be trained: its parameters and its layers, by the names of
-changes."""
+"""The parts of a denoiser that can be trained: parameters and layers, by the names of changes."""
 
 from __future__ import annotations
 

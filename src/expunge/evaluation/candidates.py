@@ -72,7 +72,7 @@ class CandidateResult:
     h: Estimate
     terms: Mapping[str, Estimate]
     roles: Mapping[str, Mapping[str, Estimate]]
-    """For each role its shares: `seen`, in which the concept is seen; `there`, in which it is found at
+    """For each role its shares: `seen`, in which the concept is seen; `present`, in which it is found at
     all; `unrecognisable`; `counted`, what the terms are made of; `original`, the original's `seen`."""
     metrics: Mapping[str, Mapping[str, Estimate]]
     """The means of each metric, for each role."""

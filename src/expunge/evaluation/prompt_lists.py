@@ -123,8 +123,9 @@ class PromptList:
         return prompt, place(self.seed_column, SEEDS), place(self.guidance_column, GUIDANCE)
 
     def _file(self, folder: Path) -> tuple[list[str], list[tuple[str, Sequence[Any]]], str]:
-        """The columns of the CSV, looked for here and then beside the suite; its rows, each with where
-        it stands; and its path.
+        """Read the CSV: its columns, its rows, each with where it stands, and its path.
+
+        It is looked for here and then beside the suite.
         """
         paths = [Path(self.csv), folder / self.csv]
         path = next((path for path in paths if path.is_file()), paths[0])

@@ -47,8 +47,9 @@ CONTROL = 0.8
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """One edit under one attack, on one suite. Every share is of the images that the original shows
-    the concept in.
+    """One edit under one attack, on one suite.
+
+    Every share is of the images in which the original shows the concept.
     """
 
     edit: str

@@ -181,7 +181,7 @@ def _terms(
 
         roles[role] = {
             "seen": mean(_seen),
-            "there": mean(_present),
+            "present": mean(_present),
             "unrecognisable": mean(_broken),
             "counted": mean(_counted),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ class Chroma(FlowModel):
 
     pipelines = ("ChromaPipeline",)
     most_tokens = 512
-    missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
-    }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"
     ldm_layers = FLUX_LAYERS  # its original code names layers alike

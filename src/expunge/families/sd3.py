@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ class SD3(FlowModel):
 
     pipelines = ("StableDiffusion3Pipeline",)
     most_tokens = T5_TOKENS
-    missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
-    }
     # "v1" is what diffusers calls all that it does not know.
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
     single_file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class ZImage(LanguageModelText):
     read_ahead = ("cap_embedder.0",)
     text_refiner = ("cap_embedder.1", "context_refiner.")
     most_tokens = 512
-    missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
-    }
     single_files = ("z-image-turbo",)
     single_file_key = "cap_embedder.0.weight"
     ldm_layers = (

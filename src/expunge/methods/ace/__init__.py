@@ -93,6 +93,8 @@ class ACE(ACESettings):
         "deviations": "n_std",
         "most_overlap": "max_overlap",
         "hold": "anchor_hold_weight",
+        "general": "num_retain_words",
+        "recovered": "recovery_threshold",
         "fortify_rate": "fortify_learning_rate",
     }
 
@@ -100,7 +102,7 @@ class ACE(ACESettings):
         read = sum(len(self.templates_for(c)) * (len(c.names) + 1) for c in problem.erase)
         ways, sorts = len(retained_phrasings(problem)), len({c.kind for c in problem.erase})
         staying = ways * (len(problem.retain) + len({c.anchor for c in problem.erase}))
-        prompts = read + staying + self.general * sorts
+        prompts = read + staying + self.num_retain_words * sorts
         predictions = trained = 0
         if self.reduction in ATTENTION_REDUCTIONS:
             guided = 2 * (self.num_inference_steps or num_inference_steps)

@@ -140,7 +140,7 @@ def harden(
         run.progress(f"hardening {concept.name}", done, settings.rounds)
         hard, lack = attack(missing, text.embeddings, settings.radius, settings.attack_steps)
         # The share of the concept that came back, in root: losses are squares.
-        if bool((1 - lack.clamp(min=0).sqrt() < settings.recovered).all()):
+        if bool((1 - lack.clamp(min=0).sqrt() < settings.recovery_threshold).all()):
             break
 
         def losses(_: int, hard: Tensor = hard) -> Tensor:

@@ -64,7 +64,7 @@ class ACESettings(Method):
     max_overlap: float = bounded(0.9, above=0, at_most=1)
     """How far into the concept, whose own mean is at 1, a retained prompt may lie; beyond, it cannot
     stay while the concept goes, and that is an error."""
-    general: int = bounded(200, at_least=1)
+    num_retain_words: int = bounded(200, at_least=1)
     """How many of the tokenizer's own words gates stay closed on."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
@@ -75,7 +75,7 @@ class ACESettings(Method):
     """Its steps."""
     rounds: int = bounded(8, at_least=0)
     """The most attacks a concept; hardening stops before if one fails."""
-    recovered: float = bounded(0.1, at_least=0, at_most=1)
+    recovery_threshold: float = bounded(0.1, at_least=0, at_most=1)
     """An attack fails if it brings back less than this share of what the anchor lacks, in keys and
     values."""
     max_train_steps: int = bounded(4, at_least=1)

@@ -108,14 +108,12 @@ class SharedSettings(Method):
 
     @property
     def n_stored(self) -> int:
-        """How many trajectories of a concept the original draws once; 0 where each step draws new
-        ones."""
+        """How many trajectories of a concept the original draws once; 0 where each step draws anew."""
         return self.trajectories if self.drawn_by == "original" else 0
 
     @property
     def rows_per_sample(self) -> int:
-        """Rows with gradients that the points of one trajectory take at once: one point's are not
-        split."""
+        """Rows with gradients that points of one trajectory take at once; one point's are not split."""
         asked = self.trajectory_config.objective.of_student
         return max(sum(one.startswith(side) for one in asked) for side in ("late", "early"))
 

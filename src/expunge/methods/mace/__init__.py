@@ -124,8 +124,7 @@ class MACE(MACESettings):
         )
 
     def refine(self, sums: PromptSums, retained: Tensor) -> Tensor:
-        """Solve for M, (d, d), float64: it sends what is around a concept where it goes around its
-        anchor.
+        """Solve for M, (d, d), float64: it sends what is around a concept where its anchor's goes.
 
         Args:
             sums: over the concepts' prompts.

@@ -1,5 +1,4 @@
-"""The prompts of MACE's concepts, and the sums over their tokens that both closed forms are solved
-from."""
+"""The prompts of MACE's concepts, and the sums over their tokens that both closed forms need."""
 
 from __future__ import annotations
 
