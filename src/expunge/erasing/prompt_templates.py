@@ -1,10 +1,10 @@
 """Phrasings to erase a concept in, thirty for each kind, and the prompts that are made from them.
 
 {} is the concept's place. No phrasing is one that a suite judges by, nor one in which something is
-retained: a suite asks what an erasure does in words that it has not seen. (`tests/test_templates.py`
-compares all of them, with case, punctuation and articles put aside.) A causal text encoder says nothing
-of a phrase in the words before it, so what is left around a concept lies behind it: in more than a third
-of the phrasings words follow.
+retained: a suite asks what an erasure does in words that it has not seen.
+(`tests/test_prompt_templates.py` compares all of them, with case, punctuation and articles put aside.) A
+causal text encoder says nothing of a phrase in the words before it: what is left around a concept lies
+behind it: in more than a third of the phrasings words follow.
 """
 
 from __future__ import annotations
