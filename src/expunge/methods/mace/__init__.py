@@ -108,9 +108,11 @@ class MACE(MACESettings):
         groups = group_by_anchor(model, problem, self.templates)
         sums = PromptSums.of(groups)
         retained = self.sum_retained(model, problem, run)
-        matrix, factors = torch.eye(len(retained), dtype=torch.float64), {}
+        factors: Mapping[str, Tensors] = {}
         if "refine" in self.stages:
             matrix = self.refine(sums, retained)
+        else:
+            matrix = torch.eye(len(retained), dtype=torch.float64)
         if "suppress" in self.stages:
             factors = self.suppress(model, problem, matrix, run)
         if "fuse" in self.stages:
@@ -131,7 +133,7 @@ class MACE(MACESettings):
             sums: over the concepts' prompts.
             retained: the prior's sum, (d, d).
         """
-        prior = self.refine_weight * retained
+        prior = self.refine_weight * retained if self.refine_weight else torch.zeros(())
         ridge = apply_floor(self.ridge, self.ridge_floor, sums.contexts)
         return solve_right_factor(sums.cross, sums.contexts, prior, ridge)
 
@@ -172,6 +174,8 @@ class MACE(MACESettings):
             matrix: M.
             factors: what `suppress` returned.
         """
+        if not factors and not self.fuse_prior:
+            return matrix, {}  # M₂ = M (Σᵢ Gᵢ + λI) (Σᵢ Gᵢ + λI)⁻¹
         return fusion.fuse(
             factors,
             read_rows(groups),
