@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class SPEED(Method):
         "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models."
         " ICLR 2026, arXiv 2503.07392."
     )
+    stronger: ClassVar[str] = "a smaller strength_penalty, or a larger threshold"
     presets: ClassVar[Presets] = read_presets(__file__)
 
     threshold: float = bounded(0.1, above=0)
@@ -72,6 +73,10 @@ class SPEED(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)

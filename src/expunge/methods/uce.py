@@ -73,6 +73,8 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
+    stronger: ClassVar[str] = "a smaller ridge, or positions last-and-after"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     ridge: float = bounded(50.0, above=0)
@@ -107,6 +109,10 @@ class UCE(Method):
         require_place(self.retain_templates)
         if not self.retain_templates:
             raise ExpungeError("retain_templates is empty: what is retained needs a prompt, such as {}")
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
