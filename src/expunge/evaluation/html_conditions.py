@@ -9,6 +9,7 @@ from typing import Any
 from expunge.base import registry
 from expunge.base.errors import join_names
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.html_curves import lay_out_curves
 from expunge.evaluation.html_strips import lay_out_attacks
 from expunge.evaluation.robustness import AttackResult
 
@@ -17,8 +18,8 @@ SMALL = 0.1
 MUDDLED = 0.2
 """The share of unrecognisable images from which on it is said."""
 BEYOND = (
-    "inpainting, the inversion of an image to its latent (DDIM inversion), prompts found by a search"
-    " over real words, and an unrelated LoRA or a second edit on top: expunge has no such condition yet"
+    "photographs in the place of the original's own drawings, training of the whole model, other"
+    " samplers, and a person who tries prompts by hand"
 )
 """What no condition of expunge tests."""
 
@@ -54,6 +55,8 @@ def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str])
             for budget in one.asr
         ],
         "sums": [say_sum(row) for _, row in found],
+        "curves": lay_out_curves(cases, colours),
+        "prompts": list_prompts(cases),
         "images": [
             {"name": row.name, "strips": [strip for _, strip in _worst_first(row)]} for _, row in found
         ],
@@ -62,6 +65,19 @@ def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str])
         "not_asked": [name for name, reason in not_run.items() if not reason],
         "beyond": BEYOND,
     }
+
+
+def list_prompts(cases: Sequence[SuiteResult]) -> list[dict[str, Any]]:
+    """List the prompts that searches have found, each with the queries that it took."""
+    return [
+        {"name": row.name, "condition": one.attack, "budget": budget, **finding}
+        for case in cases
+        for row in case.rows
+        for one in row.attacks
+        for budget, findings in one.findings.items()
+        for finding in findings
+        if "found" in finding
+    ]
 
 
 def say_verdict(one: AttackResult, budget: str) -> str:

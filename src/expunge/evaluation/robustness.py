@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,6 +75,28 @@ class AttackResult:
     """For each budget the share in which the original shows the concept under the same attack."""
     strip: Strip
     """A few of the images: before, after, and attacked, with a row for each budget."""
+    findings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """For each budget what the attack says of itself, such as the prompts it found and its queries."""
+    amounts: Mapping[str, float] = field(default_factory=dict)
+    """Each budget as a number; empty where budgets are words, such as formats."""
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The share seen against the budget, from 0, unattacked, on; empty without numbers."""
+        if not self.amounts:
+            return []
+        # A strength of an image is no amount of work: nothing is known at 0.
+        falls = list(self.amounts.values()) != sorted(self.amounts.values())
+        start = [] if falls else [(0.0, self.pre, None)]
+        points = [*start, *((x, self.seen[b], self.control[b]) for b, x in self.amounts.items())]
+        return [
+            {
+                "budget": x,
+                "seen": seen.to_dict(),
+                **({"original": control.to_dict()} if control is not None else {}),
+            }
+            for x, seen, control in sorted(points, key=lambda point: point[0])
+        ]
 
     def control_holds(self, budget: str) -> bool:
         """Whether the original shows the concept under the attack often enough for it to count."""
@@ -97,6 +120,8 @@ class AttackResult:
                 for budget, control in self.control.items()
             },
             "unrecognisable": {"unattacked": self.pre_broken.to_dict(), **table(self.broken)},
+            **({"curve": curve} if (curve := self.curve) else {}),
+            **({"findings": dict(self.findings)} if any(self.findings.values()) else {}),
         }
 
 
@@ -195,7 +220,7 @@ def judge_attack(
         return share(only, f"{where}, unrecognisable")
 
     pre, pre_broken = share(reached, where), lost(after)
-    asr, broken, seen, difference, control = {}, {}, {}, {}, {}
+    asr, broken, seen, difference, control, findings = {}, {}, {}, {}, {}, {}
     chosen = _spread(after)
     shown = {
         "before": cache.draw(original, _pick(defence.before, chosen)),
@@ -206,11 +231,12 @@ def judge_attack(
         key = (suite.name, ladder.name, budget, repr(edit.record.problem.erase), str(seed))
         if key not in known:
             label = f"{suite.name}, original, {ladder.name} {budget}"
-            found, _ = _under_attack(defence, attack, kept, (), seed, progress, label, ())
+            found, _, _ = _under_attack(defence, attack, kept, (), seed, progress, label, ())
             known[key] = share([_erased(s).nan_to_num(0) for s in found], f"{label}, control")
         control[budget] = known[key]
         label = f"{suite.name}, {ladder.name} {budget}"
-        found, images = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
+        one = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
+        found, images, findings[budget] = one
         here = [_erased(sample).nan_to_num(0) for sample in found]
         # Nobody has to attack as hard as allowed: what came back at a weaker budget counts here, too.
         reached = [torch.maximum(r, x) for r, x in zip(reached, here, strict=True)]
@@ -234,6 +260,8 @@ def judge_attack(
         difference,
         control,
         strip,
+        findings,
+        ladder.amounts,
     )
 
 
@@ -246,8 +274,9 @@ def _under_attack(
     progress: Progress,
     label: str,
     chosen: Sequence[tuple[int, int]],
-) -> tuple[tuple[Sample, ...], Tensor]:
-    """What a model draws of the erased prompts under an attack, classified; and the chosen images.
+) -> tuple[tuple[Sample, ...], Tensor, list[dict[str, Any]]]:
+    """What a model draws of the erased prompts under an attack, classified; the chosen images; and what
+    the attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
@@ -255,14 +284,20 @@ def _under_attack(
     # Attacks on the probe alone draw with the edited model as it is, and find its images in the cache.
     condition = Condition(attack, edit, seed) if attack.changes_model else None
     source = Source(model, edits, condition)
+    # A search that was stopped goes on from here, and one with a larger budget from a smaller's end.
+    told: list[Any] = [type(attack).__name__, repr(edit.record.problem.erase), seed]
+    # What asks the text encoder alone finds the same for every edit.
+    asked = Source(model, () if attack.access == "text encoder" else edits).identity
+    key = hashlib.sha256((asked + json.dumps(told)).encode()).hexdigest()
+    folder = None if defence.cache.trouble else defence.cache.folder.parent / "attacks" / key[:16]
     with source.hold():
-        run = RunContext(seed, progress)
+        run = RunContext(seed, progress, folder)
         # Before anything is drawn: an attack looks at the original, and not at the changed model.
         samples = [attack_sample(model, edit, attack, sample, run) for sample in defence.after]
         judges = {defence.suite.judge: defence.judge}
         found = measure(defence.cache, source, None, samples, judges, progress, label)
         images = defence.cache.draw(source, _pick(samples, chosen)) if chosen else torch.zeros(0)
-    return classify(defence.suite, defence.judge, found), images
+    return classify(defence.suite, defence.judge, found), images, run.findings
 
 
 def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run: RunContext) -> Sample:
