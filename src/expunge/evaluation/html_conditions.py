@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.attack import Access
 from expunge.base import registry
 from expunge.base.errors import join_names
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
@@ -22,6 +23,25 @@ BEYOND = (
     " samplers, and a person who tries prompts by hand"
 )
 """What no condition of expunge tests."""
+
+
+WHO: Mapping[Access, tuple[str, str]] = {
+    "weights": (
+        "With the weights",
+        "anybody who downloads the model can load it in fewer bits, train it, lay a LoRA on it, or"
+        " search by gradients through it; nobody can be stopped from spending more than was spent here",
+    ),
+    "text encoder": (
+        "With the text encoder alone",
+        "words that mean the same to it can be searched on another machine, and typed into any"
+        " interface of the model",
+    ),
+    "interface": (
+        "With an interface that draws",
+        "somebody chooses words, and often an image to begin with, and sees what comes back",
+    ),
+}
+"""The threat model in plain words: what somebody can do with what they have."""
 
 
 def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str]) -> dict[str, Any]:
@@ -55,6 +75,15 @@ def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str])
             for budget in one.asr
         ],
         "sums": [say_sum(row) for _, row in found],
+        "who": [
+            {"title": title, "meaning": meaning, "conditions": ", ".join(ran)}
+            for access, (title, meaning) in WHO.items()
+            if (
+                ran := dict.fromkeys(
+                    one.attack for _, row in found for one in row.attacks if one.access == access
+                )
+            )
+        ],
         "curves": lay_out_curves(cases, colours),
         "prompts": list_prompts(cases),
         "images": [

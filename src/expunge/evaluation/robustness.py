@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.attack import Attack
+from expunge.attack import Access, Attack
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import encode_tensor
@@ -77,6 +77,8 @@ class AttackResult:
     """A few of the images: before, after, and attacked, with a row for each budget."""
     findings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """For each budget what the attack says of itself, such as the prompts it found and its queries."""
+    access: Access = "weights"
+    """What somebody must have who does this."""
     amounts: Mapping[str, float] = field(default_factory=dict)
     """Each budget as a number; empty where budgets are words, such as formats."""
 
@@ -110,6 +112,7 @@ class AttackResult:
 
         return {
             "attack": self.attack,
+            "access": self.access,
             "fields": dict(self.fields),
             "pre-ASR": self.pre.to_dict(),
             "ASR": table(self.asr),
@@ -221,22 +224,19 @@ def judge_attack(
 
     pre, pre_broken = share(reached, where), lost(after)
     asr, broken, seen, difference, control, findings = {}, {}, {}, {}, {}, {}
-    chosen = _spread(after)
-    shown = {
-        "before": cache.draw(original, _pick(defence.before, chosen)),
-        f"after: {_percent(pre)}": cache.draw(edited, _pick(after, chosen)),
-    }
+    shown = {"before": (original, defence.before), f"after: {_percent(pre)}": (edited, after)}
+    back = [r.clone() for r in reached]
     for budget, attack in ladder.rungs.items():
         # All that the control hangs on; edits of other methods that erase the same share it.
         key = (suite.name, ladder.name, budget, repr(edit.record.problem.erase), str(seed))
         if key not in known:
             label = f"{suite.name}, original, {ladder.name} {budget}"
-            found, _, _ = _under_attack(defence, attack, kept, (), seed, progress, label, ())
+            found, _, _ = _under_attack(defence, attack, kept, (), seed, progress, label)
             known[key] = share([_erased(s).nan_to_num(0) for s in found], f"{label}, control")
         control[budget] = known[key]
         label = f"{suite.name}, {ladder.name} {budget}"
-        one = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
-        found, images, findings[budget] = one
+        one = _under_attack(defence, attack, edit, (edit,), seed, progress, label)
+        found, source, findings[budget] = one
         here = [_erased(sample).nan_to_num(0) for sample in found]
         # Nobody has to attack as hard as allowed: what came back at a weaker budget counts here, too.
         reached = [torch.maximum(r, x) for r, x in zip(reached, here, strict=True)]
@@ -244,9 +244,12 @@ def judge_attack(
         # Under a name of its own, so that the difference has the priors of both in it.
         seen[budget] = share(here, f"{where}, {budget}")
         difference[budget] = seen[budget].minus(pre)
-        shown[f"{budget}: {_percent(seen[budget])}"] = images
+        back = [b + x for b, x in zip(back, here, strict=True)]
+        shown[f"{budget}: {_percent(seen[budget])}"] = (source, found)
+    chosen = _worst(back)
     captions = [request.prompt for request in _pick(after, chosen)]
-    rows = [(title, list(images)) for title, images in shown.items()]
+    # All have been drawn, so that they are found in the cache, and no condition is entered again.
+    rows = [(title, list(cache.draw(one, _pick(some, chosen)))) for title, (one, some) in shown.items()]
     strip = Strip(where, captions, rows, "seen, at the left")
     return AttackResult(
         defence.name,
@@ -261,6 +264,7 @@ def judge_attack(
         control,
         strip,
         findings,
+        next(iter(ladder.rungs.values())).access,
         ladder.amounts,
     )
 
@@ -273,10 +277,9 @@ def _under_attack(
     seed: int,
     progress: Progress,
     label: str,
-    chosen: Sequence[tuple[int, int]],
-) -> tuple[tuple[Sample, ...], Tensor, list[dict[str, Any]]]:
-    """What a model draws of the erased prompts under an attack, classified; the chosen images; and what
-    the attack says of itself.
+) -> tuple[tuple[Sample, ...], Source, list[dict[str, Any]]]:
+    """What a model draws of the erased prompts under an attack, classified; what draws it; and what the
+    attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
@@ -296,8 +299,7 @@ def _under_attack(
         samples = [attack_sample(model, edit, attack, sample, run) for sample in defence.after]
         judges = {defence.suite.judge: defence.judge}
         found = measure(defence.cache, source, None, samples, judges, progress, label)
-        images = defence.cache.draw(source, _pick(samples, chosen)) if chosen else torch.zeros(0)
-    return classify(defence.suite, defence.judge, found), images, run.findings
+    return classify(defence.suite, defence.judge, found), source, run.findings
 
 
 def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run: RunContext) -> Sample:
@@ -377,11 +379,16 @@ def _broken(sample: Sample) -> Tensor:
     return sample.broken
 
 
-def _spread(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """A few of all images, evenly taken: their sample, and their place in it."""
-    every = [(s, place) for s, sample in enumerate(samples) for place in range(len(sample))]
-    # Evenly, not by success: a strip of the worst images would mislead about the share.
-    return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
+def _worst(back: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The few images that came back at the most budgets, first: their sample, and their place in it.
+
+    The share stands beside them, which a strip of the worst alone would mislead about.
+
+    Args:
+        back: for each sample at how many budgets each of its images shows the concept.
+    """
+    every = [(-n, s, place) for s, some in enumerate(back) for place, n in enumerate(some.tolist())]
+    return [(s, place) for _, s, place in sorted(every)[:SHOWN]]
 
 
 def _pick(samples: Sequence[Sample], chosen: Sequence[tuple[int, int]]) -> list[Request]:
