@@ -189,6 +189,8 @@ class ACE(ACESettings):
             self.fortify_radius,
             self.fortify_noisiest,
             self.fortify_retain,
+            finetune_steps=self.fortify_finetune_steps,
+            finetune_rate=self.fortify_finetune_rate,
         )
         return train_against_attacks(model, gates, targets, retained, run, config)
 
