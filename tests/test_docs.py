@@ -418,6 +418,15 @@ def test_the_notebook_is_whole():
     assert not re.search(r"https?://|/(home|tmp|work)/", NOTEBOOK.read_text("utf-8"))
 
 
+def test_the_site_shows_the_notebook():
+    page = hooks().fill(TEXTS["docs/tutorials/quickstart.md"])
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        assert "".join(cell["source"]) in page
+    assert page.count("```python") == 5
+    assert page.count('<div class="notebook-output">') == 3
+    assert 'src="data:image/png;base64,' in page
+
+
 def test_the_notebook_runs(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "notebook"}
