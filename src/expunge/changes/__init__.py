@@ -28,6 +28,7 @@ from expunge.changes.layers import (
     read_base_parameter,
     unwrap,
 )
+from expunge.changes.projected import Projected
 from expunge.changes.strength import check_strength
 from expunge.changes.weights import Dense, LowRank, Right, Sparse
 
@@ -44,6 +45,7 @@ __all__ = [
     "InputChange",
     "LowRank",
     "OutputChange",
+    "Projected",
     "Right",
     "Sparse",
     "TokenGates",
@@ -66,7 +68,9 @@ __all__ = [
 Changes = Sequence[Change]
 """What a method returns: changes, applied in order."""
 
-KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped)}
+KINDS: dict[str, type[Change]] = {
+    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected)
+}
 """The kinds of change that a file may hold, by the name it has there."""
 
 

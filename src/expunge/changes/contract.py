@@ -60,6 +60,10 @@ class WeightChange(Change):
 class HookedChange(Change):
     """A change that depends on a layer's input, and so runs as a forward hook."""
 
+    unfittable: ClassVar[str] = ""
+    """Why no static weights are fitted to it: the end of a sentence that begins with "a … change". ""
+    where `fit_static_weights` fits some."""
+
     def weight(self, original: Tensor) -> Tensor:
         """Refuse: no static weight does the same.
 
