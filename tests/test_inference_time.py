@@ -5,10 +5,12 @@ import torch
 
 import expunge
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
-from expunge.changes import Projected
+from expunge.changes import Projected, Subtracted
+from expunge.changes.presence import measure_cosine
 from expunge.checkpoints.export import export
 from expunge.methods.adavd import AdaVD, find_targets
-from test_changes import VALUE
+from expunge.methods.semantic_surgery import SemanticSurgery
+from test_changes import KEY, VALUE
 from tiny import PIPELINES, drawn_by_diffusers, loaded
 
 
@@ -97,8 +99,96 @@ class TestAdaVD:
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["adavd"])
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "sd3", "pixart"])
+class TestSemanticSurgery:
+    def directions(self, n=1, **more):
+        values = {"centre": torch.full((n,), 0.2), "width": torch.full((n,), 0.1), "threshold": 0.3}
+        return Subtracted((KEY,), randn(n, 4, 5), **{**values, **more})
+
+    def test_one_concept_against_the_equation(self):
+        """Prompt by prompt: e − ρ Δ with ρ = σ((α − β) / γ) of the flattened cosine, ρ ≥ τ."""
+        change = self.directions()
+        x = randn(6, 4, 5, seed=1) + torch.linspace(-1, 3, 6)[:, None, None] * change.direction
+        found, delta, moved = change.change_input(x), change.direction[0], 0
+        for e, ours in zip(x, found, strict=True):
+            alpha = torch.cosine_similarity(e.flatten(), delta.flatten(), dim=0)
+            rho = 1 / (1 + torch.exp(-(alpha - 0.2) / 0.1))
+            slow = e - rho * delta if rho >= 0.3 else e
+            torch.testing.assert_close(ours, slow, rtol=0, atol=1e-6)
+            moved += not torch.equal(ours, e)
+        assert 0 < moved < 6
+
+    def test_what_is_nowhere_in_a_direction_has_no_say_in_the_length(self):
+        change = self.directions()
+        change.direction[:, 0] = 0
+        change.presence[:, 0] = 0
+        x = randn(1, 4, 5, seed=1)
+        loud = x.clone()
+        loud[:, 0] = 100.0
+        quiet, loud = (measure_cosine(rows, change.presence) for rows in (x, loud))
+        torch.testing.assert_close(loud, quiet)
+
+    def test_several_concepts_take_along_each_direction_what_each_takes_alone(self):
+        """By least norm: the shortest j with ⟨j, Δ_c⟩ = ρ_c ⟨Δ_c, Δ_c⟩ for all that are found."""
+        base = self.directions(3)
+        delta = base.direction
+        delta[1] = 0.8 * delta[0] + 0.2 * delta[1]
+        change = Subtracted((KEY,), delta, base.centre, base.width, threshold=0.3)
+        x = (delta[0] + delta[1] + 0.3 * randn(4, 5, seed=4))[None]
+        rho = change.measure_presence(x)[0]
+        found = rho >= 0.3
+        assert found.tolist() == [True, True, False]
+        flat = delta[found].flatten(1)
+        wanted = rho[found] * flat.square().sum(1)
+        shortest = torch.linalg.lstsq(flat, wanted[:, None], driver="gelsd").solution[:, 0]
+        ours = (x - change.change_input(x)).flatten()
+        torch.testing.assert_close(ours, shortest, rtol=1e-6, atol=1e-6)
+
+    def test_two_equal_names_are_subtracted_once(self):
+        one = self.directions()
+        twice = one.direction.repeat(2, 1, 1)
+        two = Subtracted((KEY,), twice, one.centre.repeat(2), one.width.repeat(2))
+        x = 2 * one.direction + 0.1 * randn(1, 4, 5, seed=4)
+        torch.testing.assert_close(two.change_input(x), one.change_input(x), rtol=0, atol=1e-6)
+
+    def test_shorter_and_longer_prompts(self):
+        change = self.directions(centre=torch.tensor([-2.0]))
+        x = randn(2, 6, 5, seed=1)
+        found = change.change_input(x)
+        assert torch.equal(found[:, 4:], x[:, 4:])
+        torch.testing.assert_close(found[:, :4], change.change_input(x[:, :4]))
+        torch.testing.assert_close(change.change_input(x[:, :2]), x[:, :2] - change.direction[:, :2])
+
+    def test_a_fitted_presence_finds_the_concept_and_not_the_rest(self, worded):
+        problem = Problem((Concept("turtle", "sea", synonyms=("tortoise",)),), ("rabbit", "owl"))
+        method = SemanticSurgery(presence="fitted", general=40)
+        (change,) = expunge.erase(worded, problem, method).changes
+        prompts = ["the turtle", "a photo of the tortoise", "a photo of the owl", "rabbit", ""]
+        rho = change.measure_presence(worded.encode(prompts).embeddings)
+        assert bool((rho[0, 0] > 0.9) & (rho[1, 1] > 0.9))
+        assert float(rho[2:].max()) < 0.1
+
+    def test_the_concept_becomes_its_anchor(self, worded):
+        problem = Problem((Concept("turtle", "sea"),))
+        method = SemanticSurgery(centre=-1.0, toward="anchor")
+        (change,) = expunge.erase(worded, problem, method).changes
+        turtle, sea = worded.encode(["turtle", "sea"]).embeddings
+        torch.testing.assert_close(change.change_input(turtle[None])[0], sea, rtol=0, atol=1e-4)
+
+    def test_it_is_fitted_by_weights_with_a_loss(self, model, folder, tmp_path):
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        edit = expunge.erase(model, problem, WEAK["semantic_surgery"])
+        done = export(edit, "lora", folder, tmp_path / "x.safetensors")
+        assert "of the erasure is lost" in done.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        (name, family)
+        for name in ("adavd", "semantic_surgery")
+        for family in ("stable_diffusion", "sdxl", "sd3", "qwen_image")
+    ],
+)
 def test_applied_to_a_pipeline_it_draws_the_same(name, family, tmp_path):
     """expunge's own drawing, and diffusers' with the edit applied and read from its file."""
     pipe = PIPELINES[family]()
@@ -118,5 +208,8 @@ def test_applied_to_a_pipeline_it_draws_the_same(name, family, tmp_path):
     torch.testing.assert_close(plain, after, rtol=0, atol=1e-4)
 
 
-WEAK = {"adavd": AdaVD(slope=10.0, centre=0.8, top=1.0)}
+WEAK = {
+    "adavd": AdaVD(slope=10.0, centre=0.8, top=1.0),
+    "semantic_surgery": SemanticSurgery(centre=-0.5, toward="anchor"),
+}
 """Values that change what tiny models with random weights draw."""

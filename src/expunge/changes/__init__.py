@@ -30,6 +30,7 @@ from expunge.changes.layers import (
 )
 from expunge.changes.projected import Projected
 from expunge.changes.strength import check_strength
+from expunge.changes.subtracted import Subtracted
 from expunge.changes.weights import Dense, LowRank, Right, Sparse
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Projected",
     "Right",
     "Sparse",
+    "Subtracted",
     "TokenGates",
     "WeightChange",
     "build_change",
@@ -69,7 +71,7 @@ Changes = Sequence[Change]
 """What a method returns: changes, applied in order."""
 
 KINDS: dict[str, type[Change]] = {
-    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected)
+    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected, Subtracted)
 }
 """The kinds of change that a file may hold, by the name it has there."""
 
