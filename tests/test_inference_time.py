@@ -5,11 +5,12 @@ import torch
 
 import expunge
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
-from expunge.changes import Projected, Subtracted
+from expunge.changes import Guided, Projected, Subtracted
 from expunge.changes.presence import measure_cosine
 from expunge.checkpoints.export import export
 from expunge.methods.adavd import AdaVD, find_targets
 from expunge.methods.semantic_surgery import SemanticSurgery
+from expunge.methods.sld import SLD
 from test_changes import KEY, VALUE
 from tiny import PIPELINES, drawn_by_diffusers, loaded
 
@@ -181,12 +182,120 @@ class TestSemanticSurgery:
         assert "of the erasure is lost" in done.notes[0]
 
 
+def guided(**more):
+    momentum = {"momentum_scale": 0.5, "momentum_beta": 0.7}
+    values = {"scale": 3.0, "threshold": 0.2, "until": 800.0, **momentum}
+    noise = torch.linspace(0.5, 1.0, 1000).double()
+    return Guided((KEY,), randn(1, 4, 5), torch.zeros(1, 4, 5), noise, **{**values, **more})
+
+
+class TestSLD:
+    @pytest.mark.parametrize("at_most", [True, False])
+    def test_three_steps_against_the_equation(self, at_most):
+        """Entry by entry, with the momentum and the warm-up carried along."""
+        change, nu = guided(at_most=at_most), torch.zeros(1, 1, 2, 2).double()
+        slow_nu = [0.0] * 4
+        for step, t in enumerate((900, 600, 300)):
+            c, s, none = (randn(1, 1, 2, 2, seed=10 * step + i) for i in range(3))
+            gamma, nu = change.steer(c, s, none, nu, torch.tensor([t]))
+            in_noise = float(change.noise_scale[t])
+            for i in range(4):
+                ci, si, ni = (float(x.flatten()[i]) for x in (c, s, none))
+                phi = 3.0 * in_noise * (ci - si)
+                bounded = min(1, abs(phi)) if at_most else max(1, abs(phi))
+                mu = bounded if in_noise * (ci - si) < 0.2 else 0.0
+                slow = mu * (si - ni) + 0.5 * slow_nu[i]
+                slow_nu[i] = 0.7 * slow_nu[i] + (1 - 0.7) * slow
+                assert float(gamma.flatten()[i]) == pytest.approx(slow if t <= 800 else 0, abs=1e-6)
+                assert float(nu.flatten()[i]) == pytest.approx(slow_nu[i], abs=1e-6)
+
+    @pytest.mark.parametrize("guidance", [1.0, 4.0])
+    def test_a_whole_run_against_one_by_hand(self, model, guidance):
+        """expunge's drawing with the edit, and a loop that makes all three predictions itself."""
+        method = SLD(safety_scale=5.0, threshold=0.5, warmup=0.4, momentum_scale=0.5)
+        edit = expunge.erase(model, Problem((Concept("airplane", synonyms=("jet",)),)), method)
+        (change,) = edit.changes
+        c, s, none = (model.encode([p]) for p in ("a photo of the ship", "airplane, jet", ""))
+        scheduler = model._sampler(5)
+        x = torch.randn(1, *model._latent_shape, generator=torch.Generator().manual_seed(7))
+        nu = torch.zeros_like(x)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                of_c, of_s, of_none = (model.predict(x, t, text) for text in (c, s, none))
+            gamma, nu = change.steer(of_c, of_s, of_none, nu, t[None])
+            led = of_c - gamma
+            x = scheduler.step(of_none + guidance * (led - of_none), t, x, return_dict=False)[0]
+        with model.using(edit), torch.no_grad():
+            for _ in range(2):  # the second run begins without the momentum of the first
+                run = model.trajectory(c, [7], num_inference_steps=5, guidance_scale=guidance)
+                *_, (_, latents) = run
+                torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-4)
+
+    def test_one_step_runs_begin_anew(self, model):
+        edit = expunge.erase(model, Problem((Concept("airplane"),)), SLD(warmup=0.0))
+        probe = Probe.of("ship", num_inference_steps=1)
+        with model.using(edit):
+            first, second = model.draw(probe), model.draw(probe)
+        assert torch.equal(first, second)
+        assert not torch.equal(first, model.draw(probe))
+
+    def test_prompts_are_found_by_what_they_hold(self):
+        change = guided()
+        text = torch.cat([change.empty, change.text, randn(1, 4, 5, seed=3)])
+        assert change.find_prompts(text).tolist() == [False, True, True]
+        asked = guided(presence=change.text, centre=torch.tensor([0.5]), width=torch.tensor([0.1]))
+        assert asked.find_prompts(text).tolist() == [False, True, False]
+        assert asked.find_prompts(torch.cat([text, text], 1)).tolist()[1]
+
+    def test_only_the_concept_is_led_away_with_a_fitted_presence(self, worded):
+        method = SLD(presence="fitted", bound="paper", warmup=0.0, general=40)
+        edit = expunge.erase(worded, Problem((Concept("turtle", "sea"),), ("owl",)), method)
+        probe = Probe.of(["a photo of the turtle", "a photo of the owl"], num_inference_steps=2)
+        before = worded.draw(probe)
+        with worded.using(edit):
+            after = worded.draw(probe)
+        assert (after - before)[0].abs().max() > 1e-4
+        torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-6)
+
+    def test_at_half_strength_half_of_it_is_subtracted(self, model):
+        edit = expunge.erase(model, Problem((Concept("airplane"),)), SLD(warmup=0.0))
+        text, x = model.encode(["ship"]), randn(1, *model._latent_shape, dtype=torch.float32)
+        with torch.no_grad():
+            before = model.predict(x, 500, text)
+            with model.using(edit):
+                whole = model.predict(x, 500, text)
+            with model.using(edit, strength=0.5):
+                half = model.predict(x, 500, text)
+        torch.testing.assert_close(half, (before + whole) / 2, rtol=1e-4, atol=1e-5)
+
+    def test_two_edits_are_both_subtracted(self, model):
+        method = SLD(warmup=0.0, bound="paper", threshold=99.0)
+        edits = [
+            expunge.erase(model, Problem((Concept(name),)), method) for name in ("airplane", "bird")
+        ]
+        text, x = model.encode(["ship"]), randn(1, *model._latent_shape, dtype=torch.float32)
+        drawn = []
+        with torch.no_grad():
+            for some in ([], edits[:1], edits[1:], edits):
+                with model.using(*some):
+                    drawn.append(model.predict(x, 500, text))
+        assert (drawn[3] - drawn[1]).abs().max() > 1e-3
+        assert (drawn[3] - drawn[2]).abs().max() > 1e-3
+
+    def test_it_is_no_weights(self, model, folder, tmp_path):
+        edit = expunge.erase(model, Problem((Concept("airplane"),)), "sld")
+        with pytest.raises(ExpungeError, match="a guided change compares predictions of the denoiser"):
+            export(edit, "diffusers", folder, tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
         (name, family)
-        for name in ("adavd", "semantic_surgery")
+        for name in ("adavd", "semantic_surgery", "sld")
         for family in ("stable_diffusion", "sdxl", "sd3", "qwen_image")
+        if name != "sld" or family != "qwen_image"
     ],
 )
 def test_applied_to_a_pipeline_it_draws_the_same(name, family, tmp_path):
@@ -211,5 +320,6 @@ def test_applied_to_a_pipeline_it_draws_the_same(name, family, tmp_path):
 WEAK = {
     "adavd": AdaVD(slope=10.0, centre=0.8, top=1.0),
     "semantic_surgery": SemanticSurgery(centre=-0.5, toward="anchor"),
+    "sld": SLD(safety_scale=50.0, threshold=0.1, warmup=0.0),
 }
 """Values that change what tiny models with random weights draw."""

@@ -15,8 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from expunge.changes.applied import Applied, check_fit, require_finite
-from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
+from expunge.changes.contract import (
+    Change,
+    HookedChange,
+    InputChange,
+    OutputChange,
+    PredictionChange,
+    WeightChange,
+)
 from expunge.changes.gated import Damped, Gated, TokenGates
+from expunge.changes.guided import Guided
 from expunge.changes.layers import (
     PARALLEL,
     check_in_use,
@@ -42,10 +50,12 @@ __all__ = [
     "Damped",
     "Dense",
     "Gated",
+    "Guided",
     "HookedChange",
     "InputChange",
     "LowRank",
     "OutputChange",
+    "PredictionChange",
     "Projected",
     "Right",
     "Sparse",
@@ -71,7 +81,7 @@ Changes = Sequence[Change]
 """What a method returns: changes, applied in order."""
 
 KINDS: dict[str, type[Change]] = {
-    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected, Subtracted)
+    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected, Subtracted, Guided)
 }
 """The kinds of change that a file may hold, by the name it has there."""
 

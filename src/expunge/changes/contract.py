@@ -1,9 +1,10 @@
-"""What every change answers, and the three ways in which one may act on a layer."""
+"""What every change answers, and the ways in which one may act on a layer."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,3 +91,15 @@ class OutputChange(HookedChange):
     @abstractmethod
     def change_output(self, x: Tensor, output: Tensor) -> Tensor:
         """Return what replaces `output`, (…, tokens, out), the layer's output for the input x."""
+
+
+class PredictionChange(HookedChange):
+    """A change of what the denoiser predicts. Its layers are those that read what it has of text."""
+
+    @abstractmethod
+    def make_hook(self, strength: float) -> Callable[..., Any]:
+        """Return a forward hook of the denoiser, with keyword arguments, for one application.
+
+        Args:
+            strength: how much of the difference that it makes counts.
+        """

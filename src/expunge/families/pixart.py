@@ -28,6 +28,7 @@ class PixArt(Diffusion, CrossAttentionModel):
 
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "a prompt a row": "its text layers are given padding that the denoiser does not read",
+        "guidance in one batch": "it is given text ahead of layers that expunge applies itself",
     }
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     read_ahead = ("caption_projection",)

@@ -29,6 +29,7 @@ class Sana(Flow, CrossAttentionModel):
 
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "a prompt a row": "its text layers are given padding that the denoiser does not read",
+        "guidance in one batch": "it is given text ahead of layers that expunge applies itself",
     }
     pipelines = ("SanaPipeline",)
     read_ahead = ("caption_projection", "caption_norm")

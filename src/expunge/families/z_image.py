@@ -34,6 +34,7 @@ class ZImage(LanguageModelText):
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "cross-attention": "text and image attend to each other, and so each depends on the other",
         "a prompt a row": "the tokens of all prompts of a batch are one row to its text layers",
+        "guidance in one batch": "its denoiser takes latents and prompts as lists",
     }
     single_files = ("z-image-turbo",)
     single_file_key = "cap_embedder.0.weight"
