@@ -279,8 +279,9 @@ def _under_attack(
     progress: Progress,
     label: str,
 ) -> tuple[tuple[Sample, ...], Source, list[dict[str, Any]]]:
-    """What a model draws of the erased prompts under an attack, classified; what draws it; and what the
-    attack says of itself.
+    """Draw the erased prompts under an attack, and classify what comes out.
+
+    Returns what was drawn, what draws it, and what the attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
