@@ -279,9 +279,7 @@ def _under_attack(
     progress: Progress,
     label: str,
 ) -> tuple[tuple[Sample, ...], Source, list[dict[str, Any]]]:
-    """Draw the erased prompts under an attack, and classify what comes out.
-
-    Returns what was drawn, what draws it, and what the attack says of itself.
+    """Return what was drawn under an attack, what draws it, and what the attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
