@@ -1,11 +1,12 @@
-"""Does it stay gone? UCE and ACE on three words, under four conditions that nobody has to attack for.
+"""Does it stay gone? Every method on three words, under every condition and attack, with few images.
 
 Every edit is judged on its word's own prompt, unattacked and under each condition, the original under
 the same condition beside it. The budgets are the fewest that say something, and the images few: a first
-look, and no figure to compare methods by. Writes `results/conditions-quick.json` after every edit and
-condition, and goes on from there when it is started again; `--table` prints what is there.
+look, and no figure to compare methods by. Writes `results/conditions-quick.json` after every method and
+condition, and goes on from there when it is started again, whatever part it was started for; `--table`
+prints what is there.
 
-    python experiments/conditions.py [--words airplane cat ship] [--images 8]
+    python experiments/conditions.py [--methods uce ace] [--conditions wording] [--images 4]
     python experiments/conditions.py --table
 """
 
@@ -23,38 +24,81 @@ import torch
 
 import expunge
 from expunge.base.files import replacing
-from expunge.edit import Edit
-from expunge.evaluation.experiment import Experiment
+from expunge.evaluation.experiment import Experiment, Job
+from expunge.evaluation.robustness import CONTROL, AttackResult
 from expunge.fingerprint import hash_for_images
 
 HERE = Path(__file__).parent
+WORDS = ("airplane", "cat", "ship")
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "uce", "title": "uce"},
+    {"name": "speed", "preset": "few", "title": "speed"},
+    {"name": "oce", "preset": "object", "title": "oce"},
+    {"name": "rece", "title": "rece"},
+    {"name": "mace", "preset": "emoji", "title": "mace"},
     {"name": "ace", "preset": "emoji", "title": "ace"},
+    {"name": "esd", "preset": "emoji-object", "title": "esd"},
+    {"name": "ant", "preset": "emoji-object", "title": "ant"},
+    {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
 )
+"""Every method that ships, with its preset for the shipped model where it has one."""
 CONDITIONS: dict[str, dict[str, Any]] = {
     "quantisation": {"format": ["nf4"]},
     "wording": {"kind": ["long", "negated"]},
     "image_to_image": {"strength": [0.7]},
+    "inpainting": {"share": [0.25]},
+    "ddim_inversion": {"steps": [12]},
+    "second_edit": {"how": ["stacked"]},
+    "encoder_search": {"queries": [250]},
+    "token_search": {"queries": [64]},
     "finetuning": {"max_train_steps": [50], "num_images": 16},
+    "foreign_lora": {"strength": [1.0], "max_train_steps": 50},
+    "query_search": {"queries": [32]},
+    "embedding": {"radius": [0.2], "steps": 10},
+    "inversion": {"steps": [50]},
 }
 """Each with its budgets; the cheapest first, so that a run that is cut short has most of the table."""
 
 
 def make_table(record: Mapping[str, Any]) -> str:
-    """Return the results as Markdown: a row for each condition, edit and budget, shares in per cent."""
-    lines = ["| condition | edit | before | under it | difference | original | |", "|" + "---|" * 7]
-    for name, edit in record["edits"].items():
-        for condition, one in edit["conditions"].items():
-            for budget, seen in one["seen"].items():
-                change, control = one["difference"][budget], one["control"][budget]
-                bounds = f"({100 * change['low']:+.0f} to {100 * change['high']:+.0f})"
-                shares = [one["pre-ASR"], seen, change, control]
-                cells = [f"{100 * share['value']:.0f}" for share in shares]
-                cells[2] += f" {bounds}"
-                said = "" if control["holds"] else "says nothing"
-                lines.append(f"| {condition}, {budget} | {name} | {' | '.join(cells)} | {said} |")
+    """Return the results as Markdown: a row for each condition, images that show the concept again."""
+    titles = [str(method["title"]) for method in METHODS if method["title"] in record["edits"]]
+    lines = [f"| condition | original | {' | '.join(titles)} |", "|" + "---|" * (2 + len(titles))]
+    before = {t: [c["pre"] for c in record["edits"][t].values()] for t in titles}
+    first = [_count(before[title][0]) if before[title] else "" for title in titles]
+    lines.append(f"| none | | {' | '.join(first)} |")
+    for condition in CONDITIONS:
+        known = {t: record["edits"][t][condition] for t in titles if condition in record["edits"][t]}
+        for budget in next(iter(known.values()))["budgets"] if known else ():
+            cells = [_count(known[t]["budgets"][budget]["seen"]) if t in known else "–" for t in titles]
+            control = next(iter(known.values()))["budgets"][budget]["control"]
+            shown = _count(control)
+            if control["seen"] < CONTROL * control["of"]:
+                shown += ", says nothing"
+            lines.append(f"| {condition}, {budget} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _count(one: Mapping[str, Any]) -> str:
+    return f"{one['seen']} of {one['of']}"
+
+
+def add_up(found: list[AttackResult]) -> dict[str, Any]:
+    """Return the images that show the concept, of those in which the original does, over all words."""
+
+    def total(estimates: list[Any]) -> dict[str, int]:
+        known = [e for e in estimates if e.n]
+        return {"seen": sum(round(e.value * e.n) for e in known), "of": sum(e.n for e in known)}
+
+    budgets = {
+        budget: {
+            "seen": total([one.seen[budget] for one in found]),
+            "control": total([one.control[budget] for one in found]),
+            "unrecognisable": total([one.broken[budget] for one in found]),
+        }
+        for budget in found[0].asr
+    }
+    return {"pre": total([one.pre for one in found]), "budgets": budgets}
 
 
 def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,11 +110,36 @@ def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "edits": {}}
 
 
+def judge(model: Any, suite: Any, jobs: list[Job], condition: str, folder: Path) -> dict[str, Any]:
+    """Judge one method's edits under one condition.
+
+    Args:
+        model: the original.
+        suite: with the condition's budgets.
+        jobs: the method's, one a word.
+        condition: the condition.
+        folder: where edits are kept.
+    """
+    candidates = [job.run(model, folder) for job in jobs]
+    start = time.monotonic()
+    with model.autocasting(torch.bfloat16):
+        report = expunge.evaluate(model, candidates, [suite], attacks=[condition], roles=("erased",))
+    found = [one for case in report.cases for row in case.rows[1:] for one in row.attacks]
+    return {
+        "hashes": [candidate.record["hash"] for candidate in candidates],
+        **add_up(found),
+        "each": {", ".join(case.erased): [one.to_dict() for row in case.rows for one in row.attacks]
+                 for case in report.cases},
+        "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Erase, judge under each condition, write."""
+    titles = [str(method["title"]) for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--words", nargs="+", default=["airplane", "cat", "ship"])
-    parser.add_argument("--images", type=int, default=8, help="images of each word")
+    parser.add_argument("--methods", nargs="+", default=titles, choices=titles, metavar="METHOD")
+    parser.add_argument("--images", type=int, default=4, help="images of each word")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--edits", type=Path, default=HERE / "conditions.work" / "edits")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "conditions-quick.json")
@@ -83,39 +152,29 @@ def main() -> None:
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.images)
     suite = dataclasses.replace(suite, sizes={"quick": few}, attacks=CONDITIONS)
-    problems = tuple(p for p in experiment.problems if p.erase[0].name in options.words)
+    problems = tuple(p for p in experiment.problems if p.erase[0].name in WORDS)
     jobs = dataclasses.replace(experiment, methods=METHODS, problems=problems).jobs()
     settings = {
         "model sha256": hash_for_images(model),
+        "words": list(WORDS),
         "images a word": options.images,
         "autocast": "bfloat16",
         "budgets": json.loads(json.dumps(CONDITIONS)),
     }
-    record = read_record(options.to, settings)
     for condition in options.conditions:
-        for job in jobs:
-            start = time.monotonic()
-            candidate = job.run(model, options.edits)
-            assert isinstance(candidate.edit, Edit)
-            known = record["edits"].setdefault(job.name, {"hash": candidate.edit.hash, "conditions": {}})
-            if known["hash"] != candidate.edit.hash:
-                known = record["edits"][job.name] = {"hash": candidate.edit.hash, "conditions": {}}
-            if condition in known["conditions"]:
+        for title in options.methods:
+            # Read anew each time: several runs, for other methods or conditions, may write in turn.
+            if condition in read_record(options.to, settings)["edits"].get(title, {}):
                 continue
-            with model.autocasting(torch.bfloat16):
-                report = expunge.evaluate(
-                    model, [candidate], [suite], attacks=[condition], roles=("erased",)
-                )
-            (found,) = report.cases[0].rows[1].attacks
-            known["conditions"][condition] = {
-                **found.to_dict(),
-                "seconds": round(time.monotonic() - start, 1),
-            }
+            mine = [job for job in jobs if job.title == title]
+            found = judge(model, suite, mine, condition, options.edits)
+            record = read_record(options.to, settings)
+            record["edits"].setdefault(title, {})[condition] = found
             with replacing(options.to) as file:
                 file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
-            shares = {budget: round(share.value, 2) for budget, share in found.seen.items()}
-            print(job.name, condition, f"before {found.pre.value:.2f}", shares, flush=True)
-    print(make_table(record))
+            shares = {b: _count(one["seen"]) for b, one in found["budgets"].items()}
+            print(title, condition, "before", _count(found["pre"]), shares, found["seconds"], flush=True)
+    print(make_table(read_record(options.to, settings)))
 
 
 if __name__ == "__main__":

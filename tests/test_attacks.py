@@ -18,6 +18,7 @@ from expunge.attacks.inversion import Inversion, replace_name
 from expunge.base import registry
 from expunge.changes import Gated
 from expunge.cli.main import main
+from expunge.erasing.word_search import WordSpace, rank_swaps
 from expunge.evaluation.attack_budgets import choose_ladders, read_ladder
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.evaluate import evaluate
@@ -70,6 +71,11 @@ def attack(request):
     few = {
         "embedding": {"steps": 4, "num_timesteps": 1},
         "inversion": {"steps": 2, "num_images": 1, "batch_size": 1},
+        "token_search": {"queries": 5, "num_points": 1, "batch_size": 2, "num_words": 1},
+        "encoder_search": {"queries": 7, "batch_size": 2, "num_words": 1},
+        "query_search": {"queries": 4, "batch_size": 2, "num_words": 1, "population": 2},
+        "ddim_inversion": {"steps": 3},
+        "foreign_lora": {"max_train_steps": 2, "num_images": 2, "learning_rate": 1e-2},
         "finetuning": {"max_train_steps": 2, "num_images": 2, "batch_size": 2, "learning_rate": 1e-2},
     }
     return registry.get("attacks", request.param)(**few.get(request.param, {}))
@@ -107,9 +113,11 @@ class TestContract:
         assert all(p.grad is None for p in model.parameters())
 
     def test_no_budget_changes_nothing(self, model, edit, attack):
-        if not hasattr(attack, "steps"):
-            pytest.skip("it takes no steps")
-        idle = dataclasses.replace(attack, steps=0)
+        budget = next((f for f in ("steps", "queries", "max_train_steps") if hasattr(attack, f)), "")
+        if budget not in ("steps", "queries"):
+            pytest.skip("it has no budget that may be 0, or it changes the model")
+        idle = dataclasses.replace(attack, **{budget: 0})
+        assert idle.changes_nothing
         assert idle.run(model, edit, PROBE, RunContext()) == PROBE
         with model.using(edit):
             assert torch.equal(draw_under(model, Edit((), edit.record), idle), model.draw(PROBE))
@@ -254,6 +262,123 @@ class TestInversion:
         assert replace_name("airplanes", edit, "sky") == "airplanes sky"
 
 
+SEARCHES = {
+    "token_search": {"num_points": 1, "batch_size": 3, "num_words": 1, "choices": 8},
+    "encoder_search": {"batch_size": 3, "num_words": 1, "choices": 8},
+    "query_search": {"batch_size": 2, "num_words": 1, "population": 2, "begin": "random"},
+}
+"""The searches over real words, small."""
+
+
+class TestSearches:
+    @pytest.fixture(params=SEARCHES)
+    def small(self, request):
+        return registry.get("attacks", request.param)(**SEARCHES[request.param], queries=9)
+
+    def test_what_is_found_is_real_words_and_no_erased_name(self, model, edit, small):
+        run = RunContext(1)
+        found = small.run(model, edit, PROBE, run)
+        (finding,) = run.findings  # one search for the one prompt
+        assert finding["asked"] == PROBE.prompts[0]
+        assert set(found.prompts) == {finding["found"]}
+        words = finding["found"].removeprefix("a photo of the ").split()
+        assert len(words) == small.num_words
+        assert set(words) <= set(model.vocabulary()) - {"airplane"}
+        # It can be typed: the string is as many tokens as words were searched.
+        assert model.count_tokens(finding["found"]) == model.count_tokens("a photo of the") + len(words)
+        assert 0 < finding["queries"] <= small.queries
+
+    def test_a_larger_budget_never_does_worse(self, model, edit, small):
+        losses = []
+        for queries in (1, 9, 30):
+            run = RunContext(0)
+            dataclasses.replace(small, queries=queries).run(model, edit, PROBE, run)
+            losses.append(run.findings[0]["loss"])
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < losses[0]
+
+    def test_an_interrupted_search_goes_on_and_keeps_what_it_found(self, model, edit, small, tmp_path):
+        long = dataclasses.replace(small, queries=21)
+
+        def stop(label, done, total):
+            if label == "searching for words" and done >= 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            long.run(model, edit, PROBE, RunContext(0, stop, tmp_path))
+        begun = []
+        again, afresh = RunContext(0, lambda _, n, __: begun.append(n), tmp_path), RunContext(0)
+        resumed, whole = (long.run(model, edit, PROBE, run).prompts for run in (again, afresh))
+        assert resumed == whole
+        assert again.findings == afresh.findings
+        assert min(n for n in begun if n) >= 6  # it did not begin again
+
+    def test_a_smaller_budget_after_a_larger_is_what_it_is_alone(self, model, edit, small, tmp_path):
+        for run in (RunContext(0, folder=tmp_path), RunContext(0)):
+            dataclasses.replace(small, queries=21).run(model, edit, PROBE, run)
+        kept, alone = RunContext(0, folder=tmp_path), RunContext(0)
+        for run in (kept, alone):
+            dataclasses.replace(small, queries=9).run(model, edit, PROBE, run)
+        assert kept.findings == alone.findings
+
+    def test_a_search_finds_the_word_that_an_edit_leaves_open(self, worded):
+        """The edit turns the name to its anchor and leaves a synonym; there are few words to try."""
+        problem = Problem((Concept("airplane", "sky"),))
+        edit = expunge.erase(worded, problem, UCE(templates=("a photo of the {}",)))
+        run = RunContext(0)
+        registry.get("attacks", "encoder_search")(num_words=1, queries=300).run(worded, edit, PROBE, run)
+        assert run.findings[0]["found"].removeprefix("a photo of the ") in (
+            "aeroplane", "plane", "jet", "aircraft", "airliner", "fighter",
+        )  # fmt: skip
+
+    def test_words_before_the_prompt_leave_it_as_it_is(self, model, edit):
+        small = registry.get("attacks", "token_search")(
+            **SEARCHES["token_search"], queries=4, place="before"
+        )
+        found = small.run(model, edit, PROBE, RunContext(0))
+        assert found.prompts[0].endswith(" a photo of the airplane")
+
+    def test_swaps_are_ranked_as_the_loss_changes(self, model):
+        """The first is the word toward which the loss falls the steepest, by small steps."""
+        space = WordSpace.of(model, (Concept("airplane"),))
+        row, goal = torch.tensor([0, 1]), model.encode(["the ship"]).embeddings
+        prompt = space.say(row)
+
+        def loss(text):
+            return (text.embeddings - goal).square().sum()
+
+        ranked = rank_swaps(model, space, prompt, row, loss, 3)
+        assert ranked.shape == (2, 3)
+        assert 0 not in ranked[0]  # no word for itself
+        own, step = space.embeddings[0][0], 1e-2
+        with torch.no_grad():
+            slopes = torch.stack([
+                loss(model.encode_with([prompt], space.words[0], [own + step * (other - own)]))
+                - loss(model.encode_with([prompt], space.words[0], [own - step * (other - own)]))
+                for other in space.embeddings[0]
+            ])  # fmt: skip
+        assert slopes[ranked[0][0]] <= slopes.min() + 0.05 * (slopes.max() - slopes.min())
+
+    def test_the_results_and_the_page_list_what_was_found(self, model, edit, tmp_path):
+        table = {**TABLE, "attacks": {"encoder_search": {"queries": [4, 8], "num_words": 1}}}
+        suite, cache = Suite.from_table(table, "told"), Cache(tmp_path / "cache")
+        report = evaluate(
+            model, [edit], [suite], judge=Bright(-1.0), attacks=["encoder_search"],
+            roles=("erased",), cache=cache,
+        )  # fmt: skip
+        report.save(tmp_path / "report")
+        (one,) = read_results(tmp_path / "report")["cases"][0]["rows"][1]["attacks"]
+        assert one["findings"].keys() == {"queries 4", "queries 8"}
+        assert all(f[0]["queries"] <= 8 for f in one["findings"].values())
+        assert [point["budget"] for point in one["curve"]] == [0, 4, 8]
+        assert one["curve"][0]["seen"] == one["pre-ASR"]
+        page = (tmp_path / "report" / "index.html").read_text()
+        assert one["findings"]["queries 8"][0]["found"] in page
+        assert "How much it takes" in page
+        assert page.count("<polyline") == 2  # the edit, and the original
+        assert list((tmp_path / "cache" / "attacks").rglob("*.safetensors"))
+
+
 TABLE = {
     "version": 1,
     "score": "H_c",
@@ -336,7 +461,8 @@ class TestJudged:
     def test_what_a_family_cannot_have_is_left_out_with_the_reason(self):
         suite, other = Suite.from_table(TABLE, "told"), expunge.load(flux())
         ladders, not_run = choose_ladders(suite, ["all"], other)
-        assert [one.name for one in ladders] == [name for name in ATTACKS if name != "finetuning"]
+        trained = ("finetuning", "foreign_lora")
+        assert [one.name for one in ladders] == [name for name in ATTACKS if name not in trained]
         assert not_run["finetuning"].startswith("it needs cross-attention, and Flux has none: text")
         with pytest.raises(ExpungeError, match="finetuning:concept cannot be made on this model: it"):
             choose_ladders(suite, ["finetuning:concept"], other)

@@ -28,7 +28,7 @@ from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.model import Model
 from test_imports import ORDER
-from tiny import single_file
+from tiny import flux2, single_file, z_image
 
 HERE = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(HERE)) for path in HERE.glob("docs/**/*.md"))]
@@ -77,6 +77,11 @@ def commands(text):
 
 RUN = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
 OWN_MODEL = {"docs/how-to/use-your-own-model.md", "docs/tutorials/lora-to-comfyui.md"}
+TINY = {
+    "docs/how-to/erase-from-flux2-klein.md": ("FLUX.2-klein-4B", flux2),
+    "docs/how-to/erase-from-z-image.md": ("Z-Image-Turbo", z_image),
+}
+"""Pages on a model of one family: the folder that they speak of, and what makes it tiny."""
 
 
 def test_there_are_pages_to_run():
@@ -126,6 +131,9 @@ def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
     if page in OWN_MODEL:
         shutil.copytree(request.getfixturevalue("model_files"), tmp_path, dirs_exist_ok=True)
         before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    if page in TINY:
+        name, make = TINY[page]
+        make().save_pretrained(tmp_path / name)
     names = {"__name__": "page"}
     for block in blocks(page):
         if block.file:
@@ -408,6 +416,15 @@ def test_the_notebook_is_whole():
         assert cell.keys() == (keys | {"execution_count", "outputs"} if code else keys)
     # What was shown when it was run loads nothing and names no folder of whoever ran it.
     assert not re.search(r"https?://|/(home|tmp|work)/", NOTEBOOK.read_text("utf-8"))
+
+
+def test_the_site_shows_the_notebook():
+    page = hooks().fill(TEXTS["docs/tutorials/quickstart.md"])
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        assert "".join(cell["source"]) in page
+    assert page.count("```python") == 5
+    assert page.count('<div class="notebook-output">') == 3
+    assert 'src="data:image/png;base64,' in page
 
 
 def test_the_notebook_runs(few, tmp_path, monkeypatch):

@@ -443,6 +443,18 @@ def test_training_is_confined_to_the_text_refiner(model, name):
         assert not torch.equal(model.draw(probe), before)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("mace", {"stages": ("refine", "fuse")}), ("ace", {"stages": ("gate", "harden")})]
+)
+def test_maces_and_aces_last_stages_are_in_the_text_refiner_as_they_are(name, more):
+    model = loaded(PIPELINES["z_image"](), "z_image")
+    with pytest.raises(ExpungeError, match="has no field 'train_on': .*layer through which text enters"):
+        quick(name, train_on="text-refiner")
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), quick(name, **more))
+    begins = tuple(f"{model.denoiser}.{layer}" for layer in model.text_refiner)
+    assert all(layer.startswith(begins) for change in edit.changes for layer in change.layers)
+
+
 def test_low_rank_changes_have_no_place_in_a_text_refiner():
     model = loaded(PIPELINES["z_image"](), "z_image")
     method = quick("ant", train_on="text-refiner", trained="low-rank")

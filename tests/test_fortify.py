@@ -8,11 +8,15 @@ import torch
 import expunge
 from expunge import Concept, Edit, ExpungeError, Problem
 from expunge.changes import Dense, Gated
+from expunge.erasing.parameters import select_parameters
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.method import Method
 from expunge.methods.ace import ACE
 from expunge.methods.ace import fortify as fortifying
 from expunge.methods.ace.fortify import Attacks, FortifyConfig
+from expunge.methods.ace.fortify_finetune import Trainer
+from expunge.ops.finetune import frozen
+from expunge.ops.in_place import InPlace
 from expunge.runtime.context import RunContext
 
 SHORT = TEMPLATES["object"][:2]
@@ -72,7 +76,71 @@ class TestAttacks:
         assert torch.equal(attacks.begun[others], before[others])
 
 
+class TestTrainer:
+    """The user who trains the model further while it is fortified."""
+
+    @pytest.fixture
+    def parts(self, model):
+        latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        text = model.encode(["the ship", "a bird", "a dog", "a cat"])
+        with frozen(model.parameters()), InPlace(select_parameters(model, "cross-attention")) as trained:
+            yield model, trained, [(text, latents)]
+
+    def make(self, parts, steps, rate=1e-3):
+        generator = torch.Generator().manual_seed(1)
+        return Trainer(*parts, steps, rate, 4, generator)
+
+    def test_moves_on_beside_the_weights_and_begins_anew(self, parts):
+        model = parts[0]
+        user, before = self.make(parts, 3), [p.detach().clone() for p in model.parameters()]
+        for n in (1, 2):
+            user.step()
+            assert int(user.done) == n
+            most = max(float(moved.abs().max()) for moved in user.moved)
+            assert 0 < most <= n * 1e-3 + 1e-9
+            # The network has the weights alone; the user's are written where they are asked for.
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        user.write()
+        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        user.step()
+        assert not any(moved.any() for moved in user.moved)
+
+    def test_learns_what_is_trained_on(self, parts):
+        model, _, ((text, latents),) = parts
+        user, level = self.make(parts, 1000), torch.full((4,), 300)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+
+        def loss():
+            with torch.no_grad():
+                z = model.add_noise(latents, noise, level)
+                return float((model.predict(z, level, text) - noise).square().mean())
+
+        first = loss()
+        for _ in range(40):
+            user.step()
+        user.write()
+        assert loss() < first
+
+    def test_nobody_trains_where_no_steps_are_asked_for(self, parts):
+        user, numbers = self.make(parts, 0), torch.Generator().manual_seed(1)
+        user.step()
+        user.write()
+        assert not user.moved
+        assert torch.equal(user.generator.get_state(), numbers.get_state())  # no number is drawn
+
+
 class TestFortify:
+    def test_the_user_who_trains_changes_what_is_found(self, worded, problem):
+        plain, against = (
+            expunge.erase(
+                worded,
+                problem,
+                dataclasses.replace(FORTIFY, fortify_steps=3, fortify_finetune_steps=n),
+            ).changes[1:]
+            for n in (0, 2)
+        )
+        assert any(not torch.equal(a.value, b.value) for a, b in zip(plain, against, strict=True))
+
     def test_attacks_end_nearer_to_the_anchor_and_the_rest_stays(self, worded, problem):
         """Measured on attacks that training has not seen: other words, other noise, many moves."""
         soft = expunge.erase(worded, problem, dataclasses.replace(FORTIFY, stages=("gate",)))
@@ -125,8 +193,9 @@ class TestFortify:
         assert all(torch.equal(a, b) for a, b in zip(before, worded.parameters(), strict=True))
         assert all(p.grad is None for p in worded.parameters())
 
-    def test_goes_on_from_its_checkpoint_and_ends_the_same(self, worded, problem, tmp_path):
-        method = dataclasses.replace(FORTIFY, fortify_steps=30)
+    @pytest.mark.parametrize("finetune", [0, 4])
+    def test_goes_on_from_its_checkpoint_and_ends_the_same(self, worded, problem, tmp_path, finetune):
+        method = dataclasses.replace(FORTIFY, fortify_steps=30, fortify_finetune_steps=finetune)
         whole = method.fit(worded, problem, RunContext())
 
         class KilledError(Exception):

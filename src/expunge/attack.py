@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import check_fields
@@ -19,6 +19,9 @@ from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
 from expunge.runtime.context import RunContext
+
+Access = Literal["weights", "text encoder", "interface"]
+"""What somebody must have: the model's weights, its text encoder, or an interface that draws."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Attack:
     judged once, as its fields are."""
     smaller_is_stronger: ClassVar[bool] = False
     """Whether the largest value of a ladder is the weakest, as with bits of a weight."""
+    access: ClassVar[Access] = "weights"
+    """The least that somebody must have who does this; reports group conditions by it."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What it needs that not every family has; `Model.missing_capabilities` says which lacks what."""
     renamed: ClassVar[Mapping[str, str]] = {}
@@ -71,6 +76,13 @@ class Attack:
                     f"it needs {need}, and {type(model).__name__} has none:"
                     f" {model.missing_capabilities[need]}"
                 )
+
+    def check_inputs(self, model: Model) -> None:
+        """Check what the fields name, such as files, before anything is drawn.
+
+        Raises:
+            ExpungeError: a file is missing, or does not fit the model.
+        """
 
     def run(self, model: Model, edit: Edit, probe: Probe, run: RunContext) -> Probe:
         """Return the probe made harder for the edited model: other prompts, or other encoded text.

@@ -65,6 +65,9 @@ class Record:
     """The versions of expunge and the libraries it was made with."""
     family: str = ""
     """The base model's family; "" in older edits."""
+    moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How far each concept moved toward its anchor in prompts that the edit was not made with, 1 for all
+    of the way; concepts of which this means nothing, and those of older edits, are not there."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:

@@ -16,9 +16,10 @@ from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import flatten
 from expunge.base.quiet import Progress, ignore_progress
-from expunge.changes import Change
+from expunge.changes import Change, Changes
 from expunge.checkpoints.load import load
 from expunge.edit import Edit, Record, read_versions
+from expunge.erasing.moved_share import measure_moved
 from expunge.fingerprint import hash_base, list_places, make_base_reader
 from expunge.method import Method
 from expunge.model import Model
@@ -95,6 +96,7 @@ def erase(
     with open_work_dir(work, command) as folder:
         run = RunContext(seed, progress, folder, ray)
         changes: tuple[Change, ...] = tuple(method.fit(model, problem, run))
+    seconds = round(time.monotonic() - start, 3)
     record = Record(
         method=command["method"],
         fields=command["fields"],
@@ -102,11 +104,23 @@ def erase(
         model=model.name,
         base=hash_base(read, list_places(changes)),
         seed=seed,
-        seconds=round(time.monotonic() - start, 3),
+        seconds=seconds,
         versions=read_versions(),
         family=type(model).__name__,
+        moved=_measure_moved(model, method, problem, changes),
     )
     return Edit(changes, record)
+
+
+def _measure_moved(model: Model, method: Method, problem: Problem, changes: Changes) -> dict[str, float]:
+    """Measure how far the concepts moved toward their anchors, where the method says that it shows."""
+    where = method.measured_in
+    if not where or (where == "predictions" and model.stored):
+        return {}
+    concepts = problem.erase
+    if not method.reads_anchor:  # away from the concept, whatever the problem says
+        concepts = tuple(dataclasses.replace(concept, anchor="") for concept in concepts)
+    return measure_moved(model, changes, concepts, where)
 
 
 def as_model(pipe: Model | Any) -> Model:

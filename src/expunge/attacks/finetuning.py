@@ -15,12 +15,11 @@ from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.erasing.concept_tokens import sample_words
+from expunge.erasing.image_training import train_on_images
 from expunge.erasing.parameters import select_parameters
 from expunge.erasing.reference_images import draw_each
 from expunge.model import Model
-from expunge.ops.finetune import frozen
 from expunge.ops.in_place import InPlace
-from expunge.ops.training_target import compute_training_target
 from expunge.runtime.context import RunContext
 
 PROMPT = "a picture of {}"
@@ -29,7 +28,7 @@ PROMPT = "a picture of {}"
 
 @dataclass(frozen=True)
 class Finetuning(Attack):
-    """Train the cross-attentions of the erased model further, with the loss that it was made with.
+    """Train the cross-attentions of the erased model further, or a LoRA on them.
 
         min E ‖prediction(z_t, t, c) − target(x, ε)‖²,     z_t = √ᾱ_t x + √(1 − ᾱ_t) ε
 
@@ -49,7 +48,9 @@ class Finetuning(Attack):
 
     ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "": {"max_train_steps": [50, 200, 500]},
+        "lora": {"max_train_steps": [50, 200, 500], "rank": 8, "learning_rate": 1e-3},
         "concept": {"max_train_steps": [10, 50, 200], "on": "concept", "num_images": 8},
+        "images": {"num_images": [1, 4, 16], "on": "concept", "max_train_steps": 100},
         "before": {"max_train_steps": [50, 200, 500], "edit": "after"},
     }
 
@@ -66,7 +67,9 @@ class Finetuning(Attack):
     batch_size: int = bounded(8, at_least=1)
     """Rows a step."""
     learning_rate: float = bounded(1e-4, above=0)
-    """AdamW's learning rate."""
+    """AdamW's learning rate. A LoRA takes about ten times that of whole weights."""
+    rank: int = bounded(0, at_least=0)
+    """Train a LoRA of this rank on the cross-attentions; 0 trains their whole weights."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -83,8 +86,21 @@ class Finetuning(Attack):
             if self.edit == "before":
                 # Ahead of `InPlace`: what is trained are then the weights that the edit left.
                 stack.enter_context(model.using(edit))
-            trained = stack.enter_context(InPlace(select_parameters(model, "cross-attention")))
-            self.train(model, trained, captions, latents, run)
+            chosen = select_parameters(model, "cross-attention")
+            if self.rank:
+                chosen = {name: p for name, p in chosen.items() if p.ndim == 2}
+            trained = stack.enter_context(InPlace(chosen))
+            train_on_images(
+                model,
+                trained,
+                captions,
+                latents,
+                run,
+                max_train_steps=self.max_train_steps,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                rank=self.rank,
+            )
             if self.edit == "after":
                 stack.enter_context(model.using(edit))
             yield model
@@ -112,52 +128,3 @@ class Finetuning(Attack):
         captions = [PROMPT.format(name) for name in names]
         with torch.no_grad():
             return captions, draw_each(model, f"finetuning on {self.on}", captions, run)
-
-    def train(
-        self,
-        model: Model,
-        trained: InPlace,
-        captions: list[str],
-        latents: torch.Tensor,
-        run: RunContext,
-    ) -> None:
-        """Train the parameters in place.
-
-        Args:
-            model: as it stands, with the edit or without.
-            trained: its parameters.
-            captions: n.
-            latents: (n, c, h, w).
-            run: its seed draws batches, times and noise.
-        """
-        generator, levels = run.generator("finetuning"), model.log_snr()
-        with torch.no_grad():
-            # The text encoder is not trained, so that captions are encoded once.
-            text = model.encode(captions)
-        # Without `foreach`: its fused sums would hold copies of all parameters at once.
-        optimiser = torch.optim.AdamW(trained.values, lr=self.learning_rate, foreach=False)
-        with frozen(model.parameters()):
-            # Frozen but for what is trained: activations of the rest need not be kept.
-            for parameter in trained.parameters.values():
-                parameter.requires_grad_()
-            for step in range(self.max_train_steps):
-                run.progress("finetuning", step, self.max_train_steps)
-                rows = torch.randint(len(captions), (self.batch_size,), generator=generator)
-                t = torch.randint(len(levels), (self.batch_size,), generator=generator)
-                noise = torch.randn((self.batch_size, *latents.shape[1:]), generator=generator)
-                x, noise = latents[rows.to(latents.device)], noise.to(latents)
-                # Bounded, for a timestep of noise alone has an infinite log SNR.
-                target = compute_training_target(
-                    model.prediction_type, x, noise, levels[t].clamp(-20, 20)
-                )
-                with torch.enable_grad():
-                    z = model.add_noise(x, noise, t.to(x.device))
-                    predicted = model.predict(z, t.to(x.device), text[rows.tolist()])
-                    loss = (predicted.float() - target.float()).square().mean()
-                    gradients = trained.gradients(loss)
-                for value, gradient in zip(trained.values, gradients, strict=True):
-                    value.grad = gradient
-                optimiser.step()
-                # The optimiser works on float32 copies; the model reads its own half-precision weights.
-                trained.write()
-        run.progress("finetuning", self.max_train_steps, self.max_train_steps)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from expunge.attack import Attack
+from expunge.attack import Access, Attack
 from expunge.edit import Edit
 from expunge.model import Model
 from expunge.probe import Probe
@@ -46,6 +46,8 @@ class Wording(Attack):
     ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "": {"kind": ["prefix", "suffix", "long", "repeated", "misspelt", "upper", "negated"]},
     }
+
+    access: ClassVar[Access] = "interface"
 
     kind: Kind = "prefix"
     """How the prompt is worded."""

@@ -15,8 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from expunge.changes.applied import Applied, check_fit, require_finite
-from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
+from expunge.changes.contract import (
+    Change,
+    HookedChange,
+    InputChange,
+    OutputChange,
+    PredictionChange,
+    WeightChange,
+)
 from expunge.changes.gated import Damped, Gated, TokenGates
+from expunge.changes.guided import Guided
 from expunge.changes.layers import (
     PARALLEL,
     check_in_use,
@@ -28,7 +36,9 @@ from expunge.changes.layers import (
     read_base_parameter,
     unwrap,
 )
+from expunge.changes.projected import Projected
 from expunge.changes.strength import check_strength
+from expunge.changes.subtracted import Subtracted
 from expunge.changes.weights import Dense, LowRank, Right, Sparse
 
 __all__ = [
@@ -40,12 +50,16 @@ __all__ = [
     "Damped",
     "Dense",
     "Gated",
+    "Guided",
     "HookedChange",
     "InputChange",
     "LowRank",
     "OutputChange",
+    "PredictionChange",
+    "Projected",
     "Right",
     "Sparse",
+    "Subtracted",
     "TokenGates",
     "WeightChange",
     "build_change",
@@ -66,7 +80,9 @@ __all__ = [
 Changes = Sequence[Change]
 """What a method returns: changes, applied in order."""
 
-KINDS: dict[str, type[Change]] = {c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped)}
+KINDS: dict[str, type[Change]] = {
+    c.kind: c for c in (Right, LowRank, Sparse, Dense, Gated, Damped, Projected, Subtracted, Guided)
+}
 """The kinds of change that a file may hold, by the name it has there."""
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
+from expunge.changes.contract import (
+    Change,
+    HookedChange,
+    InputChange,
+    OutputChange,
+    PredictionChange,
+    WeightChange,
+)
 from expunge.changes.layers import check_in_use, find_layer, find_layer_path
 from expunge.changes.strength import check_strength, scale_difference
 
@@ -96,7 +103,11 @@ class Applied:
             for (module, name), weights in _group_by_parameter(root, changes).items():
                 self._swap(module, name, weights)
             for change in changes:
-                if isinstance(change, HookedChange):
+                if isinstance(change, PredictionChange):
+                    denoiser = find_layer_path(root, change.layers[0])[0]
+                    hook = change.make_hook(self._strength)
+                    self._hooks.append(denoiser.register_forward_hook(hook, with_kwargs=True))
+                elif isinstance(change, HookedChange):
                     # On the wrapper: what a loaded LoRA adds then reads and returns the same.
                     modules = [find_layer_path(root, layer)[-1] for layer in change.layers]
                     self._hooks += _register_hooks(modules, change, self._strength)

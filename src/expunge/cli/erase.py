@@ -28,6 +28,7 @@ from expunge.cli.terminal import make_plain_table, print_table, show_progress
 from expunge.problem import KINDS, Concept, Problem
 
 if TYPE_CHECKING:
+    from expunge.edit import Record
     from expunge.method import Method
     from expunge.model import Model
     from expunge.runtime.threads import Threads
@@ -182,6 +183,45 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     names = join_names([concept.name for concept in problem.erase], 10)
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
+    for line in describe_moved(edit.record, method):
+        print(line)
+
+
+MOST_LINES = 10
+"""How many concepts have a line of their own in what is printed of how far they moved."""
+
+
+def describe_moved(record: Record, method: Method) -> list[str]:
+    """Say how far each concept moved toward its anchor in held-out prompts; of many, the range alone.
+
+    Args:
+        record: of the edit.
+        method: that made it.
+
+    Returns:
+        Lines. The last calls the edit weak, with what to turn, where a concept moved by less than
+        `WEAK` of the way.
+    """
+    from expunge.erasing.moved_share import WEAK
+
+    shares = record.moved
+    anchors = {c.name: c.anchor if record.reads_anchor else "" for c in record.problem.erase}
+    if len(shares) > MOST_LINES:
+        low, high = (f"{100 * share:.0f}" for share in (min(shares.values()), max(shares.values())))
+        lines = [f"moved {low} to {high} % of the way to their anchors on held-out prompts"]
+    else:
+        lines = [
+            f"{name}: moved {100 * share:.0f} % of the way to {anchors[name] or 'the empty prompt'}"
+            " on held-out prompts"
+            for name, share in shares.items()
+        ]
+    if weak := [name for name, share in shares.items() if share < WEAK]:
+        turn = method.stronger or "other values of the method's fields"
+        lines.append(
+            f"this edit is weak for {join_names(weak, 5)}: less than {100 * WEAK:.0f} % of the way;"
+            f" try {turn}, or another preset or method"
+        )
+    return lines
 
 
 def _choose_threads(model: Model) -> Threads:

@@ -60,6 +60,8 @@ def run_info(options: InfoOptions) -> None:
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
     table.add_row("changes", summarize(edit.changes))
+    for name, share in record.moved.items():
+        table.add_row("moved", f"{name}: {share:.0%} of the way to its anchor, on held-out prompts")
     table.add_row(
         "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
     )

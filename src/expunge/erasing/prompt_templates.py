@@ -159,6 +159,15 @@ KEPT: dict[str, str] = {
 long as the first of `TEMPLATES`, so that a word stands where an erased one stands: a random text encoder
 tells places apart as well as words."""
 
+HELD_OUT: dict[str, tuple[str, ...]] = {
+    "object": ("a postcard of the {}", "the {} seen through a window"),
+    "identity": ("a postcard of {}", "{} seen through a window"),
+    "style": ("a postcard by {}", "a mural in the style of {}"),
+    "explicit": ("a postcard of {}", "{} seen through a window"),
+}
+"""By kind of concept, the phrasings in which it is measured how far an edit moved it: nothing is erased,
+kept or judged in them."""
+
 GENERAL = "a depiction of the {}"
 """The phrasing in which a prior keeps the words of a tokenizer's vocabulary."""
 

@@ -31,6 +31,8 @@ class Ladder:
     """The attack's, but for the one that the budgets run over."""
     rungs: Mapping[str, Attack]
     """The attack at each budget, by the budget in words."""
+    amounts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Each budget as a number, the weakest first; empty where budgets are words."""
 
 
 def choose_ladders(
@@ -49,7 +51,7 @@ def choose_ladders(
 
     Raises:
         ExpungeError: as `read_ladder`; an attack is named twice; one that is named is not possible on
-            the model.
+            the model, or names a file that does not fit it.
     """
     named = [read_ladder(suite, attack) for attack in attacks if attack != ALL]
     for ladder in named:
@@ -67,6 +69,9 @@ def choose_ladders(
         ]
         impossible = {one.name: reason for one in every if (reason := _find_obstacle(one, model))}
         found = named + [one for one in every if one.name not in (*taken, *impossible)]
+    for attack in (attack for ladder in found for attack in ladder.rungs.values()):
+        if model is not None:
+            attack.check_inputs(model)
     names = [ladder.name for ladder in found]
     rest = [name for name in dict.fromkeys((*_known(suite), *impossible)) if name not in names]
     return found, {name: impossible.get(name, "") for name in rest}
@@ -149,7 +154,8 @@ def read_ladder(suite: Suite, attack: str | Attack) -> Ladder:
                 " nothing; every budget must be above 0"
             )
     first = dataclasses.asdict(next(iter(rungs.values())))
-    return Ladder(attack, {key: value for key, value in first.items() if key != field}, rungs)
+    amounts = {budget: getattr(one, field) for budget, one in rungs.items()} if numbers else {}
+    return Ladder(attack, {k: v for k, v in first.items() if k != field}, rungs, amounts)
 
 
 def check_attack_name(attack: str) -> None:

@@ -86,6 +86,8 @@ class CandidateResult:
     """Of a suite of unsafe things: how often each part was found in all images of the erased prompts,
     and "total", as papers print it. No image is left out, and a broken one counts as it is."""
 
+    kinds: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """For each kind of prompt that the suite names the shares `seen` and `original`."""
     attacks: tuple[AttackResult, ...] = ()
     """How it holds under attack, one for each ladder of budgets."""
 

@@ -117,3 +117,5 @@ class Cell:
     guidance: float | None = None
     stand_in: str = ""
     """The prompt whose own tokens take the place of this prompt's: what is left is the residual."""
+    kind: str = ""
+    """What kind of prompt it is, where the suite says so."""

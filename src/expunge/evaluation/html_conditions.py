@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.attack import Access
 from expunge.base import registry
 from expunge.base.errors import join_names
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
+from expunge.evaluation.html_curves import lay_out_curves
 from expunge.evaluation.html_strips import lay_out_attacks
 from expunge.evaluation.robustness import AttackResult
 
@@ -17,10 +19,29 @@ SMALL = 0.1
 MUDDLED = 0.2
 """The share of unrecognisable images from which on it is said."""
 BEYOND = (
-    "inpainting, the inversion of an image to its latent (DDIM inversion), prompts found by a search"
-    " over real words, and an unrelated LoRA or a second edit on top: expunge has no such condition yet"
+    "photographs in the place of the original's own drawings, training of the whole model, other"
+    " samplers, and a person who tries prompts by hand"
 )
 """What no condition of expunge tests."""
+
+
+WHO: Mapping[Access, tuple[str, str]] = {
+    "weights": (
+        "With the weights",
+        "anybody who downloads the model can load it in fewer bits, train it, lay a LoRA on it, or"
+        " search by gradients through it; nobody can be stopped from spending more than was spent here",
+    ),
+    "text encoder": (
+        "With the text encoder alone",
+        "words that mean the same to it can be searched on another machine, and typed into any"
+        " interface of the model",
+    ),
+    "interface": (
+        "With an interface that draws",
+        "somebody chooses words, and often an image to begin with, and sees what comes back",
+    ),
+}
+"""The threat model in plain words: what somebody can do with what they have."""
 
 
 def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str]) -> dict[str, Any]:
@@ -54,6 +75,17 @@ def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str])
             for budget in one.asr
         ],
         "sums": [say_sum(row) for _, row in found],
+        "who": [
+            {"title": title, "meaning": meaning, "conditions": ", ".join(ran)}
+            for access, (title, meaning) in WHO.items()
+            if (
+                ran := dict.fromkeys(
+                    one.attack for _, row in found for one in row.attacks if one.access == access
+                )
+            )
+        ],
+        "curves": lay_out_curves(cases, colours),
+        "prompts": list_prompts(cases),
         "images": [
             {"name": row.name, "strips": [strip for _, strip in _worst_first(row)]} for _, row in found
         ],
@@ -62,6 +94,19 @@ def lay_out_conditions(cases: Sequence[SuiteResult], colours: Mapping[str, str])
         "not_asked": [name for name, reason in not_run.items() if not reason],
         "beyond": BEYOND,
     }
+
+
+def list_prompts(cases: Sequence[SuiteResult]) -> list[dict[str, Any]]:
+    """List the prompts that searches have found, each with the queries that it took."""
+    return [
+        {"name": row.name, "condition": one.attack, "budget": budget, **finding}
+        for case in cases
+        for row in case.rows
+        for one in row.attacks
+        for budget, findings in one.findings.items()
+        for finding in findings
+        if "found" in finding
+    ]
 
 
 def say_verdict(one: AttackResult, budget: str) -> str:

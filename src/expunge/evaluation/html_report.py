@@ -143,6 +143,18 @@ def _suite(report: Report, name: str, colours: dict[str, str]) -> dict[str, Any]
             for case in cases
             for row in case.rows
         ],
+        "kinds": [
+            {
+                "kind": kind,
+                "control": case.rows[0].kinds[kind]["original"].value,
+                "before": format_number(case.rows[0].kinds[kind]["original"]),
+                "rows": [format_number(row.kinds[kind]["seen"]) for row in case.rows[1:]],
+                "names": [row.name for row in case.rows[1:]],
+                "erased": ", ".join(case.erased[:3]),
+            }
+            for case in cases
+            for kind in case.rows[0].kinds
+        ],
         "stays": lay_out_conditions(cases, colours),
         "attacks": [
             _attacked(row, one, budget, colours[row.name], ", ".join(case.erased[:3]))

@@ -33,6 +33,8 @@ class PromptList:
     role: Literal["erased", "synonyms", "retained", "plain"] = "erased"
     concept: str = ""
     """The concept they call for; none for captions that are only compared."""
+    kind: str = ""
+    """What kind of prompts they are, such as "long": results give each kind by itself."""
     texts: tuple[str, ...] = ()
     csv: str = ""
     """A file with the column `prompt`, and perhaps seeds and guidance (`SEEDS`, `GUIDANCE`)."""

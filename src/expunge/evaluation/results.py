@@ -155,6 +155,7 @@ def case_table(case: SuiteResult, differences: Sequence[Comparison]) -> dict[str
                     role: {k: None if v != v else round(v, 4) for k, v in parts.items()}
                     for role, parts in row.each.items()
                 },
+                **({"kinds of prompts": _numbers(row.kinds)} if row.kinds else {}),
                 **({"attacks": [one.to_dict() for one in row.attacks]} if row.attacks else {}),
             }
             for row in case.rows

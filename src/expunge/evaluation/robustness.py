@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expunge.attack import Attack
+from expunge.attack import Access, Attack
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import Progress, ignore_progress
 from expunge.changes import encode_tensor
@@ -75,6 +76,30 @@ class AttackResult:
     """For each budget the share in which the original shows the concept under the same attack."""
     strip: Strip
     """A few of the images: before, after, and attacked, with a row for each budget."""
+    findings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """For each budget what the attack says of itself, such as the prompts it found and its queries."""
+    access: Access = "weights"
+    """What somebody must have who does this."""
+    amounts: Mapping[str, float] = field(default_factory=dict)
+    """Each budget as a number; empty where budgets are words, such as formats."""
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The share seen against the budget, from 0, unattacked, on; empty without numbers."""
+        if not self.amounts:
+            return []
+        # A strength of an image is no amount of work: nothing is known at 0.
+        falls = list(self.amounts.values()) != sorted(self.amounts.values())
+        start = [] if falls else [(0.0, self.pre, None)]
+        points = [*start, *((x, self.seen[b], self.control[b]) for b, x in self.amounts.items())]
+        return [
+            {
+                "budget": x,
+                "seen": seen.to_dict(),
+                **({"original": control.to_dict()} if control is not None else {}),
+            }
+            for x, seen, control in sorted(points, key=lambda point: point[0])
+        ]
 
     def control_holds(self, budget: str) -> bool:
         """Whether the original shows the concept under the attack often enough for it to count."""
@@ -88,6 +113,7 @@ class AttackResult:
 
         return {
             "attack": self.attack,
+            "access": self.access,
             "fields": dict(self.fields),
             "pre-ASR": self.pre.to_dict(),
             "ASR": table(self.asr),
@@ -98,6 +124,8 @@ class AttackResult:
                 for budget, control in self.control.items()
             },
             "unrecognisable": {"unattacked": self.pre_broken.to_dict(), **table(self.broken)},
+            **({"curve": curve} if (curve := self.curve) else {}),
+            **({"findings": dict(self.findings)} if any(self.findings.values()) else {}),
         }
 
 
@@ -196,22 +224,20 @@ def judge_attack(
         return share(only, f"{where}, unrecognisable")
 
     pre, pre_broken = share(reached, where), lost(after)
-    asr, broken, seen, difference, control = {}, {}, {}, {}, {}
-    chosen = _spread(after)
-    shown = {
-        "before": cache.draw(original, _pick(defence.before, chosen)),
-        f"after: {_percent(pre)}": cache.draw(edited, _pick(after, chosen)),
-    }
+    asr, broken, seen, difference, control, findings = {}, {}, {}, {}, {}, {}
+    shown = {"before": (original, defence.before), f"after: {_percent(pre)}": (edited, after)}
+    back = [r.clone() for r in reached]
     for budget, attack in ladder.rungs.items():
         # All that the control hangs on; edits of other methods that erase the same share it.
         key = (suite.name, ladder.name, budget, repr(edit.record.problem.erase), str(seed))
         if key not in known:
             label = f"{suite.name}, original, {ladder.name} {budget}"
-            found, _ = _under_attack(defence, attack, kept, (), seed, progress, label, ())
+            found, _, _ = _under_attack(defence, attack, kept, (), seed, progress, label)
             known[key] = share([_erased(s).nan_to_num(0) for s in found], f"{label}, control")
         control[budget] = known[key]
         label = f"{suite.name}, {ladder.name} {budget}"
-        found, images = _under_attack(defence, attack, edit, (edit,), seed, progress, label, chosen)
+        one = _under_attack(defence, attack, edit, (edit,), seed, progress, label)
+        found, source, findings[budget] = one
         here = [_erased(sample).nan_to_num(0) for sample in found]
         # Nobody has to attack as hard as allowed: what came back at a weaker budget counts here, too.
         reached = [torch.maximum(r, x) for r, x in zip(reached, here, strict=True)]
@@ -219,9 +245,12 @@ def judge_attack(
         # Under a name of its own, so that the difference has the priors of both in it.
         seen[budget] = share(here, f"{where}, {budget}")
         difference[budget] = seen[budget].minus(pre)
-        shown[f"{budget}: {_percent(seen[budget])}"] = images
+        back = [b + x for b, x in zip(back, here, strict=True)]
+        shown[f"{budget}: {_percent(seen[budget])}"] = (source, found)
+    chosen = _worst(back)
     captions = [request.prompt for request in _pick(after, chosen)]
-    rows = [(title, list(images)) for title, images in shown.items()]
+    # All have been drawn, so that they are found in the cache, and no condition is entered again.
+    rows = [(title, list(cache.draw(one, _pick(some, chosen)))) for title, (one, some) in shown.items()]
     strip = Strip(where, captions, rows, "seen, at the left")
     return AttackResult(
         defence.name,
@@ -235,6 +264,9 @@ def judge_attack(
         difference,
         control,
         strip,
+        findings,
+        next(iter(ladder.rungs.values())).access,
+        ladder.amounts,
     )
 
 
@@ -246,9 +278,8 @@ def _under_attack(
     seed: int,
     progress: Progress,
     label: str,
-    chosen: Sequence[tuple[int, int]],
-) -> tuple[tuple[Sample, ...], Tensor]:
-    """What a model draws of the erased prompts under an attack, classified; and the chosen images.
+) -> tuple[tuple[Sample, ...], Source, list[dict[str, Any]]]:
+    """Return what was drawn under an attack, what draws it, and what the attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """
@@ -256,14 +287,19 @@ def _under_attack(
     # Attacks on the probe alone draw with the edited model as it is, and find its images in the cache.
     condition = Condition(attack, edit, seed) if attack.changes_model else None
     source = Source(model, edits, condition)
+    # A search that was stopped goes on from here, and one with a larger budget from a smaller's end.
+    told: list[Any] = [type(attack).__name__, repr(edit.record.problem.erase), seed]
+    # What asks the text encoder alone finds the same for every edit.
+    asked = Source(model, () if attack.access == "text encoder" else edits).identity
+    key = hashlib.sha256((asked + json.dumps(told)).encode()).hexdigest()
+    folder = None if defence.cache.trouble else defence.cache.folder.parent / "attacks" / key[:16]
     with source.hold():
-        run = RunContext(seed, progress)
+        run = RunContext(seed, progress, folder)
         # Before anything is drawn: an attack looks at the original, and not at the changed model.
         samples = [attack_sample(model, edit, attack, sample, run) for sample in defence.after]
         judges = {defence.suite.judge: defence.judge}
         found = measure(defence.cache, source, None, samples, judges, progress, label)
-        images = defence.cache.draw(source, _pick(samples, chosen)) if chosen else torch.zeros(0)
-    return classify(defence.suite, defence.judge, found), images
+    return classify(defence.suite, defence.judge, found), source, run.findings
 
 
 def attack_sample(model: Model, edit: Edit, attack: Attack, sample: Sample, run: RunContext) -> Sample:
@@ -343,11 +379,16 @@ def _broken(sample: Sample) -> Tensor:
     return sample.broken
 
 
-def _spread(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """A few of all images, evenly taken: their sample, and their place in it."""
-    every = [(s, place) for s, sample in enumerate(samples) for place in range(len(sample))]
-    # Evenly, not by success: a strip of the worst images would mislead about the share.
-    return [every[i * len(every) // SHOWN] for i in range(SHOWN)] if len(every) > SHOWN else every
+def _worst(back: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The few images that came back at the most budgets, first: their sample, and their place in it.
+
+    The share stands beside them, which a strip of the worst alone would mislead about.
+
+    Args:
+        back: for each sample at how many budgets each of its images shows the concept.
+    """
+    every = [(-n, s, place) for s, some in enumerate(back) for place, n in enumerate(some.tolist())]
+    return [(s, place) for _, s, place in sorted(every)[:SHOWN]]
 
 
 def _pick(samples: Sequence[Sample], chosen: Sequence[tuple[int, int]]) -> list[Request]:

@@ -18,6 +18,7 @@ from expunge.evaluation import statistics
 from expunge.evaluation.candidates import Candidate, CandidateResult, SuiteResult
 from expunge.evaluation.cells import ROLES, Target
 from expunge.evaluation.image_source import Source
+from expunge.evaluation.prompt_kinds import score_kinds
 from expunge.evaluation.sample import GONE, Sample, classify
 from expunge.evaluation.set_distances import measure_from_anchor, measure_from_original
 from expunge.evaluation.statistics import NONE, Estimate
@@ -90,7 +91,10 @@ def score_suite(
             terms = {**terms, "specificity": _by_clip(measured, original)}
         h, published = _h(suite, terms), _published(suite, roles)
         totals = _totals(suite, judge, some) if isinstance(judge, Classifier) else {}
-        one = (h, terms, roles, measured, published, each, tuple(some), totals)
+        kinds: Mapping[str, Mapping[str, Estimate]] = {}
+        if isinstance(judge, Classifier):
+            kinds = score_kinds(name, some, original, dropped)
+        one = (h, terms, roles, measured, published, each, tuple(some), totals, kinds)
         rows.append(CandidateResult(by_name.get(name), *one))
     erased = suite.find_erased(group[0].erases)
     return SuiteResult(

@@ -364,7 +364,7 @@ class Suite(Settings):
             named = concept.name if concept else ""
             words = prompt if len(seeds) > 1 else named  # one image says little of its prompt
             targets = (concept.target(one.role, words),) if concept else ()
-            yield Cell(one.role, named, prompt, seeds, targets, guidance)
+            yield Cell(one.role, named, prompt, seeds, targets, guidance, kind=one.kind)
 
 
 def _is_table(value: Any, name: str) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ class Chroma(FlowModel):
 
     pipelines = ("ChromaPipeline",)
     most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
+    }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"
     ldm_layers = FLUX_LAYERS  # its original code names layers alike

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Flux(FlowModel):
 
     pipelines = ("FluxPipeline",)
     most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "guidance is distilled into it: no prediction without a prompt is made",
+    }
     single_files = ("flux-dev", "flux-schnell")
     single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
     ldm_layers = FLUX_LAYERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class Flux2(LanguageModelText):
     single_files = ("flux-2-dev",)
     single_file_key = "single_stream_modulation.lin.weight"
     most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "guidance is distilled into most of its models",
+    }
     ldm_layers = (
         (r"context_embedder", r"txt_in"),
         (r"x_embedder", r"img_in"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class QwenImage(LanguageModelText):
     single_files = ("v1",)
     single_file_key = "txt_norm.weight"
     most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
+    }
     ldm_layers = ((r"(.+)", r"\1"),)
     lora_naming = LoraNaming(
         title="Qwen-Image",

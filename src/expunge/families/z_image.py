@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ class ZImage(LanguageModelText):
     read_ahead = ("cap_embedder.0",)
     text_refiner = ("cap_embedder.1", "context_refiner.")
     most_tokens = 512
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "a prompt a row": "the tokens of all prompts of a batch are one row to its text layers",
+        "guidance in one batch": "its denoiser takes latents and prompts as lists",
+    }
     single_files = ("z-image-turbo",)
     single_file_key = "cap_embedder.0.weight"
     ldm_layers = (

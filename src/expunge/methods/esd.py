@@ -50,6 +50,8 @@ class ESD(Method):
         " ICCV 2023, arXiv 2303.07345."
     )
 
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate or negative_guidance"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -104,6 +106,10 @@ class ESD(Method):
             self.trajectory_steps,
             self.trajectory_guidance,
         )
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
 
     @property
     def reads_anchor(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class OCE(Method):
     """
 
     citation: ClassVar[str] = "OCE: Orthogonal Concept Erasure. ICML 2026, arXiv 2605.28902."
+    stronger: ClassVar[str] = "a larger erase_scale"
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {"general_scale": "captions_scale"}
 
@@ -64,6 +65,10 @@ class OCE(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)

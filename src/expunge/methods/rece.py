@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class RECE(Method):
         "Gong, Chen, Wei, Chen, Jiang: Reliable and Efficient Concept Erasure of Text-to-Image Diffusion"
         " Models. ECCV 2024, arXiv 2407.12383."
     )
+    stronger: ClassVar[str] = "a smaller ridge, or more rounds"
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 
@@ -73,6 +74,10 @@ class RECE(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class SPEED(Method):
         "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models."
         " ICLR 2026, arXiv 2503.07392."
     )
+    stronger: ClassVar[str] = "a smaller strength_penalty, or a larger threshold"
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 
@@ -74,6 +75,10 @@ class SPEED(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)

@@ -54,9 +54,12 @@ class InPlace:
                 # weights.
                 data.masked_scatter_(self.masks[name].to(data.device), value)
 
-    def write(self) -> None:
-        """Write the values into the network."""
-        self._put(self.values)
+    def write(self, moved: Sequence[Tensor] | None = None) -> None:
+        """Write the values into the network, by default as they are; else with `moved` added to each."""
+        if moved is None:
+            self._put(self.values)
+        else:
+            self._put([value + away for value, away in zip(self.values, moved, strict=True)])
 
     @contextmanager
     def off(self) -> Iterator[None]:

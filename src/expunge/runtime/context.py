@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class RunContext:
     """The work folder, for resuming; None saves nothing."""
     ray: str = ""
     """The address of a Ray cluster; "" runs in this process, "local" starts one on this machine."""
+    findings: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    """What is worth telling, ready for JSON: a search adds what it found, and its queries."""
 
     def generator(self, *names: str) -> torch.Generator:
         """Return a CPU generator that is seeded by the run's seed and the names.

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from expunge.changes import Changes, Dense, Gated
 from expunge.erasing.parameters import select_parameters
+from expunge.methods.ace.fortify_finetune import Trainer
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, warn_diverged
 from expunge.ops.in_place import InPlace
@@ -52,6 +53,10 @@ class FortifyConfig:
     """How far an attack moves at once, as a share of its radius."""
     concept_share: float = 0.3
     """The share of what stays that is met on noisy images of a concept instead of its own."""
+    finetune_steps: int = 0
+    """After how many steps a user who trains the model further meanwhile begins anew; 0 for none."""
+    finetune_rate: float = 1e-4
+    """That user's learning rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +104,9 @@ def train_against_attacks(
     timesteps, where it is decided what an image shows. An attack makes one move a step, on the weights
     as they are then, and after some moves begins at another word.
 
+    With `finetune_steps` a user trains the model further meanwhile (`fortify_finetune.py`), and the
+    first term is taken where that user has come to.
+
     An attack moves the tokens of a prompt behind the text encoder, each within its ball. Words as
     textual inversion learns them, before the text encoder, are not trained against.
 
@@ -128,7 +136,18 @@ def train_against_attacks(
     own = torch.cat([target.latents for target in targets])
     trained = InPlace(select_parameters(model, "cross-attention"))
     optimiser = torch.optim.Adam(trained.values, lr=config.learning_rate, foreach=False)
-    start, losses = _resumed(run, trained, optimiser, attacks)
+    # What is trained on: the retained, and the concepts, each image with its own prompt.
+    named = Text.joined([target.text[[0] * len(target.latents)] for target in targets])
+    user = Trainer(
+        model,
+        trained,
+        [(retained.text, retained.latents), (named, own)],
+        config.finetune_steps,
+        config.finetune_rate,
+        config.batch_size,
+        generator,
+    )
+    start, losses = _resumed(run, trained, optimiser, attacks, user)
     sound: list[Tensor] = []
 
     def below(n: int, count: int) -> Tensor:
@@ -175,6 +194,7 @@ def train_against_attacks(
                 concept = predict(z, t, Text.joined([x.text for x in here]))
                 anchor = predict(z, t, Text.joined([x.anchor for x in here]))
                 same = predict(y, at, staying)
+            user.write()
             prompts = retained.words[[0] * len(rows)]
             shift = attacks.shift[rows].requires_grad_()
             begun = attacks.start[rows]
@@ -186,26 +206,35 @@ def train_against_attacks(
             # In units of how far concept and anchor are apart at that timestep, or early ones would
             # rule.
             loss = ((found - anchor).square().mean((1, 2, 3)) * weigh).mean()
+            away = trained.gradients(loss) if user.moved else None
+            # What stays must stay without the user: whoever trains the model changes it anyway.
+            trained.write()
             kept_loss = (predict(y, at, gated(staying, staying.embeddings)) - same).square().mean()
-            loss = loss + config.retain_weight * kept_loss / mean.to(kept_loss)
-            if diverged([*losses, float(loss.detach())]):
+            kept_loss = config.retain_weight * kept_loss / mean.to(kept_loss)
+            value = float(loss.detach()) + float(kept_loss.detach())
+            loss = kept_loss if away else loss + kept_loss
+            if diverged([*losses, value]):
                 warn_diverged(step, bool(sound), "the edit")
-                for value, before in zip(trained.values, sound, strict=True):
-                    value.copy_(before)
+                for weights, before in zip(trained.values, sound, strict=True):
+                    weights.copy_(before)
                 break
             if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
                 sound = [value.clone() for value in trained.values]
-            losses.append(float(loss.detach()))
-            for value, found_gradient in zip(trained.values, trained.gradients(loss), strict=True):
-                value.grad = found_gradient
+            losses.append(value)
+            gradients = trained.gradients(loss)
+            if away:
+                gradients = [one + other for one, other in zip(gradients, away, strict=True)]
+            for weights, gradient in zip(trained.values, gradients, strict=True):
+                weights.grad = gradient
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.max_train_steps)
             optimiser.step()
             optimiser.zero_grad()
             trained.write()
+            user.step()
             attacks.renew()
             if len(losses) % KEEP_EVERY == 0:
-                run.save_checkpoint("fortifying", _state(trained, optimiser, attacks, losses))
+                run.save_checkpoint("fortifying", _state(trained, optimiser, attacks, user, losses))
         return _changes(trained)
 
 
@@ -295,7 +324,11 @@ def _measure_distances(model: Model, target: FortifyTarget, generator: torch.Gen
 
 
 def _state(
-    trained: InPlace, optimiser: torch.optim.Optimizer, attacks: Attacks, losses: Sequence[float]
+    trained: InPlace,
+    optimiser: torch.optim.Optimizer,
+    attacks: Attacks,
+    user: Trainer,
+    losses: Sequence[float],
 ) -> Tensors:
     """Gather everything that training resumes from.
 
@@ -303,6 +336,7 @@ def _state(
         trained: the weights.
         optimiser: Adam.
         attacks: the attacks under way.
+        user: who trains meanwhile.
         losses: of the steps so far.
     """
     return {
@@ -310,11 +344,16 @@ def _state(
         "numbers": attacks.generator.get_state(),
         **{name: getattr(attacks, name) for name in ("begun", "owner", "moves", "shift")},
         **trained.state(optimiser),
+        **user.state(),
     }
 
 
 def _resumed(
-    run: RunContext, trained: InPlace, optimiser: torch.optim.Optimizer, attacks: Attacks
+    run: RunContext,
+    trained: InPlace,
+    optimiser: torch.optim.Optimizer,
+    attacks: Attacks,
+    user: Trainer,
 ) -> tuple[int, list[float]]:
     """Resume from the state that was saved, if any.
 
@@ -323,6 +362,7 @@ def _resumed(
         trained: takes up the weights.
         optimiser: takes up its state.
         attacks: take up where each is.
+        user: takes up where it is.
 
     Returns:
         How many steps were done, and their losses.
@@ -333,6 +373,7 @@ def _resumed(
     trained.resume(optimiser, state)
     for name in ("begun", "owner", "moves", "shift"):
         getattr(attacks, name).copy_(state[name])
+    user.resume(state)
     attacks.generator.set_state(state["numbers"])
     losses = state["losses"].tolist()
     return len(losses), losses

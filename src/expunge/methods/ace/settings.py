@@ -104,6 +104,11 @@ class ACESettings(Method):
     """How far attacks may go from another word's prompt, as a share of each token's norm."""
     fortify_retain: float = bounded(4.0, at_least=0)
     """ρ there: large values keep more, and hold against less."""
+    fortify_finetune_steps: int = bounded(0, at_least=0)
+    """Fortify against training, too: after so many steps a user who trains the model further meanwhile
+    begins anew; 0 for no such user. It takes about half as long again."""
+    fortify_finetune_rate: float = bounded(1e-4, above=0)
+    """That user's learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from expunge.base.errors import ExpungeError
 from expunge.base.presets import Presets, read_presets
@@ -54,6 +54,8 @@ class ANT(SharedSettings):
         " Concepts. ACM MM 2025, arXiv 2504.12782."
     )
 
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -67,6 +69,10 @@ class ANT(SharedSettings):
     """How one concept's weights are chosen and trained."""
     low_rank: LowRankChanges = field(default_factory=LowRankChanges)
     """How many concepts' low-rank changes are trained and fused."""
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
 
     @property
     def reads_anchor(self) -> bool:
