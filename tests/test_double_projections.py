@@ -68,7 +68,7 @@ class TestEdit:
     def test_one_matrix_serves_every_entry_and_keeps_the_known(self, wide, safe):
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         # The slack of round-off alone: nothing that is known moves.
-        method = DoubleProjections(safe=safe, slack=1e-12, general=30, positions="last")
+        method = DoubleProjections(safe=safe, slack=1e-12, num_retain_words=30, positions="last")
         (change,) = expunge.erase(wide, problem, method).changes
         assert change.layers == tuple(entry.layer for entry in wide.text_entries())
         text = wide.encode(["airplane", "ship", "sky", ""])
@@ -81,7 +81,7 @@ class TestEdit:
     def test_the_known_as_safe_takes_out_what_the_concept_alone_has(self, wide):
         """M e = Π_known e for the concept, and nothing else changes: an erasure without a goal."""
         method = DoubleProjections(
-            safe="known", slack=1e-12, general=30, positions="last", strength_penalty=1e-9
+            safe="known", slack=1e-12, num_retain_words=30, positions="last", strength_penalty=1e-9
         )
         (change,) = expunge.erase(wide, Problem((Concept("airplane", "sky"),)), method).changes
         text = wide.encode(["airplane"])

@@ -161,7 +161,7 @@ class TestSemanticSurgery:
 
     def test_a_fitted_presence_finds_the_concept_and_not_the_rest(self, worded):
         problem = Problem((Concept("turtle", "sea", synonyms=("tortoise",)),), ("rabbit", "owl"))
-        method = SemanticSurgery(presence="fitted", general=40)
+        method = SemanticSurgery(presence="fitted", num_retain_words=40)
         (change,) = expunge.erase(worded, problem, method).changes
         prompts = ["the turtle", "a photo of the tortoise", "a photo of the owl", "rabbit", ""]
         rho = change.measure_presence(worded.encode(prompts).embeddings)
@@ -248,7 +248,7 @@ class TestSLD:
         assert asked.find_prompts(torch.cat([text, text], 1)).tolist()[1]
 
     def test_only_the_concept_is_led_away_with_a_fitted_presence(self, worded):
-        method = SLD(presence="fitted", bound="paper", warmup=0.0, general=40)
+        method = SLD(presence="fitted", bound="paper", warmup=0.0, num_retain_words=40)
         edit = expunge.erase(worded, Problem((Concept("turtle", "sea"),), ("owl",)), method)
         probe = Probe.of(["a photo of the turtle", "a photo of the owl"], num_inference_steps=2)
         before = worded.draw(probe)

@@ -94,7 +94,7 @@ def test_where_it_means_nothing_nothing_is_said(model):
 
 
 def test_the_record_keeps_it(model, tmp_path):
-    edit = expunge.erase(model, PROBLEM, UCE(general=5))
+    edit = expunge.erase(model, PROBLEM, UCE(num_retain_words=5))
     assert edit.record.moved.keys() == {"airplane"}
     edit.save(tmp_path / "e.safetensors")
     assert Edit.load(tmp_path / "e.safetensors").record.moved == edit.record.moved
@@ -102,7 +102,7 @@ def test_the_record_keeps_it(model, tmp_path):
 
 @pytest.mark.parametrize(("ridge", "weak"), [("0.001", False), ("1e6", True)])
 def test_a_weak_edit_is_called_weak_with_what_to_turn(folder, tmp_path, capsys, ridge, weak):
-    templates = ("--templates", *HELD_OUT["object"], "--general", "0", "--retain-scale", "0")
+    templates = ("--templates", *HELD_OUT["object"], "--num-retain-words", "0", "--retain-scale", "0")
     told = ("--model", str(folder), "--concept", "airplane=sky", "-o", str(tmp_path / "e.safetensors"))
     told = (*told, "--ridge", ridge)
     assert main(["erase", "uce", *told, *templates]) == 0

@@ -79,7 +79,9 @@ class TestFewRows:
     def test_a_model_gets_thin_factors_that_do_the_same(self, monkeypatch):
         model = expunge.load(tiny.flux2())
         problem = Problem((Concept("airplane", "sky"),))
-        method = UCE(1.0, positions="last", retain_positions="last", general=3, templates=("{}",))
+        method = UCE(
+            1.0, positions="last", retain_positions="last", num_retain_words=3, templates=("{}",)
+        )
         (thin,) = expunge.erase(model, problem, method).changes
         assert thin.kind == "low-rank"
         assert len(thin.down) == 1

@@ -66,7 +66,7 @@ class DoubleProjections(Method):
     and moves the known more; 1 lets it act everywhere."""
     strength_penalty: float = bounded(1.0, at_least=0)
     """s, the pull of the change to zero, in units of a squared embedding. Larger erases less."""
-    general: int = bounded(500, at_least=0)
+    num_retain_words: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are known beside what the problem retains."""
     positions: Literal["last-and-after", "last"] = "last-and-after"
     """Tokens of a prompt that count: its last own token and the end and padding after it, or that token
@@ -80,10 +80,10 @@ class DoubleProjections(Method):
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        return Cost(2 * erased + len(problem.retain) + self.general + 1, products=40)
+        return Cost(2 * erased + len(problem.retain) + self.num_retain_words + 1, products=40)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        words = sample_words(model, problem.erase, self.general, run.generator("words"))
+        words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         anchors = [p for c in problem.erase for p in assemble_anchor_prompts(c, self.templates)]
         known = self._gram(model, ["", *problem.retain, *anchors, *words], run)
         free = free_directions(known, self.slack)

@@ -61,7 +61,7 @@ class SemanticSurgery(Method):
     anchors and of the tokenizer's own words."""
     toward: Literal["empty", "anchor"] = "empty"
     """What is neutral: the empty prompt, or the anchor. Presence is always asked against the empty."""
-    general: int = bounded(200, at_least=0)
+    num_retain_words: int = bounded(200, at_least=0)
     """How many of the tokenizer's own words a fitted presence is kept clear of."""
     pooled: bool = True
     """Subtract from the vector of the whole prompt, too, where the model has one."""
@@ -76,7 +76,7 @@ class SemanticSurgery(Method):
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         names = sum(len(concept.names) for concept in problem.erase)
-        fitted = count_prompts(problem, self.general) if self.presence == "fitted" else 0
+        fitted = count_prompts(problem, self.num_retain_words) if self.presence == "fitted" else 0
         return Cost(prompts=2 * names + 1 + fitted)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
@@ -84,7 +84,7 @@ class SemanticSurgery(Method):
         neutral = [concept.anchor or "" for concept in problem.erase for _ in concept.names]
         text, empty = model.encode(names), model.encode([""] * len(names))
         goal = model.encode(neutral) if self.toward == "anchor" else empty
-        others = list_other_prompts(model, problem, self.general, run)
+        others = list_other_prompts(model, problem, self.num_retain_words, run)
         changes = []
         for layers, pooled in _places(model, pooled=self.pooled):
             inputs = model.weight(layers[0]).shape[1]

@@ -64,7 +64,7 @@ class SLD(Method):
     """min(1, ·), as in the released code, or max(1, ·), as in the paper."""
     presence: Literal["always", "fitted"] = "always"
     """Lead every prompt away, as published; or only those in which a concept is found."""
-    general: int = bounded(200, at_least=0)
+    num_retain_words: int = bounded(200, at_least=0)
     """How many of the tokenizer's own words a fitted presence is kept clear of."""
 
     @property
@@ -76,7 +76,7 @@ class SLD(Method):
         return self.presence == "fitted"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
-        fitted = count_prompts(problem, self.general) if self.presence == "fitted" else 0
+        fitted = count_prompts(problem, self.num_retain_words) if self.presence == "fitted" else 0
         return Cost(prompts=2 + fitted)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
@@ -88,7 +88,7 @@ class SLD(Method):
         if self.presence == "fitted":
             inputs = text.embeddings.shape[-1]
             own, empty = (prompt_rows(model.encode(x), inputs) for x in (names, [""] * len(names)))
-            others = list_other_prompts(model, problem, self.general, run)
+            others = list_other_prompts(model, problem, self.num_retain_words, run)
             more["presence"] = own - empty
             more["centre"], more["width"] = fit_presence(
                 model, problem, more["presence"], others, least=0.04
