@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import diffusers
@@ -20,6 +21,7 @@ from expunge.base import files
 from expunge.base.image_files import read_image
 from expunge.changes import find_layer
 from expunge.checkpoints import safetensors_io
+from expunge.checkpoints.export import export
 from expunge.checkpoints.loading import is_hub_id
 from expunge.checkpoints.lora import fuse_lora, read_lora_info
 from expunge.checkpoints.lora.metadata import AdapterMetadata
@@ -388,3 +390,24 @@ def test_a_sampler_that_needs_a_package_names_it(monkeypatch):
     monkeypatch.setattr(diffusers.LMSDiscreteScheduler, "from_config", needs)
     with pytest.raises(ExpungeError, match="LMSDiscrete needs scipy: pip install scipy"):
         replace_scheduler(tiny_pipeline().scheduler, "LMSDiscrete", "tiny")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rounding_is_told_of_scaled_weights_too(edit, folder, tmp_path, scaled):
+    """E2: what rounding to eight bits costs, whether the weights have scales or not."""
+    there = shutil.copytree(folder, tmp_path / "eight")
+    path = there / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for key in [key for key in state if ".attn2.to_" in key and key.endswith(".weight")]:
+        scale = state[key].abs().max() / 448 if scaled else torch.tensor(1.0)
+        state[key] = (state[key] / scale).to(torch.float8_e4m3fn)
+        if scaled:
+            state[f"{key.removesuffix('weight')}scale_weight"] = scale
+    save_file(state, path, {"format": "pt"})
+    with pytest.warns(ExpungeWarning, match="made from other weights"):
+        done = export(Edit.load(edit), "diffusers", there, tmp_path / "out")
+    (note,) = (note for note in done.notes if "Rounding" in note)
+    assert note.startswith("Rounding to float8_e4m3fn keeps")
+    shares = [float(share) / 100 for share in re.findall(r"([\d.]+)%", note)]
+    assert shares[0] == pytest.approx(1, abs=0.1)  # stochastic rounding is right in the mean
+    assert shares[1] > 0.05

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import check_space, read_header, replacing
-from expunge.ops.rounding import round_stochastically
+from expunge.ops.rounding import RoundingCost, round_stochastically
 
 DTYPES = {
     "F64": torch.float64,
@@ -165,6 +165,7 @@ def copy_file(
     target: str | Path,
     updates: Mapping[str, TensorUpdate],
     metadata: Mapping[str, str | None] | None = None,
+    cost: RoundingCost | None = None,
 ) -> None:
     """Copy a file with some tensors changed; `target` is whole or stays as it was.
 
@@ -173,6 +174,7 @@ def copy_file(
         target: the file to write, another one.
         updates: the new values of tensors, by their names.
         metadata: entries to add to the file's metadata; None removes an entry.
+        cost: what the rounding of scaled tensors is added to; an update rounds all others itself.
 
     Raises:
         ExpungeError: `source` is no whole safetensors file, a tensor is missing or contains NaN or
@@ -201,8 +203,11 @@ def copy_file(
             original = _read_finite(old, header, name, source)
             at = scales[name]
             scale = None if at is None else _read_finite(old, header, at, source)
-            updated = updates[name](original if scale is None else _unscale(original, scale))
+            before = original if scale is None else _unscale(original, scale)
+            updated = updates[name](before)
             one = _store(updated, original.dtype, scale, name, source)
+            if cost is not None and one.scale is not None and isinstance(updated, Tensor):
+                cost.add(before, updated, _unscale(one.value, one.scale), original.dtype)
             new.write(_to_bytes(_check_finite(one.value, name, source)))
             if at is not None and one.scale is not None and one.scale is not scale:
                 new_scales[at] = one.scale
