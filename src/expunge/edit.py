@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from expunge import __version__
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
-from expunge.base.files import read_header, replacing
+from expunge.base.files import parse_json, read_header, replacing
 from expunge.base.html import render_table
 from expunge.changes import (
     KINDS,
@@ -71,8 +72,17 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ExpungeError: a value is none that a record holds.
+        """
+        record = cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+        if type(record.seed) is not int or not math.isfinite(record.seconds):
+            raise ExpungeError(
+                f"its seed is {record.seed!r} and it took {record.seconds!r} s: both should be numbers"
+            )
+        return record
 
     @property
     def reads_anchor(self) -> bool:
@@ -216,7 +226,7 @@ class Edit:
         if text is None:
             raise ExpungeError(f"{path} is a safetensors file, but not an edit")
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             # A kind of change that is not known here came with a later version, too.
             if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
@@ -230,7 +240,7 @@ class Edit:
             record = Record.from_dict(data["record"])
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             # ExpungeError is a ValueError: one that says more must not be wrapped.
-            if isinstance(error, ExpungeError):
+            if isinstance(error, ExpungeError) and str(path) in str(error):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
         require_finite(changes, str(path))

@@ -178,6 +178,7 @@ def export(
         make_updates(group_by_place([*loras, *static]), edit.hash, cost),
         (*checkpoint.read_erasures(), ErasureNote.of(edit)),
         {"README.md": lambda: make_card(notes=list_notes())},
+        cost=cost,
     )
     if to == "safetensors":
         write_card(card, make_card(notes=list_notes()))

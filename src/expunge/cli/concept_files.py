@@ -39,6 +39,7 @@ from typing import Any, cast
 
 from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
 from expunge.base.fields import build
+from expunge.base.files import parse_toml
 from expunge.cli.trainer_files import is_trainer_file, parse_yaml, read_trainer_file
 from expunge.problem import KINDS, Concept, Kind, normalize_name
 
@@ -114,7 +115,8 @@ def _read_trainers(path: Path, data: Any, kind: Kind) -> tuple[Located, tuple[st
 
 def _read_lines(path: Path, text: str, kind: Kind) -> Located:
     """Read the concepts of a `.txt` file."""
-    for number, content in enumerate(text.splitlines(), 1):
+    # Not `splitlines`, to which a separator within a name, such as U+2028, ends a line, too.
+    for number, content in enumerate(re.split(r"\r\n?|\n", text), 1):
         where = f"line {number}"
         content = re.sub(r"(^|\s)#.*", "", content).strip()
         if not content:
@@ -194,7 +196,7 @@ def _read_retain(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        return parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise ExpungeError(f"{path} is not TOML: {error}") from error
 

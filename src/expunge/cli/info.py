@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError
+from expunge.base.errors import ExpungeError, join_names
 from expunge.base.fields import format_values
 from expunge.cli.terminal import make_plain_table, print_table
 
@@ -104,7 +104,10 @@ def print_model(path: str) -> None:
         from expunge.checkpoints.lora import read_lora_info
 
         lora = read_lora_info(path)
-        rows = [("lora", f"{path}, rank {lora.rank} on {lora.layers} layers")]
+        read = f"rank {lora.rank} on {lora.layers} layers" if lora.layers else "in a naming unknown here"
+        rows = [("lora", f"{path}, {read}")]
+        if lora.others:
+            rows.append(("besides", f"{len(lora.others)} other tensors: {join_names(lora.others, 2)}"))
         rows.append(("for", lora.base or "it does not say which base"))
         history = read_notes(header)
     else:
@@ -133,14 +136,18 @@ def _describe_fit(edit: Edit, model: str | None) -> str:
         ExpungeError: the model cannot be read.
     """
     from expunge.checkpoints.checkpoint import Checkpoint
+    from expunge.checkpoints.undo import iterate_variants
 
     name = model or edit.record.model
     if model is None and name not in registry.list_names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = Checkpoint.find(name).fits(edit)
+        fitting = [one for one in iterate_variants(Checkpoint.find(name)) if one.fits(edit)]
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise
         return f"no: {str(error).partition(': ')[2]}"
-    return f"{name}, made from it" if same else f"{name}, though made from other weights"
+    if not fitting:
+        return f"{name}, though made from other weights"
+    variant = fitting[0].variant
+    return f"{name}, made from it" + (f" (its variant {variant})" if variant else "")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from expunge.base.errors import ExpungeError
+from expunge.base.files import parse_json
 from expunge.evaluation.candidates import SuiteResult
 from expunge.evaluation.cells import RENAMED_QUESTIONS
 from expunge.evaluation.comparisons import Comparison
@@ -52,7 +52,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:
