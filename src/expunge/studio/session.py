@@ -25,7 +25,7 @@ from expunge.studio.looking import Pair
 from expunge.studio.models import FIRST, Models
 from expunge.studio.strength import STRONGEST
 
-PREVIEW = "Drawing what it makes of it now"
+PREVIEW = "Foreseeing"
 """What the job of a preview is called."""
 
 
@@ -60,7 +60,9 @@ class Session(Choosing):
         self.pairs: list[Pair] = []
         self.verdict: working.Verdict | None = None
         self.rungs: list[working.Rung] = []
-        self._previewed: tuple[str, View] | None = None
+        self._foreseen: tuple[tuple[str, View] | None, Choice] | None = None
+        self._now: tuple[tuple[str, View] | None, list[Any]] = None, []
+        """What the model draws of a choice as it is, and of which."""
         self.job: Job | None = None
         """The last piece of work."""
         with contextlib.suppress(ExpungeError):  # one that cannot be read any more begins anew
@@ -141,21 +143,28 @@ class Session(Choosing):
     # See what it draws now.
 
     def preview(self) -> Job | None:
-        """Draw what the model makes of the choice as it is, if nothing else is to be done.
+        """Forecast what the choice will move, and draw what the model makes of it as it is.
 
-        Any other work of the session takes its place.
+        That is done once for each choice, if nothing else is to be done; any other work of the session
+        takes its place. Once there is an edit, its images stand where these would.
         """
-        loaded = self.models.ready(self.choice.model)
+        chosen, loaded = self.choice, self.models.ready(self.choice.model)
         idle = self.job is None or not self.job.active or self.job.label == PREVIEW
-        if self.made is not None or loaded is None or not idle or self.foresee().problem:
+        if loaded is None or not idle or self.foresee().problem:
             return None
-        view = View(tuple(self.knowledge.prompts(self.choice.concepts, self.choice.retain)), 0, 1)
-        if self._previewed == (self.choice.model, view):
+        view = View(tuple(self.knowledge.prompts(chosen.concepts, chosen.retain)), 0, 1)
+        drawn, key = None if self.made else (chosen.model, view), self.forecast_key
+        if self._foreseen == (drawn, key):
             return None
-        self._previewed = self.choice.model, view
+        self._foreseen = drawn, key
+        method, known = recipes.build(chosen.method, chosen.preset), self.knowledge.names
 
         def work(job: Job) -> list[Any]:
-            job.result = shown = looking.draw_now(loaded.model, view, job)
+            if drawn and self._now[0] != drawn:
+                self._now = drawn, looking.draw_now(loaded.model, view, job)
+            job.result = shown = self._now[1] if drawn else []
+            self.forecast = key, working.forecast_in(job, loaded, chosen, method, known)
+            self.marks["forecast"] += 1
             return shown
 
         return self._start(PREVIEW, work)
