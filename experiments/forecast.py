@@ -65,7 +65,7 @@ def change(
     cache: Cache, original: Source, edited: Source, names: list[str], known: Knowledge, seeds: int
 ) -> Tensor:
     """Draw each name's prompt with and without the edit; the mean pixel distance of each, (n,)."""
-    prompts = [PLAIN_PROMPTS[found.kind if (found := known.find(n)) else "object"] for n in names]
+    prompts = [PLAIN_PROMPTS[one.kind if (one := known.find(n)) else "object"] for n in names]
     cells = [
         Cell("retained", name, prompt.replace("{}", name), tuple(range(seeds)), ())
         for name, prompt in zip(names, prompts, strict=True)

@@ -145,7 +145,7 @@ class Handlers:
             "form": (made, lambda: self._form(session)),
             "judged": (marks["verdict"], lambda: self._judged(session)),
             "attacked": ((marks["rungs"], state), lambda: [views.rungs(self._rungs(session))]),
-            "taken": (state, lambda: self._taken(session)),
+            "taken": (marks["taken"], lambda: self._taken(session)),
             "code": ((made, marks["choice"]), lambda: self._code(session)),
         }
 
@@ -192,9 +192,8 @@ class Handlers:
 
     def _taken(self, session: Session) -> list[Any]:
         """The files that were written last, and what was lost on the way."""
-        job = session.job
-        done = job.result if job is not None else None
-        if not isinstance(done, working.Taken):
+        done = session.taken
+        if done is None:
             return [gr.update(value=None, visible=False), ""]
         return [gr.update(value=[str(f) for f in done.files], visible=True), views.notes(done.notes)]
 

@@ -60,6 +60,7 @@ class Session(Choosing):
         self.pairs: list[Pair] = []
         self.verdict: working.Verdict | None = None
         self.rungs: list[working.Rung] = []
+        self.taken: working.Taken | None = None
         self._foreseen: tuple[tuple[str, View] | None, Choice] | None = None
         self._now: tuple[tuple[str, View] | None, list[Any]] = None, []
         """What the model draws of a choice as it is, and of which."""
@@ -118,10 +119,15 @@ class Session(Choosing):
         return self.folder / "work" / digest[:16]
 
     def _set_made(self, made: Made) -> None:
-        self.made, self.pairs, self.verdict, self.rungs = made, [], None, []
-        self.marks.update(("made", "pairs", "verdict", "rungs"))
+        self._begin(made)
         with contextlib.suppress(ExpungeError):
             self.save()
+
+    def _begin(self, made: Made | None) -> None:
+        """Go on with an edit, or with none; what came of the last one is forgotten."""
+        self.made, self.pairs, self.verdict, self.rungs, self.taken = made, [], None, [], None
+        # Last: a page that looks in between must look again.
+        self.marks.update(("made", "pairs", "verdict", "rungs", "taken"))
 
     def _set_pairs(self, pairs: list[Pair]) -> list[Pair]:
         self.pairs = pairs
@@ -154,7 +160,8 @@ class Session(Choosing):
             return None
         view = View(tuple(self.knowledge.prompts(chosen.concepts, chosen.retain)), 0, 1)
         drawn, key = None if self.made else (chosen.model, view), self.forecast_key
-        if self._foreseen == (drawn, key):
+        foreseen = self.forecast is not None and self.forecast[0] == key
+        if self._foreseen == (drawn, key) or (foreseen and drawn in (None, self._now[0])):
             return None
         self._foreseen = drawn, key
         method, known = recipes.build(chosen.method, chosen.preset), self.knowledge.names
@@ -259,7 +266,10 @@ class Session(Choosing):
             report = self.verdict.folder
 
         def work(job: Job) -> working.Taken:
-            return working.take_in(job, made.edit, made.model, form, stem, self.folder / "take", report)
+            folder = self.folder / "take"
+            self.taken = working.take_in(job, made.edit, made.model, form, stem, folder, report)
+            self.marks["taken"] += 1
+            return self.taken
 
         return self._start("Writing", work)
 
@@ -294,9 +304,9 @@ class Session(Choosing):
             made = self._opened(checked.read_bytes(), None)
             record = made.edit.record
             chosen = Choice(made.model, record.problem.erase, record.problem.retain, record.method)
-        self.choice, self.pairs, self.verdict, self.rungs = chosen, [], None, []
-        self.made = made
-        self.marks.update(("choice", "made", "pairs", "verdict", "rungs"))
+        self.choice = chosen
+        self._begin(made)
+        self.marks["choice"] += 1
         if made is not None:
             made.edit.save(self.edit_path)
         self.save()
