@@ -137,6 +137,15 @@ def test_by_keyboard_alone(opened):
     page.keyboard.press("Enter")
     page.wait_for_selector("#x-slider img")
     assert "flag of Japan" in page.inner_text("#x-title")
+    reach("[role=tablist]")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    reach("#x-form")
+    page.keyboard.press("ArrowDown")  # from the edit to a LoRA for diffusers
+    reach("#x-take")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#x-files a:has-text('lora')")
 
 
 def test_a_browser_that_comes_back_finds_the_work_going_on(opened, browser):

@@ -33,7 +33,7 @@ import io
 import re
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, 
 from expunge.base.fields import build
 from expunge.base.files import parse_toml
 from expunge.cli.trainer_files import is_trainer_file, parse_yaml, read_trainer_file
-from expunge.problem import KINDS, Concept, Kind, normalize_name
+from expunge.problem import KINDS, Concept, Kind, Problem, normalize_name
 
 YAML = (".yaml", ".yml")
 """The endings of YAML files, in which other trainers say what to erase."""
@@ -51,6 +51,25 @@ COLUMNS = ("name", "anchor", "kind", "synonyms")
 
 Located = Iterator[tuple[str, Concept]]
 """Concepts, each with its place in the file: "line 3"."""
+
+
+def read_problem(named: Sequence[str], file: str | None, kind: str, retain: Sequence[str]) -> Problem:
+    """Read the problem that a command's options state.
+
+    Args:
+        named: concepts as `Concept.parse` reads them.
+        file: a file of further concepts, as `read_concepts` reads it.
+        kind: the kind of concepts that name none.
+        retain: prompts that must stay.
+
+    Raises:
+        ExpungeError: there is no such kind, the file cannot be read, or the problem is not whole.
+    """
+    if kind not in KINDS:
+        raise UnknownNameError("kind of concept", kind, KINDS)
+    concepts = tuple(Concept.parse(text, cast(Kind, kind)) for text in named)
+    in_file, also = read_concepts(file, cast(Kind, kind)) if file else ((), ())
+    return Problem(concepts + in_file, (*retain, *also))
 
 
 def read_concepts(

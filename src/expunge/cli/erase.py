@@ -25,7 +25,7 @@ from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
 from expunge.cli.terminal import make_plain_table, print_table, show_progress
-from expunge.problem import KINDS, Concept, Problem
+from expunge.problem import Problem
 
 if TYPE_CHECKING:
     from expunge.edit import Record
@@ -114,13 +114,7 @@ def check_problem(options: EraseOptions) -> Problem:
     Raises:
         ExpungeError: the concepts, the model or the output file are not usable.
     """
-    if options.kind not in KINDS:
-        raise UnknownNameError("kind of concept", options.kind, KINDS)
-    named = tuple(Concept.parse(text, options.kind) for text in options.concept)
-    in_file, retain = (
-        concept_files.read_concepts(options.concepts, options.kind) if options.concepts else ((), ())
-    )
-    problem = Problem(named + in_file, options.retain + retain)
+    problem = concept_files.read_problem(options.concept, options.concepts, options.kind, options.retain)
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)

@@ -179,6 +179,19 @@ class Desk:
                 self._waiting.remove(job)
                 job.run()
 
+    def close(self, timeout: float = 10.0) -> None:
+        """Call off all work, and wait for its end: a program that ends in the middle of it is aborted.
+
+        Args:
+            timeout: seconds to wait at most.
+        """
+        with self._news:
+            jobs = [*self._waiting, *([self._current] if self._current else [])]
+        for job in jobs:
+            self.cancel(job)
+        for job in jobs:
+            job.wait(timeout)
+
     def _serve(self) -> None:
         while True:
             with self._news:
