@@ -55,8 +55,8 @@ class EncoderSearch(Attack):
     num_words: int = bounded(3, at_least=1, at_most=20)
     """Words searched, in the place of the name."""
     eta: float = bounded(0.0, at_least=0)
-    """η, how far beyond the prompt the target lies along ĉ. The paper has 3; on the shipped model words
-    found for the prompt itself bring more back."""
+    """η, how far beyond the prompt the target lies along ĉ. The paper has 3; with 0 the target is the
+    prompt itself, which is what we have tried."""
     batch_size: int = bounded(31, at_least=1)
     """Prompts tried in a round."""
     choices: int = bounded(64, at_least=1)

@@ -42,11 +42,13 @@ def lay_out_curves(cases: Sequence[SuiteResult], colours: Mapping[str, str]) -> 
                     {"title": one.attack, "field": field, "ticks": _ticks(budgets), "lines": []},
                 )
                 name = row.name if len(cases) == 1 else f"{row.name} ({', '.join(case.erased[:3])})"
+                # Lines of equal shares would hide one another: each edit's stands a little aside.
+                aside = 2.5 * len(plot["lines"])
                 for who, colour, values, first in (
                     (name, colours[row.name], shares, 0),
                     (f"original, for {name}", "var(--quiet)", controls, int(rises)),
                 ):
-                    points = _points(values, first, len(budgets))
+                    points = _points(values, first, len(budgets), aside)
                     if points:
                         line = {"name": who, "colour": colour, "points": points}
                         plot["lines"].append({**line, "dashed": who != name})
@@ -57,8 +59,15 @@ def _ticks(budgets: Sequence[str]) -> list[tuple[str, float]]:
     return [(budget, _x(i, len(budgets))) for i, budget in enumerate(budgets)]
 
 
-def _points(values: Sequence[Estimate], first: int, n: int) -> list[dict[str, Any]]:
-    """The points of a line, from the tick of number `first` on; those without a value are left out."""
+def _points(values: Sequence[Estimate], first: int, n: int, aside: float) -> list[dict[str, Any]]:
+    """The points of a line; those without a value are left out.
+
+    Args:
+        values: one each.
+        first: the number of the tick that the first stands at.
+        n: how many ticks there are.
+        aside: how far from the tick.
+    """
     found = []
     for i, estimate in enumerate(values):
         score = estimate.score
@@ -66,7 +75,7 @@ def _points(values: Sequence[Estimate], first: int, n: int) -> list[dict[str, An
             continue
         low, high = (s if not math.isnan(s) else score.value for s in (score.low, score.high))
         found.append(
-            {"x": _x(first + i, n), "y": _y(score.value), "low": _y(low), "high": _y(high),
+            {"x": _x(first + i, n) + aside, "y": _y(score.value), "low": _y(low), "high": _y(high),
              "text": f"{100 * score.value:.0f} %"}
         )  # fmt: skip
     return found
