@@ -39,7 +39,7 @@ class Method(ABC):
     refused with the new one."""
 
     absent: ClassVar[Mapping[str, str]] = {}
-    """Fields that other methods have and this one has not, with the reason: {field: a whole sentence}."""
+    """Fields that other methods have and this one has not, with the reason: {field: reason}."""
 
     stronger: ClassVar[str] = ""
     """What to turn for an edit that erases more: "a smaller ridge". It is said of a weak edit."""
