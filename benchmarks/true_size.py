@@ -8,7 +8,8 @@ imports among it; on a busy machine, the processor's seconds say more than the c
 FLUX.2-klein and Z-Image have the entries of text at their true size and few of the blocks behind them,
 which are only copied. FLUX.1 and FLUX.2-klein pad each text to 512 tokens: UCE moves the last of a
 concept's own there, and with FLUX.1 keeps 50 general words, not 500; with FLUX.2-klein it keeps the last
-token of 500. `flux2-klein-40` has 40 tokens a text, all of them moved and kept.
+token of 500. `flux2-klein-40` has 40 tokens a text, all of them moved and kept, and ten of MACE's thirty
+templates.
 Writes `benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
@@ -37,6 +38,7 @@ from expunge.base.files import replacing
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from expunge.edit import Edit, Record
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.fingerprint import hash_base, list_places
 from expunge.model import Model
 from expunge.problem import Concept, Problem
@@ -78,7 +80,8 @@ MODELS: dict[str, dict[str, Any]] = {
                     "uce": {"positions": "last", "retain_positions": "last"}},
     # The same text encoder, asked for 40 tokens a prompt: enough for the templates of erasures.
     "flux2-klein-40": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
-                       "tokens": 40, "width": 7680, "pooled": 0, "uce": {}},
+                       "tokens": 40, "width": 7680, "pooled": 0, "uce": {},
+                       "mace": {"templates": TEMPLATES["object"][::3]}},
     # As many tokens as a prompt of ten words has in its chat template; the padding is never read.
     "z-image": {"family": "z_image", "class": "ZImageTransformer2DModel", "config": Z_IMAGE,
                 "tokens": 24, "width": 2560, "pooled": 0, "uce": {}},
@@ -217,7 +220,9 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
 
 def fields_of(model: str, method: str) -> dict[str, Any]:
     """The method's fields, where they are not its own."""
-    return MODELS[model]["uce"] if method == "uce" else {"ridge": 1.0, "stages": ("refine", "fuse")}
+    if method == "uce":
+        return MODELS[model]["uce"]
+    return {"ridge": 1.0, "stages": ("refine", "fuse"), **MODELS[model].get("mace", {})}
 
 
 def peak() -> int:

@@ -134,6 +134,8 @@ def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
     if page in TINY:
         name, make = TINY[page]
         make().save_pretrained(tmp_path / name)
+        settings = {"sample_size": 8, "max_sequence_length": 64}
+        (tmp_path / name / "expunge.json").write_text(json.dumps(settings), "utf-8")
     names = {"__name__": "page"}
     for block in blocks(page):
         if block.file:

@@ -38,6 +38,12 @@ STEPS = 4
 """How many steps the trajectories have, at which predictions are compared."""
 
 
+def count_predictions(concepts: int) -> int:
+    """Count the predictions that `measure_moved` makes of so many concepts where it looks at these."""
+    images = len(HELD_OUT["object"])
+    return concepts * images * STEPS * 4  # drawn, and predicted for concept, anchor and edit
+
+
 def measure_moved(
     model: Model,
     changes: Changes,
@@ -47,8 +53,7 @@ def measure_moved(
 ) -> dict[str, float]:
     """Measure how far changes move concepts toward their anchors, by name.
 
-    Of "text" it costs two or three short prompts a concept; of "predictions", a trajectory of four steps
-    and twelve predictions for two images.
+    Of "text" it costs four short prompts a concept; of "predictions", `count_predictions`.
 
     Args:
         model: the original.
@@ -144,7 +149,8 @@ def _pair_predictions(
     """Yield f'(e) − f(e) and f(a) − f(e) of the predictions on trajectories of the original."""
     with torch.no_grad():
         seeds = range(len(erased))
-        points = list(model.trajectory(erased, seeds, num_inference_steps=STEPS))[:-1]
+        drawn = model.trajectory(erased, seeds, num_inference_steps=STEPS, guidance_scale=1.0)
+        points = list(drawn)[:-1]
         before = [model.predict(z, t, erased) for t, z in points]
         goals = [model.predict(z, t, anchored) for t, z in points]
         with model.using(changes, strength=strength):

@@ -12,6 +12,7 @@ from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.guidance_training import train_weights
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_prompts, require_place
 from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
@@ -126,7 +127,8 @@ class ESD(Method):
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         points, asked = self.max_train_steps * self.samples, self.trajectory_config.objective
-        return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
+        predictions = points * (drawn + len(asked.of_original)) + count_predictions(len(problem.erase))
+        return Cost(prompts, predictions, points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]

@@ -74,7 +74,7 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
-    stronger: ClassVar[str] = "a smaller ridge, or positions last-and-after"
+    stronger: ClassVar[str] = "a smaller ridge"
 
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {

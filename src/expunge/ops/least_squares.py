@@ -132,11 +132,15 @@ def solve_right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float)
     Raises:
         ExpungeError: the system is singular or nearly so; a larger ridge helps.
     """
-    # In place where it can be: at a width of 7680 each of these takes half a gigabyte.
-    kept = prior.to(torch.float64, copy=True).expand_as(gram).contiguous()
-    kept.diagonal().add_(ridge)
-    left = cross.double() + kept
-    return _divided(left, kept.add_(gram), ridge)
+
+    def add_kept(total: Tensor) -> Tensor:
+        kept = prior.to(torch.float64, copy=True).expand_as(total).contiguous()
+        kept.diagonal().add_(ridge)
+        return kept.add_(total)
+
+    # In place and one after the other: at a width of 7680 each of these takes half a gigabyte.
+    lower = _factor(add_kept(gram), ridge)
+    return _solve(add_kept(cross), lower)
 
 
 def solve_fusion(
@@ -198,11 +202,10 @@ def pad_right_factor(matrix: Tensor, inputs: int) -> Tensor:
     return torch.block_diag(matrix, torch.eye(inputs - len(matrix), dtype=matrix.dtype))
 
 
-def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Compute left · right⁻¹ for a symmetric positive right (d, d), by Cholesky; right is used up.
+def _factor(right: Tensor, ridge: float) -> Tensor:
+    """Compute the Cholesky factor of a symmetric positive right (d, d), which is used up.
 
     Args:
-        left: (n, d).
         right: (d, d).
         ridge: λ within `right`, for the message.
 
@@ -215,14 +218,41 @@ def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
     # The 1-norm: as telling as the spectral one here, without an eigenvalue problem.
     norm = torch.linalg.matrix_norm(right, 1)
     info = torch.empty((), dtype=torch.int32, device=right.device)
-    # In place, as all of this is of the size of the text squared; _ex, to raise our own message.
-    lower, failed = torch.linalg.cholesky_ex(right, out=(right, info))
+    lower, failed = torch.linalg.cholesky_ex(right, out=(right, info))  # _ex, to raise our own message
     condition = 0.0
     if not failed:
         condition = float(norm * torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1))
     require_solvable(bool(failed), condition, ridge)
+    return lower
+
+
+def _solve(left: Tensor, lower: Tensor) -> Tensor:
+    """Compute left · right⁻¹ from the Cholesky factor of right; left is used up where it is large.
+
+    Args:
+        left: (n, d).
+        lower: (d, d).
+    """
     # X R = L with R symmetric, so Xᵀ solves R Xᵀ = Lᵀ.
-    return torch.cholesky_solve(left.T, lower).T
+    if left.numel() <= CHUNK:
+        return torch.cholesky_solve(left.T, lower).T
+    for start, end in _strips(len(left), 6):
+        left[start:end] = torch.cholesky_solve(left[start:end].T, lower).T
+    return left
+
+
+def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Compute left · right⁻¹ for a symmetric positive right (d, d), by Cholesky; both are used up.
+
+    Args:
+        left: (n, d).
+        right: (d, d).
+        ridge: λ within `right`, for the message.
+
+    Raises:
+        ExpungeError: right is singular or nearly so.
+    """
+    return _solve(left, _factor(right, ridge))
 
 
 def require_solvable(singular: bool, condition: float, ridge: float) -> None:

@@ -10,6 +10,7 @@ from expunge.base.errors import ExpungeError
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.prompt_templates import RETAINED, TEMPLATES
 from expunge.methods.ant.low_rank import LowRankChanges
 from expunge.methods.ant.masked_weights import MaskedWeights
@@ -104,7 +105,9 @@ class ANT(SharedSettings):
         staying = bool(self.weights.retain_weight)
         return Cost(
             prompts,
-            drawn * (len(problem.erase) if many and self.n_stored else 1 + staying) + maps * whole,
+            drawn * (len(problem.erase) if many and self.n_stored else 1 + staying)
+            + maps * whole
+            + count_predictions(len(problem.erase)),
             points * (len(objective.of_student) + staying) + maps * self.weights.map_samples,
             self.captions if many else "",
             16 * many,
