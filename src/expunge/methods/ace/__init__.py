@@ -175,6 +175,7 @@ class ACE(ACESettings):
             self.fortify_radius,
             self.fortify_noisiest,
             self.fortify_retain,
+            loss=self.loss,
         )
         return train_against_attacks(model, gates, targets, retained, run, config)
 

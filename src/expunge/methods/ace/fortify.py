@@ -20,6 +20,7 @@ from expunge.erasing.parameters import select_parameters
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, warn_diverged
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_error import Loss, average_error, bound_error
 from expunge.ops.pgd import step_in_ball
 from expunge.runtime.context import RunContext, Tensors
 from expunge.text import Text
@@ -52,6 +53,8 @@ class FortifyConfig:
     """How far an attack moves at once, as a share of its radius."""
     concept_share: float = 0.3
     """The share of what stays that is met on noisy images of a concept instead of its own."""
+    loss: Loss = "squared"
+    """How errors of what is trained count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +188,10 @@ def train_against_attacks(
             found = predict(z, t, gated(prompts, begun + attacks.shift[rows]))
             # In units of how far concept and anchor are apart at that timestep, or early ones would
             # rule.
-            loss = ((found - anchor).square().mean((1, 2, 3)) * weigh).mean()
-            kept_loss = (predict(y, at, gated(staying, staying.embeddings)) - same).square().mean()
+            errors = bound_error((found - anchor).square().mean((1, 2, 3)), config.loss)
+            loss = (errors * weigh).mean()
+            moved = predict(y, at, gated(staying, staying.embeddings)) - same
+            kept_loss = average_error(moved, config.loss)
             loss = loss + config.retain_weight * kept_loss / mean.to(kept_loss)
             if diverged([*losses, float(loss.detach())]):
                 warn_diverged(step, bool(sound), "the edit")

@@ -10,6 +10,7 @@ from expunge.base.fields import bounded
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
 from expunge.method import Method
 from expunge.model import Model
+from expunge.ops.noise_error import Loss
 from expunge.problem import Concept
 
 Stage = Literal["gate", "harden", "fortify"]
@@ -104,6 +105,9 @@ class ACESettings(Method):
     """How far attacks may go from another word's prompt, as a share of each token's norm."""
     fortify_retain: float = bounded(4.0, at_least=0)
     """ρ there: large values keep more, and hold against less."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts in both trainings: squared; or by the Hellinger distance,
+    which is bounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
