@@ -65,11 +65,25 @@ class Record:
     """The versions of expunge and the libraries it was made with."""
     family: str = ""
     """The base model's family; "" in older edits."""
+    onto: Record | None = None
+    """The record of the edit that this one was solved on, whose concepts are among the problem's."""
+    onto_changes: int = 0
+    """How many of the changes, the first ones, are that edit's."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+        onto = cls.from_dict(data["onto"]) if data.get("onto") else None
+        return cls(**{**data, "problem": Problem.from_dict(data["problem"]), "onto": onto})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data; of an edit that stands alone, as older versions read it."""
+        data = dataclasses.asdict(self)
+        level = data
+        while level["onto"] is not None:
+            level = level["onto"]
+        del level["onto"], level["onto_changes"]
+        return data
 
     @property
     def reads_anchor(self) -> bool:
@@ -189,7 +203,7 @@ class Edit:
             ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
         require_finite(self.changes, "the edit")
-        record = dataclasses.asdict(self.record)
+        record = self.record.to_dict()
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
         # Changes may share memory, which safetensors refuses to save: clone.
