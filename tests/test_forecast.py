@@ -11,7 +11,7 @@ from expunge.changes import find_layer
 from expunge.cli import main as command_line
 from expunge.evaluation.forecast import HELD_OUT, forecast
 from expunge.methods.uce import UCE
-from test_templates import judged, wording
+from test_prompt_templates import judged, wording
 
 PROBLEM = Problem((Concept("airplane", "sky"),), ("dog", "a red ship"))
 CHEAP = UCE(general=20)

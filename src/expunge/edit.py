@@ -69,20 +69,34 @@ class Record:
     moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """How far each concept moved toward its anchor in prompts that the edit was not made with, 1 for all
     of the way; concepts of which this means nothing, and those of older edits, are not there."""
+    onto: Record | None = None
+    """The record of the edit that this one was solved on, whose concepts are among the problem's."""
+    onto_changes: int = 0
+    """How many of the changes, the first ones, are that edit's."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The inverse of `dataclasses.asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ExpungeError: a value is none that a record holds.
         """
-        record = cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+        onto = cls.from_dict(data["onto"]) if data.get("onto") else None
+        record = cls(**{**data, "problem": Problem.from_dict(data["problem"]), "onto": onto})
         if type(record.seed) is not int or not math.isfinite(record.seconds):
             raise ExpungeError(
                 f"its seed is {record.seed!r} and it took {record.seconds!r} s: both should be numbers"
             )
         return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data; of an edit that stands alone, as older versions read it."""
+        data = dataclasses.asdict(self)
+        level = data
+        while level["onto"] is not None:
+            level = level["onto"]
+        del level["onto"], level["onto_changes"]
+        return data
 
     @property
     def reads_anchor(self) -> bool:
@@ -202,7 +216,7 @@ class Edit:
             ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
         require_finite(self.changes, "the edit")
-        record = dataclasses.asdict(self.record)
+        record = self.record.to_dict()
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
         # Changes may share memory, which safetensors refuses to save: clone.

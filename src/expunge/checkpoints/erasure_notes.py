@@ -48,7 +48,7 @@ class ErasureNote:
 
 def serialise_notes(notes: Sequence[ErasureNote]) -> str:
     """Serialise notes as JSON, as `NOTE` holds them."""
-    return json.dumps([dataclasses.asdict(note) for note in notes])
+    return json.dumps([{**dataclasses.asdict(n), "record": n.record.to_dict()} for n in notes])
 
 
 def read_notes(header: Mapping[str, Any]) -> tuple[ErasureNote, ...]:

@@ -53,6 +53,8 @@ class EraseOptions:
         UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")
     ] = ()
     """A prompt whose images must stay as they are."""
+    onto: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
+    """An edit to build on: what it erases stays erased, and the new file does both."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """A named set of the method's options; those given beside it count. `--preset list` lists them."""
     model: str = "emoji"
@@ -134,11 +136,19 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     method.check_family(
         Checkpoint.find(options.model, weights=False, variant=options.loading.variant).family
     )
+    onto = None
+    if options.onto:
+        from expunge.edit import Edit
+        from expunge.erasing.onto import add_constraints
+
+        onto = Edit.load(options.onto)
+        add_constraints(problem, onto)  # a contradiction is said before the model is loaded
     if options.loading.dry_run:
         options.loading.print_estimate(options.model, lambda steps: method.estimate_cost(problem, steps))
         return
     # One step is enough to tell whether the method needs more than the text encoders.
-    model = options.loading.load(options.model, method.estimate_cost(problem, 1))
+    # To build on an edit, its weights have to be in memory.
+    model = options.loading.load(options.model, None if onto else method.estimate_cost(problem, 1))
     warn_unknown_words(model, problem)
     if method.reads_anchor:
         announce_anchors(model, problem)
@@ -151,7 +161,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
         )
     cost = method.estimate_cost(problem, model.num_inference_steps)
     folder = work_dir.find_work_dir(options.output)
-    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
+    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray, "onto": onto}
     try:
         with contextlib.ExitStack() as stack:
             threads = stack.enter_context(_choose_threads(model))

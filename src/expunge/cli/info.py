@@ -56,6 +56,9 @@ def run_info(options: InfoOptions) -> None:
         becomes = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
         table.add_row("erases", f"{concept.name}{also} ({concept.kind}); {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
+    if record.onto is not None:
+        earlier = ", ".join(concept.name for concept in record.onto.problem.erase)
+        table.add_row("onto", f"an edit by {record.onto.method} that erases {earlier}")
     table.add_row("method", f"{record.method}: {format_values(record.fields)}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")

@@ -97,7 +97,8 @@ class Steering:
         It trains a network to predict for some prompts what it always did.
         """
         # With η = −1 the target ε₀(∅) − η δ₀ is ε₀(c).
-        config = dataclasses.replace(self.config, objective=Objective(-1.0), reverse="always")
+        objective = Objective(-1.0, error=self.objective.error)
+        config = dataclasses.replace(self.config, objective=objective, reverse="always")
         return Steering(self.model, config)
 
     # Points.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +49,7 @@ class Candidate:
             if self.model is None:
                 raise TypeError("a candidate must have an edit or a model, and this has neither")
             return {"kind": "model", "model": self.model.name, "hash": hash_for_images(self.model)}
-        return {"kind": "edit", "hash": self.edit.hash, **dataclasses.asdict(self.edit.record)}
+        return {"kind": "edit", "hash": self.edit.hash, **self.edit.record.to_dict()}
 
     @property
     def recipe(self) -> str:

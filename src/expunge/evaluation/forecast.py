@@ -155,7 +155,7 @@ def _quadratic_form(model: Model, changes: Changes) -> Tensor:
 
 
 def _distances(model: Model, form: Tensor, names: Sequence[str], progress: Progress) -> Tensor:
-    """d of each name, (n,): over the tokens that the denoiser reads of its held-out prompts."""
+    """Return d of each name, (n,): over the tokens that the denoiser reads of its held-out prompts."""
     prompts = [template.replace("{}", name) for name in names for template in HELD_OUT]
     squares = []
     for start in range(0, len(prompts), BATCH):

@@ -19,6 +19,7 @@ from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_error import Loss
 from expunge.ops.noise_level import shift_log_snr
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
@@ -87,6 +88,9 @@ class ESD(Method):
     """Training steps."""
     learning_rate: float = bounded(1e-5, above=0)
     """Adam's learning rate; larger erases more, and more of what is near."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts: squared, as in the paper; or by the Hellinger distance, which
+    is bounded."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts to erase a concept in, with {} in its place."""
 
@@ -99,7 +103,8 @@ class ESD(Method):
         """How trajectories are drawn, and the objective on them."""
         eta, own = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
-        objective = Objective(eta, 0.0, keep) if own else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
+        terms = (0.0, keep, 0.0) if own else (0.4, keep or 0.5, keep or 0.2)
+        objective = Objective(eta, *terms, error=self.loss)
         return TrajectoryConfig(
             objective,
             self.turn,

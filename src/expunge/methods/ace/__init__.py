@@ -191,6 +191,7 @@ class ACE(ACESettings):
             self.fortify_retain,
             finetune_steps=self.fortify_finetune_steps,
             finetune_rate=self.fortify_finetune_rate,
+            loss=self.loss,
         )
         return train_against_attacks(model, gates, targets, retained, run, config)
 

@@ -19,6 +19,7 @@ from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.gates import Background, stack_root
+from expunge.ops.noise_error import average_error
 from expunge.ops.pgd import minimise_in_ball as attack
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext, Tensors
@@ -158,7 +159,8 @@ def harden(
                 embeddings=step.change_input(hard[rows]),
                 pooled=None if vectors is None else vectors[rows],
             )
-            error = (model.predict(noisy, t, given) - goal).square().mean() * weight_noise
+            difference = model.predict(noisy, t, given) - goal
+            error = average_error(difference, settings.loss) * weight_noise
             harm = measure_distance(root, step.change_input(kept), kept).mean() * weight_seen
             lost = (
                 measure_distance(root, step.change_input(text.embeddings), closed).mean() * weight_seen

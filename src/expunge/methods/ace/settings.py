@@ -10,6 +10,7 @@ from expunge.base.fields import bounded
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
 from expunge.method import Method
 from expunge.model import Model
+from expunge.ops.noise_error import Loss
 from expunge.problem import Concept
 
 Stage = Literal["gate", "harden", "fortify"]
@@ -109,6 +110,9 @@ class ACESettings(Method):
     begins anew; 0 for no such user. It takes about half as long again."""
     fortify_finetune_rate: float = bounded(1e-4, above=0)
     """That user's learning rate."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts in both trainings: squared; or by the Hellinger distance,
+    which is bounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
