@@ -44,7 +44,7 @@ def run_info(options: InfoOptions) -> None:
     if is_model(options.edit):
         print_model(options.edit)
         return
-    from expunge.changes import summarize
+    from expunge.changes import describe_text_encoders, summarize
     from expunge.edit import Edit
 
     edit = Edit.load(options.edit)
@@ -60,6 +60,8 @@ def run_info(options: InfoOptions) -> None:
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
     table.add_row("changes", summarize(edit.changes))
+    if text := describe_text_encoders(edit.changes):
+        table.add_row("note", text)
     table.add_row(
         "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
     )
