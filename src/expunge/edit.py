@@ -29,6 +29,7 @@ from expunge.changes import (
     build_change,
     check_fit,
     check_strength,
+    describe_text_encoders,
     encode_tensor,
     require_finite,
     summarize,
@@ -207,6 +208,8 @@ class Edit:
             ("made from", f"{record.model or 'an unnamed model'} ({record.family or 'unknown family'})"),
             ("changes", summarize(self.changes)),
         ]
+        if text := describe_text_encoders(self.changes):
+            rows.append(("note", text))
         return render_table("expunge edit", rows)
 
     def save(self, path: str | Path) -> None:

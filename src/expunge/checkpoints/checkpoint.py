@@ -26,6 +26,7 @@ from expunge.checkpoints import erasure_notes, loading, pipelines, safetensors_i
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote
 from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.lora import read_lora
+from expunge.checkpoints.lora.keys import name_text_layer
 from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
 from expunge.checkpoints.variants import PICKLES, find_weight_files, read_components, read_variants
 from expunge.checkpoints.weight_changes import Place
@@ -263,8 +264,9 @@ class Checkpoint:
     def name_by_kohya(self, layer: str) -> str | None:
         """Return a layer's name in a LoRA of kohya's naming; None where it has none."""
         component, _, inside = layer.partition(".")
-        known = self._is_denoiser(component)
-        return self.family.kohya_layer_name(inside, self.config) if known else None
+        if self._is_denoiser(component):
+            return self.family.kohya_layer_name(inside, self.config)
+        return name_text_layer(layer, self.family, "kohya")
 
     def infer_variant(self) -> str:
         """Infer which of its family's base models it is built like, as `Model.infer_variant` does."""

@@ -44,7 +44,7 @@ def run_info(options: InfoOptions) -> None:
     if is_model(options.edit):
         print_model(options.edit)
         return
-    from expunge.changes import summarize
+    from expunge.changes import describe_text_encoders, summarize
     from expunge.edit import Edit
 
     edit = Edit.load(options.edit)
@@ -65,6 +65,8 @@ def run_info(options: InfoOptions) -> None:
     table.add_row("changes", summarize(edit.changes))
     for name, share in record.moved.items():
         table.add_row("moved", f"{name}: {share:.0%} of the way to its anchor, on held-out prompts")
+    if text := describe_text_encoders(edit.changes):
+        table.add_row("note", text)
     table.add_row(
         "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
     )

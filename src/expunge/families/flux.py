@@ -45,6 +45,7 @@ class Flux(FlowModel):
             "dev": BaseModel("FLUX.1-dev", "flux1", "flux-1-dev", BLACK_FOREST_LABS),
             "schnell": BaseModel("FLUX.1-schnell", "flux1", "flux-1-schnell", BLACK_FOREST_LABS),
         },
+        text_keys={"text_encoder": "lora_te1_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
             "kohya": {

@@ -67,6 +67,7 @@ class SD3(FlowModel):
             variant: BaseModel("SD 3", "sd3", f"stable-diffusion-3-{variant or 'm'}")
             for variant in ("", "m", "5-medium", "5-large")
         },
+        text_keys={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL},
             "kohya": {"comfyui": ALL, "forge": ALL, "sd-scripts": ALL},
