@@ -272,12 +272,8 @@ class Checkpoint:
         """Infer which of its family's base models it is built like, as `Model.infer_variant` does."""
         file = self.path / "scheduler" / "scheduler_config.json"
         prediction = files.read_json(file).get("prediction_type") if file.is_file() else None
-        tensors = {
-            name: entry["shape"]
-            for header in self.headers.values()
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        entries = (item for header in self.headers.values() for item in header.items())
+        tensors = {name: entry["shape"] for name, entry in entries if name != "__metadata__"}
         return self.family.infer_variant(self.config, tensors, prediction or "")
 
     def read_lora(self, path: str | Path, scale: float = 1.0) -> tuple[WeightChange, ...]:
