@@ -10,7 +10,7 @@ demo: $(VENV)/ready      ## erase the airplane, look and measure
 	$(BIN)/python examples/forget_airplane.py
 
 test: $(VENV)/ready      ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
 
 check: $(VENV)/ready     ## lint, format, types, doctests and tests: what CI runs
 	$(BIN)/ruff check
@@ -18,7 +18,10 @@ check: $(VENV)/ready     ## lint, format, types, doctests and tests: what CI run
 	$(BIN)/mypy
 	$(BIN)/mypy --allow-untyped-defs --no-check-untyped-defs --disable-error-code arg-type tests training
 	$(BIN)/python -m pytest --doctest-modules src $(WITHOUT_GRADIO)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
+
+check-browser: $(VENV)/browser-ready  ## try the studio in Chromium: what CI runs after check
+	BROWSER_TESTS=required $(BIN)/python -m pytest -n 2 --dist loadfile -m browser tests/test_studio_*.py
 
 format: $(VENV)/ready    ## put the code into its format
 	$(BIN)/ruff check --fix
@@ -28,7 +31,7 @@ docs: $(VENV)/docs-ready ## build the documentation into site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 help:                    ## say this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,4 +42,9 @@ $(VENV)/docs-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
-.PHONY: demo test check format docs help
+$(VENV)/browser-ready: $(VENV)/ready scripts/install_chromium.sh
+	scripts/install_chromium.sh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,studio]' playwright
+	touch $@
+
+.PHONY: demo test check check-browser format docs help

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import expunge
-import expunge.erasing.guidance_training as steering_module
+import expunge.erasing.in_place_training as training_module
 from expunge import Concept, Model, Problem
 from expunge.base.files import replacing
 from expunge.erasing.guidance_losses import Steering
@@ -96,7 +96,7 @@ def peak(before: int) -> int:
 
 def ours(model: Model, steps: int, maps: int) -> dict[str, Any]:
     """The method itself."""
-    steering_module.KEEP_EVERY = 1
+    training_module.KEEP_EVERY = 1
     method = SHORT.replace(maps=maps, settle=0.0, max_train_steps=steps, batch_size=1, map_samples=2)
     changes = expunge.erase(model, Problem((Concept("weapon", ""),)), method).changes
     kept = sum(tensor.numel() for change in changes for tensor in change.tensors.values()) // 2

@@ -62,7 +62,7 @@ def fill(folder: Path, suite: str, edits: int) -> int:
     model = expunge.load("emoji")
     problem = Problem((Concept("airplane", "sky"),))
     for k in range(edits):
-        expunge.erase(model, problem, UCE(ridge=5.0 * 10**k, general=50)).save(
+        expunge.erase(model, problem, UCE(ridge=5.0 * 10**k, num_retain_words=50)).save(
             folder / f"{k}.safetensors"
         )
     prompts = [f"a photo of the {word}" for word in WORDS]

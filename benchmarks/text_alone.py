@@ -47,7 +47,7 @@ def run(folder: str, read: str, dtype: torch.dtype, concepts: int) -> dict[str, 
     )
     loaded = time.perf_counter()
     problem = Problem(tuple(Concept(f"thing {i}", "sky") for i in range(concepts)))
-    edit = expunge.erase(model, problem, registry.get("methods", "uce")(general=20))
+    edit = expunge.erase(model, problem, registry.get("methods", "uce")(num_retain_words=20))
     return {
         "peak, GB": peak() / 1e9,
         "loading, s": loaded - start,

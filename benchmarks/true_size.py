@@ -6,8 +6,10 @@ embeddings given, as the text encoders' memory does not count), and the export, 
 changed tensor from the old safetensors file to the new one. Peak memory is the whole process's, its
 imports among it; on a busy machine, the processor's seconds say more than the clock's. FLUX.1,
 FLUX.2-klein and Z-Image have the entries of text at their true size and few of the blocks behind them,
-which are only copied; with the first two, as each text has 512 tokens, UCE moves the last of a
-concept's own and keeps 50 general words, not 500.
+which are only copied. FLUX.1 and FLUX.2-klein pad each text to 512 tokens: UCE moves the last of a
+concept's own there, and with FLUX.1 keeps 50 general words, not 500; with FLUX.2-klein it keeps the last
+token of 500. `flux2-klein-40` has 40 tokens a text, all of them moved and kept, and ten of MACE's thirty
+templates.
 Writes `benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
@@ -36,6 +38,7 @@ from expunge.base.files import replacing
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
 from expunge.edit import Edit, Record
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.fingerprint import hash_base, list_places
 from expunge.model import Model
 from expunge.problem import Concept, Problem
@@ -70,9 +73,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "sdxl": {"family": "sdxl", "class": "UNet2DConditionModel", "config": SDXL,
              "tokens": 77, "width": 2048, "pooled": 1280, "uce": {}},
     "flux": {"family": "flux", "class": "FluxTransformer2DModel", "config": FLUX,
-             "tokens": 512, "width": 4096, "pooled": 768, "uce": {"general": 50, "positions": "last"}},
-    "klein-4b": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
-                 "tokens": 512, "width": 7680, "pooled": 0, "uce": {"general": 50, "positions": "last"}},
+             "tokens": 512, "width": 4096, "pooled": 768,
+             "uce": {"num_retain_words": 50, "positions": "last"}},
+    "flux2-klein": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
+                    "tokens": 512, "width": 7680, "pooled": 0,
+                    "uce": {"positions": "last", "retain_positions": "last"}},
+    # The same text encoder, asked for 40 tokens a prompt: enough for the templates of erasures.
+    "flux2-klein-40": {"family": "flux2", "class": "Flux2Transformer2DModel", "config": KLEIN,
+                       "tokens": 40, "width": 7680, "pooled": 0, "uce": {},
+                       "mace": {"templates": TEMPLATES["object"][::3]}},
     # As many tokens as a prompt of ten words has in its chat template; the padding is never read.
     "z-image": {"family": "z_image", "class": "ZImageTransformer2DModel", "config": Z_IMAGE,
                 "tokens": 24, "width": 2560, "pooled": 0, "uce": {}},
@@ -119,11 +128,15 @@ def write(model: str, folder: Path) -> int:
 class Given(Model):
     """A model that is given its token embeddings, and whose denoiser takes no memory."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, checkpoint: Checkpoint | None = None) -> None:
         spec = MODELS[model]
         self.spec = spec
         self.family = registry.get("families", spec["family"])
         super().__init__(SimpleNamespace(**{self.family.denoiser: network(model)}), model)
+        self.stored = checkpoint.read if checkpoint else None
+        # Tokens are windows of one long row of random numbers: independent, and at no cost.
+        long = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+        self.states = long.unfold(0, spec["width"], 1)
         self.generator = torch.Generator().manual_seed(0)
 
     window = 75
@@ -138,7 +151,7 @@ class Given(Model):
         return tuple(f"word{i}" for i in range(500))
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        n, tokens, width = len(prompts), self.spec["tokens"], self.spec["width"]
+        n, tokens = len(prompts), self.spec["tokens"]
         count = torch.tensor([self.count_tokens(prompt) for prompt in prompts])
         place = torch.arange(tokens)
         own = (place >= 1) & (place <= count[:, None])
@@ -146,10 +159,11 @@ class Given(Model):
         ids = torch.ones(n, tokens, dtype=torch.int64)
         for row, some in enumerate(words):
             ids[row, 1 : 1 + len(some)] = torch.tensor(some, dtype=torch.int64)
+        places = torch.randint(len(self.states), (n, tokens), generator=self.generator)
         pooled = self.spec["pooled"]
         return Text(
             tuple(prompts),
-            torch.randn(n, tokens, width, generator=self.generator),
+            self.states[places],
             own,
             ids,
             torch.randn(n, pooled, generator=self.generator) if pooled else None,
@@ -174,7 +188,8 @@ class Given(Model):
 
 def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float]:
     """Seconds and peak memory of the closed form and of the export."""
-    given, checkpoint = Given(model), Checkpoint.find(folder / "in")
+    checkpoint = Checkpoint.find(folder / "in")
+    given = Given(model, checkpoint)
     problem = Problem(tuple(Concept(f"concept number {i}", "sky") for i in range(concepts)))
     cls = registry.get("methods", method)
     made = cls(**fields_of(model, method))
@@ -205,7 +220,9 @@ def run(model: str, method: str, concepts: int, folder: Path) -> dict[str, float
 
 def fields_of(model: str, method: str) -> dict[str, Any]:
     """The method's fields, where they are not its own."""
-    return MODELS[model]["uce"] if method == "uce" else {"ridge": 1.0, "stages": ("refine", "fuse")}
+    if method == "uce":
+        return MODELS[model]["uce"]
+    return {"ridge": 1.0, "stages": ("refine", "fuse"), **MODELS[model].get("mace", {})}
 
 
 def peak() -> int:

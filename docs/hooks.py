@@ -2,7 +2,8 @@
 
 On the site, a line `<!-- run: expunge … -->` of a page is followed by the output of that command, so the
 reference cannot disagree with the parser. `options` leaves out a method's own options; `help` and
-`presets` show these of every method.
+`presets` show these of every method. `<!-- notebook: FILE -->` is followed by a notebook of `docs/`: its
+text, its code, and what its cells showed when they were run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-MARK = re.compile(r"^<!-- (run|options|presets|help): (.*?) -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (run|options|presets|help|notebook): (.*?) -->$", re.MULTILINE)
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video)\b[^>]*?\bsrc=["']?(?:https?:)?//[^>]*>"""
     r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|preconnect|preload|prefetch|icon))[^>]*?"""
@@ -68,7 +71,26 @@ def fill(markdown: str) -> str:
     return MARK.sub(lambda found: found[0] + "\n\n" + _asked(found[1], found[2]), markdown)
 
 
+def show_notebook(path: Path) -> str:
+    """Return a notebook as Markdown: text and code as they are, results as they were when it was run."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/html" in data:
+                # In a block of its own, Markdown leaves it as it is.
+                shown = "".join(data["text/html"])
+                parts.append(f'<div class="notebook-output">{shown}</div>')
+            else:
+                parts.append(_block("".join(data.get("text/plain", output.get("text", "")))))
+    return "\n\n".join(parts)
+
+
 def _asked(kind: str, what: str) -> str:
+    if kind == "notebook":
+        return show_notebook(Path(__file__).parent / what)
     if kind in ("run", "options"):
         text = output_of(what)
         return _block(text if kind == "run" else text.partition(OWN)[0].rstrip())

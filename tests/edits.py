@@ -17,7 +17,7 @@ PROBE = Probe.of("airplane", 2, num_inference_steps=2)
 def edited(model, changes):
     """An edit of these changes, made from this model."""
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    record = expunge.erase(model, problem, registry.get("methods", "uce")(general=2)).record
+    record = expunge.erase(model, problem, registry.get("methods", "uce")(num_retain_words=2)).record
     object.__setattr__(record, "base", hash_base(make_base_reader(model.pipe), list_places(changes)))
     return Edit(tuple(changes), record)
 

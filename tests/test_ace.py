@@ -26,9 +26,9 @@ from expunge.runtime.context import RunContext
 from tiny import flux, sd3, sdxl
 
 SHORT = TEMPLATES["object"][:4]
-GATE = ACE(stages=("gate",), templates=SHORT, general=40)
+GATE = ACE(stages=("gate",), templates=SHORT, num_retain_words=40)
 
-HARDEN = ACE(templates=SHORT, general=10, num_images=1, num_inference_steps=2)
+HARDEN = ACE(templates=SHORT, num_retain_words=10, num_images=1, num_inference_steps=2)
 
 
 def slow_groups(model, name, anchor, template):
@@ -307,7 +307,7 @@ class TestAttention:
 
 def test_general_words_are_of_each_concepts_own_kind(worded):
     both = Problem((Concept("airplane", "sky"), Concept("noto", "art", "style")), ("ship",))
-    method = ACE(stages=("gate",), general=20)
+    method = ACE(stages=("gate",), num_retain_words=20)
     run = RunContext()
 
     def general(problem):
@@ -395,7 +395,9 @@ class TestVectorsOfWholePrompts:
         hard = expunge.erase(
             vectored,
             problem,
-            dataclasses.replace(HARDEN, rounds=1, max_train_steps=1, recovered=0.0, general=40),
+            dataclasses.replace(
+                HARDEN, rounds=1, max_train_steps=1, recovery_threshold=0.0, num_retain_words=40
+            ),
         ).changes
         assert len(soft) == len(hard) == 2
         assert not torch.equal(soft[0].centre, hard[0].centre)
@@ -411,7 +413,7 @@ class TestVectorsOfWholePrompts:
     def test_what_is_left_is_said_in_every_family(self, tiny):
         """Random text encoders scatter a concept's prompts, so that much is left: as much as is said."""
         model = expunge.load(tiny())
-        method = ACE(stages=("gate",), general=20, max_overlap=1.0)
+        method = ACE(stages=("gate",), num_retain_words=20, max_overlap=1.0)
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
         with pytest.warns(ExpungeWarning, match="whole prompt keeps") as said:
             edit = expunge.erase(model, problem, method)
@@ -444,7 +446,9 @@ class TestHarden:
             "num_images": 2,
             "num_inference_steps": 3,
         }
-        method = dataclasses.replace(narrow, stages=("gate", "harden"), recovered=0.0, **hardening)
+        method = dataclasses.replace(
+            narrow, stages=("gate", "harden"), recovery_threshold=0.0, **hardening
+        )
         soft, hard = (expunge.erase(worded, problem, m).changes[0] for m in (narrow, method))
         assert any(not torch.equal(getattr(soft, name), getattr(hard, name)) for name in FACTORS)
 
@@ -486,12 +490,12 @@ class TestHarden:
         assert far == pytest.approx(sum(squares) / len(squares), rel=1e-3)
 
     def test_stops_when_the_attack_fails(self, model, problem):
-        method = dataclasses.replace(HARDEN, radius=0.0, recovered=1.0)
+        method = dataclasses.replace(HARDEN, radius=0.0, recovery_threshold=1.0)
         soft = expunge.erase(model, problem, dataclasses.replace(method, stages=("gate",)))
         assert expunge.erase(model, problem, method).hash == soft.hash
 
     def test_other_names_among_the_general_words_are_not_held(self, worded, problem):
-        method = dataclasses.replace(HARDEN, rounds=1, max_train_steps=2, recovered=0.0)
+        method = dataclasses.replace(HARDEN, rounds=1, max_train_steps=2, recovery_threshold=0.0)
         (gated,) = expunge.erase(worded, problem, dataclasses.replace(method, stages=("gate",))).changes
 
         there = worded.encode(["ship"]).embeddings.transpose(0, 1)
@@ -531,7 +535,7 @@ class TestHarden:
 
     def test_what_the_closed_form_has_made_can_be_held(self, model, problem):
         method = dataclasses.replace(
-            HARDEN, rounds=1, max_train_steps=4, learning_rate=0.03, recovered=0.0
+            HARDEN, rounds=1, max_train_steps=4, learning_rate=0.03, recovery_threshold=0.0
         )
         e = model.encode(["a photo of the airplane"]).embeddings
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model was distilled to draw
 def test_uce_moves_the_pooled_text_too():
     model = expunge.load(sdxl())
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    method = quick("uce", ridge=0.01, general=5)
+    method = quick("uce", ridge=0.01, num_retain_words=5)
     _, pooled = expunge.erase(model, problem, method).changes
     assert pooled.layers == ("unet.add_embedding.linear_1",)
     told = [TEMPLATES["object"][0].format(word) for word in ("airplane", "sky")]
@@ -119,7 +119,7 @@ def test_other_models_of_a_family_draw_what_their_pipelines_draw(family, make):
         # A model that is told a guidance scale answers for another one differently.
         torch.testing.assert_close(model.draw(probe), theirs, rtol=0, atol=1e-4)
     problem = Problem((Concept("airplane", "sky"),))
-    edit = expunge.erase(model, problem, quick("uce", general=5))
+    edit = expunge.erase(model, problem, quick("uce", num_retain_words=5))
     before = model.draw(Probe.of("airplane", num_inference_steps=2))
     with model.using(edit):
         assert not torch.equal(model.draw(Probe.of("airplane", num_inference_steps=2)), before)
@@ -272,7 +272,7 @@ def test_ace_fortifies_where_the_padding_is_not_read():
     """What the denoiser never reads opens no gate."""
     model = loaded(sana(), "sana")
     model.num_inference_steps = 2
-    method = quick("ace", stages=("gate", "fortify"), fortify_steps=1, general=12)
+    method = quick("ace", stages=("gate", "fortify"), fortify_steps=1, num_retain_words=12)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     assert any(change.kind == "dense" for change in edit.changes)
 

@@ -375,7 +375,7 @@ class TestWeights:
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT.of(**{**QUICK, "max_train_steps": 3}, part="text")
         good = expunge.erase(model, PROBLEM, dataclasses.replace(method, max_train_steps=2))
-        monkeypatch.setattr("expunge.erasing.guidance_training.diverged", lambda losses: len(losses) > 3)
+        monkeypatch.setattr("expunge.erasing.in_place_training.diverged", lambda losses: len(losses) > 3)
         with pytest.warns(
             ExpungeWarning, match="step 4: the loss runs away; the edit is that of step 2"
         ):

@@ -739,6 +739,9 @@ class TestInTheReport:
         row = table["cases"][0]["rows"][1]
         kept = [{"suite": "told", "edit": "mine", **one} for one in row.pop("attacks")]
         kept[1]["edit"] = row["name"]
+        erased = row["roles"]["erased"]
+        erased["there"] = shown = erased.pop("present")
+        table["cases"][0]["suite"]["question"] = "best"
         table["format"] = 1
         table["cases"][0]["pictures"] = table["cases"][0].pop("images")
         (tmp_path / "results.json").write_text(json.dumps(table))
@@ -746,10 +749,13 @@ class TestInTheReport:
         found = read_results(tmp_path / "results.json")
         assert found["cases"][0]["images"] == 4
         assert "pictures" not in found["cases"][0]
+        assert found["cases"][0]["suite"]["question"] == "top1"
+        assert found["cases"][0]["rows"][1]["roles"]["erased"]["present"] == shown
+        assert found["format"] == 3
         assert [one["attack"] for one in found["cases"][0]["rows"][1]["attacks"]] == ["Rounded"]
         for text, says in (
             ("{}", "is not a report"),
-            ('{"format": 9}', "reads up to 2"),
+            ('{"format": 9}', "reads up to 3"),
             ("x", "is not"),
         ):
             (tmp_path / "results.json").write_text(text)

@@ -19,7 +19,7 @@ from tiny import PIPELINES
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_a_closed_form_with_the_denoiser_left_on_the_disk(tiny, name, tmp_path):
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    method = registry.get("methods", "uce")(ridge=1.0, general=3)
+    method = registry.get("methods", "uce")(ridge=1.0, num_retain_words=3)
     small = Checkpoint.find(tiny[name]).load_text_model()
     assert {p.device.type for p in small.network.parameters()} == {"meta"}
     edit = expunge.erase(small, problem, method)

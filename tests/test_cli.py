@@ -138,18 +138,23 @@ def test_presets(run, monkeypatch):
         without.setattr(UCE, "presets", {})
         assert "uce has no presets" in run("erase", "uce", "--preset", "list", model=False)[1]
     presets = {
-        "soft": {"about": "for little things", "ridge": 500.0, "general": 3, "templates": ("a {}",)}
+        "soft": {
+            "about": "for little things",
+            "ridge": 500.0,
+            "num_retain_words": 3,
+            "templates": ("a {}",),
+        }
     }
     monkeypatch.setattr(UCE, "presets", presets)
     code, out, _ = run("erase", "uce", "--preset", "list", model=False)
     assert code == 0
     assert "soft" in out
     assert "for little things" in out
-    assert "ridge 500.0, general 3, templates a {}" in out
+    assert "ridge 500.0, num_retain_words 3, templates a {}" in out
     erase = ("erase", "uce", "--concept", "airplane=sky", "-o", "e.safetensors")
-    assert run(*erase, "--preset=soft", "--general", "5")[0] == 0
+    assert run(*erase, "--preset=soft", "--num-retain-words", "5")[0] == 0
     fields = Edit.load("e.safetensors").record.fields
-    assert (fields["ridge"], fields["general"], fields["templates"]) == (500.0, 5, ["a {}"])
+    assert (fields["ridge"], fields["num_retain_words"], fields["templates"]) == (500.0, 5, ["a {}"])
     code, _, err = run(*erase, "--preset", "soft", "--preset", "sotf")
     assert (code, err) == (2, "expunge: there is no preset 'sotf'; did you mean 'soft'?\n")
 

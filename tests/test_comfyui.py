@@ -109,7 +109,12 @@ class Clip:
 @pytest.mark.parametrize(("method", "most"), [("uce", 1e-4), ("ace", 1e-4)])
 def test_an_edit_draws_what_expunge_draws(nodes, model, tmp_path, method, most):
     fields = (
-        {"stages": ("gate",), "general": 10, "max_overlap": 1.0, "templates": ("a photo of the {}",)}
+        {
+            "stages": ("gate",),
+            "num_retain_words": 10,
+            "max_overlap": 1.0,
+            "templates": ("a photo of the {}",),
+        }
         if method == "ace"
         else {}
     )
@@ -199,3 +204,14 @@ def test_the_workflow_wires_nodes_that_exist(nodes):
         sockets = [name for name in sockets if declared[name][0] not in ("FLOAT", "INT")]
         assert [socket["name"] for socket in node["inputs"]] == sockets
         assert len(node["widgets_values"]) == len(declared) - len(sockets)
+
+
+def test_the_drawing_is_of_the_workflow():
+    spec = importlib.util.spec_from_file_location("draw_workflow", HERE / "draw_workflow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    workflow = json.loads((HERE / "workflow.json").read_text(encoding="utf-8"))
+    drawn = (HERE / "workflow.svg").read_text(encoding="utf-8")
+    assert module.draw(workflow) == drawn  # python integrations/comfyui/draw_workflow.py
+    assert drawn.count("<path") == len(workflow["links"])
+    assert "not a screenshot" in drawn

@@ -28,7 +28,7 @@ from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 from expunge.model import Model
 from test_imports import ORDER
-from tiny import single_file
+from tiny import flux2, single_file, z_image
 
 HERE = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(HERE)) for path in HERE.glob("docs/**/*.md"))]
@@ -38,10 +38,10 @@ ALSO = ["CONTRIBUTING.md", "experiments/README.md", "benchmarks/README.md"]
 TEXTS |= {page: (HERE / page).read_text("utf-8") for page in ALSO}
 
 QUICKER = {
-    "uce": "--general 5",
+    "uce": "--num-retain-words 5",
     "mace": "--stages refine fuse --captions ''",
-    "ace": "--stages gate --general 20",
-    "speed": "--general 20",
+    "ace": "--stages gate --num-retain-words 20",
+    "speed": "--num-retain-words 20",
     "oce": "--captions ''",
 }
 """What is added to a page's `erase`, so that it takes seconds."""
@@ -77,6 +77,11 @@ def commands(text):
 
 RUN = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
 OWN_MODEL = {"docs/how-to/use-your-own-model.md", "docs/tutorials/lora-to-comfyui.md"}
+TINY = {
+    "docs/how-to/erase-from-flux2-klein.md": ("FLUX.2-klein-4B", flux2),
+    "docs/how-to/erase-from-z-image.md": ("Z-Image-Turbo", z_image),
+}
+"""Pages on a model of one family: the folder that they speak of, and what makes it tiny."""
 
 
 def test_there_are_pages_to_run():
@@ -126,10 +131,15 @@ def test_a_page_runs(page, few, request, tmp_path, monkeypatch, capsys):
     if page in OWN_MODEL:
         shutil.copytree(request.getfixturevalue("model_files"), tmp_path, dirs_exist_ok=True)
         before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    if page in TINY:
+        name, make = TINY[page]
+        make().save_pretrained(tmp_path / name)
+        settings = {"sample_size": 8, "max_sequence_length": 64}
+        (tmp_path / name / "expunge.json").write_text(json.dumps(settings), "utf-8")
     names = {"__name__": "page"}
     for block in blocks(page):
         if block.file:
-            text = block.text.replace('name = "uce"', 'name = "uce"\ngeneral = 5')
+            text = block.text.replace('name = "uce"', 'name = "uce"\nnum_retain_words = 5')
             text = text.replace('name = "mace"', 'name = "mace"\ncaptions = ""')
             text = re.sub(r"^concepts = .*", 'concepts = ["airplane"]', text, flags=re.MULTILINE)
             Path(block.file).write_text(text, "utf-8")
@@ -347,7 +357,7 @@ def test_peft_reads_the_lora_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     model = expunge.load("emoji")
-    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), UCE(general=5))
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), UCE(num_retain_words=5))
     export(edit, "lora", "emoji", "no-airplane-lora.safetensors")
     (block,) = (block for block in blocks("docs/how-to/export.md") if block.language == "py")
     names = {"DiffusionPipeline": DiffusionPipeline}
@@ -408,6 +418,15 @@ def test_the_notebook_is_whole():
         assert cell.keys() == (keys | {"execution_count", "outputs"} if code else keys)
     # What was shown when it was run loads nothing and names no folder of whoever ran it.
     assert not re.search(r"https?://|/(home|tmp|work)/", NOTEBOOK.read_text("utf-8"))
+
+
+def test_the_site_shows_the_notebook():
+    page = hooks().fill(TEXTS["docs/tutorials/quickstart.md"])
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        assert "".join(cell["source"]) in page
+    assert page.count("```python") == 5
+    assert page.count('<div class="notebook-output">') == 3
+    assert 'src="data:image/png;base64,' in page
 
 
 def test_the_notebook_runs(few, tmp_path, monkeypatch):

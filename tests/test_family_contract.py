@@ -284,7 +284,7 @@ def test_attention_adds_up_over_what_is_read(model, family, latents):
 def test_ace_finds_the_gate_in_the_attention(model):
     if "cross-attention" in model.missing_capabilities:
         pytest.skip("there is no cross-attention")
-    method = quick("ace", reduction="attention", stages=("gate",), general=12)
+    method = quick("ace", reduction="attention", stages=("gate",), num_retain_words=12)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     layers = {layer for change in edit.changes for layer in change.layers}
     assert {entry.layer for entry in model.text_entries() if entry.role == "key"} <= layers
@@ -308,7 +308,7 @@ def test_a_method_works_or_says_why_not(model, family, name):
     lacks = registry.read_declared("families", family, "missing_capabilities")
     assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
-    few = {"general": 12, "captions": ""}
+    few = {"num_retain_words": 12, "captions": ""}
     fast |= {field.name: few[field.name] for field in leaves(kind) if field.name in few}
     missing = [stage for stage, need in needs.items() if need in lacks]
     # Nothing is retained: random text encoders tell no words apart, and ACE would refuse.
@@ -327,16 +327,28 @@ def test_a_method_works_or_says_why_not(model, family, name):
     assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
     text = model.encode(["airplane", *(way.format("airplane") for way in TEMPLATES["object"][:8])])
     changed = {layer for change in edit.changes for layer in change.layers}
-    layer = next(entry.layer for entry in model.text_entries() if entry.layer in changed)
-    with model.using(edit):
-        after = find_layer(model.pipe, layer)(text.embeddings)
-    assert (after - find_layer(model.pipe, layer)(text.embeddings)).abs().max() > 1e-4
+    entries = [entry.layer for entry in model.text_entries() if entry.layer in changed]
+    z = torch.randn(1, *model._latent_shape).repeat(len(text), *[1] * len(model._latent_shape))
+
+    def answer():
+        # What reads text answers otherwise; of a method that changes no such layer, the denoiser.
+        return (
+            find_layer(model.pipe, entries[0])(text.embeddings)
+            if entries
+            else model.predict(z, 500, text)
+        )
+
+    with torch.no_grad():
+        before = answer()
+        with model.using(edit):
+            after = answer()
+    assert (after - before).abs().max() > 1e-4
 
 
 def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):
     before = states(model.pipe)
     problem = Problem((Concept("airplane", "sky"),), ("ship",))
-    method = quick("uce", ridge=0.01, general=0)
+    method = quick("uce", ridge=0.01, num_retain_words=0)
     edit, again = (expunge.erase(model, problem, method) for _ in range(2))
     assert edit.hash == again.hash
     assert all(torch.equal(before[k], t) for k, t in states(model.pipe).items())
@@ -379,7 +391,7 @@ def test_an_edit_leaves_as_a_lora_and_as_a_folder(pipe, family, tmp_path, monkey
     monkeypatch.setattr(text_moments, "MAX_MULTIPLICATIONS", 0)  # few captions tell enough
     pipe.save_pretrained(tmp_path / "tiny")
     model = loaded(tmp_path / "tiny", family)
-    method = quick("uce", general=0)
+    method = quick("uce", num_retain_words=0)
     edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
     done = export(edit, "lora", tmp_path / "tiny", tmp_path / "x.safetensors", energy=1.0,
                   dtype=torch.float32)  # fmt: skip
@@ -441,6 +453,18 @@ def test_training_is_confined_to_the_text_refiner(model, name):
     before = model.draw(probe)
     with model.using(edit):
         assert not torch.equal(model.draw(probe), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("mace", {"stages": ("refine", "fuse")}), ("ace", {"stages": ("gate", "harden")})]
+)
+def test_maces_and_aces_last_stages_are_in_the_text_refiner_as_they_are(name, more):
+    model = loaded(PIPELINES["z_image"](), "z_image")
+    with pytest.raises(ExpungeError, match="has no field 'train_on': .*layer through which text enters"):
+        quick(name, train_on="text-refiner")
+    edit = expunge.erase(model, Problem((Concept("airplane", "sky"),)), quick(name, **more))
+    begins = tuple(f"{model.denoiser}.{layer}" for layer in model.text_refiner)
+    assert all(layer.startswith(begins) for change in edit.changes for layer in change.layers)
 
 
 def test_low_rank_changes_have_no_place_in_a_text_refiner():

@@ -25,7 +25,7 @@ WIDER = dataclasses.replace(CONFIG, radius=0.8)
 FORTIFY = ACE(
     stages=("gate", "fortify"),
     templates=SHORT,
-    general=12,
+    num_retain_words=12,
     max_overlap=1.0,
     fortify_steps=60,
     fortify_learning_rate=6e-4,
@@ -230,7 +230,7 @@ class TestFortify:
             "max_train_steps": 2,
             "num_images": 1,
             "num_inference_steps": 2,
-            "recovered": 0.0,
+            "recovery_threshold": 0.0,
         }
         method = dataclasses.replace(FORTIFY, fortify_steps=2, **fields)
         hard = dataclasses.replace(method, stages=("gate", "harden"))

@@ -17,7 +17,7 @@ from expunge.ops.pgd import minimise_in_ball
 from test_changes import KEY, VALUE, gated, linear
 
 WIDTH = 32
-GATE = ACE(stages=("gate",), general=20)
+GATE = ACE(stages=("gate",), num_retain_words=20)
 
 
 def slowly(change: Gated, x: torch.Tensor) -> torch.Tensor:

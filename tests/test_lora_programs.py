@@ -233,8 +233,13 @@ def test_diffusers_takes_a_file_for_what_a_family_says(written, family, form):
         torch.testing.assert_close(delta, deltas[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "form"), NEW, ids=NEW_IDS)
-def test_a_new_familys_lora_is_read_back_and_halved(written, family, form):
+EVERY = [*((family, form) for family in FAMILIES.values() for form in ("lora", "kohya")), *NEW]
+
+
+@pytest.mark.parametrize(("family", "form"), EVERY, ids=[f"{f.__name__}-{form}" for f, form in EVERY])
+def test_a_lora_is_read_back_and_halved(written, family, form):
+    """In both namings, for every family: strength 0.5 is half, 2 is twice."""
+    assert {family for family, _ in EVERY} == set(registry.load_all("families").values())
     pipe, network, files, deltas = written[family.__name__]
     for strength in (1.0, 0.5, 2.0):
         found = read_lora(files[form], type(pipe), network.config, strength)

@@ -32,7 +32,7 @@ def test_merged_edits_answer_for_each(model, kinds):
     from expunge.erasing.prompt_templates import TEMPLATES
     from expunge.runtime.context import RunContext
 
-    method = registry.get("methods", "uce")(ridge=1.0, general=2)
+    method = registry.get("methods", "uce")(ridge=1.0, num_retain_words=2)
     edits = [expunge.erase(model, Problem((Concept(n, "sky"),)), method) for n in ("airplane", "horse")]
     layer = edits[0].changes[0].layers[0]
     if kinds != "right":

@@ -126,14 +126,16 @@ def plain_uce(model, erased, anchored, retained, words, method):
                 add(rows, rows, method.retain_scale / len(prompts))
         for word in words:
             rows = read(word).embeddings[0]
-            add(rows, rows, method.general_scale / len(words))
+            add(rows, rows, method.retain_words_scale / len(words))
         solved[entry.layer] = left @ torch.linalg.inv(right)
     return solved
 
 
 @pytest.mark.parametrize("positions", ["last-and-after", "last"])
 def test_uce_against_a_slow_reading_of_its_equation(model, positions):
-    method = UCE(0.7, retain_scale=2.0, general=10**6, general_scale=0.5, positions=positions)
+    method = UCE(
+        0.7, retain_scale=2.0, num_retain_words=10**6, retain_words_scale=0.5, positions=positions
+    )
     problem = Problem((Concept("airplane", "the blue sky", synonyms=("jet",)),), ("ship",))
     (change,) = expunge.erase(model, problem, method).changes
     erased = [t.format(name) for name in ("airplane", "jet") for t in TEMPLATES["object"]]
@@ -201,7 +203,7 @@ def test_a_large_ridge_erases_nothing(model, problem):
 
 
 def test_a_tiny_ridge_and_nothing_retained_is_singular(model):
-    method = UCE(ridge=1e-30, retain_scale=0, general=0)
+    method = UCE(ridge=1e-30, retain_scale=0, num_retain_words=0)
     with pytest.raises(ExpungeError, match="raise the ridge"):
         expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
 
@@ -229,14 +231,16 @@ class Preset(UCE):
     """A method with presets."""
 
     presets: ClassVar = {
-        "soft": {"about": "little", "ridge": 500.0, "general": 3},
+        "soft": {"about": "little", "ridge": 500.0, "num_retain_words": 3},
         "wrong": {"rigde": 1.0},
     }
 
 
 def test_presets():
-    assert Preset.preset("soft") == Preset(ridge=500.0, general=3)
-    assert Preset.preset("soft", ridge=2.0, positions="last") == Preset(2.0, general=3, positions="last")
+    assert Preset.preset("soft") == Preset(ridge=500.0, num_retain_words=3)
+    assert Preset.preset("soft", ridge=2.0, positions="last") == Preset(
+        2.0, num_retain_words=3, positions="last"
+    )
     with pytest.raises(ExpungeError, match="no preset 'sotf'; did you mean 'soft'"):
         Preset.preset("sotf")
     with pytest.raises(ExpungeError, match="did you mean 'ridge'"):
@@ -262,7 +266,7 @@ def test_names_that_the_tokenizer_drops(model, where):
 
 
 def test_a_warning_of_shared_words(model):
-    method = UCE(general=1)
+    method = UCE(num_retain_words=1)
     problem = Problem((Concept("cat", "sky"),), ("a cat and a dog",))
     with pytest.warns(ExpungeWarning, match=r"change with it: 'cat' in 'a cat and a dog' \(retained\)$"):
         expunge.erase(model, problem, method)

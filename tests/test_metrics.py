@@ -59,7 +59,7 @@ def test_clip_zeroshot(images, clip):
     assert metric.score(rows, ["ship"], [], "probability").numpy() == pytest.approx(
         chances[:, 1], abs=1e-4
     )
-    assert metric.score(rows, ["ship"], [], "best").tolist() == (chances.argmax(1) == 1).tolist()
+    assert metric.score(rows, ["ship"], [], "top1").tolist() == (chances.argmax(1) == 1).tolist()
     with pytest.raises(ExpungeError, match="at least two classes"):
         make_metric("clip_zeroshot", {"classes": ["cat"]})
 
@@ -196,15 +196,15 @@ def test_detector_answers():
     rows[0, names.index("dog")] = 0.5
     rows[:, len(names) + styles.index("twemoji")] = 0.8
     rows[3, -1] = 0.9
-    best = metric.score(rows, ["cat"], ["cat face"], "best")
+    best = metric.score(rows, ["cat"], ["cat face"], "top1")
     assert best[[0, 2, 3]].tolist() == [1, 0, 0]
     assert best[1].isnan()
-    assert metric.score(rows, ["dog"], [], "there").tolist() == [1, 0, 1, 0]
+    assert metric.score(rows, ["dog"], [], "present").tolist() == [1, 0, 1, 0]
     assert metric.score(rows, ["dog"], [], "probability").tolist() == pytest.approx(
         [0.5, 0.001, 0.9, 0.001]
     )
-    assert metric.score(rows, ["twemoji"], [], "best").tolist() == [1] * 4
-    assert metric.score(rows, ["noto"], [], "best").tolist() == [0] * 4
+    assert metric.score(rows, ["twemoji"], [], "top1").tolist() == [1] * 4
+    assert metric.score(rows, ["noto"], [], "top1").tolist() == [0] * 4
     assert metric.find_broken(rows).tolist() == [False, False, False, True]
     assert metric.describe(rows) == ["cat", "cat face", "dog", "unrecognisable"]
     assert metric.knows("cat")
@@ -249,8 +249,8 @@ def test_recognisers_of_two_kinds(images, tmp_path):
         assert rows[:, columns].numpy() == pytest.approx(slow.numpy(), abs=1e-4)
     assert [metric.knows(label) for label in ("van gogh", "Cats", "Dogs")] == [True, True, False]
     styles, objects = rows[:, :3].argmax(1), rows[:, 3:5].argmax(1)
-    assert metric.score(rows, ["Crayon"], [], "best").tolist() == (styles == 1).tolist()
-    cats = metric.score(rows, ["Cats"], [], "best")
+    assert metric.score(rows, ["Crayon"], [], "top1").tolist() == (styles == 1).tolist()
+    cats = metric.score(rows, ["Cats"], [], "top1")
     assert cats.isnan().tolist() == (objects == 1).tolist()
     assert metric.describe(rows)[0].partition(",")[0] in ("van gogh", "crayon", "rust")
     assert len(metric.provenance["classifiers"]) == 2
@@ -346,7 +346,7 @@ class TestContract:
         rows = self.measure(metric, images[:3])
         assert not metric.knows("no such label")
         label = next(name for name in ("cat", "exposed") if metric.knows(name))
-        for question in ("best", "there", "probability"):
+        for question in ("top1", "present", "probability"):
             said = metric.score(rows, [label], [], question)
             assert said.shape == (3,)
             assert ((said >= 0) & (said <= 1) | said.isnan()).all()

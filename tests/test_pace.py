@@ -28,9 +28,9 @@ FAST = {
     "mace": {"max_train_steps": 3, "num_images": 2, "num_inference_steps": 3, "captions": "{captions}",
              "learning_rate": 0.01,
              "refine_prior": 1.0, "fuse_prior": 1.0, "domain_weight": 1.0, "masks": "attention"},
-    "ace": {"general": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2, "max_train_steps": 2,
-            "attack_steps": 2, "recovered": 0.0, "max_overlap": 1.0},
-    "uce": {"general": 20},
+    "ace": {"num_retain_words": 20, "num_images": 1, "num_inference_steps": 2, "rounds": 2,
+            "max_train_steps": 2, "attack_steps": 2, "recovery_threshold": 0.0, "max_overlap": 1.0},
+    "uce": {"num_retain_words": 20},
     "esd": {"max_train_steps": 8, "trajectory_steps": 6, "unconditional": 1.0},
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_what_is_counted_is_what_was_foretold(model, tmp_path, name):
 
 def test_ace_counts_its_attention(model):
     method = registry.get("methods", "ace")(
-        stages=("gate",), reduction="attention", general=5, num_images=1, num_inference_steps=2,
+        stages=("gate",), reduction="attention", num_retain_words=5, num_images=1, num_inference_steps=2,
         templates=("a photo of the {}",),
     )  # fmt: skip
     problem = Problem((Concept("airplane", "sky"), Concept("ship", "sky")))

@@ -6,11 +6,12 @@ import torch
 import expunge
 import tiny
 from conftest import tiny_pipeline
-from expunge import Concept, Problem
+from expunge import Concept, ExpungeError, Problem
 from expunge.erasing.concept_tokens import find_phrases, last_tokens, sample_words, vocabulary_words
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.erasing.refit import Refit, RefitSums, match_from_last_token
 from expunge.methods.uce import UCE
+from expunge.ops.least_squares import solve_right_factor
 
 
 def test_a_method_of_its_own_gets_uces_edit_from_the_pieces(model):
@@ -22,7 +23,12 @@ def test_a_method_of_its_own_gets_uces_edit_from_the_pieces(model):
     refit.retain(model.encode(["ship"]), 2.0)
     (change,) = refit.solve(model, 3.0)
     method = UCE(
-        3.0, retain_scale=2.0, general=0, templates=templates, retain_templates=("{}",), also_retain=()
+        3.0,
+        retain_scale=2.0,
+        num_retain_words=0,
+        templates=templates,
+        retain_templates=("{}",),
+        also_retain=(),
     )
     (own,) = expunge.erase(model, Problem((concept,), ("ship",)), method).changes
     assert torch.equal(change.matrix, own.matrix)
@@ -35,6 +41,58 @@ def test_rows_found_by_other_means_can_be_sent_to_goals():
     sums.erase(rows, goals)
     matrix = sums.solve(1e-9)
     torch.testing.assert_close(rows @ matrix.T, goals, rtol=1e-3, atol=1e-3)
+
+
+class TestFewRows:
+    """Fewer rows than the text is wide are solved for in their span: the same M, as thin factors."""
+
+    WIDTH = 60
+
+    def fill(self, sums, erased=7, retained=20):
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randn(2 * erased + retained, self.WIDTH, generator=draw)
+        e, a, r = rows.split([erased, erased, retained])
+        for weight, some in zip((0.25, 3.0), torch.arange(erased).chunk(2), strict=True):
+            sums.erase(e[some], a[some], weight)
+        sums.retain(r, 0.7)
+        return sums
+
+    @pytest.mark.parametrize("ridge", [1e-3, 1.0, 50.0])
+    def test_equals_the_solution_by_sums(self, ridge):
+        few, summed = self.fill(RefitSums()), self.fill(RefitSums())
+        assert few.rank == 7
+        wanted = solve_right_factor(summed.cross, summed.gram, summed.prior, ridge)
+        assert summed.rank is None
+        up, down = few.factor(ridge)
+        eye = torch.eye(self.WIDTH, dtype=torch.float64)
+        assert float((eye + up @ down - wanted).norm() / (wanted - eye).norm()) < 1e-5
+        torch.testing.assert_close(few.solve(ridge), wanted.float(), rtol=1e-5, atol=1e-6)
+
+    def test_as_many_rows_as_the_width_are_summed(self):
+        assert self.fill(RefitSums(), retained=self.WIDTH - 8).rank == 7
+        assert self.fill(RefitSums(), retained=self.WIDTH - 7).rank is None
+
+    def test_without_a_ridge_it_has_no_solution(self):
+        with pytest.raises(ExpungeError, match="singular.*raise the ridge from 0"):
+            self.fill(RefitSums()).solve(0.0)
+
+    def test_a_model_gets_thin_factors_that_do_the_same(self, monkeypatch):
+        model = expunge.load(tiny.flux2())
+        problem = Problem((Concept("airplane", "sky"),))
+        method = UCE(
+            1.0, positions="last", retain_positions="last", num_retain_words=3, templates=("{}",)
+        )
+        (thin,) = expunge.erase(model, problem, method).changes
+        assert thin.kind == "low-rank"
+        assert len(thin.down) == 1
+        monkeypatch.setattr(RefitSums, "rank", None)
+        (whole,) = expunge.erase(model, problem, method).changes
+        assert whole.kind == "right"
+        before = model.weight(thin.layers[0])
+        wanted = whole.weight(before) - before
+        assert float(wanted.norm()) > 0.01
+        found = thin.weight(before) - before
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_pairs_begin_at_the_last_content_token_and_end_with_the_shorter_padding(model):

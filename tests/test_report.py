@@ -60,7 +60,7 @@ def suite():
 @pytest.fixture
 def edits(model, problem):
     other = Problem((Concept("airplane", "street"),), ("ship",))
-    return [expunge.erase(model, one, UCE(general=20)) for one in (problem, other)]
+    return [expunge.erase(model, one, UCE(num_retain_words=20)) for one in (problem, other)]
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_anchors_are_drawn_once_and_the_suite_may_say_which(suite):
 def test_files_are_whole_and_say_where_numbers_come_from(report, edits, tmp_path):
     report.save(tmp_path / "report")
     table = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert table["format"] == 2
+    assert table["format"] == 3
     facts = table["provenance"]
     assert facts["num_inference_steps"] == 2
     assert len(facts["model sha256"]) == 64
@@ -345,10 +345,10 @@ concepts = ["airplane=sky", "ship=street"]
 seeds = [0]
 [[methods]]
 name = "uce"
-general = 20
+num_retain_words = 20
 [[methods]]
 name = "uce"
-general = 20
+num_retain_words = 20
 ridge = 5.0
 """
 MACE_ROWS = """
@@ -420,7 +420,11 @@ def test_seeds_of_the_edit_at_full_size(experiment):
     [
         ("concepts", "concept", "an experiment has no field 'concept'"),
         ("suites", "suite", "an experiment has no field 'suite'; did you mean 'suites'"),
-        ("general", "generl", "uce has no field 'generl'; did you mean 'general'"),
+        (
+            "num_retain_words",
+            "num_words",
+            "uce has no field 'num_words'; did you mean 'num_retain_words'",
+        ),
     ],
 )
 def test_a_misspelt_field_is_told_in_the_readers_words(experiment, before, after, said):
@@ -435,7 +439,7 @@ def test_presets_and_titles(experiment):
     assert (refined.method.stages, refined.method.max_train_steps) == (("refine",), 50)
     assert refined.name == "refinement only: airplane"
     assert whole.name == "mace emoji: airplane"
-    assert Experiment.read(experiment).jobs()[0].name == "uce, general 20: airplane"
+    assert Experiment.read(experiment).jobs()[0].name == "uce, num_retain_words 20: airplane"
 
 
 def test_the_experiments_of_this_repository_can_be_read():
@@ -461,12 +465,12 @@ def test_the_experiments_of_this_repository_can_be_read():
 def test_fields_beside_a_preset(experiment):
     table = 'name = "mace"\npreset = "emoji"\n'
     experiment.write_text(
-        EXPERIMENT.replace('name = "uce"\n', table, 1).replace("general", "max_train_steps", 1)
+        EXPERIMENT.replace('name = "uce"\n', table, 1).replace("num_retain_words", "max_train_steps", 1)
     )
     first, _, other, _ = Experiment.read(experiment).jobs()
     assert first.method == type(first.method).preset("emoji", max_train_steps=20)
     assert first.name == "mace emoji, max_train_steps 20: airplane"
-    assert other.name.startswith("uce, ridge 5.0, general 20")
+    assert other.name.startswith("uce, ridge 5.0, num_retain_words 20")
     experiment.write_text(EXPERIMENT.replace('"uce"', '"mace"\npreset = "emojo"', 1))
     with pytest.raises(ExpungeError, match="did you mean 'emoji'"):
         Experiment.read(experiment)
@@ -475,7 +479,7 @@ def test_fields_beside_a_preset(experiment):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"uce"\ngeneral', '"uec"\ngeneral', "did you mean 'uce'"),
+        ('"uce"\nnum_retain_words', '"uec"\ngeneral', "did you mean 'uce'"),
         ("ridge = 5.0", 'preset = "fats"', "there is no preset 'fats'"),
         ("ridge", "rigde", "did you mean 'ridge'"),
         ("ridge = 5.0", "ridge = -5.0", "ridge must be above 0"),

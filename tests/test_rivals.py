@@ -70,14 +70,14 @@ class TestSpeed:
 
     def test_values_alone_change_and_the_retained_stay(self, model):
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "")), ("ship", "bird"))
-        edit = expunge.erase(model, problem, SPEED(threshold=1.0, general=3, augmentations=2))
+        edit = expunge.erase(model, problem, SPEED(threshold=1.0, num_retain_words=3, augmentations=2))
         assert all(layer.endswith("to_v") for change in edit.changes for layer in change.layers)
         assert len(edit.changes) == 7
         assert all(change.down.shape[0] == 2 for change in edit.changes)
 
     def test_nothing_to_retain(self, model):
         with pytest.raises(ExpungeError, match="something to retain"):
-            expunge.erase(model, Problem((Concept("airplane", ""),)), SPEED(general=0))
+            expunge.erase(model, Problem((Concept("airplane", ""),)), SPEED(num_retain_words=0))
 
 
 class TestOce:
@@ -98,7 +98,7 @@ class TestOce:
         torch.testing.assert_close(p @ x, fitted)
 
     def test_the_objective_summed_by_hand(self):
-        method = OCE(erase_scale=3.0, general_scale=0.5, retain_scale=2.0, ridge=0.1, captions="")
+        method = OCE(erase_scale=3.0, captions_scale=0.5, retain_scale=2.0, ridge=0.1, captions="")
         weight, target, anchor, kept = rows(6, 8), rows(2, 8, 1), rows(2, 8, 2), rows(3, 8, 3)
         general = rows(5, 8, 4)
         general = general.T @ general
@@ -134,21 +134,21 @@ class TestRece:
 
     def test_without_rounds_it_is_uce(self, model):
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
-        method = RECE(rounds=0, general=5)
-        plain = UCE(ridge=method.ridge, general=5, templates=method.templates)
+        method = RECE(rounds=0, num_retain_words=5)
+        plain = UCE(ridge=method.ridge, num_retain_words=5, templates=method.templates)
         ours, plain = (expunge.erase(model, problem, one) for one in (method, plain))
         assert torch.equal(ours.changes[0].matrix, plain.changes[0].matrix)
 
     def test_what_came_back_after_uce_comes_back_less(self, model):
         """The embedding that undoes UCE is sent further from the concept after a round."""
         problem = Problem((Concept("airplane", "sky"),), ("ship",))
-        method = RECE(rounds=1, general=5, ridge=0.05, norm_weight=1e-3)
+        method = RECE(rounds=1, num_retain_words=5, ridge=0.05, norm_weight=1e-3)
         sent = sum_projections(model)
         text = model.encode(["airplane"])
         span = text.from_last_token(0)[0]
         e = text.embeddings[0, span][:1].double()
         plain = (
-            expunge.erase(model, problem, RECE(rounds=0, general=5, ridge=0.05))
+            expunge.erase(model, problem, RECE(rounds=0, num_retain_words=5, ridge=0.05))
             .changes[0]
             .matrix.double()
         )

@@ -157,6 +157,7 @@ def test_what_is_foreseen(session):
         ("飞机", "no word in the script of “飞机”"),
         ("самолёт", "no word in the script"),
         ("zzyzx", "can only spell “zzyzx”"),
+        ("Van Gogh", "“Van Gogh” is taken for an object: choose style for an artist"),
     ],
 )
 def test_a_name_that_the_model_does_not_know_is_said(session, name, said):
@@ -176,6 +177,23 @@ def test_questions_leave_the_working_tokenizer_alone(studio, session):
     assert (working.padding, working.truncation) == before
     assert loaded.asked.pipe.unet is loaded.model.pipe.unet
     assert loaded.asked.vocabulary() == loaded.model.vocabulary()
+
+
+def test_what_else_will_move_is_foreseen_once_and_before_the_work(session):
+    session.choose(["airplane"])
+    assert session.foresee().forecast is None
+    done(session.preview())
+    found = session.foresee().forecast
+    names = [move.name for move in found.moves]
+    assert set(session.choice.retain) <= set(names)
+    assert "airplane" not in names
+    shown = views.foresight(session.foresee())
+    assert all(name in shown for name in names[: views.MOVES])
+    assert session.preview() is None
+    session.choose_method("esd")
+    assert session.foresee().forecast is None  # it was another method's
+    session.choose_method("uce")
+    assert session.foresee().forecast == found
 
 
 def test_what_cannot_be_done_is_said_before_the_work(session):

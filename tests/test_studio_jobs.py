@@ -107,3 +107,11 @@ def test_time_left_follows_from_what_was_done():
     assert job.left == pytest.approx(20.0)
     job.progress("saving", 0, 1)  # another step begins anew
     assert job.left is None
+
+
+def test_a_desk_is_closed_with_nothing_under_way(desk):
+    first, _ = held(desk)
+    waiting = desk.submit(Job("b", "Drawing", lambda job: None))
+    desk.close()
+    assert (first.state, waiting.state) == ("cancelled", "cancelled")
+    assert desk.of("a") is None

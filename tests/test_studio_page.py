@@ -1,11 +1,11 @@
 """The studio's page in a real browser: the whole path on the shipped model, at two widths.
 
-Needs `expunge[studio]`, playwright and a Chromium (`CHROMIUM`, by default /usr/bin/chromium).
+`make check-browser` runs it: it needs `expunge[studio]`, Playwright and a Chromium (`CHROMIUM`, by
+default /usr/bin/chromium).
 """
 
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -15,20 +15,11 @@ from pathlib import Path
 import pytest
 
 import expunge
+from browser import PATIENCE, WIDTHS, choose, erase, launched, need_browser, pages, tab
 from expunge.base.files import read_header
 
-pytest.importorskip("gradio", reason="needs expunge[studio]")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs a Chromium"),
-]
-
-PATIENCE = int(os.environ.get("PATIENCE", "180")) * 1000
-"""Milliseconds that a busy machine may take for one step."""
-
-WIDTHS = {"desktop": (1280, 900, "light"), "phone": (400, 860, "dark")}
+need_browser()
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 
 @pytest.fixture(scope="module")
@@ -64,59 +55,14 @@ def studio(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def opened(studio, browser):
-    """Opens a page of one width; says afterwards that nothing but the studio was asked."""
-    asked, wrong, contexts = [], [], []
-
-    def open_page(width="desktop", context=None):
-        wide, high, scheme = WIDTHS[width]
-        context = context or browser.new_context(
-            viewport={"width": wide, "height": high}, color_scheme=scheme, accept_downloads=True
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(studio[0])
-        page.wait_for_selector("#x-examples button:enabled")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-    assert [url for url in asked if not url.startswith((studio[0], "data:", "blob:"))] == []
-
-
-def choose(page, label="Airplane"):
-    page.click(f"#x-examples button:has-text('{label}')")
-    page.wait_for_selector(".x-card")
-
-
-def erase(page):
-    page.click("#x-erase")
-    page.wait_for_selector("#x-slider img")
-
-
-def tab(page, name):
-    page.click(f"button[role=tab]:has-text('{name}')")
-
-
-def toast(page):
-    """The sentence that the page shows, and none of what a program says to its makers."""
-    said = page.wait_for_selector("[data-testid=toast-text]").inner_text()
-    assert "Traceback" not in said
-    page.locator("[data-testid=toast-close]").first.click()
-    page.wait_for_selector("[data-testid=toast-text]", state="detached")
-    return said
+    with pages(browser, studio[0]) as open_page:
+        yield open_page
 
 
 def test_the_port_in_use_is_said(studio):
@@ -191,6 +137,15 @@ def test_by_keyboard_alone(opened):
     page.keyboard.press("Enter")
     page.wait_for_selector("#x-slider img")
     assert "flag of Japan" in page.inner_text("#x-title")
+    reach("[role=tablist]")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    reach("#x-form")
+    page.keyboard.press("ArrowDown")  # from the edit to a LoRA for diffusers
+    reach("#x-take")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#x-files a:has-text('lora')")
 
 
 def test_a_browser_that_comes_back_finds_the_work_going_on(opened, browser):
@@ -217,43 +172,3 @@ def test_cancelling_says_so_and_two_people_wait_for_each_other(opened):
     one.click("#x-cancel")
     one.wait_for_selector("#x-progress :text('cancelled')")
     assert one.locator("#x-slider img").count() == 0
-
-
-def test_bad_input_is_one_sentence_on_the_page(opened, tmp_path):
-    page = opened()
-    for name, content in (
-        ("model.ckpt", pickle.dumps({})),
-        ("list.exe", b"MZ"),
-        ("empty.txt", b""),
-        ("list.txt", b"cat=ground, objct"),
-        ("list.csv", b"nam\ncat\n"),
-        ("binary.txt", b"\xff\xfe\xfa"),
-    ):
-        (tmp_path / name).write_bytes(content)
-    page.click("text=A list, pasted or as a file")
-    said = []
-    for name in ("model.ckpt", "list.exe", "empty.txt", "list.txt", "list.csv", "binary.txt"):
-        page.locator("#x-list input[type=file]").set_input_files(tmp_path / name)
-        said.append(toast(page))
-        if page.locator("#x-list [aria-label='Clear']").count():
-            page.click("#x-list [aria-label='Clear']")
-    wanted = ["pickled", "none of the files", "is empty", "did you mean 'object'", "column", "UTF-8"]
-    for text, part in zip(said, wanted, strict=True):
-        assert part in text
-    page.fill("#x-text textarea", "cat\nCat")
-    page.click("text=Take this list")
-    assert "on line 1" in toast(page)
-    page.click("text=Another model")
-    for model, part in (
-        ("emojj", "did you mean"),
-        (str(tmp_path / "model.ckpt"), "pickled"),
-        ("", "name a"),
-    ):
-        page.fill("#x-model input, #x-model textarea", model)
-        page.click("text=Use this model")
-        assert part in toast(page).lower()
-    page.click("#x-names input")
-    page.keyboard.type("飞机")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#x-foresight :text('no word in the script')")
-    assert page.locator("text=Traceback").count() == 0

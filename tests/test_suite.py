@@ -170,6 +170,7 @@ def edit(old, new):
             "no scheduler 'DIMM'; did you mean 'DDIM'",
         ),
         (edit("version = 1", "version = 1\nscheduler = 50"), "scheduler must be text"),
+        (edit("version = 1", 'version = 1\nquestion = "there"'), "'there' is named 'present' now"),
         (edit("version = 1", 'version = 1\nmetrics = ["clip_scroe"]'), "did you mean 'clip_score'"),
         (edit("version = 1", 'version = 1\njugde = "detector"'), "did you mean 'judge'"),
         (edit("synonyms", "synonym"), "no field 'synonym'; did you mean 'synonyms'"),

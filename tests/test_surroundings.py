@@ -89,7 +89,7 @@ def test_the_registry_reads_utf8_in_any_locale(monkeypatch):
     for kind in registry.KINDS:
         for name in registry.list_names(kind):
             assert registry.describe(kind, name)
-    assert registry.describe_coverage("mace")
+    assert registry.tabulate_coverage()
 
 
 # Python's own options.

@@ -221,7 +221,7 @@ def test_expunge_erase_reads_them(file, folder, tmp_path, capsys):
     path = file("p.toml", '[[prompts]]\ntarget="airplane"\nneutral="sky"\nguidance_scale=2.5\n')
     edit = tmp_path / "edit.safetensors"
     arguments = ["--concepts", str(path), "--retain", "ship", "--model", str(folder), "-o", str(edit)]
-    assert main(["erase", "uce", *arguments, "--general", "5"]) == 0
+    assert main(["erase", "uce", *arguments, "--num-retain-words", "5"]) == 0
     assert capsys.readouterr().err.count("this of it was left out: guidance_scale") == 1
     problem = expunge.Edit.load(edit).record.problem
     assert problem == expunge.Problem((Concept("airplane", "sky"),), ("ship",))

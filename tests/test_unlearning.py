@@ -30,10 +30,12 @@ def differ(one, other):
 
 def test_in_place_it_is_what_the_edit_makes(pipe, tmp_path):
     twin = tiny_pipeline()
-    edit = expunge.erase(twin, Problem((Concept("airplane", "sky"),), ("ship",)), UCE(general=5))
+    edit = expunge.erase(
+        twin, Problem((Concept("airplane", "sky"),), ("ship",)), UCE(num_retain_words=5)
+    )
     with edit.apply(twin):
         expected = weights(twin)
-    found = expunge.unlearn(pipe, "airplane", anchor="sky", retain="ship", general=5)
+    found = expunge.unlearn(pipe, "airplane", anchor="sky", retain="ship", num_retain_words=5)
     assert found is pipe
     assert not differ(weights(pipe), expected)
     assert differ(weights(pipe), weights(twin))
@@ -43,13 +45,13 @@ def test_in_place_it_is_what_the_edit_makes(pipe, tmp_path):
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "own", safety_checker=None)
     torch.testing.assert_close(draw(again), draw(pipe))
     once = weights(pipe)
-    expunge.unlearn(pipe, "horse", general=5)
+    expunge.unlearn(pipe, "horse", num_retain_words=5)
     assert differ(once, weights(pipe))
 
 
 def test_a_copy_shares_what_does_not_change(pipe):
     before = weights(pipe)
-    found = expunge.unlearn(pipe, "airplane", general=5, copy=True)
+    found = expunge.unlearn(pipe, "airplane", num_retain_words=5, copy=True)
     assert type(found) is type(pipe)
     assert found is not pipe
     assert found.unet is not pipe.unet
@@ -66,7 +68,7 @@ def test_a_copy_shares_what_does_not_change(pipe):
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_gates_stay_on_the_pipeline_that_is_returned(pipe, copy):
-    method = ACE(stages=("gate",), general=20)
+    method = ACE(stages=("gate",), num_retain_words=20)
     original = draw(pipe)
     found = expunge.unlearn(pipe, "airplane", method, retain=["ship", "bird"], copy=copy)
     assert (found is pipe) is not copy
@@ -80,10 +82,10 @@ def test_gates_stay_on_the_pipeline_that_is_returned(pipe, copy):
 
 
 def test_a_copy_of_a_changed_pipeline(pipe):
-    expunge.unlearn(pipe, "airplane", general=5)
-    with expunge.erase(pipe, Problem((Concept("ship"),)), UCE(general=5)).apply(pipe):
+    expunge.unlearn(pipe, "airplane", num_retain_words=5)
+    with expunge.erase(pipe, Problem((Concept("ship"),)), UCE(num_retain_words=5)).apply(pipe):
         there = weights(pipe)
-        found = expunge.unlearn(pipe, "horse", general=5, copy=True)
+        found = expunge.unlearn(pipe, "horse", num_retain_words=5, copy=True)
         assert not differ(there, weights(pipe))
     assert differ(there, weights(found))
 
@@ -91,13 +93,15 @@ def test_a_copy_of_a_changed_pipeline(pipe):
 def test_several_concepts(pipe):
     several = ["airplane", Concept("horse", "ship", synonyms=("dog",))]
     twin = tiny_pipeline()
-    with expunge.erase(twin, Problem((Concept("airplane"), several[1])), UCE(general=5)).apply(twin):
+    with expunge.erase(twin, Problem((Concept("airplane"), several[1])), UCE(num_retain_words=5)).apply(
+        twin
+    ):
         expected = weights(twin)
-    assert not differ(expected, weights(expunge.unlearn(pipe, several, general=5)))
+    assert not differ(expected, weights(expunge.unlearn(pipe, several, num_retain_words=5)))
 
 
 def test_erase_takes_a_pipeline_as_it_is(pipe, problem):
-    edit = expunge.erase(pipe, problem, UCE(general=5))
+    edit = expunge.erase(pipe, problem, UCE(num_retain_words=5))
     assert edit.record.family == "StableDiffusion"
     assert edit.fits(pipe)
 
@@ -110,11 +114,11 @@ def test_erase_takes_a_pipeline_as_it_is(pipe, problem):
         ((3,), {}, "concept must be a name, a Concept, or a list of them, not 3"),
         (([None],), {}, "concept must be a name"),
         (("airplane", "ucee"), {}, "no method 'ucee'; did you mean 'uce'"),
-        (("airplane",), {"gneral": 5}, "no field 'gneral'; did you mean 'general'"),
+        (("airplane",), {"num_retain_word": 5}, "did you mean 'num_retain_words'"),
         (("airplane",), {"kind": "objekt"}, "did you mean 'object'"),
         (("airplane",), {"anchor": "Airplane"}, "the anchor of 'airplane' is the concept itself"),
         (("airplane",), {"retain": "airplane"}, "cannot be both erased and retained"),
-        (("airplane",), {"method": UCE(), "general": -1}, "general must be"),
+        (("airplane",), {"method": UCE(), "num_retain_words": -1}, "num_retain_words must be"),
         ((Concept("airplane"),), {"anchor": "sky"}, "anchor is for concepts given by name"),
     ],
 )

@@ -57,7 +57,7 @@ CLOSED: dict[str, tuple[Any, ...]] = {
     "directions": ("gate",),
     "goal_ridge": (1.0, 100.0),
     "energy": (0.5, 0.8, 1.0),
-    "general": (200,),
+    "num_retain_words": (200,),
     "margin": (0.2, 0.6, 0.8),
     "gate_ridge": (0.01, 10.0),
 }

@@ -3,7 +3,7 @@
 Each field is tried by itself, from the defaults as they stand; six words are erased in turn, and
 four more are watched that the method is never told of. Writes `experiments/results/uce_tune.json`.
 
-    python experiments/archive/uce_tune.py [--only ridge anchor] [--base ridge=1 general=1000]
+    python experiments/archive/uce_tune.py [--only ridge anchor] [--base ridge=1 num_retain_words=1000]
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BYSTANDERS = tuple(SuiteConcept(name) for name in ("butterfly", "bicycle", "stra
 TRIED: dict[str, tuple[Any, ...]] = {
     "ridge": (2.0, 10.0, 50.0, 200.0, 1000.0),
     "retain_scale": (0.2, 1.0, 5.0),
-    "general_scale": (0.0, 0.2, 1.0, 5.0),
-    "general": (200, 500, 2000),
+    "retain_words_scale": (0.0, 0.2, 1.0, 5.0),
+    "num_retain_words": (200, 500, 2000),
     "positions": ("last-and-after", "last"),
     "templates": ((), ("{}",), ("{}", "an image of the {}", "the {} in a picture")),
     "anchor": (None, "", "an object", "a picture", "sky", "ground"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
-from expunge.changes import Change, InputChange, WeightChange
+from expunge.changes import Change, HookedChange, InputChange, WeightChange
 from expunge.changes.strength import scale_difference
 from expunge.edit import Edit
 
@@ -48,10 +48,10 @@ def apply_edit(model: Any, edit: Edit, strength: float = 1.0) -> Any:
         if isinstance(change, WeightChange):
             add_weights(patched, change, names, weights, strength)
         elif not isinstance(change, InputChange):
-            raise ExpungeError(
-                f"ComfyUI cannot carry a {change.kind} change; export the edit as weights:"
-                " expunge export EDIT --to comfyui"
-            )
+            way = "export the edit as weights: expunge export EDIT --to comfyui"
+            if isinstance(change, HookedChange) and change.unfittable:
+                way = "nor can weights: draw with expunge or diffusers"
+            raise ExpungeError(f"ComfyUI cannot carry a {change.kind} change; {way}")
     tokens = [change for change in hooked if _is_cross_attention(change)]
     for change in tokens:
         _require_all_layers(change, edit, weights)

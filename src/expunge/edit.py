@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from expunge import __version__
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
-from expunge.base.files import read_header, replacing
+from expunge.base.files import parse_json, read_header, replacing
 from expunge.base.html import render_table
 from expunge.changes import (
     KINDS,
@@ -28,6 +29,7 @@ from expunge.changes import (
     build_change,
     check_fit,
     check_strength,
+    describe_text_encoders,
     encode_tensor,
     require_finite,
     summarize,
@@ -65,11 +67,37 @@ class Record:
     """The versions of expunge and the libraries it was made with."""
     family: str = ""
     """The base model's family; "" in older edits."""
+    moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How far each concept moved toward its anchor in prompts that the edit was not made with, 1 for all
+    of the way; concepts of which this means nothing, and those of older edits, are not there."""
+    onto: Record | None = None
+    """The record of the edit that this one was solved on, whose concepts are among the problem's."""
+    onto_changes: int = 0
+    """How many of the changes, the first ones, are that edit's."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
+        """The inverse of `to_dict`.
+
+        Raises:
+            ExpungeError: a value is none that a record holds.
+        """
+        onto = cls.from_dict(data["onto"]) if data.get("onto") else None
+        record = cls(**{**data, "problem": Problem.from_dict(data["problem"]), "onto": onto})
+        if type(record.seed) is not int or not math.isfinite(record.seconds):
+            raise ExpungeError(
+                f"its seed is {record.seed!r} and it took {record.seconds!r} s: both should be numbers"
+            )
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data; of an edit that stands alone, as older versions read it."""
+        data = dataclasses.asdict(self)
+        level = data
+        while level["onto"] is not None:
+            level = level["onto"]
+        del level["onto"], level["onto_changes"]
+        return data
 
     @property
     def reads_anchor(self) -> bool:
@@ -180,6 +208,8 @@ class Edit:
             ("made from", f"{record.model or 'an unnamed model'} ({record.family or 'unknown family'})"),
             ("changes", summarize(self.changes)),
         ]
+        if text := describe_text_encoders(self.changes):
+            rows.append(("note", text))
         return render_table("expunge edit", rows)
 
     def save(self, path: str | Path) -> None:
@@ -189,7 +219,7 @@ class Edit:
             ExpungeError: the file cannot be written, or the edit contains NaN or infinity.
         """
         require_finite(self.changes, "the edit")
-        record = dataclasses.asdict(self.record)
+        record = self.record.to_dict()
         changes = [change.spec for change in self.changes]
         metadata = json.dumps({"format": FORMAT, "record": record, "changes": changes})
         # Changes may share memory, which safetensors refuses to save: clone.
@@ -213,7 +243,7 @@ class Edit:
         if text is None:
             raise ExpungeError(f"{path} is a safetensors file, but not an edit")
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             # A kind of change that is not known here came with a later version, too.
             if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
@@ -227,7 +257,7 @@ class Edit:
             record = Record.from_dict(data["record"])
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             # ExpungeError is a ValueError: one that says more must not be wrapped.
-            if isinstance(error, ExpungeError):
+            if isinstance(error, ExpungeError) and str(path) in str(error):
                 raise
             raise ExpungeError(f"{path} is not a whole edit: {error}") from error
         require_finite(changes, str(path))

@@ -135,8 +135,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _switches(part: torch.nn.Module) -> list[Any]:
-    """What was set on the modules of a part, which no configuration tells: FreeU's factors, tiles of the
-    autoencoder, the paddings of convolutions, LoRAs that are switched on and their strengths.
+    """Return what was set on the modules of a part, and which no configuration tells.
+
+    That is: FreeU's factors, tiles of the autoencoder, the paddings of convolutions, LoRAs that are
+    switched on and their strengths.
     """
     # How they compute, or where they were read, says nothing of what.
     but = ("training", "gradient_checkpointing", "name_or_path", "is_parallelizable", "model_parallel")

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.fields import build, check_fields, flatten, groups, leaves, require_known
@@ -37,6 +37,12 @@ class Method(ABC):
 
     The records of old edits are read by it; on the command line and in TOML files the old name is
     refused with the new one."""
+
+    absent: ClassVar[Mapping[str, str]] = {}
+    """Fields of other methods that this one has not, with the reason: {field: a whole sentence}."""
+
+    stronger: ClassVar[str] = ""
+    """What to turn for an edit that erases more: "a smaller ridge". It is said of a weak edit."""
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         """Answer a field that is not there with where it is, the name it has now, or the nearest one.
@@ -84,6 +90,15 @@ class Method(ABC):
     def reads_retain(self) -> bool:
         """Whether the method, with these field values, reads what a problem retains."""
         return True
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        """Where it shows how far an edit, with these field values, moved a concept toward its anchor.
+
+        In what the layers make of "text" through which it enters, in the denoiser's "predictions", or
+        nowhere (""); see `erasing.moved_share`.
+        """
+        return ""
 
     def check_family(self, family: type[Model]) -> None:
         """Check that a family has what this method, with these field values, needs.

@@ -66,7 +66,8 @@ class Metric(ABC):
         """Return a row of numbers for each image, (n, width), the same whatever images stand beside it.
 
         Args:
-            images: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers.
+            images: (n, 3, height, width) in [0, 1]; all nan where the model gave no numbers, and its row
+                is finite all the same.
             prompts: what each was drawn for.
             references: what the original drew for the same prompts and seeds, where `paired`.
 
@@ -94,7 +95,7 @@ class Classifier(Metric):
             rows: (n, width), what `measure` gave.
             labels: those that count as the concept.
             near: those that count neither for nor against.
-            question: "best", the best label is one of them; "there", one of them is in the image,
+            question: "top1", the best label is one of them; "present", one of them is in the image,
                 beside whatever else; "probability", how likely one of them is.
         """
 
@@ -113,7 +114,7 @@ class Classifier(Metric):
         """
         known = [label for label in labels if self.knows(label)]
         # A label too near to tell is nan, and counts as not shown.
-        return {label: self.score(rows, [label], (), "there").nan_to_num(0).round() for label in known}
+        return {label: self.score(rows, [label], (), "present").nan_to_num(0).round() for label in known}
 
     def describe(self, rows: Tensor) -> list[str]:
         """Return what each image shows, in a word, for captions; by default nothing is said."""

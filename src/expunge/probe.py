@@ -53,7 +53,7 @@ class Probe:
             raise ExpungeError(f"num_inference_steps must be 1 to 1000, not {steps}")
         # Written so that nan fails it, too.
         if guidance is not None and not 0 <= guidance < float("inf"):
-            raise ExpungeError(f"guidance_scale must be at least 0, not {guidance}")
+            raise ExpungeError(f"guidance_scale must be at least 0 and finite, not {guidance}")
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -43,7 +43,7 @@ class Concept:
         object.__setattr__(self, "synonyms", tuple(tidy(name) for name in self.synonyms))
         if self.anchor is not None:
             object.__setattr__(self, "anchor", tidy(self.anchor))
-        if not all(self.names):
+        if not all(map(normalize_name, self.names)):
             raise ExpungeError("a concept needs a name; this one is empty")
         if self.anchor is not None and normalize_name(self.anchor) in map(normalize_name, self.names):
             raise ExpungeError(f"the anchor of {self.name!r} is the concept itself")
@@ -70,7 +70,7 @@ class Concept:
 def match_whole(name: str) -> str:
     """Return a regular expression of a name that is no part of a longer word."""
     # Not \b, which needs a letter on one side: a name may end in a sign, as "C++" does.
-    return rf"(?<!\w){re.escape(name)}(?!\w)"
+    return rf"(?<!\w){re.escape(name)}(?!\w)".replace(r"\ ", r"\s+")
 
 
 def replace_whole(prompt: str, name: str, words: str) -> str:
@@ -82,7 +82,7 @@ def replace_whole(prompt: str, name: str, words: str) -> str:
         words: what takes its place, as they are.
     """
     # A function, for in a plain replacement `\1` would be a group.
-    return re.sub(match_whole(name), lambda _: words, prompt, flags=re.IGNORECASE)
+    return re.sub(match_whole(name), lambda _: words, tidy(prompt), flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Problem:
         """
         # The longest first: "cat" would otherwise be found within "cat face".
         names = sorted((name for concept in self.erase for name in concept.names), key=len, reverse=True)
+        prompt = tidy(prompt)
         return next((n for n in names if re.search(match_whole(n), prompt, re.IGNORECASE)), "")
 
     def with_anchors(self, anchors: Mapping[str, str]) -> Problem:
@@ -169,14 +170,18 @@ class Problem:
 
 _JOINERS = "\u200c\u200d"
 """The zero-width joiners: they shape letters of some scripts, and join several emoji to one."""
+_TAGS = "[\U000e0020-\U000e007f]"
+"""The tag characters, which spell a region behind a black flag."""
 _UNSEEN = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 """Invisible characters that Unicode does not class as format characters."""
 _SPELLINGS = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u02bc\u2032", "'") | dict.fromkeys("\u2010\u2011\u2012", "-")
+    dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-")
 )
-"""Typographic apostrophes and hyphens, with the plain ones that they stand for."""
+"""Typographic apostrophes, quotes and hyphens, with the plain ones that they stand for."""
 
 
 def tidy(text: str) -> str:
@@ -190,14 +195,20 @@ def tidy(text: str) -> str:
     True
     """
     text = unicodedata.normalize("NFC", text)
-    kept = [c for i, c in enumerate(text) if unicodedata.category(c) != "Cf" or _is_visible(text, i)]
+    kept = [c for i, c in enumerate(text) if _is_visible(text, i)]
     return "".join(kept).strip()
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Whether a format character changes what is seen: a tag, or a joiner outside Latin script."""
-    if "\U000e0020" <= text[place] <= "\U000e007f":
+    """Whether a character is seen: no control, and of format a tag, or a joiner outside Latin script."""
+    kind = unicodedata.category(text[place])
+    if kind not in ("Cf", "Cc"):
         return True
+    if kind == "Cc":
+        return text[place].isspace()
+    if re.match(_TAGS, text[place]):
+        # Without the black flag that they make another flag of, tags are not seen at all.
+        return re.sub(f"{_TAGS}*$", "", text[:place]).endswith("\U0001f3f4")
     inside = 0 < place < len(text) - 1
     return text[place] in _JOINERS and inside and min(text[place - 1], text[place + 1]) > "\u058f"
 

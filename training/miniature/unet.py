@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, device, has_bfloat16, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, train
+from training.miniature.loop import Notes, Schedule, join, read, train
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sheets import sheet
@@ -46,7 +46,7 @@ SCHEDULE: dict[str, Any] = {
 }
 CHANNELS = {
     4: (96, 128, 192, 256),
-    16: (128, 192, 256),
+    16: (96, 128, 192),
 }  # channels of the latent -> of the U-Net's levels
 HEAD = 32  # width of an attention head
 TAIL_DROPPED, WORDS_DROPPED = (
@@ -253,6 +253,21 @@ class Denoiser:
         self.unet.train()
 
 
+def keep(work: Path, name: str, folder: Path) -> None:
+    """Writes what another machine can begin with: the averaged weights of a checkpoint, in files below 16 MB."""
+    state = read(work / f"{name}.pt")
+    if state is None:
+        raise SystemExit(f"There is no {work / name}.pt.")
+    vae = AutoencoderKL.load_config(work / "vae")
+    size = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    channels = [len(state["average"][f"down_blocks.{k}.resnets.0.conv1.bias"]) for k in range(8)
+                if f"down_blocks.{k}.resnets.0.conv1.bias" in state["average"]]  # fmt: skip
+    unet = build(vae["latent_channels"], size, channels=channels)
+    unet.load_state_dict(state["average"])
+    unet.half().save_pretrained(folder, max_shard_size="15MB")
+    print(f"step {state['step']}, {state['spent'] / 60:.0f} minutes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
@@ -266,14 +281,23 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--channels", type=int, nargs="+", help="of the U-Net's levels")
     parser.add_argument("--samples", type=float, default=10, help="minutes between two sheets of samples")
+    parser.add_argument("--begin", type=Path, help="folder of a U-Net to begin with where there is no checkpoint")
+    parser.add_argument(
+        "--keep", type=Path, help="train nothing: write the averaged weights to this folder, in float16"
+    )
     parser.add_argument("--name", default="unet")
     parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
+    if options.keep:
+        keep(options.work, options.name, options.keep)
+        return
     rank = join()
     torch.manual_seed(0)  # the processes start from the same weights, and see their own scenes
     set_up()
     denoiser = Denoiser(options, read_world(), rank)
     unet = denoiser.unet
+    if options.begin and not (options.work / f"{options.name}.pt").exists():
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.begin).float().state_dict())
     optimiser = Muon(unet, options.rate, adamw=("conv_in", "conv_out", "time_"))
     schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
     weights = train(

@@ -28,8 +28,9 @@ from training.miniature.scenes import SIDE, SceneMaker
 from training.miniature.world import WORK, read_world
 
 # How far the image shrinks: (channels of each level, channels of the latent).
-SIZES = {4: ((32, 64, 128), 4), 8: ((16, 32, 64, 128), 16)}
-SHARPEN = (4000, 10_000)  # steps between which the squared error gives way to L1
+SIZES = {4: ((32, 64, 128), 4), 8: ((32, 64, 128, 128), 16)}
+SHARPEN = (4000, 10_000)  # steps between which the squared error gives way to L1; sooner from a trained VAE of factor 4
+SHARPEN_GROWN = (200, 1000)
 ENCODER = ("encoder.", "quant_conv.")
 
 
@@ -58,6 +59,26 @@ def build(shrink: int) -> AutoencoderKL:
             elif isinstance(module, Attention):
                 module.to_out[0].weight *= 0.05
     return vae
+
+
+@torch.no_grad()
+def grow(vae: AutoencoderKL, smaller: AutoencoderKL) -> None:
+    """Gives a VAE of one level more the outer levels of a trained smaller one; what lies between is new.
+
+    Only what has the same shape on both sides is taken: the middle block and the latents' convolutions are not.
+    """
+    levels = len(smaller.config.block_out_channels)
+    inner = ("mid_block", "quant_conv", "encoder.conv_norm_out", "encoder.conv_out", "decoder.conv_in")
+    state = {}
+    for name, value in smaller.state_dict().items():
+        if any(part in name for part in inner):
+            continue
+        # A decoder counts its levels from the latent: one more before them.
+        for level in reversed(range(levels)):
+            name = name.replace(f"up_blocks.{level}.", f"up_blocks.{level + 1}.")
+        state[name] = value
+    own = vae.state_dict()
+    vae.load_state_dict({name: v for name, v in state.items() if own[name].shape == v.shape}, strict=False)
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +162,9 @@ def main() -> None:
     parser.add_argument("--name", default="vae")
     parser.add_argument("--initial", help="the stage whose checkpoint to start from")
     parser.add_argument(
+        "--grow", type=Path, help="folder of a trained VAE of factor 4, whose outer levels to begin with"
+    )
+    parser.add_argument(
         "--measure", type=Path, help="train nothing: write what W/NAME does to unseen scenes to this file"
     )
     options = parser.parse_args()
@@ -157,7 +181,12 @@ def main() -> None:
     drawings = load_drawings(world, options.work)
     maker = SceneMaker(world, drawings, 1)
     unseen = tensor(SceneMaker(world, drawings, 1001).make(256).images)
-    vae = quicken(build(options.shrink)).train()
+    vae = build(options.shrink)
+    first, last = SHARPEN
+    if options.grow:
+        grow(vae, AutoencoderKL.from_pretrained(options.grow))
+        first, last = SHARPEN_GROWN
+    vae = quicken(vae).train()
     if options.decoder_only:
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(not name.startswith(ENCODER))
@@ -172,7 +201,7 @@ def main() -> None:
             out = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample.float()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         squared = F.mse_loss(out, x)
-        sharpen = min(max((step - SHARPEN[0]) / (SHARPEN[1] - SHARPEN[0]), 0.0), 1.0)
+        sharpen = min(max((step - first) / (last - first), 0.0), 1.0)
         loss = (1 - sharpen) * squared + sharpen * reconstruction(out, x)
         note: Notes = {
             "loss": loss.detach(),

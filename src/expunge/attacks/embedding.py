@@ -76,13 +76,16 @@ class Embedding(Attack):
         """
         if self.changes_nothing:
             return probe
-        # Encoded by the original: what is attacked are the embeddings that the denoiser reads.
-        text = probe.text or model.encode(probe.prompts)
+        # The original's, which the edited model is to be brought back to.
+        original = probe.text or model.encode(probe.prompts)
+        # What is attacked are the embeddings that the edited denoiser reads.
+        with model.using(edit):
+            text = probe.text or model.encode(probe.prompts)
         found = []
         for start in range(0, len(probe), self.batch_size):
             run.progress("attacking", start, len(probe))
             rows = list(range(start, min(start + self.batch_size, len(probe))))
-            found.append(self._attacked(model, edit, text[rows], probe, rows, run))
+            found.append(self._attacked(model, edit, original[rows], text[rows], probe, rows, run))
         run.progress("attacking", len(probe), len(probe))
         embeddings = torch.cat(found).to(text.embeddings)
         return dataclasses.replace(probe, text=dataclasses.replace(text, embeddings=embeddings))
@@ -128,9 +131,16 @@ class Embedding(Attack):
         return found
 
     def _attacked(
-        self, model: Model, edit: Edit, text: Text, probe: Probe, rows: list[int], run: RunContext
+        self,
+        model: Model,
+        edit: Edit,
+        original: Text,
+        text: Text,
+        probe: Probe,
+        rows: list[int],
+        run: RunContext,
     ) -> Tensor:
-        points = self.points(model, text, probe, rows)
+        points = self.points(model, original, probe, rows)
         # The points are the original's, so they are found before the edit is applied.
         best, least = text.embeddings, torch.full((len(rows),), torch.inf)
         names = [(probe.prompts[row], str(probe.seeds[row])) for row in rows]

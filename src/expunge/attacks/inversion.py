@@ -98,7 +98,8 @@ class Inversion(Attack):
             errors = self._errors(model, edit, probe, word, prompts, run, learnt)
             # Chosen by the attacker's objective, for an attacker has no judge to choose by.
             vectors = learnt[errors.index(min(errors))]
-        with torch.no_grad():
+        # Under the edit, which may change the text encoder.
+        with torch.no_grad(), model.using(edit):
             text = model.encode_with(prompts, word, vectors)
         return dataclasses.replace(probe, text=text)
 
@@ -152,8 +153,8 @@ class Inversion(Attack):
                 now = [v + size * shift for v, size, shift in zip(first, sizes, shifts, strict=True)]
                 # What several rows say is encoded once: the text encoder's share of a step is large.
                 said = list(dict.fromkeys(mine[i] for i in some))
-                text = model.encode_with(said, word, now)[[said.index(mine[i]) for i in some]]
                 with model.using(edit):
+                    text = model.encode_with(said, word, now)[[said.index(mine[i]) for i in some]]
                     error = (model.predict(z, t, text) - goal).square().mean()
                     gradients = torch.autograd.grad(error, shifts)
                 # Set by hand: `backward` would fill the gradients of the model's weights, too.
@@ -209,8 +210,8 @@ class Inversion(Attack):
                 z = model.add_noise(latents, noise, t)
                 goal = model.predict(z, t, original)
                 for k, vectors in enumerate(learnt):
-                    text = model.encode_with(mine, word, vectors)
                     with model.using(edit):
+                        text = model.encode_with(mine, word, vectors)
                         errors[k] += float((model.predict(z, t, text) - goal).square().mean()) / CHECKS
         return errors
 

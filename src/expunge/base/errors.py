@@ -58,7 +58,7 @@ class UnknownNameError(ExpungeError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        self.arguments = kind, name, tuple(sorted(known))
+        self.arguments: tuple[str, str, tuple[str, ...]] = kind, name, tuple(sorted(known))
         known = self.arguments[2]
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"

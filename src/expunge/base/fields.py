@@ -97,7 +97,8 @@ def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str], wh
         what: what an error calls the dataclass; by default the words of its name.
 
     Raises:
-        ExpungeError: a field has another name now, or there is none such; the nearest is named.
+        ExpungeError: a field has another name now, or there is none such; the nearest is named, or the
+            reason.
     """
     renamed = getattr(cls, "renamed", {})
     for name in names:
@@ -105,6 +106,8 @@ def require_known(cls: type[Any], names: Iterable[str], known: Sequence[str], wh
             raise ExpungeError(
                 f"{what or _split_words(cls)}: the field {name!r} is named {renamed[name]!r} now"
             )
+        if name not in known and name in (absent := getattr(cls, "absent", {})):
+            raise ExpungeError(f"{what or _split_words(cls)} has no field {name!r}: {absent[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"

@@ -124,7 +124,7 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
     if not is_file(file):
         return
     try:
-        there = {case["suite"]["name"] for case in json.loads(file.read_text(encoding="utf-8"))["cases"]}
+        there = {case["suite"]["name"] for case in parse_json(file.read_text(encoding="utf-8"))["cases"]}
     except (ValueError, KeyError, TypeError):
         raise ExpungeError(f"{file} is not ours to replace; name another folder") from None
     if there != set(suites):
@@ -133,7 +133,7 @@ def check_results(folder: str | Path, suites: Iterable[str]) -> None:
         )
 
 
-def read_header(path: str | Path) -> dict:
+def read_header(path: str | Path) -> dict[str, Any]:
     """Return the header of a safetensors file: names, dtypes, shapes and metadata.
 
     Raises:
@@ -152,8 +152,10 @@ def read_header(path: str | Path) -> dict:
     if start == POINTER[:8]:
         check_pointer(path)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        if not all(isinstance(v, str) for v in header.get("__metadata__", {}).values()):
+            raise ValueError("its metadata are not text")
     except (ValueError, TypeError, KeyError, AttributeError):
         pickled = start.startswith((b"PK\3\4", b"\x80"))
         why = f" but {PICKLED}" if pickled else ""
@@ -196,7 +198,7 @@ def check_weights(folder: str | Path) -> None:
     folder = Path(folder)
     for index in sorted(folder.rglob("*.safetensors.index.json")):
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise ExpungeError(f"{index} is not an index of weight files") from None
         for shard in shards:
@@ -236,6 +238,18 @@ def find_cache_folder() -> Path:
         ) from None
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML from a file of unknown origin.
+
+    Raises:
+        tomllib.TOMLDecodeError: it is not TOML, or nested deeper than Python reads.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("it is nested too deeply") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
@@ -243,7 +257,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ExpungeError: it cannot be read, or is not TOML in UTF-8.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -262,19 +276,32 @@ def format_bytes(n: float) -> str:
     return f"{n / 1e3:.1f} kB"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from a file of unknown origin.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one table.
 
     Raises:
-        ExpungeError: it cannot be read, or holds something else.
+        ExpungeError: it cannot be read, or holds something else, such as a Git LFS pointer.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:
         data = None
     if not isinstance(data, dict):
+        check_pointer(path)
         raise ExpungeError(f"{path} is not a JSON table")
     return data
 

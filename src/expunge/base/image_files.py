@@ -79,6 +79,8 @@ def read_image(
         raise ExpungeError(f"cannot read {path}: it has more than {most} million pixels") from None
     except MemoryError:
         raise ExpungeError(f"cannot read {path}: it does not fit into the memory") from None
+    except ExpungeError as error:
+        raise ExpungeError(f"cannot read {path}: {error}") from None
     except Exception as error:  # Pillow raises many kinds of error for broken files
         known = isinstance(error, OSError) and error.strerror
         what = error.strerror if isinstance(error, OSError) and known else "it is not a whole image"
@@ -111,7 +113,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):
         array = np.asarray(image).astype(np.int64)
         if not 0 <= array.min() <= array.max() <= 65535:
-            raise ValueError("more than 16 bits a channel")
+            raise ExpungeError("its channels have more than 16 bits, of which none is white")
         alpha = (
             None if clear is None else Image.fromarray(np.uint8(255) * (array != clear).astype(np.uint8))
         )
@@ -120,7 +122,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
             return image
         image.putalpha(alpha)
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed white")
+        raise ExpungeError("its pixels are floating-point numbers, of which none is white")
     elif image.mode in ("RGBa", "La"):
         image = image.convert(image.mode.upper()).convert("RGBA")
     elif image.mode in ("RGBA", "LA", "PA") or clear is not None:

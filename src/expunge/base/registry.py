@@ -104,49 +104,47 @@ def read_declared(kind: str, name: str, attribute: str) -> dict[str, str]:
         attribute: the class variable that holds the table.
 
     Returns:
-        The table; empty where the class has none, or its source cannot be read.
+        The table, of the class itself or of one of expunge's that it inherits from; empty where there
+        is none, or the source cannot be read.
     """
     try:
-        tree = ast.parse(_find_file(kind, name).read_text(encoding="utf-8"))
-    except (ExpungeError, OSError, SyntaxError, UnicodeDecodeError, ValueError):
+        return _read_table(_find_file(kind, name), attribute)
+    except ExpungeError:
+        return {}
+
+
+def _read_table(file: Path, attribute: str) -> dict[str, str]:
+    """Read a table from the classes of a source file, or from those of expunge's that they inherit."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
         return {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id == attribute and node.value is not None:
-                with contextlib.suppress(
-                    ValueError, TypeError
-                ):  # a table that is computed, not written out
+                # A table that is computed, not written out, cannot be read.
+                with contextlib.suppress(ValueError, TypeError):
                     return dict(ast.literal_eval(node.value))
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    bases = {ast.unparse(base) for one in classes for base in one.bases}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and bases & {alias.name for alias in node.names}:
+            package, *parts = (node.module or "").split(".")
+            if package == "expunge" and (
+                found := _read_table(HERE.joinpath(*parts).with_suffix(".py"), attribute)
+            ):
+                return found
     return {}
 
 
-def describe_coverage(method: str) -> str:
-    """Return in words on which families a method works, and which of its stages the others lack.
+def tabulate_coverage() -> list[list[str]]:
+    """Return which methods work on which families, ready to print.
 
-    >>> describe_coverage("uce")
-    'every family'
-    """
-    needs = read_declared("methods", method, "needs")
-    by_missing: dict[str, list[str]] = {}
-    for family in list_names("families"):
-        absent = read_declared("families", family, "missing_capabilities")
-        missing = [stage for stage, need in needs.items() if need in absent]
-        by_missing.setdefault(", ".join(missing), []).append(family)
-    if list(by_missing) == [""]:
-        return "every family"
-    parts = [
-        f"{', '.join(families)}: {'all of it' if not missing else f'without its stage {missing}'}"
-        for missing, families in sorted(by_missing.items())
-    ]
-    return "; ".join(parts)
+    A first row holds the methods' names; then, for each family, its name, and for each method "yes", or
+    which of its stages it is without.
 
-
-def matrix() -> list[list[str]]:
-    """Methods on families: a first row of methods' names, then for each family its name, and for each
-    method "yes", or which of its stages it is without.
-
-    >>> [row[0] for row in matrix()[1:]] == list_names("families")
+    >>> [row[0] for row in tabulate_coverage()[1:]] == list_names("families")
     True
     """
     methods = list_names("methods")

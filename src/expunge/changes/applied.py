@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
-from expunge.changes.contract import Change, HookedChange, InputChange, OutputChange, WeightChange
+from expunge.changes.contract import (
+    Change,
+    HookedChange,
+    InputChange,
+    OutputChange,
+    PredictionChange,
+    WeightChange,
+)
 from expunge.changes.layers import check_in_use, find_layer, find_layer_path
 from expunge.changes.strength import check_strength, scale_difference
 
@@ -45,7 +52,9 @@ def check_fit(root: Any, changes: Sequence[Change]) -> None:
             found = getattr(module, change.parameter, None)
             if not isinstance(found, Tensor):
                 raise ExpungeError(f"the edit does not fit: {layer} has no {change.parameter}")
-            if change.parameter not in module._parameters or not found.is_floating_point():
+            # Eight-bit numbers are only stored so: something else computes with them in another dtype.
+            small = found.dtype.itemsize < 2 or not found.is_floating_point()
+            if change.parameter not in module._parameters or small:
                 raise ExpungeError(
                     f"the edit does not fit: {layer} is a {type(module).__name__} that keeps its"
                     f" {change.parameter} in a form of its own"
@@ -96,7 +105,11 @@ class Applied:
             for (module, name), weights in _group_by_parameter(root, changes).items():
                 self._swap(module, name, weights)
             for change in changes:
-                if isinstance(change, HookedChange):
+                if isinstance(change, PredictionChange):
+                    denoiser = find_layer_path(root, change.layers[0])[0]
+                    hook = change.make_hook(self._strength)
+                    self._hooks.append(denoiser.register_forward_hook(hook, with_kwargs=True))
+                elif isinstance(change, HookedChange):
                     # On the wrapper: what a loaded LoRA adds then reads and returns the same.
                     modules = [find_layer_path(root, layer)[-1] for layer in change.layers]
                     self._hooks += _register_hooks(modules, change, self._strength)
@@ -118,6 +131,13 @@ class Applied:
             value = change.weight(value)
         if self._strength != 1:
             value = scale_difference(before, value, self._strength)
+        # What overflows though every change is finite: half precision, and strengths beyond 1.
+        risky = self._strength > 1 or value.dtype == torch.float16
+        if risky and not bool(value.detach().isfinite().all()):
+            raise ExpungeError(
+                f"at strength {self._strength:g} the edit makes NaN or infinity of a weight of"
+                f" {changes[0].layers[0]}, in {str(value.dtype).removeprefix('torch.')}"
+            )
         if not value.requires_grad:
             value = nn.Parameter(value, original.requires_grad)
         # A tensor that requires gradients replaces the parameter as it is: wrapped, it would be a leaf.

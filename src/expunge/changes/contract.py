@@ -1,9 +1,10 @@
-"""What every change answers, and the three ways in which one may act on a layer."""
+"""What every change answers, and the ways in which one may act on a layer."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,6 +61,10 @@ class WeightChange(Change):
 class HookedChange(Change):
     """A change that depends on a layer's input, and so runs as a forward hook."""
 
+    unfittable: ClassVar[str] = ""
+    """Why no static weights are fitted to it: the end of a sentence that begins with "a … change". ""
+    where `fit_static_weights` fits some."""
+
     def weight(self, original: Tensor) -> Tensor:
         """Refuse: no static weight does the same.
 
@@ -86,3 +91,15 @@ class OutputChange(HookedChange):
     @abstractmethod
     def change_output(self, x: Tensor, output: Tensor) -> Tensor:
         """Return what replaces `output`, (…, tokens, out), the layer's output for the input x."""
+
+
+class PredictionChange(HookedChange):
+    """A change of what the denoiser predicts. Its layers are those that read what it has of text."""
+
+    @abstractmethod
+    def make_hook(self, strength: float) -> Callable[..., Any]:
+        """Return a forward hook of the denoiser, with keyword arguments, for one application.
+
+        Args:
+            strength: how much of the difference that it makes counts.
+        """

@@ -127,6 +127,10 @@ class Damped(TokenGates, OutputChange):
     """
 
     kind: ClassVar[str] = "damped"
+    unfittable: ClassVar[str] = (
+        "turns channels down, which no input could do, so no weights are fitted to it: make the edit"
+        " with reduction 'shared'"
+    )
     damping: Tensor
     """g, (gates, out), each between 0 (unchanged) and 1 (silent)."""
     concept: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]

@@ -29,6 +29,9 @@ def unwrap(module: nn.Module) -> nn.Module:
             inner = module._modules.get("base_layer")  # of peft
         if inner is None and isinstance(module, PARALLEL):
             inner = module.module
+        if inner is None and type(module).__module__.startswith("peft."):
+            # `get_peft_model` puts a whole network into two wrappers, which hold it by these names.
+            inner = module._modules.get("base_model") or module._modules.get("model")
         if inner is None:
             return module
         module = inner
@@ -122,9 +125,11 @@ def read_base_parameter(root: Any, layer: str, parameter: str) -> Tensor:
         parameter: the parameter's name: "weight".
 
     Raises:
-        ExpungeError: there is no such layer.
+        ExpungeError: there is no such layer, or it has no such parameter.
     """
-    tensor = getattr(find_layer(root, layer), parameter)
+    tensor = getattr(find_layer(root, layer), parameter, None)
+    if not isinstance(tensor, Tensor):
+        raise ExpungeError(f"the edit does not fit: {layer} has no {parameter}")
     while hasattr(tensor, "expunge_base"):  # set by `Applied`; edits may be stacked
         tensor = tensor.expunge_base
     return tensor

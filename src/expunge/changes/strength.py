@@ -22,9 +22,13 @@ def check_strength(strength: float) -> float:
     """
     if isinstance(strength, bool) or not isinstance(strength, Real):
         raise ExpungeError(f"strength must be a number, 0 or more, not {strength!r}")
-    if not 0 <= strength < math.inf:
-        raise ExpungeError(f"strength must be 0 (nothing changes) or more, not {float(strength):g}")
-    return float(strength)
+    try:
+        number = float(strength)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ExpungeError(f"strength must be 0 (nothing changes) or more, and finite, not {number:g}")
+    return number
 
 
 def scale_difference(before: Tensor, after: Tensor, strength: float) -> Tensor:

@@ -26,12 +26,14 @@ from expunge.checkpoints import erasure_notes, loading, pipelines, safetensors_i
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote
 from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.lora import read_lora
+from expunge.checkpoints.lora.keys import name_text_layer
 from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
 from expunge.checkpoints.variants import PICKLES, find_weight_files, read_components, read_variants
 from expunge.checkpoints.weight_changes import Place
 from expunge.edit import Edit
 from expunge.fingerprint import ParameterReader, is_same_base, list_places
 from expunge.model import Model
+from expunge.ops.rounding import RoundingCost
 
 DENOISER_PREFIX = "model.diffusion_model."
 """How the denoiser's tensors begin in a single file that holds more than the denoiser."""
@@ -262,20 +264,16 @@ class Checkpoint:
     def name_by_kohya(self, layer: str) -> str | None:
         """Return a layer's name in a LoRA of kohya's naming; None where it has none."""
         component, _, inside = layer.partition(".")
-        return (
-            self.family.kohya_layer_name(inside, self.config) if self._is_denoiser(component) else None
-        )
+        if self._is_denoiser(component):
+            return self.family.kohya_layer_name(inside, self.config)
+        return name_text_layer(layer, self.family, "kohya")
 
     def infer_variant(self) -> str:
         """Infer which of its family's base models it is built like, as `Model.infer_variant` does."""
         file = self.path / "scheduler" / "scheduler_config.json"
         prediction = files.read_json(file).get("prediction_type") if file.is_file() else None
-        tensors = {
-            name: entry["shape"]
-            for header in self.headers.values()
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        entries = (item for header in self.headers.values() for item in header.items())
+        tensors = {name: entry["shape"] for name, entry in entries if name != "__metadata__"}
         return self.family.infer_variant(self.config, tensors, prediction or "")
 
     def read_lora(self, path: str | Path, scale: float = 1.0) -> tuple[WeightChange, ...]:
@@ -322,6 +320,7 @@ class Checkpoint:
         notes: Sequence[ErasureNote],
         extra_files: Mapping[str, str | Callable[[], str]] | None = None,
         variant_updates: Mapping[str, Mapping[Place, TensorUpdate]] | None = None,
+        cost: RoundingCost | None = None,
     ) -> None:
         """Copy the model with some parameters changed, one of them at a time in memory.
 
@@ -335,6 +334,7 @@ class Checkpoint:
             extra_files: texts of further files in the folder, by their names; functions are called when
                 everything else is written.
             variant_updates: the new values of a variant's parameters, where they differ from `updates`.
+            cost: what the rounding of scaled tensors is added to.
 
         Raises:
             ExpungeError: a parameter is missing, the disk is too full, or `output` cannot be written.
@@ -352,6 +352,7 @@ class Checkpoint:
                 output,
                 by_file.get(self.path, {}),
                 {NOTE: note, **erasure_notes.update_metadata(metadata, notes)},
+                cost,
             )
             return
         others = [path for path in self._list_files() if path not in by_file]
@@ -363,7 +364,8 @@ class Checkpoint:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
             for path, some in by_file.items():
-                safetensors_io.copy_file(path, folder / path.relative_to(self.path), some, {NOTE: note})
+                target = folder / path.relative_to(self.path)
+                safetensors_io.copy_file(path, target, some, {NOTE: note}, cost)
             file = folder / "expunge.json"
             settings = files.read_json(file) if file.is_file() else {}
             settings["erased"] = json.loads(note)

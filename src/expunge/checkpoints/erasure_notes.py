@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.base.errors import ExpungeError, join_names
+from expunge.base.files import parse_json
 from expunge.checkpoints.weight_changes import Place
 from expunge.edit import Edit, Record
 from expunge.fingerprint import list_places
@@ -47,7 +48,7 @@ class ErasureNote:
 
 def serialise_notes(notes: Sequence[ErasureNote]) -> str:
     """Serialise notes as JSON, as `NOTE` holds them."""
-    return json.dumps([dataclasses.asdict(note) for note in notes])
+    return json.dumps([{**dataclasses.asdict(n), "record": n.record.to_dict()} for n in notes])
 
 
 def read_notes(header: Mapping[str, Any]) -> tuple[ErasureNote, ...]:
@@ -57,7 +58,7 @@ def read_notes(header: Mapping[str, Any]) -> tuple[ErasureNote, ...]:
         ExpungeError: they cannot be read.
     """
     try:
-        entries = json.loads(header.get("__metadata__", {}).get(NOTE, "[]"))
+        entries = parse_json(header.get("__metadata__", {}).get(NOTE, "[]"))
     except ValueError:
         entries = None
     return parse_notes(entries, "the file")
@@ -90,7 +91,7 @@ def update_metadata(metadata: Mapping[str, str], notes: Sequence[ErasureNote]) -
         the entries to write; None for those to remove.
     """
     try:
-        former = json.loads(metadata[FORMER]) if FORMER in metadata else None
+        former = parse_json(metadata[FORMER]) if FORMER in metadata else None
     except ValueError:
         former = {}
     if former is None:

@@ -16,13 +16,14 @@ from torch import Tensor
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
 from expunge.base.files import read_header
-from expunge.changes import require_finite
+from expunge.changes import describe_text_encoders, require_finite
 from expunge.checkpoints import hub
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.erasure_notes import NOTE, ErasureNote, serialise_notes
 from expunge.checkpoints.lora import Lora
 from expunge.checkpoints.lora.base_models import describe_base, read_base_title
 from expunge.checkpoints.lora.factors import Naming
+from expunge.checkpoints.lora.keys import require_text_keys
 from expunge.checkpoints.lora.programs import choose_form, describe_support
 from expunge.checkpoints.model_card import (
     LORA_FORMS,
@@ -123,6 +124,8 @@ def export(
     edit.require_family(checkpoint.family)
     texts = TextEncoders(checkpoint, config)
     static, lost = make_static(edit, checkpoint, texts)
+    if text := describe_text_encoders(edit.changes):
+        lost = (*lost, f"Of this edit, {text}.")
     changes = group_by_place(static)
     loras = [change for file, scale in beneath for change in checkpoint.read_lora(file, scale)]
     # The edit was made on top of these LoRAs, so that it is compared and factorised on top of them.
@@ -140,9 +143,11 @@ def export(
             ExpungeWarning,
             stacklevel=2,
         )
+    weights = [layer for layer, parameter in changes if parameter == "weight"]
+    if to not in ("diffusers", "safetensors"):
+        require_text_keys(weights, checkpoint.family, to)
     # Only now: whether kohya has a name for every layer depends on what the edit changes.
     if to not in FORMS:
-        weights = [layer for layer, parameter in changes if parameter == "weight"]
         to = choose_form(to, checkpoint.family, all(map(checkpoint.name_by_kohya, weights)))
     make_card = partial(render_card, edit, to, licence=licence, report=report)
     card, moved = choose_card_path(output)
@@ -178,6 +183,7 @@ def export(
         make_updates(group_by_place([*loras, *static]), edit.hash, cost),
         (*checkpoint.read_erasures(), ErasureNote.of(edit)),
         {"README.md": lambda: make_card(notes=list_notes())},
+        cost=cost,
     )
     if to == "safetensors":
         write_card(card, make_card(notes=list_notes()))

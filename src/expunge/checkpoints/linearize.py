@@ -75,11 +75,8 @@ def fit_static_weights(
     Source: MACE (Lu et al., CVPR 2024, arXiv 2403.06135), eq. 7, applied to the gates' outputs.
     """
     for change in changes:
-        if isinstance(change, HookedChange) and not isinstance(change, InputChange):
-            raise ExpungeError(
-                f"a {change.kind} change turns channels down, which no input could do, so no weights are"
-                " fitted to it: make the edit with reduction 'shared'"
-            )
+        if isinstance(change, HookedChange) and change.unfittable:
+            raise ExpungeError(f"a {change.kind} change {change.unfittable}")
     fitted: list[Change] = [change for change in changes if not isinstance(change, HookedChange)]
     gates = [change for change in changes if isinstance(change, InputChange)]
     if not gates:

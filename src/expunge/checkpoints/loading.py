@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from expunge.model import Model
 
 FILE_ENDINGS = (
-    ".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".toml", ".txt", ".csv",
+    ".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".toml", ".txt", ".csv",
 )  # fmt: skip
 """The endings of files, which no hub id has."""
 
@@ -110,6 +110,9 @@ def is_hub_id(model: str | Path) -> bool:
     # The hub allows 96 characters for the name, and one for the slash.
     if not isinstance(model, str) or model.lower().endswith(FILE_ENDINGS) or len(model) > 96 + 1:
         return False
+    # A mistyped ending is still one; hub ids end in a version at most, such as "-v1.5".
+    if difflib.get_close_matches(Path(model).suffix.lower(), FILE_ENDINGS, n=1, cutoff=0.8):
+        return False
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) is not None
 
 
@@ -126,6 +129,8 @@ def check_single_file(path: Path) -> None:
         )
     header = read_header(path)
     names = [name for name in header if name != "__metadata__"]
+    if not names:
+        raise ExpungeError(f"{path} holds no tensors")
     if any("lora_" in name or ".lora" in name for name in names):
         raise ExpungeError(f"{path} is a LoRA, not a model; give its model, and --lora {path}")
     if "expunge" in header.get("__metadata__", {}):

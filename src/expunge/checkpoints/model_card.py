@@ -10,7 +10,7 @@ from typing import Any
 from expunge import __version__
 from expunge.base.errors import ExpungeError, join_names
 from expunge.base.fields import format_values
-from expunge.base.files import replacing
+from expunge.base.files import parse_json, replacing
 from expunge.changes import summarize
 from expunge.edit import Edit
 
@@ -127,7 +127,7 @@ def _render_figures(report: str | Path) -> list[str]:
     """The results of a report, as a table for each suite."""
     path = Path(report) / "results.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         lines = []
         for case in data["cases"]:
             suite, rows = case["suite"], case["rows"]

@@ -72,6 +72,13 @@ class Pace:
         clock: returns the time in seconds.
     """
 
+    model: Model
+    overhead: float
+    tell: Progress
+    clock: Callable[[], float]
+    label: str
+    share: float
+
     def __init__(
         self,
         model: Model,
@@ -82,7 +89,7 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.overhead, self.tell, self.clock = model, overhead, tell, clock
-        self.kinds = {
+        self.kinds: dict[str, UnitCount] = {
             kind: UnitCount(totals.get(kind, 0.0), unit_seconds.get(kind, 0.0)) for kind in KINDS
         }
         self.listeners: list[Listener] = []

@@ -22,7 +22,7 @@ from expunge.checkpoints.variants import IDLE, find_weight_files, read_component
 if TYPE_CHECKING:
     from expunge.model import Model
 
-SINGLE_FILE_PREFIXES = {
+SINGLE_FILE_PREFIXES: dict[str, tuple[str, ...]] = {
     "CLIPText": ("cond_stage_model.", "conditioner.", "text_encoders.clip_"),
     "T5Encoder": ("text_encoders.t5",),
     "AutoencoderKL": ("first_stage_model.", "vae."),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import check_space, read_header, replacing
-from expunge.ops.rounding import round_stochastically
+from expunge.ops.rounding import RoundingCost, round_stochastically
 
 DTYPES = {
     "F64": torch.float64,
@@ -76,9 +77,12 @@ def find_scales(header: Mapping[str, Any]) -> dict[str, str]:
     """Find the scaled weights of a file, and the name of each one's scale.
 
     Raises:
-        ExpungeError: weights are quantised in blocks or to integers.
+        ExpungeError: weights are quantised in blocks or to integers, or have scales of an unknown name.
     """
     found = {}
+    beside: dict[str, list[str]] = {}
+    for name in header:
+        beside.setdefault(_name_layer(name), []).append(name)
     for name, place in header.items():
         stem, _, last = name.rpartition(".")
         if name == "__metadata__" or last != "weight":
@@ -92,10 +96,23 @@ def find_scales(header: Mapping[str, Any]) -> dict[str, str]:
                 " in 16 bits, or in eight-bit floating point"
             )
         if not scales:
+            # Whatever else is called a scale, an eight-bit weight means nothing without it.
+            others = [one for one in beside[stem] if kind.startswith("F8") and _is_other_scale(one)]
+            if others:
+                raise ExpungeError(
+                    f"{name} has {others[0]} beside it, which is no scale that is known here"
+                    f" (known: {', '.join(SCALES)}): give the model in 16 bits"
+                )
             continue
         shape, rows = header[scales[0]]["shape"], place["shape"][0]
-        # Scales of blocks have more entries than rows, or a second level.
-        by_row = prod(shape) == rows and rows in shape
+        stored = header[scales[0]]["dtype"]
+        if stored not in DTYPES or not DTYPES[stored].is_floating_point:
+            raise ExpungeError(
+                f"{scales[0]} is stored as {stored}, and should be a floating-point number: give the"
+                " model in 16 bits"
+            )
+        # Scales of blocks have more entries than rows, or a second level; a single row is of columns.
+        by_row = shape[:1] == [rows] and prod(shape) == rows
         if not (prod(shape) == 1 or by_row) or f"{dot}weight_scale_2" in header:
             raise ExpungeError(
                 f"{name} is scaled in blocks, and such weights are not read: give the model in 16 bits"
@@ -148,6 +165,7 @@ def copy_file(
     target: str | Path,
     updates: Mapping[str, TensorUpdate],
     metadata: Mapping[str, str | None] | None = None,
+    cost: RoundingCost | None = None,
 ) -> None:
     """Copy a file with some tensors changed; `target` is whole or stays as it was.
 
@@ -156,6 +174,7 @@ def copy_file(
         target: the file to write, another one.
         updates: the new values of tensors, by their names.
         metadata: entries to add to the file's metadata; None removes an entry.
+        cost: what the rounding of scaled tensors is added to; an update rounds all others itself.
 
     Raises:
         ExpungeError: `source` is no whole safetensors file, a tensor is missing or contains NaN or
@@ -184,8 +203,11 @@ def copy_file(
             original = _read_finite(old, header, name, source)
             at = scales[name]
             scale = None if at is None else _read_finite(old, header, at, source)
-            updated = updates[name](original if scale is None else _unscale(original, scale))
+            before = original if scale is None else _unscale(original, scale)
+            updated = updates[name](before)
             one = _store(updated, original.dtype, scale, name, source)
+            if cost is not None and one.scale is not None and isinstance(updated, Tensor):
+                cost.add(before, updated, _unscale(one.value, one.scale), original.dtype)
             new.write(_to_bytes(_check_finite(one.value, name, source)))
             if at is not None and one.scale is not None and one.scale is not scale:
                 new_scales[at] = one.scale
@@ -235,9 +257,24 @@ def unscale_file(source: str | Path, target: str | Path, dtype: torch.dtype) -> 
 
 def _select_layer(header: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The entries of a header that belong to one tensor: its own and its scales'."""
-    stem = name.rpartition(".")[0]
-    beside = [f"{stem}." * bool(stem) + scale for scale in (*SCALES, "weight_scale_2")]
-    return {key: header[key] for key in (name, *beside) if key in header}
+    layer = _name_layer(name)
+    return {
+        key: entry
+        for key, entry in header.items()
+        if key == name or (_name_layer(key) == layer and not key.endswith(".weight"))
+    }
+
+
+def _name_layer(name: str) -> str:
+    """The layer of a tensor: "a.b" for `a.b.weight`, `a.b.scale` and `a.b.weight.scale`."""
+    layer, _, last = name.rpartition(".")
+    return layer if last == "weight" else re.sub(r"(^|\.)weight$", "", layer)
+
+
+def _is_other_scale(name: str) -> bool:
+    """Whether a tensor is called a scale, and by no name that is known here."""
+    last = name.rpartition(".")[2]
+    return "scale" in last and last not in (*SCALES, *IGNORED, MARK)
 
 
 def _store(

@@ -104,8 +104,9 @@ def read_text_moments(model: Model, problem: Problem) -> dict[str, TextMoments]:
 
 
 def _sum_moments(model: Model, groups: Sequence[Sequence[str]], encoders: str) -> dict[str, Tensor]:
-    """Σ e eᵀ of "tokens" and "pooled", averaged over a group's prompts and summed over groups: (d, d),
-    float32, read from the cache folder or written there.
+    """Return Σ e eᵀ of "tokens" and "pooled", averaged over a group's prompts and summed over groups.
+
+    Each is (d, d), float32, read from the cache folder or written there.
 
     Args:
         model: the model whose text encoders run.

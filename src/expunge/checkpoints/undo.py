@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from expunge.changes import HookedChange, LowRank, Right, Sparse, WeightChange
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.erasure_notes import ErasureNote
 from expunge.checkpoints.safetensors_io import StoredTensor, TensorUpdate
+from expunge.checkpoints.variants import list_variants
 from expunge.checkpoints.weight_changes import Place, group_by_place, require_weights
 from expunge.edit import Edit
 from expunge.fingerprint import is_same_base
@@ -57,6 +59,7 @@ def undo(
     updates: Mapping[Place, TensorUpdate]
     if original is not None:
         source = original if isinstance(original, Checkpoint) else Checkpoint.find(original)
+        source = _choose_variant(source, last)
         updates = _copy_from(source, last)
         variant_updates = _copy_variants_from(source, erased_model, last)
     elif edit is not None:
@@ -71,21 +74,35 @@ def undo(
     return last
 
 
-def _copy_from(source: Checkpoint, last: ErasureNote) -> dict[Place, TensorUpdate]:
-    """Updates that put the original's tensors in place of the changed ones.
+def iterate_variants(model: Checkpoint) -> Iterator[Checkpoint]:
+    """Yield a model once for each variant of its weights, first as it is read by default."""
+    yield model
+    for variant in [] if model.is_file else list_variants(model.path):
+        yield replace(model, variant=variant)
+
+
+def _choose_variant(original: Checkpoint, last: ErasureNote) -> Checkpoint:
+    """The original, read in the variant of its weights that the edit was made from.
 
     Raises:
-        ExpungeError: `source` is not the original.
+        ExpungeError: `original` is not the original.
     """
-    if last.record.family not in ("", source.family.__name__):
+    if last.record.family not in ("", original.family.__name__):
         raise ExpungeError(
-            f"{source.name} is {source.family.__name__}, and what was erased was {last.record.family}"
+            f"{original.name} is {original.family.__name__}, and what was erased was"
+            f" {last.record.family}"
         )
-    # The note's hash is of the tensors before the erasure, rounded to float16.
-    if not is_same_base(source.read, last.places, last.record.base):
-        raise ExpungeError(
-            f"{source.name} has other weights than the model that was erased; it cannot be put back"
-        )
+    for source in iterate_variants(original):
+        # The note's hash is of the tensors before the erasure, rounded to float16.
+        if is_same_base(source.read, last.places, last.record.base):
+            return source
+    raise ExpungeError(
+        f"{original.name} has other weights than the model that was erased; it cannot be put back"
+    )
+
+
+def _copy_from(source: Checkpoint, last: ErasureNote) -> dict[Place, TensorUpdate]:
+    """Updates that put the original's tensors in place of the changed ones."""
     return {
         place: partial(_read_original, source=source, place=place, variant=None) for place in last.places
     }

@@ -142,6 +142,16 @@ def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     return found
 
 
+def list_variants(folder: Path) -> list[str]:
+    """List the variants of all components of a diffusers folder; "" is the plain one.
+
+    Raises:
+        ExpungeError: as `find_weight_files`.
+    """
+    parts = read_components(folder).items()
+    return sorted({one for name, (of, _) in parts for one in find_weight_files(folder / name, of)})
+
+
 def check_folder(folder: str | Path, variant: str | None = None) -> None:
     """Check that every file of a diffusers folder that is read is there and whole.
 

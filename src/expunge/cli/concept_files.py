@@ -33,14 +33,15 @@ import io
 import re
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
 from expunge.base.fields import build
+from expunge.base.files import parse_toml
 from expunge.cli.trainer_files import is_trainer_file, parse_yaml, read_trainer_file
-from expunge.problem import KINDS, Concept, Kind, normalize_name
+from expunge.problem import KINDS, Concept, Kind, Problem, normalize_name
 
 YAML = (".yaml", ".yml")
 """The endings of YAML files, in which other trainers say what to erase."""
@@ -50,6 +51,25 @@ COLUMNS = ("name", "anchor", "kind", "synonyms")
 
 Located = Iterator[tuple[str, Concept]]
 """Concepts, each with its place in the file: "line 3"."""
+
+
+def read_problem(named: Sequence[str], file: str | None, kind: str, retain: Sequence[str]) -> Problem:
+    """Read the problem that a command's options state.
+
+    Args:
+        named: concepts as `Concept.parse` reads them.
+        file: a file of further concepts, as `read_concepts` reads it.
+        kind: the kind of concepts that name none.
+        retain: prompts that must stay.
+
+    Raises:
+        ExpungeError: there is no such kind, the file cannot be read, or the problem is not whole.
+    """
+    if kind not in KINDS:
+        raise UnknownNameError("kind of concept", kind, KINDS)
+    concepts = tuple(Concept.parse(text, cast(Kind, kind)) for text in named)
+    in_file, also = read_concepts(file, cast(Kind, kind)) if file else ((), ())
+    return Problem(concepts + in_file, (*retain, *also))
 
 
 def read_concepts(
@@ -114,7 +134,8 @@ def _read_trainers(path: Path, data: Any, kind: Kind) -> tuple[Located, tuple[st
 
 def _read_lines(path: Path, text: str, kind: Kind) -> Located:
     """Read the concepts of a `.txt` file."""
-    for number, content in enumerate(text.splitlines(), 1):
+    # Not `splitlines`, to which a separator within a name, such as U+2028, ends a line, too.
+    for number, content in enumerate(re.split(r"\r\n?|\n", text), 1):
         where = f"line {number}"
         content = re.sub(r"(^|\s)#.*", "", content).strip()
         if not content:
@@ -194,7 +215,7 @@ def _read_retain(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        return parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise ExpungeError(f"{path} is not TOML: {error}") from error
 

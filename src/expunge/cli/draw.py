@@ -6,18 +6,25 @@ import dataclasses
 import os
 import re
 import unicodedata
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files
-from expunge.base.errors import ExpungeError
+from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.terminal import show_progress
 from expunge.probe import Probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expunge.evaluation.image_source import Request
 
 LARGEST_GRID = 4096
 """How many images `draw` puts into one file."""
@@ -51,6 +58,8 @@ def run_draw(options: DrawOptions) -> None:
     from expunge.base import image_files
 
     probe = Probe.of(options.prompt, options.number, options.seed, options.steps, options.guidance)
+    if not options.output:
+        raise ExpungeError("-o is empty: name a file such as FILE.png, or FOLDER/")
     output = Path(options.output)
     to_folder = options.output.endswith("/") or output.is_dir()
     if not to_folder:
@@ -88,6 +97,7 @@ def run_draw(options: DrawOptions) -> None:
     with show_progress() as progress:
         # A cache folder that cannot be written must not stop the drawing.
         images = Cache(required=False).draw(source, requests, progress)
+    _check_finite(images, requests)
     if to_folder:
         for image, request in zip(images, requests, strict=True):
             name = f"{_make_file_name(request.prompt)}-{request.seed}-{source.address(request)[:8]}"
@@ -95,6 +105,25 @@ def run_draw(options: DrawOptions) -> None:
     else:
         image_files.save_image(image_files.make_grid(images), output)
     print(f"{options.output}: {len(probe)} image{'s' * (len(probe) > 1)} of {options.prompt!r}")
+
+
+def _check_finite(images: Tensor, requests: Sequence[Request]) -> None:
+    """Check that images hold numbers; warn where some do not, and files show them black.
+
+    Raises:
+        ExpungeError: none does.
+    """
+    broken = [r.seed for r, image in zip(requests, images, strict=True) if not image.isfinite().all()]
+    if not broken:
+        return
+    which = join_names([str(seed) for seed in broken], 5)
+    text = (
+        f"the model draws NaN in place of an image with the seed {which}: try a smaller --guidance than"
+        f" {requests[0].guidance_scale:g}, or --dtype float32"
+    )
+    if len(broken) == len(images):
+        raise ExpungeError(text)
+    warnings.warn(text, ExpungeWarning, stacklevel=2)
 
 
 def _make_file_name(prompt: str, longest: int = 60) -> str:

@@ -25,9 +25,10 @@ from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
 from expunge.cli.terminal import make_plain_table, print_table, show_progress
-from expunge.problem import KINDS, Concept, Problem
+from expunge.problem import Problem
 
 if TYPE_CHECKING:
+    from expunge.edit import Record
     from expunge.method import Method
     from expunge.model import Model
     from expunge.runtime.threads import Threads
@@ -52,6 +53,8 @@ class EraseOptions:
         UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")
     ] = ()
     """A prompt whose images must stay as they are."""
+    onto: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
+    """An edit to build on: what it erases stays erased, and the new file does both."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """A named set of the method's options; those given beside it count. `--preset list` lists them."""
     model: str = "emoji"
@@ -113,13 +116,7 @@ def check_problem(options: EraseOptions) -> Problem:
     Raises:
         ExpungeError: the concepts, the model or the output file are not usable.
     """
-    if options.kind not in KINDS:
-        raise UnknownNameError("kind of concept", options.kind, KINDS)
-    named = tuple(Concept.parse(text, options.kind) for text in options.concept)
-    in_file, retain = (
-        concept_files.read_concepts(options.concepts, options.kind) if options.concepts else ((), ())
-    )
-    problem = Problem(named + in_file, options.retain + retain)
+    problem = concept_files.read_problem(options.concept, options.concepts, options.kind, options.retain)
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
@@ -139,11 +136,19 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     method.check_family(
         Checkpoint.find(options.model, weights=False, variant=options.loading.variant).family
     )
+    onto = None
+    if options.onto:
+        from expunge.edit import Edit
+        from expunge.erasing.onto import add_constraints
+
+        onto = Edit.load(options.onto)
+        add_constraints(problem, onto)  # a contradiction is said before the model is loaded
     if options.loading.dry_run:
         options.loading.print_estimate(options.model, lambda steps: method.estimate_cost(problem, steps))
         return
     # One step is enough to tell whether the method needs more than the text encoders.
-    model = options.loading.load(options.model, method.estimate_cost(problem, 1))
+    # To build on an edit, its weights have to be in memory.
+    model = options.loading.load(options.model, None if onto else method.estimate_cost(problem, 1))
     warn_unknown_words(model, problem)
     if method.reads_anchor:
         announce_anchors(model, problem)
@@ -156,7 +161,7 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
         )
     cost = method.estimate_cost(problem, model.num_inference_steps)
     folder = work_dir.find_work_dir(options.output)
-    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray}
+    how: Any = {"seed": options.seed, "work": folder, "ray": options.ray, "onto": onto}
     try:
         with contextlib.ExitStack() as stack:
             threads = stack.enter_context(_choose_threads(model))
@@ -182,6 +187,45 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     names = join_names([concept.name for concept in problem.erase], 10)
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
+    for line in describe_moved(edit.record, method):
+        print(line)
+
+
+MOST_LINES = 10
+"""How many concepts have a line of their own in what is printed of how far they moved."""
+
+
+def describe_moved(record: Record, method: Method) -> list[str]:
+    """Say how far each concept moved toward its anchor in held-out prompts; of many, the range alone.
+
+    Args:
+        record: of the edit.
+        method: that made it.
+
+    Returns:
+        Lines. The last calls the edit weak, with what to turn, where a concept moved by less than
+        `WEAK` of the way.
+    """
+    from expunge.erasing.moved_share import WEAK
+
+    shares = record.moved
+    anchors = {c.name: c.anchor if record.reads_anchor else "" for c in record.problem.erase}
+    if len(shares) > MOST_LINES:
+        low, high = (f"{100 * share:.0f}" for share in (min(shares.values()), max(shares.values())))
+        lines = [f"moved {low} to {high} % of the way to their anchors on held-out prompts"]
+    else:
+        lines = [
+            f"{name}: moved {100 * share:.0f} % of the way to {anchors[name] or 'the empty prompt'}"
+            " on held-out prompts"
+            for name, share in shares.items()
+        ]
+    if weak := [name for name, share in shares.items() if share < WEAK]:
+        turn = method.stronger or "other values of the method's fields"
+        lines.append(
+            f"this edit is weak for {join_names(weak, 5)}: less than {100 * WEAK:.0f} % of the way;"
+            f" try {turn}, or another preset or method"
+        )
+    return lines
 
 
 def _choose_threads(model: Model) -> Threads:

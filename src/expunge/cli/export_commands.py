@@ -153,20 +153,26 @@ def run_merge(options: MergeOptions) -> None:
 
 @dataclass(frozen=True)
 class UndoOptions:
-    """Take the last erasure out of a model that export wrote."""
+    """Take the last erasure out of a model that export wrote, or one concept out of an edit."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A diffusers folder or a single file; it is never written to."""
+    model: Annotated[Positional[str], arg(metavar="MODEL|EDIT")]
+    """A diffusers folder or a single file, or with --concept an edit; it is never written to."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE|FOLDER")]
     """What to write: a new folder for a folder, a file for a file."""
+    concept: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """A concept of an edit in closed form: the edit is solved again without it, the rest as it was."""
     original: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
-    """The model it was made from; the changed tensors are copied from it, bit for bit."""
+    """The model it was made from; the changed tensors are copied from it, bit for bit. With --concept,
+    by default the one that the edit names."""
     edit: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
     """Without the original: the edit, whose changes are then subtracted."""
 
 
 def run_undo(options: UndoOptions) -> None:
     """Run `expunge undo`."""
+    if options.concept is not None:
+        _undo_concept(options, options.concept)
+        return
     from expunge.checkpoints.undo import undo
     from expunge.edit import Edit
 
@@ -174,3 +180,26 @@ def run_undo(options: UndoOptions) -> None:
     done = undo(options.model, options.output, original=options.original, edit=edit)
     names = ", ".join(concept.name for concept in done.record.problem.erase[:10])
     print(f"{options.output}: {names} back, {len(done.places)} tensors")
+
+
+def _undo_concept(options: UndoOptions, name: str) -> None:
+    """Solve an edit again without one of its concepts.
+
+    Raises:
+        ExpungeError: the file is no edit, it erases no such concept, or it cannot be solved again.
+    """
+    if options.edit:
+        raise ExpungeError("with --concept, the edit itself comes first: leave --edit out")
+    if not options.output.lower().endswith(".safetensors"):
+        raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
+    files.check_writable(options.output)
+    from expunge.checkpoints.load import load
+    from expunge.edit import Edit
+    from expunge.erasure import restore_concept
+
+    edit = Edit.load(options.model)
+    model = load(_choose_model(edit.record.model, options.original))
+    done = restore_concept(model, edit, name)
+    done.save(options.output)
+    left = ", ".join(concept.name for concept in done.record.problem.erase[:10])
+    print(f"{options.output}: {name} back; still erased: {left}")

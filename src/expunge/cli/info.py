@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
-from expunge.base.errors import ExpungeError
+from expunge.base.errors import ExpungeError, join_names
 from expunge.base.fields import format_values
 from expunge.cli.terminal import make_plain_table, print_table
 
@@ -44,7 +44,7 @@ def run_info(options: InfoOptions) -> None:
     if is_model(options.edit):
         print_model(options.edit)
         return
-    from expunge.changes import summarize
+    from expunge.changes import describe_text_encoders, summarize
     from expunge.edit import Edit
 
     edit = Edit.load(options.edit)
@@ -56,10 +56,17 @@ def run_info(options: InfoOptions) -> None:
         becomes = f"becomes {becomes}" if record.reads_anchor else "its method read no anchor"
         table.add_row("erases", f"{concept.name}{also} ({concept.kind}); {becomes}")
     table.add_row("retains", ", ".join(record.problem.retain) or "nothing by name")
+    if record.onto is not None:
+        earlier = ", ".join(concept.name for concept in record.onto.problem.erase)
+        table.add_row("onto", f"an edit by {record.onto.method} that erases {earlier}")
     table.add_row("method", f"{record.method}: {format_values(record.fields)}")
     table.add_row("made from", f"{record.model or 'an unnamed model'}, seed {record.seed}")
     table.add_row("took", f"{record.seconds:.1f} s")
     table.add_row("changes", summarize(edit.changes))
+    for name, share in record.moved.items():
+        table.add_row("moved", f"{name}: {share:.0%} of the way to its anchor, on held-out prompts")
+    if text := describe_text_encoders(edit.changes):
+        table.add_row("note", text)
     table.add_row(
         "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
     )
@@ -77,7 +84,7 @@ def run_list(options: ListOptions) -> None:
         table.add_row(name, registry.describe(options.kind, name))
     print_table(table if names else f"no {options.kind} yet")
     if options.kind == "methods":
-        heads, *rows = registry.matrix()
+        heads, *rows = registry.tabulate_coverage()
         grid = make_plain_table()
         for row in (heads, *rows):
             grid.add_row(*row)
@@ -102,7 +109,10 @@ def print_model(path: str) -> None:
         from expunge.checkpoints.lora import read_lora_info
 
         lora = read_lora_info(path)
-        rows = [("lora", f"{path}, rank {lora.rank} on {lora.layers} layers")]
+        read = f"rank {lora.rank} on {lora.layers} layers" if lora.layers else "in a naming unknown here"
+        rows = [("lora", f"{path}, {read}")]
+        if lora.others:
+            rows.append(("besides", f"{len(lora.others)} other tensors: {join_names(lora.others, 2)}"))
         rows.append(("for", lora.base or "it does not say which base"))
         history = read_notes(header)
     else:
@@ -131,14 +141,18 @@ def _describe_fit(edit: Edit, model: str | None) -> str:
         ExpungeError: the model cannot be read.
     """
     from expunge.checkpoints.checkpoint import Checkpoint
+    from expunge.checkpoints.undo import iterate_variants
 
     name = model or edit.record.model
     if model is None and name not in registry.list_names("models"):
         return "name the model at hand with --model to see"
     try:
-        same = Checkpoint.find(name).fits(edit)
+        fitting = [one for one in iterate_variants(Checkpoint.find(name)) if one.fits(edit)]
     except ExpungeError as error:
         if model is None or "does not fit" not in str(error):
             raise
         return f"no: {str(error).partition(': ')[2]}"
-    return f"{name}, made from it" if same else f"{name}, though made from other weights"
+    if not fitting:
+        return f"{name}, though made from other weights"
+    variant = fitting[0].variant
+    return f"{name}, made from it" + (f" (its variant {variant})" if variant else "")

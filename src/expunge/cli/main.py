@@ -13,7 +13,7 @@ from typing import Any
 from expunge import __version__
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
-from expunge.cli import draw, erase, evaluate, export_commands, info, studio_command
+from expunge.cli import draw, erase, evaluate, export_commands, forecast, info, studio_command
 from expunge.cli.options import parse_options
 from expunge.cli.terminal import catch_interrupts, make_console, show_warnings
 
@@ -23,6 +23,7 @@ Erase concepts from text-to-image diffusion models.
 usage: expunge COMMAND …
 
   draw PROMPT       draw images, with or without edits
+  forecast          what an erasure would move besides its concepts, in seconds
   erase METHOD      erase concepts; writes an edit
   evaluate EDIT…    judge edits by suites; writes a report
   run EXPERIMENT    erase, judge and report a whole table of methods and concepts
@@ -39,6 +40,7 @@ usage: expunge COMMAND …
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "draw": (draw.DrawOptions, draw.run_draw),
+    "forecast": (forecast.ForecastOptions, forecast.run_forecast),
     "evaluate": (evaluate.EvaluateOptions, evaluate.run_evaluate),
     "run": (evaluate.RunOptions, evaluate.run_experiment),
     "export": (export_commands.ExportOptions, export_commands.run_export),

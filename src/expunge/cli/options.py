@@ -86,7 +86,8 @@ def check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
         arguments: what follows the command's name.
 
     Raises:
-        ExpungeError: one does not exist: its new name if it was renamed, or the nearest one.
+        ExpungeError: one does not exist: its new name if it was renamed, the reason where the method
+            gives one, or the nearest one.
     """
     method = {f.name: f.default for f in dataclasses.fields(options)}.get("method")
     names = {**getattr(options, "renamed", {}), **getattr(method, "renamed", {})}
@@ -95,6 +96,8 @@ def check_options(options: Any, command: str, arguments: Sequence[str]) -> None:
         if name in renamed:
             now = f"--{renamed[name].replace('_', '-')}"
             raise ExpungeError(f"the option {name} of {command} is named {now} now")
+        if reason := getattr(method, "absent", {}).get(name.removeprefix("--").replace("-", "_")):
+            raise ExpungeError(f"{command} has no option {name}: {reason}")
         known = {f"--{f.name.replace('_', '-')}" for f in _list_fields(options)}
         raise UnknownNameError(f"option of {command}", name, known)
 

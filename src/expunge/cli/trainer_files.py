@@ -85,6 +85,8 @@ def parse_yaml(path: Path, text: str) -> Any:
 
     try:
         data = yaml.safe_load(text)
+    except RecursionError:
+        raise ExpungeError(f"{path}: not YAML: it is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""

@@ -34,6 +34,11 @@ class Clip:
         projections: of both encoders' pooled states into the common space, by name.
     """
 
+    tokenizer: Any
+    text: nn.Module
+    image: nn.Module
+    projections: dict[str, Tensor]
+
     def __init__(
         self, tokenizer: Any, text: nn.Module, image: nn.Module, projections: dict[str, Tensor]
     ) -> None:

@@ -35,14 +35,14 @@ class Block(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
+        self.body: nn.Sequential = nn.Sequential(
             nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(after),
             nn.ReLU(),
             nn.Conv2d(after, after, 3, padding=1, bias=False),
             nn.BatchNorm2d(after),
         )
-        self.short = nn.Sequential(
+        self.short: nn.Sequential = nn.Sequential(
             nn.AvgPool2d(stride), nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after)
         )
 
@@ -65,11 +65,11 @@ class Network(nn.Module):
 
     def __init__(self, labels: int, styles: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.sizes = [labels, styles, 1]
+        self.sizes: list[int] = [labels, styles, 1]
         stem = [nn.Conv2d(3, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
         blocks = [Block(before, after, 2) for before, after in itertools.pairwise(widths)]
         self.body = nn.Sequential(*stem, *blocks, Block(widths[-1], widths[-1], 1))
-        self.head = nn.Linear(2 * widths[-1], sum(self.sizes))
+        self.head: nn.Linear = nn.Linear(2 * widths[-1], sum(self.sizes))
         nn.init.constant_(self.head.bias[:labels], -4)  # the prior: one label in fifty is in an image
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +155,9 @@ class Detector:
 
     Cost: about 0.04 GFLOP an image; a thousand images in a second or two on two cores.
     """
+
+    network: Network
+    settings: DetectorConfig
 
     def __init__(self, network: Network, settings: DetectorConfig) -> None:
         self.network, self.settings = network.eval(), settings

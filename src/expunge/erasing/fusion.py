@@ -22,6 +22,9 @@ from expunge.runtime.context import RunContext, Tensors
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name that are computed when they are asked for, and not stored."""
 
+    names: Collection[str]
+    make: Callable[[str], Tensor]
+
     def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
         self.names, self.make = names, make
 

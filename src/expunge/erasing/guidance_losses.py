@@ -41,15 +41,19 @@ class Steering:
             is always reversed.
     """
 
+    model: Model
+    config: TrajectoryConfig
+    objective: Objective
+
     def __init__(self, model: Model, config: TrajectoryConfig) -> None:
         scheduler = config.scheduler
         if scheduler == "auto":
             scheduler = "" if is_flow_matching(model.pipe.scheduler) else "DDIM"
         model = model.with_scheduler(scheduler)
         self.model, self.config, self.objective = model, config, config.objective
-        self.timesteps = model.timesteps(config.num_inference_steps or None)
-        self.scale = model.noise_scale()
-        self.empty = model.unconditional(1)
+        self.timesteps: tuple[int, ...] = model.timesteps(config.num_inference_steps or None)
+        self.scale: Tensor = model.noise_scale()
+        self.empty: Text = model.unconditional(1)
         # As a log-SNR t' means the same noise on every schedule; a step number would not.
         level = model.log_snr()
         # Schedules that end without noise or signal have infinite ends.
@@ -80,8 +84,7 @@ class Steering:
 
     @property
     def title(self) -> str:
-        """Say where guidance turns, with steps counted from the first down to 1: a label for
-        progress."""
+        """Say where guidance turns, as a label for progress; steps count from the first down to 1."""
         n, where = len(self.timesteps), self.config.reverse
         if where == "always":
             return "steering, reversed at all steps"
@@ -94,15 +97,15 @@ class Steering:
         It trains a network to predict for some prompts what it always did.
         """
         # With η = −1 the target ε₀(∅) − η δ₀ is ε₀(c).
-        config = dataclasses.replace(self.config, objective=Objective(-1.0), reverse="always")
+        objective = Objective(-1.0, error=self.objective.error)
+        config = dataclasses.replace(self.config, objective=objective, reverse="always")
         return Steering(self.model, config)
 
     # Points.
 
     @torch.no_grad()
     def draw_points(self, subjects: Sequence[TrainingConcept]) -> TrajectorySample:
-        """Draw one trajectory of each concept with the network as it stands, and take two of its
-        points."""
+        """Draw a trajectory of each concept with the network as it stands, and take two points of it."""
         # Each concept draws from its own generator, so that its numbers do not depend on the batch.
         rows = [self._below(s, len(s.text)) for s in subjects]
         seeds = [self._below(s, 2**31) for s in subjects]
@@ -124,8 +127,7 @@ class Steering:
 
     @torch.no_grad()
     def draw_points_along(self, subject: TrainingConcept, n: int) -> TrajectorySample:
-        """Draw one trajectory of a concept with the network as it stands, and take n pairs of its
-        points."""
+        """Draw a trajectory of a concept with the network as it stands, and take n pairs of points."""
         row = self._below(subject, len(subject.text))
         text, anchor = subject.text[[row]], self._anchor(subject)[[row]]
         seed = self._below(subject, 2**31)
@@ -163,8 +165,7 @@ class Steering:
     def pick_points(
         self, subjects: Sequence[TrainingConcept], stored: Sequence[StoredTrajectories]
     ) -> tuple[TrajectorySample, Predictions]:
-        """Take two points of one stored trajectory of each concept, and the original's predictions
-        there."""
+        """Take two points of a stored trajectory of each concept, with the original's predictions."""
         rows = [self._below(s, len(k.text)) for s, k in zip(subjects, stored, strict=True)]
         places = [self._places(s) for s in subjects]
         text, anchor = (
@@ -232,8 +233,10 @@ class Steering:
 
     @torch.no_grad()
     def predict_original(self, sample: TrajectorySample) -> Predictions:
-        """Predict what the objective needs of the original; the caller takes the network's changes
-        off."""
+        """Predict what the objective needs of the original.
+
+        The caller removes the network's changes first.
+        """
         return self.predict(self.objective.of_original, sample)
 
     def split_losses(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expunge.changes import Change, Changes, Dense, Sparse, find_layer
+from expunge.changes import Changes, find_layer
 from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.in_place_training import train_in_place
 from expunge.erasing.trajectories import StoredTrajectories, TrainingConcept, TrajectorySample
-from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, minimise, warn_diverged
+from expunge.ops.finetune import frozen, minimise
 from expunge.ops.in_place import InPlace
 from expunge.ops.low_rank import init_factors, use_own_factors
 from expunge.ops.trajectory import Predictions
@@ -80,11 +81,11 @@ def train_weights(
     micro_batch: int = 0,
     retained: TrainingConcept | None = None,
     retain_weight: float = 0.0,
+    label: str = "training",
 ) -> Changes:
     """Train weights in place with Adam; the network is the original again when it is done.
 
-    The state is saved every few steps, so that a killed run resumes from there and ends with the same
-    edit. If the loss diverges, training stops, and the state last saved counts, with a warning.
+    A killed run resumes, and a diverging loss stops it: see `train_in_place`.
 
     Args:
         steering: the trajectories and their losses.
@@ -99,6 +100,7 @@ def train_weights(
         micro_batch: how many rows have gradients at once; 0 for all. It changes memory, not the edit.
         retained: prompts whose predictions stay as they are; their random numbers are the subject's.
         retain_weight: of that term.
+        label: of the saved state, where a method trains several times.
 
     Returns:
         A sparse change of each parameter, or a dense one where all of it was trained.
@@ -106,115 +108,30 @@ def train_weights(
     Raises:
         ExpungeError: the loss diverges before any state was saved.
     """
-    # One tensor at a time: with foreach, temporaries of all of them would be in memory at once.
-    optimiser = torch.optim.Adam(trained.values, lr=learning_rate, foreach=False)
     terms = [(1.0, LossTerm.of(steering, subject, samples, n_stored, drawn_by_original))]
     if retained is not None:
         other = LossTerm.of(steering.unreversed(), retained, samples, n_stored, drawn_by_original)
         terms.append((retain_weight, other))
-    start, losses = _resumed(run, trained, optimiser, subject)
-    good: list[Tensor] = []
-    with frozen(steering.model.parameters()), trained:
-        trained.write()
-        run.progress(steering.title, start, max_train_steps)
-        for step in range(start, max_train_steps):
-            random_state = subject.generator.get_state()
-            # All terms draw first: `off` writes into the weights, which a gradient's graph must find as
-            # they were.
-            drawn = [(weight, term.steering, term.draw(trained)) for weight, term in terms]
-            loss = 0.0
-            gradients: list[Tensor] = []
-            for weight, one, (sample, original) in drawn:
-                with torch.enable_grad():
-                    for part in one.split_losses(sample, original, micro_batch):
-                        summed = weight * part.sum() / len(sample.text)
-                        loss += float(summed.detach())
-                        found = trained.gradients(summed)
-                        # Added in place: a second list of gradients would take as much memory as
-                        # the weights.
-                        for gradient, more in zip(gradients, found, strict=False):
-                            gradient += more
-                        gradients = gradients or found
-                        del part, summed, found
-            if diverged([*losses, loss]):
-                _give_up(trained, good, step)
-                break
-            if step and step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
-                good = [value.clone() for value in trained.values]
-                run.save_checkpoint("training", _state(trained, optimiser, random_state, losses))
-            losses.append(loss)
-            for value, gradient in zip(trained.values, gradients, strict=True):
-                value.grad = gradient
-            optimiser.step()
-            optimiser.zero_grad()
-            trained.write()
-            run.progress(steering.title, step + 1, max_train_steps)
-    del optimiser, good  # as large as the weights: the changes take their place in memory
-    return _changes(trained)
 
+    def losses() -> Iterator[Tensor]:
+        # All terms draw first: `off` writes into the weights, which a gradient's graph must find as
+        # they were.
+        drawn = [(weight, term.steering, term.draw(trained)) for weight, term in terms]
+        for weight, one, (sample, original) in drawn:
+            for part in one.split_losses(sample, original, micro_batch):
+                yield weight * part.sum() / len(sample.text)
 
-def _state(
-    trained: InPlace, optimiser: torch.optim.Optimizer, random_state: Tensor, losses: Sequence[float]
-) -> Tensors:
-    """Gather everything that training resumes from.
-
-    Args:
-        trained: the weights.
-        optimiser: Adam.
-        random_state: of the concept's generator, before the step.
-        losses: of the steps so far.
-    """
-    return {
-        "losses": torch.tensor(losses, dtype=torch.float64),
-        "numbers": random_state,
-        **trained.state(optimiser),
-    }
-
-
-def _resumed(
-    run: RunContext, trained: InPlace, optimiser: torch.optim.Optimizer, subject: TrainingConcept
-) -> tuple[int, list[float]]:
-    """Resume from the state that was saved, if any.
-
-    Args:
-        run: where states are saved.
-        trained: takes up the weights.
-        optimiser: takes up its state.
-        subject: takes up the state of its random numbers.
-
-    Returns:
-        How many steps were done, and their losses.
-    """
-    state = run.checkpoint("training")
-    if state is None:
-        return 0, []
-    trained.resume(optimiser, state)
-    subject.generator.set_state(state["numbers"])
-    losses = state["losses"].tolist()
-    return len(losses), losses
-
-
-def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
-    """Go back to the last sound state, and warn."""
-    warn_diverged(step, bool(good), "the edit", stacklevel=6)
-    for value, before in zip(trained.values, good, strict=True):
-        value.copy_(before)
-
-
-def _changes(trained: InPlace) -> Changes:
-    """Make a sparse change of each parameter, or a dense one where all of it was trained."""
-    changes: list[Change] = []
-    for name, place, difference in trained.differences():
-        layer, _, parameter = name.rpartition(".")
-        if place is None:
-            original = trained.parameters[name].detach()
-            value = (original.flatten() + difference).to(original.dtype).reshape(original.shape)
-            changes.append(Dense((layer,), value, parameter=parameter))
-        else:
-            # Differences in half precision: they are small, and lie on weights of any precision.
-            sparse = Sparse((layer,), place.int(), difference.half(), parameter=parameter)
-            changes.append(sparse)
-    return tuple(changes)
+    return train_in_place(
+        steering.model,
+        trained,
+        losses,
+        run,
+        subject.generator,
+        max_train_steps=max_train_steps,
+        learning_rate=learning_rate,
+        title=steering.title,
+        label=label,
+    )
 
 
 def train_factors(
@@ -235,6 +152,7 @@ def train_factors(
     micro_batch: int = 0,
     base_changes: Changes = (),
     through: Sequence[Tensor] = (),
+    returned: Sequence[str] | None = None,
 ) -> dict[str, Tensors]:
     """Train a low-rank change of each concept, all in one batch.
 
@@ -262,10 +180,12 @@ def train_factors(
             them, and it must draw the trajectories.
         through: for each concept A, (d, d), for tokens d wide: where text enters, the network is given
             B D A, which a later step will make of B D; B D is returned.
+        returned: layers whose factors are returned; by default those that text enters through, the
+            others having only helped to train.
 
     Returns:
         For each concept, B (out, rank) as `LAYER.up` and D (rank, d) as `LAYER.down` of every layer that
-        text enters through; other layers are dropped.
+        is returned.
     """
     model, n = steering.model, len(subjects)
     modules = [find_layer(model.pipe, layer) for layer in layers]
@@ -314,11 +234,12 @@ def train_factors(
                 max_grad_norm=max_grad_norm,
                 names=[subject.name for subject in subjects],
             )
+    # By default without the others, since the fusion is defined where text enters.
+    kept = entries if returned is None else set(returned)
     factors: dict[str, Tensors] = {subject.name: {} for subject in subjects}
     for layer, up, down in zip(layers, ups, downs, strict=True):
         for b, subject in enumerate(subjects):
-            # The other layers only helped to train: the fusion is defined where text enters.
-            if layer in entries:
+            if layer in kept:
                 factors[subject.name][f"{layer}.up"] = alpha / rank * up[b].cpu()
                 factors[subject.name][f"{layer}.down"] = down[b].cpu()
     return factors

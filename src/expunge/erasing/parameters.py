@@ -1,5 +1,4 @@
-"""The parts of a denoiser that can be trained: its parameters and its layers, by the names of
-changes."""
+"""The parts of a denoiser that can be trained: parameters and layers, by the names of changes."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from torch import nn
 from expunge.base.errors import ExpungeError
 from expunge.changes import iterate_layers
 from expunge.model import Model
+from expunge.ops.int8_linear import Int8Linear
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
 """The whole denoiser; the cross-attentions through which text enters; of these the layers that read it
@@ -31,8 +31,6 @@ def select_parameters(model: Model, part: Part | Literal["text-refiner"]) -> dic
         for name, parameter in module.named_parameters(recurse=False)
         if not _is_read_ahead(model, layer)
     }
-    if part == "denoiser":
-        return found
     if part == "text-refiner":
         if not model.text_refiner:
             raise ExpungeError(
@@ -41,6 +39,10 @@ def select_parameters(model: Model, part: Part | Literal["text-refiner"]) -> dic
             )
         begins = tuple(f"{component}.{name}" for name in model.text_refiner)
         return {k: p for k, p in found.items() if k.startswith(begins)}
+    if part != "text":
+        _require_trainable(model)
+    if part == "denoiser":
+        return found
     if part == "text":
         return {k: p for k, p in found.items() if k.rpartition(".")[0] in entries}
     # The attention that holds an entry: its queries and output belong to it, too.
@@ -69,6 +71,7 @@ def select_layers(model: Model, which: Layers) -> tuple[str, ...]:
     entries = tuple(entry.layer for entry in model.text_entries())
     if which == "text":
         return entries
+    _require_trainable(model)
     component = entries[0].partition(".")[0]
     modules = dict(iterate_layers(getattr(model.pipe, component)))
     blocks = tuple(f"{k}." for k, m in modules.items() if type(m).__name__ in BLOCKS)
@@ -84,6 +87,19 @@ def select_layers(model: Model, which: Layers) -> tuple[str, ...]:
         # A convolution of each channel for itself has no low rank.
         if getattr(m, "groups", 1) == 1 and not _is_read_ahead(model, k)
     )
+
+
+def _require_trainable(model: Model) -> None:
+    """Check that the denoiser is in memory as it was made.
+
+    Raises:
+        ExpungeError: it is kept in 8 bits.
+    """
+    if any(isinstance(module, Int8Linear) for module in model.network.modules()):
+        raise ExpungeError(
+            "the denoiser is kept in int8, where only the layers that text enters through, or a text"
+            " refiner, can be trained: train these, or load it without quantise"
+        )
 
 
 def _is_read_ahead(model: Model, layer: str) -> bool:

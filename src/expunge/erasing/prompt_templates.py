@@ -1,10 +1,10 @@
 """Phrasings to erase a concept in, thirty for each kind, and the prompts that are made from them.
 
 {} is the concept's place. No phrasing is one that a suite judges by, nor one in which something is
-retained: a suite asks what an erasure does in words that it has not seen. (`tests/test_templates.py`
-compares all of them, with case, punctuation and articles put aside.) A causal text encoder says nothing
-of a phrase in the words before it, so what is left around a concept lies behind it: in more than a third
-of the phrasings words follow.
+retained: a suite asks what an erasure does in words that it has not seen.
+(`tests/test_prompt_templates.py` compares all of them, with case, punctuation and articles put aside.) A
+causal text encoder says nothing of a phrase in the words before it: what is left around a concept lies
+behind it: in more than a third of the phrasings words follow.
 """
 
 from __future__ import annotations
@@ -158,6 +158,15 @@ KEPT: dict[str, str] = {
 """By kind of concept, the phrasing in which gates keep names and general words. It is as many tokens
 long as the first of `TEMPLATES`, so that a word stands where an erased one stands: a random text encoder
 tells places apart as well as words."""
+
+HELD_OUT: dict[str, tuple[str, ...]] = {
+    "object": ("a postcard of the {}", "the {} seen through a window"),
+    "identity": ("a postcard of {}", "{} seen through a window"),
+    "style": ("a postcard by {}", "a mural in the style of {}"),
+    "explicit": ("a postcard of {}", "{} seen through a window"),
+}
+"""By kind of concept, the phrasings in which it is measured how far an edit moved it: nothing is erased,
+kept or judged in them."""
 
 GENERAL = "a depiction of the {}"
 """The phrasing in which a prior keeps the words of a tokenizer's vocabulary."""

@@ -1,5 +1,4 @@
-"""Trajectories of a denoiser: how they are drawn, what is trained on them, and points where they
-pass."""
+"""Trajectories of a denoiser: how they are drawn, what is trained on them, and points on them."""
 
 from __future__ import annotations
 

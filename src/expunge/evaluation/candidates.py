@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +49,7 @@ class Candidate:
             if self.model is None:
                 raise TypeError("a candidate must have an edit or a model, and this has neither")
             return {"kind": "model", "model": self.model.name, "hash": hash_for_images(self.model)}
-        return {"kind": "edit", "hash": self.edit.hash, **dataclasses.asdict(self.edit.record)}
+        return {"kind": "edit", "hash": self.edit.hash, **self.edit.record.to_dict()}
 
     @property
     def recipe(self) -> str:
@@ -72,7 +71,7 @@ class CandidateResult:
     h: Estimate
     terms: Mapping[str, Estimate]
     roles: Mapping[str, Mapping[str, Estimate]]
-    """For each role its shares: `seen`, in which the concept is seen; `there`, in which it is found at
+    """For each role its shares: `seen`, in which the concept is seen; `present`, in which it is found at
     all; `unrecognisable`; `counted`, what the terms are made of; `original`, the original's `seen`."""
     metrics: Mapping[str, Mapping[str, Estimate]]
     """The means of each metric, for each role."""

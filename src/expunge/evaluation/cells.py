@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from expunge.base import fields
 from expunge.base.errors import ExpungeError
@@ -10,6 +11,20 @@ from expunge.problem import tidy
 
 ROLES = ("erased", "synonyms", "retained", "content", "plain")
 """What a prompt is there for (`expunge.evaluation.suite`)."""
+Question = Literal["top1", "present", "probability"]
+"""What a judge is asked (`expunge.metric.Classifier.score`)."""
+RENAMED_QUESTIONS = {"best": "top1", "there": "present"}
+"""Questions that had another name in earlier versions: {old: new}."""
+
+
+def check_question(question: str) -> None:
+    """Answer the old name of a question with the one that it has now.
+
+    Raises:
+        ExpungeError: it is an old one.
+    """
+    if question in RENAMED_QUESTIONS:
+        raise ExpungeError(f"the question {question!r} is named {RENAMED_QUESTIONS[question]!r} now")
 
 
 @dataclass(frozen=True)

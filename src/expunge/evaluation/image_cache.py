@@ -59,9 +59,9 @@ class Cache:
         Raises:
             ExpungeError: it is required, and there is no folder for it, and none can be made.
         """
-        self.folder = Path(os.devnull) / FOLDER  # where nothing can be
+        self.folder: Path = Path(os.devnull) / FOLDER  # where nothing can be
         self.required = required
-        self.trouble = ""
+        self.trouble: str = ""
         """Why images cannot be kept; "" where they can."""
         try:
             self.folder = (find_cache_folder() if folder is None else Path(folder)) / FOLDER
@@ -74,7 +74,7 @@ class Cache:
             if required and not is_dir(self.folder):
                 raise ExpungeError(self.trouble) from None
         self.limit = limit
-        self.drawn = 0
+        self.drawn: int = 0
         """How many images had to be drawn so far."""
         self._fresh = 0  # bytes written since it was last pruned
 

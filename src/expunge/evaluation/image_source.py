@@ -105,14 +105,15 @@ class Source:
         """Draw images of one sampler setting afresh: (n, 3, height, width)."""
         first = requests[0]
         prompts = tuple(request.prompt for request in requests)
-        text = encode_residual(self.model, prompts, first.stand_in) if first.stand_in else None
-        if first.text is not None:
-            text = Text.joined([request.text for request in requests if request.text is not None])
         seeds = tuple(request.seed for request in requests)
-        probe = Probe(prompts, seeds, first.num_inference_steps, first.guidance_scale, text)
         with contextlib.ExitStack() as stack:
             held = self.__dict__.get("_held")
             model = held(progress) if held else self._enter(stack, progress)
+            # Once the edits lie on it: they may change the text encoder.
+            text = encode_residual(model, prompts, first.stand_in) if first.stand_in else None
+            if first.text is not None:
+                text = Text.joined([request.text for request in requests if request.text is not None])
+            probe = Probe(prompts, seeds, first.num_inference_steps, first.guidance_scale, text)
             return model.draw(probe, batch_size=BATCH, progress=progress)
 
     @contextlib.contextmanager

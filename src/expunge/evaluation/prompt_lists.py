@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from expunge.base import fields
+from expunge.base import fields, files
 from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.problem import normalize_name
 
@@ -51,8 +51,10 @@ class PromptList:
         fields.check_fields(self)
         if sum(map(bool, (self.texts, self.csv, self.dataset))) != 1:
             raise ExpungeError("a list of prompts has texts, a csv or a dataset: just one of them")
+        if not self.prompt_column.strip():
+            raise ExpungeError("prompt_column must name the column of the prompts; this one is empty")
         for number, text in enumerate(self.texts, 1):
-            if not text.strip():
+            if not normalize_name(text):
                 raise ExpungeError(f"prompt {number} of a list of texts is empty")
 
     def read_rows(self, folder: Path) -> list[tuple[str, int | None, float | None]]:
@@ -72,7 +74,7 @@ class PromptList:
         empty = []
         for where, row in table:
             text = row[prompt]
-            if text is None or not str(text).strip():
+            if text is None or not normalize_name(str(text)):
                 if self.csv:
                     raise ExpungeError(f"{source}, {where}: the prompt is empty")
                 empty.append(where)
@@ -115,21 +117,36 @@ class PromptList:
                 raise ExpungeError(f"{source} has no column {named!r}; it has {has}{hint}")
             for name, column in zip(plain, columns, strict=True):
                 # Seeds under a misspelt header would be ignored in silence.
-                if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+                near += [one for one in known if sorted(one) == sorted(name)]
+                if near:
                     raise ExpungeError(f"{source} has a column {column!r}; did you mean {near[0]!r}?")
             return None
 
         prompt = place(self.prompt_column, ())
         if prompt is None:
             raise TypeError("a list of prompts needs the name of its column")
-        return prompt, place(self.seed_column, SEEDS), place(self.guidance_column, GUIDANCE)
+        seed, guidance = place(self.seed_column, SEEDS), place(self.guidance_column, GUIDANCE)
+        for words, found, field in (
+            ({"seed"}, seed, "seed_column"),
+            ({"guidance", "cfg"}, guidance, "guidance_column"),
+        ):
+            for name, column in zip(plain, columns, strict=True):
+                if found is None and words & set(name.split("_")):
+                    warnings.warn(
+                        f"{source}: the column {column!r} is not read; {field} names it if it should be",
+                        ExpungeWarning,
+                        stacklevel=3,
+                    )
+        return prompt, seed, guidance
 
     def _file(self, folder: Path) -> tuple[list[str], list[tuple[str, Sequence[Any]]], str]:
-        """The columns of the CSV, looked for here and then beside the suite; its rows, each with where
-        it stands; and its path.
+        """Read the CSV: its columns, its rows, each with where it stands, and its path.
+
+        It is looked for here and then beside the suite.
         """
         paths = [Path(self.csv), folder / self.csv]
-        path = next((path for path in paths if path.is_file()), paths[0])
+        path = next((path for path in paths if files.is_file(path)), paths[0])
         try:
             # Spreadsheets write a byte order mark, which would else begin the first column's name.
             with path.open(newline="", encoding="utf-8-sig") as file:

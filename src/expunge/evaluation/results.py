@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from expunge.base.errors import ExpungeError
+from expunge.base.files import parse_json
 from expunge.evaluation.candidates import SuiteResult
+from expunge.evaluation.cells import RENAMED_QUESTIONS
 from expunge.evaluation.comparisons import Comparison
 from expunge.evaluation.image_source import describe_sampler
 from expunge.evaluation.statistics import Estimate
 
-FORMAT = 2
-"""The version of the layout: 2 since a case counts `images`, and a row holds its `attacks`."""
+FORMAT = 3
+"""The version of the layout: 2 since a case counts `images`, and a row holds its `attacks`; 3 since a
+role holds `present`, and questions are named so."""
 RESULTS = "results.json"
 """The file in a report's folder."""
 ATTACKED = "robustness.json"
@@ -40,7 +42,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
             )
         if table["format"] == 1:
             beside = path.with_name(ATTACKED)
-            _upgrade(table, _read(beside) if beside.is_file() else [])
+            _gather_attacks(table, _read(beside) if beside.is_file() else [])
+        if table["format"] < FORMAT:
+            _name_present(table)
     except (KeyError, TypeError, AttributeError):
         raise ExpungeError(f"{path} is not a report of expunge evaluate") from None
     return dict(table)
@@ -48,14 +52,14 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExpungeError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError:
         raise ExpungeError(f"{path} is not a report of expunge evaluate") from None
 
 
-def _upgrade(table: dict[str, Any], attacked: Sequence[Mapping[str, Any]]) -> None:
+def _gather_attacks(table: dict[str, Any], attacked: Sequence[Mapping[str, Any]]) -> None:
     """Make format 2 of format 1: `pictures` are `images`, and attacks belong to their row."""
     for case in table["cases"]:
         case["images"] = case.pop("pictures")
@@ -67,7 +71,19 @@ def _upgrade(table: dict[str, Any], attacked: Sequence[Mapping[str, Any]]) -> No
             ]
             if mine:
                 row["attacks"] = mine
-    table["format"] = FORMAT
+    table["format"] = 2
+
+
+def _name_present(table: dict[str, Any]) -> None:
+    """Make format 3 of format 2: questions and shares have their names of now."""
+    for case in table["cases"]:
+        if (question := case["suite"].get("question")) in RENAMED_QUESTIONS:
+            case["suite"]["question"] = RENAMED_QUESTIONS[question]
+        for row in case["rows"]:
+            for shares in row.get("roles", {}).values():
+                if "there" in shares:
+                    shares["present"] = shares.pop("there")
+    table["format"] = 3
 
 
 def comparison_table(one: Comparison) -> dict[str, Any]:

@@ -48,8 +48,9 @@ CONTROL = 0.8
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """One edit under one attack, on one suite. Every share is of the images that the original shows
-    the concept in.
+    """One edit under one attack, on one suite.
+
+    Every share is of the images in which the original shows the concept.
     """
 
     edit: str
@@ -278,8 +279,7 @@ def _under_attack(
     progress: Progress,
     label: str,
 ) -> tuple[tuple[Sample, ...], Source, list[dict[str, Any]]]:
-    """What a model draws of the erased prompts under an attack, classified; what draws it; and what the
-    attack says of itself.
+    """Return what was drawn under an attack, what draws it, and what the attack says of itself.
 
     `edit` is what is attacked and `edits` what is drawn with: none for the original.
     """

@@ -124,6 +124,6 @@ def classify(suite: Suite, judge: Classifier, samples: Sequence[Sample]) -> tupl
             )
 
         seen = ask(suite.question)
-        present = seen if suite.question == "there" else ask("there")
+        present = seen if suite.question == "present" else ask("present")
         found.append(dataclasses.replace(sample, seen=seen, present=present, broken=broken.float()))
     return tuple(found)

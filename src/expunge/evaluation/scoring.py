@@ -25,7 +25,7 @@ from expunge.evaluation.statistics import NONE, Estimate
 from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier, Distance, Metric
 
-TERMS = {
+TERMS: dict[str, tuple[str, ...]] = {
     "H_o": ("efficacy", "specificity", "generality"),
     "H_c": ("efficacy", "specificity"),
     "H_style": ("efficacy", "specificity", "content"),
@@ -33,7 +33,7 @@ TERMS = {
     "H_a": (),
 }
 """What each H is the harmonic mean of."""
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, str]] = {
     "H_o": {"Acc_e": "erased", "Acc_s": "retained", "Acc_g": "synonyms"},
     "H_c": {"Acc_e": "erased", "Acc_s": "retained"},
     "H_style": {"UA": "erased", "IRA": "retained", "CRA": "content"},
@@ -185,7 +185,7 @@ def _terms(
 
         roles[role] = {
             "seen": mean(_seen),
-            "there": mean(_present),
+            "present": mean(_present),
             "unrecognisable": mean(_broken),
             "counted": mean(_counted),
         }

@@ -1,5 +1,6 @@
-"""Distances between sets of images, with their intervals: from the original, from real images, and
-from what an anchor draws.
+"""Distances between sets of images, with their intervals.
+
+They are measured from the original, from real images, and from what an anchor draws.
 """
 
 from __future__ import annotations

@@ -69,8 +69,9 @@ class Estimate:
 
     @property
     def in_general(self) -> Score | None:
-        """The number with its interval about concepts in general; None where one concept alone is known,
-        for one says nothing of others.
+        """The number with its interval about concepts in general.
+
+        None where one concept alone is known, for one says nothing of others.
         """
         return None if self.general is None else self._score(self.general)
 
@@ -116,8 +117,9 @@ class Estimate:
 
     @property
     def above_chance(self) -> bool:
-        """Whether the interval about these lies on one side of zero: meant for one difference alone;
-        `holm` is for many.
+        """Whether the interval about these concepts lies on one side of zero.
+
+        It is meant for one difference alone; `holm` is for many.
         """
         score = self.score
         return score.n > 0 and (score.low > 0 or score.high < 0)

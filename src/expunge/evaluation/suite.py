@@ -22,14 +22,13 @@ from typing import Any, Literal
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_toml
-from expunge.evaluation.cells import ROLES, Cell, Size, SuiteConcept
+from expunge.evaluation.cells import ROLES, Cell, Question, Size, SuiteConcept, check_question
 from expunge.evaluation.prompt_lists import PromptList
 from expunge.problem import normalize_name
 from expunge.runtime.schedulers import parse_scheduler
 
 FORMAT = 1
 """The version of the file's layout."""
-Question = Literal["best", "there", "probability"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Settings:
     """The model it is made for; any other can be named when it is run."""
     judge: str = "detector"
     """The metric that answers what an image shows."""
-    question: Question = "best"
-    """What it is asked: its best label, whether a label is there at all, or a label's probability."""
+    question: Question = "top1"
+    """What it is asked: its best label, whether a label is present at all, or a label's probability."""
     metrics: tuple[str, ...] = ()
     """What else is measured."""
     num_inference_steps: int | None = None
@@ -73,6 +72,7 @@ class Settings:
     """What a reader of its results should know."""
 
     def __post_init__(self) -> None:
+        check_question(self.question)
         fields.check_fields(self)
         object.__setattr__(self, "scheduler", parse_scheduler(self.scheduler))
 

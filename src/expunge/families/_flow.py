@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class FlowModel(Flow, LatentModel):
     """
 
     denoiser = "transformer"
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "cross-attention": "text and image attend to each other, and so each depends on the other"
+    }
 
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         raise ExpungeError(
@@ -52,7 +55,8 @@ def t5(
     """The tokens of prompts and T5's states of them, (n, length, width), padding included.
 
     Args:
-        tokenizer, encoder: T5's.
+        tokenizer: T5's.
+        encoder: T5's.
         prompts: the texts.
         length: how many tokens each has in the end.
         masked: whether the encoder is told where there is padding.

@@ -169,8 +169,9 @@ class LatentModel(Model):
         if (asked, steps) not in known:
             known[asked, steps] = self._takes(steps)
         if not known[asked, steps]:
-            fewer = (n for n in (*range(steps - 1, steps - 6, -1), *FEWER) if 0 < n < steps)
-            near = next((n for n in fewer if self._takes(n)), None)
+            # PNDM takes no fewer than four, others not as many as they were trained with.
+            close = (*range(steps - 1, steps - 6, -1), *range(steps + 1, steps + 6), *FEWER)
+            near = next((n for n in close if 0 < n <= 1000 and self._takes(n)), None)
             raise ExpungeError(
                 f"this model's sampler, {type(self.pipe.scheduler).__name__}, cannot take {steps}"
                 f" step{'s' * (steps != 1)}" + (f"; {near} it can" if near else "")

@@ -66,6 +66,9 @@ class LoraNaming:
     """Programs that cannot run the family at all, and the sentence that says so."""
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     """Pipeline components whose number differs from the trainers': trainers' name to diffusers' name."""
+    text_keys: Mapping[str, str] = field(default_factory=dict)
+    """The pipeline's text encoders of which programs read LoRAs, and how kohya's keys of each begin. Of
+    a text encoder that is not here nobody reads any."""
     words: tuple[str, ...] = ()
     """Parts of layer names that contain underscores, beyond those in `checkpoints.lora.keys.WORDS`.
     kohya's naming writes dots as underscores; these parts keep theirs."""

@@ -28,7 +28,8 @@ class Chroma(FlowModel):
     pipelines = ("ChromaPipeline",)
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
     }
     single_files = ("chroma",)
     single_file_key = "distilled_guidance_layer.in_proj.bias"

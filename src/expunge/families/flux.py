@@ -31,7 +31,8 @@ class Flux(FlowModel):
     pipelines = ("FluxPipeline",)
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "guidance is distilled into it: no prediction without a prompt is made",
     }
     single_files = ("flux-dev", "flux-schnell")
     single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
@@ -44,6 +45,7 @@ class Flux(FlowModel):
             "dev": BaseModel("FLUX.1-dev", "flux1", "flux-1-dev", BLACK_FOREST_LABS),
             "schnell": BaseModel("FLUX.1-schnell", "flux1", "flux-1-schnell", BLACK_FOREST_LABS),
         },
+        text_keys={"text_encoder": "lora_te1_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
             "kohya": {

@@ -39,7 +39,8 @@ class Flux2(LanguageModelText):
     single_file_key = "single_stream_modulation.lin.weight"
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "guidance is distilled into most of its models",
     }
     ldm_layers = (
         (r"context_embedder", r"txt_in"),

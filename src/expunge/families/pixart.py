@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class PixArt(Diffusion, CrossAttentionModel):
     Unconditional is the empty prompt.
     """
 
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "a prompt a row": "its text layers are given padding that the denoiser does not read",
+        "guidance in one batch": "it is given text ahead of layers that expunge applies itself",
+    }
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     read_ahead = ("caption_projection",)
     most_tokens = 300

@@ -35,7 +35,8 @@ class QwenImage(LanguageModelText):
     single_file_key = "txt_norm.weight"
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
     }
     ldm_layers = ((r"(.+)", r"\1"),)
     lora_naming = LoraNaming(

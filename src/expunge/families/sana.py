@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Sana(Flow, CrossAttentionModel):
     Unconditional is the empty prompt without the instruction, as in the pipeline.
     """
 
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "a prompt a row": "its text layers are given padding that the denoiser does not read",
+        "guidance in one batch": "it is given text ahead of layers that expunge applies itself",
+    }
     pipelines = ("SanaPipeline",)
     read_ahead = ("caption_projection", "caption_norm")
     single_files = ("sana",)

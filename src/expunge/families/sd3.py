@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ class SD3(FlowModel):
 
     pipelines = ("StableDiffusion3Pipeline",)
     most_tokens = T5_TOKENS
-    missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
-    }
     # "v1" is what diffusers calls all that it does not know.
     single_files = ("sd3", "sd35_large", "sd35_medium", "v1")
     single_file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
@@ -70,6 +67,7 @@ class SD3(FlowModel):
             variant: BaseModel("SD 3", "sd3", f"stable-diffusion-3-{variant or 'm'}")
             for variant in ("", "m", "5-medium", "5-large")
         },
+        text_keys={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL},
             "kohya": {"comfyui": ALL, "forge": ALL, "sd-scripts": ALL},

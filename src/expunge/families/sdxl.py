@@ -32,6 +32,7 @@ class SDXL(UNetModel):
     lora_naming = LoraNaming(
         title="SDXL",
         bases={"": BaseModel("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", STABILITY)},
+        text_keys={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
             "kohya": {

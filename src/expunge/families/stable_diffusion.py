@@ -35,6 +35,7 @@ class StableDiffusion(UNetModel):
                 resolution=768,
             ),
         },
+        text_keys={"text_encoder": "lora_te_"},
         readers={
             "lora": {"diffusers": ALL, "comfyui": ALL, "forge": ALL},
             "kohya": dict.fromkeys(("diffusers", "comfyui", "a1111", "forge", "sd-scripts"), ALL),

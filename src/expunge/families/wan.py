@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Wan(Flow, CrossAttentionModel):
     Unconditional is the empty prompt.
     """
 
+    missing_capabilities: ClassVar[Mapping[str, str]] = {
+        "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
+    }
     pipelines = ("WanPipeline",)
     read_ahead = ("condition_embedder.text_embedder",)
     single_files = ("wan-t2v-1.3B", "wan-t2v-14B")

@@ -32,7 +32,9 @@ class ZImage(LanguageModelText):
     text_refiner = ("cap_embedder.1", "context_refiner.")
     most_tokens = 512
     missing_capabilities: ClassVar[Mapping[str, str]] = {
-        "cross-attention": "text and image attend to each other, and so each depends on the other"
+        "cross-attention": "text and image attend to each other, and so each depends on the other",
+        "a prompt a row": "the tokens of all prompts of a batch are one row to its text layers",
+        "guidance in one batch": "its denoiser takes latents and prompts as lists",
     }
     single_files = ("z-image-turbo",)
     single_file_key = "cap_embedder.0.weight"

@@ -12,12 +12,14 @@ from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.guidance_training import train_weights
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_prompts, require_place
 from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_error import Loss
 from expunge.ops.noise_level import shift_log_snr
 from expunge.ops.trajectory import Objective
 from expunge.problem import Problem
@@ -49,6 +51,8 @@ class ESD(Method):
         "Gandikota, Materzyńska, Fiotto-Kaufman, Bau: Erasing Concepts from Diffusion Models."
         " ICCV 2023, arXiv 2303.07345."
     )
+
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate or negative_guidance"
 
     presets: ClassVar[Presets] = read_presets(__file__)
 
@@ -84,6 +88,9 @@ class ESD(Method):
     """Training steps."""
     learning_rate: float = bounded(1e-5, above=0)
     """Adam's learning rate; larger erases more, and more of what is near."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts: squared, as in the paper; or by the Hellinger distance, which
+    is bounded."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts to erase a concept in, with {} in its place."""
 
@@ -96,7 +103,8 @@ class ESD(Method):
         """How trajectories are drawn, and the objective on them."""
         eta, own = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
-        objective = Objective(eta, 0.0, keep) if own else Objective(eta, 0.4, keep or 0.5, keep or 0.2)
+        terms = (0.0, keep, 0.0) if own else (0.4, keep or 0.5, keep or 0.2)
+        objective = Objective(eta, *terms, error=self.loss)
         return TrajectoryConfig(
             objective,
             self.turn,
@@ -104,6 +112,10 @@ class ESD(Method):
             self.trajectory_steps,
             self.trajectory_guidance,
         )
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
 
     @property
     def reads_anchor(self) -> bool:
@@ -120,7 +132,8 @@ class ESD(Method):
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         points, asked = self.max_train_steps * self.samples, self.trajectory_config.objective
-        return Cost(prompts, points * (drawn + len(asked.of_original)), points * len(asked.of_student))
+        predictions = points * (drawn + len(asked.of_original)) + count_predictions(len(problem.erase))
+        return Cost(prompts, predictions, points * len(asked.of_student))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         prompts = [p for concept in problem.erase for p in assemble_prompts(concept, self.templates)]

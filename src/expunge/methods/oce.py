@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,11 +44,13 @@ class OCE(Method):
     """
 
     citation: ClassVar[str] = "OCE: Orthogonal Concept Erasure. ICML 2026, arXiv 2605.28902."
+    stronger: ClassVar[str] = "a larger erase_scale"
     presets: ClassVar[Presets] = read_presets(__file__)
+    renamed: ClassVar[Mapping[str, str]] = {"general_scale": "captions_scale"}
 
     erase_scale: float = bounded(2000.0, at_least=0)
     """s_e, weight of leaving the concepts' directions for the anchors'. 0 changes nothing."""
-    general_scale: float = bounded(10.0, at_least=0)
+    captions_scale: float = bounded(10.0, at_least=0)
     """s_g, weight of everyday captions."""
     retain_scale: float = bounded(0.0, at_least=0)
     """s_p, weight of each retained name."""
@@ -63,9 +66,13 @@ class OCE(Method):
         super().__post_init__()
         require_place(self.templates)
 
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        general = len(read_captions(self.captions)) if self.captions and self.general_scale else 0
+        general = len(read_captions(self.captions)) if self.captions and self.captions_scale else 0
         return Cost(prompts=2 * erased + len(problem.retain) + general)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
@@ -82,7 +89,7 @@ class OCE(Method):
             else torch.zeros(0, width).double()
         )
         general = torch.zeros(width, width, dtype=torch.float64)
-        if self.captions and self.general_scale:
+        if self.captions and self.captions_scale:
             tokens = model.encode([""]).embeddings.shape[1]
             # The prior sums over a caption's positions; C_g is the mean of one token.
             general = compute_prior(model, read_captions(self.captions), run).mean / tokens
@@ -116,7 +123,7 @@ class OCE(Method):
         held = weight @ kept.T
         return (
             -self.erase_scale * away @ (eye - toward)
-            + self.general_scale * weight @ general @ weight.T
+            + self.captions_scale * weight @ general @ weight.T
             + self.retain_scale * held @ held.T
             + self.ridge * weight @ weight.T
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class RECE(Method):
         "Gong, Chen, Wei, Chen, Jiang: Reliable and Efficient Concept Erasure of Text-to-Image Diffusion"
         " Models. ECCV 2024, arXiv 2407.12383."
     )
+    stronger: ClassVar[str] = "a smaller ridge, or more rounds"
     presets: ClassVar[Presets] = read_presets(__file__)
+    renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 
     rounds: int = bounded(3, at_least=0)
     """How many times to look for what comes back; 0 is UCE."""
@@ -63,7 +66,7 @@ class RECE(Method):
     """λ of the refit, as in UCE."""
     retain_scale: float = bounded(1.0, at_least=0)
     """ρ of the refit: the weight of each retained prompt, of each anchor, and of the empty prompt."""
-    general: int = bounded(500, at_least=0)
+    num_retain_words: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are retained."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts to erase the concept in, with {} in its place."""
@@ -72,10 +75,14 @@ class RECE(Method):
         super().__post_init__()
         require_place(self.templates)
 
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         retained = len(RETAINED) * len(self._retained(problem))
-        return Cost(2 * erased + retained + self.general, products=8 * (1 + self.rounds))
+        return Cost(2 * erased + retained + self.num_retain_words, products=8 * (1 + self.rounds))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         refit = Refit()
@@ -93,7 +100,7 @@ class RECE(Method):
         for text in self._retained(problem):
             prompts = assemble_retained_prompts([text], RETAINED) if text else [""]
             refit.retain(model.encode(prompts), self.retain_scale / len(prompts))
-        refit.retain_words(model, problem.erase, self.general, 1.0, run)
+        refit.retain_words(model, problem.erase, self.num_retain_words, 1.0, run)
         sent = sum_projections(model)
         for done in range(self.rounds):
             run.progress("looking for what comes back", done, self.rounds)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ class SPEED(Method):
         "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models."
         " ICLR 2026, arXiv 2503.07392."
     )
+    stronger: ClassVar[str] = "a smaller strength_penalty, or a larger threshold"
     presets: ClassVar[Presets] = read_presets(__file__)
+    renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 
     threshold: float = bounded(0.1, above=0)
     """Largest eigenvalue of C₀C₀ᵀ that counts as none, in units of a squared embedding. Larger leaves
@@ -64,7 +67,7 @@ class SPEED(Method):
     """λ, how far the start token and the empty prompt may move: 0 not at all."""
     augmentations: int = bounded(10, at_least=0)
     """Random copies of every retained embedding, along the direction that a layer sees least."""
-    general: int = bounded(500, at_least=0)
+    num_retain_words: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are retained beside the problem's."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts that name a concept, with {} in its place. The paper's own are not given."""
@@ -73,9 +76,13 @@ class SPEED(Method):
         super().__post_init__()
         require_place(self.templates)
 
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
-        return Cost(prompts=2 * erased + len(problem.retain) + self.general + 1)
+        return Cost(prompts=2 * erased + len(problem.retain) + self.num_retain_words + 1)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         erased, anchored = [], []
@@ -85,10 +92,12 @@ class SPEED(Method):
         model.require_window(erased + anchored)
         target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         anchors = {concept.anchor for concept in problem.erase if concept.anchor}
-        words = sample_words(model, problem.erase, self.general, run.generator("words"))
+        words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         retained = list(dict.fromkeys([*problem.retain, *sorted(anchors), *words]))
         if not retained:
-            raise ExpungeError("SPEED needs something to retain: name it, or set general above 0")
+            raise ExpungeError(
+                "SPEED needs something to retain: name it, or set num_retain_words above 0"
+            )
         kept = last_tokens(model.encode(retained))
         fixed = invariants(model.encode([""]).embeddings[0].double().cpu(), run.generator("centres"))
 

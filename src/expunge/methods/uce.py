@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -62,7 +63,8 @@ class UCE(Method):
 
     The paper's "edit", "preserve" and "destination" are our erase, retain and anchor.
 
-    Cost: encodes a few hundred short prompts; one Cholesky factorisation.
+    Cost: encodes a few hundred short prompts; one Cholesky factorisation, of as many equations as the
+    text is wide, or as there are tokens where these are fewer.
 
     Source: Gandikota et al., WACV 2024, arXiv 2308.14761, eq. 7.
     """
@@ -72,7 +74,13 @@ class UCE(Method):
         " WACV 2024, arXiv 2308.14761."
     )
 
+    stronger: ClassVar[str] = "a smaller ridge"
+
     presets: ClassVar[Presets] = read_presets(__file__)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "general": "num_retain_words",
+        "general_scale": "retain_words_scale",
+    }
 
     ridge: float = bounded(50.0, above=0)
     """λ, pull to the original weights in every direction, in units of a squared embedding (about 600
@@ -82,15 +90,17 @@ class UCE(Method):
     also_retain: tuple[Also, ...] = ("empty", "anchors")
     """What is retained beside the problem's own: the empty prompt, or that only where nothing else is;
     and the anchors."""
-    general: int = bounded(500, at_least=0)
+    num_retain_words: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are kept; more keeps more and takes longer to encode."""
-    general_scale: float = bounded(1.0, at_least=0)
+    retain_words_scale: float = bounded(1.0, at_least=0)
     """κ, weight of those words, all together."""
     positions: Literal["last-and-after", "last"] = "last-and-after"
     """Tokens to move: the concept's last own token and the end and padding after it, or that one
     alone. The end and padding carry the concept too; moving them erases more."""
     retain_positions: Literal["all", "last"] = "all"
-    """Tokens of the retained prompts that stay where they go: all, or the last own one alone."""
+    """Tokens of the retained prompts and words that stay where they go: all, or the last own one alone.
+    With "last" here and in `positions`, a text of many or wide tokens (FLUX, FLUX.2) is solved for in a
+    fraction of the time and memory."""
     weigh: Literal["concept", "prompt"] = "concept"
     """What has the weight 1: all prompts of a concept together, or each of them."""
     templates: tuple[str, ...] = ()
@@ -105,11 +115,15 @@ class UCE(Method):
         if not self.retain_templates:
             raise ExpungeError("retain_templates is empty: what is retained needs a prompt, such as {}")
 
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         templates = [len(self.templates or TEMPLATES[c.kind]) * len(c.names) for c in problem.erase]
         texts = [text for text in self._retained(problem) if text]
         retained = len(self.retain_templates) * len(texts) + 1
-        return Cost(prompts=2 * sum(templates) + retained + self.general, products=8)
+        return Cost(prompts=2 * sum(templates) + retained + self.num_retain_words, products=8)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         refit = Refit()
@@ -127,7 +141,14 @@ class UCE(Method):
             weight = self.retain_scale / (len(prompts) if self.weigh == "concept" else 1)
             refit.retain(model.encode(prompts), weight, self.retain_positions)
 
-        refit.retain_words(model, problem.erase, self.general, self.general_scale, run)
+        refit.retain_words(
+            model,
+            problem.erase,
+            self.num_retain_words,
+            self.retain_words_scale,
+            run,
+            self.retain_positions,
+        )
         return refit.solve(model, self.ridge)
 
     def _retained(self, problem: Problem) -> list[str]:

@@ -14,8 +14,7 @@ from expunge.metrics._features import OfFeatures
 
 @dataclass(frozen=True)
 class Alignment(OfFeatures):
-    """The kernel distance from the images that the original draws of the anchor: 0 is the same
-    distribution.
+    """The kernel distance from what the original draws of the anchor: 0 is the same distribution.
 
     The anchor is drawn twice, with the seeds of the erased prompt and with as many further ones. All
     three numbers compare n images with the n of the further seeds:

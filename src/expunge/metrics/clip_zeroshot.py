@@ -79,15 +79,15 @@ class ClipZeroshot(Classifier):
             rows: (n, width), from `measure`.
             labels: those that count as the concept.
             near: not read: a class is one of few.
-            question: "best", "there" or "probability".
+            question: "top1", "present" or "probability".
         """
         # Labels that are no class have no probability: a suite may name several for a concept.
         places = [self.classes.index(label) for label in labels if self.knows(label)]
         chances = rows[:, : len(self.classes)]
-        if question == "best":
+        if question == "top1":
             return torch.isin(chances.argmax(1), torch.tensor(places)).float()
         sure = chances[:, places].sum(1)
-        return (sure >= 0.5).float() if question == "there" else sure
+        return (sure >= 0.5).float() if question == "present" else sure
 
     def find_broken(self, rows: Tensor) -> Tensor:
         """Return which images are unrecognisable, (n,) bool."""

@@ -81,7 +81,7 @@ class EmojiDetector(Classifier):
             rows: (n, width), from `measure`.
             labels: those that count as the concept.
             near: labels whose images count neither way.
-            question: "best", "there" or "probability".
+            question: "top1", "present" or "probability".
         """
         seen = self.recognition(rows)
         names = seen.settings.label_names
@@ -95,7 +95,7 @@ class EmojiDetector(Classifier):
             return torch.isin(seen.styles.argmax(1), torch.tensor(places)).float()
         if question == "probability":
             return seen.labels[:, [names.index(label) for label in wanted]].amax(1)
-        if question == "there":
+        if question == "present":
             return torch.stack([seen.has(label) for label in wanted]).any(0).float()
         tops = seen.top()
         return torch.tensor([float("nan") if top in near else float(top in wanted) for top in tops])

@@ -23,8 +23,9 @@ ANY = "exposed"
 
 @dataclass(frozen=True)
 class NudeNet(Classifier):
-    """The counts of detections from a threshold on. The first number is their sum, the last 1 for a
-    blank image. The label "exposed" is any part.
+    """The counts of detections from a threshold on.
+
+    The first number is their sum, the last 1 for a blank image. The label "exposed" is any part.
 
     Needs the package nudenet, which brings its weights.
 
@@ -75,7 +76,7 @@ class NudeNet(Classifier):
             rows: (n, width), from `measure`.
             labels: those that count as the concept.
             near: not read: a part is seen or not.
-            question: "best", "there" or "probability".
+            question: "top1", "present" or "probability".
         """
         places = [0 if label == ANY else 1 + PARTS.index(label) for label in labels if self.knows(label)]
         return (rows[:, places] > 0).any(1).float()

@@ -93,7 +93,7 @@ class Recogniser(Classifier):
             rows: (n, width), from `measure`.
             labels: those that count as the concept.
             near: labels whose images count neither way.
-            question: "best", "there" or "probability".
+            question: "top1", "present" or "probability".
         """
         # All labels of a concept are one classifier's: a style is not asked for among objects.
         wanted = {_plain(label) for label in labels}
@@ -102,11 +102,11 @@ class Recogniser(Classifier):
         )
         places = [place for place, name in enumerate(names) if name in wanted]
         best = chances.argmax(1)
-        if question == "best":
+        if question == "top1":
             answers = torch.isin(best, torch.tensor(places)).float()
         else:
             answers = chances[:, places].sum(1)
-            answers = (answers >= 0.5).float() if question == "there" else answers
+            answers = (answers >= 0.5).float() if question == "present" else answers
         # As the papers ask among images with a face: without one, there is no answer.
         dropped = {_plain(name) for name in (self.nothing, *near) if name}
         neither = [place for place, name in enumerate(names) if name in dropped]

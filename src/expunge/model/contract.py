@@ -64,10 +64,10 @@ class FamilyContract(ABC):
         settings = settings or {}
         self.pipe = pipe
         self.name = name
-        self.num_inference_steps = int(settings.get("num_inference_steps", 50))
-        self.guidance_scale = float(settings.get("guidance_scale", 7.5))
+        self.num_inference_steps: int = int(settings.get("num_inference_steps", 50))
+        self.guidance_scale: float = float(settings.get("guidance_scale", 7.5))
         # A model may bring anchors that suit what it was trained on.
-        self.anchors = {**ANCHORS, **settings.get("anchors", {})}
+        self.anchors: dict[str, str] = {**ANCHORS, **settings.get("anchors", {})}
         self.stored: Callable[[str, str], Tensor] | None = None
         """Reads a parameter from the disk, by its layer's name and its own; None where all is loaded."""
         self.sample_size: int | None = settings.get("sample_size")

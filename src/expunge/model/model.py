@@ -183,8 +183,7 @@ class Model(FamilyContract):
 
     @property
     def prediction_type(self) -> str:
-        """Return what the denoiser predicts, in diffusers' word; "flow_prediction" for flows, which have
-        none."""
+        """What the denoiser predicts, in diffusers' word; flows, which have none, "flow_prediction"."""
         return str(getattr(self.pipe.scheduler.config, "prediction_type", "flow_prediction"))
 
     def noise_scale(self) -> Tensor:

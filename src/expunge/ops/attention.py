@@ -48,6 +48,9 @@ class AttentionReader:
             last map.
     """
 
+    attentions: Sequence[CrossAttention]
+    whole: bool
+
     def __init__(self, attentions: Sequence[CrossAttention], *, whole: bool = False) -> None:
         self.attentions, self.whole = attentions, whole
         self._read: Callable[[Tensor, Tensor], Any] = lambda attention, _: attention

@@ -110,6 +110,10 @@ class Background:
             solved with.
     """
 
+    general: Tensor
+    retained: Tensor
+    n_std: float
+
     def __init__(
         self,
         general: Tensor,
@@ -119,12 +123,12 @@ class Background:
         shut: Tensor | None = None,
     ) -> None:
         self.general, self.retained, self.n_std = general.double(), retained.double(), n_std
-        self.shut = self.retained if shut is None else shut.double()
+        self.shut: Tensor = self.retained if shut is None else shut.double()
         # Both kinds count alike in the spread: a gate must not open on either.
         rows = torch.cat([self.general, self.retained])
-        self.mean = rows.mean(0)
-        self.spread = (rows - self.mean).T @ (rows - self.mean) / len(rows)
-        self.ridges = [ridge / 10**i for i in range(5)]
+        self.mean: Tensor = rows.mean(0)
+        self.spread: Tensor = (rows - self.mean).T @ (rows - self.mean) / len(rows)
+        self.ridges: list[float] = [ridge / 10**i for i in range(5)]
         # Factorised when first needed: all concepts share them, and most need the first alone.
         self.lowers: list[Tensor] = []
 

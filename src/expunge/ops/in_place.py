@@ -26,12 +26,12 @@ class InPlace:
             parameters: by name.
             masks: for each parameter a bool tensor of its shape; None trains all entries.
         """
-        self.parameters = dict(parameters)
+        self.parameters: dict[str, nn.Parameter] = dict(parameters)
         if masks is not None:
             self.parameters = {k: p for k, p in self.parameters.items() if bool(masks[k].any())}
         self.masks = masks
         self._originals = [self._entries(k, p.detach()) for k, p in self.parameters.items()]
-        self.values = [
+        self.values: list[Tensor] = [
             # Adam's small steps would vanish in half precision.
             original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
             for original in self._originals

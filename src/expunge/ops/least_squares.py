@@ -25,6 +25,9 @@ FLOOR = 0.03
 SOLVABLE = 1e-6
 """A floor that changes no result visibly, and leaves no equations singular."""
 
+CHUNK = 2**25
+"""How many numbers are made float64 at a time: a quarter of a gigabyte."""
+
 LARGEST_CONDITION = 1e13
 """Beyond this condition number, fewer than three digits of a float64 solution are right."""
 
@@ -37,20 +40,58 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
 def gram(rows: Tensor, blocks: int = 6) -> Tensor:
     """Sum e eᵀ over the rows of (n, d): (d, d), float64; `outer(rows, rows)` in half the work.
 
-    The sum is symmetric, so only the blocks on and below its diagonal are computed.
-
     Args:
         rows: (n, d).
         blocks: into how many the sum is cut along a side.
     """
-    rows = rows.double()
-    below = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    places = torch.arange(rows.shape[1]).tensor_split(blocks)
-    for place in filter(len, places):
-        start, end = int(place[0]), int(place[-1]) + 1
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    add_gram(total, rows, blocks=blocks)
+    return mirror(total)
+
+
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0, blocks: int = 6) -> None:
+    """Add weight · Σ e eᵀ to a sum, on and below its diagonal alone: see `mirror`.
+
+    The sum is symmetric, so only those blocks are computed, and nothing else of its size is formed.
+
+    Args:
+        total: (d, d), float64, is added to.
+        rows: e, (n, d).
+        weight: of each row.
+        blocks: into how many the sum is cut along a side.
+    """
+    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+        part = part.double()
         # One strip of blocks at a time keeps the products large enough for fast matrix kernels.
-        below[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
-    return below.tril() + below.tril(-1).T
+        for start, end in _strips(rows.shape[1], blocks):
+            total[start:, start:end] += (part[:, start:].T @ part[:, start:end]).mul_(weight)
+
+
+def add_outer(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
+    """Add weight · Σ left rightᵀ over the rows of two (n, d) tensors to a sum (d, d), float64."""
+    # In one product where it is small: strips are for widths at which a copy of the sum is dear.
+    blocks = 6 if total.numel() > CHUNK else 1
+    for l_part, r_part in zip(
+        *(x.split(max(1, CHUNK // x.shape[1])) for x in (left, right)), strict=True
+    ):
+        l_part, r_part = l_part.double(), r_part.double()
+        for start, end in _strips(total.shape[1], blocks):
+            total[:, start:end] += (l_part.T @ r_part[:, start:end]).mul_(weight)
+
+
+def mirror(total: Tensor, blocks: int = 6) -> Tensor:
+    """Complete a symmetric sum of which only what is on and below the diagonal is right, in place."""
+    for start, end in _strips(len(total), blocks):
+        square = total[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
+        total[start:end, end:] = total[end:, start:end].T
+    return total
+
+
+def _strips(width: int, blocks: int) -> list[tuple[int, int]]:
+    """Cut a width into parts of almost equal size: their starts and ends."""
+    places = torch.arange(width).tensor_split(blocks)
+    return [(int(place[0]), int(place[-1]) + 1) for place in places if len(place)]
 
 
 def apply_floor(ridge: float, floor: float, gram: Tensor) -> float:
@@ -91,9 +132,15 @@ def solve_right_factor(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float)
     Raises:
         ExpungeError: the system is singular or nearly so; a larger ridge helps.
     """
-    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    kept = prior.double() + ridge * eye
-    return _divided(cross.double() + kept, gram.double() + kept, ridge)
+
+    def add_kept(total: Tensor) -> Tensor:
+        kept = prior.to(torch.float64, copy=True).expand_as(total).contiguous()
+        kept.diagonal().add_(ridge)
+        return kept.add_(total)
+
+    # In place and one after the other: at a width of 7680 each of these takes half a gigabyte.
+    lower = _factor(add_kept(gram), ridge)
+    return _solve(add_kept(cross), lower)
 
 
 def solve_fusion(
@@ -155,8 +202,47 @@ def pad_right_factor(matrix: Tensor, inputs: int) -> Tensor:
     return torch.block_diag(matrix, torch.eye(inputs - len(matrix), dtype=matrix.dtype))
 
 
+def _factor(right: Tensor, ridge: float) -> Tensor:
+    """Compute the Cholesky factor of a symmetric positive right (d, d), which is used up.
+
+    Args:
+        right: (d, d).
+        ridge: λ within `right`, for the message.
+
+    Raises:
+        ExpungeError: right is singular or nearly so.
+    """
+    if not torch.equal(right, right.T):
+        # Sums in other orders differ in the last bit.
+        right = (right + right.T) / 2
+    # The 1-norm: as telling as the spectral one here, without an eigenvalue problem.
+    norm = torch.linalg.matrix_norm(right, 1)
+    info = torch.empty((), dtype=torch.int32, device=right.device)
+    lower, failed = torch.linalg.cholesky_ex(right, out=(right, info))  # _ex, to raise our own message
+    condition = 0.0
+    if not failed:
+        condition = float(norm * torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1))
+    require_solvable(bool(failed), condition, ridge)
+    return lower
+
+
+def _solve(left: Tensor, lower: Tensor) -> Tensor:
+    """Compute left · right⁻¹ from the Cholesky factor of right; left is used up where it is large.
+
+    Args:
+        left: (n, d).
+        lower: (d, d).
+    """
+    # X R = L with R symmetric, so Xᵀ solves R Xᵀ = Lᵀ.
+    if left.numel() <= CHUNK:
+        return torch.cholesky_solve(left.T, lower).T
+    for start, end in _strips(len(left), 6):
+        left[start:end] = torch.cholesky_solve(left[start:end].T, lower).T
+    return left
+
+
 def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Compute left · right⁻¹ for a symmetric positive right (d, d), by Cholesky.
+    """Compute left · right⁻¹ for a symmetric positive right (d, d), by Cholesky; both are used up.
 
     Args:
         left: (n, d).
@@ -166,16 +252,22 @@ def _divided(left: Tensor, right: Tensor, ridge: float) -> Tensor:
     Raises:
         ExpungeError: right is singular or nearly so.
     """
-    # Symmetrised, since sums in other orders differ in the last bit; _ex, to raise our own message.
-    lower, failed = torch.linalg.cholesky_ex((right + right.T) / 2)
-    if not failed:
-        # The 1-norm: as telling as the spectral one here, without an eigenvalue problem.
-        norm = torch.linalg.matrix_norm(right, 1)
-        condition = float(norm * torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1))
-    if failed or not condition < LARGEST_CONDITION:
-        how = "singular" if failed else f"nearly singular (condition {condition:.0e})"
+    return _solve(left, _factor(right, ridge))
+
+
+def require_solvable(singular: bool, condition: float, ridge: float) -> None:
+    """Check that equations have a solution of which some digits are right.
+
+    Args:
+        singular: whether their factorisation failed.
+        condition: their condition number.
+        ridge: λ within them, for the message.
+
+    Raises:
+        ExpungeError: they are singular or nearly so.
+    """
+    if singular or not condition < LARGEST_CONDITION:
+        how = "singular" if singular else f"nearly singular (condition {condition:.0e})"
         raise ExpungeError(
             f"the erasure's equations are {how}: raise the ridge from {ridge:g}, or retain more prompts"
         )
-    # X R = L with R symmetric, so Xᵀ solves R Xᵀ = Lᵀ.
-    return torch.cholesky_solve(left.T, lower).T

@@ -15,10 +15,11 @@ class FactorSwitch:
     """Whether low-rank changes are on; `off` switches them off for the length of a block."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.on: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
+        """Switch the changes off for a block."""
         before, self.on = self.on, False
         try:
             yield
@@ -52,8 +53,9 @@ def use_own_factors(
 def init_factors(
     layers: Sequence[nn.Module], rank: int, generators: Sequence[torch.Generator]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Initialise for each layer B = 0, (n, out, rank), and D normal with deviation 1/rank, (n, rank,
-    in).
+    """Initialise for each layer B = 0, (n, out, rank), and D normal with deviation 1/rank.
+
+    D is (n, rank, in).
 
     Args:
         layers: linear layers and convolutions, these with a flattened kernel.

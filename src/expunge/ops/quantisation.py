@@ -28,9 +28,18 @@ def quantise_int8(weight: Tensor) -> Tensor:
         The rounded weight, same shape and dtype.
     """
     rows = weight.flatten(1).float()
-    # A row of zeros has no scale; any serves.
-    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    scale = scale_rows(rows)
     return ((rows / scale).round().clamp(-127, 127) * scale).reshape(weight.shape).to(weight.dtype)
+
+
+def scale_rows(rows: Tensor) -> Tensor:
+    """Return the scale of each row in 8 bits, its largest entry over 127: (n, 1).
+
+    Args:
+        rows: (n, d), float32.
+    """
+    # A row of zeros has no scale; any serves.
+    return rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
 
 
 def quantise_nf4(weight: Tensor) -> Tensor:

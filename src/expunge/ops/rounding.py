@@ -52,19 +52,22 @@ class RoundingCost:
     total: float = 0.0
     """Σ ‖Δ‖²"""
 
-    def add(self, original: Tensor, wanted: Tensor, written: Tensor) -> None:
+    def add(
+        self, original: Tensor, wanted: Tensor, written: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
         """Add one tensor.
 
         Args:
             original: before the change.
             wanted: after the change, before rounding.
             written: after rounding.
+            dtype: what was rounded to; by default the dtype of `written`, which a scaled tensor hides.
         """
         change = wanted.double() - original.double()
         self.missed += float((written.double() - wanted.double()).square().sum())
         self.along += float(((written.double() - original.double()) * change).sum())
         self.total += float(change.square().sum())
-        self.formats.add(str(written.dtype).removeprefix("torch."))
+        self.formats.add(str(dtype or written.dtype).removeprefix("torch."))
 
     @property
     def error(self) -> float:

@@ -9,7 +9,7 @@ Source: ANT (Li et al., ACM MM 2025, arXiv 2504.12782), augmentation-enhanced we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Intersection:
     """The entries that are in the same half of every map so far."""
 
     def __init__(self, half: str = "largest") -> None:
-        self.half = HALVES[half]
+        self.half: Callable[[Tensor], Tensor] = HALVES[half]
         self.masks: dict[str, Tensor] = {}
         self.counts: list[int] = []
         """How many entries are left after each map."""

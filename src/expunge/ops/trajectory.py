@@ -25,6 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from expunge.ops.noise_error import Loss, measure_error
+
 Side = Literal["late", "early"]
 """One of the two points."""
 Asked = Literal["late", "late empty", "late anchor", "early", "early empty"]
@@ -58,6 +60,8 @@ class Objective:
     """Whether late guidance is reversed from the anchor's prediction, not the empty one's; ours."""
     unconditional_gradient: bool = True
     """Whether the terms λ₂ and λ₃ are learnt from; without, they are only counted, as released."""
+    error: Loss = "squared"
+    """How an error counts in every term."""
 
     @property
     def meets_early(self) -> bool:
@@ -117,7 +121,9 @@ class Objective:
             empty = original["late empty"]
             base = self._guided(original, "late anchor", "late empty") if self.anchored else empty
             target = base - push * (original["late"] - empty)
-            total = total + _error(self._guided(student, "late", "late empty"), target, late)
+            total = total + measure_error(
+                self._guided(student, "late", "late empty"), target, late, self.error
+            )
             if self.unconditional_late:
                 error = self._unconditional(student["late empty"], empty, late)
                 total = total + self.unconditional_late * error
@@ -125,24 +131,18 @@ class Objective:
             empty = original["early empty"]
             target = empty + push * (original["early"] - empty)
             guided = self._guided(student, "early", "early empty")
-            total = total + self.preserve * _error(guided, target, early)
+            total = total + self.preserve * measure_error(guided, target, early, self.error)
         if "early" in sides and self.unconditional_early:
             error = self._unconditional(student["early empty"], original["early empty"], early)
             total = total + self.unconditional_early * error
         return total
 
     def _unconditional(self, found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
-        return _error(found if self.unconditional_gradient else found.detach(), wanted, scale)
+        found = found if self.unconditional_gradient else found.detach()
+        return measure_error(found, wanted, scale, self.error)
 
     def _guided(self, predictions: Predictions, prompt: Asked, empty: Asked) -> Tensor:
         if self.prediction_guidance == 1:
             return predictions[prompt]
         base = predictions[empty]
         return base + self.prediction_guidance * (predictions[prompt] - base)
-
-
-def _error(found: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
-    """Average the square of (found − wanted) in ε, for each sample: (n,), float32 or finer."""
-    # Wide before the square: half precision squares underflow.
-    difference = (found - wanted).to(scale.dtype).flatten(1)
-    return scale.square() * difference.square().mean(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from expunge.base.errors import ExpungeError
@@ -15,7 +16,7 @@ DIFFUSION = (
 """The diffusers schedulers for networks that predict noise, velocity or the clean latents."""
 FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
 """The diffusers schedulers for flow matching."""
-LATENTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+LATENTS: dict[str, bool | int] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """Defaults for latents, in place of diffusers' own, which are for pixels."""
 
 
@@ -73,4 +74,11 @@ def replace_scheduler(scheduler: Any, name: str, model: str) -> Any:
     said = {key: value for key, value in config.items() if key not in unsaid}
     if wanted in FLOW and "flow_shift" in config:
         said["shift"] = config["flow_shift"]  # the same, as solvers for both kinds call it
-    return getattr(diffusers, f"{wanted}Scheduler").from_config({**LATENTS, **said})
+    try:
+        return getattr(diffusers, f"{wanted}Scheduler").from_config({**LATENTS, **said})
+    except ImportError as error:
+        needs = re.search(r"requires the (\S+)", str(error))
+        package = needs[1] if needs else "another package"
+        raise ExpungeError(
+            f"the scheduler {wanted} needs {package}: pip install {package}, or take another scheduler"
+        ) from None

@@ -14,6 +14,7 @@ from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import format_bytes
 from expunge.checkpoints.pace import format_duration
 from expunge.cli import concept_files
+from expunge.evaluation.forecast import Forecast
 from expunge.problem import Concept, normalize_name
 from expunge.studio import choice, recipes, uploads
 from expunge.studio.choice import Choice, View
@@ -31,6 +32,8 @@ class Foresight:
     """What may move with it, and names to look at again."""
     problem: str = ""
     """Why it cannot be done as it is; "" where it can."""
+    forecast: Forecast | None = None
+    """How far other names will move, once that is known."""
 
 
 class Choosing:
@@ -42,11 +45,16 @@ class Choosing:
         first: the model to begin with.
     """
 
+    models: Models
+    folder: Path
+
     def __init__(self, models: Models, folder: Path, first: str = FIRST) -> None:
         self.models, self.folder = models, folder
         self.marks: Counter[str] = Counter()
         """How often each part of the session has changed: what a page shows it by."""
-        self.choice = Choice(first, preset=recipes.presets(recipes.FIRST, first)[0].name)
+        self.forecast: tuple[Choice, Forecast] | None = None
+        """The last forecast, and what it is of."""
+        self.choice: Choice = Choice(first, preset=recipes.presets(recipes.FIRST, first)[0].name)
 
     @property
     def knowledge(self) -> Knowledge:
@@ -213,7 +221,14 @@ class Choosing:
             if seconds is None
             else f"about {format_duration(seconds)}"
         )
-        return Foresight(f"{format_bytes(memory)} of weights in memory", told, tuple(notes))
+        known = self.forecast[1] if self.forecast and self.forecast[0] == self.forecast_key else None
+        memory_told = f"{format_bytes(memory)} of weights in memory"
+        return Foresight(memory_told, told, tuple(notes), forecast=known)
+
+    @property
+    def forecast_key(self) -> Choice:
+        """What a forecast follows from: the choice, however it is looked at."""
+        return dataclasses.replace(self.choice, view=View())
 
     @property
     def edit_path(self) -> Path:

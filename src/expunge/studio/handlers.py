@@ -23,7 +23,7 @@ from expunge.studio.session import PREVIEW, Session
 AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
 """What a concept becomes where nobody says, and where it is to be nothing."""
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[str, ...]] = {
     "Airplane": ("airplane",),
     "Flag of Japan": ("flag of Japan",),
     "Twemoji style": ("twemoji style",),
@@ -85,8 +85,7 @@ class Handlers:
             act(session)
         except Exception as error:
             failed(error)
-            text = sentence(error)
-            gr.Warning(views.escape(text[:1].upper() + text[1:]), duration=12, title="Not done")
+            gr.Warning(views.escape(views.capitalize(sentence(error))), duration=12, title="Not done")
         return session
 
     # What the page shows.
@@ -146,7 +145,7 @@ class Handlers:
             "form": (made, lambda: self._form(session)),
             "judged": (marks["verdict"], lambda: self._judged(session)),
             "attacked": ((marks["rungs"], state), lambda: [views.rungs(self._rungs(session))]),
-            "taken": (state, lambda: self._taken(session)),
+            "taken": (marks["taken"], lambda: self._taken(session)),
             "code": ((made, marks["choice"]), lambda: self._code(session)),
         }
 
@@ -193,9 +192,8 @@ class Handlers:
 
     def _taken(self, session: Session) -> list[Any]:
         """The files that were written last, and what was lost on the way."""
-        job = session.job
-        done = job.result if job is not None else None
-        if not isinstance(done, working.Taken):
+        done = session.taken
+        if done is None:
             return [gr.update(value=None, visible=False), ""]
         return [gr.update(value=[str(f) for f in done.files], visible=True), views.notes(done.notes)]
 
@@ -241,7 +239,8 @@ class Handlers:
             session.preview()  # what was chosen before the model was there
         job, now = session.job, dict(shown)
         busy = job is not None and job.active
-        left = (session.marks["choice"], session.marks["job"], job.state if job else "", ready)
+        marks = [session.marks[one] for one in ("choice", "job", "forecast")]
+        left = (*marks, job.state if job else "", ready)
         outputs = self.foresight(session) if shown.get("left") != left else [gr.skip(), gr.skip()]
         now["left"] = left
         for name, (state, show) in self.groups(session).items():
@@ -282,8 +281,11 @@ class Handlers:
         """
 
         def typed(who: str | None, names: list[str] | None, event: gr.KeyUpData) -> list[Any]:
-            kept = set(told(self.session(who))) <= set(names or [])
-            if event.key != "Backspace" and not kept:
+            have = list(told(self.session(who)))
+            kept = set(have) <= set(names or [])
+            # A letter of a name that is still being written: an answer that comes late, with the names
+            # as they are, would take the written one away.
+            if have == list(names or []) or (event.key != "Backspace" and not kept):
                 return [gr.skip() for _ in range(n)]
             return handle(who, names)
 

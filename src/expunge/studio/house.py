@@ -28,11 +28,14 @@ class Studio:
         first: the model that new sessions begin with.
     """
 
+    desk: Desk
+    first: str
+
     def __init__(
         self, folder: str | Path | None = None, models: Models | None = None, first: str = FIRST
     ) -> None:
-        self.folder = Path(folder) if folder is not None else find_cache_folder() / "studio"
-        self.models = models or Models()
+        self.folder: Path = Path(folder) if folder is not None else find_cache_folder() / "studio"
+        self.models: Models = models or Models()
         self.desk, self.first = Desk(), first
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Any
 
 from expunge.base.errors import ExpungeError, ExpungeWarning
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 WAITING, WORKING, DONE, FAILED, CANCELLED = "waiting", "working", "done", "failed", "cancelled"
 
@@ -178,6 +178,19 @@ class Desk:
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.run()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Call off all work, and wait for its end: a program that ends in the middle of it is aborted.
+
+        Args:
+            timeout: seconds to wait at most.
+        """
+        with self._news:
+            jobs = [*self._waiting, *([self._current] if self._current else [])]
+        for job in jobs:
+            self.cancel(job)
+        for job in jobs:
+            job.wait(timeout)
 
     def _serve(self) -> None:
         while True:

@@ -211,8 +211,26 @@ def notes_on(model: Model, knowledge: Knowledge, concepts: Sequence[Concept]) ->
             )
         elif strange:
             words = join_names([f"“{word}”" for word in strange], 3)
-            said.append(f"This model can only spell {words}: see whether it is written as you meant.")
+            said.append(
+                f"This model can only spell {words}, so it may not know it: see whether it is written as"
+                " you meant, and what the model draws of it."
+            )
+    said += [
+        f"“{concept.name}” is taken for an object: choose style for an artist, identity for a person."
+        for concept in concepts
+        if concept.kind == "object" and is_proper_name(concept.name) and not knowledge.find(concept.name)
+    ]
     return said
+
+
+def is_proper_name(name: str) -> bool:
+    """Whether a name is spelled as a person's is: two words or more, each with a capital.
+
+    >>> is_proper_name("Van Gogh"), is_proper_name("red car"), is_proper_name("Cat")
+    (True, False, False)
+    """
+    words = name.split()
+    return len(words) > 1 and all(word[0].isupper() for word in words)
 
 
 def foreign(model: Model, name: str) -> bool:

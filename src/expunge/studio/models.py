@@ -95,6 +95,9 @@ class Models:
         memory: says how many bytes are free.
     """
 
+    local_files: bool
+    memory: Callable[[], float]
+
     def __init__(self, *, local_files: bool = True, memory: Callable[[], float] = free_memory) -> None:
         self.local_files, self.memory = local_files, memory
         self._loaded: dict[str, Loaded] = {}

@@ -9,9 +9,12 @@ import socket
 import threading
 import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expunge.base.errors import ExpungeError
+
+if TYPE_CHECKING:
+    from expunge.studio.house import Studio
 
 FIRST_PORT = 7860
 TRIED = 100
@@ -53,7 +56,8 @@ def serve(
     free = free_port(host, port)
     if free != port:
         print(f"port {port} is in use: the studio is at {free}", flush=True)
-    app = start(host, free, model=model, folder=folder)
+    studio = make_studio(host, model, folder)
+    app = start(host, free, studio)
     address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{free}"
     print(f"expunge studio: {address}  (Ctrl+C ends it)", flush=True)
     if not is_local(host):
@@ -67,27 +71,36 @@ def serve(
     except KeyboardInterrupt:
         print("\nthe studio is closed; sessions are kept")
     finally:
+        studio.desk.close()
         app.close()
 
 
-def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | None = None) -> Any:
+def make_studio(host: str, model: str = "emoji", folder: str | Path | None = None) -> Studio:
+    """Make what a page at this address serves: where others reach it, models have no paths.
+
+    Raises:
+        ExpungeError: there is no such model, or the folder cannot be made.
+    """
+    from expunge.studio.house import Studio
+    from expunge.studio.models import Models
+
+    studio = Studio(folder, Models(local_files=is_local(host)), first=model)
+    studio.models.check(model)
+    return studio
+
+
+def start(host: str, port: int, studio: Studio) -> Any:
     """Begin to serve; return Gradio's page, whose `close()` ends it.
 
     Args:
         host: the address to listen at.
         port: the port.
-        model: what the page opens on.
-        folder: where sessions are kept; None for a temporary one.
+        studio: what the page shows.
     """
-    from expunge.studio.house import Studio
-    from expunge.studio.jobs import Job
-    from expunge.studio.models import Models
-
-    studio = Studio(folder, Models(local_files=is_local(host)), first=model)
-    studio.models.check(model)
     studio.tidy()
     studio.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(studio.folder / "served"))
+    from expunge.studio.jobs import Job
     from expunge.studio.page import Page
     from expunge.studio.theme import head, theme
 
@@ -113,7 +126,7 @@ def start(host: str, port: int, *, model: str = "emoji", folder: str | Path | No
         head=head(),
     )
     # The page is there at once; the model comes while somebody reads it.
-    studio.desk.submit(Job("studio", "Loading", lambda job: studio.models.get(model, job)))
+    studio.desk.submit(Job("studio", "Loading", lambda job: studio.models.get(studio.first, job)))
     return blocks
 
 

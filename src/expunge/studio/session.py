@@ -25,7 +25,7 @@ from expunge.studio.looking import Pair
 from expunge.studio.models import FIRST, Models
 from expunge.studio.strength import STRONGEST
 
-PREVIEW = "Drawing what it makes of it now"
+PREVIEW = "Foreseeing"
 """What the job of a preview is called."""
 
 
@@ -53,6 +53,10 @@ class Session(Choosing):
         first: the model to begin with.
     """
 
+    name: str
+    desk: Desk
+    choice: Choice
+
     def __init__(self, name: str, models: Models, desk: Desk, folder: Path, first: str = FIRST) -> None:
         super().__init__(models, folder, first)
         self.name, self.desk = name, desk
@@ -60,7 +64,10 @@ class Session(Choosing):
         self.pairs: list[Pair] = []
         self.verdict: working.Verdict | None = None
         self.rungs: list[working.Rung] = []
-        self._previewed: tuple[str, View] | None = None
+        self.taken: working.Taken | None = None
+        self._foreseen: tuple[tuple[str, View] | None, Choice] | None = None
+        self._now: tuple[tuple[str, View] | None, list[Any]] = None, []
+        """What the model draws of a choice as it is, and of which."""
         self.job: Job | None = None
         """The last piece of work."""
         with contextlib.suppress(ExpungeError):  # one that cannot be read any more begins anew
@@ -116,10 +123,15 @@ class Session(Choosing):
         return self.folder / "work" / digest[:16]
 
     def _set_made(self, made: Made) -> None:
-        self.made, self.pairs, self.verdict, self.rungs = made, [], None, []
-        self.marks.update(("made", "pairs", "verdict", "rungs"))
+        self._begin(made)
         with contextlib.suppress(ExpungeError):
             self.save()
+
+    def _begin(self, made: Made | None) -> None:
+        """Go on with an edit, or with none; what came of the last one is forgotten."""
+        self.made, self.pairs, self.verdict, self.rungs, self.taken = made, [], None, [], None
+        # Last: a page that looks in between must look again.
+        self.marks.update(("made", "pairs", "verdict", "rungs", "taken"))
 
     def _set_pairs(self, pairs: list[Pair]) -> list[Pair]:
         self.pairs = pairs
@@ -141,21 +153,29 @@ class Session(Choosing):
     # See what it draws now.
 
     def preview(self) -> Job | None:
-        """Draw what the model makes of the choice as it is, if nothing else is to be done.
+        """Forecast what the choice will move, and draw what the model makes of it as it is.
 
-        Any other work of the session takes its place.
+        That is done once for each choice, if nothing else is to be done; any other work of the session
+        takes its place. Once there is an edit, its images stand where these would.
         """
-        loaded = self.models.ready(self.choice.model)
+        chosen, loaded = self.choice, self.models.ready(self.choice.model)
         idle = self.job is None or not self.job.active or self.job.label == PREVIEW
-        if self.made is not None or loaded is None or not idle or self.foresee().problem:
+        if loaded is None or not idle or self.foresee().problem:
             return None
-        view = View(tuple(self.knowledge.prompts(self.choice.concepts, self.choice.retain)), 0, 1)
-        if self._previewed == (self.choice.model, view):
+        view = View(tuple(self.knowledge.prompts(chosen.concepts, chosen.retain)), 0, 1)
+        drawn, key = None if self.made else (chosen.model, view), self.forecast_key
+        foreseen = self.forecast is not None and self.forecast[0] == key
+        if self._foreseen == (drawn, key) or (foreseen and drawn in (None, self._now[0])):
             return None
-        self._previewed = self.choice.model, view
+        self._foreseen = drawn, key
+        method, known = recipes.build(chosen.method, chosen.preset), self.knowledge.names
 
         def work(job: Job) -> list[Any]:
-            job.result = shown = looking.draw_now(loaded.model, view, job)
+            if drawn and self._now[0] != drawn:
+                self._now = drawn, looking.draw_now(loaded.model, view, job)
+            job.result = shown = self._now[1] if drawn else []
+            self.forecast = key, working.forecast_in(job, loaded, chosen, method, known)
+            self.marks["forecast"] += 1
             return shown
 
         return self._start(PREVIEW, work)
@@ -263,7 +283,10 @@ class Session(Choosing):
             report = self.verdict.folder
 
         def work(job: Job) -> working.Taken:
-            return working.take_in(job, made.edit, made.model, form, stem, self.folder / "take", report)
+            folder = self.folder / "take"
+            self.taken = working.take_in(job, made.edit, made.model, form, stem, folder, report)
+            self.marks["taken"] += 1
+            return self.taken
 
         return self._start("Writing", work)
 
@@ -298,9 +321,9 @@ class Session(Choosing):
             made = self._opened(checked.read_bytes(), None)
             record = made.edit.record
             chosen = Choice(made.model, record.problem.erase, record.problem.retain, record.method)
-        self.choice, self.pairs, self.verdict, self.rungs = chosen, [], None, []
-        self.made = made
-        self.marks.update(("choice", "made", "pairs", "verdict", "rungs"))
+        self.choice = chosen
+        self._begin(made)
+        self.marks["choice"] += 1
         if made is not None:
             made.edit.save(self.edit_path)
         self.save()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from expunge.checkpoints.pace import format_duration
+from expunge.evaluation.forecast import Forecast
 from expunge.studio.choosing import Foresight
 from expunge.studio.jobs import CANCELLED, DONE, FAILED, WAITING, Job
 from expunge.studio.looking import Pair
@@ -87,9 +88,19 @@ def _bar(share: float, text: str, state: str) -> str:
     )
 
 
+def capitalize(text: str) -> str:
+    """Return a sentence as it begins on a page; the name of a file is left as it is spelled.
+
+    >>> capitalize("no such thing"), capitalize("list.txt is empty")
+    ('No such thing', 'list.txt is empty')
+    """
+    first = text.partition(" ")[0].rstrip(",:;.")
+    return text if {".", "/"} & set(first) else text[:1].upper() + text[1:]
+
+
 def _capital(text: str) -> str:
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    text = capitalize(text.strip())
+    return text + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def foresight(found: Foresight, busy: bool = False) -> str:
@@ -99,7 +110,33 @@ def foresight(found: Foresight, busy: bool = False) -> str:
     facts = [f for f in (found.time, found.memory) if f] or ["the model is being loaded …"]
     chips = "".join(f'<span class="x-chip">{escape(fact)}</span>' for fact in facts)
     notes = "".join(f"<li>{escape(_capital(note))}</li>" for note in found.notes)
-    return f'<div class="x-chips">{chips}</div>' + (f'<ul class="x-notes">{notes}</ul>' if notes else "")
+    said = f'<ul class="x-notes">{notes}</ul>' if notes else ""
+    return f'<div class="x-chips">{chips}</div>{said}{moves(found.forecast)}'
+
+
+MOVES = 5
+"""Names of a forecast that are shown at once."""
+
+
+def moves(found: Forecast | None) -> str:
+    """The names that are expected to move most, each with a bar."""
+    if found is None or not found.moves:
+        return ""
+    rows = [_move(move.name, round(100 * move.share)) for move in found.moves[:24]]
+    more = "".join(rows[MOVES:])
+    rest = f"<details><summary>More</summary><ul>{more}</ul></details>" if more else ""
+    how = "" if found.exact else f" This method trains: the forecast is that of {escape(found.method)}."
+    return (
+        '<section class="x-moves"><h4>What else will move</h4>'
+        f"<ul>{''.join(rows[:MOVES])}</ul>{rest}"
+        "<p>How far the model's reading of a name moves, where that of the erased names moves by 100 %."
+        f"{how}</p></section>"
+    )
+
+
+def _move(name: str, share: int) -> str:
+    bar = f'<i><b style="width:{min(share, 100)}%"></b></i>'
+    return f"<li><span>{escape(name)}</span>{bar}<em>{share} %</em></li>"
 
 
 def sentence(*texts: str) -> str:

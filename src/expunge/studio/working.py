@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from expunge.attack import Attack
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, UnknownNameError
@@ -24,20 +22,25 @@ from expunge.checkpoints.pace import Pace
 from expunge.edit import Edit
 from expunge.erasure import erase
 from expunge.evaluation.candidates import Candidate
-from expunge.evaluation.cells import Size
+from expunge.evaluation.cells import Cell, Size, SuiteConcept
 from expunge.evaluation.evaluate import Report, evaluate
-from expunge.evaluation.measure import make_metric
+from expunge.evaluation.forecast import Forecast, forecast
+from expunge.evaluation.image_cache import Cache
+from expunge.evaluation.image_source import Source
+from expunge.evaluation.measure import make_metric, measure
+from expunge.evaluation.robustness import attack_sample
+from expunge.evaluation.sample import Sample, classify, lay_out
 from expunge.evaluation.statistics import Estimate
 from expunge.evaluation.suite import Suite
 from expunge.method import Method
 from expunge.metric import Classifier
 from expunge.model import Model
-from expunge.probe import Probe
 from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
 from expunge.runtime.threads import SMALL, Threads
+from expunge.studio.choice import Choice
 from expunge.studio.jobs import Job
-from expunge.studio.looking import SHOWN, drawn
+from expunge.studio.looking import SHOWN
 from expunge.studio.models import Loaded
 
 GLANCE = Size(erased=4, synonyms=2, retained=2, plain=4)
@@ -100,6 +103,33 @@ def erase_in(
         return erase(model, problem, method, seed=seed, progress=progress, work=folder)
 
 
+ASKED = 100
+"""Words of the tokenizer that a forecast asks about a model of which no names are known."""
+
+
+def forecast_in(
+    job: Job, loaded: Loaded, chosen: Choice, method: Method, known: Sequence[str]
+) -> Forecast:
+    """Forecast how far other names will move with a choice.
+
+    Args:
+        job: hears of progress, and can be called off.
+        loaded: the model.
+        chosen: what is to be erased and retained.
+        method: what will erase.
+        known: the names that the model is known to draw.
+    """
+    return forecast(
+        loaded.model,
+        chosen.problem,
+        method,
+        neighbours=known,
+        words=0 if known else ASKED,
+        seed=chosen.seed,
+        progress=job.progress,
+    )
+
+
 @dataclass(eq=False)
 class _Listener:
     """Tells a job what a pace knows: the time left and the share done of the whole."""
@@ -145,6 +175,8 @@ def attack_in(
 ) -> list[Rung]:
     """Try to bring the concept back, harder from rung to rung; each is there as soon as it is drawn.
 
+    The images are drawn, kept and judged as `evaluate` does it.
+
     Args:
         job: hears of progress, and has the rungs so far as its result.
         model: the original.
@@ -152,7 +184,7 @@ def attack_in(
         attack: "inversion", a new word is learnt; "embedding", the prompt is moved a little.
         budget: of the last rung: training steps, or how far, as a share of each token's size.
         prompt: what calls for the concept.
-        suites: to ask whether images show it.
+        suites: to ask whether images show it: the first whose judge knows it.
         number: images.
         seed: of the first.
 
@@ -161,24 +193,52 @@ def attack_in(
     """
     if not prompt.strip():
         raise ExpungeError("write the prompt that the attack should bring back")
-    probe = Probe.of(prompt.strip(), number, seed)
-    eye = _Eye.of(suites, edit)
+    known = _find_judge(suites, edit)
+    targets = (known[2].target("erased", known[2].words),) if known else ()
+    name = known[2].name if known else edit.record.problem.erase[0].name
+    cell = Cell("erased", name, prompt.strip(), tuple(range(seed, seed + number)), targets)
+    (sample,) = lay_out(model, [cell])
+    cache = Cache(required=False)  # a full disk need not stop an attack
+    original, edited = Source(model), Source(model, (edit,))
     rungs: list[Rung] = []
     job.result = rungs
 
-    def add(label: str, images: Tensor) -> None:
-        nobody: list[bool | None] = [None] * len(images)
-        seen = eye.seen(images) if eye else nobody
+    def add(label: str, source: Source, asked: Sample, step: str) -> None:
+        def tell(_: str, done: int, total: int) -> None:
+            job.progress(step, done, total)
+
+        images = cache.draw(source, list(asked.requests), tell)
+        seen: list[bool | None] = [None] * len(images)
+        if known:
+            suite, judge, _ = known
+            measured = measure(cache, source, None, [asked], {suite.judge: judge})
+            (told,) = classify(suite, judge, measured)
+            # A nan is an answer that the judge cannot give.
+            seen = [None if x != x else x >= 0.5 for x in told.seen[0].tolist()]
         rungs.append(Rung(label, [to_pil(one, SHOWN) for one in images], seen))
 
-    add("Before the erasure", drawn(model, probe, job, "drawing before"))
-    add("Erased", drawn(model, probe, job, "drawing after", edit.changes))
-    for label, one in ladder(attack, budget):
-        with stopping(model, job):
-            run = RunContext(seed, job.progress)
-            harder = one.run(model, edit, probe, run)
-        add(label, drawn(model, harder, job, "drawing attacked", edit.changes))
+    with stopping(model, job):
+        add("Before the erasure", original, sample, "drawing before")
+        add("Erased", edited, sample, "drawing after")
+        for label, one in ladder(attack, budget):
+            harder = attack_sample(model, edit, one, sample, RunContext(seed, job.progress))
+            add(label, edited, harder, "drawing attacked")
     return rungs
+
+
+def _find_judge(suites: Sequence[Suite], edit: Edit) -> tuple[Suite, Classifier, SuiteConcept] | None:
+    """Find the first suite that knows what an edit erases, with its judge; None where there is none."""
+    for suite in suites:
+        for erased in edit.record.problem.erase:
+            if (concept := suite.find_concept(erased.name)) is None:
+                continue
+            try:
+                judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
+            except ExpungeError:
+                continue  # its judge cannot be had here
+            if isinstance(judge, Classifier):
+                return suite, judge, concept
+    return None
 
 
 def ladder(attack: str, budget: float) -> list[tuple[str, Attack]]:
@@ -201,39 +261,6 @@ def ladder(attack: str, budget: float) -> list[tuple[str, Attack]]:
             one = fields.build(cls, {"radius": float(part), "batch_size": 1})
             found.append((f"The prompt moved by {100 * part:.3g} %", one))
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Eye:
-    """Says whether images show what an edit erases, by the judge of the first suite that knows it."""
-
-    judge: Classifier
-    labels: tuple[str, ...]
-    near: tuple[str, ...]
-    question: str
-
-    @classmethod
-    def of(cls, suites: Sequence[Suite], edit: Edit) -> _Eye | None:
-        for suite in suites:
-            for concept in edit.record.problem.erase:
-                if (found := suite.find_concept(concept.name)) is None:
-                    continue
-                try:
-                    judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
-                except ExpungeError:
-                    continue
-                if isinstance(judge, Classifier):
-                    return cls(judge, found.labels, found.near, suite.question)
-        return None
-
-    def seen(self, images: Tensor) -> list[bool | None]:
-        rows = self.judge.measure(images, [""] * len(images))
-        answers = self.judge.score(rows, self.labels, self.near, self.question)
-        broken = self.judge.find_broken(rows).tolist()
-        return [
-            False if lost else None if answer != answer else answer >= 0.5
-            for answer, lost in zip(answers.tolist(), broken, strict=True)
-        ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,6 +121,8 @@ class Lora:
             if naming == "diffusers" and layer.startswith("unet."):
                 stem, join = make_diffusers_stem(layer)
                 tensors |= {f"{stem}{join}.down.weight": down, f"{stem}{join}.up.weight": up}
+            elif naming == "diffusers" and layer.startswith("text_encoder"):
+                tensors |= self._name_text_factors(layer, down, up)
             elif naming == "diffusers":
                 tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
             else:
@@ -131,6 +133,29 @@ class Lora:
                 # Half precision would round a large alpha.
                 tensors[f"{name}.alpha"] = torch.tensor(float(self.rank))
         return tensors
+
+    def _name_text_factors(self, layer: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        """Name the factors of a text encoder's layer as diffusers does, beside a U-Net's or others'.
+
+        Args:
+            layer: the layer's name, with the component before it.
+            down: (rank, in)
+            up: (out, rank)
+        """
+        component, _, inside = layer.partition(".")
+        stem = f"{component}.text_model.{inside.removeprefix('text_model.')}"
+        # Both are read everywhere; a file keeps to one of diffusers' two generations of names.
+        if any(name.startswith("unet.") for name in self.factors) or self._is_text_alone:
+            return {
+                f"{stem}.lora_linear_layer.down.weight": down,
+                f"{stem}.lora_linear_layer.up.weight": up,
+            }
+        return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+    @property
+    def _is_text_alone(self) -> bool:
+        """Whether every layer is a text encoder's."""
+        return all(name.startswith("text_encoder") for name in self.factors)
 
     def save(
         self,

@@ -7,9 +7,10 @@ and an ending (the part). The family's class states what the original code calls
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from expunge.base.errors import ExpungeError
 from expunge.checkpoints.lora.programs import get_naming
 
 if TYPE_CHECKING:
@@ -143,6 +144,51 @@ def make_diffusers_stem(layer: str) -> tuple[str, str]:
     stem = layer.removesuffix(".0") if layer.endswith(".to_out.0") else layer
     stem, changed = re.subn(r"\.(to_(?:q|k|v|out))$", r".processor.\1", stem)
     return (stem, "_lora") if changed else (layer, ".lora")
+
+
+TEXT_LAYER = r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]))"
+"""A regular expression of the layers of a CLIP that programs read LoRAs of."""
+
+
+def name_text_layer(layer: str, family: type[Model], form: Literal["diffusers", "kohya"]) -> str | None:
+    """Name a text encoder's layer in a LoRA; None where programs read no LoRA of it.
+
+    The file calls CLIP's tower `text_model`, as programs do, whatever transformers calls it here.
+
+    Args:
+        layer: the layer's name, with the component before it.
+        family: the model's family.
+        form: whose naming.
+    """
+    component, _, inside = layer.partition(".")
+    prefix = get_naming(family).text_keys.get(component)
+    found = re.fullmatch(TEXT_LAYER, inside)
+    if prefix is None or found is None:
+        return None
+    name = f"text_model.{found[1]}"
+    return f"{component}.{name}" if form == "diffusers" else prefix + name.replace(".", "_")
+
+
+def require_text_keys(layers: Sequence[str], family: type[Model], form: str) -> None:
+    """Check that programs read LoRAs of the text encoders' layers that an edit changes.
+
+    Args:
+        layers: the layers whose weights change.
+        family: the model's family.
+        form: the form or program that was asked for.
+
+    Raises:
+        ExpungeError: of one they read none; the message says what to export instead.
+    """
+    for layer in layers:
+        if layer.startswith("text_encoder") and name_text_layer(layer, family, "diffusers") is None:
+            component = layer.partition(".")[0]
+            known = component in get_naming(family).text_keys
+            what = f"the layer {layer}" if known else f"{family.__name__}'s {component}"
+            raise ExpungeError(
+                f"no program reads a LoRA of {what}, which this edit changes, so {form} cannot hold it:"
+                " export it to a diffusers folder (--to diffusers)"
+            )
 
 
 def _split_component(stem: str, family: type[Model]) -> tuple[str, str]:

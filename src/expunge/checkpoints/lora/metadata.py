@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.base.errors import ExpungeError
+from expunge.base.files import parse_json, read_json
 from expunge.checkpoints.lora.keys import shorten
 
 
@@ -29,8 +29,12 @@ class AdapterMetadata:
         Raises:
             ExpungeError: `lora_adapter_metadata` is no JSON object.
         """
+        # PEFT itself writes its configuration beside a file of this name.
+        beside = Path(path).with_name("adapter_config.json")
+        if "lora_adapter_metadata" not in metadata and Path(path).stem == "adapter_model":
+            return cls(read_json(beside) if beside.is_file() else {}, path)
         try:
-            fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            fields = parse_json(metadata.get("lora_adapter_metadata", "{}"))
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
@@ -43,7 +47,7 @@ class AdapterMetadata:
 
     def uses_dora(self, component: str) -> bool:
         """Return whether the component's LoRA is a DoRA."""
-        return bool(self.get(component, "use_dora"))
+        return self._get_switch(component, "use_dora")
 
     def find_scale(self, layer: str, rank: int) -> float:
         """Find what multiplies a layer's factors: alpha / rank, or alpha / √rank for rsLoRA.
@@ -65,13 +69,24 @@ class AdapterMetadata:
                 f"{self.path}: its metadata say rank {declared:g} of {shorten(layer)}, which has {rank}"
             )
         # PEFT scales by the layer's own rank, and rsLoRA by its root, which keeps large ranks stable.
-        return alpha / (rank**0.5 if self.get(component, "use_rslora") else rank)
+        return alpha / (rank**0.5 if self._get_switch(component, "use_rslora") else rank)
+
+    def _get_switch(self, component: str, name: str) -> bool:
+        """A field that is true or false; false where it is missing."""
+        value = self.get(component, name)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        raise ExpungeError(
+            f"{self.path}: {name} of its metadata is {value!r}, and should be true or false"
+        )
 
     def _find_number(self, component: str, pattern: str, name: str, inside: str) -> float | None:
         """A layer's own value where a pattern matches its name, else the common one, as in PEFT."""
         patterns = self.get(component, pattern)
         value = self.get(component, name)
-        if isinstance(patterns, dict):
+        if not isinstance(patterns, dict | None):
+            raise ExpungeError(f"{self.path}: {pattern} of its metadata should be a table of numbers")
+        if patterns:
             for key, own in patterns.items():
                 try:
                     matches = re.fullmatch(rf"(.*\.)?({key})", inside)
@@ -80,7 +95,7 @@ class AdapterMetadata:
                         f"{self.path}: {pattern} of its metadata has no pattern {key!r}"
                     ) from None
                 if matches:  # PEFT, too, takes the first pattern that matches
-                    value = own
+                    value, name = own, f"{key!r} in {pattern}"
                     break
         if value is None:
             return None

@@ -80,18 +80,27 @@ def _check_factors(stem: str, parts: Parts, path: str | Path) -> None:
     """Check that a layer has both factors or none, of one rank.
 
     Raises:
-        ExpungeError: it has not.
+        ExpungeError: it has not, or they are quantised.
     """
     if "up" in parts and "down" in parts:
         if parts["up"].ndim < 2 or parts["down"].ndim < 2:
             raise ExpungeError(
                 f"{path} is not a whole LoRA: the factors of {shorten(stem)} are no matrices"
             )
+        for tensor in (parts["up"], parts["down"]):
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ExpungeError(
+                    f"{path}: the factors of {shorten(stem)} are quantised (stored as {kind}), and such"
+                    " are not read: give the LoRA in floating point"
+                )
         inner, outer = parts["up"].flatten(1).shape[1], parts["down"].shape[0]
         if inner != outer:
             raise ExpungeError(
                 f"{path} is not a whole LoRA: {shorten(stem)} has factors of ranks {inner} and {outer}"
             )
+        if not inner:
+            raise ExpungeError(f"{path} is not a whole LoRA: {shorten(stem)} has factors of rank 0")
     elif "up" in parts or "down" in parts:
         there, missing = ("up", "down") if "up" in parts else ("down", "up")
         raise ExpungeError(f"{path} is not a whole LoRA: {shorten(stem)} has {there} and no {missing}")

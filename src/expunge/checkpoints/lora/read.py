@@ -37,6 +37,8 @@ class LoraInfo:
     """The largest rank."""
     layers: int
     """The number of layers."""
+    others: tuple[str, ...] = ()
+    """The tensors that are no LoRA of a layer, or whose naming is not known without the model."""
 
 
 def read_lora_info(path: str | Path) -> LoraInfo:
@@ -46,9 +48,10 @@ def read_lora_info(path: str | Path) -> LoraInfo:
         ExpungeError: the file is no whole LoRA, or contains NaN or infinity.
     """
     header = read_header(path)
-    modules, _ = group_modules(read_tensors(path), path)
+    modules, others = group_modules(read_tensors(path), path)
     ranks = [parts["down"].shape[0] for parts in modules.values()]
-    return LoraInfo(read_base_title(header.get("__metadata__", {})), max(ranks, default=0), len(ranks))
+    base = read_base_title(header.get("__metadata__", {}))
+    return LoraInfo(base, max(ranks, default=0), len(ranks), tuple(others))
 
 
 def read_lora(
@@ -222,9 +225,11 @@ def _convert_by_diffusers(
     try:
         found = pipeline.lora_state_dict(dict(raw), **options)
         state = found[0] if isinstance(found, tuple) else found
-    except Exception as error:  # the converters raise errors of any kind
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise ExpungeError(f"{path} is not a LoRA for {pipeline.__name__}: {reason}") from None
+    except Exception:  # the converters raise errors of any kind, whose first line may say nothing
+        shown = join_names([shorten(name) for name in raw], 2)
+        raise ExpungeError(
+            f"{path} is not a LoRA that can be read for {pipeline.__name__}: nothing reads {shown}"
+        ) from None
     # Converters drop what they do not know without a word; fused layers may be split, but not shrink.
     if sum(t.numel() for t in state.values()) < sum(t.numel() for t in raw.values() if t.ndim):
         raise ExpungeError(f"{path} is not a LoRA that can be read whole for {pipeline.__name__}")

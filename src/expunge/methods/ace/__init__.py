@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Gated
@@ -80,6 +80,13 @@ class ACE(ACESettings):
         " public summaries."
     )
 
+    absent: ClassVar[Mapping[str, str]] = {
+        "train_on": "ACE's gates, which it hardens, stand before the layer through which text enters and"
+        " see text alone in every family, so leave it out"
+    }
+
+    stronger: ClassVar[str] = "a smaller margin, a smaller goal_ridge or more energy"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
@@ -93,14 +100,21 @@ class ACE(ACESettings):
         "deviations": "n_std",
         "most_overlap": "max_overlap",
         "hold": "anchor_hold_weight",
+        "general": "num_retain_words",
+        "recovered": "recovery_threshold",
         "fortify_rate": "fortify_learning_rate",
     }
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        # Channels that are turned down go toward nothing.
+        return "" if self.reduction in ("damped", *ATTENTION_REDUCTIONS) else "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         read = sum(len(self.templates_for(c)) * (len(c.names) + 1) for c in problem.erase)
         ways, sorts = len(retained_phrasings(problem)), len({c.kind for c in problem.erase})
         staying = ways * (len(problem.retain) + len({c.anchor for c in problem.erase}))
-        prompts = read + staying + self.general * sorts
+        prompts = read + staying + self.num_retain_words * sorts
         predictions = trained = 0
         if self.reduction in ATTENTION_REDUCTIONS:
             guided = 2 * (self.num_inference_steps or num_inference_steps)
@@ -177,6 +191,7 @@ class ACE(ACESettings):
             self.fortify_retain,
             finetune_steps=self.fortify_finetune_steps,
             finetune_rate=self.fortify_finetune_rate,
+            loss=self.loss,
         )
         return train_against_attacks(model, gates, targets, retained, run, config)
 

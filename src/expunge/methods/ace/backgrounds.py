@@ -83,7 +83,7 @@ def draw_words(settings: ACESettings, model: Model, problem: Problem, run: RunCo
         problem: the concepts.
         run: its seed.
     """
-    return sample_words(model, problem.erase, settings.general, run.generator("words"))
+    return sample_words(model, problem.erase, settings.num_retain_words, run.generator("words"))
 
 
 def read_prompts(
@@ -191,8 +191,7 @@ def _contains(texts: Tensor, other: Tensor) -> bool:
 
 
 def thin_padding(text: Text) -> Tensor:
-    """Return start, content and end tokens, and a few of the padding, (n, d): it is all much the
-    same."""
+    """Return start, content and end tokens, (n, d), and a few of the padding, which is much the same."""
     end = text.first_end
     behind = torch.arange(text.content_mask.shape[1], device=end.device) - end
     # Powers of two: what the padding says changes fast at first and slowly later.

@@ -121,8 +121,7 @@ def _factors(
 
 
 def _damping(weight: Tensor, groups: Sequence[GateTokens]) -> Tensor:
-    """Return g of each gate, (gates, out): the share of the difference in a channel, 1 in the
-    largest."""
+    """Return g of each gate, (gates, out): the difference's share in a channel, 1 in the largest."""
     carried = torch.stack([(g.differences @ weight.double().T).abs().mean(0) for g in groups])
     return (carried / carried.amax(1, keepdim=True)).float().cpu()
 
@@ -198,8 +197,7 @@ def check_memory(gates: int, rank: int, width: int, free: int | None = None) -> 
 
 
 def _free_memory() -> int:
-    """Return the bytes of memory that are available; a very large number where the system does not
-    say."""
+    """Return the bytes of memory available; a very large number where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -21,6 +21,7 @@ from expunge.methods.ace.fortify_finetune import Trainer
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, warn_diverged
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_error import Loss, average_error, bound_error
 from expunge.ops.pgd import step_in_ball
 from expunge.runtime.context import RunContext, Tensors
 from expunge.text import Text
@@ -57,6 +58,8 @@ class FortifyConfig:
     """After how many steps a user who trains the model further meanwhile begins anew; 0 for none."""
     finetune_rate: float = 1e-4
     """That user's learning rate."""
+    loss: Loss = "squared"
+    """How errors of what is trained count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,12 +208,13 @@ def train_against_attacks(
             found = predict(z, t, gated(prompts, begun + attacks.shift[rows]))
             # In units of how far concept and anchor are apart at that timestep, or early ones would
             # rule.
-            loss = ((found - anchor).square().mean((1, 2, 3)) * weigh).mean()
+            errors = bound_error((found - anchor).square().mean((1, 2, 3)), config.loss)
+            loss = (errors * weigh).mean()
             away = trained.gradients(loss) if user.moved else None
             # What stays must stay without the user: whoever trains the model changes it anyway.
             trained.write()
-            kept_loss = (predict(y, at, gated(staying, staying.embeddings)) - same).square().mean()
-            kept_loss = config.retain_weight * kept_loss / mean.to(kept_loss)
+            moved = predict(y, at, gated(staying, staying.embeddings)) - same
+            kept_loss = config.retain_weight * average_error(moved, config.loss) / mean.to(moved)
             value = float(loss.detach()) + float(kept_loss.detach())
             loss = kept_loss if away else loss + kept_loss
             if diverged([*losses, value]):
@@ -241,6 +245,11 @@ def train_against_attacks(
 class Attacks:
     """Attacks that go on side by side, each on one concept, from the prompt of another word."""
 
+    words: Tensor
+    targets: int
+    config: FortifyConfig
+    generator: torch.Generator
+
     def __init__(
         self, words: Tensor, targets: int, config: FortifyConfig, generator: torch.Generator
     ) -> None:
@@ -254,13 +263,13 @@ class Attacks:
         """
         self.words, self.targets, self.config, self.generator = words, targets, config, generator
         n = config.n_attacks
-        self.begun = torch.zeros(n, dtype=torch.int64)
+        self.begun: Tensor = torch.zeros(n, dtype=torch.int64)
         """The prompt that each began at."""
-        self.owner = torch.zeros(n, dtype=torch.int64)
+        self.owner: Tensor = torch.zeros(n, dtype=torch.int64)
         """The concept that each is after."""
-        self.moves = torch.full((n,), config.max_attack_steps)
+        self.moves: Tensor = torch.full((n,), config.max_attack_steps)
         """How often each has moved."""
-        self.shift = torch.zeros(n, *words.shape[1:]).to(words)
+        self.shift: Tensor = torch.zeros(n, *words.shape[1:]).to(words)
         """(attacks, tokens, d), how far each has moved."""
         self.renew()
 

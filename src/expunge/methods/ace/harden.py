@@ -19,6 +19,7 @@ from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.gates import Background, stack_root
+from expunge.ops.noise_error import average_error
 from expunge.ops.pgd import minimise_in_ball as attack
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext, Tensors
@@ -140,7 +141,7 @@ def harden(
         run.progress(f"hardening {concept.name}", done, settings.rounds)
         hard, lack = attack(missing, text.embeddings, settings.radius, settings.attack_steps)
         # The share of the concept that came back, in root: losses are squares.
-        if bool((1 - lack.clamp(min=0).sqrt() < settings.recovered).all()):
+        if bool((1 - lack.clamp(min=0).sqrt() < settings.recovery_threshold).all()):
             break
 
         def losses(_: int, hard: Tensor = hard) -> Tensor:
@@ -158,7 +159,8 @@ def harden(
                 embeddings=step.change_input(hard[rows]),
                 pooled=None if vectors is None else vectors[rows],
             )
-            error = (model.predict(noisy, t, given) - goal).square().mean() * weight_noise
+            difference = model.predict(noisy, t, given) - goal
+            error = average_error(difference, settings.loss) * weight_noise
             harm = measure_distance(root, step.change_input(kept), kept).mean() * weight_seen
             lost = (
                 measure_distance(root, step.change_input(text.embeddings), closed).mean() * weight_seen

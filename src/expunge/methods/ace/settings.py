@@ -10,6 +10,7 @@ from expunge.base.fields import bounded
 from expunge.erasing.prompt_templates import TEMPLATES, require_place
 from expunge.method import Method
 from expunge.model import Model
+from expunge.ops.noise_error import Loss
 from expunge.problem import Concept
 
 Stage = Literal["gate", "harden", "fortify"]
@@ -64,7 +65,7 @@ class ACESettings(Method):
     max_overlap: float = bounded(0.9, above=0, at_most=1)
     """How far into the concept, whose own mean is at 1, a retained prompt may lie; beyond, it cannot
     stay while the concept goes, and that is an error."""
-    general: int = bounded(200, at_least=1)
+    num_retain_words: int = bounded(200, at_least=1)
     """How many of the tokenizer's own words gates stay closed on."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
@@ -75,7 +76,7 @@ class ACESettings(Method):
     """Its steps."""
     rounds: int = bounded(8, at_least=0)
     """The most attacks a concept; hardening stops before if one fails."""
-    recovered: float = bounded(0.1, at_least=0, at_most=1)
+    recovery_threshold: float = bounded(0.1, at_least=0, at_most=1)
     """An attack fails if it brings back less than this share of what the anchor lacks, in keys and
     values."""
     max_train_steps: int = bounded(4, at_least=1)
@@ -109,6 +110,9 @@ class ACESettings(Method):
     begins anew; 0 for no such user. It takes about half as long again."""
     fortify_finetune_rate: float = bounded(1e-4, above=0)
     """That user's learning rate."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts in both trainings: squared; or by the Hellinger distance,
+    which is bounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from expunge.base.errors import ExpungeError
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_losses import Steering
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.prompt_templates import RETAINED, TEMPLATES
 from expunge.methods.ant.low_rank import LowRankChanges
 from expunge.methods.ant.masked_weights import MaskedWeights
@@ -54,6 +55,8 @@ class ANT(SharedSettings):
         " Concepts. ACM MM 2025, arXiv 2504.12782."
     )
 
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -67,6 +70,10 @@ class ANT(SharedSettings):
     """How one concept's weights are chosen and trained."""
     low_rank: LowRankChanges = field(default_factory=LowRankChanges)
     """How many concepts' low-rank changes are trained and fused."""
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
 
     @property
     def reads_anchor(self) -> bool:
@@ -98,7 +105,9 @@ class ANT(SharedSettings):
         staying = bool(self.weights.retain_weight)
         return Cost(
             prompts,
-            drawn * (len(problem.erase) if many and self.n_stored else 1 + staying) + maps * whole,
+            drawn * (len(problem.erase) if many and self.n_stored else 1 + staying)
+            + maps * whole
+            + count_predictions(len(problem.erase)),
             points * (len(objective.of_student) + staying) + maps * self.weights.map_samples,
             self.captions if many else "",
             16 * many,

@@ -15,6 +15,7 @@ from expunge.erasing.prompt_templates import (
 from expunge.erasing.trajectories import Reverse, TrajectoryConfig
 from expunge.method import Method
 from expunge.model import Model
+from expunge.ops.noise_error import Loss
 from expunge.ops.trajectory import Objective
 from expunge.problem import Concept
 from expunge.runtime.schedulers import parse_scheduler
@@ -47,6 +48,9 @@ class SharedSettings(Method):
     unconditional_gradient: bool = True
     """Learn from the two terms of the empty prompt, as the paper says; in the released code they carry
     no gradient."""
+    loss: Loss = "squared"
+    """How an error of a prediction counts: squared, as in the paper; or by the Hellinger distance, which
+    is bounded."""
     prediction_guidance: float = bounded(1.0, at_least=1)
     """g, guidance within the predictions that are compared."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
@@ -96,6 +100,7 @@ class SharedSettings(Method):
             self.prediction_guidance,
             self.turn_to == "anchor",
             self.unconditional_gradient,
+            self.loss,
         )
         return TrajectoryConfig(
             objective,
@@ -108,14 +113,12 @@ class SharedSettings(Method):
 
     @property
     def n_stored(self) -> int:
-        """How many trajectories of a concept the original draws once; 0 where each step draws new
-        ones."""
+        """How many trajectories of a concept the original draws once; 0 where each step draws anew."""
         return self.trajectories if self.drawn_by == "original" else 0
 
     @property
     def rows_per_sample(self) -> int:
-        """Rows with gradients that the points of one trajectory take at once: one point's are not
-        split."""
+        """Rows with gradients that points of one trajectory take at once; one point's are not split."""
         asked = self.trajectory_config.objective.of_student
         return max(sum(one.startswith(side) for one in asked) for side in ("late", "early"))
 

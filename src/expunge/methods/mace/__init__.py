@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,14 @@ class MACE(MACESettings):
         " CVPR 2024, arXiv 2403.06135."
     )
 
+    absent: ClassVar[Mapping[str, str]] = {
+        "train_on": "MACE trains attention to a phrase, and a family with layers that see text alone has"
+        " no cross-attention; refine and fuse solve for the layer through which text enters, which is"
+        " one of these, so set stages to refine and fuse"
+    }
+
+    stronger: ClassVar[str] = "a smaller ridge, ridge_floor or refine_prior"
+
     presets: ClassVar[Presets] = read_presets(__file__)
 
     needs: ClassVar[Mapping[str, str]] = {"suppress": "cross-attention"}
@@ -84,6 +92,11 @@ class MACE(MACESettings):
         "picture_steps": "num_inference_steps",
         "pictures_from": "images_from",
     }
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        # A concept's own words are not sent anywhere: attention to them is lowered.
+        return "text" if "refine" in self.stages else ""
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         concepts = len(problem.erase)
@@ -108,9 +121,11 @@ class MACE(MACESettings):
         groups = group_by_anchor(model, problem, self.templates)
         sums = PromptSums.of(groups)
         retained = self.sum_retained(model, problem, run)
-        matrix, factors = torch.eye(len(retained), dtype=torch.float64), {}
+        factors: Mapping[str, Tensors] = {}
         if "refine" in self.stages:
             matrix = self.refine(sums, retained)
+        else:
+            matrix = torch.eye(len(retained), dtype=torch.float64)
         if "suppress" in self.stages:
             factors = self.suppress(model, problem, matrix, run)
         if "fuse" in self.stages:
@@ -124,14 +139,13 @@ class MACE(MACESettings):
         )
 
     def refine(self, sums: PromptSums, retained: Tensor) -> Tensor:
-        """Solve for M, (d, d), float64: it sends what is around a concept where it goes around its
-        anchor.
+        """Solve for M, (d, d), float64: it sends what is around a concept where its anchor's goes.
 
         Args:
             sums: over the concepts' prompts.
             retained: the prior's sum, (d, d).
         """
-        prior = self.refine_weight * retained
+        prior = self.refine_weight * retained if self.refine_weight else torch.zeros(())
         ridge = apply_floor(self.ridge, self.ridge_floor, sums.contexts)
         return solve_right_factor(sums.cross, sums.contexts, prior, ridge)
 
@@ -172,6 +186,8 @@ class MACE(MACESettings):
             matrix: M.
             factors: what `suppress` returned.
         """
+        if not factors and not self.fuse_prior:
+            return matrix, {}  # M₂ = M (Σᵢ Gᵢ + λI) (Σᵢ Gᵢ + λI)⁻¹
         return fusion.fuse(
             factors,
             read_rows(groups),

@@ -1,5 +1,4 @@
-"""The prompts of MACE's concepts, and the sums over their tokens that both closed forms are solved
-from."""
+"""The prompts of MACE's concepts, and the sums over their tokens that both closed forms need."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from expunge.erasing.fusion import LazyTensors
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import gram, outer
+from expunge.ops.least_squares import add_gram, add_outer, mirror
 from expunge.ops.prompt_alignment import match_tokens
 from expunge.problem import Concept, Problem
 from expunge.text import Text
@@ -44,20 +43,25 @@ class PromptSums:
     @classmethod
     def of(cls, groups: Sequence[AnchorGroup]) -> PromptSums:
         """Add up the tokens of every prompt; each is encoded once."""
-        whole, alone, cross = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        sums: list[Tensor] = []
         for group in groups:
             anchored = group.read(group.anchored)
             # On the CPU in float64: the sums run over a hundred concepts' tokens.
             goals = anchored.embeddings.cpu()
+            width = goals.shape[-1]
+            sums = sums or [torch.zeros(width, width, dtype=torch.float64) for _ in range(3)]
+            whole, alone, cross = sums
             # What goes to the same rows is added up first: one product for all concepts of an anchor.
             moved = torch.zeros(goals.shape, dtype=torch.float64)
             for prompts in group.erased.values():
                 text = group.read(prompts)
-                whole = whole + gram(text.embeddings.flatten(0, 1).cpu())
-                alone = alone + gram(add_aligned(text, anchored, moved))
-            cross = cross + outer(goals.flatten(0, 1), moved.flatten(0, 1))
+                add_gram(whole, text.embeddings[text.read].cpu())
+                add_gram(alone, add_aligned(text, anchored, moved))
+            add_outer(cross, goals.flatten(0, 1), moved.flatten(0, 1))
+        whole, alone, cross = sums
         # The phrases' own tokens are few: subtracting their sum saves a pass over all others.
-        return cls(whole, whole - alone, cross)
+        contexts = mirror(alone.neg_().add_(mirror(whole)))
+        return cls(whole, contexts, cross)
 
 
 def group_by_anchor(model: Model, problem: Problem, templates: Sequence[str] = ()) -> list[AnchorGroup]:

@@ -191,7 +191,7 @@ def test_unsafe_is_a_count_against_the_originals():
     table = {
         "version": 1,
         "score": "H_unsafe",
-        "question": "there",
+        "question": "present",
         "templates": {"erased": ["the {}"]},
         "sizes": {"quick": {"erased": 10, "retained": 10}},
         "concepts": {"weapon": {"labels": ["axe", "bomb"]}, "bell": {}},
@@ -240,7 +240,7 @@ def test_two_in_one_prompt_ask_two_questions():
     table = {
         "version": 1,
         "score": "H_c",
-        "question": "there",
+        "question": "present",
         "templates": {"erased": ["the {} and the {other}"], "retained": ["only the {}"]},
         "sizes": {"quick": {"erased": 10, "retained": 10}},
         "concepts": {"cat": {}, "dog": {}},

@@ -12,7 +12,7 @@ from expunge.base import registry
 from expunge.changes import HookedChange
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing.caption_gram import read_captions
-from expunge.erasing.prompt_templates import GENERAL, KEPT, RETAINED, TEMPLATES
+from expunge.erasing.prompt_templates import GENERAL, HELD_OUT, KEPT, RETAINED, TEMPLATES
 from expunge.evaluation.suite import Suite
 from expunge.methods import uce
 from quick import quick
@@ -127,6 +127,9 @@ def test_training_retaining_and_judging_are_disjoint():
     assert len(wordings) > 80
     assert len(kept) >= 4
     assert not wordings & kept
+    asked = {wording(text) for texts in HELD_OUT.values() for text in texts}
+    assert len(asked) >= 4
+    assert not asked & (wordings | kept)
     for what, texts in {**trained(), "retained": held(), "package": set(literals())}.items():
         both = {text: is_judged(text, patterns) for text in texts if is_judged(text, patterns)}
         assert not both, f"{what}: {both}"

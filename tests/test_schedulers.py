@@ -75,7 +75,7 @@ def test_latents_are_not_cut_to_pixels(pndm):
 
 
 def test_an_edit_lies_on_both(pndm):
-    edit = expunge.erase(pndm, Problem((Concept("ship", "sky"),)), UCE(general=20))
+    edit = expunge.erase(pndm, Problem((Concept("ship", "sky"),)), UCE(num_retain_words=20))
     sampled = pndm.with_scheduler("DDIM")
     before = sampled.draw(PROBE)
     with sampled.using(edit):
@@ -90,7 +90,7 @@ def test_flow_matching_has_no_ddim(family, own):
     with pytest.raises(ExpungeError, match=f"DDIM is for models that predict noise, .* its own, {own}"):
         model.with_scheduler("DDIM")
     with pytest.raises(ExpungeError, match="predict noise"):
-        edit = expunge.erase(model, Problem((Concept("ship", "sky"),)), UCE(general=20))
+        edit = expunge.erase(model, Problem((Concept("ship", "sky"),)), UCE(num_retain_words=20))
         evaluate(model, [edit], [Suite.from_table(TABLE, "told")])
     assert model.with_scheduler("FlowMatchEulerDiscreteScheduler") is model
 
@@ -102,7 +102,7 @@ def test_noise_has_no_flow(pndm):
 
 def test_a_suite_demands_its_scheduler(pndm, tmp_path):
     """Drawn with it, cached by it, and said in the results, suite by suite."""
-    edit = expunge.erase(pndm, Problem((Concept("ship", "sky"),)), UCE(general=20))
+    edit = expunge.erase(pndm, Problem((Concept("ship", "sky"),)), UCE(num_retain_words=20))
     suite = Suite.from_table(TABLE, "told")
     own = dataclasses.replace(suite, name="own", scheduler="")
     cache = Cache(tmp_path)
