@@ -52,7 +52,7 @@ class EncoderSearch(Attack):
 
     queries: int = bounded(1000, at_least=0)
     """The budget: prompts encoded and gradients taken, for each prompt; 0 changes nothing."""
-    num_words: int = bounded(3, at_least=1, at_most=20)
+    num_words: int = bounded(3, at_least=1, at_most=50)
     """Words searched, in the place of the name."""
     eta: float = bounded(0.0, at_least=0)
     """η, how far beyond the prompt the target lies along ĉ. The paper has 3; with 0 the target is the
@@ -104,7 +104,8 @@ class EncoderSearch(Attack):
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "queries"}
         label = f"encoder search {sorted(settings.items())} {blank.prompt}"
         generator = run.generator(label, "first")
-        first = torch.randint(len(space.words), (self.batch_size, self.num_words), generator=generator)
+        name = blank.name or blank.prompt
+        first = space.begin(model, name, self.batch_size, self.num_words, generator)
         named = [c for c in erased if normalize_name(blank.name) in map(normalize_name, c.names)]
         (concept,) = named[:1] or erased[:1]
         with torch.no_grad():

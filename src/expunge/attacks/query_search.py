@@ -55,7 +55,7 @@ class QuerySearch(Attack):
 
     queries: int = bounded(128, at_least=0)
     """The budget: images asked for, for each prompt; 0 changes nothing."""
-    num_words: int = bounded(2, at_least=1, at_most=20)
+    num_words: int = bounded(2, at_least=1, at_most=50)
     """Words searched, in the place of the name."""
     begin: Literal["near", "random"] = "near"
     """Begin among the words nearest to the name, or anywhere."""

@@ -28,7 +28,7 @@ class TokenSearch(Attack):
         min_w E_{z,t} ‖ε_edit(z_t, t, c(w)) − ε₀(z_t, t, c)‖² / ‖ε₀(z_t, t, c) − ε₀(z_t, t, ∅)‖²
 
     w are words of the tokenizer in the place of the concept's name, none of them a name that the edit
-    erases; or, with `place` before, in front of the whole prompt, name and all. z_t are noisy images
+    erases; or, with `place`, before or behind the whole prompt, name and all. z_t are noisy images
     that the original draws of the prompt with seeds of its own. A round ranks swaps of one word to first
     order, tries some of the best, and keeps the best prompt so far. Each prompt of a probe gets a search
     of its own, whose words all its images are drawn with.
@@ -47,15 +47,17 @@ class TokenSearch(Attack):
     ladders: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "": {"queries": [64, 256]},
         "before": {"queries": [64, 256], "place": "before"},
-        "long": {"queries": [1000], "num_words": 5},
+        "behind": {"queries": [64, 256], "place": "behind"},
+        "few": {"queries": [64, 256], "num_words": 3},
+        "long": {"queries": [1000]},
     }
 
     queries: int = bounded(256, at_least=0)
     """The budget: prompts tried and gradients taken, for each prompt; 0 changes nothing."""
-    num_words: int = bounded(3, at_least=1, at_most=20)
-    """Words searched."""
-    place: Literal["name", "before"] = "name"
-    """Where they stand: in the place of the concept's name, or before the prompt."""
+    num_words: int = bounded(16, at_least=1, at_most=50)
+    """Words searched: with few, little but synonyms can be found."""
+    place: Literal["name", "before", "behind"] = "name"
+    """Where they stand: in the place of the concept's name, or before or behind the whole prompt."""
     batch_size: int = bounded(15, at_least=1)
     """Prompts tried in a round."""
     choices: int = bounded(64, at_least=1)
@@ -102,7 +104,8 @@ class TokenSearch(Attack):
         label = f"token search {sorted(settings.items())} {blank.prompt}"
         generator = run.generator(label, "images")
         points = draw_points(model, blank.prompt, self.num_points, probe, generator)
-        first = torch.randint(len(space.words), (self.batch_size, self.num_words), generator=generator)
+        name = edit.record.problem.find_name(blank.prompt) or blank.prompt
+        first = space.begin(model, name, self.batch_size, self.num_words, generator)
 
         def losses(prompts: Sequence[str]) -> Tensor:
             with torch.no_grad():

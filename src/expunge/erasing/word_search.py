@@ -81,6 +81,23 @@ class WordSpace:
             score += torch.cosine_similarity(own - centre, (mean - centre)[None]).float().cpu()
         return score.argsort(descending=True, stable=True)[:n]
 
+    def begin(self, model: Model, name: str, n: int, places: int, generator: torch.Generator) -> Tensor:
+        """Return rows to begin a search with, (n, places): half among the words nearest to a name.
+
+        Args:
+            model: has the tokenizers.
+            name: what is searched for.
+            n: how many rows.
+            places: words of a row.
+            generator: chooses them.
+        """
+        known = self.near(model, name, 4 * places)
+        rows = torch.randint(len(self.words), (n, places), generator=generator)
+        near = known[torch.randint(len(known), (n, places), generator=generator)]
+        # Every second row: words near a name are what an edit is most likely to have closed.
+        rows[::2] = near[::2]
+        return rows
+
     def say(self, chosen: Tensor) -> str:
         """Return the words of a row of their numbers, (places,), as text."""
         return " ".join(self.words[i] for i in chosen.tolist())
@@ -92,7 +109,9 @@ class Blank:
 
     prompt: str
     name: str
-    """What the words take the place of; "" puts them before the prompt."""
+    """What the words take the place of; "" puts them beside the prompt."""
+    before: bool = False
+    """Whether they stand before the prompt there, and not behind it."""
 
     @classmethod
     def of(cls, prompt: str, problem: Problem, place: str) -> Blank:
@@ -101,13 +120,16 @@ class Blank:
         Args:
             prompt: the prompt.
             problem: whose names are looked for.
-            place: "name", where the erased name stands, or "before", in front of all.
+            place: "name", where the erased name stands, or behind a prompt that has none; "before",
+                in front of the whole prompt; or "behind" it.
         """
-        return cls(prompt, problem.find_name(prompt) if place == "name" else "")
+        return cls(prompt, problem.find_name(prompt) if place == "name" else "", place == "before")
 
     def fill(self, words: str) -> str:
         """Return the prompt with words in its place."""
-        return replace_whole(self.prompt, self.name, words) if self.name else f"{words} {self.prompt}"
+        if self.name:
+            return replace_whole(self.prompt, self.name, words)
+        return f"{words} {self.prompt}" if self.before else f"{self.prompt} {words}"
 
 
 @dataclass
