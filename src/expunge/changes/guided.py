@@ -112,6 +112,7 @@ class Guided(PredictionChange):
             momentum: ν.
             t: the time of each row, (n,).
         """
+        # Schedulers of flows have fractions of timesteps, and their first may be T itself.
         index = t.round().long().clamp(0, len(self.noise_scale) - 1)
         in_noise = self.noise_scale.to(prompt)[index.to(prompt.device)].reshape(-1, 1, 1, 1)
         difference = in_noise * (prompt - unsafe)
@@ -166,6 +167,7 @@ class _Steering:
         self.prompts: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        # By name, whichever way the pipeline gave its arguments.
         given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
         latents_name = next(name for name in LATENTS if name in given)
@@ -197,6 +199,7 @@ class _Steering:
             )
             self.momentum = after.detach()
             led = scale_difference(before, (before.to(wide) - gamma).to(before.dtype), self.strength)
+        # Not in place: the output may be part of a graph.
         changed = predicted.index_copy(0, rows, led)
         if isinstance(output, tuple):
             return (changed, *output[1:])

@@ -37,6 +37,7 @@ class ErasureNote:
     @classmethod
     def of(cls, edit: Edit) -> ErasureNote:
         """Make the note of an edit."""
+        # Sorted: places are a set, and the same edit should write the same file.
         return cls(edit.record, edit.hash, tuple(sorted(list_places(edit.changes))))
 
     @classmethod
@@ -60,6 +61,7 @@ def read_notes(header: Mapping[str, Any]) -> tuple[ErasureNote, ...]:
     try:
         entries = parse_json(header.get("__metadata__", {}).get(NOTE, "[]"))
     except ValueError:
+        # No list, so that `parse_notes` refuses it in its own words.
         entries = None
     return parse_notes(entries, "the file")
 
@@ -95,6 +97,7 @@ def update_metadata(metadata: Mapping[str, str], notes: Sequence[ErasureNote]) -
     except ValueError:
         former = {}
     if former is None:
+        # The first erasure: title and hashes still are those of the model itself.
         former = {name: metadata[name] for name in OUTDATED if name in metadata}
     if not notes:
         return {FORMER: None, **former}

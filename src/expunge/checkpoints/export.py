@@ -180,6 +180,7 @@ def export(
 
     checkpoint.copy(
         output,
+        # LoRAs first: the edit was made on top of them, and a right factor acts on all before it.
         make_updates(group_by_place([*loras, *static]), edit.hash, cost),
         (*checkpoint.read_erasures(), ErasureNote.of(edit)),
         {"README.md": lambda: make_card(notes=list_notes())},
@@ -257,6 +258,7 @@ def _check_output(output: Path) -> None:
     try:
         ours = NOTE in read_header(output).get("__metadata__", {})
     except ExpungeError:
+        # What is no safetensors file was not written here.
         ours = False
     if not ours:
         raise ExpungeError(

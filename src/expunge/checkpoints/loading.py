@@ -69,6 +69,7 @@ def find_source(model: str | Path, variant: str | None = None) -> Source:
     if not files.is_dir(path):
         if is_hub_id(model):
             return Source(str(model), None, variant)
+        # What looks like a path is answered as one, and not with the names of shipped models.
         if "/" in str(model) or path.suffix:
             raise ExpungeError(f"there is no file or folder {model}{_suggest(path)}")
         raise UnknownNameError("model", str(model), shipped)
@@ -153,6 +154,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def read_settings(source: Source) -> dict[str, Any]:
     """Read the `expunge.json` beside a model: how it is drawn with, its anchors, what was erased."""
+    # Beside a single file there is none: the path is then no folder, and no such file is found.
     file = source.path / "expunge.json" if source.path else None
     return read_json(file) if file is not None and file.is_file() else {}
 

@@ -38,6 +38,7 @@ class OffloadHook(ModelHook):
         Returns:
             The inputs, on the device.
         """
+        # Inputs may be nested: SDXL's `added_cond_kwargs` is a dict of tensors.
         tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         if not any(x.grad_fn is not None for x in tensors):
             for other in self.others:

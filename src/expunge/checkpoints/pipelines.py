@@ -62,6 +62,7 @@ def read_pipeline(
                         **{**missing, **parts},
                     )
             else:
+                # None keeps diffusers from reading a component: a safety checker is large and never run.
                 idle = {part: None for part in read_index(path) if part.startswith(IDLE)}
                 given = {**idle, **parts}
                 given |= _read_variant_parts(source, dtype, leave=tuple(given))
@@ -72,6 +73,7 @@ def read_pipeline(
                     local_files_only=True,
                     **given,
                 )
+    # Before the net below, which would put our own sentences into another.
     except ExpungeError:
         raise
     except Exception as error:  # diffusers, the hub and the files raise errors of any kind
@@ -131,6 +133,7 @@ def check_whole(pipe: Any, folder: Path, variant: str | None = None) -> None:
         names: dict[int, list[str]] = {}
         for name, tensor in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
+        # Under the names of whichever version of transformers wrote the file.
         bare = {_strip_wrappers(name) for name in there}
         for one in names.values():
             if not any(name in there or _strip_wrappers(name) in bare for name in one):
@@ -253,6 +256,7 @@ def _read_variant_parts(source: Source, dtype: torch.dtype, leave: tuple[str, ..
                 folder / part, variant=variant, torch_dtype=dtype, use_safetensors=True
             )
         elif variant and library == "transformers":
+            # What diffusers calls `torch_dtype`, transformers calls `dtype`.
             found[part] = getattr(transformers, name).from_pretrained(
                 folder / part, variant=variant, dtype=dtype, use_safetensors=True
             )
@@ -275,6 +279,7 @@ def _open_for_diffusers(path: Path, dtype: torch.dtype) -> Iterator[Path]:
         if scaled:
             safetensors_io.unscale_file(path, file, dtype)
         else:
+            # A link needs no disk; resolved, since a relative one would start from the temporary folder.
             file.symlink_to(path.resolve())
         yield file
 

@@ -43,6 +43,7 @@ def read_components(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         name: (value[0], value[1])
         for name, value in index.items()
+        # A component that is left out stands there as [null, null].
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
         if not name.startswith(IDLE)
     }
@@ -135,6 +136,7 @@ def read_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
             if pickled:
                 raise ExpungeError(f"{pickled[0]} is {files.PICKLED}")
             raise ExpungeError(f"cannot load {folder}: its {name} has no weights in .safetensors")
+    # One component that has it is enough: the others may have plain weights alone.
     if variant and variant not in found.values():
         if not known:
             raise ExpungeError(f"{folder} has no variant {variant!r}, but plain weights alone")

@@ -59,9 +59,11 @@ def make_updates(
         value = original.to(torch.promote_types(wide, torch.float32))
         for change in some:
             value = change.weight(value)
+        # Random numbers of each parameter's own, so that its bytes do not depend on the order of files.
         digest = hashlib.sha256(f"{seed}.{place[0]}.{place[1]}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         written = round_stochastically(value, original.dtype, draw)
+        # Rounding to float32 is far below what any change does.
         if cost is not None and original.dtype.itemsize < 4:
             cost.add(original, value, written)
         return written
@@ -83,6 +85,7 @@ def compose_linear(changes: Sequence[WeightChange], inputs: int) -> tuple[Tensor
     matrices = [change.matrix.double() for change in changes if isinstance(change, Right)]
     right = matrices[0] if matrices else torch.eye(inputs, dtype=torch.float64)
     for matrix in matrices[1:]:
+        # (W R) R': what acts later stands on the right.
         right = right @ matrix
     return right, *compose_low_rank(changes, inputs)
 

@@ -70,6 +70,7 @@ def retained_gram(
         prompts = assemble_retained_prompts(problem.retain)
         for start in range(0, len(prompts), 64):
             e = model.encode(prompts[start : start + 64]).embeddings
+            # A mean over prompts, as the prior is one over captions: ω then compares the two.
             total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
         total += compute_prior(model, read_captions_for(model, captions_from, problem.erase), run).mean
@@ -104,12 +105,14 @@ def fuse(
         for name, tensors in factors.items()
     }
     # All concepts' factors of all layers are solved for in one stack.
+    # An empty stack to begin with: without factors M₂ alone is solved for.
     moved = [torch.zeros(0, len(whole), dtype=torch.float64)]
     moved += [
         multiply_by_gram(torch.cat([d for _, d in some]), rows[name]) for name, some in downs.items()
     ]
     ridge = apply_floor(ridge, floor, whole)
     matrix, solved = solve_fusion(matrix, whole, prior, ridge, torch.cat(moved))
+    # In the order in which they were stacked: concept by concept, layer by layer.
     answers = iter(solved.split([len(d) for some in downs.values() for _, d in some]))
     return matrix, {
         name: {**tensors, **{key: next(answers) for key, _ in downs[name]}}

@@ -47,6 +47,7 @@ class LossTerm:
             n_stored: how many trajectories the original draws once; 0 for new ones at each step.
             drawn_by_original: whether the original draws the new ones.
         """
+        # One set for all samples, which each pick points of their own.
         stored = [steering.store_trajectories(subject, n_stored)] * samples if n_stored else []
         return LossTerm(steering, [subject] * samples, stored, drawn_by_original)
 
@@ -62,6 +63,7 @@ class LossTerm:
             with trained.off():
                 sample = self.steering.draw_points(self.subjects)
                 return sample, self.steering.predict_original(sample)
+        # The network in training draws; only then the original takes its place to predict.
         sample = self.steering.draw_points(self.subjects)
         with trained.off():
             return sample, self.steering.predict_original(sample)
@@ -193,8 +195,10 @@ def train_factors(
     entries = {entry.layer for entry in model.text_entries()}
     between = torch.stack(list(through)).to(downs[0]) if through else None
     used = list(downs)
+    # Row i belongs to concept i mod n, as `use_own_factors` takes a batch.
     everyone = list(subjects) * samples
     with frozen(model.parameters()):
+        # Before the changes below are applied: the original draws without them.
         once = [steering.store_trajectories(s, n_stored) for s in subjects] if n_stored else []
         stored = once * samples
         with model.using(base_changes), use_own_factors(modules, ups, used, alpha / rank) as switch:
@@ -240,6 +244,7 @@ def train_factors(
     for layer, up, down in zip(layers, ups, downs, strict=True):
         for b, subject in enumerate(subjects):
             if layer in kept:
+                # The scale goes into B, so that whoever reads the factors needs none.
                 factors[subject.name][f"{layer}.up"] = alpha / rank * up[b].cpu()
                 factors[subject.name][f"{layer}.down"] = down[b].cpu()
     return factors

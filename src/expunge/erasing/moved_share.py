@@ -101,11 +101,14 @@ def _pair_entries(
         if entry.layer not in changed:
             continue
         before, after = _run_layer(model, entry.layer, changes, erased.embeddings, strength)
+        # The anchor's goal is the original's: an edit may move the anchor itself.
         goals, _ = _run_layer(model, entry.layer, (), anchored.embeddings, strength)
         for row, place, goal in parts:
+            # As far as both prompts go: of the longer phrase less padding is left.
             n = min(place.stop - place.start, goal.stop - goal.start, 1 + FOLLOWING)
             e, a = slice(place.start, place.start + n), slice(goal.start, goal.start + n)
             moved, way = after[row, e] - before[row, e], goals[row, a] - before[row, e]
+            # What the denoiser does not read moves no image, however far it went.
             read = erased.read[row, e].cpu()
             yield "last", moved[:1], way[:1]
             yield "following", moved[1:][read[1:]], way[1:][read[1:]]
@@ -149,11 +152,14 @@ def _pair_predictions(
     """Yield f'(e) − f(e) and f(a) − f(e) of the predictions on trajectories of the original."""
     with torch.no_grad():
         seeds = range(len(erased))
+        # Without guidance, at half the cost: predictions are compared at points, however these were reached.
         drawn = model.trajectory(erased, seeds, num_inference_steps=STEPS, guidance_scale=1.0)
+        # The last point is the finished image, for which nothing is predicted.
         points = list(drawn)[:-1]
         before = [model.predict(z, t, erased) for t, z in points]
         goals = [model.predict(z, t, anchored) for t, z in points]
         with model.using(changes, strength=strength):
+            # At the same points: along a trajectory of its own the edit's predictions would not compare.
             after = [model.predict(z, t, erased) for t, z in points]
     for old, goal, new in zip(before, goals, after, strict=True):
         yield "predictions", new - old, goal - old

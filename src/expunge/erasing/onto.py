@@ -73,4 +73,5 @@ def join_problem(problem: Problem, earlier: Problem) -> Problem:
 
 def _unique(texts: Sequence[str]) -> tuple[str, ...]:
     """Leave out later spellings of the same text."""
+    # Read backwards, so that of a text's spellings the first stays, where the last one stood.
     return tuple({normalize_name(text): text for text in reversed(texts)}.values())[::-1]

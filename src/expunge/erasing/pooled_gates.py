@@ -20,6 +20,7 @@ def pad_gates(gated: Gated, inputs: int) -> Gated:
         inputs: the width of the layer's input, at least that of the vector.
     """
     more = inputs - gated.direction.shape[1]
+    # `pad` counts from the last dimension: the rows of `up` are its second pair.
     return dataclasses.replace(
         gated,
         direction=pad(gated.direction, (0, more)),
@@ -41,6 +42,7 @@ def apply_to_vectors(change: InputChange, vectors: Tensor, inputs: int) -> Tenso
         (n, d)
     """
     width = vectors.shape[-1]
+    # Zeros stand for what follows the vector: padded gates neither read it nor change it.
     return change.change_input(pad(vectors, (0, inputs - width)))[..., :width]
 
 
@@ -72,4 +74,5 @@ def measure_remainder(weight: Tensor, rows: Tensor, neutral: Tensor, gated: Gate
     w = weight.double().T
     after = rows if gated is None else gated.change_input(rows)
     left, apart = (((x - neutral).double() @ w).square().sum() for x in (after, rows))
+    # Where concept and anchor are one vector nothing can be left: 0, not 0/0.
     return float((left / apart.clamp(min=1e-30)).sqrt())

@@ -85,9 +85,11 @@ def fit_presence(
         edge = torch.maximum(edge, measure(general).quantile(0.99, dim=0))
     names = [(name, concept.kind) for concept in problem.erase for name in concept.names]
     start = torch.stack([
+        # Of each name its own column: every prompt is measured along the directions of all names.
         measure([way.format(name) for way in TEMPLATES[kind]])[:, i].quantile(0.05)
         for i, (name, kind) in enumerate(names)
     ])  # fmt: skip
+    # The centre is half-way even where the two overlap; only the width must be kept above 0.
     gap = (start - edge).clamp(min=least)
     return (start + edge) / 2, gap / (2 * CERTAIN)
 

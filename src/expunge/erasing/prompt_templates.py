@@ -203,6 +203,7 @@ def assemble_anchor_prompts(concept: Concept, templates: Sequence[str] = ()) -> 
         templates: phrasings with {} in the concept's place; by default those of its kind.
     """
     templates = templates or TEMPLATES[concept.kind]
+    # Nothing in the place of a name leaves "a photo of ", which is not the empty prompt.
     return [template.format(concept.anchor) if concept.anchor else "" for template in templates]
 
 

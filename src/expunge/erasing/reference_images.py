@@ -77,6 +77,7 @@ def draw_each(
     Returns:
         The latents, (n, c, h, w).
     """
+    # One generator for all batches: seeds, and so images, do not depend on the batch's size.
     generator, steps = run.generator("examples", label), model.num_inference_steps
     parts = []
     for start in range(0, len(prompts), batch):
@@ -105,12 +106,14 @@ def read_examples(model: Model, concept: str, prompt: str, folder: str | Path) -
         ExpungeError: there are no images, or one is unreadable or of another size than the model draws.
     """
     place = find_folder(concept, folder)
+    # Sorted, since a folder lists files in any order, and training picks images by their number.
     files = sorted(path for path in place.glob("*") if path.suffix.lower() in image_files.ENDINGS)
     if not files:
         raise ExpungeError(f"{place} has no images of {concept!r} (.png, .jpg or .webp)")
     latents = []
     for path in files:
         try:
+            # One at a time, so that an error can name its file.
             latents.append(model.encode_images(image_files.read_image(path)[None]))
         except ExpungeError as error:
             message = str(error)
@@ -129,6 +132,7 @@ def find_folder(concept: str, folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ExpungeError(f"there is no folder {folder}")
+    # The exact name first: only without it do other spellings count, of which there may be several.
     if (own := folder / concept).is_dir():
         return own
     alike = sorted(

@@ -106,6 +106,7 @@ class RefitSums:
         """
         scaled: list[list[Tensor]] = [[], [], []]
         for some in self.pending:
+            # Errors are squared, so that a weight enters as its root.
             root = some.weight**0.5
             found = (some.rows,) if some.goals is None else (some.rows, some.goals)
             for to, rows in zip(scaled[2:] if some.goals is None else scaled, found, strict=False):
@@ -126,6 +127,7 @@ class RefitSums:
         if self.rank is not None:
             right, down = self.factor(ridge)
             matrix = right @ down
+            # In place: at a width of 7680 an identity would take another half a gigabyte.
             matrix.diagonal().add_(1)
             return matrix.float()
         return solve_right_factor(self.cross, self.gram, self.prior, ridge).float()
@@ -133,6 +135,7 @@ class RefitSums:
     def _add(self, some: WeightedRows) -> None:
         """Keep rows as they are while they are few, and their sums from then on."""
         self.pending.append(some)
+        # From there on sums no longer grow with the rows.
         if self.sums is not None or sum(len(each.rows) for each in self.pending) >= some.rows.shape[1]:
             self._summed()
 
@@ -253,6 +256,7 @@ class Refit:
         layers = tuple(entry.layer for entry in model.text_entries())
         rank = self.tokens.rank
         shapes = [model.weight(layer).shape for layer in layers] if rank is not None else []
+        # By the numbers that the edit would hold: thin factors of every layer, or one matrix for all.
         if rank is None or rank * sum(map(sum, shapes)) >= shapes[0][1] ** 2:
             return [Right(layers, self.tokens.solve(ridge))]
         right, down = self.tokens.factor(ridge)

@@ -125,6 +125,8 @@ def make_mask(
         ExpungeError: no weight is left.
     """
     model, pulls = steering.model, steering.objective.negative_guidance != 1
+    # Before training the network predicts as the original: terms that keep its predictions have errors
+    # of 0 and no gradient. For η = 1 the early term is one of these.
     objective = dataclasses.replace(
         steering.objective,
         unconditional_late=0.0,
@@ -142,6 +144,7 @@ def make_mask(
                 parameter.grad = None
             for i in range(maps):
                 run.progress("saliency", i, maps)
+                # One for each map, so that a map does not depend on how many there are.
                 generator = run.generator("saliency", str(i))
                 subject = TrainingConcept(prompts[i % len(prompts)], text[[i % len(prompts)]], generator)
                 _add_map(steering, subject, parameters, intersection, samples, batch_size)
@@ -172,6 +175,7 @@ def _add_map(
     parts = steering.draw_points_along(subject, samples).split(batch_size)
     for part in parts:
         with torch.enable_grad():
+            # A sum, so that the map does not depend on how points are split into batches.
             loss = steering.compute_losses(part).sum()
         # Only with the last part is a gradient complete, and can be compared and freed.
         if part is not parts[-1]:

@@ -84,6 +84,7 @@ class AdaVD(Method):
         # Where text enters joint attention, its "context" is what stands in for values.
         for entry in (entry for entry in model.text_entries() if entry.role != "key"):
             weight = model.weight(entry.layer).double().cpu()
+            # Values as they are before attention mixes them: the same at every pixel and every step.
             target = (tokens @ weight.T).float()
             changes.append(
                 Projected((entry.layer,), target, slope=self.slope, centre=self.centre, top=self.top)
@@ -105,6 +106,7 @@ def find_targets(text: Text, *, after: bool = False) -> Tensor:
             places = [span.start]
             if after:
                 rest = [place for place in range(span.start + 1, span.stop) if read[place]]
+                # Where nothing is read behind the end token, first and last are one, which counts once.
                 places += [*rest[:1], *rest[1:][-1:]]
             found += [text.embeddings[row, place] for place in places]
     return torch.stack(found).double().cpu()

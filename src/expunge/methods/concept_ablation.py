@@ -85,6 +85,7 @@ class ConceptAblation(Method):
         return False
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
+        # Twice: guidance predicts with and without the prompt.
         drawn = len(problem.erase) * self.num_images * 2 * num_inference_steps
         rows = self.max_train_steps * self.samples
         taught = rows if self.target == "model" else 0
@@ -100,9 +101,11 @@ class ConceptAblation(Method):
             rows = torch.randint(len(latents), (self.samples,), generator=generator).tolist()
             t = torch.randint(len(levels), (self.samples,), generator=generator)
             clean = latents[rows]
+            # Drawn on the CPU, so that training meets the same noise on every device.
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             at, erased, anchored = t.to(clean.device), texts[0][rows], texts[1][rows]
             noisy = model.add_noise(clean, noise, at)
+            # At least float32: `measure_error` squares in the dtype of its scale.
             wide = scale[t].to(clean.device, torch.promote_types(clean.dtype, torch.float32))
             true = compute_training_target(model.prediction_type, clean, noise, levels[t])
             goal = true
@@ -112,6 +115,7 @@ class ConceptAblation(Method):
                     goal = model.predict(noisy, at, anchored)
             yield measure_error(model.predict(noisy, at, erased), goal, wide, self.loss).mean()
             if self.regularisation:
+                # Anew, with a gradient: `goal` has none. By now the first part's graph is freed.
                 found = model.predict(noisy, at, anchored)
                 yield self.regularisation * measure_error(found, true, wide, self.loss).mean()
 
@@ -137,6 +141,7 @@ class ConceptAblation(Method):
         erased, anchored, latents = [], [], []
         for concept in problem.erase:
             own = assemble_prompts(concept, self.templates)
+            # One a template: repeated for every name, so that both lists pair row for row.
             of_anchor = assemble_anchor_prompts(concept, self.templates) * len(concept.names)
             model.require_window(own + of_anchor)
             # In turn over names and templates, as far as the images go.

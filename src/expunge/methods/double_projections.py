@@ -85,6 +85,7 @@ class DoubleProjections(Method):
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         anchors = [p for c in problem.erase for p in assemble_anchor_prompts(c, self.templates)]
+        # The anchors are known, too: where a concept is sent must not move itself.
         known = self._gram(model, ["", *problem.retain, *anchors, *words], run)
         free = free_directions(known, self.slack)
         tokens, proxies = [], []
@@ -104,6 +105,8 @@ class DoubleProjections(Method):
 
     def _gram(self, model: Model, prompts: Sequence[str], run: RunContext) -> Tensor:
         """Sum e eᵀ over the counted tokens of prompts, each prompt once: (d, d), float64."""
+        # Once each: an anchor of many concepts would otherwise hold most of the energy, of which `slack`
+        # is a share.
         prompts = list(dict.fromkeys(prompts))
         total = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(prompts), 64):
@@ -150,6 +153,7 @@ def project_on_span(rows: Tensor, span: Tensor, tolerance: float = 1e-9) -> Tens
         tolerance: eigenvalues up to this share of the largest are none.
     """
     values, vectors = torch.linalg.eigh(span)
+    # Relative, since eigenvalues grow with the number of tokens that were summed over.
     basis = vectors[:, values > tolerance * values[-1]]
     return rows @ basis @ basis.T
 
@@ -167,5 +171,8 @@ def solve_projected(tokens: Tensor, proxies: Tensor, free: Tensor, penalty: floa
     left = (proxies - tokens).T @ inside
     eye = torch.eye(free.shape[1], dtype=torch.float64)
     system = inside.T @ inside + penalty * eye
+    # Without a penalty and with fewer tokens than free directions this has no inverse; what lies below
+    # 1e-12 of the largest eigenvalue is round-off of the product.
     solved = left @ torch.linalg.pinv(system, rtol=1e-12, hermitian=True)
+    # The free basis on the right is what the known embeddings cannot feel.
     return torch.eye(len(free), dtype=torch.float64) + solved @ free.T

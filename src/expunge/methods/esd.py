@@ -103,6 +103,7 @@ class ESD(Method):
         """How trajectories are drawn, and the objective on them."""
         eta, own = self.negative_guidance, self.objective == "esd"
         keep = self.unconditional
+        # λ₁, λ₂, λ₃. Where guidance is always reversed there are no early points for λ₁ and λ₃.
         terms = (0.0, keep, 0.0) if own else (0.4, keep or 0.5, keep or 0.2)
         objective = Objective(eta, *terms, error=self.loss)
         return TrajectoryConfig(
@@ -132,6 +133,7 @@ class ESD(Method):
         )
         prompts = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         points, asked = self.max_train_steps * self.samples, self.trajectory_config.objective
+        # Measuring how far the edit went takes predictions, too.
         predictions = points * (drawn + len(asked.of_original)) + count_predictions(len(problem.erase))
         return Cost(prompts, predictions, points * len(asked.of_student))
 
@@ -143,6 +145,7 @@ class ESD(Method):
         part = PARTS[self.part] if self.train_on == "part" else self.train_on
         return train_weights(
             Steering(model, dataclasses.replace(self.trajectory_config, turn=turn)),
+            # Several concepts train as one, with the prompts of all: there is one network for them.
             TrainingConcept(problem.erase[0].name, model.encode(prompts), run.generator("training")),
             InPlace(select_parameters(model, part)),
             run,

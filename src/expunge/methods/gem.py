@@ -68,6 +68,7 @@ class ContrastiveObjective(Objective):
             (measure_error(student["late"], original[goal], late, self.error) + TINY).sqrt()
             for goal in ("late anchor", "late")
         )
+        # At 0 a sample has no gradient any more; the repelling term alone would never end.
         return (near - self.negative_guidance * far).relu()
 
 
@@ -139,11 +140,13 @@ class GEM(Method):
         """How trajectories are drawn, and the objective on all their points."""
         objective = ContrastiveObjective(self.repulsion, anchored=True, error=self.loss)
         steps, guidance = self.trajectory_steps, self.trajectory_guidance
+        # Without a step to turn at: "always" does not read t', here 0.
         return TrajectoryConfig(objective, 0.0, "always", steps, guidance, "auto")
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         prompts = [p for c in problem.erase for p in assemble_prompts(c, self.templates)]
         steps = self.trajectory_steps or num_inference_steps
+        # Three more a step are stored: for the prompt, for none, and for the anchor.
         drawn = self.trajectories * steps * (1 + (self.trajectory_guidance > 1) + 3)
         return Cost(2 * len(prompts), drawn, self.max_train_steps * self.samples)
 
@@ -172,6 +175,7 @@ class GEM(Method):
             n_stored=self.trajectories,
             drawn_by_original=True,
             micro_batch=self.micro_batch,
+            # All of them: these factors are the edit itself, not what a fusion of text entries reads.
             returned=layers,
         )["gem"]
         return tuple(LowRank((n,), factors[f"{n}.up"], factors[f"{n}.down"]) for n in layers)
@@ -185,7 +189,10 @@ class GEM(Method):
         cross = [name for name in own if name.rpartition(".")[0] in crossings]
         streams = [f"{n.rpartition('.')[0]}.{JOINT[n.rpartition('.')[2]]}" for n in own]
         joint = [name for pair in zip(own, streams, strict=True) if pair[1] in there for name in pair]
+        # Where some attentions have a stream of text, those without one stay as they are: FLUX's single
+        # blocks.
         chosen = set(cross or joint or own)
+        # In the order of the network: a set has none, and factors draw their numbers layer by layer.
         return tuple(
             f"{model.denoiser}.{name}"
             for name, _ in iterate_layers(model.network)

@@ -102,6 +102,7 @@ class OCE(Method):
             weight = model.weight(entry.layer)
             w = weight.double().cpu()
             objective = self.objective(w, target, anchor, kept, general)
+            # Q stands left of W and is each layer's own, so that no factor of the input can hold it.
             changes.append(Dense((entry.layer,), (nearest_rotation(objective) @ w).to(weight.dtype)))
         run.progress("solving layers", len(values), len(values))
         return tuple(changes)
@@ -121,6 +122,7 @@ class OCE(Method):
         eye = torch.eye(weight.shape[0], dtype=torch.float64)
         away, toward = projector(weight @ target.T), projector(weight @ anchor.T)
         held = weight @ kept.T
+        # (I − G*) spares the part of a concept's direction that its anchor has, too.
         return (
             -self.erase_scale * away @ (eye - toward)
             + self.captions_scale * weight @ general @ weight.T
@@ -135,6 +137,7 @@ def projector(columns: Tensor) -> Tensor:
     Args:
         columns: (out, n).
     """
+    # Normalised, so that the cut of small singular values is one of angles and not of lengths.
     unit = columns / columns.norm(dim=0).clamp_min(1e-12)
     u, s, _ = torch.linalg.svd(unit, full_matrices=False)
     basis = u[:, s > 1e-8 * s[0]]  # concepts that share their last token are one direction
@@ -144,4 +147,5 @@ def projector(columns: Tensor) -> Tensor:
 def nearest_rotation(matrix: Tensor) -> Tensor:
     """Compute U Vᵀ of M = U Σ Vᵀ: the orthogonal matrix Q with the largest tr(Qᵀ M)."""
     u, _, vh = torch.linalg.svd(matrix)
+    # The sign of the determinant is left free: a reflection is orthogonal, too.
     return u @ vh

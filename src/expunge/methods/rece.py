@@ -96,6 +96,7 @@ class RECE(Method):
             weight = 1 / len(erased)
             refit.erase(*texts, weight)
             e, a = match_from_last_token(*texts)
+            # Every round looks for what stands in for these, not for what earlier rounds found.
             pairs.append((e.double().cpu(), a.double().cpu(), weight))
         for text in self._retained(problem):
             prompts = assemble_retained_prompts([text], RETAINED) if text else [""]
@@ -104,6 +105,7 @@ class RECE(Method):
         sent = sum_projections(model)
         for done in range(self.rounds):
             run.progress("looking for what comes back", done, self.rounds)
+            # Tokens alone: a vector of the whole prompt is refitted once, as in UCE.
             sums = refit.tokens
             # Float64 throughout: the found embeddings are differences of near-equal projections.
             matrix = solve_right_factor(sums.cross, sums.gram, sums.prior, self.ridge)
@@ -141,4 +143,5 @@ def find_returning(rows: Tensor, matrix: Tensor, sent: Tensor, norm_weight: floa
     """
     left = matrix.T @ sent
     eye = torch.eye(len(sent), dtype=torch.float64)
+    # ν also makes this solvable where M leaves little of the concept's directions.
     return torch.linalg.solve(left @ matrix + norm_weight * eye, left @ rows.T).T

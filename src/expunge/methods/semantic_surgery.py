@@ -101,6 +101,7 @@ class SemanticSurgery(Method):
                     centre,
                     width,
                     threshold=self.threshold,
+                    # Found against the empty prompt, whatever is put in the concept's place.
                     presence=own - none,
                 )
             )
@@ -114,5 +115,7 @@ def _places(model: Model, *, pooled: bool) -> list[tuple[tuple[str, ...], bool]]
         model: whose layers.
         pooled: whether layers that read that vector are wanted.
     """
+    # All layers of tokens are given the same, so that one change serves them.
     places = [(tuple(entry.layer for entry in model.text_entries()), False)]
+    # One by one: behind the vector a layer may be given more (SDXL's sizes), so that widths differ.
     return places + [((entry.layer,), True) for entry in model.pooled_entries() if pooled]

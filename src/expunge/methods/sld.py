@@ -81,15 +81,18 @@ class SLD(Method):
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         names = [name for concept in problem.erase for name in concept.names]
+        # Not the empty prompt but what this pipeline guides from: that is the ε(∅) of the equation.
         text, none = model.encode([", ".join(names)]), model.unconditional(1)
         more: dict[str, Any] = {}
         if text.pooled is not None and none.pooled is not None:
             more["pooled"] = torch.cat([text.pooled, none.pooled]).float().cpu()
         if self.presence == "fitted":
             inputs = text.embeddings.shape[-1]
+            # Name by name: the direction of the joined text would be no concept's own.
             own, empty = (prompt_rows(model.encode(x), inputs) for x in (names, [""] * len(names)))
             others = list_other_prompts(model, problem, self.num_retain_words, run)
             more["presence"] = own - empty
+            # The gap that Semantic Surgery's default width makes, 2 · 0.02.
             more["centre"], more["width"] = fit_presence(
                 model, problem, more["presence"], others, least=0.04
             )
@@ -103,6 +106,7 @@ class SLD(Method):
             threshold=self.threshold,
             momentum_scale=self.momentum_scale,
             momentum_beta=self.momentum_beta,
+            # Times fall while drawing: the warm-up is the highest of them.
             until=(1 - self.warmup) * len(noise_scale),
             at_most=self.bound == "released",
             **more,

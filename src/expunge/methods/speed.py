@@ -93,6 +93,7 @@ class SPEED(Method):
         target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
         anchors = {concept.anchor for concept in problem.erase if concept.anchor}
         words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
+        # Sorted: a set has no order of its own, and random copies are drawn row by row.
         retained = list(dict.fromkeys([*problem.retain, *sorted(anchors), *words]))
         if not retained:
             raise ExpungeError(
@@ -102,6 +103,7 @@ class SPEED(Method):
         fixed = invariants(model.encode([""]).embeddings[0].double().cpu(), run.generator("centres"))
 
         changes = []
+        # As published, values alone: keys, which say where attention falls, stay.
         values = [entry for entry in model.text_entries() if entry.role != "key"]
         for done, entry in enumerate(values):
             run.progress("solving layers", done, len(values))
@@ -110,6 +112,7 @@ class SPEED(Method):
             change = null_space_change(
                 target, chosen, fixed, self.threshold, self.strength_penalty, self.invariant_slack
             )
+            # Two thin factors, W (C* − C₁) and C₁ᵀ [·]: no (out, d) matrix is formed or stored.
             up, down = weight @ (anchor - target).T, target @ change
             changes.append(LowRank((entry.layer,), up.float(), down.float()))
         run.progress("solving layers", len(values), len(values))
@@ -145,6 +148,7 @@ def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) ->
         (m,), bool.
     """
     eye = torch.eye(target.shape[1], dtype=torch.float64)
+    # With I, not s I, as published: which rows are retained does not depend on the penalty.
     change = weight @ (anchor - target).T @ torch.linalg.solve(eye + target.T @ target, target.T).T
     moved = (rows @ change.T).norm(dim=1)
     return moved >= moved.mean()
@@ -175,6 +179,7 @@ def null_space_change(
         )
     inside = target @ free
     eye = torch.eye(free.shape[1], dtype=torch.float64)
+    # In the basis of P the system is symmetric and has as many unknowns as free directions.
     n = free @ torch.linalg.solve(inside.T @ inside + penalty * eye, free.T)
     held = n @ fixed.T
     inner = fixed @ held + slack * torch.eye(len(fixed), dtype=torch.float64)

@@ -115,6 +115,7 @@ class STEREO(Method):
         """How trajectories are drawn, and the search's objective on them."""
         objective = Objective(self.negative_guidance, error=self.loss)
         steps, guidance = self.trajectory_steps, self.trajectory_guidance
+        # Without a step to turn at: "always" does not read t', here 0.
         return TrajectoryConfig(objective, 0.0, "always", steps, guidance, "auto")
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
@@ -125,6 +126,7 @@ class STEREO(Method):
         erased = self.max_train_steps * self.samples
         learnt = n * self.rounds * self.inversion_steps * self.inversion_batch
         shown = n * bool(self.rounds) * self.inversion_images * 2 * num_inference_steps
+        # The empty prompt and the anchor beside the words; where concepts differ, the most.
         composed = max(len(c.names) for c in problem.erase) + self.rounds + 2
         prompts = sum(len(c.names) + self.rounds + 1 for c in problem.erase) * len(self.templates)
         predicted = searched * (along + 2) + erased * (along + composed) + shown
@@ -160,6 +162,7 @@ class STEREO(Method):
         prompt = self.templates[0].format(concept.name)
         shown = draw_examples(model, concept.name, prompt, self.inversion_images, run).latents
         changes: Changes = ()
+        # The first round is against all names, each later one against the word found last.
         last = Text.joined(texts)
         for k in range(self.rounds):
             name = f"{concept.name} {k + 1}"
@@ -213,16 +216,19 @@ class STEREO(Method):
                 return int(torch.randint(n, (), generator=generator))
 
             for _ in range(self.samples):
+                # The concept first, then its word: a concept of many names is met no more often.
                 place, way = below(len(groups)), [below(len(self.templates))]
                 words, anchor = [text[way] for text in groups[place]], anchors[place][way]
                 chosen = words[below(len(words))]
                 subject = TrainingConcept("stereo", chosen, generator, anchor)
                 point = steering.draw_points([subject]).late
+                # Before the student's graph is built: `off` writes into the weights that it needs.
                 with trained.off(), torch.no_grad():
                     goal = self.compose_target(model, point.latents, point.t, words, anchor)
                 wide = torch.promote_types(goal.dtype, torch.float32)
                 scale = steering.scale[point.t.cpu()].to(goal.device, wide)
                 found = model.predict(point.latents, point.t, chosen)
+                # One sample at a time, so that one graph is in memory.
                 yield measure_error(found, goal, scale, self.loss).sum() / self.samples
 
         return train_in_place(
@@ -253,6 +259,7 @@ class STEREO(Method):
         """
         asked = Text.joined([model.unconditional(1), anchor, *words])
         n = len(asked)
+        # All in one batch: a call costs more than its rows.
         empty, toward, *away = model.predict(latents.repeat(n, 1, 1, 1), t.repeat(n), asked).split(1)
         pushed = torch.stack([one - empty for one in away])
         pushed = pushed.sum(0) if self.compose == "sum" else pushed.mean(0)

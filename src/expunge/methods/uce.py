@@ -137,7 +137,9 @@ class UCE(Method):
             refit.erase(model.encode(erased), model.encode(anchored), weight, self.positions)
 
         for text in self._retained(problem):
+            # The empty prompt is itself; in a phrasing it would leave a gap.
             prompts = assemble_retained_prompts([text], self.retain_templates) if text else [""]
+            # A mean here, too, by default: ρ weighs what is retained, not each of its phrasings.
             weight = self.retain_scale / (len(prompts) if self.weigh == "concept" else 1)
             refit.retain(model.encode(prompts), weight, self.retain_positions)
 
@@ -156,6 +158,7 @@ class UCE(Method):
         texts = list(problem.retain)
         if "anchors" in self.also_retain:
             texts += [concept.anchor or "" for concept in problem.erase]
+        # Asked last: whether it is alone depends on all others.
         if "empty" in self.also_retain or ("empty-if-alone" in self.also_retain and not texts):
             texts.insert(0, "")
         return list(dict.fromkeys(texts))

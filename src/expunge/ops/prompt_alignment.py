@@ -44,6 +44,7 @@ def match_tokens(first: Tensor, second: Tensor, ends: tuple[int, int]) -> Match:
     shorter = min(ends)
     same = first[:shorter] == second[:shorter]
     head = int(same.long().cumprod(0).sum())
+    # Behind the head alone: a word that is in both the beginning and the end must not count twice.
     words = [ids[head:end].flip(0) for ids, end in zip((first, second), ends, strict=True)]
     n = min(map(len, words))
     behind = int((words[0][:n] == words[1][:n]).long().cumprod(0).sum())

@@ -27,6 +27,8 @@ def top_half(gradient: Tensor) -> Tensor:
     [True, True, False, False]
     """
     size = gradient.abs()
+    # torch's median is the lower one of the two in the middle: of an even number of entries just half
+    # lies above it.
     return size > size.flatten().median()
 
 

@@ -119,6 +119,7 @@ class Objective:
         total = torch.zeros_like(late)
         if "late" in sides:
             empty = original["late empty"]
+            # The anchor is guided where the student is, or the student would overshoot it.
             base = self._guided(original, "late anchor", "late empty") if self.anchored else empty
             target = base - push * (original["late"] - empty)
             total = total + measure_error(
@@ -129,6 +130,7 @@ class Objective:
                 total = total + self.unconditional_late * error
         if "early" in sides and self.preserve:
             empty = original["early empty"]
+            # For η = 1 the original's own guided prediction.
             target = empty + push * (original["early"] - empty)
             guided = self._guided(student, "early", "early empty")
             total = total + self.preserve * measure_error(guided, target, early, self.error)

@@ -44,6 +44,7 @@ class Dora(WeightChange):
         up, down, magnitude = (t.to(original.device, wide) for t in (self.up, self.down, self.magnitude))
         base = original.to(wide)
         moved = base + (up @ down).reshape(base.shape)
+        # One norm a row or column: a convolution's kernel counts with the other side.
         side = 0 if self.of_rows else 1
         # A row of zeros has no direction: it stays zero instead of becoming NaN.
         norms = moved.transpose(0, side).flatten(1).norm(dim=1).clamp_min(torch.finfo(wide).tiny)

@@ -110,6 +110,7 @@ def find_layers(stem: str, family: type[Model], config: Mapping[str, Any]) -> tu
     # FLUX.2's single blocks have one layer of that name, all others a list.
     if name.endswith(".to_out") and not name.startswith("single_transformer_blocks."):
         name += ".0"
+    # What the original code does not call so is taken for diffusers' own name.
     found = family.find_ldm_layers(name, config) or ((name, None),)
     return tuple((f"{component}.{layer}", pick) for layer, pick in found)
 

@@ -27,6 +27,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except (safetensors.SafetensorError, KeyError) as error:
         raise ExpungeError(f"{path} is not a whole safetensors file: {error}") from None
     for name, tensor in raw.items():
+        # Widened first: torch has no `isfinite` for some floats of eight bits.
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ExpungeError(f"{path} contains NaN or infinity: {shorten(name)}")
     return raw
@@ -94,6 +95,7 @@ def _check_factors(stem: str, parts: Parts, path: str | Path) -> None:
                     f"{path}: the factors of {shorten(stem)} are quantised (stored as {kind}), and such"
                     " are not read: give the LoRA in floating point"
                 )
+        # A convolution's factors have a kernel behind the rank.
         inner, outer = parts["up"].flatten(1).shape[1], parts["down"].shape[0]
         if inner != outer:
             raise ExpungeError(

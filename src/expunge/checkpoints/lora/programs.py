@@ -66,6 +66,7 @@ def choose_form(program: str, family: type[Model], has_names: bool) -> str:
     forms = ("kohya", "lora") if has_names else ("lora",)
     found = {form: find_support(form, family, program) for form in forms}
     for form in forms:
+        # All of a LoRA in whichever form, before a part of it in the first.
         if found[form] == ALL:
             return form
     for form in forms:

@@ -120,6 +120,7 @@ class ACE(ACESettings):
             guided = 2 * (self.num_inference_steps or num_inference_steps)
             predictions = 2 * len(problem.erase) * self.num_images * (guided + 2 * LEVELS)
         if "harden" in self.stages:
+            # Twice: guidance predicts with and without the prompt; concept and anchor are compared.
             drawn = 2 * self.num_images * ((self.num_inference_steps or num_inference_steps) + LEVELS)
             trained = len(problem.erase) * self.num_images * self.rounds * self.max_train_steps
             # The anchor's noise is predicted at every step, too.
@@ -140,8 +141,10 @@ class ACE(ACESettings):
         backgrounds = {name: ground.tokens for name, ground in grounds.items()}
         tokens = keep_separable(self, model, problem, tokens, backgrounds, retained)
         width = len(next(iter(backgrounds.values())).mean)
+        # Before anything is solved: a system that runs out of memory ends a process without a word.
         check_memory(sum(map(len, tokens.values())), self.rank or 8, width)
         shared = self.share_directions(problem)
+        # In the order of the shared sets, into which `counts` cuts the gates.
         tokens = {c.name: tokens[c.name] for members in shared for c in members}
         weights = {name: model.weight(name) for name in layers}
         damping = None
@@ -154,6 +157,7 @@ class ACE(ACESettings):
             closed = _only_gated(changes)
             changes = (harden_all(self, model, closed, tokens, shared, backgrounds, pooled, run),)
         if "fortify" in self.stages:
+            # Last: it trains behind the gates as they then are.
             changes = (*changes, *self.fortify(model, problem, _only_gated(changes), run))
         return (*changes, *pooled.values())
 

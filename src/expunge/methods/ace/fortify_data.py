@@ -79,6 +79,7 @@ def prepare_retained(
     prompts = [phrasings[i % len(phrasings)].format(word) for i, word in words]
     text = model.encode(prompts)
     # Other names of a concept are among the words of a vocabulary.
+    # Tokens that are not read are zeros, on which a gate may be open all the same.
     openness = torch.where(text.read[..., None], gates.gates(text.embeddings), 0)
     closed = (openness.amax((1, 2)) < 0.5).nonzero()[:, 0].tolist()
     if not closed:

@@ -53,6 +53,7 @@ class Trainer:
         """
         self.model, self.trained, self.sets, self.steps = model, trained, sets, steps
         self.learning_rate, self.batch_size, self.generator = learning_rate, batch_size, generator
+        # A tensor, since saved states hold tensors alone.
         self.done = torch.zeros(1, dtype=torch.int64)
         """Steps that have been taken in all."""
         self.moved = [torch.zeros_like(value) for value in trained.values] if steps else []

@@ -53,6 +53,7 @@ def gate_vectors(
         narrow: Gated | None = None
         if groups:
             found = {name: g for name in groups if (g := backgrounds[name].vectors) is not None}
+            # A vector is one token before one layer: there are no phrases or layers to tell apart.
             plain = dataclasses.replace(
                 settings, stages=("gate",), reduction="shared", gate_on="end", directions="concept"
             )

@@ -116,6 +116,7 @@ class ACESettings(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # In the order in which stages run, however they were given; the dataclass is frozen.
         object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
         if "gate" not in self.stages:
             raise ExpungeError("stages must have 'gate': there is nothing to harden otherwise")

@@ -76,6 +76,7 @@ def read_tokens(
         tokens[concept.name] = group_tokens(settings, model, concept, known, text, anchored)
         if text.pooled is not None and anchored.pooled is not None:
             goals = anchored.pooled.repeat(len(concept.names), 1)
+            # A vector counts as a prompt of one token.
             pairs = zip(text.pooled.double().split(1), goals.double().split(1), strict=True)
             vectors[concept.name] = GateTokens.of(list(pairs))
     return tokens, vectors
@@ -135,6 +136,7 @@ def group_tokens(
         found[0].append((e[places], n[word].expand(len(places), -1)))
         ends = tuple(int(x.first_end[i]) for x, i in ((text, row), (anchored, goal_row)))
         m = match_tokens(text.ids[row].cpu(), anchored.ids[goal_row].cpu(), (ends[0], ends[1]))
+        # As far as both prompts have counterparts, and the denoiser reads.
         last = min(m.first + m.tail, int(text.read[row].nonzero().max()) + 1)
         after = max(m.first, int(places[-1]) + 1)
         marks = [after, *(min(ends[0] + start, last) for start in BANDS), last]
@@ -169,10 +171,12 @@ def _distinct(pairs: Sequence[tuple[Tensor, Tensor]], known: Tensor) -> list[tup
     """
     if not len(known):
         return list(pairs)
+    # The median: phrasings differ in how far they put a name from its anchor.
     far = torch.stack([(e[-1] - n[-1]).norm() for e, n in pairs]).median()
     found = []
     for e, n in pairs:
         alone = torch.cdist(e, known).amin(1) > far / 2
+        # Always: without its last token nothing of the phrase may be left.
         alone[-1] = True
         found.append((e[alone], n[alone]))
     return found

@@ -92,6 +92,7 @@ class ANT(SharedSettings):
         rows = 1 + (self.trajectory_guidance > 1)
         whole = rows * (self.trajectory_steps or num_inference_steps)
         names = sum(len(c.names) * len(self.templates or TEMPLATES[c.kind]) for c in problem.erase)
+        # Those of many concepts are read for the sums, to train and to fuse.
         prompts = 3 * names + len(RETAINED) * len(problem.retain) if many else names
         points = (len(problem.erase) if many else 1) * self.max_train_steps * self.samples
         # Stored trajectories are predicted twice at every step; others end half the way on average.

@@ -145,6 +145,7 @@ class LowRankChanges:
         names: Sequence[str],
     ) -> dict[str, Tensors]:
         """Train the concepts of these names in one batch; `inverse` is K, (d, d), where it is needed."""
+        # The seed is all that training needs of a run; its folder and progress stay with the caller.
         run, templates = RunContext(seed), self.training_templates
         subjects = [
             TrainingConcept(
@@ -172,6 +173,7 @@ class LowRankChanges:
             n_stored=settings.n_stored,
             drawn_by_original=settings.drawn_by == "original",
             micro_batch=settings.micro_batch,
+            # GᵢK, by which `fuse` will multiply D.
             through=[gram(rows[s.name]) @ inverse for s in subjects] if inverse is not None else (),
         )
 
@@ -204,6 +206,7 @@ class LowRankChanges:
             ridge=self._ridge(whole, prior),
         )
         layers = [entry.layer for entry in model.text_entries()]
+        # s may enter after the solve, since D G K is linear in D.
         return fusion.assemble_changes(layers, matrix, fitted, self.strength)
 
     def _rows(self, settings: SharedSettings, model: Model, problem: Problem) -> fusion.LazyTensors:

@@ -90,6 +90,7 @@ class MaskedWeights:
             found = self.find_mask(settings, steering, augmented, run)
             # A mask from a file lies on the CPU.
             masks = {k: m.to(parameters[k].device) for k, m in found.masks.items()}
+        # One for both terms: its state is what a killed run resumes from.
         generator = run.generator("training")
         subject = TrainingConcept(
             problem.erase[0].name,
@@ -152,6 +153,7 @@ class MaskedWeights:
 
     def _augmented(self, problem: Problem) -> tuple[str, ...]:
         """Return the user's own prompts for the maps, and check that each concept is named in one."""
+        # Between spaces, so that a name is found as whole words: "cat" is not in "a catalogue".
         texts = [f" {normalize_name(text)} " for text in self.augmentations]
         for concept in problem.erase if texts else ():
             if not any(f" {normalize_name(name)} " in text for name in concept.names for text in texts):

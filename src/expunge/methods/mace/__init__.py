@@ -101,6 +101,7 @@ class MACE(MACESettings):
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         concepts = len(problem.erase)
         prompts = sum(len(self.prompts(concept)) for concept in problem.erase)
+        # An anchor is read once, however many concepts of a kind share it.
         told = {(c.kind, c.anchor): len(self.templates or TEMPLATES[c.kind]) for c in problem.erase}
         weighs = self.refine_prior > 0 or self.fuse_prior > 0
         staying = len(RETAINED) * len(problem.retain) if weighs and self.domain_weight else 0
@@ -134,6 +135,7 @@ class MACE(MACESettings):
         # Fused, each change acts on its own words alone; unfused, all act on every word.
         averaged = factors and "fuse" not in self.stages and self.combine == "average"
         scale = 1 / len(factors) if averaged else 1.0
+        # Without *refine* and *fuse* M is the identity: the edit's file need not hold its d² numbers.
         return fusion.assemble_changes(
             layers, None if self.stages == ("suppress",) else matrix, factors, scale
         )
@@ -146,6 +148,7 @@ class MACE(MACESettings):
             retained: the prior's sum, (d, d).
         """
         prior = self.refine_weight * retained if self.refine_weight else torch.zeros(())
+        # Of the sum that is inverted here: over the tokens around phrases, without the phrases.
         ridge = apply_floor(self.ridge, self.ridge_floor, sums.contexts)
         return solve_right_factor(sums.cross, sums.contexts, prior, ridge)
 

@@ -77,6 +77,7 @@ def group_by_anchor(model: Model, problem: Problem, templates: Sequence[str] = (
     """
     alike: dict[tuple[str, str], list[Concept]] = {}
     for concept in problem.erase:
+        # By kind, too: the templates, and so the anchor's prompts, are those of a kind.
         alike.setdefault((concept.kind, concept.anchor or ""), []).append(concept)
     groups = []
     for concepts in alike.values():
@@ -106,6 +107,7 @@ def add_aligned(text: Text, goal: Text, moved: Tensor) -> Tensor:
             m = match_tokens(
                 ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start)
             )
+            # Before the phrase places agree; behind it they differ by the phrases' lengths.
             place[: m.head] += e[: m.head]
             place[m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
             alone += [e[positions] for positions in m.alone]

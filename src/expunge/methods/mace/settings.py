@@ -91,6 +91,7 @@ class MACESettings(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # In the order in which stages run, however they were given; the dataclass is frozen.
         object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
         if not {"refine", "suppress"} & set(self.stages):
             raise ExpungeError(

@@ -217,6 +217,7 @@ def train_on_trajectories(
         layers,
         run,
         rank=settings.rank,
+        # alpha / rank is 1: B D as it stands, as when attention is lowered.
         alpha=settings.rank,
         max_train_steps=settings.max_train_steps,
         learning_rate=settings.learning_rate,
