@@ -92,6 +92,7 @@ class InPlace:
 
         backward(loss, self.parameters, keep)
         return [
+            # No hook is called of a parameter that the loss does not depend on.
             found[name].to(value) if name in found else torch.zeros_like(value)
             for name, value in zip(self.parameters, self.values, strict=True)
         ]
@@ -110,6 +111,7 @@ class InPlace:
         for i, value in enumerate(self.values):
             value.copy_(state[f"{i}.value"])
             optimiser.state[value] = {
+                # Adam counts its steps in a tensor on the CPU, wherever the weights are.
                 key.partition(".")[2]: tensor if key.endswith(".step") else tensor.to(value.device)
                 for key, tensor in state.items()
                 if key.startswith(f"{i}.") and key != f"{i}.value"

@@ -23,6 +23,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = scale_rows(linear.weight.detach().float())
         rounded = (linear.weight.detach().float() / scale).round_().clamp_(-127, 127)
+        # Buffers: nothing that trains or counts parameters may find them.
         self.register_buffer("rounded", rounded.to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias

@@ -29,7 +29,7 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Gen
     every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     grid = every[every.isfinite()].unique(sorted=True)
     wide = value.detach().cpu().float().clamp(float(grid[0]), float(grid[-1]))
-    # All 256 values of an 8-bit format fit in a table: neighbours are found by search.
+    # A value on the grid is its own lower neighbour; the largest alone is its own upper one.
     above = torch.bucketize(wide, grid, right=True).clamp(1, len(grid) - 1)
     low, high = grid[above - 1], grid[above]
     share = (wide - low) / (high - low)

@@ -120,6 +120,7 @@ class SharedSettings(Method):
     def rows_per_sample(self) -> int:
         """Rows with gradients that points of one trajectory take at once; one point's are not split."""
         asked = self.trajectory_config.objective.of_student
+        # The two points of a sample may have their gradients one after the other (`split_losses`).
         return max(sum(one.startswith(side) for one in asked) for side in ("late", "early"))
 
     def fit_together(self, rows: int) -> int:
