@@ -152,7 +152,7 @@ def _pair_predictions(
     """Yield f'(e) − f(e) and f(a) − f(e) of the predictions on trajectories of the original."""
     with torch.no_grad():
         seeds = range(len(erased))
-        # Without guidance, at half the cost: predictions are compared at points, however these were reached.
+        # Without guidance, at half the cost: it does not matter how points were reached.
         drawn = model.trajectory(erased, seeds, num_inference_steps=STEPS, guidance_scale=1.0)
         # The last point is the finished image, for which nothing is predicted.
         points = list(drawn)[:-1]
