@@ -52,7 +52,8 @@ class Trainer:
             generator: chooses images and noise.
         """
         self._model, self._trained, self._sets, self._steps = model, trained, sets, steps
-        self._learning_rate, self._batch_size, self._generator = learning_rate, batch_size, generator
+        self._learning_rate, self._batch_size = learning_rate, batch_size
+        self.generator: torch.Generator = generator
         self.done: Tensor = torch.zeros(1, dtype=torch.int64)
         """Steps that have been taken in all."""
         self.moved: list[Tensor] = [torch.zeros_like(value) for value in trained.values] if steps else []
@@ -69,10 +70,10 @@ class Trainer:
         turn = int(self.done) // self._steps
         text, latents = self._sets[turn % len(self._sets)]
         n, levels = self._batch_size, self._model.log_snr()
-        rows = torch.randint(len(latents), (n,), generator=self._generator)
-        t = torch.randint(len(levels), (n,), generator=self._generator)
+        rows = torch.randint(len(latents), (n,), generator=self.generator)
+        t = torch.randint(len(levels), (n,), generator=self.generator)
         x = latents[rows.to(latents.device)]
-        noise = torch.randn(x.shape, generator=self._generator).to(x)
+        noise = torch.randn(x.shape, generator=self.generator).to(x)
         # Bounded, for a timestep of noise alone has an infinite log SNR.
         target = compute_training_target(self._model.prediction_type, x, noise, levels[t].clamp(-20, 20))
         self.write()
