@@ -86,7 +86,7 @@ def train_in_place(
             trained.write()
             run.progress(title, step + 1, max_train_steps)
     del optimiser, good  # as large as the weights: the changes take their place in memory
-    return _changes(trained)
+    return assemble_weight_changes(trained)
 
 
 def measure_drift(
@@ -161,7 +161,7 @@ def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
         value.copy_(before)
 
 
-def _changes(trained: InPlace) -> Changes:
+def assemble_weight_changes(trained: InPlace) -> Changes:
     """Make a sparse change of each parameter, or a dense one where all of it was trained."""
     changes: list[Change] = []
     for name, place, difference in trained.differences():
