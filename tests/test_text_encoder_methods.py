@@ -132,7 +132,7 @@ class TestHiRM:
         assert (after - sky).norm() < 0.7 * (airplane - sky).norm()
 
 
-QUICK = {"trajectory_steps": 4, "attack_steps": 2, "general": 5, "retain_batch": 2}
+QUICK = {"trajectory_steps": 4, "attack_steps": 2, "num_retain_words": 5, "retain_batch": 2}
 
 
 class TestAdvUnlearn:
