@@ -203,8 +203,8 @@ class AdvUnlearn(Method):
         names = [*problem.retain, *(words[i] for i in order[: self.num_retain_words])]
         if not names:
             raise ExpungeError(
-                "AdvUnlearn's second term needs something to retain: name it, or set num_retain_words above 0"
-                " or retain_scale to 0"
+                "AdvUnlearn's second term needs something to retain: name it, set"
+                " num_retain_words above 0, or retain_scale to 0"
             )
         return assemble_retained_prompts(list(dict.fromkeys(names)))
 
