@@ -39,6 +39,13 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "ace", "preset": "emoji", "title": "ace"},
     {"name": "esd", "preset": "emoji-object", "title": "esd"},
     {"name": "ant", "preset": "emoji-object", "title": "ant"},
+    {"name": "semantic_surgery", "preset": "emoji", "title": "semantic_surgery"},
+    {"name": "sld", "preset": "emoji", "title": "sld"},
+    {"name": "adavd", "preset": "emoji", "title": "adavd"},
+    {"name": "double_projections", "preset": "paper", "title": "double_projections"},
+    {"name": "gem", "preset": "emoji", "title": "gem"},
+    {"name": "concept_ablation", "preset": "emoji", "title": "concept_ablation"},
+    {"name": "stereo", "preset": "emoji", "title": "stereo"},
     {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
 )
 """Every method that ships, with its preset for the shipped model where it has one."""

@@ -14,7 +14,7 @@ from expunge.methods.uce import UCE
 from test_prompt_templates import judged, wording
 
 PROBLEM = Problem((Concept("airplane", "sky"),), ("dog", "a red ship"))
-CHEAP = UCE(general=20)
+CHEAP = UCE(num_retain_words=20)
 
 
 def moved(model, edit, name):

@@ -130,9 +130,17 @@ class EncoderSearch(Attack):
 
         with frozen(model.parameters()):
             found = search(
-                space, blank, losses, first, propose, queries=self.queries, keep=1, extra=1,
-                label=label, run=run,
-            )  # fmt: skip
+                space,
+                blank,
+                losses,
+                first,
+                propose,
+                queries=self.queries,
+                keep=1,
+                a_round=self.batch_size + 1,
+                label=label,
+                run=run,
+            )
         prompt = blank.fill(space.say(found.population[0]))
         least = round(float(found.losses[0]), 4)
         run.findings.append(

@@ -135,9 +135,17 @@ class QuerySearch(Attack):
             return swap_words(population, choices, self.batch_size, numbers, mix=True)
 
         found = search(
-            space, blank, losses, first, propose, queries=self.queries, keep=self.population, extra=0,
-            label=label, run=run,
-        )  # fmt: skip
+            space,
+            blank,
+            losses,
+            first,
+            propose,
+            queries=self.queries,
+            keep=self.population,
+            a_round=self.batch_size,
+            label=label,
+            run=run,
+        )
         prompt = blank.fill(space.say(found.population[0]))
         least = round(float(found.losses[0]), 4)
         run.findings.append(

@@ -121,9 +121,17 @@ class TokenSearch(Attack):
 
         with frozen(model.parameters()), model.using(edit):
             found = search(
-                space, blank, losses, first, propose, queries=self.queries, keep=1, extra=1,
-                label=label, run=run,
-            )  # fmt: skip
+                space,
+                blank,
+                losses,
+                first,
+                propose,
+                queries=self.queries,
+                keep=1,
+                a_round=self.batch_size + 1,
+                label=label,
+                run=run,
+            )
         prompt = blank.fill(space.say(found.population[0]))
         loss = round(float(found.losses[0]), 4)
         run.findings.append(

@@ -158,7 +158,7 @@ def search(
     *,
     queries: int,
     keep: int,
-    extra: int,
+    a_round: int,
     label: str,
     run: RunContext,
 ) -> Found:
@@ -175,7 +175,7 @@ def search(
         propose: makes candidates of the population.
         queries: the budget.
         keep: how many rows the population has.
-        extra: queries that a round takes besides those of its candidates, such as a gradient.
+        a_round: the queries of a round: its candidates, and a gradient where it takes one.
         label: names the state in the work folder.
         run: its seed; and where the state is saved, round by round.
     """
@@ -198,19 +198,17 @@ def search(
         found = best(first, judge(first), len(first))
     while True:
         run.progress("searching for words", found.queries, queries)
-        numbers = generator.get_state()
-        state = {**found.to_dict(), "numbers": numbers}
+        state = {**found.to_dict(), "numbers": generator.get_state()}
         run.save_checkpoint(label, state)
-        # What a round costs is known only once it has been proposed.
-        rows = propose(found.population, generator)
-        spent = found.queries + len(rows) + extra
-        if spent > queries:
+        if found.queries + a_round > queries:
+            # Under the budget's own name, for a larger budget goes on under the other.
             run.save_checkpoint(done, state)
             run.progress("searching for words", queries, queries)
             return found
+        rows = propose(found.population, generator)
         # The population stays in the choice, so that the best loss never rises.
         values = torch.cat([found.losses, judge(rows)])
-        found = best(torch.cat([found.population, rows]), values, spent)
+        found = best(torch.cat([found.population, rows]), values, found.queries + a_round)
 
 
 def swap_words(
