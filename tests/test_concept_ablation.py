@@ -106,6 +106,24 @@ def test_training_brings_the_concept_to_its_anchor(model, problem):
     assert after < 0.7 * before
 
 
+def test_what_is_retained_drifts_less_with_a_weight(model):
+    """Far from what the training met: other noise, other images."""
+    text = model.encode(["horse"])
+    z = torch.randn(1, *model._latent_shape, generator=torch.Generator().manual_seed(1))
+    fast = {"num_images": 2, "samples": 4, "max_train_steps": 20, "learning_rate": 1e-3}
+
+    def drift(weight):
+        method = ConceptAblation(retain_weight=weight, **fast)
+        assert method.reads_retain == (weight > 0)
+        edit = expunge.erase(model, Problem((Concept("airplane", "sky"),), ("horse",)), method)
+        with torch.no_grad():
+            before = model.predict(z, 600, text)
+            with model.using(edit):
+                return float((model.predict(z, 600, text) - before).square().mean())
+
+    assert drift(10.0) < 0.7 * drift(0.0)
+
+
 def test_bad_values():
     with pytest.raises(ExpungeError, match="one {} for the concept"):
         ConceptAblation(templates=("no place",))

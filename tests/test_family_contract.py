@@ -301,7 +301,7 @@ def test_what_can_be_trained_is_behind_the_text(model):
 # Random text encoders leave more of a concept than is passed over in silence.
 @pytest.mark.filterwarnings("ignore:the vector of the whole prompt keeps")
 @pytest.mark.parametrize("name", registry.list_names("methods"))
-def test_a_method_works_or_says_why_not(model, family, name):
+def test_a_method_works_or_says_why_not(model, family, name, latents):
     kind = registry.get("methods", name)
     fast = dict(QUICK.get(name, {}))
     needs = registry.read_declared("methods", name, "needs")
@@ -325,24 +325,21 @@ def test_a_method_works_or_says_why_not(model, family, name):
     before = states(model.pipe)
     edit = expunge.erase(model, problem, build(kind, fast))
     assert all(torch.equal(before[key], tensor) for key, tensor in states(model.pipe).items())
-    text = model.encode(["airplane", *(way.format("airplane") for way in TEMPLATES["object"][:8])])
+    prompts = ["airplane", *(way.format("airplane") for way in TEMPLATES["object"][:8])]
     changed = {layer for change in edit.changes for layer in change.layers}
-    entries = [entry.layer for entry in model.text_entries() if entry.layer in changed]
-    z = torch.randn(1, *model._latent_shape).repeat(len(text), *[1] * len(model._latent_shape))
+    entries = [entry.layer for entry in model.text_entries()]
+    layer = next((entry for entry in entries if entry in changed), entries[0])
 
-    def answer():
-        # What reads text answers otherwise; of a method that changes no such layer, the denoiser.
-        return (
-            find_layer(model.pipe, entries[0])(text.embeddings)
-            if entries
-            else model.predict(z, 500, text)
-        )
+    def said():
+        """What the text makes of a layer that reads it, and of the prediction."""
+        text = model.encode(prompts)
+        with torch.no_grad():
+            predicted = model.predict(latents[[0] * len(text)], 500, text)
+        return torch.cat([find_layer(model.pipe, layer)(text.embeddings).flatten(), predicted.flatten()])
 
-    with torch.no_grad():
-        before = answer()
-        with model.using(edit):
-            after = answer()
-    assert (after - before).abs().max() > 1e-4
+    with model.using(edit):
+        after = said()
+    assert (after - said()).abs().max() > 1e-4
 
 
 def test_an_edit_moves_what_it_erases_and_is_saved_and_loaded(model, tmp_path):

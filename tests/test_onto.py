@@ -60,7 +60,7 @@ def test_what_was_erased_does_not_come_back(wide, name):
 
 def test_without_the_constraints_it_would(wide):
     """The same second problem, solved on the edited model and told nothing of the first."""
-    method = closed("uce").replace(ridge=1.0, general=0)
+    method = closed("uce").replace(ridge=1.0, num_retain_words=0)
     close = Problem((Concept("jet", "ground"),))
     first = expunge.erase(wide, FIRST, method)
     with wide.using(first):

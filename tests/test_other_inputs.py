@@ -324,6 +324,14 @@ class TestImages:
         assert "draws NaN in place of an image with the seed 0" in capsys.readouterr().err
         assert not out.exists()
 
+    def test_drawing_needs_no_cache_whose_name_is_too_long(self, folder, tmp_path, monkeypatch):
+        """F19."""
+        monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / ("a" * 300)))
+        out = tmp_path / "out.png"
+        drawing = ["draw", "a cat", "--model", str(folder), "--steps", "1", "-o", str(out)]
+        assert main(drawing) == 0
+        assert out.is_file()
+
     def test_an_output_without_a_name(self, folder, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert main(["draw", "a cat", "--model", str(folder), "--steps", "1", "-o", ""]) == 2

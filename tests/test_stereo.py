@@ -47,9 +47,9 @@ def test_each_round_looks_for_a_word_in_the_network_that_was_trained_last(model,
             met.append(model.weight(entry).clone())
         return learn(model, changes, *given, **fields)
 
-    def erase(self, model, groups, anchors, run):
+    def erase(self, model, groups, anchors, kept, run):
         erased.extend([len(texts) for texts in groups])
-        return whole(self, model, groups, anchors, run)
+        return whole(self, model, groups, anchors, kept, run)
 
     whole = STEREO._erase
     monkeypatch.setattr(module, "learn_word", spied)

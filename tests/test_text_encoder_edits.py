@@ -182,7 +182,7 @@ class TestExported:
 
 class TestMerged:
     def test_beside_an_edit_of_the_denoiser(self, model, edit):
-        other = expunge.erase(model, Problem((Concept("bird", "sky"),)), UCE(general=2))
+        other = expunge.erase(model, Problem((Concept("bird", "sky"),)), UCE(num_retain_words=2))
         both = merge(model, [edit, other])
         assert torch.equal(drawn(model, both), drawn(model, edit, other))
         assert describe_text_encoders(both.changes).startswith("a part is in text_encoder")

@@ -27,7 +27,7 @@ def check_strength(strength: float) -> float:
     except OverflowError:  # a whole number beyond all floats
         number = math.inf
     if not 0 <= number < math.inf:
-        raise ExpungeError(f"strength must be 0 (nothing changes) or more, and finite, not {number:g}")
+        raise ExpungeError(f"strength must be 0 (nothing changes) or more, not {number:g}")
     return number
 
 

@@ -125,7 +125,7 @@ def check_single_file(path: Path) -> None:
     if path.suffix.lower() == ".gguf":
         raise ExpungeError(
             f"{path} is a GGUF file, whose weights are quantised, and such are not read: give the model"
-            " as .safetensors or a diffusers folder"
+            " as .safetensors or a diffusers folder, and load the edit's LoRA on the GGUF file"
         )
     header = read_header(path)
     names = [name for name in header if name != "__metadata__"]

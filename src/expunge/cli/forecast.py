@@ -13,11 +13,12 @@ from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
 from expunge.cli.loading_options import LoadingOptions
-from expunge.cli.spelling import announce_anchors, list_suite_names, warn_unknown_words
+from expunge.cli.spelling import announce_anchors, warn_unknown_words
 from expunge.cli.terminal import show_progress
 
 if TYPE_CHECKING:
     from expunge.evaluation.forecast import Forecast
+    from expunge.problem import Problem
 
 SHOWN = 12
 """Names of each role that are printed."""
@@ -82,12 +83,28 @@ def run_forecast(options: ForecastOptions) -> None:
             model,
             problem,
             method,
-            neighbours=list_suite_names(model.name),
+            neighbours=list_neighbours(model.name, problem),
             words=options.words,
             seed=options.seed,
             progress=progress,
         )
     print(describe(found, options.method))
+
+
+def list_neighbours(model: str, problem: Problem) -> list[str]:
+    """List what the suites of a model ask for: each concept, and of erased ones every synonym.
+
+    Args:
+        model: the model's name.
+        problem: what is erased.
+    """
+    from expunge.evaluation.suite import Suite
+
+    suites = [Suite.read(name) for name in registry.list_names("suites")]
+    own = [suite for suite in suites if suite.model == model]
+    erased = [suite.find_concept(name) for suite in own for c in problem.erase for name in c.names]
+    synonyms = [word for concept in erased if concept for word in concept.synonyms]
+    return list(dict.fromkeys([*synonyms, *(c.words for suite in own for c in suite.concepts)]))
 
 
 def describe(found: Forecast, method: str) -> str:

@@ -115,8 +115,8 @@ def find_unknown_options(options: Any, arguments: Sequence[str]) -> list[str]:
 def _list_fields(options: Any) -> Iterator[dataclasses.Field[Any]]:
     """Yield the fields of an options class, with those of its method and of model loading."""
     for field in dataclasses.fields(options):
-        if field.name == "method":
-            yield from leaves(type(field.default))
+        if field.name == "method" and dataclasses.is_dataclass(field.default):
+            yield from leaves(type(field.default))  # not the name of one, as forecast takes it
         elif field.name == "loading":
             yield from dataclasses.fields(LoadingOptions)
         else:

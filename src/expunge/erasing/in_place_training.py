@@ -11,7 +11,9 @@ from expunge.changes import Change, Changes, Dense, Sparse
 from expunge.model import Model
 from expunge.ops.finetune import KEEP_EVERY, diverged, frozen, warn_diverged
 from expunge.ops.in_place import InPlace
+from expunge.ops.noise_error import Loss, measure_error
 from expunge.runtime.context import RunContext, Tensors
+from expunge.text import Text
 
 
 def train_in_place(
@@ -84,7 +86,26 @@ def train_in_place(
             trained.write()
             run.progress(title, step + 1, max_train_steps)
     del optimiser, good  # as large as the weights: the changes take their place in memory
-    return _changes(trained)
+    return assemble_weight_changes(trained)
+
+
+def measure_drift(
+    model: Model, trained: InPlace, latents: Tensor, t: Tensor, text: Text, scale: Tensor, loss: Loss
+) -> Tensor:
+    """Compute how far predictions for prompts that stay are from the original's: (n,).
+
+    Args:
+        model: the network.
+        trained: the weights in training, which the original is without.
+        latents: (n, c, h, w), noisy.
+        t: (n,), their timesteps.
+        text: (n,) prompts.
+        scale: (n,), what an error of a prediction is worth in ε.
+        loss: how an error counts.
+    """
+    with trained.off(), torch.no_grad():
+        goal = model.predict(latents, t, text)
+    return measure_error(model.predict(latents, t, text), goal, scale, loss)
 
 
 def _state(
@@ -140,7 +161,7 @@ def _give_up(trained: InPlace, good: Sequence[Tensor], step: int) -> None:
         value.copy_(before)
 
 
-def _changes(trained: InPlace) -> Changes:
+def assemble_weight_changes(trained: InPlace) -> Changes:
     """Make a sparse change of each parameter, or a dense one where all of it was trained."""
     changes: list[Change] = []
     for name, place, difference in trained.differences():

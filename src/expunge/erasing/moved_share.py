@@ -16,7 +16,7 @@ its method knows no anchor, the way is that to the empty prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,14 +129,14 @@ def _run_layer(
     own = [change for change in changes if layer in change.layers]
     if not own:
         return plain.cpu(), plain.cpu()
-    parameters: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     for change in own:
-        old = parameters.get(change.parameter)
-        if isinstance(change, WeightChange) and old is not None:
-            parameters[change.parameter] = scale_difference(old, change.weight(old), strength)
+        if isinstance(change, WeightChange) and change.parameter == "weight":
+            weight = scale_difference(weight, change.weight(weight), strength)
+        elif isinstance(change, WeightChange) and bias is not None:
+            bias = scale_difference(bias, change.weight(bias), strength)
         elif isinstance(change, InputChange):
             x = scale_difference(x, change.change_input(x), strength)
-    output = torch.nn.functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
+    output = torch.nn.functional.linear(x, weight, bias)
     for change in own:
         if isinstance(change, OutputChange):
             output = scale_difference(output, change.change_output(x, output), strength)

@@ -104,15 +104,16 @@ class RefitSums:
         Raises:
             ExpungeError: the equations are singular; a larger ridge helps.
         """
-        scaled: list[list[Tensor]] = [[], [], []]
+        erased, goals, retained = [], [], []
         for some in self.pending:
             root = some.weight**0.5
-            found = (some.rows,) if some.goals is None else (some.rows, some.goals)
-            for to, rows in zip(scaled[2:] if some.goals is None else scaled, found, strict=False):
-                to.append(root * rows.double())
-        empty = scaled[0][0][:0]
-        erased, goals, retained = (torch.cat([empty, *rows]) for rows in scaled)
-        return solve_in_span(erased, goals, retained, ridge)
+            if some.goals is None:
+                retained.append(root * some.rows.double())
+            else:
+                erased.append(root * some.rows.double())
+                goals.append(root * some.goals.double())
+        kept = torch.cat([erased[0][:0], *retained])
+        return solve_in_span(torch.cat(erased), torch.cat(goals), kept, ridge)
 
     def solve(self, ridge: float) -> Tensor:
         """Solve for M, (d, d), float32.

@@ -182,7 +182,12 @@ class Cache:
     def _read(self, address: str, request: Request) -> Tensor | None:
         """A whole image (3, height, width), uint8, or nan-marked; None if it is to be drawn."""
         path = self.path(address)
-        if not is_file(path):
+        try:
+            if not is_file(path):
+                return None
+        except ExpungeError:  # a folder that may not be searched, or whose name is too long
+            if self.required:
+                raise
             return None
         try:
             with Image.open(path) as file:
@@ -202,7 +207,8 @@ class Cache:
             )
             del error
             for ending in (".png", ".safetensors"):
-                self.path(address, ending).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a cache that may only be read
+                    self.path(address, ending).unlink(missing_ok=True)
             return None
         image = torch.from_numpy(array.copy()).permute(2, 0, 1)
         return torch.full(image.shape, -1, dtype=torch.int16) if broken else image

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ FEWER = (900, 750, 500, 250, 100, 50, 25, 10, 5, 2, 1)
 class LatentModel(Model):
     """A denoiser of an autoencoder's latents."""
 
-    lora_naming = LoraNaming()
+    lora_naming: ClassVar[LoraNaming] = LoraNaming()
     contrasts: bool = True
     """Whether guidance extrapolates from the unconditional prediction to the prompt's: two a step."""
     takes_guidance: bool = True

@@ -35,7 +35,7 @@ class Chroma(FlowModel):
     single_file_key = "distilled_guidance_layer.in_proj.bias"
     ldm_layers = FLUX_LAYERS  # its original code names layers alike
     ldm_fused_layers = FLUX_FUSED_LAYERS
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="Chroma",
         bases={
             "": BaseModel(
@@ -59,7 +59,7 @@ class Chroma(FlowModel):
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 5.0, "num_inference_steps": 35, **(settings or {})}
         super().__init__(pipe, name, settings)
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 512))
 
     @property
     def window(self) -> int:

@@ -38,7 +38,7 @@ class Flux(FlowModel):
     single_file_key = "double_blocks.0.img_attn.norm.key_norm.scale"
     ldm_layers = FLUX_LAYERS
     ldm_fused_layers = FLUX_FUSED_LAYERS
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="FLUX.1",
         bases={
             "": BaseModel("FLUX.1-dev", "flux1", "flux-1-dev", BLACK_FOREST_LABS),
@@ -64,7 +64,7 @@ class Flux(FlowModel):
         settings = {"guidance_scale": 3.5, "num_inference_steps": 28, **(settings or {})}
         super().__init__(pipe, name, settings)
         embeds_guidance = pipe.transformer.config.guidance_embeds
-        self.max_sequence_length = int(
+        self.max_sequence_length: int = int(
             settings.get("max_sequence_length", 512 if embeds_guidance else 256)
         )
 

@@ -69,7 +69,7 @@ class Flux2(LanguageModelText):
          split_equally(r"transformer_blocks.\1.attn", "add_q_proj add_k_proj add_v_proj")),
         (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
     )  # fmt: skip
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="FLUX.2",
         bases={
             "": BaseModel(
@@ -105,9 +105,9 @@ class Flux2(LanguageModelText):
         super().__init__(pipe, name, settings)
         self.told = told
         # A base model is neither: it alone pays for two predictions a step.
-        self.contrasts = not (told or distilled)
-        self.takes_guidance = not distilled
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        self.contrasts: bool = not (told or distilled)
+        self.takes_guidance: bool = not distilled
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 512))
         # The pipeline's argument of the same name: a shallower text encoder needs other layers.
         self.layers = tuple(settings.get("text_encoder_out_layers", LAYERS[type(pipe).__name__]))
 

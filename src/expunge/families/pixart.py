@@ -53,7 +53,7 @@ class PixArt(Diffusion, CrossAttentionModel):
         (r"blocks\.(\d+)\.cross_attn\.kv_linear",
          split_equally(r"transformer_blocks.\1.attn2", "to_k to_v")),
     )  # fmt: skip
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="PixArt",
         bases={
             "": BaseModel(
@@ -83,7 +83,7 @@ class PixArt(Diffusion, CrossAttentionModel):
         settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
         super().__init__(pipe, name, settings)
         alpha = type(pipe).__name__ == "PixArtAlphaPipeline"
-        self.max_sequence_length = int(settings.get("max_sequence_length", 120 if alpha else 300))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 120 if alpha else 300))
 
     @property
     def window(self) -> int:

@@ -39,7 +39,7 @@ class QwenImage(LanguageModelText):
         "guidance in one batch": "its pipeline predicts with and without the prompt in two calls",
     }
     ldm_layers = ((r"(.+)", r"\1"),)
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="Qwen-Image",
         bases={
             "": BaseModel(
@@ -59,7 +59,7 @@ class QwenImage(LanguageModelText):
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 4.0, "num_inference_steps": 50, **(settings or {})}
         super().__init__(pipe, name, settings)
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 512))
 
     @cached_property
     def template(self) -> _text.Template:

@@ -58,7 +58,7 @@ class Sana(Flow, CrossAttentionModel):
         (r"blocks\.(\d+)\.cross_attn\.kv_linear",
          split_equally(r"transformer_blocks.\1.attn2", "to_k to_v")),
     )  # fmt: skip
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="SANA",
         bases={
             "": BaseModel(
@@ -92,7 +92,7 @@ class Sana(Flow, CrossAttentionModel):
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
         settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
         super().__init__(pipe, name, settings)
-        self.max_sequence_length = int(settings.get("max_sequence_length", 300))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 300))
         # The pipeline holds its instruction as the default of an argument, and nowhere else.
         asked = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
         self._instruction = "\n".join(asked.default)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class SD3(FlowModel):
         (r"final_layer\.adaLN_modulation\.1", (("norm_out.linear", swap_shift_and_scale),)),
         (r"x_embedder\.proj", (("pos_embed.proj", None),)),
     )  # fmt: skip
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="SD 3, 3.5",
         bases={
             variant: BaseModel("SD 3", "sd3", f"stable-diffusion-3-{variant or 'm'}")

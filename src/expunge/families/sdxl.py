@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class SDXL(UNetModel):
     # "v1" is what diffusers calls all that it does not know, as it does a U-Net alone.
     single_files = ("xl_base", "playground-v2-5", "v1")
     single_file_key = "label_emb.0.0.weight"
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="SDXL",
         bases={"": BaseModel("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", STABILITY)},
         text_keys={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

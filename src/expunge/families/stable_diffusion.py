@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class StableDiffusion(UNetModel):
 
     pipelines = ("StableDiffusionPipeline",)
     single_files = ("v1", "v2")
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="SD 1.x, 2.x",
         bases={
             "": BaseModel("Stable Diffusion 1.x", "sd_v1", "stable-diffusion-v1", resolution=512),

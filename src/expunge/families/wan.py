@@ -57,7 +57,7 @@ class Wan(Flow, CrossAttentionModel):
         (r"patch_embedding", r"patch_embedding"),
         (r"proj_out", r"head.head"),
     )
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="Wan",
         bases={
             "": BaseModel(
@@ -88,8 +88,8 @@ class Wan(Flow, CrossAttentionModel):
                 " text in a way of its own: erase from a Wan of one transformer (2.1, or 2.2 TI2V)"
             )
         super().__init__(pipe, name, settings)
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
-        self.num_frames = int(settings.get("num_frames", 1))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 512))
+        self.num_frames: int = int(settings.get("num_frames", 1))
 
     @property
     def window(self) -> int:

@@ -51,7 +51,7 @@ class ZImage(LanguageModelText):
         (rf"{of}\.(\d+)\.attention\.qkv", split_equally(rf"{of}.\1.attention", "to_q to_k to_v"))
         for of in ("layers", "context_refiner", "noise_refiner")
     )
-    lora_naming = LoraNaming(
+    lora_naming: ClassVar[LoraNaming] = LoraNaming(
         title="Z-Image",
         bases={
             "": BaseModel(
@@ -81,7 +81,7 @@ class ZImage(LanguageModelText):
         # Nothing in its files tells the turbo model, by far the most used one, from the base.
         settings = {"guidance_scale": 1.0, "num_inference_steps": 8, **(settings or {})}
         super().__init__(pipe, name, settings)
-        self.max_sequence_length = int(settings.get("max_sequence_length", 512))
+        self.max_sequence_length: int = int(settings.get("max_sequence_length", 512))
 
     @cached_property
     def template(self) -> _text.Template:

@@ -12,7 +12,7 @@ from torch import Tensor
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
-from expunge.erasing.in_place_training import train_in_place
+from expunge.erasing.in_place_training import measure_drift, train_in_place
 from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts, require_place
 from expunge.erasing.reference_images import draw_each
@@ -40,7 +40,8 @@ class ConceptAblation(Method):
 
     Errors are compared in ε, whatever the network predicts. The paper's prompts are a language model's;
     here they are templates (ours). It also trains the token embedding alone, which is not here: an edit
-    is of the denoiser. Images are not flipped or scaled. It knows no retain.
+    is of the denoiser. Images are not flipped or scaled. The paper knows no retain; `retain_weight` adds
+    E ‖ε(z_t, t, r) − ε₀(z_t, t, r)‖² over retained prompts r and the empty one (ours).
 
     Cost: an image of the anchor for each of `num_images`; for each of a step's samples one prediction
     with a gradient and, model-based, one without.
@@ -59,6 +60,8 @@ class ConceptAblation(Method):
     noise that an image of the anchor got."""
     regularisation: float = bounded(0.0, at_least=0)
     """Weight of the noise's prediction for the anchor's own prompt."""
+    retain_weight: float = bounded(0.0, at_least=0)
+    """Weight of what the original predicts for retained prompts and the empty one; 0 is the paper's."""
     part: Part = "text"
     """What is trained: "text", the keys and values of the cross-attentions; "cross-attention", all of
     these; "denoiser", everything."""
@@ -82,19 +85,22 @@ class ConceptAblation(Method):
 
     @property
     def reads_retain(self) -> bool:
-        return False
+        return self.retain_weight > 0
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         drawn = len(problem.erase) * self.num_images * 2 * num_inference_steps
         rows = self.max_train_steps * self.samples
         taught = rows if self.target == "model" else 0
-        learnt = rows * (2 if self.regularisation else 1)
+        taught += rows if self.retain_weight else 0
+        learnt = rows * (1 + bool(self.regularisation) + bool(self.retain_weight))
         return Cost(2 * len(problem.erase) * self.num_images, drawn + taught, learnt)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         texts, latents = self._pairs(model, problem, run)
         generator = run.generator("training")
         scale, levels = model.noise_scale(), model.log_snr()
+        trained = InPlace(select_parameters(model, self.part))
+        kept = model.encode([*problem.retain, ""])
 
         def losses() -> Iterator[Tensor]:
             rows = torch.randint(len(latents), (self.samples,), generator=generator).tolist()
@@ -114,10 +120,14 @@ class ConceptAblation(Method):
             if self.regularisation:
                 found = model.predict(noisy, at, anchored)
                 yield self.regularisation * measure_error(found, true, wide, self.loss).mean()
+            if self.retain_weight:
+                stay = kept[torch.randint(len(kept), (self.samples,), generator=generator).tolist()]
+                drift = measure_drift(model, trained, noisy, at, stay, wide, self.loss)
+                yield self.retain_weight * drift.mean()
 
         return train_in_place(
             model,
-            InPlace(select_parameters(model, self.part)),
+            trained,
             losses,
             run,
             generator,

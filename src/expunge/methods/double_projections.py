@@ -68,9 +68,9 @@ class DoubleProjections(Method):
     """s, the pull of the change to zero, in units of a squared embedding. Larger erases less."""
     num_retain_words: int = bounded(500, at_least=0)
     """How many of the tokenizer's own words are known beside what the problem retains."""
-    positions: Literal["last-and-after", "last"] = "last-and-after"
-    """Tokens of a prompt that count: its last own token and the end and padding after it, or that token
-    alone."""
+    positions: Literal["last", "last-and-after"] = "last"
+    """Tokens of a prompt that count: its last own token, or also the end and padding after it, which
+    fill more of the space and leave the edit less to act in."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts that name a concept, with {} in its place. The paper's own are not given."""
 

@@ -70,6 +70,10 @@ class OCE(Method):
     def measured_in(self) -> Literal["text", "predictions", ""]:
         return "text"
 
+    @property
+    def reads_retain(self) -> bool:
+        return self.retain_scale > 0
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
         general = len(read_captions(self.captions)) if self.captions and self.captions_scale else 0

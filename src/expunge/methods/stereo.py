@@ -15,7 +15,7 @@ from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.guidance_training import train_weights
-from expunge.erasing.in_place_training import train_in_place
+from expunge.erasing.in_place_training import measure_drift, train_in_place
 from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, require_place
 from expunge.erasing.reference_images import draw_examples
@@ -47,8 +47,11 @@ class STEREO(Method):
     The paper's anchors are prompts that a language model writes; here they are the concept's prompts
     with its anchor in its place (ours). The released code projects the guidance before it adds it up;
     here it is added as the equation says, or averaged over the words (`compose`), since parallel
-    directions add up (ours). It knows no retain. The attack `inversion` is this method's own kind of
-    attack, though with words, images and a target that training never sees.
+    directions add up (ours). The paper knows no retain; `retain_weight` adds, at the same points, the
+    distance from what the original predicts for retained prompts and the empty one (ours).
+
+    The attack `inversion` is this method's own kind of attack, though with words, images and a target
+    that training never sees.
 
     Cost: `rounds` times ESD's short training and an inversion, then ESD's training with as many more
     predictions a step as there are words. One denoiser in memory.
@@ -88,6 +91,9 @@ class STEREO(Method):
     """η, how far predictions turn from the words, and to the anchor."""
     compose: Literal["mean", "sum"] = "mean"
     """Whether the directions of all words are averaged, or summed as in the equation."""
+    retain_weight: float = bounded(0.0, at_least=0)
+    """Weight of what the original predicts for retained prompts and the empty one, in the erasure at the
+    end; 0 is the paper's."""
     trajectory_guidance: float = bounded(3.0, at_least=1)
     """Guidance of the trajectories."""
     trajectory_steps: int = bounded(50, at_least=0, at_most=1000)
@@ -108,7 +114,7 @@ class STEREO(Method):
 
     @property
     def reads_retain(self) -> bool:
-        return False
+        return self.retain_weight > 0
 
     @property
     def trajectory_config(self) -> TrajectoryConfig:
@@ -127,8 +133,9 @@ class STEREO(Method):
         shown = n * bool(self.rounds) * self.inversion_images * 2 * num_inference_steps
         composed = max(len(c.names) for c in problem.erase) + self.rounds + 2
         prompts = sum(len(c.names) + self.rounds + 1 for c in problem.erase) * len(self.templates)
-        predicted = searched * (along + 2) + erased * (along + composed) + shown
-        return Cost(prompts, predicted, searched + learnt + erased)
+        kept = bool(self.retain_weight)
+        predicted = searched * (along + 2) + erased * (along + composed + kept) + shown
+        return Cost(prompts, predicted, searched + learnt + erased * (1 + kept))
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
         groups = []
@@ -138,7 +145,7 @@ class STEREO(Method):
         anchors = [
             model.encode(assemble_anchor_prompts(concept, self.templates)) for concept in problem.erase
         ]
-        return self._erase(model, groups, anchors, run)
+        return self._erase(model, groups, anchors, model.encode([*problem.retain, ""]), run)
 
     def _search(self, model: Model, concept: Concept, problem: Problem, run: RunContext) -> list[Text]:
         """Find words that bring a concept back from networks that were trained against it.
@@ -194,7 +201,12 @@ class STEREO(Method):
         return texts
 
     def _erase(
-        self, model: Model, groups: Sequence[Sequence[Text]], anchors: Sequence[Text], run: RunContext
+        self,
+        model: Model,
+        groups: Sequence[Sequence[Text]],
+        anchors: Sequence[Text],
+        kept: Text,
+        run: RunContext,
     ) -> Changes:
         """Train the original against all words at once.
 
@@ -202,6 +214,7 @@ class STEREO(Method):
             model: the original.
             groups: of each concept the texts of its names and words, each a row a template.
             anchors: of each concept the anchor's prompts, a row a template.
+            kept: the prompts that stay.
             run: as in `fit`.
         """
         steering = Steering(model, self.trajectory_config)
@@ -224,6 +237,10 @@ class STEREO(Method):
                 scale = steering.scale[point.t.cpu()].to(goal.device, wide)
                 found = model.predict(point.latents, point.t, chosen)
                 yield measure_error(found, goal, scale, self.loss).sum() / self.samples
+                if self.retain_weight:
+                    stay = kept[[below(len(kept))]]
+                    drift = measure_drift(model, trained, point.latents, point.t, stay, scale, self.loss)
+                    yield self.retain_weight * drift.sum() / self.samples
 
         return train_in_place(
             model,

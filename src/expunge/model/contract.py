@@ -103,6 +103,10 @@ class FamilyContract(ABC):
         """Encode as `encode` does, with gradients where they are enabled."""
         raise NotImplementedError
 
+    def encode_in_training(self, prompts: Sequence[str]) -> Text:
+        """Encode as `encode` does, with gradients to the text encoders' parameters where enabled."""
+        return self._encoded(prompts)
+
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
         """Return the denoiser's raw prediction, (n, c, h, w).

@@ -20,12 +20,13 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
         scale = scale_rows(linear.weight.detach().float())
         rounded = (linear.weight.detach().float() / scale).round_().clamp_(-127, 127)
         self.register_buffer("rounded", rounded.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.bias: nn.Parameter | None = linear.bias
 
     rounded: Tensor
     """q, (out, in), int8."""

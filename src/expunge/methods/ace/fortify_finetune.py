@@ -51,41 +51,42 @@ class Trainer:
             batch_size: rows a step.
             generator: chooses images and noise.
         """
-        self.model, self.trained, self.sets, self.steps = model, trained, sets, steps
-        self.learning_rate, self.batch_size, self.generator = learning_rate, batch_size, generator
-        self.done = torch.zeros(1, dtype=torch.int64)
+        self._model, self._trained, self._sets, self._steps = model, trained, sets, steps
+        self._learning_rate, self._batch_size = learning_rate, batch_size
+        self.generator: torch.Generator = generator
+        self.done: Tensor = torch.zeros(1, dtype=torch.int64)
         """Steps that have been taken in all."""
-        self.moved = [torch.zeros_like(value) for value in trained.values] if steps else []
+        self.moved: list[Tensor] = [torch.zeros_like(value) for value in trained.values] if steps else []
         """How far the user has moved each weight."""
 
     def write(self) -> None:
         """Write the weights that the user has come to into the network."""
-        self.trained.write(self.moved or None)
+        self._trained.write(self.moved or None)
 
     def step(self) -> None:
         """Take a step from where the user is; then the network has the weights without the user's."""
-        if not self.steps:
+        if not self._steps:
             return
-        turn = int(self.done) // self.steps
-        text, latents = self.sets[turn % len(self.sets)]
-        n, levels = self.batch_size, self.model.log_snr()
+        turn = int(self.done) // self._steps
+        text, latents = self._sets[turn % len(self._sets)]
+        n, levels = self._batch_size, self._model.log_snr()
         rows = torch.randint(len(latents), (n,), generator=self.generator)
         t = torch.randint(len(levels), (n,), generator=self.generator)
         x = latents[rows.to(latents.device)]
         noise = torch.randn(x.shape, generator=self.generator).to(x)
         # Bounded, for a timestep of noise alone has an infinite log SNR.
-        target = compute_training_target(self.model.prediction_type, x, noise, levels[t].clamp(-20, 20))
+        target = compute_training_target(self._model.prediction_type, x, noise, levels[t].clamp(-20, 20))
         self.write()
         at = t.to(x.device)
-        predicted = self.model.predict(self.model.add_noise(x, noise, at), at, text[rows.tolist()])
+        predicted = self._model.predict(self._model.add_noise(x, noise, at), at, text[rows.tolist()])
         loss = (predicted.float() - target.float()).square().mean()
-        for moved, gradient in zip(self.moved, self.trained.gradients(loss), strict=True):
-            moved -= self.learning_rate * gradient.sign()
+        for moved, gradient in zip(self.moved, self._trained.gradients(loss), strict=True):
+            moved -= self._learning_rate * gradient.sign()
         self.done += 1
-        if int(self.done) % self.steps == 0:
+        if int(self.done) % self._steps == 0:
             for moved in self.moved:
                 moved.zero_()
-        self.trained.write()
+        self._trained.write()
 
     def state(self) -> Tensors:
         """Return what `resume` takes up; the generator is the caller's."""
