@@ -46,6 +46,8 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "gem", "preset": "emoji", "title": "gem"},
     {"name": "concept_ablation", "preset": "emoji", "title": "concept_ablation"},
     {"name": "stereo", "preset": "emoji", "title": "stereo"},
+    {"name": "hirm", "preset": "emoji", "title": "hirm"},
+    {"name": "advunlearn", "preset": "emoji", "title": "advunlearn"},
     {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
 )
 """Every method that ships, with its preset for the shipped model where it has one."""
@@ -108,6 +110,19 @@ def add_up(found: list[AttackResult]) -> dict[str, Any]:
     return {"pre": total([one.pre for one in found]), "budgets": budgets}
 
 
+def shorten(one: AttackResult) -> dict[str, Any]:
+    """Return of one word, for each budget, the shares with their intervals, and what a search found."""
+    return {
+        budget: {
+            "seen": one.seen[budget].to_dict(),
+            "difference": one.difference[budget].to_dict(),
+            "control": one.control[budget].to_dict(),
+            **({"findings": list(found)} if (found := one.findings.get(budget)) else {}),
+        }
+        for budget in one.seen
+    }
+
+
 def read_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an earlier run has written, if it was run as this one is; else an empty record."""
     if path.is_file():
@@ -135,8 +150,8 @@ def judge(model: Any, suite: Any, jobs: list[Job], condition: str, folder: Path)
     return {
         "hashes": [candidate.record["hash"] for candidate in candidates],
         **add_up(found),
-        "each": {", ".join(case.erased): [one.to_dict() for row in case.rows for one in row.attacks]
-                 for case in report.cases},
+        "each": {", ".join(case.erased): shorten(row.attacks[0])
+                 for case in report.cases for row in case.rows[1:]},
         "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
 
