@@ -68,6 +68,7 @@ def learn_word(
 
     Source: Gal et al., ICLR 2023, arXiv 2208.01618.
     """
+    model.encode(prompts)  # calls the text encoder back where idle parts are offloaded
     first, levels, scale = model.word_vectors(word), model.log_snr(), model.noise_scale()
     # Shifts in units of the embedding's own size, so that one learning rate fits all text encoders.
     sizes = [vector.norm() / len(vector) ** 0.5 for vector in first]
