@@ -58,7 +58,7 @@ def test_every_method_that_learns_from_predictions_has_the_switch(problem):
 @pytest.mark.parametrize("name", ["esd", "ant", "ace"])
 def test_the_switch_makes_another_edit(model, problem, name):
     more = (
-        {"recovered": 0.0, "radius": 1.0, "attack_steps": 6} if name == "ace" else {}
+        {"recovery_threshold": 0.0, "radius": 1.0, "attack_steps": 6} if name == "ace" else {}
     )  # an attack succeeds
     edits = [
         expunge.erase(model, problem, quick(name, loss=loss, **more))

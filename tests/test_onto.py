@@ -165,7 +165,7 @@ class TestRestore:
 
 def test_on_the_command_line(folder, tmp_path, capsys):
     one, two, out = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two", "out"))
-    uce = ["erase", "uce", "--general", "5", "--model", str(folder)]
+    uce = ["erase", "uce", "--num-retain-words", "5", "--model", str(folder)]
     assert main([*uce, "--concept", "airplane=sky", "--retain", "ship", "-o", one]) == 0
     assert main([*uce, "--concept", "cat=", "--onto", one, "-o", two]) == 0
     assert [c.name for c in Edit.load(two).record.problem.erase] == ["airplane", "cat"]
