@@ -110,7 +110,7 @@ class HiRM(Method):
         def loss(_: int, trained: InPlace) -> Iterator[Tensor]:
             rows = torch.randint(len(prompts), (self.batch_size,), generator=draw).tolist()
             found = model.encode_in_training([prompts[i] for i in rows])
-            # A causal encoder says nothing of a concept in the tokens before it: nothing is unlearnt there.
+            # A causal encoder says nothing of a concept before it: there is nothing to unlearn there.
             yield compare(found, goal[rows], original[rows], behind=True)
             if kept_text is not None:
                 rows = torch.randint(len(kept), (self.batch_size,), generator=draw).tolist()
