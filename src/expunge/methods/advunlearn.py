@@ -129,11 +129,13 @@ class AdvUnlearn(Method):
         original = model.encode(prompts)
 
         def loss(_: int, trained: InPlace) -> Iterator[Tensor]:
+            # Encoded anew at each step: trajectories are drawn with the text encoder as it stands.
             now = TrainingConcept(problem.erase[0].name, model.encode(prompts), draw)
             sample = steering.draw_points([now])
             z, t = sample.late.latents, sample.late.t
             row = prompts.index(sample.text.prompts[0])
             with torch.no_grad():
+                # The denoiser is not trained: given the original's text it predicts as the original.
                 named = steering.model.predict(z, t, original[[row]])
                 empty = steering.model.predict(z, t, steering.empty)
             target = empty - self.negative_guidance * (named - empty)

@@ -98,6 +98,7 @@ class HiRM(Method):
             becomes = assemble_anchor_prompts(concept, self.templates) * len(concept.names)
             model.require_window(named + becomes)
             before = model.encode(named)
+            # By name, so that a concept's direction does not depend on the others.
             generator = run.generator("direction", concept.name)
             goals.append(self._goal(before, model.encode(becomes), generator))
             prompts += named
@@ -109,6 +110,7 @@ class HiRM(Method):
         def loss(_: int, trained: InPlace) -> Iterator[Tensor]:
             rows = torch.randint(len(prompts), (self.batch_size,), generator=draw).tolist()
             found = model.encode_in_training([prompts[i] for i in rows])
+            # A causal encoder says nothing of a concept before it: there is nothing to unlearn there.
             yield compare(found, goal[rows], original[rows], behind=True)
             if kept_text is not None:
                 rows = torch.randint(len(kept), (self.batch_size,), generator=draw).tolist()
@@ -175,6 +177,7 @@ class HiRM(Method):
         anchors = [concept.anchor for concept in problem.erase if concept.anchor]
         words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         names = list(dict.fromkeys([*problem.retain, *anchors, *words]))
+        # The empty prompt, too: guidance starts from it.
         return ["", *assemble_retained_prompts(names)]
 
 
@@ -204,5 +207,6 @@ def compare(found: Text, goal: Text, before: Text, *, behind: bool = False) -> T
         weights = where[..., None].float()
         apart = (weights * (h.float() - g.float()).square()).sum((1, 2))
         size = (weights * h0.float().square()).sum((1, 2))
+        # Shares of what each was, so that one vector weighs as much as a prompt's many tokens.
         total = total + (apart / size.clamp(min=1e-12)).mean()
     return total
