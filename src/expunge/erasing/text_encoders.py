@@ -89,28 +89,34 @@ def train_text_encoders(
     losses: list[float] = []
     good = [value.clone() for value in trained.values]
     with frozen(model.parameters()), trained:
-        for step in range(max_train_steps):
-            run.progress(title, step, max_train_steps)
-            total, gradients = 0.0, [torch.zeros_like(value) for value in trained.values]
-            with torch.enable_grad():
-                for part in loss(step, trained):
-                    total += float(part.detach())
-                    for gradient, more in zip(gradients, trained.gradients(part), strict=True):
-                        gradient += more
-            if diverged([*losses, total]):
-                warn_diverged(step, True, "the edit", stacklevel=5)
-                for value, before in zip(trained.values, good, strict=True):
-                    value.copy_(before)
-                break
-            if step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
-                good = [value.clone() for value in trained.values]
-            losses.append(total)
-            for value, gradient in zip(trained.values, gradients, strict=True):
-                value.grad = gradient
-            optimiser.step()
-            optimiser.zero_grad()
-            trained.write()
-        run.progress(title, max_train_steps, max_train_steps)
+        try:
+            for step in range(max_train_steps):
+                run.progress(title, step, max_train_steps)
+                total, gradients = 0.0, [torch.zeros_like(value) for value in trained.values]
+                with torch.enable_grad():
+                    for part in loss(step, trained):
+                        total += float(part.detach())
+                        for gradient, more in zip(gradients, trained.gradients(part), strict=True):
+                            gradient += more
+                if diverged([*losses, total]):
+                    warn_diverged(step, True, "the edit", stacklevel=5)
+                    for value, before in zip(trained.values, good, strict=True):
+                        value.copy_(before)
+                    break
+                if step % KEEP_EVERY == 0:  # the loss has just shown that this state is sound
+                    good = [value.clone() for value in trained.values]
+                losses.append(total)
+                for value, gradient in zip(trained.values, gradients, strict=True):
+                    value.grad = gradient
+                optimiser.step()
+                optimiser.zero_grad()
+                model.encode([""])
+                trained.write()
+            run.progress(title, max_train_steps, max_train_steps)
+        finally:
+            # Where parts take turns on a device, running the encoders brings their weights back, so
+            # that they can be written to.
+            model.encode([""])
     # A weight that the loss does not depend on, such as another encoder's last block, has not moved.
     moved = {name for name, _, difference in trained.differences() if bool(difference.any())}
     changes = assemble_weight_changes(trained)

@@ -183,6 +183,8 @@ class AdvUnlearn(Method):
         if not self.attack_steps:
             return _Prefixed(model, prompt, "", [])
         z, t, goal = point
+        # Where parts take turns on a device, running the encoders brings their weights back.
+        model.encode([prompt])
         vectors: list[Tensor] = []
         while not vectors:
             first = words[int(torch.randint(len(words), (), generator=draw))]
