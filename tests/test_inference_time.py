@@ -5,7 +5,7 @@ import torch
 
 import expunge
 from expunge import Concept, Edit, ExpungeError, Probe, Problem
-from expunge.changes import Guided, Projected, Subtracted
+from expunge.changes import Guided, Projected, Subtracted, find_layer
 from expunge.changes.presence import measure_cosine
 from expunge.checkpoints.export import export
 from expunge.methods.adavd import AdaVD, find_targets
@@ -66,6 +66,17 @@ class TestAdaVD:
         together = change.change_output(y, y)
         alone = torch.cat([change.change_output(one, one) for one in y.split(1)])
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+    def test_a_bias_is_no_part_of_a_value(self):
+        """SD 3's entry has one: targets are what the weight alone makes, and the bias comes through."""
+        model = loaded(PIPELINES["sd3"](), "sd3")
+        method = AdaVD(slope=50.0, centre=0.0)
+        (change,) = expunge.erase(model, Problem((Concept("airplane"),)), method).changes
+        layer = find_layer(model.pipe, change.layers[0])
+        torch.testing.assert_close(change.origin, layer.bias.detach().float())
+        assert layer.bias.norm() > 0.01
+        output = layer.bias.detach()[None] + 0.0 * change.target
+        torch.testing.assert_close(change.change_output(output, output), output)
 
     def test_what_is_unlike_stays_bit_for_bit(self):
         target = randn(2, 7)

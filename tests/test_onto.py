@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:names that share words")
 
 def closed(name):
     """A closed form, with few words and, where it has one, some weight on what is retained."""
-    few = {"speed": {"num_retain_words": 30}, "oce": {"captions": ""}}.get(name, {"num_retain_words": 30})
+    few = {"speed": {"num_retain_words": 30}, "oce": {"captions": ""}}.get(
+        name, {"num_retain_words": 30}
+    )
     return quick(name, **few)
 
 

@@ -114,6 +114,14 @@ def _pair_entries(
             yield "following", moved[1:][read[1:]], way[1:][read[1:]]
 
 
+def read_bias(model: Model, layer: str) -> Tensor | None:
+    """Return a linear layer's bias, (out,), from the disk where the denoiser is; None without one."""
+    bias: Tensor | None = getattr(find_layer(model.pipe, layer), "bias", None)
+    if bias is None:
+        return None
+    return (model.stored(layer, "bias") if model.stored is not None else bias).detach()
+
+
 def _run_layer(
     model: Model, layer: str, changes: Changes, x: Tensor, strength: float
 ) -> tuple[Tensor, Tensor]:
@@ -123,10 +131,8 @@ def _run_layer(
     which `Applied` has them: parameters, inputs, outputs.
     """
     weight = model.weight(layer).float()
-    bias: Tensor | None = None
-    if find_layer(model.pipe, layer).bias is not None:
-        read = model.stored or (lambda name, parameter: getattr(find_layer(model.pipe, name), parameter))
-        bias = read(layer, "bias").detach().to(weight)
+    bias = read_bias(model, layer)
+    bias = bias if bias is None else bias.to(weight)
     x = x.to(weight)
     plain = torch.nn.functional.linear(x, weight, bias)
     own = [change for change in changes if layer in change.layers]

@@ -11,6 +11,7 @@ from torch import Tensor
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Projected
+from expunge.erasing.moved_share import read_bias
 from expunge.erasing.prompt_templates import assemble_prompts, require_place
 from expunge.method import Method
 from expunge.model import Model
@@ -86,8 +87,18 @@ class AdaVD(Method):
             weight = model.weight(entry.layer).double().cpu()
             # Values as they are before attention mixes them: the same at every pixel and every step.
             target = (tokens @ weight.T).float()
+            # A bias is no concept's: values are compared without it, and it is left where it is.
+            bias = read_bias(model, entry.layer)
+            origin = torch.zeros_like(target[0]) if bias is None else bias.float().cpu()
             changes.append(
-                Projected((entry.layer,), target, slope=self.slope, centre=self.centre, top=self.top)
+                Projected(
+                    (entry.layer,),
+                    target + origin,
+                    slope=self.slope,
+                    centre=self.centre,
+                    top=self.top,
+                    origin=origin,
+                )
             )
         return tuple(changes)
 
