@@ -3,7 +3,7 @@
 For each erased concept the forecast (`expunge.evaluation.forecast`) says how far every other name moves
 where text enters. Then the edit is made, and the same prompts and seeds are drawn with and without it:
 what is compared is the rank of a name's forecast with that of its images' mean pixel distance
-(Spearman), over the names to be retained and over all names that the model is known to draw.
+(Spearman), over the names to be retained and over these and others that the model is known to draw.
 
 Writes `experiments/results/forecast.json`.
 
@@ -81,17 +81,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="images of each name")
     parser.add_argument("--methods", nargs="+", default=["uce", "mace:emoji"])
     parser.add_argument("--erased", nargs="+", default=list(ERASED))
+    parser.add_argument("--names", type=int, default=40, help="names beside the retained, evenly taken")
     parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, known, cache = expunge.load("emoji"), of_model("emoji"), Cache()
     original = Source(model)
+    step = max(1, len(known.names) // options.names)
+    asked = known.names[::step]
     rows: list[dict[str, Any]] = []
     for method in options.methods:
         for erased in options.erased:
             concept = known.propose(erased)
             problem = Problem((concept,), tuple(known.stay([concept.name])))
-            found = forecast(model, problem, choose(method), neighbours=known.names, words=0)
+            found = forecast(model, problem, choose(method), neighbours=asked, words=0)
             edit = expunge.erase(model, problem, choose(method))
             names = [move.name for move in found.moves]
             shares = torch.tensor([move.share for move in found.moves])
