@@ -340,7 +340,7 @@ class TestWeights:
         ids=["current", "original", "retained"],
     )
     def test_cut_short_and_given_again(self, model, tmp_path, fields, monkeypatch):
-        for module in ("erasing.guidance_training", "ops.finetune"):
+        for module in ("erasing.in_place_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT.of(**{**QUICK, "max_train_steps": 7}, **fields, part="text")
         whole = expunge.erase(model, PROBLEM, method)
@@ -371,7 +371,7 @@ class TestWeights:
         assert all(torch.equal(before[k], v) for k, v in weights(model.pipe).items())
 
     def test_the_last_good_state_counts(self, model, monkeypatch):
-        for module in ("erasing.guidance_training", "ops.finetune"):
+        for module in ("erasing.in_place_training", "ops.finetune"):
             monkeypatch.setattr(f"expunge.{module}.KEEP_EVERY", 2)
         method = ANT.of(**{**QUICK, "max_train_steps": 3}, part="text")
         good = expunge.erase(model, PROBLEM, dataclasses.replace(method, max_train_steps=2))
