@@ -66,7 +66,7 @@ def fit_static_weights(
         ridge: λ, above 0, in units of a squared embedding.
         prior_scale: λ₂ of the mean over general captions, at least 0.
         retain_scale: λ₂ of the mean over the retained prompts, at least 0.
-        captions_from: the captions, as `caption_gram.captions` takes them; "" for none.
+        captions_from: the captions, as `caption_gram.read_captions` takes them; "" for none.
 
     Raises:
         ExpungeError: a change scales the layer's output, which no weight on the input can do; or the

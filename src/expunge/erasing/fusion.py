@@ -89,7 +89,7 @@ def fuse(
 ) -> tuple[Tensor, dict[str, Tensors]]:
     """Solve for M₂, and replace each D by D G K: together they act on each concept alone.
 
-    The equation is that of `ops.least_squares.fused`.
+    The equation is that of `ops.least_squares.solve_fusion`.
 
     Args:
         factors: for each concept B and D of every layer: `LAYER.up` (out, rank), `LAYER.down` (rank, d).
@@ -98,7 +98,7 @@ def fuse(
         whole: Σ e eᵀ over all the rows.
         prior: P, (d, d), already weighted.
         ridge: λ.
-        floor: the least λ, as in `ops.least_squares.floored`.
+        floor: the least λ, as in `ops.least_squares.apply_floor`.
     """
     downs = {
         name: [(key, tensor) for key, tensor in tensors.items() if key.endswith(".down")]

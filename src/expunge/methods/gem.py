@@ -87,7 +87,7 @@ class GEM(Method):
     All concepts share one low-rank change. Errors are compared in ε, so that early and late steps count
     alike. It knows no retain.
 
-    Cost: `trajectories` images with two more predictions a step, once; then a gradient a sample.
+    Cost: `trajectories` images with three predictions a step, once; then a gradient a sample.
 
     Source: Grebe, Braun, Rohrbach, Rohrbach, arXiv 2606.00140. Of its values only the layers are known
     here; the rest is ours.
