@@ -7,6 +7,8 @@ import shlex
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import expunge
 from expunge import Concept, Problem
@@ -422,6 +424,18 @@ def test_a_session_is_opened_again_with_its_edit(erased, studio):
     again = Studio(studio.folder, studio.models).session(other.name)  # after a restart
     assert again.choice == other.choice
     assert again.made.edit.hash == erased.made.edit.hash
+
+
+def test_a_header_length_that_begins_like_a_pickle_is_none(tmp_path):
+    """A safetensors file begins with its header's length; of one in 32 the first byte is 0x80."""
+    path = tmp_path / "edit.safetensors"
+    for n in range(0, 400, 8):
+        save_file({"a": torch.zeros(1)}, path, {"note": "x" * n})
+        if path.read_bytes()[0] == 0x80:
+            break
+    else:
+        pytest.fail("no such length was tried")
+    assert uploads.check(path, (".safetensors",)) == path
 
 
 def test_an_edit_is_opened(erased, studio):

@@ -54,7 +54,8 @@ def check(path: str | Path, endings: tuple[str, ...]) -> Path:
         raise ExpungeError(f"{name} is {files.format_bytes(n)}; a {ending} file may have {most} here")
     if not n:
         raise ExpungeError(f"{name} is empty")
-    if start.startswith((b"PK\3\4", b"\x80")):
+    # A safetensors file begins with its header's length, whose first byte may be a pickle's too.
+    if ending != ".safetensors" and start.startswith((b"PK\3\4", b"\x80")):
         raise ExpungeError(f"{name} is {files.PICKLED}")
     if ending == ".safetensors":
         try:
