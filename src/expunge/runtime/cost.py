@@ -16,7 +16,7 @@ class Cost:
     gradients: int = 0
     """Forward passes with a backward pass."""
     captions: str = ""
-    """The source of the captions of a prior, as `caption_gram.read_captions_for` takes it; "" for none."""
+    """The captions of a prior, as `caption_gram.read_captions_for` takes them; "" for none."""
     products: int = 0
     """The cost of its equations, in float64 products of two matrices as wide as the text embeddings."""
 
