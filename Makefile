@@ -20,7 +20,7 @@ check: $(VENV)/ready     ## lint, format, types, doctests and tests: what CI run
 	$(BIN)/python -m pytest --doctest-modules src $(WITHOUT_GRADIO)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
 
-check-browser: $(VENV)/browser-ready  ## try the studio in Chromium: what CI runs after check
+check-browser: $(VENV)/browser-ready  ## try the studio in Chromium
 	BROWSER_TESTS=required $(BIN)/python -m pytest -n 2 --dist loadfile -m browser tests/test_studio_*.py
 
 format: $(VENV)/ready    ## put the code into its format
