@@ -91,7 +91,7 @@ class Handlers:
     # What the page shows.
 
     def choice(self, session: Session, *, anew: bool = True) -> list[Any]:
-        """The left side: `Page.choice` in its order; `anew`, with other cards."""
+        """The left side: `_Page.choice` in its order; `anew`, with other cards."""
         chosen = session.choice
         kind = recipes.kind_of(chosen.concepts)
         names = [concept.name for concept in chosen.concepts]
@@ -135,7 +135,7 @@ class Handlers:
         ]
 
     def groups(self, session: Session) -> dict[str, tuple[Any, Callable[[], list[Any]]]]:
-        """The right side, part by part: what its state is, and how to show it (`Page.groups`)."""
+        """The right side, part by part: what its state is, and how to show it (`_Page.groups`)."""
         job, marks = session.job, session.marks
         state = (marks["job"], job.state if job else "", len(self._live_results(job)))
         made = marks["made"]

@@ -16,7 +16,12 @@ from expunge.studio.strength import STRONGEST
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
 
 
-class Page:
+def build_page(studio: Studio) -> gr.Blocks:
+    """Build the page of a studio: its components, wired to what answers them."""
+    return _Page(studio).blocks
+
+
+class _Page:
     """The components of the page and the wires between them."""
 
     def __init__(self, studio: Studio) -> None:

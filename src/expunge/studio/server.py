@@ -101,10 +101,10 @@ def start(host: str, port: int, studio: Studio) -> Any:
     studio.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(studio.folder / "served"))
     from expunge.studio.jobs import Job
-    from expunge.studio.page import Page
+    from expunge.studio.page import build_page
     from expunge.studio.theme import head, theme
 
-    blocks = Page(studio).blocks
+    blocks = build_page(studio)
     blocks.queue(default_concurrency_limit=32)
     blocks.launch(
         server_name=host,
