@@ -14,7 +14,15 @@ from expunge.attack import Access, Attack
 from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.erasing.prompt_templates import TEMPLATES
-from expunge.erasing.word_search import Blank, WordSpace, rank_swaps, search, swap_words
+from expunge.erasing.word_search import (
+    Blank,
+    WordSpace,
+    rank_swaps,
+    report_best,
+    search,
+    search_each,
+    swap_words,
+)
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
@@ -78,11 +86,11 @@ class EncoderSearch(Attack):
         if self.changes_nothing:
             return probe
         problem = edit.record.problem
-        space, found = WordSpace.of(model, problem.erase), {}
-        for prompt in dict.fromkeys(probe.prompts):
-            blank = Blank.of(prompt, problem, "name")
-            found[prompt] = self.search_one(model, problem.erase, space, blank, run)
-        return dataclasses.replace(probe, prompts=tuple(found[prompt] for prompt in probe.prompts))
+
+        def search_one(space: WordSpace, blank: Blank) -> str:
+            return self.search_one(model, problem.erase, space, blank, run)
+
+        return search_each(model, problem, probe, "name", search_one)
 
     def search_one(
         self,
@@ -141,12 +149,7 @@ class EncoderSearch(Attack):
                 label=label,
                 run=run,
             )
-        prompt = blank.fill(space.say(found.population[0]))
-        least = round(float(found.losses[0]), 4)
-        run.findings.append(
-            {"asked": blank.prompt, "found": prompt, "queries": found.queries, "loss": least}
-        )
-        return prompt
+        return report_best(space, blank, found, run)
 
 
 @torch.no_grad()

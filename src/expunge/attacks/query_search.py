@@ -13,7 +13,7 @@ from torch import Tensor
 from expunge.attack import Access, Attack
 from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.erasing.word_search import Blank, WordSpace, search, swap_words
+from expunge.erasing.word_search import Blank, WordSpace, report_best, search, search_each, swap_words
 from expunge.model import Model
 from expunge.ops.training_target import compute_training_target
 from expunge.probe import Probe
@@ -82,11 +82,11 @@ class QuerySearch(Attack):
         if self.changes_nothing:
             return probe
         problem = edit.record.problem
-        space, found = WordSpace.of(model, problem.erase), {}
-        for prompt in dict.fromkeys(probe.prompts):
-            blank = Blank.of(prompt, problem, "name")
-            found[prompt] = self.search_one(model, edit, space, blank, probe, run)
-        return dataclasses.replace(probe, prompts=tuple(found[prompt] for prompt in probe.prompts))
+
+        def search_one(space: WordSpace, blank: Blank) -> str:
+            return self.search_one(model, edit, space, blank, probe, run)
+
+        return search_each(model, problem, probe, "name", search_one)
 
     def search_one(
         self, model: Model, edit: Edit, space: WordSpace, blank: Blank, probe: Probe, run: RunContext
@@ -146,12 +146,7 @@ class QuerySearch(Attack):
             label=label,
             run=run,
         )
-        prompt = blank.fill(space.say(found.population[0]))
-        least = round(float(found.losses[0]), 4)
-        run.findings.append(
-            {"asked": blank.prompt, "found": prompt, "queries": found.queries, "loss": least}
-        )
-        return prompt
+        return report_best(space, blank, found, run)
 
 
 def score_images(model: Model, latents: Tensor, prompt: str, noise: Tensor) -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor
 from expunge.attack import Attack
 from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.erasing.word_search import Blank, WordSpace, rank_swaps, search, swap_words
+from expunge.erasing.word_search import (
+    Blank,
+    WordSpace,
+    rank_swaps,
+    report_best,
+    search,
+    search_each,
+    swap_words,
+)
 from expunge.model import Model
 from expunge.ops.finetune import frozen
 from expunge.probe import Probe
@@ -81,11 +89,11 @@ class TokenSearch(Attack):
         if self.changes_nothing:
             return probe
         problem = edit.record.problem
-        space, found = WordSpace.of(model, problem.erase), {}
-        for prompt in dict.fromkeys(probe.prompts):
-            blank = Blank.of(prompt, problem, self.place)
-            found[prompt] = self.search_one(model, edit, space, blank, probe, run)
-        return dataclasses.replace(probe, prompts=tuple(found[prompt] for prompt in probe.prompts))
+
+        def search_one(space: WordSpace, blank: Blank) -> str:
+            return self.search_one(model, edit, space, blank, probe, run)
+
+        return search_each(model, problem, probe, self.place, search_one)
 
     def search_one(
         self, model: Model, edit: Edit, space: WordSpace, blank: Blank, probe: Probe, run: RunContext
@@ -132,12 +140,7 @@ class TokenSearch(Attack):
                 label=label,
                 run=run,
             )
-        prompt = blank.fill(space.say(found.population[0]))
-        loss = round(float(found.losses[0]), 4)
-        run.findings.append(
-            {"asked": blank.prompt, "found": prompt, "queries": found.queries, "loss": loss}
-        )
-        return prompt
+        return report_best(space, blank, found, run)
 
 
 @dataclass(frozen=True, eq=False)

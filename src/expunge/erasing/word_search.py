@@ -8,6 +8,7 @@ that was stopped goes on, and one with a larger budget goes on from one with a s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.model import Model
+from expunge.probe import Probe
 from expunge.problem import Concept, Problem, replace_whole
 from expunge.runtime.context import RunContext
 from expunge.text import Text
@@ -209,6 +211,43 @@ def search(
         # The population stays in the choice, so that the best loss never rises.
         values = torch.cat([found.losses, judge(rows)])
         found = best(torch.cat([found.population, rows]), values, found.queries + a_round)
+
+
+def search_each(
+    model: Model,
+    problem: Problem,
+    probe: Probe,
+    place: str,
+    search_one: Callable[[WordSpace, Blank], str],
+) -> Probe:
+    """Return a probe with the words that were found, each of its prompts searched once.
+
+    Args:
+        model: whose words they are.
+        problem: what is erased, whose names are no answer.
+        probe: what is drawn unattacked.
+        place: where in a prompt the words stand, as `Blank.of` takes it.
+        search_one: searches words for one prompt, and returns it with them.
+    """
+    space = WordSpace.of(model, problem.erase)
+    prompts = dict.fromkeys(probe.prompts)
+    found = {prompt: search_one(space, Blank.of(prompt, problem, place)) for prompt in prompts}
+    return dataclasses.replace(probe, prompts=tuple(found[prompt] for prompt in probe.prompts))
+
+
+def report_best(space: WordSpace, blank: Blank, found: Found, run: RunContext) -> str:
+    """Return the prompt that a search ended with, and tell the run of it.
+
+    Args:
+        space: the words.
+        blank: the prompt, and the place in it.
+        found: what the search came to.
+        run: keeps what was found, for the results.
+    """
+    prompt = blank.fill(space.say(found.population[0]))
+    loss = round(float(found.losses[0]), 4)
+    run.findings.append({"asked": blank.prompt, "found": prompt, "queries": found.queries, "loss": loss})
+    return prompt
 
 
 def swap_words(
