@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from expunge.attack import Access, Attack
+from expunge.attack import Access
+from expunge.attacks._from_image import FromImage
 from expunge.base.fields import bounded
 from expunge.edit import Edit
-from expunge.erasing.image_inputs import draw_with_images, read_latents, require_image_input
+from expunge.erasing.image_inputs import draw_with_images
 from expunge.model import Model
 from expunge.runtime.context import RunContext
 from expunge.text import Text
 
 
 @dataclass(frozen=True)
-class DDIMInversion(Attack):
+class DDIMInversion(FromImage):
     """Draw from the latent that an image of the concept inverts to, with the same prompt.
 
         x̂ = the clean image that the prediction at z_t stands for,    ε̂ its noise
@@ -53,15 +54,6 @@ class DDIMInversion(Attack):
     def changes_nothing(self) -> bool:
         return not self.steps
 
-    @classmethod
-    def require(cls, model: Model) -> None:
-        super().require(model)
-        require_image_input(model)
-
-    def check_inputs(self, model: Model) -> None:
-        if self.images:
-            read_latents(model, self.images)
-
     @contextmanager
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
         def begin(clean: Tensor, noise: Tensor, scheduler: Any, text: Text) -> tuple[Tensor, Tensor]:
@@ -71,8 +63,7 @@ class DDIMInversion(Attack):
             latents = invert(model, clean, text, self.steps)
             return latents * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
 
-        images = read_latents(model, self.images) if self.images else None
-        yield draw_with_images(model, edit, begin, images)
+        yield draw_with_images(model, edit, begin, self.read_images(model))
 
 
 def invert(model: Model, clean: Tensor, text: Text, steps: int) -> Tensor:

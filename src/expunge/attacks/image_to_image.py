@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from expunge.attack import Access, Attack
+from expunge.attack import Access
+from expunge.attacks._from_image import FromImage
 from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.erasing.image_inputs import (
     add_scheduler_noise,
     draw_with_images,
-    read_latents,
-    require_image_input,
     skip_steps,
 )
 from expunge.model import Model
@@ -25,7 +24,7 @@ from expunge.text import Text
 
 
 @dataclass(frozen=True)
-class ImageToImage(Attack):
+class ImageToImage(FromImage):
     """Draw from a noised image of the concept, with the same prompt.
 
     The image is what the original model draws for the same prompt and seed, or one of a folder's, in
@@ -49,20 +48,10 @@ class ImageToImage(Attack):
     """A folder of images of the concept, of the size that the model draws; by default the original
     draws them."""
 
-    @classmethod
-    def require(cls, model: Model) -> None:
-        super().require(model)
-        require_image_input(model)
-
-    def check_inputs(self, model: Model) -> None:
-        if self.images:
-            read_latents(model, self.images)
-
     @contextmanager
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
         def begin(clean: Tensor, noise: Tensor, scheduler: Any, text: Text) -> tuple[Tensor, Tensor]:
             timesteps = skip_steps(scheduler, self.strength)
             return add_scheduler_noise(scheduler, clean, noise, timesteps[0]), timesteps
 
-        images = read_latents(model, self.images) if self.images else None
-        yield draw_with_images(model, edit, begin, images)
+        yield draw_with_images(model, edit, begin, self.read_images(model))

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge.attack import Access, Attack
+from expunge.attack import Access
+from expunge.attacks._from_image import FromImage
 from expunge.base.fields import bounded
 from expunge.edit import Edit
 from expunge.erasing.image_inputs import (
     draw_with_images,
     keep_part,
-    read_latents,
-    require_image_input,
 )
 from expunge.model import Model
 from expunge.runtime.context import RunContext
@@ -25,7 +24,7 @@ from expunge.text import Text
 
 
 @dataclass(frozen=True)
-class Inpainting(Attack):
+class Inpainting(FromImage):
     """Fill in an image of the concept of which one side is given, with the same prompt.
 
     The image is what the original model draws for the same prompt and seed, or one of a folder's, in
@@ -50,23 +49,13 @@ class Inpainting(Attack):
     """A folder of images of the concept, of the size that the model draws; by default the original
     draws them."""
 
-    @classmethod
-    def require(cls, model: Model) -> None:
-        super().require(model)
-        require_image_input(model)
-
-    def check_inputs(self, model: Model) -> None:
-        if self.images:
-            read_latents(model, self.images)
-
     @contextmanager
     def apply(self, model: Model, edit: Edit, run: RunContext) -> Iterator[Model]:
         def begin(clean: Tensor, noise: Tensor, scheduler: Any, text: Text) -> tuple[Tensor, Tensor]:
             keep_part(scheduler, clean, noise, self.mask(*clean.shape[-2:]))
             return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
 
-        images = read_latents(model, self.images) if self.images else None
-        yield draw_with_images(model, edit, begin, images)
+        yield draw_with_images(model, edit, begin, self.read_images(model))
 
     def mask(self, height: int, width: int) -> Tensor:
         """Return what is given, (height, width): 1 there, and 0 where the model draws."""
