@@ -50,8 +50,9 @@ def load(
             more than a million pixels, or where PyTorch has no memory-efficient attention.
         variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
             default the plain ones, or the only ones.
-        quantise: "int8" keeps the denoiser's linear layers in 8 bits, but for those through which text
-            enters: half the memory of bfloat16, for methods that train these alone.
+        quantise: "int8" or "nf4" keeps the denoiser's linear layers in 8 or 4.5 bits, but for those
+            through which text enters: about a half or a quarter of bfloat16's memory, for methods that
+            train these alone. While it is read, it takes its whole size in main memory.
 
     Raises:
         ExpungeError: there is no such model, its family is not known, weights are missing, broken, or
@@ -75,7 +76,7 @@ def load(
     for file, scale in lora:
         fuse_lora(file, pipe, scale)
     if quantise:
-        quantise_frozen(family(pipe))  # before the denoiser is moved to where it may not fit
+        quantise_frozen(family(pipe), quantise)  # before the denoiser is moved to where it may not fit
     with silence_libraries():  # diffusers warns of half precision on a CPU
         if offload:
             pipe.enable_model_cpu_offload(device=device)
