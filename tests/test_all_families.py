@@ -1,5 +1,7 @@
 """What some families have that others have not; what all keep is in `test_family_contract`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
@@ -291,3 +293,30 @@ def test_a_lora_of_another_family_and_a_gguf_file(tmp_path):
         ExpungeError, match="is a GGUF file.*: give the model as .safetensors or a diffusers"
     ):
         expunge.load(tmp_path / "model.gguf", config=tmp_path / "tiny")
+
+
+def test_the_page_of_families_shows_the_matrix_and_its_reasons():
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text("utf-8")
+    shown = page.partition("<!-- matrix -->\n")[2].partition("<!-- end of matrix -->")[0]
+    matrix, reasons = (
+        [[cell.strip(" `") for cell in line.strip("| ").split(" | ")] for line in part.splitlines()]
+        for part in shown.strip().split("\n\n")
+    )
+    (_, *methods), *rows = registry.tabulate_coverage()
+    assert matrix[0][1:] == [row[0] for row in rows]
+    assert [line[0] for line in matrix[2:]] == methods
+    for i, line in enumerate(matrix[2:], 1):
+        assert line[1:] == [row[i] for row in rows]
+    said = {
+        (stage, family.strip("`")): (need, why)
+        for stage, need, families, why in reasons[2:]
+        for family in families.split("`, `")
+    }
+    wanted = {}
+    for method in methods:
+        for stage, need in registry.read_declared("methods", method, "needs").items():
+            for family, *_ in rows:
+                lacks = registry.read_declared("families", family, "missing_capabilities")
+                if need in lacks:
+                    wanted[stage, family] = (need, lacks[need])
+    assert said == wanted
