@@ -270,6 +270,15 @@ def test_a_pipeline_of_a_class_that_is_not_known_names_the_nearest():
         expunge.load(ZImageOmniPipeline())
 
 
+def test_a_folder_of_a_class_that_is_not_known_names_the_nearest(tmp_path):
+    """Before diffusers fails in words of its own on parts that are not those of the class."""
+    sana().save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("SanaPipeline", "SanaVideoPipeline"))
+    with pytest.raises(ExpungeError, match="no family knows .*; the nearest it knows is SanaPipeline"):
+        expunge.load(tmp_path / "model")
+
+
 def test_ace_fortifies_where_the_padding_is_not_read():
     """What the denoiser never reads opens no gate."""
     model = loaded(sana(), "sana")

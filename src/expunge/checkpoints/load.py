@@ -11,7 +11,13 @@ import torch
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import silence_libraries
 from expunge.checkpoints.frozen_base import check_form, quantise_frozen
-from expunge.checkpoints.loading import fetch_source, find_family, find_source, read_settings
+from expunge.checkpoints.loading import (
+    fetch_source,
+    find_family,
+    find_source,
+    read_index,
+    read_settings,
+)
 from expunge.checkpoints.lora import fuse_lora
 from expunge.checkpoints.pipelines import read_pipeline
 from expunge.model import Model
@@ -71,6 +77,9 @@ def load(
         return find_family(type(model).__name__)(model, name=name)
     source, device = find_source(model, variant), choose_device(device, offload)
     source = fetch_source(source)
+    if not source.is_file and source.path is not None:
+        # First: of a class that no family knows, diffusers would fail in words of its own.
+        find_family(read_index(source.path)["_class_name"])
     pipe = read_pipeline(source, dtype, config)
     family = find_family(type(pipe).__name__)
     for file, scale in lora:

@@ -99,7 +99,7 @@ class RefitSums:
         self._sum()
         total = self._made("_prior").clone()
         if self._kept:
-            add_gram(total, self._kept.scaled)
+            add_gram(total, self._kept.rows, self._kept.weights)
         return mirror(total)
 
     @property
@@ -173,7 +173,7 @@ class RefitSums:
         if self._prior is not None:
             system += self._prior
         if self._kept:
-            add_gram(system, self._kept.scaled)
+            add_gram(system, self._kept.rows, self._kept.weights)
         mirror(system)
         if prior is not None:
             system += prior
@@ -218,11 +218,11 @@ class RefitSums:
         # From there on sums no longer grow with the rows.
         if self._gram is not None or count >= self._width:
             self._sum()
-            # In lots that are many enough for fast products.
+            # In lots that are large enough for fast products.
             self._limit = max(1, CHUNK // self._width)
         else:
             # Not again before there are many new ones: it reads all of them.
-            self._limit = max(self._width, 2 * count)
+            self._limit = max(self._width, count + self._width // 2)
 
     def _compact(self) -> None:
         """Merge equal rows among those that are pending."""
@@ -240,7 +240,7 @@ class RefitSums:
             if some.goals is None:
                 self._keep(some)
             else:
-                add_gram(gram, some.scaled)
+                add_gram(gram, some.rows, some.weights)
                 self._aim(some)
         self.pending.clear()
 
@@ -250,7 +250,7 @@ class RefitSums:
         few = self._prior is None and len(kept.rows) < self._width // FEW
         self._kept = kept if few else None
         if not few:
-            add_gram(self._made("_prior"), kept.scaled)
+            add_gram(self._made("_prior"), kept.rows, kept.weights)
 
     def _aim(self, some: WeightedRows) -> None:
         """Add rows to the sums of their goals, or, where goals become many, to C."""
@@ -258,7 +258,9 @@ class RefitSums:
             raise TypeError("goals must be a tensor (n, d), not None")
         goals, places = _distinct(some.goals)
         sums = torch.zeros(len(goals), self._width, dtype=torch.float64)
-        sums.index_add_(0, places, some.rows.double() * some.weights[:, None])
+        # In parts: whole lots in float64 are a gigabyte at a width of 7680.
+        for part in torch.arange(len(places)).split(max(1, CHUNK // self._width)):
+            sums.index_add_(0, places[part], some.rows[part].double() * some.weights[part, None])
         if self._aims:
             goals, places = _distinct(torch.cat([self._aims[0], goals]))
             both = torch.cat([self._aims[1], sums])
