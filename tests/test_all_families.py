@@ -11,6 +11,7 @@ import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
 from expunge.checkpoints.lora.base_models import describe_base
+from expunge.cli.main import main
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
 from quick import quick
@@ -268,6 +269,18 @@ def test_a_pipeline_of_a_class_that_is_not_known_names_the_nearest():
         ExpungeError, match="no family knows .*; the nearest it knows is ZImagePipeline, of z_image"
     ):
         expunge.load(ZImageOmniPipeline())
+
+
+def test_a_guidance_scale_that_changes_nothing_is_said_of_cached_images_too(tmp_path, capsys):
+    flux2().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "expunge.json").write_text('{"sample_size": 8, "max_sequence_length": 64}')
+    command = ["draw", "ship", "--model", str(tmp_path / "model"), "--steps", "1", "-o"]
+    for name in ("first", "again"):
+        assert main([*command, str(tmp_path / f"{name}.png"), "--guidance", "4"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("the guidance_scale of 4 changes nothing") == 1
+    assert main([*command, str(tmp_path / "none.png"), "--guidance", "1"]) == 0
+    assert "guidance" not in capsys.readouterr().err
 
 
 def test_a_folder_of_a_class_that_is_not_known_names_the_nearest(tmp_path):

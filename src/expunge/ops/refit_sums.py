@@ -312,7 +312,8 @@ def _group(*parts: Tensor | None) -> tuple[Tensor, Tensor]:
     # As bytes: NumPy knows no bfloat16.
     raw = [part.contiguous().view(torch.uint8).numpy() for part in parts if part is not None]
     kinds: dict[bytes, int] = {}
-    first, places = [], []
+    first: list[int] = []
+    places: list[int] = []
     for index, of_row in enumerate(zip(*raw, strict=True)):
         digest = hashlib.blake2b(digest_size=16)
         for part in of_row:

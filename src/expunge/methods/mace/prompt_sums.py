@@ -86,7 +86,8 @@ class PromptSums:
                     some = counts[first : first + n]
                     pairs.append((e[first : first + n][some], g[second : second + n][some]))
                 alone += [e[positions] for positions in m.alone]
-        self.around.erase(*(torch.cat(rows) for rows in zip(*pairs, strict=True)))
+        rows, aims = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        self.around.erase(rows, aims)
         self.phrases.retain(torch.cat(alone))
 
 
