@@ -6,6 +6,7 @@ import torch
 import expunge
 from expunge import Concept, Edit, Problem
 from expunge.changes import LowRank, find_layer
+from expunge.checkpoints.pace import Pace
 from expunge.cli.main import main
 from expunge.erasing.moved_share import FOLLOWING, WEAK, measure_moved
 from expunge.erasing.prompt_templates import HELD_OUT
@@ -85,6 +86,19 @@ def test_predictions_are_measured_on_trajectories(model, whole):
     assert moved[0] == 0
     assert moved[0] < moved[1] < moved[2]
     assert moved[2] > WEAK
+
+
+@pytest.mark.parametrize("name", ["concept_ablation", "gem"])
+def test_a_trained_edit_is_measured_in_predictions_and_they_are_counted(model, name):
+    method = quick(name)
+    edit = expunge.erase(model, PROBLEM, method)
+    found = measure_moved(model, edit.changes, [CONCEPT], "predictions")
+    assert edit.record.moved == found
+    assert abs(found["airplane"]) > 0
+    whole = method.estimate_cost(PROBLEM, model.num_inference_steps).predictions
+    with Pace(model, {}, {}) as pace:
+        expunge.erase(model, PROBLEM, method)
+    assert pace.kinds["predictions"].done == pytest.approx(whole, rel=0.15, abs=14)
 
 
 def test_where_it_means_nothing_nothing_is_said(model):
