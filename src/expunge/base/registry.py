@@ -226,13 +226,29 @@ def include_suites(folders: Sequence[str | Path]) -> Iterator[None]:
         _included.reset(token)
 
 
-def find_suite(name: str) -> Path:
+def list_shipped() -> list[str]:
+    """Return the names of the models that ship or will: those whose weights are not here yet, too."""
+    folders = {folder.parent for part in ("pipeline", "suites") for folder in HERE.glob(f"*/{part}")}
+    return sorted(folder.name for folder in folders)
+
+
+def find_suite(name: str, model: str = "") -> Path:
     """Return the file of a suite, by its name.
+
+    A model's own suites lie in its folder and are named MODEL/NAME. For that model NAME is enough, and
+    goes before a suite of that name that is for another one.
+
+    Args:
+        name: the suite's name.
+        model: the model that it is wanted for.
 
     Raises:
         ExpungeError: there is none of this name; the nearest is named.
     """
     suites = _find_suites()
+    own = f"{model}/{name}"
+    if own in suites:
+        return suites[own]
     if name not in suites:
         raise UnknownNameError("suite", name, suites)
     return suites[name]
@@ -241,6 +257,7 @@ def find_suite(name: str) -> Path:
 def _find_suites() -> dict[str, Path]:
     """Return the file of every suite, those that ship and those of the included folders."""
     found = {path.stem: path for path in (HERE / "suites").glob("*.toml")}
+    found |= {f"{path.parents[1].name}/{path.stem}": path for path in HERE.glob("*/suites/*.toml")}
     for folder in dict.fromkeys(path.resolve() for path in _included.get()):
         try:
             files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".toml")

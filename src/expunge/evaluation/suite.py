@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expunge.base import fields, registry
-from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.errors import ExpungeError, UnknownNameError, find_nearest
 from expunge.base.files import read_toml
 from expunge.evaluation.cells import ROLES, Cell, Question, Size, SuiteConcept, check_question
 from expunge.evaluation.prompt_lists import PromptList
@@ -108,15 +108,19 @@ class Suite(Settings):
         """Reading has checked every part."""
 
     @classmethod
-    def read(cls, name: str | Path) -> Suite:
+    def read(cls, name: str | Path, model: str = "") -> Suite:
         """Read a suite: one that ships, by its name, or a file.
+
+        Args:
+            name: the suite's name, or a file.
+            model: the model that it is wanted for, whose own suites go before others of the same name.
 
         Raises:
             ExpungeError: there is none, or something in it is wrong.
         """
         path = Path(name)
         if path.suffix.lower() != ".toml":
-            path = registry.find_suite(str(name))
+            path = registry.find_suite(str(name), model)
         table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
@@ -247,9 +251,11 @@ class Suite(Settings):
         if not concepts:
             shown = ", ".join(c.name for c in self.concepts[:12])
             more = f" and {len(self.concepts) - 12} more" if len(self.concepts) > 12 else ""
+            near = {name: find_nearest(name, [c.name for c in self.concepts], 0.7) for name in names}
+            meant = next((f"; did you mean {found!r}?" for found in near.values() if found), "")
             raise ExpungeError(
                 f"suite {self.name} knows nothing of {', '.join(map(repr, names))};"
-                f" it knows {shown}{more}"
+                f" it knows {shown}{more}{meant}"
             )
         return concepts
 
