@@ -208,6 +208,8 @@ def pack(work: Path, to: Path, name: str = "unet", recogniser: str = "recogniser
         (beside / "NOTICE").write_text(notice(), encoding="utf-8")
         check_weights(beside)
         total = check_sizes(beside)
+        for path in beside.rglob("*.safetensors"):
+            path.chmod(0o644)  # the libraries write them for their owner alone
         for part in PARTS:
             old = to / part
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
