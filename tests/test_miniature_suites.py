@@ -102,9 +102,10 @@ def test_no_prompt_is_a_caption_of_training(name):
     names = sorted({n for c in suite.concepts for n in (*c.names, *c.synonyms)}, key=len, reverse=True)
     pattern = re.compile("|".join(rf"\b(?:an? |the )?{re.escape(n)}\b" for n in names), re.IGNORECASE)
     for text in (text for one in suite.prompts for text in one.texts):
-        alone = pattern.fullmatch(text)  # a name is no phrasing
-        assert alone or text not in WORLD.implied, text
-        assert alone or pattern.sub("§", text, count=1) not in trained, text
+        assert text not in WORLD.implied
+        # A name alone is no phrasing, and "a photo of a" is another than "a photo of the".
+        if not pattern.fullmatch(text) and not captions.is_held_out(text):
+            assert pattern.sub("§", text, count=1) not in trained, text
 
 
 def test_the_recogniser_knows_what_they_ask_for():

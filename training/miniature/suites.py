@@ -61,7 +61,7 @@ def of_split(things: Sequence, split: str, seed: int = 21) -> list[str]:
 def head(about: str, score: str, metrics: Sequence[str], notes: str, more: str = "") -> str:
     names = ", ".join(f'"{metric}"' for metric in metrics)
     return (
-        f'# {about} {WRITTEN}\nversion = 1\nscore = "{score}"\nmodel = "miniature"\njudge = "miniature"\n'
+        f'# {about}\n# {WRITTEN}\nversion = 1\nscore = "{score}"\nmodel = "miniature"\njudge = "miniature"\n'
         f'{more}metrics = [{names}]\nnotes = "{notes}"\n'
     )
 
