@@ -22,6 +22,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
 from expunge.base.files import parse_json, read_header, replacing
 from expunge.base.html import render_table
+from expunge.base.shipped import list_shipped
 from expunge.changes import (
     KINDS,
     Applied,
@@ -159,7 +160,7 @@ class Edit:
             ExpungeError: it was made for the other one.
         """
         made_for = self.record.model
-        if made_for != name and {made_for, name} <= set(registry.list_shipped()):
+        if made_for != name and {made_for, name} <= set(list_shipped()):
             raise ExpungeError(
                 f"the edit does not fit: it was made for the model {made_for}, and this is {name}; give"
                 f" --model {made_for}, or erase again from {name}"

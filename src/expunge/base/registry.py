@@ -226,29 +226,14 @@ def include_suites(folders: Sequence[str | Path]) -> Iterator[None]:
         _included.reset(token)
 
 
-def list_shipped() -> list[str]:
-    """Return the names of the models that ship or will: those whose weights are not here yet, too."""
-    folders = {folder.parent for part in ("pipeline", "suites") for folder in HERE.glob(f"*/{part}")}
-    return sorted(folder.name for folder in folders)
-
-
 def find_suite(name: str, model: str = "") -> Path:
-    """Return the file of a suite, by its name.
-
-    A model's own suites lie in its folder and are named MODEL/NAME. For that model NAME is enough, and
-    goes before a suite of that name that is for another one.
-
-    Args:
-        name: the suite's name.
-        model: the model that it is wanted for.
+    """Return the file of a suite by NAME or MODEL/NAME; for `model`, one of its own goes first.
 
     Raises:
         ExpungeError: there is none of this name; the nearest is named.
     """
     suites = _find_suites()
-    own = f"{model}/{name}"
-    if own in suites:
-        return suites[own]
+    name = f"{model}/{name}" if f"{model}/{name}" in suites else name
     if name not in suites:
         raise UnknownNameError("suite", name, suites)
     return suites[name]
