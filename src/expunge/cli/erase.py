@@ -21,6 +21,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, 
 from expunge.base.fields import format_values
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
+from expunge.cli.known_names import find_doubtful, match_names, read_names, warn_doubtful
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
@@ -120,8 +121,8 @@ def check_problem(options: EraseOptions) -> Problem:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    loading.find_source(options.model, options.loading.variant)
-    return problem
+    source = loading.find_source(options.model, options.loading.variant)
+    return match_names(problem, read_names(loading.read_settings(source)))
 
 
 def erase_concepts(options: EraseOptions, method: Method) -> None:
@@ -149,7 +150,10 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     # One step is enough to tell whether the method needs more than the text encoders.
     # To build on an edit, its weights have to be in memory.
     model = options.loading.load(options.model, None if onto else method.estimate_cost(problem, 1))
-    warn_unknown_words(model, problem)
+    source = loading.find_source(options.model, options.loading.variant)
+    doubtful = find_doubtful(problem, read_names(loading.read_settings(source)))
+    warn_doubtful(doubtful)
+    warn_unknown_words(model, problem, but=doubtful)
     if method.reads_anchor:
         announce_anchors(model, problem)
     elif unused := [concept for concept in problem.erase if concept.anchor]:
