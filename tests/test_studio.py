@@ -343,6 +343,11 @@ def test_an_attack_shows_every_rung(erased):
     assert rungs[0].seen == [True]
 
 
+def test_an_attack_on_nothing_is_refused_before_it_waits(erased):
+    with pytest.raises(ExpungeError, match="write the prompt"):
+        erased.attack("inversion", 4, " \n")
+
+
 @pytest.mark.parametrize(("attack", "budget"), [("inversn", 4), ("inversion", 0), ("embedding", -1)])
 def test_an_attack_that_there_is_not(erased, attack, budget):
     with pytest.raises(ExpungeError, match="did you mean 'inversion'|must be above 0"):

@@ -252,9 +252,11 @@ class Session(Choosing):
             seed: of the images and of the attack.
 
         Raises:
-            ExpungeError: there is no edit yet, no such attack, or other work is under way.
+            ExpungeError: there is no edit yet, no prompt, no such attack, or other work is under way.
         """
         made = self._need()
+        if not prompt.strip():
+            raise ExpungeError("write the prompt that the attack should bring back")
         working.ladder(attack, budget)  # says what is wrong with it
         suites = list(self.models.knowledge(made.model).suites.values())
 
