@@ -23,16 +23,15 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 400, "height": 860}
-COLORS = 256
 
 
 def save(page: Any, path: Path, **options: Any) -> None:
-    """Write what a page shows, in few colours: the pictures are part of the repository."""
+    """Write what a page shows once nothing is being done."""
     page.wait_for_function("!document.querySelector('[role=progressbar]')")
     page.evaluate("document.activeElement?.blur()")
     page.mouse.move(0, 0)
     taken = Image.open(io.BytesIO(page.screenshot(**options))).convert("RGB")
-    taken.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    taken.save(path, optimize=True)  # every colour: in a palette the images get bands
     print(path, taken.size, flush=True)
 
 

@@ -368,6 +368,10 @@ class Session(Choosing):
         if self.job is not None and self.job.active:
             self.desk.cancel(self.job)
 
+    def hide_folder(self, text: str) -> str:
+        """Return a sentence without the place of the session's files, which is nobody's concern."""
+        return text.replace(f"{self.folder}/", "")
+
     def _need(self) -> Made:
         if self.made is None:
             raise ExpungeError("erase something first, or open an edit")
