@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -39,6 +40,10 @@ from expunge.text import Text
 
 STAGES = ("gate", "fortify")
 
+LEAST_GAP = 0.1
+"""How far a gate's tokens stand from those that stay, in units of the way to their mean: below it, a
+gate says too little of a concept."""
+
 
 @dataclass(frozen=True)
 class Sluice(Method):
@@ -53,8 +58,8 @@ class Sluice(Method):
 
     A weight edit (UCE, MACE) has to choose between strong here and harmless elsewhere, since it acts on
     every token. Behind gates M may be strong. All concepts share it, so that it does not matter which of
-    them a gate takes a token for. The budget b_i begins at 1, and for some rounds grows where a gate's
-    tokens stay far from their anchors.
+    them a gate takes a token for. The budget b_i is 1; for `rounds` it grows where a gate's tokens stay
+    far from their anchors.
 
     *The gates.* Each concept has one for its own tokens, for the words behind them, for the end, and
     for bands of the padding, solved as ACE's are: half open between the farthest token that must stay
@@ -91,8 +96,9 @@ class Sluice(Method):
     retain_scale: float = bounded(0.5, at_least=0)
     """κ, weight of general words and anchors in M, in all. They count where a gate is open that should
     not be, and for the other words of a prompt. Larger erases less."""
-    rounds: int = bounded(3, at_least=0)
-    """How often the budget b goes to the gates whose tokens stay farthest from their anchors."""
+    rounds: int = bounded(0, at_least=0)
+    """How often the budget b goes anew to the gates whose tokens stay farthest from their anchors. Off:
+    it was measured, and takes more from the others than it gives (`docs/explanation/our-method.md`)."""
     energy: float = bounded(0.99, above=0, at_most=1)
     """The share of what M does to the concepts that its directions keep; fewer make a smaller edit."""
     neighbours: int = bounded(4, at_least=0)
@@ -231,15 +237,25 @@ class Sluice(Method):
     def _fit_gates(
         self, tokens: Mapping[str, Sequence[GateTokens]], closed_on: Mapping[str, Background]
     ) -> Gate:
-        """Solve for the gates of all concepts, those of one background together."""
-        together: dict[int, list[Tensor]] = {}
+        """Solve for the gates of all concepts, those of one background together.
+
+        A gate whose tokens do not stand clear of those that stay is left out, as that of the words
+        behind a name often does not; a concept's first gate, on its own tokens, always stays.
+        """
+        together: dict[int, list[tuple[Tensor, bool]]] = {}
         grounds = {id(b): b for b in closed_on.values()}
         for name, members in tokens.items():
-            together.setdefault(id(closed_on[name]), []).extend(group.rows for group in members)
-        found = [
-            fit_gates(rows, grounds[key], margin=self.margin, retain_openness=self.retain_openness)
-            for key, rows in together.items()
-        ]
+            own = together.setdefault(id(closed_on[name]), [])
+            own.extend((group.rows, i == 0) for i, group in enumerate(members))
+        found = []
+        for key, some in together.items():
+            rows, first = zip(*some, strict=True)
+            gates = fit_gates(
+                rows, grounds[key], margin=self.margin, retain_openness=self.retain_openness
+            )
+            gaps = math.log(1 / self.retain_openness - 1) / (self.margin * gates.slope)
+            keep = torch.tensor(first) | (gaps >= LEAST_GAP)
+            found.append(Gate(*(part[keep] for part in gates)))
         # The order of gates says nothing, since all of them open the same matrix.
         return Gate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
