@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,34 +10,31 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Gated
 from expunge.erasing.caption_gram import read_captions
 from expunge.erasing.concept_tokens import sample_words
-from expunge.erasing.neighbours import count_neighbours, make_neighbours
-from expunge.erasing.prompt_templates import assemble_retained_prompts, require_place
-from expunge.method import Method
-from expunge.methods.ace import ACE
-from expunge.methods.ace.backgrounds import (
+from expunge.erasing.gate_backgrounds import (
+    GateBackgrounds,
     encode_retained,
     keep_separable,
     read_backgrounds,
     read_prompts,
     retained_phrasings,
 )
-from expunge.methods.ace.pooled import gate_vectors
-from expunge.methods.ace.tokens import GateTokens, read_tokens
+from expunge.erasing.gate_tokens import GateTokens, read_tokens
+from expunge.erasing.neighbours import count_neighbours, make_neighbours
+from expunge.erasing.pooled_gates import pad_gates
+from expunge.erasing.prompt_templates import TEMPLATES, assemble_retained_prompts, require_place
+from expunge.method import Method
 from expunge.model import Model
 from expunge.ops.gates import Background, Gate, fit_gates
 from expunge.ops.least_squares import gram, outer, solve_right_factor
-from expunge.problem import Problem
+from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
 from expunge.text import Text
-
-STAGES = ("gate", "fortify")
 
 LEAST_GAP = 0.1
 """How far a gate's tokens stand from those that stay, in units of the way to their mean: below it, a
@@ -69,8 +65,7 @@ class Sluice(Method):
 
     Exact as an edit of its own. As plain weights, `export` fits the nearest and says what that costs.
 
-    *fortify* trains the cross-attentions behind the gates against attacks, as ACE's does; off unless
-    asked for.
+    Where a vector of the whole prompt enters too, it gets a matrix and gates of its own in the same way.
 
     Ours. Taken over: the least squares of UCE (arXiv 2308.14761), the gates of this project's ACE.
 
@@ -86,11 +81,8 @@ class Sluice(Method):
     )
     stronger: ClassVar[str] = "a smaller ridge, a smaller retain_scale or a smaller margin"
     presets: ClassVar[Presets] = read_presets(__file__)
-    needs: ClassVar[Mapping[str, str]] = {"fortify": "cross-attention"}
+    strength_field: ClassVar[str] = "ridge"
 
-    stages: tuple[Literal["gate", "fortify"], ...] = ("gate",)
-    """*gate* solves for the matrix and the gates; *fortify* trains the cross-attentions behind them, for
-    minutes."""
     ridge: float = bounded(0.002, above=0)
     """λ, pull of M to the identity, in units of a token's mean square. Larger erases less."""
     retain_scale: float = bounded(0.5, at_least=0)
@@ -113,6 +105,9 @@ class Sluice(Method):
     holds best against perturbations."""
     n_std: float = bounded(4.0, at_least=0)
     """How many standard deviations above the mean of general tokens still count as closed."""
+    max_overlap: float = bounded(0.9, above=0, at_most=1)
+    """How far into the concept, whose own mean is at 1, a retained prompt may lie; beyond, it cannot
+    stay while the concept goes, and that is an error."""
     num_retain_words: int = bounded(200, at_least=1)
     """How many of the tokenizer's own words gates stay closed on."""
     captions: str = "general"
@@ -122,82 +117,97 @@ class Sluice(Method):
     """How many of them are drawn."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
-    fortify_steps: int = bounded(300, at_least=1)
-    """Training steps of *fortify*, for all concepts together."""
+    gate_on: ClassVar[str] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
-        if "gate" not in self.stages:
-            raise ExpungeError("stages must have 'gate': there is nothing to fortify otherwise")
         require_place(self.templates)
 
     @property
     def measured_in(self) -> Literal["text", "predictions", ""]:
         return "text"
 
-    @property
-    def as_ace(self) -> ACE:
-        """ACE with the same values, which reads prompts for gates, and fortifies."""
-        return ACE(
-            stages=self.stages,
-            margin=self.margin,
-            retain_openness=self.retain_openness,
-            gate_ridge=self.gate_ridge,
-            n_std=self.n_std,
-            num_retain_words=self.num_retain_words,
-            templates=self.templates,
-            fortify_steps=self.fortify_steps,
-        )
+    def templates_for(self, concept: Concept) -> tuple[str, ...]:
+        """Return the phrasings that a concept is erased in."""
+        return self.templates or TEMPLATES[concept.kind]
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
-        cost = self.as_ace.estimate_cost(problem, num_inference_steps)
-        made = len(retained_phrasings(problem)) * count_neighbours(problem.erase, self.neighbours)
+        read = sum(len(self.templates_for(c)) * (len(c.names) + 1) for c in problem.erase)
+        staying = len(problem.retain) + len({c.anchor for c in problem.erase})
+        staying += count_neighbours(problem.erase, self.neighbours)
+        kinds = len({c.kind for c in problem.erase})
         said = self.num_captions if self.captions else 0
-        return dataclasses.replace(
-            cost, prompts=cost.prompts + made + said, products=60 + 8 * self.rounds
-        )
+        prompts = read + len(retained_phrasings(problem)) * staying + self.num_retain_words * kinds
+        return Cost(prompts + said, products=40 + 20 * kinds + 8 * self.rounds)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:
-        ace = self.as_ace
         retained = encode_retained(model, problem)
-        tokens, vectors = read_tokens(ace, model, problem, retained)
-        grounds = read_backgrounds(ace, model, problem, retained, run)
-        closed_on = {name: ground.tokens for name, ground in grounds.items()}
+        tokens, vectors = read_tokens(self, model, problem, retained)
+        grounds = read_backgrounds(self, model, problem, retained, run)
         near, said = self._read_neighbours(model, problem, run), self._read_captions(model, problem, run)
+        closed_on = {name: ground.tokens for name, ground in grounds.items()}
         # One wider background for each of the old ones: concepts of a kind share theirs.
         wider = {id(b): self._widen(b, near, said) for b in closed_on.values()}
         closed_on = {name: wider[id(b)] for name, b in closed_on.items()}
-        tokens = keep_separable(ace, model, problem, tokens, closed_on, retained)
+        tokens = keep_separable(self, model, problem, tokens, closed_on, retained)
+        own = {name: retained[name] for name in dict.fromkeys(c.anchor or "" for c in problem.erase)}
+        # Of what is retained the anchors alone: the matrix must not move what it leads to.
+        anchors = torch.cat([text.embeddings[text.read] for text in own.values()]).double()
+        layers = tuple(entry.layer for entry in model.text_entries())
+        changes = [self._solve(layers, tokens, closed_on, anchors)]
+        return (*changes, *self._solve_vectors(model, vectors, grounds, list(own.values())))
 
+    def _solve(
+        self,
+        layers: tuple[str, ...],
+        tokens: Mapping[str, Sequence[GateTokens]],
+        closed_on: Mapping[str, Background],
+        anchors: Tensor,
+    ) -> Gated:
+        """Solve for the matrix and the gates of some layers.
+
+        Args:
+            layers: which.
+            tokens: of each concept the tokens of its gates, the first its own.
+            closed_on: what each concept's gates stay closed on.
+            anchors: tokens of the anchors, (m, d).
+        """
         groups = [group for members in tokens.values() for group in members]
-        general = torch.cat([b.general for b in wider.values()])
-        # Of what is retained, the anchors: the matrix must not move what it leads to.
-        anchors = torch.cat([t.embeddings[t.read] for t in self._anchors(problem, retained)]).double()
+        general = torch.cat([b.general for b in {id(b): b for b in closed_on.values()}.values()])
         matrix = solve_shared(groups, general, anchors, self.ridge, self.retain_scale, self.rounds)
         up, down = shorten(matrix, groups, self.energy)
         gates = self._fit_gates(tokens, closed_on)
-        layers = tuple(entry.layer for entry in model.text_entries())
-        n = len(gates.centre)
-        changes: Changes = (
-            Gated(
-                layers,
-                *(part.float() for part in gates),
-                up=up.float(),
-                down=down.float(),
-                goal=torch.zeros(len(down)),
-                # One owner of all gates and directions: a token that opens several is moved once.
-                owner=torch.zeros(len(down), dtype=torch.int64),
-                concept=torch.zeros(n, dtype=torch.int64),
-            ),
+        return Gated(
+            layers,
+            *(part.float() for part in gates),
+            up=up.float(),
+            down=down.float(),
+            goal=torch.zeros(len(down)),
+            # One owner of all gates and directions: a token that opens several is moved once.
+            owner=torch.zeros(len(down), dtype=torch.int64),
+            concept=torch.zeros(len(gates.centre), dtype=torch.int64),
         )
-        if "fortify" in self.stages:
-            changes = (*changes, *ace.fortify(model, problem, changes[0], run))  # type: ignore[arg-type]
-        return (*changes, *gate_vectors(ace, model, vectors, grounds).values())
 
-    def _anchors(self, problem: Problem, retained: Mapping[str, Text]) -> list[Text]:
-        """List the encoded prompts of the anchors, each anchor once."""
-        return [retained[name] for name in dict.fromkeys(c.anchor or "" for c in problem.erase)]
+    def _solve_vectors(
+        self,
+        model: Model,
+        vectors: Mapping[str, GateTokens],
+        grounds: Mapping[str, GateBackgrounds],
+        anchors: Sequence[Text],
+    ) -> list[Gated]:
+        """Solve for the same before the layers that read a vector of the whole prompt."""
+        closed_on = {name: ground.vectors for name, ground in grounds.items() if ground.vectors}
+        # A concept whose vector is its anchor's has nothing to take away there.
+        some = {name: [group] for name, group in vectors.items() if group.differs and name in closed_on}
+        if not some:
+            return []
+        pooled = [text.pooled for text in anchors if text.pooled is not None]
+        found = []
+        for entry in model.pooled_entries():
+            narrow = self._solve((entry.layer,), some, closed_on, torch.cat(pooled).double())
+            # What the layer is given behind the vector, such as SDXL's sizes, is no part of a concept.
+            found.append(pad_gates(narrow, model.weight(entry.layer).shape[1]))
+        return found
 
     def _read_neighbours(self, model: Model, problem: Problem, run: RunContext) -> Tensor:
         """Read the tokens of the neighbours, (n, d), few of the padding."""
