@@ -195,9 +195,10 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
     for one in edit.record.tuned.get("tries", ()):
+        moved, drift = 100 * one["moved"], 100 * one["drift"]
         print(
-            f"{edit.record.tuned['field']} {one['value']:g}: the least moved {100 * one['moved']:.0f} % of"
-            f" the way, what stays {100 * one['drift']:.1f} % of its norm"
+            f"{edit.record.tuned['field']} {one['value']:g}: every concept moved by {moved:.0f} % of its"
+            f" way or more, what stays by {drift:.1f} % of its norm"
         )
     for line in describe_moved(edit.record, method):
         print(line)
