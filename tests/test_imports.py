@@ -17,7 +17,7 @@ ORDER = (
     "model",
     "families", "fingerprint", "method",
     "edit", "erasing",
-    "methods", "checkpoints", "erasure", "unlearning",
+    "methods", "checkpoints", "erasure", "tuning", "unlearning",
     "attack", "attacks",
     "metrics", "evaluation",
     "cli",

@@ -75,6 +75,8 @@ class Record:
     """The record of the edit that this one was solved on, whose concepts are among the problem's."""
     onto_changes: int = 0
     """How many of the changes, the first ones, are that edit's."""
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `autotune` tried, and chose; empty where it was not asked."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -94,6 +96,8 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; of an edit that stands alone, as older versions read it."""
         data = dataclasses.asdict(self)
+        if not self.tuned:
+            del data["tuned"]
         level = data
         while level["onto"] is not None:
             level = level["onto"]

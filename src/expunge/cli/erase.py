@@ -56,6 +56,8 @@ class EraseOptions:
     """A prompt whose images must stay as they are."""
     onto: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
     """An edit to build on: what it erases stays erased, and the new file does both."""
+    autotune: bool = False
+    """Choose the method's strength on held-out prompts: the weakest that erases enough."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """A named set of the method's options; those given beside it count. `--preset list` lists them."""
     model: str = "emoji"
@@ -181,7 +183,12 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
                 pace.listeners.append(lambda *_: threads.adjust())
                 stack.enter_context(pace)
             progress = pace.progress if pace else show
-            edit = erase(model, problem, method, progress=progress, **how)
+            if options.autotune:
+                from expunge.tuning import autotune
+
+                edit = autotune(model, problem, method, progress=show, seed=options.seed, onto=onto)
+            else:
+                edit = erase(model, problem, method, progress=progress, **how)
     except KeyboardInterrupt:
         if Path(folder).is_dir():
             print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
@@ -191,6 +198,12 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     names = join_names([concept.name for concept in problem.erase], 10)
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
+    for one in edit.record.tuned.get("tries", ()):
+        moved, drift = 100 * one["moved"], 100 * one["drift"]
+        print(
+            f"{edit.record.tuned['field']} {one['value']:g}: every concept moved by {moved:.0f} % of its"
+            f" way or more, what stays by {drift:.1f} % of its norm"
+        )
     for line in describe_moved(edit.record, method):
         print(line)
 

@@ -114,6 +114,28 @@ def _pair_entries(
             yield "following", moved[1:][read[1:]], way[1:][read[1:]]
 
 
+def measure_drift(model: Model, changes: Changes, prompts: Sequence[str]) -> float:
+    """Measure how far changes move prompts, as a share of their norm: (Σ ‖f' − f‖² / Σ ‖f‖²)^½.
+
+    f is what the changed layers that read text make of every token that the denoiser reads.
+
+    Args:
+        model: the original.
+        changes: what moves them.
+        prompts: the prompts.
+    """
+    text = model.encode(prompts)
+    changed = {layer for change in changes for layer in change.layers}
+    moved = whole = 0.0
+    for entry in model.text_entries():
+        if entry.layer in changed:
+            before, after = _run_layer(model, entry.layer, changes, text.embeddings, 1.0)
+            read = text.read.cpu()
+            moved += float((after - before)[read].double().square().sum())
+            whole += float(before[read].double().square().sum())
+    return (moved / whole) ** 0.5 if whole else 0.0
+
+
 def read_bias(model: Model, layer: str) -> Tensor | None:
     """Return a linear layer's bias, (out,), from the disk where the denoiser is; None without one."""
     bias: Tensor | None = getattr(find_layer(model.pipe, layer), "bias", None)
