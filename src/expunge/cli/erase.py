@@ -220,10 +220,10 @@ def describe_moved(record: Record, method: Method) -> list[str]:
         method: that made it.
 
     Returns:
-        Lines. The last calls the edit weak, with what to turn, where a concept moved by less than
-        `WEAK` of the way.
+        Lines. The last ones call the edit weak, with what to turn, where a concept moved by less than
+        `WEAK` of the way, and a trained one unsure where it moved by less than `UNSURE`.
     """
-    from expunge.erasing.moved_share import WEAK
+    from expunge.erasing.moved_share import UNSURE, WEAK
 
     shares = record.moved
     anchors = {c.name: c.anchor if record.reads_anchor else "" for c in record.problem.erase}
@@ -241,6 +241,12 @@ def describe_moved(record: Record, method: Method) -> list[str]:
         lines.append(
             f"this edit is weak for {join_names(weak, 5)}: less than {100 * WEAK:.0f} % of the way;"
             f" try {turn}, or another preset or method"
+        )
+    unsure = [name for name, share in shares.items() if WEAK <= share < UNSURE]
+    if unsure and method.measured_in == "predictions":
+        lines.append(
+            f"trained edits that moved a concept less than {100 * UNSURE:.0f} % of the way often still"
+            f" draw it: evaluate this one for {join_names(unsure, 5)}"
         )
     return lines
 

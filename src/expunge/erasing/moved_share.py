@@ -31,6 +31,9 @@ from expunge.text import Text
 WEAK = 0.5
 """An edit that moved a concept by less than this share of the way is called weak."""
 
+UNSURE = 0.8
+"""Below this share of the way in predictions a concept is often still drawn."""
+
 FOLLOWING = 8
 """How many of the tokens behind a concept's last are looked at; those behind them are padding."""
 
