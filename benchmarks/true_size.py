@@ -235,6 +235,8 @@ def fields_of(model: str, method: str) -> dict[str, Any]:
     """The method's fields, where they are not its own."""
     if method == "uce":
         return MODELS[model]["uce"]
+    if method == "sluice":
+        return {}
     return {"ridge": 1.0, "stages": ("refine", "fuse"), **MODELS[model].get("mace", {})}
 
 
@@ -249,7 +251,7 @@ def main() -> None:
     """Run it, print it and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", choices=list(MODELS))
-    parser.add_argument("--method", choices=["uce", "mace"], default="uce")
+    parser.add_argument("--method", choices=["uce", "mace", "sluice"], default="uce")
     parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where to write the weights; by default a new one")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "true_size.json")

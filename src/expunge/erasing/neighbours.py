@@ -27,7 +27,7 @@ def make_neighbours(
     """Make names that share all words but one with an erased name, each once.
 
     A word is exchanged for one that stands in its place in other names of the problem, which is how
-    names look; where there is none, for a general word.
+    names look; where these are too few, for general words.
 
     >>> people = [Concept("Ada Lovelace", kind="identity"), Concept("Kurt Gödel", kind="identity")]
     >>> sorted(make_neighbours(Problem(tuple(people)), (), 1, torch.Generator()))
@@ -50,9 +50,8 @@ def make_neighbours(
                 continue
             # Of names as long as this one, so that a family name takes the place of a family name.
             there = dict.fromkeys(n[place] for n in names if len(n) == len(own) and n[place] != word)
-            pool = list(there) or list(words)
-            order = torch.randperm(len(pool), generator=generator).tolist()
-            made = (" ".join([*own[:place], pool[i], *own[place + 1 :]]) for i in order)
+            pool = [list(some)[i] for some in (there, words) for i in _shuffle(len(some), generator)]
+            made = (" ".join([*own[:place], other, *own[place + 1 :]]) for other in pool)
             # A name that holds an erased one is not to be kept.
             free = [n for n in made if normalize_name(n) not in taken and not problem.find_name(n)]
             found |= {normalize_name(n): n for n in free[:per_word]}
@@ -63,3 +62,8 @@ def count_neighbours(concepts: Sequence[Concept], per_word: int) -> int:
     """Count the neighbours that `make_neighbours` makes at most."""
     lengths = [len(name.split()) for c in concepts if c.kind in KINDS for name in c.names]
     return per_word * sum(n for n in lengths if n > 1)
+
+
+def _shuffle(n: int, generator: torch.Generator) -> list[int]:
+    """Return the numbers below n in random order."""
+    return torch.randperm(n, generator=generator).tolist()

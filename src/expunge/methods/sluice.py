@@ -36,6 +36,13 @@ from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
 from expunge.text import Text
 
+THIN = 3
+"""Of the thirty phrasings of a kind every third is read: half of these have words behind the concept."""
+
+MOST_ROWS = 32
+"""How many tokens of a gate the matrix is solved from, evenly taken: those of the padding are many, and
+much the same."""
+
 LEAST_GAP = 0.1
 """How far a gate's tokens stand from those that stay, in units of the way to their mean: below it, a
 gate says too little of a concept."""
@@ -116,7 +123,7 @@ class Sluice(Method):
     num_captions: int = bounded(200, at_least=0)
     """How many of them are drawn."""
     templates: tuple[str, ...] = ()
-    """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+    """Prompts to erase a concept in, with {} in its place; by default ten of its kind."""
     gate_on: ClassVar[str] = "end"
 
     def __post_init__(self) -> None:
@@ -129,7 +136,7 @@ class Sluice(Method):
 
     def templates_for(self, concept: Concept) -> tuple[str, ...]:
         """Return the phrasings that a concept is erased in."""
-        return self.templates or TEMPLATES[concept.kind]
+        return self.templates or TEMPLATES[concept.kind][::THIN]
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         read = sum(len(self.templates_for(c)) * (len(c.names) + 1) for c in problem.erase)
@@ -172,7 +179,7 @@ class Sluice(Method):
             closed_on: what each concept's gates stay closed on.
             anchors: tokens of the anchors, (m, d).
         """
-        groups = [group for members in tokens.values() for group in members]
+        groups = [thin_rows(group) for members in tokens.values() for group in members]
         general = torch.cat([b.general for b in {id(b): b for b in closed_on.values()}.values()])
         matrix = solve_shared(groups, general, anchors, self.ridge, self.retain_scale, self.rounds)
         up, down = shorten(matrix, groups, self.energy)
@@ -268,6 +275,12 @@ class Sluice(Method):
             found.append(Gate(*(part[keep] for part in gates)))
         # The order of gates says nothing, since all of them open the same matrix.
         return Gate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def thin_rows(group: GateTokens) -> GateTokens:
+    """Take at most `MOST_ROWS` of a gate's tokens, evenly."""
+    step = -(-len(group.rows) // MOST_ROWS)
+    return GateTokens(group.rows[::step], group.neutral[::step], group.differences)
 
 
 def solve_shared(
