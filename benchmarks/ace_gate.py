@@ -24,9 +24,9 @@ import torch
 
 from expunge.base.files import replacing
 from expunge.changes import Gated
+from expunge.erasing.gate_tokens import BANDS, GateTokens
 from expunge.methods.ace import ACE
 from expunge.methods.ace.closed_form import solve_gates
-from expunge.methods.ace.tokens import BANDS, GateTokens
 from expunge.ops.gates import Background
 
 WIDTH, TOKENS, PROMPTS, SCALE = 768, 77, 30, 28.0

@@ -32,6 +32,7 @@ from true_size import SD14, SDXL, peak
 import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
+from expunge.base.fields import leaves
 from expunge.base.files import replacing
 from expunge.checkpoints.offload import offload_idle_parts
 
@@ -142,9 +143,10 @@ def run(
         pipe.to(device)
     if "gradient checkpointing" in WAYS[way]:
         pipe.unet.enable_gradient_checkpointing()
-    model, spec = expunge.load(pipe), {**METHODS[method], **fields, "batch": 1, "captions": ""}
+    model, spec = expunge.load(pipe), {**METHODS[method], **fields, "batch_size": 1, "captions": ""}
     kind, preset = registry.get("methods", spec.pop("method")), spec.pop("preset")
-    made = kind.preset(preset, **{key: value for key, value in spec.items() if hasattr(kind, key)})
+    known = {field.name for field in leaves(kind)}  # what is grouped inside a method, too
+    made = kind.preset(preset, **{key: value for key, value in spec.items() if key in known})
     ticks: list[float] = []
 
     def tick(*_: Any) -> None:
@@ -179,8 +181,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=name)
     options = parser.parse_args()
     fields = {
-        "steps": options.steps,
-        "pictures": options.images,
+        "max_train_steps": options.steps,
+        "num_images": options.images,
         "trajectories": options.images,
         "num_inference_steps": options.image_steps,
         "trajectory_steps": options.image_steps,

@@ -9,7 +9,8 @@ FLUX.2-klein and Z-Image have the entries of text at their true size and few of 
 which are only copied. FLUX.1 and FLUX.2-klein pad each text to 512 tokens: UCE moves the last of a
 concept's own there, and with FLUX.1 keeps 50 general words, not 500; with FLUX.2-klein it keeps the last
 token of 500. `flux2-klein-40` has 40 tokens a text, all of them moved and kept, and ten of MACE's thirty
-templates.
+templates. A token's embedding is random, and the same wherever its text encoder reads the same: up
+to the token, or, with T5, in the whole prompt.
 Writes `benchmarks/results/true_size.json`, a row for each model and method.
 
     python benchmarks/true_size.py sd14 --method uce [--concepts 100] [--folder FOLDER]
@@ -30,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -137,7 +139,6 @@ class Given(Model):
         # Tokens are windows of one long row of random numbers: independent, and at no cost.
         long = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
         self.states = long.unfold(0, spec["width"], 1)
-        self.generator = torch.Generator().manual_seed(0)
 
     window = 75
 
@@ -155,19 +156,31 @@ class Given(Model):
         count = torch.tensor([self.count_tokens(prompt) for prompt in prompts])
         place = torch.arange(tokens)
         own = (place >= 1) & (place <= count[:, None])
-        words = [[hash(word) % 40000 for word in prompt.split()] for prompt in prompts]
+        words = [[crc32(word.encode()) % 40000 for word in prompt.split()] for prompt in prompts]
         ids = torch.ones(n, tokens, dtype=torch.int64)
         for row, some in enumerate(words):
             ids[row, 1 : 1 + len(some)] = torch.tensor(some, dtype=torch.int64)
-        places = torch.randint(len(self.states), (n, tokens), generator=self.generator)
         pooled = self.spec["pooled"]
+        whole = [row.numpy().tobytes() for row in ids]
+        drawn = [torch.Generator().manual_seed(crc32(row)) for row in whole] if pooled else []
         return Text(
             tuple(prompts),
-            self.states[places],
+            self.states[self.places(ids)],
             own,
             ids,
-            torch.randn(n, pooled, generator=self.generator) if pooled else None,
+            torch.stack([torch.randn(pooled, generator=g) for g in drawn]) if pooled else None,
         )
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where each token's window begins, (n, tokens): what the token's text encoder knows decides."""
+        found = []
+        for row in ids.tolist():
+            # T5 reads a prompt as a whole, the others what stands before a token.
+            known = crc32(repr(row).encode()) if self.spec["family"] == "flux" else 0
+            for token in row:
+                known = crc32(token.to_bytes(8, "little"), known)
+                found.append(known % len(self.states))
+        return torch.tensor(found).reshape(ids.shape)
 
     def text_entries(self) -> Any:
         return self.family.text_entries(self)
@@ -222,6 +235,8 @@ def fields_of(model: str, method: str) -> dict[str, Any]:
     """The method's fields, where they are not its own."""
     if method == "uce":
         return MODELS[model]["uce"]
+    if method == "sluice":
+        return {}
     return {"ridge": 1.0, "stages": ("refine", "fuse"), **MODELS[model].get("mace", {})}
 
 
@@ -236,7 +251,7 @@ def main() -> None:
     """Run it, print it and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", choices=list(MODELS))
-    parser.add_argument("--method", choices=["uce", "mace"], default="uce")
+    parser.add_argument("--method", choices=["uce", "mace", "sluice"], default="uce")
     parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where to write the weights; by default a new one")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "results" / "true_size.json")

@@ -7,7 +7,8 @@ like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), o
 (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
 the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
-in bfloat16.
+in bfloat16. Four more tasks are for the miniature model (`people`, `artists`, `things`, `harmful`),
+whose results are in `METHOD-miniature.json`.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
@@ -44,6 +45,7 @@ from expunge.methods.ant.low_rank import LowRankChanges
 from expunge.methods.ant.settings import SharedSettings
 from expunge.methods.mace import MACE
 from expunge.methods.mace.suppression import SuppressionData
+from expunge.problem import Kind
 from expunge.runtime.context import RunContext, Tensors
 
 HERE = Path(__file__).parent
@@ -156,6 +158,29 @@ def style() -> list[Problem]:
     return [Problem((Concept("noto", "art", "style"),), tuple(kept))]
 
 
+def named(task: str, kind: Kind, anchor: str) -> list[Problem]:
+    """The names that a suite of the miniature erases, together, and what it retains."""
+    erase = tuple(Concept(name, anchor, kind) for name in suite(task).erase)
+    return [Problem(erase, suite(task).retain)]
+
+
+def things() -> list[Problem]:
+    """Six of the miniature's things in turn, six retained; of the last six nobody is told."""
+    names = [concept.name for concept in suite("things").concepts]
+    becomes = dict(zip(names, ("street", "sea", "grass", "room", "beach", "ground"), strict=False))
+    return [
+        Problem((Concept(name, anchor),), tuple(n for n in names[:12] if n != name))
+        for name, anchor in becomes.items()
+    ]
+
+
+def harmful() -> list[Problem]:
+    """A group of foods and its members, one name each; nothing is retained by name."""
+    group = suite("harmful").concepts[0]
+    names = (group.name, *group.also)
+    return [Problem(tuple(Concept(name, "ground", "explicit") for name in names))]
+
+
 TASKS: dict[str, Callable[[], list[Problem]]] = {
     "object": objects,
     "fortify": fortified,
@@ -167,6 +192,10 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "explicit-one": partial(explicit, one=True),
     "explicit-one-bare": partial(explicit, "", one=True),
     "style": style,
+    "people": partial(named, "people", "identity", "a person"),
+    "artists": partial(named, "artists", "style", "art"),
+    "things": things,
+    "harmful": harmful,
 }
 
 
@@ -249,7 +278,7 @@ def main() -> None:
     parser.add_argument("method", choices=registry.list_names("methods"))
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS))
     parser.add_argument(
-        "--preset", default="", help="where to start from; default: emoji, or the defaults"
+        "--preset", default="", help="where to start from; default: the model's, emoji's, or none"
     )
     parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
     parser.add_argument(
@@ -259,13 +288,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how often each attack is run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune")
     options = parser.parse_args()
-    file = options.results / f"{options.method}.json"
+    (shipped,) = {suite(task).model for task in options.tasks}
+    file = options.results / f"{options.method}{'' if shipped == 'emoji' else f'-{shipped}'}.json"
     record: dict[str, Any] = json.loads(file.read_text("utf8")) if file.is_file() else {}
-    model = expunge.load("emoji")
+    model = expunge.load(shipped)
     if record.get("model sha256") != hash_for_images(model):
         record = {"model sha256": hash_for_images(model)}
     cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
-    start = options.preset or ("emoji" if "emoji" in cls.presets else "")
+    own = [name for name in (shipped, "emoji") if name in cls.presets]
+    start = options.preset or next(iter(own), "")
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
     for task, values in itertools.product(options.tasks, combinations(options.tried)):
         method, default = build(cls, base | values), flatten(cls())

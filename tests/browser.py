@@ -45,7 +45,10 @@ def pages(browser, address: str) -> Iterator:
     def open_page(width="desktop", context=None):
         wide, high, scheme = WIDTHS[width]
         context = context or browser.new_context(
-            viewport={"width": wide, "height": high}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": wide, "height": high},
+            color_scheme=scheme,
+            accept_downloads=True,
+            reduced_motion="reduce",  # or the processor draws what moves, without end
         )
         contexts.append(context)
         page = context.new_page()
@@ -84,6 +87,7 @@ def toast(page):
     """The sentence that the page shows, and none of what a program says to its makers."""
     said = page.wait_for_selector("[data-testid=toast-text]").inner_text()
     assert "Traceback" not in said
-    page.locator("[data-testid=toast-close]").first.click()
+    # It goes by itself after some seconds, and may do so at any moment.
+    page.evaluate("document.querySelectorAll('[data-testid=toast-close]').forEach(one => one.click())")
     page.wait_for_selector("[data-testid=toast-text]", state="detached")
     return said

@@ -40,7 +40,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_pipeline(
-    seed: int = 0, width: int = 32, channels: tuple[int, int] = (8, 16), **scheduler
+    seed: int = 0, width: int = 32, channels: tuple[int, int] = (8, 16), groups: int = 4, **scheduler
 ) -> StableDiffusionPipeline:
     """Stable Diffusion's classes with random weights, small enough for a test."""
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def tiny_pipeline(
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width,
         attention_head_dim=2,
-        norm_num_groups=4,
+        norm_num_groups=groups,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),

@@ -13,13 +13,13 @@ from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import Damped, find_layer
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.erasing import reference_images
+from expunge.erasing.gate_backgrounds import draw_words, encode_retained, read_backgrounds
+from expunge.erasing.gate_tokens import BANDS
 from expunge.erasing.prompt_templates import KEPT, TEMPLATES
 from expunge.methods.ace import ACE
 from expunge.methods.ace.attention_reduction import LEVELS, read_damping
-from expunge.methods.ace.backgrounds import draw_words, encode_retained, read_backgrounds
 from expunge.methods.ace.closed_form import FACTORS, check_memory
 from expunge.methods.ace.harden import harden, measure_distance, measure_noise_distance
-from expunge.methods.ace.tokens import BANDS
 from expunge.ops.gates import stack_root
 from expunge.ops.pgd import minimise_in_ball
 from expunge.runtime.context import RunContext

@@ -1,5 +1,7 @@
 """What some families have that others have not; what all keep is in `test_family_contract`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
@@ -9,6 +11,7 @@ import expunge
 from expunge import Concept, ExpungeError, Probe, Problem
 from expunge.base import registry
 from expunge.checkpoints.lora.base_models import describe_base
+from expunge.cli.main import main
 from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.families.flux import Flux
 from quick import quick
@@ -268,6 +271,27 @@ def test_a_pipeline_of_a_class_that_is_not_known_names_the_nearest():
         expunge.load(ZImageOmniPipeline())
 
 
+def test_a_guidance_scale_that_changes_nothing_is_said_of_cached_images_too(tmp_path, capsys):
+    flux2().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "expunge.json").write_text('{"sample_size": 8, "max_sequence_length": 64}')
+    command = ["draw", "ship", "--model", str(tmp_path / "model"), "--steps", "1", "-o"]
+    for name in ("first", "again"):
+        assert main([*command, str(tmp_path / f"{name}.png"), "--guidance", "4"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("the guidance_scale of 4 changes nothing") == 1
+    assert main([*command, str(tmp_path / "none.png"), "--guidance", "1"]) == 0
+    assert "guidance" not in capsys.readouterr().err
+
+
+def test_a_folder_of_a_class_that_is_not_known_names_the_nearest(tmp_path):
+    """Before diffusers fails in words of its own on parts that are not those of the class."""
+    sana().save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("SanaPipeline", "SanaVideoPipeline"))
+    with pytest.raises(ExpungeError, match="no family knows .*; the nearest it knows is SanaPipeline"):
+        expunge.load(tmp_path / "model")
+
+
 def test_ace_fortifies_where_the_padding_is_not_read():
     """What the denoiser never reads opens no gate."""
     model = loaded(sana(), "sana")
@@ -291,3 +315,30 @@ def test_a_lora_of_another_family_and_a_gguf_file(tmp_path):
         ExpungeError, match="is a GGUF file.*: give the model as .safetensors or a diffusers"
     ):
         expunge.load(tmp_path / "model.gguf", config=tmp_path / "tiny")
+
+
+def test_the_page_of_families_shows_the_matrix_and_its_reasons():
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text("utf-8")
+    shown = page.partition("<!-- matrix -->\n")[2].partition("<!-- end of matrix -->")[0]
+    matrix, reasons = (
+        [[cell.strip(" `") for cell in line.strip("| ").split(" | ")] for line in part.splitlines()]
+        for part in shown.strip().split("\n\n")
+    )
+    (_, *methods), *rows = registry.tabulate_coverage()
+    assert matrix[0][1:] == [row[0] for row in rows]
+    assert [line[0] for line in matrix[2:]] == methods
+    for i, line in enumerate(matrix[2:], 1):
+        assert line[1:] == [row[i] for row in rows]
+    said = {
+        (stage, family.strip("`")): (need, why)
+        for stage, need, families, why in reasons[2:]
+        for family in families.split("`, `")
+    }
+    wanted = {}
+    for method in methods:
+        for stage, need in registry.read_declared("methods", method, "needs").items():
+            for family, *_ in rows:
+                lacks = registry.read_declared("families", family, "missing_capabilities")
+                if need in lacks:
+                    wanted[stage, family] = (need, lacks[need])
+    assert said == wanted

@@ -74,3 +74,13 @@ def test_ranks_are_those_of_the_page():
         if row["chosen by"] == "text" and row["rank"] >= 16:
             assert row["erasure lost"] < 0.002
     assert found["time"]["ratio"] > 2
+
+
+def test_moved_shares_are_those_of_the_page():
+    rows = json.loads((HERE.parent / "experiments" / "results" / "moved_share.json").read_text())
+    page = (HERE.parent / "docs" / "notes" / "moved-share.md").read_text("utf-8")
+    for row in rows:
+        assert f"\n| {row['method']} | {row['measured in']} | " in page
+    weak = [row for row in rows if row["measured in"] == "predictions" and row["share"] < 0.5]
+    drawn = sum(row["seen"] * row["images"] for row in weak)
+    assert f"in {drawn:.0f} of {sum(row['images'] for row in weak)} images" in page

@@ -43,6 +43,7 @@ QUICKER = {
     "ace": "--stages gate --num-retain-words 20",
     "speed": "--num-retain-words 20",
     "oce": "--captions ''",
+    "sluice": "--num-retain-words 20 --num-captions 10",
 }
 """What is added to a page's `erase`, so that it takes seconds."""
 FEW = Size(erased=2, synonyms=1, retained=1, plain=2, prompts=2)

@@ -25,7 +25,7 @@ from expunge.ops.attention import read_attention
 from expunge.runtime.cost import Cost
 from expunge.text import Text
 from quick import QUICK, quick
-from tiny import PIPELINES, drawn_by_diffusers, loaded
+from tiny import PIPELINES, VARIANTS, drawn_by_diffusers, loaded
 
 FAMILIES = registry.list_names("families")
 pytestmark = pytest.mark.filterwarnings("ignore:this model was distilled to draw without guidance")
@@ -35,14 +35,14 @@ def test_every_family_has_a_tiny_pipeline():
     assert set(FAMILIES) == set(PIPELINES)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *VARIANTS])
 def family(request):
     return request.param
 
 
 @pytest.fixture
 def pipe(family):
-    return PIPELINES[family]()
+    return {**PIPELINES, **VARIANTS}[family]()
 
 
 @pytest.fixture
@@ -305,7 +305,8 @@ def test_a_method_works_or_says_why_not(model, family, name, latents):
     kind = registry.get("methods", name)
     fast = dict(QUICK.get(name, {}))
     needs = registry.read_declared("methods", name, "needs")
-    lacks = registry.read_declared("families", family, "missing_capabilities")
+    module = type(model).__module__.rpartition(".")[2]
+    lacks = registry.read_declared("families", module, "missing_capabilities")
     assert (needs, lacks) == (dict(kind.needs), dict(model.missing_capabilities))
     # A few words and no captions tell enough.
     few = {"num_retain_words": 12, "captions": ""}

@@ -194,15 +194,18 @@ class TestFortify:
         assert all(p.grad is None for p in worded.parameters())
 
     @pytest.mark.parametrize("finetune", [0, 4])
-    def test_goes_on_from_its_checkpoint_and_ends_the_same(self, worded, problem, tmp_path, finetune):
-        method = dataclasses.replace(FORTIFY, fortify_steps=30, fortify_finetune_steps=finetune)
+    def test_goes_on_from_its_checkpoint_and_ends_the_same(
+        self, worded, problem, tmp_path, finetune, monkeypatch
+    ):
+        monkeypatch.setattr(fortifying, "KEEP_EVERY", 5)
+        method = dataclasses.replace(FORTIFY, fortify_steps=8, fortify_finetune_steps=finetune)
         whole = method.fit(worded, problem, RunContext())
 
         class KilledError(Exception):
             pass
 
         def kill(label: str, done: int, total: int) -> None:
-            if label == "fortifying" and done == 28:
+            if label == "fortifying" and done == 7:
                 raise KilledError
 
         with pytest.raises(KilledError):

@@ -1,11 +1,15 @@
 """How far an edit moved its concepts, in prompts it was not made with; what is said of a weak one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import expunge
 from expunge import Concept, Edit, Problem
 from expunge.changes import LowRank, find_layer
+from expunge.checkpoints.pace import Pace
+from expunge.cli.erase import describe_moved
 from expunge.cli.main import main
 from expunge.erasing.moved_share import FOLLOWING, WEAK, measure_moved
 from expunge.erasing.prompt_templates import HELD_OUT
@@ -87,6 +91,19 @@ def test_predictions_are_measured_on_trajectories(model, whole):
     assert moved[2] > WEAK
 
 
+@pytest.mark.parametrize("name", ["concept_ablation", "gem"])
+def test_a_trained_edit_is_measured_in_predictions_and_they_are_counted(model, name):
+    method = quick(name)
+    edit = expunge.erase(model, PROBLEM, method)
+    found = measure_moved(model, edit.changes, [CONCEPT], "predictions")
+    assert edit.record.moved == found
+    assert abs(found["airplane"]) > 0
+    whole = method.estimate_cost(PROBLEM, model.num_inference_steps).predictions
+    with Pace(model, {}, {}) as pace:
+        expunge.erase(model, PROBLEM, method)
+    assert pace.kinds["predictions"].done == pytest.approx(whole, rel=0.15, abs=14)
+
+
 def test_where_it_means_nothing_nothing_is_said(model):
     elsewhere = LowRank(("unet.conv_in",), torch.zeros(8, 1), torch.zeros(1, 36))
     assert measure_moved(model, [elsewhere], [CONCEPT], "text") == {}
@@ -114,3 +131,14 @@ def test_a_weak_edit_is_called_weak_with_what_to_turn(folder, tmp_path, capsys, 
     ) == weak
     assert main(["info", str(tmp_path / "e.safetensors")]) == 0
     assert "of the way to its anchor, on held-out prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "said"),
+    [("esd", 0.4, "weak"), ("esd", 0.6, "often still"), ("esd", 0.9, ""), ("uce", 0.6, "")],
+)
+def test_a_trained_edit_needs_more_than_half_of_the_way(name, share, said):
+    record = SimpleNamespace(moved={"airplane": share}, problem=PROBLEM, reads_anchor=True)
+    (moved, *more) = describe_moved(record, quick(name))
+    assert f"{100 * share:.0f} %" in moved
+    assert [said in line for line in more] == [True] * bool(said)

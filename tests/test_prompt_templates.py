@@ -19,7 +19,10 @@ from quick import quick
 
 PACKAGE = Path(expunge.__file__).parent
 HERE = Path(__file__).parent.parent
-SUITES = [*sorted((PACKAGE / "suites").glob("*.toml")), *sorted(HERE.glob("experiments/tune/*.toml"))]
+SUITES = [
+    *map(registry.find_suite, registry.list_names("suites")),
+    *sorted(HERE.glob("experiments/tune/*.toml")),
+]
 NAME_ALONE = ""  # what is left of "{}": a concept's name is no phrasing
 HOLE, OTHER = "§", "otherthing"
 
@@ -46,7 +49,9 @@ def judged() -> dict[str, str]:
         texts = [text for part in suite.templates.values() for text in part]
         for text in [*texts, *(named.sub("{}", text, count=1) for text in listed)]:
             words = wording(text.replace("{other}", OTHER))
-            found[re.escape(words).replace(OTHER, r"[\w\- ]+")] = f"{file.stem}: {text}"
+            found[re.escape(words).replace(OTHER, r"[\w\- ]+")] = (
+                f"{file.parents[1].name}, {file.stem}: {text}"
+            )
     return found
 
 

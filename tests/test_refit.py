@@ -11,7 +11,7 @@ from expunge.erasing.concept_tokens import find_phrases, last_tokens, sample_wor
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.erasing.refit import Refit, RefitSums, match_from_last_token
 from expunge.methods.uce import UCE
-from expunge.ops.least_squares import solve_right_factor
+from expunge.ops.least_squares import outer, solve_right_factor
 
 
 def test_a_method_of_its_own_gets_uces_edit_from_the_pieces(model):
@@ -93,6 +93,65 @@ class TestFewRows:
         assert float(wanted.norm()) > 0.01
         found = thin.weight(before) - before
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+class TestManyRows:
+    """However rows come, M is that of the sums C, G and P over all of them."""
+
+    WIDTH = 24
+
+    def rows(self, n, seed):
+        # Directions of very unequal size, as a language model's states have them.
+        sizes = torch.logspace(0, 2, self.WIDTH)
+        return torch.randn(n, self.WIDTH, generator=torch.Generator().manual_seed(seed)) * sizes
+
+    @pytest.mark.parametrize("goals", [2, 40], ids=["few goals", "many goals"])
+    @pytest.mark.parametrize("kept", [0, 3, 50], ids=["none stay", "few stay", "many stay"])
+    @pytest.mark.parametrize("repeats", [1, 3])
+    def test_equals_the_plain_solution(self, goals, kept, repeats):
+        e, a, r = self.rows(80, 1), self.rows(goals, 2).repeat(80 // goals, 1), self.rows(kept, 3)
+        a[:5] = e[:5]  # sent where they are
+        sums = RefitSums()
+        cross, gram, prior = (torch.zeros(self.WIDTH, self.WIDTH, dtype=torch.float64) for _ in range(3))
+        for _ in range(repeats):
+            for some in torch.arange(80).split(7):
+                sums.erase(e[some], a[some], 0.3)
+                cross += 0.3 * outer(a[some], e[some])
+                gram += 0.3 * outer(e[some], e[some])
+            sums.retain(r, 2.0)
+            prior += 2.0 * outer(r, r)
+        wanted = solve_right_factor(cross, gram, prior, 0.5)
+        found = sums.right_factor(0.5)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-9
+        more = 3.0 * outer(e, e)
+        wanted = solve_right_factor(cross, gram, prior + more, 0.5)
+        found = sums.right_factor(0.5, more)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-9
+        # What is sent where it is may stand in either sum.
+        torch.testing.assert_close(sums.gram + sums.prior, gram + prior, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sums.cross + sums.prior, cross + prior, rtol=1e-9, atol=1e-9)
+        assert sums.energy == pytest.approx(float(gram.trace()))
+
+    def test_equal_rows_are_solved_for_once(self):
+        e, a = self.rows(2 * self.WIDTH, 1), self.rows(2 * self.WIDTH, 2)
+        sums = RefitSums()
+        for _ in range(5):
+            sums.erase(e[:6], a[:6])
+            sums.erase(e[:6], e[:6])
+            sums.retain(e[6:9], 2.0)
+        # 75 rows of a text 24 wide: 6 that are sent, and 9 that stay.
+        assert sums.rank == 6
+        assert sum(len(some.rows) for some in sums.pending) == 15
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_rows_of_any_dtype(self, dtype):
+        e, a = self.rows(60, 1).to(dtype), self.rows(60, 2).to(dtype)
+        sums = RefitSums()
+        sums.erase(e, a)
+        sums.erase(e[:3].double(), a[:3].double())
+        both = [torch.cat([x, x[:3]]) for x in (e, a)]
+        wanted = solve_right_factor(outer(*both[::-1]), outer(both[0], both[0]), torch.zeros(()), 1.0)
+        assert float((sums.right_factor(1.0) - wanted).norm() / wanted.norm()) < 1e-9
 
 
 def test_pairs_begin_at_the_last_content_token_and_end_with_the_shorter_padding(model):

@@ -13,6 +13,7 @@ import pytest
 import expunge
 from expunge import Concept, Edit, Problem
 from expunge.base import registry
+from expunge.cli.main import main
 
 SLOW = '''
 """Slow: one random low-rank change a concept, half a second each."""
@@ -70,15 +71,19 @@ def package(tmp_path_factory):
     return root
 
 
+def arguments(method, folder, *options):
+    """What `expunge` is given: erase METHOD … on the tiny model."""
+    named = [part for name in NAMES for part in ("--concept", f"{name}=sky")]
+    return ["erase", method, *named, *options, "--model", str(folder), "-o", "e.safetensors"]
+
+
 @pytest.fixture
 def command(package, folder, tmp_path):
-    """Starts `expunge erase METHOD …` on the tiny model in an empty folder."""
+    """Starts `expunge erase METHOD …` in an empty folder."""
 
-    def start(method, *options, output="e.safetensors"):
-        named = [part for name in NAMES for part in ("--concept", f"{name}=sky")]
-        arguments = ["erase", method, *named, *options, "--model", str(folder), "-o", output]
+    def start(method, *options):
         return subprocess.Popen(
-            [sys.executable, "-m", "expunge", *arguments],
+            [sys.executable, "-m", "expunge", *arguments(method, folder, *options)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -110,7 +115,7 @@ MACE = {
 
 # Another method is tried by one more row here: its name, and fields that make it quick.
 @pytest.mark.parametrize(("method", "fields"), [("slow", {"strength": 0.5}), ("mace", MACE)])
-def test_killed_and_given_again(command, folder, tmp_path, package, method, fields, monkeypatch):
+def test_killed_and_given_again(command, folder, tmp_path, package, method, fields, monkeypatch, capsys):
     options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     work = tmp_path / "e.safetensors.work"
     kill_with_pieces(command(method, *options), work, 3)
@@ -118,10 +123,12 @@ def test_killed_and_given_again(command, folder, tmp_path, package, method, fiel
     kept = len(list(work.rglob("[!.]*.safetensors")))
     assert 3 <= kept < len(NAMES)
 
-    other = command(method, *options, "--seed", "1")
-    _, err = other.communicate(timeout=300)
-    assert other.returncode == 2
-    assert "made by another command (other seed); delete it, or choose another output" in err
+    monkeypatch.setattr(registry, "HERE", package / "expunge")
+    monkeypatch.setattr("expunge.methods.__path__", [str(package / "expunge" / "methods")])
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments(method, folder, *options), "--seed", "1"]) == 2
+    said = "made by another command (other seed); delete it, or choose another output"
+    assert said in capsys.readouterr().err
 
     again = command(method, *options)
     out, err = again.communicate(timeout=300)
@@ -133,8 +140,6 @@ def test_killed_and_given_again(command, folder, tmp_path, package, method, fiel
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
 
     # Never killed, nothing kept. Of the same files: elsewhere in memory, sums may differ in a last bit.
-    monkeypatch.setattr(registry, "HERE", package / "expunge")
-    monkeypatch.setattr("expunge.methods.__path__", [str(package / "expunge" / "methods")])
     problem = Problem(tuple(Concept(name, "sky") for name in NAMES))
     model, erases = expunge.load(folder), registry.get("methods", method)(**fields)
     whole = expunge.erase(model, problem, erases)

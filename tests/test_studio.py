@@ -1,9 +1,11 @@
 """The studio's session from choosing to taking away, without a browser."""
 
 import base64
+import errno
 import json
 import pickle
 import shlex
+import tempfile
 import threading
 
 import pytest
@@ -341,6 +343,23 @@ def test_an_attack_shows_every_rung(erased):
     labels += [f"A new word, learnt in {n} steps" for n in (1, 4)]
     assert [rung.label for rung in rungs] == labels
     assert rungs[0].seen == [True]
+
+
+def test_a_full_disk_is_told_without_the_place_of_the_files(erased, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        assert erased.take("edit").wait(120)
+    shown = views.progress(erased, "right")
+    assert "No space left" in shown
+    assert str(erased.folder) not in shown
+
+
+def test_an_attack_on_nothing_is_refused_before_it_waits(erased):
+    with pytest.raises(ExpungeError, match="write the prompt"):
+        erased.attack("inversion", 4, " \n")
 
 
 @pytest.mark.parametrize(("attack", "budget"), [("inversn", 4), ("inversion", 0), ("embedding", -1)])

@@ -138,14 +138,17 @@ def test_by_keyboard_alone(opened):
     page.wait_for_selector("#x-slider img")
     assert "flag of Japan" in page.inner_text("#x-title")
     reach("[role=tablist]")
-    for _ in range(3):
+    for name in ("Judge", "Attack", "Take away"):
         page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
+        page.wait_for_selector(f"[role=tab][aria-selected=true]:has-text('{name}')")
+    page.wait_for_selector("#x-form input")
     reach("#x-form")
     page.keyboard.press("ArrowDown")  # from the edit to a LoRA for diffusers
-    reach("#x-take")
+    page.wait_for_selector("#x-form label:has-text('LoRA for diffusers') input:checked")
+    page.keyboard.press("Tab")  # the seven forms are one stop
+    assert page.evaluate("document.activeElement.id") == "x-take"
     page.keyboard.press("Enter")
-    page.wait_for_selector("#x-files a:has-text('lora')")
+    page.wait_for_selector("#x-files tr:has-text('lora') a")
 
 
 def test_a_browser_that_comes_back_finds_the_work_going_on(opened, browser):

@@ -148,8 +148,9 @@ def test_bad_inputs_are_answered_in_a_sentence_and_nothing_is_lost(
     for name, part in LISTS.items():
         page.locator("#x-list input[type=file]").set_input_files(there[name])
         expect(f"the list {name}", part, toast(page))
-        if page.locator("#x-list [aria-label='Clear']").count():
-            page.click("#x-list [aria-label='Clear']")
+        # The box is ready for a mended list, with nothing to clear.
+        page.wait_for_selector("#x-list input[type=file]", state="attached")
+        assert page.locator("#x-list [aria-label='Clear']").count() == 0
     for text, part in PASTED.items():
         page.fill("#x-text textarea", text)
         page.click("text=Take this list")
@@ -160,6 +161,9 @@ def test_bad_inputs_are_answered_in_a_sentence_and_nothing_is_lost(
         page.fill("#x-model input, #x-model textarea", str(there.get(name, name)))
         page.click("text=Use this model")
         expect(f"the model {name!r}", part, toast(page))
+        page.wait_for_function(
+            "document.querySelector('#x-model :is(input, textarea)').value === 'emoji'"
+        )
     assert studio.models.ready(str(folder)) is None
     for name, part in OPENED.items():
         page.get_by_test_id("Open …-upload-button").set_input_files(there[name])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expunge.erasure import erase as erase
     from expunge.evaluation.evaluate import evaluate as evaluate
     from expunge.model import Model as Model
+    from expunge.tuning import autotune as autotune
     from expunge.unlearning import unlearn as unlearn
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Model",
     "Probe",
     "Problem",
+    "autotune",
     "erase",
     "evaluate",
     "load",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HEAVY = {
+    "autotune": "expunge.tuning",
     "Edit": "expunge.edit",
     "erase": "expunge.erasure",
     "evaluate": "expunge.evaluation.evaluate",

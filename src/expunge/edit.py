@@ -22,6 +22,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
 from expunge.base.fields import build_from_record
 from expunge.base.files import parse_json, read_header, replacing
 from expunge.base.html import render_table
+from expunge.base.shipped import list_shipped
 from expunge.changes import (
     KINDS,
     Applied,
@@ -74,6 +75,8 @@ class Record:
     """The record of the edit that this one was solved on, whose concepts are among the problem's."""
     onto_changes: int = 0
     """How many of the changes, the first ones, are that edit's."""
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `autotune` tried, and chose; empty where it was not asked."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
@@ -93,6 +96,8 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; of an edit that stands alone, as older versions read it."""
         data = dataclasses.asdict(self)
+        if not self.tuned:
+            del data["tuned"]
         level = data
         while level["onto"] is not None:
             level = level["onto"]
@@ -147,16 +152,35 @@ class Edit:
                 f" {family.__name__}"
             )
 
+    def require_shipped(self, name: str) -> None:
+        """Check that an edit of one shipped model is not applied to another.
+
+        Their layers may have the same shapes, and what they have learnt has nothing in common.
+
+        Args:
+            name: the model's name.
+
+        Raises:
+            ExpungeError: it was made for the other one.
+        """
+        made_for = self.record.model
+        if made_for != name and {made_for, name} <= set(list_shipped()):
+            raise ExpungeError(
+                f"the edit does not fit: it was made for the model {made_for}, and this is {name}; give"
+                f" --model {made_for}, or erase again from {name}"
+            )
+
     def fits(self, model: Model | Any) -> bool:
         """Whether the edit was made from these very weights; half-precision copies of them count.
 
         Raises:
-            ExpungeError: the model is of another family, or a layer is missing or has another shape:
-                the edit cannot be applied.
+            ExpungeError: the model is of another family or another shipped one, or a layer is missing or
+                has another shape: the edit cannot be applied.
         """
         root = model.pipe if isinstance(model, Model) else model
         if isinstance(model, Model):
             self.require_family(type(model))
+            self.require_shipped(model.name)
         check_fit(root, self.changes)
         return is_same_base(make_base_reader(model), list_places(self.changes), self.record.base)
 

@@ -44,6 +44,9 @@ class Method(ABC):
     stronger: ClassVar[str] = ""
     """What to turn for an edit that erases more: "a smaller ridge". It is said of a weak edit."""
 
+    strength_field: ClassVar[str] = ""
+    """The field that `expunge.autotune` turns, of which a smaller value erases more; "" for none."""
+
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         """Answer a field that is not there with where it is, the name it has now, or the nearest one.
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
+from expunge.miniature import recogniser
+from expunge.miniature.recogniser import Network as Recogniser
+from expunge.miniature.recogniser import Thresholds
 from training.miniature import broken
 from training.miniature.artists import PALETTES, TECHNIQUES
 from training.miniature.drawings import load_drawings
@@ -30,45 +31,22 @@ from training.miniature.loop import Notes, Schedule, join, train, write_json
 from training.miniature.scenes import SceneMaker
 from training.miniature.world import WORK, World, read_world
 
-WIDTHS = (32, 64, 128, 224)
 BROKEN, ROUND_TRIP = 0.15, 0.25  # shares of a batch that are broken, or went through the VAE
-NOTHING = "none"
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(recogniser.Names):
     """What each head answers with."""
-
-    things: tuple[str, ...]  # objects, then shapes; several in a picture
-    people: tuple[str, ...]  # the named; several in a picture
-    palettes: tuple[str, ...]  # the last: none
-    techniques: tuple[str, ...]
-    styles: tuple[str, ...]  # several in a picture
-    unsafe: tuple[str, ...]
 
     @classmethod
     def of(cls, world: World) -> Names:
         return cls(
             (*(label.name for label in world.labels), *world.shapes),
             tuple(person.name for person in world.named),
-            (*PALETTES, NOTHING),
-            (*TECHNIQUES, NOTHING),
+            (*PALETTES, recogniser.NO_ARTIST),
+            (*TECHNIQUES, recogniser.NO_ARTIST),
             world.styles,
             tuple(label.name for label in world.labels if label.group == "unsafe"),
         )
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers of each head; "face" and "broken" are one each."""
-        return {
-            "things": len(self.things),
-            "people": len(self.people),
-            "palette": len(self.palettes),
-            "technique": len(self.techniques),
-            "styles": len(self.styles),
-            "face": 1,
-            "broken": 1,
-        }
 
 
 Truth = dict[str, Tensor]  # head -> (n, size) 0 or 1; palette and technique: (n,) places
@@ -96,45 +74,6 @@ def truth_of(structures: Sequence[dict[str, Any]], world: World, names: Names) -
         if scene["artist"]:
             truth["palette"][k], truth["technique"][k] = artists[scene["artist"]]
     return truth
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions beside a short cut: (n, before, h, w) to (n, after, h/stride, w/stride)."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-        )
-        short = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
-        self.short = short if stride > 1 or before != after else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.short(x))
-
-
-class Recogniser(nn.Module):
-    """A small residual network; it reads mean and maximum of its last map, so that a small thing in a corner counts as
-    much as a large one."""
-
-    def __init__(self, sizes: dict[str, int], widths: Sequence[int] = WIDTHS) -> None:
-        super().__init__()
-        self.sizes = sizes
-        stem = [nn.Conv2d(3, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        blocks = [Block(before, after, 2) for before, after in pairwise(widths)]
-        self.body = nn.Sequential(*stem, Block(widths[0], widths[0], 1), *blocks, Block(widths[-1], widths[-1], 1))
-        self.head = nn.Linear(2 * widths[-1], sum(sizes.values()))
-        nn.init.constant_(self.head.bias[: sizes["things"] + sizes["people"]], -5)  # few of them are in a picture
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits (n, size) of every head for (n, 3, 64, 64) in [0, 1]."""
-        x = self.body(images * 2 - 1).float()
-        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
-        return dict(zip(self.sizes, self.head(pooled).split(list(self.sizes.values()), 1), strict=True))
 
 
 def losses(answers: dict[str, Tensor], truth: Truth) -> dict[str, Tensor]:
@@ -239,6 +178,36 @@ def measure(net: Recogniser, source: Source, n: int = 1500, through_vae: bool = 
             right.setdefault(kind, []).append(yes[counted].float())
     net.train()
     return {kind: round(float(torch.cat(each).mean()), 4) for kind, each in right.items()}
+
+
+def thresholds_of(answers: dict[str, Tensor], truth: Truth) -> Thresholds:
+    """Thresholds at 1 % false alarms on whole scenes, from probabilities.
+
+    Bounded, since what nothing is ever taken for would else count at a probability of 0.001.
+    """
+
+    def above(values: Tensor, least: float, most: float) -> float:
+        return round(float(values.quantile(0.99).clamp(least, most)), 3) if len(values) else most
+
+    absent = torch.cat([answers[head] * (1 - truth[head]) for head in ("things", "people")], 1).amax(1)
+    empty = torch.cat([answers[head].amax(1)[truth[head].sum(1) == 0] for head in ("things", "people")])
+    return Thresholds(
+        present=above(absent, 0.1, 0.9),
+        face=above(answers["face"][truth["face"] == 0], 0.1, 0.9),
+        nothing=above(empty, 0.05, 0.3),
+        unrecognisable=above(answers["broken"][:, 0], 0.1, 0.9),
+    )
+
+
+@torch.no_grad()
+def calibrate(net: Recogniser, source: Source, n: int = 2000) -> Thresholds:
+    """When something counts as seen, measured on scenes that the network was not trained on."""
+    answers, truths = [], []
+    for _ in range(n // 100):
+        images, truth = source.scenes(100)
+        answers.append({head: logits.sigmoid() for head, logits in net(images).items()})
+        truths.append(truth)
+    return thresholds_of(joined(answers), joined(truths))
 
 
 def main() -> None:

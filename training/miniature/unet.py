@@ -97,19 +97,35 @@ class Words:
         self.empty = self([""])[0]
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(n, 77, width) states, and (n,) where the end token stands."""
+    def __call__(self, captions: Sequence[str], *, short: bool = False) -> tuple[Tensor, Tensor]:
+        """(n, 77, width) states, and (n,) where the end token stands.
+
+        Args:
+            captions: n of them.
+            short: compute the states up to the last end token alone, for words do not depend on what follows; the
+                rest are the empty text's. Half of the cost, or less.
+        """
         ids = self.tokenizer(
             list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
         end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
-        return self.tower(input_ids=ids.to(device())).last_hidden_state, end
+        length = int(end.max()) + 1 if short else ids.shape[1]
+        states = self.tower(input_ids=ids[:, :length].to(device())).last_hidden_state
+        if short:
+            states = torch.cat([states, self.empty[0, length:].expand(len(ids), -1, -1).to(states)], 1)
+        return states, end
 
     def with_dropout(self, captions: Sequence[str]) -> Tensor:
         """(n, 77, width): of half the captions the states from the end token on are those of the empty text, of a
         tenth those of the words."""
-        states, end = self(captions)
-        return dropped(states, end, self.empty[0], torch.rand(len(states)))
+        pick = torch.rand(len(captions))
+        states = self.empty.repeat(len(captions), 1, 1)
+        for rows, short in ((pick < TAIL_DROPPED, True), (pick >= TAIL_DROPPED, False)):
+            where = rows.nonzero()[:, 0]
+            if len(where):
+                found, end = self([captions[k] for k in where.tolist()], short=short)
+                states[where.to(states.device)] = dropped(found, end, self.empty[0], pick[where])
+        return states
 
 
 def dropped(states: Tensor, end: Tensor, empty: Tensor, pick: Tensor) -> Tensor:

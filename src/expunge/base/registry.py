@@ -226,13 +226,14 @@ def include_suites(folders: Sequence[str | Path]) -> Iterator[None]:
         _included.reset(token)
 
 
-def find_suite(name: str) -> Path:
-    """Return the file of a suite, by its name.
+def find_suite(name: str, model: str = "") -> Path:
+    """Return the file of a suite by NAME or MODEL/NAME; for `model`, one of its own goes first.
 
     Raises:
         ExpungeError: there is none of this name; the nearest is named.
     """
     suites = _find_suites()
+    name = f"{model}/{name}" if f"{model}/{name}" in suites else name
     if name not in suites:
         raise UnknownNameError("suite", name, suites)
     return suites[name]
@@ -241,6 +242,7 @@ def find_suite(name: str) -> Path:
 def _find_suites() -> dict[str, Path]:
     """Return the file of every suite, those that ship and those of the included folders."""
     found = {path.stem: path for path in (HERE / "suites").glob("*.toml")}
+    found |= {f"{path.parents[1].name}/{path.stem}": path for path in HERE.glob("*/suites/*.toml")}
     for folder in dict.fromkeys(path.resolve() for path in _included.get()):
         try:
             files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".toml")

@@ -247,9 +247,11 @@ class Checkpoint:
                 they are stored.
 
         Raises:
-            ExpungeError: the model is of another family, or a layer is missing or has another shape.
+            ExpungeError: the model is of another family or another shipped one, or a layer is missing or
+                has another shape.
         """
         edit.require_family(self.family)
+        edit.require_shipped(self.name)
         for change in edit.changes:
             for layer in change.layers:
                 shape = self.shape(layer, change.parameter)

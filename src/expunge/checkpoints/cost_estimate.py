@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 
 from expunge.base.files import format_bytes
 from expunge.checkpoints.checkpoint import Checkpoint
+from expunge.checkpoints.frozen_base import FORMS, check_form, count_bytes
 from expunge.checkpoints.load import choose_device
 from expunge.checkpoints.loading import read_index
 from expunge.checkpoints.pace import time_model
 from expunge.checkpoints.pipelines import build_empty
 from expunge.erasing.caption_gram import count_unread
 from expunge.model import Model
+from expunge.ops.frozen_linear import FrozenLinear
 from expunge.problem import Concept
 from expunge.runtime.cost import Cost
 
@@ -72,13 +74,17 @@ class CostEstimate:
     """The number of captions to encode for a prior; None where it is not known."""
     saving_seconds: float = 0.0
     """Seconds to hash the changed weights, twice, and to write the edit."""
+    quantised_bytes: Mapping[str, int] = field(default_factory=dict)
+    """The bytes of each part that is kept in few bits."""
 
     @property
     def memory(self) -> float:
         """The largest number of bytes of weights that are on the device together."""
-        return self.itemsize * max(
-            sum(self.parameters.get(part, 0) for part in parts) for parts in self.resident_parts
-        )
+        return max(sum(map(self.part_bytes, parts)) for parts in self.resident_parts)
+
+    def part_bytes(self, part: str) -> int:
+        """Return the bytes of a part's weights, 0 for a part that is not there."""
+        return self.quantised_bytes.get(part, self.itemsize * self.parameters.get(part, 0))
 
     @property
     def unit_seconds(self) -> dict[str, float]:
@@ -116,9 +122,7 @@ class CostEstimate:
         Args:
             cost: the work; None where the method does not say how much it needs.
         """
-        parts = ", ".join(
-            f"{name} {format_bytes(n * self.itemsize)}" for name, n in self.parameters.items()
-        )
+        parts = ", ".join(f"{name} {format_bytes(self.part_bytes(name))}" for name in self.parameters)
         alone = "" if "denoiser" in self.parameters else ", the rest is left on the disk"
         turns = ", parts in turn" if len(self.resident_parts) > 1 else ""
         lines = [
@@ -149,6 +153,7 @@ def estimate(
     *,
     offload: bool = False,
     text_alone: bool = False,
+    quantise: str = "",
 ) -> CostEstimate:
     """Estimate the cost of work with a model on the disk; the device is timed for a moment.
 
@@ -160,21 +165,34 @@ def estimate(
         device: where it will run, as in `load`.
         offload: whether idle parts leave the device, as in `load`.
         text_alone: whether only its text encoders are loaded.
+        quantise: the form that the denoiser is kept in, as in `load`.
     """
+    check_form(quantise)
+    quantised: dict[str, int] = {}
     parameters: Counter[str] = Counter()
     if checkpoint.is_file:
         for name, entry in checkpoint.headers[checkpoint.path].items():
             if name != "__metadata__":
                 starts = (part for start, part in SINGLE_FILE_PREFIXES.items() if name.startswith(start))
-                parameters[next(starts, "denoiser")] += prod(entry["shape"])
+                part = next(starts, "denoiser")
+                parameters[part] += prod(entry["shape"])
+                if quantise and part == "denoiser":
+                    # By its names in the file it is not known which layers stay: nearly none do.
+                    form = FORMS[quantise] if len(entry["shape"]) == 2 else None
+                    size = dtype.itemsize * prod(entry["shape"])
+                    size = form.count_bytes(*entry["shape"]) if form else size
+                    quantised[part] = quantised.get(part, 0) + size
     else:
         for name, kind in read_index(checkpoint.path).items():
             part = _find_part(checkpoint.family, name, kind[-1] or "") if isinstance(kind, list) else ""
             if part and (part in TEXT_PARTS or not text_alone):
                 module = build_empty(checkpoint.path, name)
                 parameters[part] += sum(tensor.numel() for tensor in module.parameters())
+                if quantise and part == "denoiser":
+                    quantised[part] = count_bytes(checkpoint.family, module, quantise, dtype.itemsize)
     device = choose_device(device, offload)
-    return _estimate(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
+    made = _estimate(parameters, checkpoint.family, checkpoint.config, device, dtype, offload)
+    return dataclasses.replace(made, quantised_bytes=quantised)
 
 
 def estimate_model(
@@ -194,15 +212,23 @@ def estimate_model(
         work: what the method will ask of the model; None where it does not say.
         erased: the concepts whose words are left out where a prior reads the vocabulary.
     """
+    quantised: dict[str, int] = {}
     parameters: Counter[str] = Counter()
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module):
             # A denoiser left on the disk stands on the meta device and takes no memory.
-            there = (tensor.numel() for tensor in module.parameters() if not tensor.is_meta)
-            parameters[_find_part(type(model), name, type(module).__name__)] += sum(there)
+            there = [tensor for tensor in module.parameters() if not tensor.is_meta]
+            frozen = [m for m in module.modules() if isinstance(m, FrozenLinear)]
+            part = _find_part(type(model), name, type(module).__name__)
+            parameters[part] += sum(t.numel() for t in there)
+            parameters[part] += sum(m.in_features * m.out_features for m in frozen)
+            if frozen:
+                quantised[part] = sum(t.numel() * t.element_size() for t in there)
+                quantised[part] += sum(m.count_bytes(m.out_features, m.in_features) for m in frozen)
     loaded = +parameters  # unary plus drops the parts without parameters
     device = str(model.device)
     made = _estimate(loaded, type(model), model.network.config, device, model.dtype, offload)
+    made = dataclasses.replace(made, quantised_bytes=quantised)
     if work is None:
         return made
     entries = [model.weight(entry.layer) for entry in model.text_entries()]
@@ -228,7 +254,9 @@ def estimate_model(
 
 def count_operations(model: Model) -> float:
     """Count the operations of one prediction of a model's denoiser, for one image, about."""
+    frozen = (m for m in model.network.modules() if isinstance(m, FrozenLinear))
     parameters = sum(p.numel() for p in model.network.parameters())
+    parameters += sum(m.in_features * m.out_features for m in frozen)
     return 2.0 * parameters * _count_uses(model.network.config, type(model))
 
 

@@ -11,7 +11,13 @@ import torch
 from expunge.base.errors import ExpungeError
 from expunge.base.quiet import silence_libraries
 from expunge.checkpoints.frozen_base import check_form, quantise_frozen
-from expunge.checkpoints.loading import fetch_source, find_family, find_source, read_settings
+from expunge.checkpoints.loading import (
+    fetch_source,
+    find_family,
+    find_source,
+    read_index,
+    read_settings,
+)
 from expunge.checkpoints.lora import fuse_lora
 from expunge.checkpoints.pipelines import read_pipeline
 from expunge.model import Model
@@ -50,8 +56,9 @@ def load(
             more than a million pixels, or where PyTorch has no memory-efficient attention.
         variant: the variant of a folder's weights to read where it is there ("fp16", "non_ema"); by
             default the plain ones, or the only ones.
-        quantise: "int8" keeps the denoiser's linear layers in 8 bits, but for those through which text
-            enters: half the memory of bfloat16, for methods that train these alone.
+        quantise: "int8" or "nf4" keeps the denoiser's linear layers in 8 or 4.5 bits, but for those
+            through which text enters: about a half or a quarter of bfloat16's memory, for methods that
+            train these alone. While it is read, it takes its whole size in main memory.
 
     Raises:
         ExpungeError: there is no such model, its family is not known, weights are missing, broken, or
@@ -70,12 +77,15 @@ def load(
         return find_family(type(model).__name__)(model, name=name)
     source, device = find_source(model, variant), choose_device(device, offload)
     source = fetch_source(source)
+    if not source.is_file and source.path is not None:
+        # First: of a class that no family knows, diffusers would fail in words of its own.
+        find_family(read_index(source.path)["_class_name"])
     pipe = read_pipeline(source, dtype, config)
     family = find_family(type(pipe).__name__)
     for file, scale in lora:
         fuse_lora(file, pipe, scale)
     if quantise:
-        quantise_frozen(family(pipe))  # before the denoiser is moved to where it may not fit
+        quantise_frozen(family(pipe), quantise)  # before the denoiser is moved to where it may not fit
     with silence_libraries():  # diffusers warns of half precision on a CPU
         if offload:
             pipe.enable_model_cpu_offload(device=device)

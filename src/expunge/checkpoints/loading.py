@@ -15,6 +15,7 @@ from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header, read_json
 from expunge.base.quiet import silence_libraries
+from expunge.base.shipped import list_shipped
 from expunge.checkpoints.hub import download, is_offline
 from expunge.checkpoints.variants import check_folder, find_weight_files, read_components
 
@@ -72,6 +73,11 @@ def find_source(model: str | Path, variant: str | None = None) -> Source:
         # What looks like a path is answered as one, and not with the names of shipped models.
         if "/" in str(model) or path.suffix:
             raise ExpungeError(f"there is no file or folder {model}{_suggest(path)}")
+        if str(model) in list_shipped():
+            raise ExpungeError(
+                f"the weights of the model {str(model)!r} are not in this package yet: name a folder"
+                f" that was packed for it (FOLDER/pipeline), or take {' or '.join(shipped)}"
+            )
         raise UnknownNameError("model", str(model), shipped)
     if not files.is_file(path / "model_index.json"):
         raise ExpungeError(f"{path} is not a diffusers folder: it has no model_index.json")

@@ -77,6 +77,7 @@ def run_draw(options: DrawOptions) -> None:
     from expunge.edit import Edit
     from expunge.evaluation.image_cache import Cache
     from expunge.evaluation.image_source import Request, Source
+    from expunge.families._latent import warn_of_guidance
 
     if options.loading.dry_run:
         from expunge.runtime.cost import Cost
@@ -94,7 +95,10 @@ def run_draw(options: DrawOptions) -> None:
         for prompt, seed in zip(probe.prompts, probe.seeds, strict=True)
     ]
     source = Source(model, edits)
-    with show_progress() as progress:
+    # Here, and not where images are drawn: the cache may have them.
+    warn_of_guidance(model, guidance)
+    with show_progress() as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this model was distilled", ExpungeWarning)
         # A cache folder that cannot be written must not stop the drawing.
         images = Cache(required=False).draw(source, requests, progress)
     _check_finite(images, requests)

@@ -21,6 +21,7 @@ from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, 
 from expunge.base.fields import format_values
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
+from expunge.cli.known_names import find_doubtful, match_names, read_names, warn_doubtful
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.options import check_options, find_unknown_options, parse_options, read_value
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
@@ -55,6 +56,8 @@ class EraseOptions:
     """A prompt whose images must stay as they are."""
     onto: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
     """An edit to build on: what it erases stays erased, and the new file does both."""
+    autotune: bool = False
+    """Choose the method's strength on held-out prompts: the weakest that erases enough."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """A named set of the method's options; those given beside it count. `--preset list` lists them."""
     model: str = "emoji"
@@ -120,8 +123,8 @@ def check_problem(options: EraseOptions) -> Problem:
     if not options.output.lower().endswith(".safetensors"):
         raise ExpungeError(f"an edit is a .safetensors file; {options.output} should end so")
     files.check_writable(options.output)
-    loading.find_source(options.model, options.loading.variant)
-    return problem
+    source = loading.find_source(options.model, options.loading.variant)
+    return match_names(problem, read_names(loading.read_settings(source)))
 
 
 def erase_concepts(options: EraseOptions, method: Method) -> None:
@@ -149,7 +152,10 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     # One step is enough to tell whether the method needs more than the text encoders.
     # To build on an edit, its weights have to be in memory.
     model = options.loading.load(options.model, None if onto else method.estimate_cost(problem, 1))
-    warn_unknown_words(model, problem)
+    source = loading.find_source(options.model, options.loading.variant)
+    doubtful = find_doubtful(problem, read_names(loading.read_settings(source)))
+    warn_doubtful(doubtful)
+    warn_unknown_words(model, problem, but=doubtful)
     if method.reads_anchor:
         announce_anchors(model, problem)
     elif unused := [concept for concept in problem.erase if concept.anchor]:
@@ -177,7 +183,12 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
                 pace.listeners.append(lambda *_: threads.adjust())
                 stack.enter_context(pace)
             progress = pace.progress if pace else show
-            edit = erase(model, problem, method, progress=progress, **how)
+            if options.autotune:
+                from expunge.tuning import autotune
+
+                edit = autotune(model, problem, method, progress=show, seed=options.seed, onto=onto)
+            else:
+                edit = erase(model, problem, method, progress=progress, **how)
     except KeyboardInterrupt:
         if Path(folder).is_dir():
             print(f"{folder} keeps what was finished; the same command goes on there", file=sys.stderr)
@@ -187,6 +198,12 @@ def erase_concepts(options: EraseOptions, method: Method) -> None:
     names = join_names([concept.name for concept in problem.erase], 10)
     size = files.format_bytes(Path(options.output).stat().st_size)
     print(f"{options.output}: {names} erased in {edit.record.seconds:.1f} s, {size}")
+    for one in edit.record.tuned.get("tries", ()):
+        moved, drift = 100 * one["moved"], 100 * one["drift"]
+        print(
+            f"{edit.record.tuned['field']} {one['value']:g}: every concept moved by {moved:.0f} % of its"
+            f" way or more, what stays by {drift:.1f} % of its norm"
+        )
     for line in describe_moved(edit.record, method):
         print(line)
 
@@ -203,10 +220,10 @@ def describe_moved(record: Record, method: Method) -> list[str]:
         method: that made it.
 
     Returns:
-        Lines. The last calls the edit weak, with what to turn, where a concept moved by less than
-        `WEAK` of the way.
+        Lines. The last ones call the edit weak, with what to turn, where a concept moved by less than
+        `WEAK` of the way, and a trained one unsure where it moved by less than `UNSURE`.
     """
-    from expunge.erasing.moved_share import WEAK
+    from expunge.erasing.moved_share import UNSURE, WEAK
 
     shares = record.moved
     anchors = {c.name: c.anchor if record.reads_anchor else "" for c in record.problem.erase}
@@ -224,6 +241,12 @@ def describe_moved(record: Record, method: Method) -> list[str]:
         lines.append(
             f"this edit is weak for {join_names(weak, 5)}: less than {100 * WEAK:.0f} % of the way;"
             f" try {turn}, or another preset or method"
+        )
+    unsure = [name for name, share in shares.items() if WEAK <= share < UNSURE]
+    if unsure and method.measured_in == "predictions":
+        lines.append(
+            f"trained edits that moved a concept less than {100 * UNSURE:.0f} % of the way often still"
+            f" draw it: evaluate this one for {join_names(unsure, 5)}"
         )
     return lines
 

@@ -36,7 +36,8 @@ class EvaluateOptions:
     output: Annotated[str, arg(aliases=["-o"], metavar="FOLDER")]
     """The folder for index.html, results.json and results.csv."""
     suite: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SUITE", help_behavior_hint="")] = ()
-    """A suite to judge by, once or more: its name (`expunge list suites`), or a TOML file."""
+    """A suite to judge by, once or more: its name (`expunge list suites`), or a TOML file. Of a suite
+    MODEL/NAME the second part is enough with --model MODEL."""
     include: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="FOLDER", help_behavior_hint="")
     ] = ()
@@ -92,7 +93,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
     limit, autocast = _parse_bytes(options.cache_limit), read_autocast(options.autocast)
     from expunge.evaluation.suite import Suite
 
-    suites = [Suite.read(name) for name in options.suite]
+    suites = [Suite.read(name, options.model or "") for name in options.suite]
     attacks = tuple(itertools.chain.from_iterable(options.attacks))
     model = _check_evaluate(options, suites, attacks)
     from expunge.checkpoints.load import load

@@ -12,6 +12,7 @@ from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
+from expunge.cli.known_names import match_names, read_names
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.spelling import announce_anchors, warn_unknown_words
 from expunge.cli.terminal import show_progress
@@ -67,7 +68,8 @@ def run_forecast(options: ForecastOptions) -> None:
         raise UnknownNameError("method", options.method, known)
     if options.words < 0:
         raise ExpungeError(f"words must be at least 0, not {options.words}")
-    loading.find_source(options.model, options.loading.variant)
+    source = loading.find_source(options.model, options.loading.variant)
+    problem = match_names(problem, read_names(loading.read_settings(source)))
     from expunge.evaluation.forecast import forecast
 
     cls = registry.get("methods", options.method)

@@ -48,8 +48,8 @@ class LoadingOptions:
     attention_slicing: bool = False
     """Compute attention in slices: less memory, more time."""
     quantise: str = ""
-    """int8 keeps the denoiser's linear layers in 8 bits, but for those through which text enters: half
-    of bfloat16's memory, of which the estimate knows nothing, for methods that train these alone."""
+    """int8 or nf4 keeps the denoiser's linear layers in 8 or 4.5 bits, but for those through which text
+    enters: a half or a quarter of bfloat16's memory, for methods that train these alone."""
     dry_run: bool = False
     """Print the memory and time that the command would take, and do nothing."""
 
@@ -68,7 +68,12 @@ class LoadingOptions:
         needed = cost(int(settings.get("num_inference_steps", 50)))
         text_alone = self._needs_text_alone(needed, checkpoint.is_file)
         plan = estimate(
-            checkpoint, read_dtype(self.dtype), self.device, offload=self.offload, text_alone=text_alone
+            checkpoint,
+            read_dtype(self.dtype),
+            self.device,
+            offload=self.offload,
+            text_alone=text_alone,
+            quantise=self.quantise,
         )
         print(f"{checkpoint.name}, {checkpoint.family.__name__}")
         for line in plan.describe(needed):
@@ -101,6 +106,10 @@ class LoadingOptions:
             name: a shipped model, a diffusers folder, a single file, or a hub id.
             cost: what the work asks of the model; None loads all of it.
         """
+        from expunge.checkpoints.frozen_base import check_form
+
+        # Here, too: the text encoders alone are loaded without it, and a wrong name would go unseen.
+        check_form(self.quantise)
         source = loading.find_source(name, self.variant)
         if self._needs_text_alone(cost, source.is_file):
             from expunge.checkpoints.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from expunge.base import registry
@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from expunge.problem import Problem
 
 
-def warn_unknown_words(model: Model, problem: Problem) -> None:
+def warn_unknown_words(model: Model, problem: Problem, but: Container[str] = ()) -> None:
     """Warn of words in the names to erase that the tokenizer has no token for.
 
     A retained prompt may name anybody, so its words count only where one of the model's is spelled
     nearly the same.
+
+    Args:
+        model: the model.
+        problem: what is erased and retained.
+        but: names that have been warned of already.
     """
-    names = [name for concept in problem.erase for name in concept.names]
+    names = [name for concept in problem.erase for name in concept.names if name not in but]
     names += [
         text for text in problem.retain if any(map(model.find_near_word, model.find_unknown_words(text)))
     ]

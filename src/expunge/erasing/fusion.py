@@ -59,7 +59,8 @@ def retained_gram(
     """
     # Asked of the model, since its configuration names the width differently in every family.
     width = model.encode([""]).embeddings.shape[-1]
-    total = torch.zeros(width, width, dtype=torch.float64)
+    # Without numbers of its own: at a width of 7680 zeros take half a gigabyte.
+    total = torch.zeros((), dtype=torch.float64).expand(width, width)
     if problem.retain and not (weighs and domain_weight):
         warnings.warn(
             "the retained weigh nothing: raise domain_weight, and the weight of the prior",
@@ -71,9 +72,10 @@ def retained_gram(
         for start in range(0, len(prompts), 64):
             e = model.encode(prompts[start : start + 64]).embeddings
             # A mean over prompts, as the prior is one over captions: ω then compares the two.
-            total += domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
+            total = total + domain_weight * gram(e.flatten(0, 1).cpu()) / len(prompts)
     if weighs and captions_from:
-        total += compute_prior(model, read_captions_for(model, captions_from, problem.erase), run).mean
+        captions = read_captions_for(model, captions_from, problem.erase)
+        total = total + compute_prior(model, captions, run).mean
     return total
 
 

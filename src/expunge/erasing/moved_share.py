@@ -31,6 +31,9 @@ from expunge.text import Text
 WEAK = 0.5
 """An edit that moved a concept by less than this share of the way is called weak."""
 
+UNSURE = 0.8
+"""Below this share of the way in predictions a concept is often still drawn."""
+
 FOLLOWING = 8
 """How many of the tokens behind a concept's last are looked at; those behind them are padding."""
 
@@ -112,6 +115,28 @@ def _pair_entries(
             read = erased.read[row, e].cpu()
             yield "last", moved[:1], way[:1]
             yield "following", moved[1:][read[1:]], way[1:][read[1:]]
+
+
+def measure_drift(model: Model, changes: Changes, prompts: Sequence[str]) -> float:
+    """Measure how far changes move prompts, as a share of their norm: (Σ ‖f' − f‖² / Σ ‖f‖²)^½.
+
+    f is what the changed layers that read text make of every token that the denoiser reads.
+
+    Args:
+        model: the original.
+        changes: what moves them.
+        prompts: the prompts.
+    """
+    text = model.encode(prompts)
+    changed = {layer for change in changes for layer in change.layers}
+    moved = whole = 0.0
+    for entry in model.text_entries():
+        if entry.layer in changed:
+            before, after = _run_layer(model, entry.layer, changes, text.embeddings, 1.0)
+            read = text.read.cpu()
+            moved += float((after - before)[read].double().square().sum())
+            whole += float(before[read].double().square().sum())
+    return (moved / whole) ** 0.5 if whole else 0.0
 
 
 def read_bias(model: Model, layer: str) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import nn
 from expunge.base.errors import ExpungeError
 from expunge.changes import iterate_layers
 from expunge.model import Model
-from expunge.ops.int8_linear import Int8Linear
+from expunge.ops.frozen_linear import FrozenLinear
 
 Part = Literal["denoiser", "cross-attention", "text", "rest"]
 """The whole denoiser; the cross-attentions through which text enters; of these the layers that read it
@@ -93,12 +93,13 @@ def _require_trainable(model: Model) -> None:
     """Check that the denoiser is in memory as it was made.
 
     Raises:
-        ExpungeError: it is kept in 8 bits.
+        ExpungeError: it is kept in few bits.
     """
-    if any(isinstance(module, Int8Linear) for module in model.network.modules()):
+    forms = {module.form for module in model.network.modules() if isinstance(module, FrozenLinear)}
+    if forms:
         raise ExpungeError(
-            "the denoiser is kept in int8, where only the layers that text enters through, or a text"
-            " refiner, can be trained: train these, or load it without quantise"
+            f"the denoiser is kept in {forms.pop()}, where only the layers that text enters through, or"
+            " a text refiner, can be trained: train these, or load it without quantise"
         )
 
 

@@ -6,7 +6,7 @@
 whole prompt, and solves for one M of all layers. A method that finds embeddings by other means, such as
 adversarial ones, adds rows to `Refit.tokens` itself.
 
-Source: UCE (Gandikota et al., WACV 2024, arXiv 2308.14761), eq. 7, solved in `ops.least_squares`.
+Source: UCE (Gandikota et al., WACV 2024, arXiv 2308.14761), eq. 7, solved in `ops.refit_sums`.
 """
 
 from __future__ import annotations
@@ -21,140 +21,11 @@ from torch import Tensor
 from expunge.changes import Change, Changes, LowRank, Right
 from expunge.erasing.concept_tokens import sample_words
 from expunge.model import Model
-from expunge.ops.least_squares import (
-    CHUNK,
-    add_gram,
-    add_outer,
-    mirror,
-    pad_right_factor,
-    solve_right_factor,
-)
-from expunge.ops.row_span import solve_in_span
+from expunge.ops.least_squares import CHUNK, pad_right_factor
+from expunge.ops.refit_sums import RefitSums
 from expunge.problem import Concept
 from expunge.runtime.context import RunContext
 from expunge.text import Text
-
-
-@dataclass(frozen=True, eq=False)
-class WeightedRows:
-    """Rows of the least squares that have one weight."""
-
-    rows: Tensor
-    """e or r, (n, d)."""
-    goals: Tensor | None
-    """a, (n, d), where they are sent; None where they stay."""
-    weight: float
-    """Of each row."""
-
-
-@dataclass(eq=False)
-class RefitSums:
-    """The rows that one M is solved from, or, once they fill the space, their sums (d, d), float64."""
-
-    pending: list[WeightedRows] = field(default_factory=list)
-    """Rows that are in no sum yet: all of them, while they are fewer than d."""
-    sums: tuple[Tensor, Tensor, Tensor] | None = None
-    """G, C and P; G and P on and below the diagonal alone."""
-    energy: float = 0.0
-    """The trace of G."""
-
-    @property
-    def gram(self) -> Tensor:
-        """G = Σ e eᵀ over what is erased."""
-        return mirror(self._summed()[0])
-
-    @property
-    def cross(self) -> Tensor:
-        """C = Σ a eᵀ."""
-        return self._summed()[1]
-
-    @property
-    def prior(self) -> Tensor:
-        """P = Σ r rᵀ over what is retained."""
-        return mirror(self._summed()[2])
-
-    def erase(self, rows: Tensor, goals: Tensor, weight: float = 1.0) -> None:
-        """Send rows to goals.
-
-        Args:
-            rows: e, (n, d).
-            goals: a, (n, d).
-            weight: of each row.
-        """
-        self.energy += weight * float(rows.double().square().sum())
-        self._add(WeightedRows(rows.cpu(), goals.cpu(), weight))
-
-    def retain(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Keep rows r, (n, d), where they go."""
-        self._add(WeightedRows(rows.cpu(), None, weight))
-
-    @property
-    def rank(self) -> int | None:
-        """How many rows are erased; None where all rows together are as many as the text is wide."""
-        if self.sums is not None:
-            return None
-        return sum(len(some.rows) for some in self.pending if some.goals is not None) or None
-
-    def factor(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Solve for P, (d, rank), and Q, (rank, d), of M = I + P Q, float64, where there is a rank.
-
-        Args:
-            ridge: λ, at least 0.
-
-        Raises:
-            ExpungeError: the equations are singular; a larger ridge helps.
-        """
-        erased, goals, retained = [], [], []
-        for some in self.pending:
-            # Errors are squared, so that a weight enters as its root.
-            root = some.weight**0.5
-            if some.goals is None:
-                retained.append(root * some.rows.double())
-            else:
-                erased.append(root * some.rows.double())
-                goals.append(root * some.goals.double())
-        kept = torch.cat([erased[0][:0], *retained])
-        return solve_in_span(torch.cat(erased), torch.cat(goals), kept, ridge)
-
-    def solve(self, ridge: float) -> Tensor:
-        """Solve for M, (d, d), float32.
-
-        Args:
-            ridge: λ, at least 0.
-
-        Raises:
-            ExpungeError: the equations are singular; a larger ridge helps.
-        """
-        if self.rank is not None:
-            right, down = self.factor(ridge)
-            matrix = right @ down
-            # In place: at a width of 7680 an identity would take another half a gigabyte.
-            matrix.diagonal().add_(1)
-            return matrix.float()
-        return solve_right_factor(self.cross, self.gram, self.prior, ridge).float()
-
-    def _add(self, some: WeightedRows) -> None:
-        """Keep rows as they are while they are few, and their sums from then on."""
-        self.pending.append(some)
-        # From there on sums no longer grow with the rows.
-        if self.sums is not None or sum(len(each.rows) for each in self.pending) >= some.rows.shape[1]:
-            self._summed()
-
-    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums, with all rows in them."""
-        if self.sums is None:
-            width = self.pending[0].rows.shape[1] if self.pending else 0
-            gram, cross, prior = (torch.zeros(width, width, dtype=torch.float64) for _ in range(3))
-            self.sums = gram, cross, prior
-        gram, cross, prior = self.sums
-        for some in self.pending:
-            if some.goals is None:
-                add_gram(prior, some.rows, some.weight)
-            else:
-                add_gram(gram, some.rows, some.weight)
-                add_outer(cross, some.goals, some.rows, some.weight)
-        self.pending.clear()
-        return self.sums
 
 
 @dataclass(eq=False)

@@ -141,7 +141,7 @@ class Experiment:
         values = {k: v for k, v in table.items() if k in _Head.known()} | _rest(table)
         head = fields.build(_Head, values, "an experiment")
         suites = tuple(
-            Suite.read(path.parent / name if name.lower().endswith(".toml") else name)
+            Suite.read(path.parent / name if name.lower().endswith(".toml") else name, head.model)
             for name in head.suites
         )
         methods = table.get("methods", [])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expunge.base import fields, registry
-from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.errors import ExpungeError, UnknownNameError, find_nearest, join_names
 from expunge.base.files import read_toml
 from expunge.evaluation.cells import ROLES, Cell, Question, Size, SuiteConcept, check_question
 from expunge.evaluation.prompt_lists import PromptList
@@ -108,15 +108,15 @@ class Suite(Settings):
         """Reading has checked every part."""
 
     @classmethod
-    def read(cls, name: str | Path) -> Suite:
-        """Read a suite: one that ships, by its name, or a file.
+    def read(cls, name: str | Path, model: str = "") -> Suite:
+        """Read a suite: one that ships, by its name (`model`'s own before others), or a file.
 
         Raises:
             ExpungeError: there is none, or something in it is wrong.
         """
         path = Path(name)
         if path.suffix.lower() != ".toml":
-            path = registry.find_suite(str(name))
+            path = registry.find_suite(str(name), model)
         table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
@@ -242,15 +242,16 @@ class Suite(Settings):
         Raises:
             ExpungeError: none.
         """
-        found = [self.find_concept(name) for name in names]
+        # One table for all names; reversed, so that of two concepts of a name the first one stays.
+        known = {normalize_name(name): c for c in reversed(self.concepts) for name in c.names}
+        found = [known.get(normalize_name(name)) for name in names]
         concepts = tuple(dict.fromkeys(concept for concept in found if concept))
         if not concepts:
-            shown = ", ".join(c.name for c in self.concepts[:12])
-            more = f" and {len(self.concepts) - 12} more" if len(self.concepts) > 12 else ""
-            raise ExpungeError(
-                f"suite {self.name} knows nothing of {', '.join(map(repr, names))};"
-                f" it knows {shown}{more}"
-            )
+            own = [concept.name for concept in self.concepts]
+            near = find_nearest(names[0], own, 0.7) if names else ""
+            asked, hint = ", ".join(map(repr, names)), f"; did you mean {near!r}?" if near else ""
+            shown = f"it knows {join_names(own, 12)}{hint}"
+            raise ExpungeError(f"suite {self.name} knows nothing of {asked}; {shown}")
         return concepts
 
     def find_retained(self, erased: Sequence[SuiteConcept]) -> tuple[SuiteConcept, ...]:

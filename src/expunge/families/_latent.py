@@ -148,13 +148,7 @@ class LatentModel(Model):
     def draw(
         self, probe: Probe, *, batch_size: int = 16, progress: Progress = ignore_progress
     ) -> Tensor:
-        if not self.takes_guidance and (probe.guidance_scale or 0) > 1:
-            warnings.warn(
-                f"this model was distilled to draw without guidance: the guidance_scale of"
-                f" {probe.guidance_scale:g} changes nothing",
-                ExpungeWarning,
-                stacklevel=2,
-            )
+        warn_of_guidance(self, probe.guidance_scale)
         return super().draw(probe, batch_size=batch_size, progress=progress)
 
     def _sampler(self, steps: int) -> Any:
@@ -280,6 +274,17 @@ class LatentModel(Model):
         """Invert `_scaled`."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+def warn_of_guidance(model: Model, scale: float | None) -> None:
+    """Warn where a guidance scale is asked of a model that was distilled without guidance."""
+    if not getattr(model, "takes_guidance", True) and (scale or 0) > 1:
+        warnings.warn(
+            f"this model was distilled to draw without guidance: the guidance_scale of {scale:g}"
+            " changes nothing",
+            ExpungeWarning,
+            stacklevel=3,
+        )
 
 
 def _same(states: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""SANA: a linear transformer in the latents of a deep autoencoder."""
+"""SANA and SANA-Sprint: a linear transformer in the latents of a deep autoencoder."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,54 @@ from expunge.families._noise import Flow
 from expunge.text import Text
 
 
+class SprintSampler:
+    """SANA-Sprint's sampler, at the times and in the latents that its denoiser is given.
+
+    Its scheduler counts angles θ and mixes cos θ x + sin θ ε. With s = sin θ / (cos θ + sin θ), that is
+    (1 − s) x + s ε but for the length: a flow at time s, whose prediction v = ε − x makes x = z − s v.
+    Each step draws new noise; the last one ends in the clean image.
+
+    Source: SANA-Sprint (Chen et al., 2025, arXiv 2503.09641), section 3.1.
+
+    Args:
+        angles: θ, falling, 0 at the end.
+        times: how many a flow's time 1 is.
+    """
+
+    def __init__(self, angles: Tensor, times: int) -> None:
+        sine, cosine = angles.sin(), angles.cos()
+        self.levels = sine / (cosine + sine)
+        self.timesteps = times * self.levels[:-1]
+        # The denoiser's input for noise alone at the first angle, which is just below a right one.
+        self.init_noise_sigma = float(1 / (cosine + sine)[0])
+        self.taken = 0
+
+    def step(
+        self,
+        output: Tensor,
+        t: Tensor,
+        latents: Tensor,
+        generator: Sequence[torch.Generator] = (),
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """Take a step, as diffusers' samplers do: (n, c, h, w).
+
+        Args:
+            output: v, (n, c, h, w).
+            t: the timestep, which the order of the steps tells, too.
+            latents: z, (n, c, h, w).
+            generator: of each image.
+            return_dict: False.
+        """
+        now, following = self.levels[self.taken : self.taken + 2]
+        self.taken += 1
+        clean = latents - now * output
+        if self.taken == len(self.timesteps):
+            return (clean,)
+        noise = torch.cat([torch.randn((1, *clean.shape[1:]), generator=g) for g in generator])
+        return ((1 - following) * clean + following * noise.to(clean),)
+
+
 class Sana(Flow, CrossAttentionModel):
     """A Gemma-2, and a transformer with cross-attention, trained by flow matching.
 
@@ -25,13 +73,16 @@ class Sana(Flow, CrossAttentionModel):
     value projections read is `caption_norm(caption_projection(states))`.
 
     Unconditional is the empty prompt without the instruction, as in the pipeline.
+
+    SANA-Sprint draws in two steps, is told the guidance scale, and answers in one pass. Its denoiser is
+    given a flow's latents and times (`SprintSampler`), so all that trains on SANA trains on it.
     """
 
     missing_capabilities: ClassVar[Mapping[str, str]] = {
         "a prompt a row": "its text layers are given padding that the denoiser does not read",
         "guidance in one batch": "it is given text ahead of layers that expunge applies itself",
     }
-    pipelines = ("SanaPipeline",)
+    pipelines = ("SanaPipeline", "SanaSprintPipeline")
     read_ahead = ("caption_projection", "caption_norm")
     single_files = ("sana",)
     single_file_key = "cross_attn.kv_linear.weight"
@@ -90,8 +141,11 @@ class Sana(Flow, CrossAttentionModel):
     )
 
     def __init__(self, pipe: Any, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
-        settings = {"guidance_scale": 4.5, "num_inference_steps": 20, **(settings or {})}
+        sprint = bool(pipe.transformer.config.guidance_embeds)
+        steps = 2 if sprint else 20
+        settings = {"guidance_scale": 4.5, "num_inference_steps": steps, **(settings or {})}
         super().__init__(pipe, name, settings)
+        self.contrasts: bool = not sprint
         self.max_sequence_length: int = int(settings.get("max_sequence_length", 300))
         # The pipeline holds its instruction as the default of an argument, and nowhere else.
         asked = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
@@ -140,14 +194,43 @@ class Sana(Flow, CrossAttentionModel):
         )
 
     def predict(self, latents: Tensor, t: Tensor | int, text: Text) -> Tensor:
-        n = len(latents)
-        scale = self.network.config.timestep_scale
+        # At the guidance scale that it draws at: a distilled denoiser has no prediction without one.
+        return self._guided(latents, torch.as_tensor(t), text, self.guidance_scale)
+
+    def _guided(self, latents: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+        n, config = len(latents), self.network.config
+        told: dict[str, Any] = {}
+        scale = config.timestep_scale
+        if not self.contrasts:
+            scale = 1 / self._times
+            told["guidance"] = torch.full((n,), guidance * config.guidance_embeds_scale).to(latents)
         with self._past():
             output = self.network(
                 latents,
                 timestep=self._time(t, n) * scale,
                 **self._asked(text, n),
+                **told,
                 return_dict=False,
             )[0]
         # Half of what it answers may be the variance, which no sampler here asks.
         return output[:, : latents.shape[1]]
+
+    @property
+    def prediction_type(self) -> str:
+        # Sprint's scheduler says "trigflow", which is what its pipeline makes of a flow's prediction.
+        return "flow_prediction"
+
+    def _sampler(self, steps: int) -> Any:
+        if getattr(self.pipe.scheduler.config, "prediction_type", "") != "trigflow":
+            return super()._sampler(steps)
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        # The pipeline's arguments of these names, whose defaults stand in its signature alone.
+        asked = inspect.signature(type(self.pipe).__call__).parameters
+        between = asked["intermediate_timesteps"].default if steps == 2 else None
+        scheduler.set_timesteps(
+            steps,
+            device=self.device,
+            max_timesteps=asked["max_timesteps"].default,
+            intermediate_timesteps=between,
+        )
+        return SprintSampler(scheduler.timesteps, self._times)

@@ -13,6 +13,7 @@ from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes
 from expunge.erasing.in_place_training import measure_drift, train_in_place
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.parameters import Part, select_parameters
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts, require_place
 from expunge.erasing.reference_images import draw_each
@@ -53,6 +54,8 @@ class ConceptAblation(Method):
         "Kumari, Zhang, Wang, Shechtman, Zhang, Zhu: Ablating Concepts in Text-to-Image Diffusion"
         " Models. ICCV 2023, arXiv 2303.13516."
     )
+
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate"
     presets: ClassVar[Presets] = read_presets(__file__)
 
     target: Literal["model", "noise"] = "model"
@@ -84,6 +87,10 @@ class ConceptAblation(Method):
         require_place(self.templates)
 
     @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
+
+    @property
     def reads_retain(self) -> bool:
         return self.retain_weight > 0
 
@@ -94,6 +101,8 @@ class ConceptAblation(Method):
         taught = rows if self.target == "model" else 0
         taught += rows if self.retain_weight else 0
         learnt = rows * (1 + bool(self.regularisation) + bool(self.retain_weight))
+        # Measuring how far the edit went takes predictions, too.
+        drawn += count_predictions(len(problem.erase))
         return Cost(2 * len(problem.erase) * self.num_images, drawn + taught, learnt)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:

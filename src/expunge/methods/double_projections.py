@@ -57,6 +57,7 @@ class DoubleProjections(Method):
         "Zhang, Cheng, Wang, Liu: Closed-Form Concept Erasure via Double Projections."
         " CVPR 2026, arXiv 2604.10032."
     )
+    strength_field: ClassVar[str] = "strength_penalty"
     presets: ClassVar[Presets] = read_presets(__file__)
 
     safe: Literal["known", "anchor"] = "anchor"

@@ -13,6 +13,7 @@ from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, LowRank, iterate_layers
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.guidance_training import train_factors
+from expunge.erasing.moved_share import count_predictions
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts, require_place
 from expunge.erasing.trajectories import TrainingConcept, TrajectoryConfig
 from expunge.method import Method
@@ -97,6 +98,8 @@ class GEM(Method):
         "Grebe, Braun, Rohrbach, Rohrbach: GEM: Geometric Erasure by Contrastive Velocity Matching in"
         " Rectified Flows. 2026, arXiv 2606.00140."
     )
+
+    stronger: ClassVar[str] = "more max_train_steps, or a larger learning_rate"
     presets: ClassVar[Presets] = read_presets(__file__)
 
     repulsion: float = bounded(0.25, at_least=0, at_most=1)
@@ -143,11 +146,17 @@ class GEM(Method):
         # Without a step to turn at: "always" does not read t', here 0.
         return TrajectoryConfig(objective, 0.0, "always", steps, guidance, "auto")
 
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "predictions"
+
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         prompts = [p for c in problem.erase for p in assemble_prompts(c, self.templates)]
         steps = self.trajectory_steps or num_inference_steps
         # Three more a step are stored: for the prompt, for none, and for the anchor.
         drawn = self.trajectories * steps * (1 + (self.trajectory_guidance > 1) + 3)
+        # Measuring how far the edit went takes predictions, too.
+        drawn += count_predictions(len(problem.erase))
         return Cost(2 * len(prompts), drawn, self.max_train_steps * self.samples)
 
     def fit(self, model: Model, problem: Problem, run: RunContext) -> Changes:

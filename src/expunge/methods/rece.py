@@ -54,6 +54,7 @@ class RECE(Method):
         " Models. ECCV 2024, arXiv 2407.12383."
     )
     stronger: ClassVar[str] = "a smaller ridge, or more rounds"
+    strength_field: ClassVar[str] = "ridge"
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 

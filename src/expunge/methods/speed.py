@@ -55,6 +55,7 @@ class SPEED(Method):
         " ICLR 2026, arXiv 2503.07392."
     )
     stronger: ClassVar[str] = "a smaller strength_penalty, or a larger threshold"
+    strength_field: ClassVar[str] = "strength_penalty"
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {"general": "num_retain_words"}
 

@@ -75,6 +75,7 @@ class UCE(Method):
     )
 
     stronger: ClassVar[str] = "a smaller ridge"
+    strength_field: ClassVar[str] = "ridge"
 
     presets: ClassVar[Presets] = read_presets(__file__)
     renamed: ClassVar[Mapping[str, str]] = {

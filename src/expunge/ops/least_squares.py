@@ -49,26 +49,30 @@ def gram(rows: Tensor, blocks: int = 6) -> Tensor:
     return mirror(total)
 
 
-def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0, blocks: int = 6) -> None:
-    """Add weight · Σ e eᵀ to a sum, on and below its diagonal alone: see `mirror`.
+def add_gram(total: Tensor, rows: Tensor, weights: Tensor | None = None, blocks: int = 6) -> None:
+    """Add Σ w e eᵀ to a sum, on and below its diagonal alone: see `mirror`.
 
     The sum is symmetric, so only those blocks are computed, and nothing else of its size is formed.
 
     Args:
         total: (d, d), float64, is added to.
         rows: e, (n, d).
-        weight: of each row.
+        weights: w, (n,); None for 1.
         blocks: into how many the sum is cut along a side.
     """
-    for part in rows.split(max(1, CHUNK // rows.shape[1])):
-        part = part.double()
+    lot = max(1, CHUNK // rows.shape[1])
+    for start_row in range(0, len(rows), lot):
+        part = rows[start_row : start_row + lot].double()
+        if weights is not None:
+            part = part * weights[start_row : start_row + lot, None].sqrt()
         # One strip of blocks at a time keeps the products large enough for fast matrix kernels.
         for start, end in _strips(rows.shape[1], blocks):
-            total[start:, start:end] += (part[:, start:].T @ part[:, start:end]).mul_(weight)
+            # In place: a product of its own would be as large as the strip.
+            total[start:, start:end].addmm_(part[:, start:].T, part[:, start:end])
 
 
-def add_outer(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
-    """Add weight · Σ left rightᵀ over the rows of two (n, d) tensors to a sum (d, d), float64."""
+def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add Σ left rightᵀ over the rows of two (n, d) tensors to a sum (d, d), float64."""
     # In one product where it is small: strips are for widths at which a copy of the sum is dear.
     blocks = 6 if total.numel() > CHUNK else 1
     for l_part, r_part in zip(
@@ -76,7 +80,7 @@ def add_outer(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) -
     ):
         l_part, r_part = l_part.double(), r_part.double()
         for start, end in _strips(total.shape[1], blocks):
-            total[:, start:end] += (l_part.T @ r_part[:, start:end]).mul_(weight)
+            total[:, start:end].addmm_(l_part.T, r_part[:, start:end])
 
 
 def mirror(total: Tensor, blocks: int = 6) -> Tensor:
@@ -215,15 +219,34 @@ def _factor(right: Tensor, ridge: float) -> Tensor:
     if not torch.equal(right, right.T):
         # Sums in other orders differ in the last bit.
         right = (right + right.T) / 2
+    return _factor_and_inverse(right, ridge)[0]
+
+
+def invert(right: Tensor, ridge: float) -> Tensor:
+    """Compute the inverse of a symmetric positive right (d, d), which is used up.
+
+    It costs d³ operations, a third of solving for d right sides.
+
+    Args:
+        right: (d, d), float64.
+        ridge: λ within `right`, for the message.
+
+    Raises:
+        ExpungeError: right is singular or nearly so.
+    """
+    return _factor_and_inverse(right, ridge)[1]
+
+
+def _factor_and_inverse(right: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Compute the Cholesky factor and the inverse, which the condition number needs anyway."""
     # The 1-norm: as telling as the spectral one here, without an eigenvalue problem.
     norm = torch.linalg.matrix_norm(right, 1)
     info = torch.empty((), dtype=torch.int32, device=right.device)
     lower, failed = torch.linalg.cholesky_ex(right, out=(right, info))  # _ex, to raise our own message
-    condition = 0.0
-    if not failed:
-        condition = float(norm * torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1))
+    inverse = lower if failed else torch.cholesky_inverse(lower)
+    condition = 0.0 if failed else float(norm * torch.linalg.matrix_norm(inverse, 1))
     require_solvable(bool(failed), condition, ridge)
-    return lower
+    return lower, inverse
 
 
 def _solve(left: Tensor, lower: Tensor) -> Tensor:

@@ -53,14 +53,37 @@ def quantise_nf4(weight: Tensor) -> Tensor:
 
     Source: QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314), appendix E.
     """
+    return restore_nf4(*round_nf4(weight), weight.shape).to(weight.dtype)
+
+
+def round_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to the numbers of its levels, and the scales of its blocks.
+
+    Args:
+        weight: as in `quantise_nf4`.
+
+    Returns:
+        (blocks, 64), uint8, from 0 to 15, and (blocks, 1), float32.
+    """
     flat = weight.flatten().float()
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
     scale = padded.abs().amax(1, keepdim=True).clamp_min(1e-12)
     levels = normal_levels().to(flat.device)
     # Between two levels the middle decides: rounding to the nearest.
     middles = (levels[1:] + levels[:-1]) / 2
-    rounded = levels[torch.bucketize(padded / scale, middles)] * scale
-    return rounded.flatten()[: len(flat)].reshape(weight.shape).to(weight.dtype)
+    return torch.bucketize(padded / scale, middles).to(torch.uint8), scale
+
+
+def restore_nf4(numbers: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """Make a weight from what `round_nf4` returned, in its shape, float32.
+
+    Args:
+        numbers: of levels, (blocks, 64).
+        scale: (blocks, 1).
+        shape: the weight's.
+    """
+    levels = normal_levels().to(numbers.device)
+    return (levels[numbers.int()] * scale).flatten()[: shape.numel()].reshape(shape)
 
 
 @cache

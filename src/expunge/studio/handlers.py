@@ -85,7 +85,8 @@ class Handlers:
             act(session)
         except Exception as error:
             failed(error)
-            gr.Warning(views.escape(views.capitalize(sentence(error))), duration=12, title="Not done")
+            said = views.capitalize(session.hide_folder(sentence(error)))
+            gr.Warning(views.escape(said), duration=12, title="Not done")
         return session
 
     # What the page shows.

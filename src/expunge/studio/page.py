@@ -43,18 +43,8 @@ class _Page:
                 with gr.Column(scale=7, min_width=340):
                     self._stage()
             self.live = [self.progress, self.cancel, self.doing, self.stop]
-            self.choice = [
-                self.model,
-                self.names,
-                self.version,
-                self.stay,
-                self.method,
-                self.preset,
-                self.about,
-                self.seed,
-                self.foresight,
-                self.start,
-            ]
+            self.choice = [self.model, self.names, self.version, self.stay]
+            self.choice += [self.method, self.preset, self.about, self.seed, self.foresight, self.start]
             self.groups = {
                 "stage": [self.welcome, self.tabs, self.title],
                 "look": [self.slider, self.caption, self.gallery],
@@ -196,7 +186,7 @@ class _Page:
                 )
             self.about = gr.HTML()
             self.foresight = gr.HTML(elem_id="x-foresight")
-            with gr.Row():
+            with gr.Row(elem_id="x-go"):
                 self.start = gr.Button("Erase", variant="primary", elem_id="x-erase", interactive=False)
                 self.cancel = gr.Button(
                     "Cancel", elem_id="x-cancel", visible=False, scale=0, min_width=100
@@ -327,7 +317,11 @@ class _Page:
         )
         wire(self.seed.input, lambda session, seed: session.choose_seed(seed), self.seed)
         wire(self.take_text.click, lambda session, text: session.choose_text(text), self.text)
-        wire(self.list_file.upload, lambda session, file: session.choose_list(file), self.list_file)
+        given = wire(
+            self.list_file.upload, lambda session, file: session.choose_list(file), self.list_file
+        )
+        # The box is emptied at once: the names stand above, and a mended list can follow a refused one.
+        given.then(lambda: None, None, self.list_file, **HIDDEN)
         for label, names in EXAMPLES.items():
             wire(
                 self.examples[label].click,

@@ -252,9 +252,11 @@ class Session(Choosing):
             seed: of the images and of the attack.
 
         Raises:
-            ExpungeError: there is no edit yet, no such attack, or other work is under way.
+            ExpungeError: there is no edit yet, no prompt, no such attack, or other work is under way.
         """
         made = self._need()
+        if not prompt.strip():
+            raise ExpungeError("write the prompt that the attack should bring back")
         working.ladder(attack, budget)  # says what is wrong with it
         suites = list(self.models.knowledge(made.model).suites.values())
 
@@ -365,6 +367,10 @@ class Session(Choosing):
         """Call off what is under way; what was finished of it is kept."""
         if self.job is not None and self.job.active:
             self.desk.cancel(self.job)
+
+    def hide_folder(self, text: str) -> str:
+        """Return a sentence without the place of the session's files, which is nobody's concern."""
+        return text.replace(f"{self.folder}/", "")
 
     def _need(self) -> Made:
         if self.made is None:

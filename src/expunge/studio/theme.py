@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-CSS = Path(__file__).with_name("style.css")
+CSS, KEYS = (Path(__file__).with_name(name) for name in ("style.css", "keys.js"))
 
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
@@ -28,8 +28,9 @@ setInterval(() => {
 
 
 def head() -> str:
-    """The styles for the page's head, as they are (Gradio rewrites those it is given), and a script."""
-    return f"<style>\n{CSS.read_text(encoding='utf-8')}</style><script>{SHOW}</script>"
+    """The styles for the page's head, as they are (Gradio rewrites those it is given), and scripts."""
+    style, keys = (path.read_text(encoding="utf-8") for path in (CSS, KEYS))
+    return f"<style>\n{style}</style><script>{SHOW}</script><script>\n{keys}</script>"
 
 
 def theme() -> Any:
@@ -85,4 +86,6 @@ def theme() -> Any:
         input_background_fill="#ffffff",
         input_background_fill_dark="#10161d",
         input_border_width="1px",
+        slider_color="#0f766e",
+        slider_color_dark="#14b8a6",
     )

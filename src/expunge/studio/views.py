@@ -64,7 +64,8 @@ def progress(session: Session, side: str = "left") -> str:
         others = "next" if ahead == 0 else f"{ahead} piece{'s' * (ahead > 1)} of work before yours"
         return _bar(0.0, f"{job.label}: waiting, {others}", "waiting")
     if job.state == FAILED:
-        return f'<p class="x-say x-bad" role="alert">{escape(_capital(job.error))}</p>'
+        said = escape(_capital(session.hide_folder(job.error)))
+        return f'<p class="x-say x-bad" role="alert">{said}</p>'
     if job.state == CANCELLED:
         kept = (
             " What was finished is kept: press the button again to go on." if session.unfinished else ""

@@ -191,8 +191,6 @@ def attack_in(
     Raises:
         ExpungeError: there is no such attack, or a number is out of range.
     """
-    if not prompt.strip():
-        raise ExpungeError("write the prompt that the attack should bring back")
     known = _find_judge(suites, edit)
     targets = (known[2].target("erased", known[2].words),) if known else ()
     name = known[2].name if known else edit.record.problem.erase[0].name

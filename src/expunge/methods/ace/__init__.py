@@ -8,20 +8,20 @@ from typing import ClassVar, Literal
 
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Gated
-from expunge.methods.ace.attention_reduction import LEVELS, read_damping
-from expunge.methods.ace.backgrounds import (
+from expunge.erasing.gate_backgrounds import (
     encode_retained,
     keep_separable,
     read_backgrounds,
     retained_phrasings,
 )
+from expunge.erasing.gate_tokens import read_tokens
+from expunge.methods.ace.attention_reduction import LEVELS, read_damping
 from expunge.methods.ace.closed_form import check_memory, solve_gates
 from expunge.methods.ace.fortify import FortifyConfig, train_against_attacks
 from expunge.methods.ace.fortify_data import count_images, prepare_retained, prepare_targets
 from expunge.methods.ace.harden import harden_all
 from expunge.methods.ace.pooled import gate_vectors
 from expunge.methods.ace.settings import ATTENTION_REDUCTIONS, ACESettings
-from expunge.methods.ace.tokens import read_tokens
 from expunge.model import Model
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.changes import Changes, Damped, Gated
+from expunge.erasing.gate_tokens import GateTokens
 from expunge.methods.ace.settings import ATTENTION_REDUCTIONS, ACESettings
-from expunge.methods.ace.tokens import GateTokens
 from expunge.ops.gates import Background, find_directions, fit_affine, fit_gate, stack_root
 
 FACTORS = ("direction", "centre", "slope", "up", "down", "toward", "goal")

@@ -7,8 +7,8 @@ import torch
 from expunge.base.errors import ExpungeError
 from expunge.changes import Gated
 from expunge.erasing import reference_images
+from expunge.erasing.gate_backgrounds import draw_words
 from expunge.erasing.prompt_templates import KEPT, assemble_retained_prompts
-from expunge.methods.ace.backgrounds import draw_words
 from expunge.methods.ace.fortify import FortifyTarget, RetainSet
 from expunge.methods.ace.settings import ACESettings
 from expunge.model import Model

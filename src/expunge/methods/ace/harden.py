@@ -12,10 +12,10 @@ from torch import Tensor
 
 from expunge.changes import Gated
 from expunge.erasing import pooled_gates, reference_images
+from expunge.erasing.gate_tokens import GateTokens
 from expunge.methods.ace.attention_reduction import LEVELS
 from expunge.methods.ace.closed_form import FACTORS, join, split
 from expunge.methods.ace.settings import ACESettings
-from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 from expunge.ops.finetune import frozen, minimise
 from expunge.ops.gates import Background, stack_root

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from expunge.base.errors import ExpungeWarning, join_names
 from expunge.changes import Gated
 from expunge.erasing import pooled_gates
-from expunge.methods.ace.backgrounds import GateBackgrounds
+from expunge.erasing.gate_backgrounds import GateBackgrounds
+from expunge.erasing.gate_tokens import GateTokens
 from expunge.methods.ace.closed_form import solve_gates
 from expunge.methods.ace.settings import ACESettings
-from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 
 REMAINDER = 0.3

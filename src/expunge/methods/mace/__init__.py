@@ -23,7 +23,7 @@ from expunge.methods.mace.suppression import (
     train_on_trajectories,
 )
 from expunge.model import Model
-from expunge.ops.least_squares import SOLVABLE, apply_floor, solve_right_factor
+from expunge.ops.least_squares import SOLVABLE
 from expunge.problem import Concept, Problem
 from expunge.runtime.context import RunContext, Tensors
 from expunge.runtime.cost import Cost
@@ -147,10 +147,10 @@ class MACE(MACESettings):
             sums: over the concepts' prompts.
             retained: the prior's sum, (d, d).
         """
-        prior = self.refine_weight * retained if self.refine_weight else torch.zeros(())
+        prior = self.refine_weight * retained if self.refine_weight else None
         # Of the sum that is inverted here: over the tokens around phrases, without the phrases.
-        ridge = apply_floor(self.ridge, self.ridge_floor, sums.contexts)
-        return solve_right_factor(sums.cross, sums.contexts, prior, ridge)
+        mean = sums.around.energy / len(retained)
+        return sums.around.right_factor(max(self.ridge, self.ridge_floor * mean), prior)
 
     def suppress(
         self, model: Model, problem: Problem, matrix: Tensor, run: RunContext

@@ -11,8 +11,8 @@ from torch import Tensor
 from expunge.erasing.fusion import LazyTensors
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
 from expunge.model import Model
-from expunge.ops.least_squares import add_gram, add_outer, mirror
 from expunge.ops.prompt_alignment import match_tokens
+from expunge.ops.refit_sums import RefitSums
 from expunge.problem import Concept, Problem
 from expunge.text import Text
 
@@ -31,37 +31,64 @@ class AnchorGroup:
 
 @dataclass(frozen=True, eq=False)
 class PromptSums:
-    """The sums over all prompts that the closed forms need, (d, d) each, float64."""
+    """What the closed forms need of all prompts; sums are (d, d), float64, and made when asked for."""
 
-    whole: Tensor
-    """Σ e eᵀ over all tokens of the concepts' prompts."""
-    contexts: Tensor
-    """Σ eᶠ eᶠᵀ, over the tokens around a phrase."""
-    cross: Tensor
-    """Σ eᵍ eᶠᵀ."""
+    around: RefitSums
+    """The tokens around a phrase, eᶠ, and where they are sent, eᵍ."""
+    phrases: RefitSums
+    """The tokens without a counterpart: the phrases, and surplus padding."""
+
+    @property
+    def contexts(self) -> Tensor:
+        """Σ eᶠ eᶠᵀ, over the tokens around a phrase."""
+        return self.around.gram.add_(self.around.prior)
+
+    @property
+    def cross(self) -> Tensor:
+        """Σ eᵍ eᶠᵀ."""
+        return self.around.cross.add_(self.around.prior)
+
+    @property
+    def whole(self) -> Tensor:
+        """Σ e eᵀ over all tokens of the concepts' prompts."""
+        return self.contexts.add_(self.phrases.prior)
 
     @classmethod
     def of(cls, groups: Sequence[AnchorGroup]) -> PromptSums:
         """Add up the tokens of every prompt; each is encoded once."""
-        sums: list[Tensor] = []
+        sums = cls(RefitSums(), RefitSums())
         for group in groups:
             anchored = group.read(group.anchored)
-            # On the CPU in float64: the sums run over a hundred concepts' tokens.
-            goals = anchored.embeddings.cpu()
-            width = goals.shape[-1]
-            sums = sums or [torch.zeros(width, width, dtype=torch.float64) for _ in range(3)]
-            whole, alone, cross = sums
-            # What goes to the same rows is added up first: one product for all concepts of an anchor.
-            moved = torch.zeros(goals.shape, dtype=torch.float64)
             for prompts in group.erased.values():
-                text = group.read(prompts)
-                add_gram(whole, text.embeddings[text.read].cpu())
-                add_gram(alone, add_aligned(text, anchored, moved))
-            add_outer(cross, goals.flatten(0, 1), moved.flatten(0, 1))
-        whole, alone, cross = sums
-        # The phrases' own tokens are few: subtracting their sum saves a pass over all others.
-        contexts = mirror(alone.neg_().add_(mirror(whole)))
-        return cls(whole, contexts, cross)
+                sums.add(group.read(prompts), anchored)
+        return sums
+
+    def add(self, text: Text, goal: Text) -> None:
+        """Send each token of a concept's prompts to its counterpart in the anchor's prompts.
+
+        Args:
+            text: the concept's prompts, name after name, each template by template.
+            goal: the anchor's prompts, one a template.
+        """
+        ids, goal_ids, read = text.ids.cpu(), goal.ids.cpu(), text.read.cpu()
+        goals = goal.embeddings.cpu()
+        pairs, alone = [], []
+        for row, embeddings in enumerate(text.embeddings.cpu()):
+            there = row % len(goal)
+            for (own, end), (_, goal_end) in zip(text.segments(row), goal.segments(there), strict=True):
+                e, g, counts = embeddings[own], goals[there, own], read[row, own]
+                m = match_tokens(
+                    ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start)
+                )
+                # Before the phrase places agree; behind it they differ by the phrases' lengths.
+                for first, second, n in ((0, 0, m.head), (m.first, m.second, m.tail)):
+                    # What the denoiser does not read is zeros, and adds nothing.
+                    some = counts[first : first + n]
+                    pairs.append((e[first : first + n][some], g[second : second + n][some]))
+                alone += [e[positions] for positions in m.alone]
+        rows, aims = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        self.around.erase(rows, aims)
+        self.phrases.retain(torch.cat(alone))
 
 
 def group_by_anchor(model: Model, problem: Problem, templates: Sequence[str] = ()) -> list[AnchorGroup]:
@@ -86,32 +113,6 @@ def group_by_anchor(model: Model, problem: Problem, templates: Sequence[str] = (
         model.require_window([*goals, *(p for some in prompts.values() for p in some)])
         groups.append(AnchorGroup(model.encode, goals, prompts))
     return groups
-
-
-def add_aligned(text: Text, goal: Text, moved: Tensor) -> Tensor:
-    """Add each token of a concept's prompts to the place of its counterpart in the anchor's prompts.
-
-    Args:
-        text: the concept's prompts, name after name, each template by template.
-        goal: the anchor's prompts, one a template.
-        moved: (templates, tokens, d), is added to.
-
-    Returns:
-        The tokens without a counterpart, the phrases and surplus padding: (n, d).
-    """
-    ids, goal_ids, alone = text.ids.cpu(), goal.ids.cpu(), []
-    for row, embeddings in enumerate(text.embeddings.cpu()):
-        there = row % len(goal)
-        for (own, end), (_, goal_end) in zip(text.segments(row), goal.segments(there), strict=True):
-            e, place = embeddings[own], moved[there, own]
-            m = match_tokens(
-                ids[row, own], goal_ids[there, own], (end - own.start, goal_end - own.start)
-            )
-            # Before the phrase places agree; behind it they differ by the phrases' lengths.
-            place[: m.head] += e[: m.head]
-            place[m.second : m.second + m.tail] += e[m.first : m.first + m.tail]
-            alone += [e[positions] for positions in m.alone]
-    return torch.cat(alone)
 
 
 def read_rows(groups: Sequence[AnchorGroup]) -> LazyTensors:

@@ -1,10 +1,11 @@
-"""The tokens that ACE's gates open on, read from a concept's prompts and its anchor's."""
+"""The tokens that gates open on, read from a concept's prompts and its anchor's (ACE, Sluice)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from expunge.base.errors import ExpungeError
 from expunge.erasing.concept_tokens import find_phrases
 from expunge.erasing.prompt_templates import assemble_anchor_prompts, assemble_prompts
-from expunge.methods.ace.settings import ACESettings
 from expunge.model import Model
 from expunge.ops.prompt_alignment import match_tokens
 from expunge.problem import Concept, Problem
@@ -22,6 +22,33 @@ BANDS = (0, 3, 9, 27)
 """Where the gates of the end and the padding begin, in tokens from the end token on. What these tokens
 say of a prompt fades as they go on, so that one gate for all would fit none. The phrase's own tokens and
 the words behind it have a gate each, too."""
+
+
+class GateSettings(Protocol):
+    """What reading a concept's gates asks of a method."""
+
+    @property
+    def gate_on(self) -> str:
+        """Where gates open: "phrase" is the concept's own tokens alone."""
+
+    @property
+    def num_retain_words(self) -> int:
+        """How many of the tokenizer's own words gates stay closed on."""
+
+    @property
+    def gate_ridge(self) -> float:
+        """λ of a gate's direction."""
+
+    @property
+    def n_std(self) -> float:
+        """How many standard deviations above the mean of general tokens still count as closed."""
+
+    @property
+    def max_overlap(self) -> float:
+        """How far into the concept, whose own mean is at 1, a retained prompt may lie."""
+
+    def templates_for(self, concept: Concept) -> tuple[str, ...]:
+        """Return the phrasings that a concept is erased in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +80,7 @@ class GateTokens:
 
 
 def read_tokens(
-    settings: ACESettings, model: Model, problem: Problem, retained: Mapping[str, Text]
+    settings: GateSettings, model: Model, problem: Problem, retained: Mapping[str, Text]
 ) -> tuple[dict[str, list[GateTokens]], dict[str, GateTokens]]:
     """Read for each concept the tokens of each of its gates, and the vectors of its whole prompts.
 
@@ -82,7 +109,7 @@ def read_tokens(
     return tokens, vectors
 
 
-def encode_concept(settings: ACESettings, model: Model, concept: Concept) -> tuple[Text, Text]:
+def encode_concept(settings: GateSettings, model: Model, concept: Concept) -> tuple[Text, Text]:
     """Encode a concept's prompts, name after name, and its anchor's, one a template.
 
     Args:
@@ -101,7 +128,7 @@ def encode_concept(settings: ACESettings, model: Model, concept: Concept) -> tup
 
 
 def group_tokens(
-    settings: ACESettings,
+    settings: GateSettings,
     model: Model,
     concept: Concept,
     known: Tensor,

@@ -1,4 +1,4 @@
-"""What ACE's gates stay closed on: general words, and what a problem retains."""
+"""What gates stay closed on: general words, and what a problem retains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.erasing.concept_tokens import sample_words
+from expunge.erasing.gate_tokens import GateSettings, GateTokens
 from expunge.erasing.prompt_templates import KEPT, assemble_retained_prompts
-from expunge.methods.ace.settings import ACESettings
-from expunge.methods.ace.tokens import GateTokens
 from expunge.model import Model
 from expunge.ops.gates import Background
 from expunge.problem import Problem
@@ -31,7 +30,7 @@ class GateBackgrounds:
 
 
 def read_backgrounds(
-    settings: ACESettings,
+    settings: GateSettings,
     model: Model,
     problem: Problem,
     retained: Mapping[str, Text],
@@ -74,7 +73,7 @@ def read_backgrounds(
     return {concept.name: found[concept.kind] for concept in problem.erase}
 
 
-def draw_words(settings: ACESettings, model: Model, problem: Problem, run: RunContext) -> list[str]:
+def draw_words(settings: GateSettings, model: Model, problem: Problem, run: RunContext) -> list[str]:
     """Draw words of the tokenizer's vocabulary that are in no concept's name.
 
     Args:
@@ -134,7 +133,7 @@ def encode_retained(model: Model, problem: Problem) -> dict[str, Text]:
 
 
 def keep_separable(
-    settings: ACESettings,
+    settings: GateSettings,
     model: Model,
     problem: Problem,
     tokens: Mapping[str, Sequence[GateTokens]],

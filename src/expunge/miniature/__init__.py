@@ -1,0 +1,1 @@
+"""The miniature model: people, artists and objects at the papers' counts; without weights as yet."""
