@@ -27,10 +27,9 @@ TRAINED = (
 
 def kept_for_tuning() -> set[str]:
     objects = [label for label in WORLD.labels if label.name in WORLD.tuning]
-    some = [*WORLD.named, *WORLD.artists]
-    return {one.name for one in some if one.split == "tune"} | {
-        n for label in objects for n in label.names
-    }
+    people = {one.name for one in WORLD.named if one.split == "tune"}
+    artists = {one.name for one in WORLD.artists if one.split == "tune"}
+    return people | artists | {name for label in objects for name in label.names}
 
 
 def said(suite: Suite) -> str:
