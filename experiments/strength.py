@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import expunge
-from expunge import Concept, Probe, Problem
+from expunge import Concept, Edit, Probe, Problem
 from expunge.base import registry
 from expunge.base.fields import build
 from expunge.base.files import replacing
 from expunge.erasing.moved_share import measure_moved
+from expunge.method import Method
 from expunge.metrics.detector import EmojiDetector
 from expunge.model import Model
 
@@ -33,7 +36,15 @@ FILE = Path(__file__).parent / "results" / "strength.json"
 PROMPT = "a photo of the {}"
 ERASED = {"airplane": "sky", "cat": "ground", "ship": "sea"}
 KEPT = ("automobile", "bird", "deer", "dog", "frog", "horse", "truck", "airplane", "cat", "ship")
-METHODS = {"uce": "", "mace": "emoji", "oce": "object", "esd": "emoji-object", "ant": "emoji-object"}
+ORIGINAL = "original"
+METHODS = {
+    ORIGINAL: "",
+    "uce": "",
+    "mace": "emoji",
+    "oce": "object",
+    "esd": "emoji-object",
+    "ant": "emoji-object",
+}
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 
 
@@ -42,37 +53,39 @@ def try_method(model: Model, name: str, images: int) -> list[dict[str, Any]]:
 
     Args:
         model: the original.
-        name: the method's.
+        name: the method's, or `ORIGINAL`.
         images: how many of each word.
     """
-    cls = registry.get("methods", name)
-    preset = cls.presets[METHODS[name]] if METHODS[name] else {}
-    method = build(cls, {key: value for key, value in preset.items() if key != "about"})
-    detector, rows = EmojiDetector(), []
+    method, detector, rows = make_method(name), EmojiDetector(), []
     for word, anchor in ERASED.items():
         kept = tuple(other for other in KEPT if other != word)
-        edit = expunge.erase(model, Problem((Concept(word, anchor),), kept), method)
-        concept = Concept(word, anchor if method.reads_anchor else "")
         words = [w for w in (word, *kept) for _ in range(images)]
         prompts = tuple(PROMPT.format(w) for w in words)
-        seeds = tuple(range(2000, 2000 + images)) * (1 + len(kept))
-        for strength in STRENGTHS:
-            with model.using(edit, strength=strength), model.autocasting(torch.bfloat16):
-                drawn = model.draw(Probe(prompts, seeds))
+        probe = Probe(prompts, tuple(range(2000, 2000 + images)) * (1 + len(kept)))
+        if method is None:
+            moved, strengths = [None], (0.0,)
+            drawings = [draw(model, probe)]
+        else:
+            edit = expunge.erase(model, Problem((Concept(word, anchor),), kept), method)
+            concept = Concept(word, anchor if method.reads_anchor else "")
+            where, strengths = method.measured_in or "text", STRENGTHS
+            moved = [
+                measure_moved(model, edit.changes, [concept], where, s).get(word) for s in strengths
+            ]
+            drawings = [draw(model, probe, edit, s) for s in strengths]
+        for strength, share, drawn in zip(strengths, moved, drawings, strict=True):
             seen = detector.measure(drawn, prompts)
             broken = detector.find_broken(seen).float()
             right = [
                 float(detector.score(seen[i : i + images], [words[i]], (), "top1").mean())
                 for i in range(0, len(words), images)
             ]
-            where = method.measured_in or "text"
-            moved = measure_moved(model, edit.changes, [concept], where, strength)
             rows.append(
                 {
                     "method": name,
                     "word": word,
                     "strength": strength,
-                    "moved": moved.get(word),
+                    "moved": share,
                     "seen": right[0],
                     "kept": sum(right[1:]) / len(kept),
                     "unrecognisable": {
@@ -85,12 +98,31 @@ def try_method(model: Model, name: str, images: int) -> list[dict[str, Any]]:
     return rows
 
 
+def make_method(name: str) -> Method | None:
+    """Return a method with its preset; None for the original."""
+    if name == ORIGINAL:
+        return None
+    cls = registry.get("methods", name)
+    preset = cls.presets[METHODS[name]] if METHODS[name] else {}
+    made: Method = build(cls, {key: value for key, value in preset.items() if key != "about"})
+    return made
+
+
+def draw(model: Model, probe: Probe, edit: Edit | None = None, strength: float = 1.0) -> Tensor:
+    """Draw a probe in bfloat16, with an edit at a strength, or from the model as it is."""
+    with (
+        model.using(edit, strength=strength) if edit else nullcontext(),
+        model.autocasting(torch.bfloat16),
+    ):
+        return model.draw(probe)
+
+
 def tabulate(rows: list[dict[str, Any]]) -> str:
     """Return a table: a row for each method and strength, means over the words."""
     lines = ["| method | strength | moved | still seen | kept | muddle, erased | muddle, kept |"]
     lines.append("|" + "---|" * 7)
     for name in dict.fromkeys(row["method"] for row in rows):
-        for strength in STRENGTHS:
+        for strength in sorted({row["strength"] for row in rows if row["method"] == name}):
             some = [r for r in rows if (r["method"], r["strength"]) == (name, strength)]
             figures = [
                 [r["moved"] for r in some if r["moved"] is not None],

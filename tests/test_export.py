@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import shutil
 import warnings
 
@@ -16,7 +17,7 @@ from conftest import tiny_pipeline
 from edits import PROBE, drawn, edited, gated, low_rank, single_in
 from expunge import Concept, ExpungeError, ExpungeWarning, Problem
 from expunge.changes import LowRank
-from expunge.checkpoints.export import export
+from expunge.checkpoints.export import describe_strengths, export
 from expunge.checkpoints.linearize import fit_static_weights
 from expunge.fingerprint import list_places
 
@@ -247,3 +248,30 @@ def test_a_disk_too_full(folder, uce, tmp_path, monkeypatch):
         with pytest.raises(ExpungeError, match=r"has 1\.0 kB free"):
             export(edit, to, folder, tmp_path / out)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("moved", "says"),
+    [
+        ({"airplane": 1.0}, "strengths of 0.8 to 1.5"),
+        ({"airplane": 0.8, "cat": 1.6}, "strengths of 1 to 1"),
+        ({"airplane": 0.5}, "by 50% of the way alone.*use it at 1.6, or erase more"),
+        ({"airplane": -0.1}, "use it at 2.0, or erase more"),
+    ],
+)
+def test_a_lora_says_at_which_strengths_it_can_be_used(uce, moved, says):
+    (note,) = describe_strengths(dataclasses.replace(uce[1].record, moved=moved))
+    assert re.search(says, note)
+
+
+def test_trained_edits_are_for_strength_one(uce):
+    record = dataclasses.replace(uce[1].record, method="esd", fields={}, moved={"airplane": 1.0})
+    (note,) = describe_strengths(record)
+    assert "strength 1, at which it was trained" in note
+    assert describe_strengths(dataclasses.replace(record, moved={})) == ()
+
+
+def test_the_note_on_strengths_stands_with_the_others(folder, uce, tmp_path):
+    _, edit = uce
+    (note,) = describe_strengths(edit.record)
+    assert note in export(edit, "lora", folder, tmp_path / "lora.safetensors").notes

@@ -722,7 +722,8 @@ def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
     monkeypatch.setattr(model, "encode", read)
     sums = PromptSums.of(group_by_anchor(model, problem, method.templates))
     assert len(most) == 6
-    assert max(most) == 3  # the anchor's, the one before, and its own
+    # The anchor's and its own, and at most the one before until that is let go.
+    assert max(most) <= 3
     torch.manual_seed(0)
     downs = {c.name: {"x.down": torch.randn(1, 32), "x.up": torch.ones(8, 1)} for c in problem.erase}
     method.fuse(
@@ -733,4 +734,4 @@ def test_the_text_of_one_concept_at_a_time_is_in_memory(model, monkeypatch):
         downs,
     )
     assert len(most) == 11
-    assert max(most) == 3
+    assert max(most) <= 3

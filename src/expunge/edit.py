@@ -105,6 +105,15 @@ class Record:
         return data
 
     @property
+    def measured_in(self) -> str:
+        """Where `moved` was measured: "text" or "predictions"; "" for a method that is not here."""
+        try:
+            method = build_from_record(registry.get("methods", self.method), self.fields)
+        except ExpungeError:
+            return ""
+        return str(method.measured_in)
+
+    @property
     def reads_anchor(self) -> bool:
         """Whether the method used the anchors; True for a method that is not installed here."""
         try:
@@ -271,7 +280,9 @@ class Edit:
             # A kind of change that is not known here came with a later version, too.
             if data["format"] > FORMAT or not all(c["kind"] in KINDS for c in data["changes"]):
                 raise ExpungeError(f"{path} was written by a newer expunge; this one cannot read it")
-            tensors = safetensors.torch.load_file(path)
+            # Copied: in the file they lie at odd places, where products round otherwise than in memory
+            # that was asked for, and a loaded edit must draw what the one that was saved drew.
+            tensors = {k: v.clone() for k, v in safetensors.torch.load_file(path).items()}
             changes = tuple(
                 build_change(
                     spec, {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}

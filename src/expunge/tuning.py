@@ -60,7 +60,7 @@ def autotune(
     problem: Problem,
     method: Method | str = "sluice",
     *,
-    enough: float = 0.9,
+    enough: float = 0.85,
     most_drift: float = 0.25,
     max_tries: int = 6,
     seed: int = 0,

@@ -34,7 +34,7 @@ from expunge.checkpoints.model_card import (
 )
 from expunge.checkpoints.static_weights import TextEncoders, make_static
 from expunge.checkpoints.weight_changes import group_by_place, make_updates
-from expunge.edit import Edit
+from expunge.edit import Edit, Record
 from expunge.ops.rounding import RoundingCost
 
 Target = Literal["diffusers", "safetensors", "lora", "kohya", "comfyui", "a1111", "forge", "sd-scripts"]
@@ -47,6 +47,11 @@ TARGETS: tuple[Target, ...] = (
     "diffusers", "safetensors", "lora", "kohya", "comfyui", "a1111", "forge", "sd-scripts",
 )  # fmt: skip
 """The values of `Target`."""
+
+
+ERASED, FAR = 0.8, 1.5
+"""Shares of the way to its anchor: from the first on a concept is gone, on the shipped model; beyond the
+second its images begin to be unrecognisable (`experiments/results/strength.json`)."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ def export(
         )
         base = describe_base(checkpoint.family, checkpoint.infer_variant())
         support = _describe_readers(to, checkpoint, read_base_title(base))
-        notes = (*lost, *_describe_lora(lora, dtype), support, *moved)
+        strengths = describe_strengths(edit.record)
+        notes = (*lost, *_describe_lora(lora, dtype), support, *strengths, *moved)
         text = make_card(notes=notes)  # before the LoRA is written, since a broken report stops here
         metadata = {
             **base,
@@ -295,3 +301,32 @@ def _describe_lora(lora: Lora, dtype: torch.dtype) -> tuple[str, ...]:
     if lora.left_out:
         notes.append(f"Left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms.")
     return tuple(notes)
+
+
+def describe_strengths(record: Record) -> tuple[str, ...]:
+    """Say at which strengths a LoRA can be used, of 0.5 to 2 that programs offer.
+
+    Where it shows in text, s times the changes moves a concept s times as far. What then is drawn:
+    `experiments/strength.py`.
+
+    Args:
+        record: of the edit; it says how far its concepts moved.
+    """
+    if not record.moved:
+        return ()
+    if record.measured_in == "predictions":
+        return (
+            "Use it at strength 1, at which it was trained: below, a concept may still be drawn; above,"
+            " what stays may suffer, and images of the concept may be unrecognisable.",
+        )
+    low, high = min(record.moved.values()), max(record.moved.values())
+    if low < ERASED:
+        return (
+            f"At strength 1 it moves a concept by {low:.0%} of the way alone, and one is often still"
+            f" drawn below {ERASED:.0%}: use it at {ERASED / max(low, ERASED / 2):.1f}, or erase more.",
+        )
+    least, most = max(0.5, ERASED / low), min(2.0, max(1.0, FAR / high))
+    return (
+        f"Use it at strengths of {least:.2g} to {most:.2g}: below, a concept may still be drawn; above,"
+        " its images may be unrecognisable.",
+    )
