@@ -211,7 +211,7 @@ NAMES = {
     "airplne": "did you mean “airplane”",
     "zzyzx": "can only spell “zzyzx”",
     "cat " * 90: "this model reads no more than",
-    "<img src=x onerror=alert(1)>": "<img src=x onerror=alert(1)>",
+    "<img src=x onerror=alert(1)>": "can only spell “img”",
 }
 
 
@@ -225,6 +225,8 @@ def test_a_name_that_the_model_does_not_know_is_said_beside_it(opened):
         page.wait_for_function(
             "part => document.querySelector('#x-foresight')?.innerText.includes(part)", arg=part
         )
+        # The card comes after the foresight; a name that is taken back before comes again with it.
+        page.wait_for_selector(".x-card")
         page.keyboard.press("Backspace")
         page.wait_for_function("!document.querySelector('.x-card')")
     assert page.locator("#x-erase").is_disabled()
