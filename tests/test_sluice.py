@@ -109,6 +109,11 @@ class TestNeighbours:
         made = make_neighbours(Problem(self.people[:1]), ("sky",), 9, generator())
         assert sorted(made) == ["Ada sky", "sky Lovelace"]
 
+    def test_a_word_that_all_names_have_is_not_exchanged(self):
+        flags = tuple(Concept(f"flag of {land}", kind="identity") for land in ("France", "Italy"))
+        made = make_neighbours(Problem(flags, ("flag of Spain",)), ("king",), 9, generator())
+        assert sorted(made) == ["flag of Spain", "flag of king"]
+
     def test_none_holds_an_erased_name(self):
         problem = Problem((*self.people[:1], Concept("Ada", kind="identity"), *self.people[1:]))
         assert not [n for n in make_neighbours(problem, (), 9, generator()) if "Ada" in n.split()]

@@ -27,7 +27,8 @@ def make_neighbours(
     """Make names that share all words but one with an erased name, each once.
 
     A word is exchanged for one that stands in its place in other names of the problem, which is how
-    names look; where these are too few, for general words.
+    names look; where these are too few, for general words. A word that all names of a length have in
+    its place is not exchanged.
 
     >>> people = [Concept("Ada Lovelace", kind="identity"), Concept("Kurt Gödel", kind="identity")]
     >>> sorted(make_neighbours(Problem(tuple(people)), (), 1, torch.Generator()))
@@ -49,7 +50,12 @@ def make_neighbours(
             if len(word) < SHORTEST:
                 continue
             # Of names as long as this one, so that a family name takes the place of a family name.
-            there = dict.fromkeys(n[place] for n in names if len(n) == len(own) and n[place] != word)
+            alike = [n for n in names if len(n) == len(own) and n != own]
+            there = dict.fromkeys(n[place] for n in alike if n[place] != word)
+            if alike and not there:
+                # What all of them say tells nobody apart, as "flag" of flags: a "king of France" would
+                # have the gate closed on what sets France's flag apart.
+                continue
             pool = [list(some)[i] for some in (there, words) for i in _shuffle(len(some), generator)]
             made = (" ".join([*own[:place], other, *own[place + 1 :]]) for other in pool)
             # A name that holds an erased one is not to be kept.
