@@ -10,13 +10,14 @@ import logging
 import pickle
 import tempfile
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from browser import choose, erase, launched, need_browser, pages, tab, toast
+from browser import PATIENCE, choose, erase, launched, need_browser, pages, tab, toast
 from expunge.studio import server
 from expunge.studio.house import Studio
 from expunge.studio.jobs import Job
@@ -150,7 +151,7 @@ def test_bad_inputs_are_answered_in_a_sentence_and_nothing_is_lost(
         expect(f"the list {name}", part, toast(page))
         # The box is ready for a mended list, with nothing to clear.
         page.wait_for_selector("#x-list input[type=file]", state="attached")
-        assert page.locator("#x-list [aria-label='Clear']").count() == 0
+        page.wait_for_function("!document.querySelector(`#x-list [aria-label='Clear']`)")
     for text, part in PASTED.items():
         page.fill("#x-text textarea", text)
         page.click("text=Take this list")
@@ -266,12 +267,15 @@ def test_a_disk_that_fills_while_it_erases_is_said_and_the_work_is_kept(opened, 
     assert session.made is not None
 
 
-def use(page, model):
-    """Take another model, and wait until it is there."""
+def use(page, session, model):
+    """Take another model, and wait until the session has it."""
     if not page.locator("#x-model input, #x-model textarea").first.is_visible():
         page.click("text=Another model")
     page.fill("#x-model input, #x-model textarea", model)
     page.click("text=Use this model")
+    last = time.monotonic() + PATIENCE / 1000
+    while session.choice.model != model and time.monotonic() < last:
+        page.wait_for_timeout(100)
     page.wait_for_function("!document.querySelector('.x-card')")
     page.wait_for_function("!document.querySelector('#x-progress [role=progressbar]')")
 
@@ -280,7 +284,7 @@ def test_a_single_file_and_a_model_of_the_hub(opened, studio, single, on_hub):
     page = opened()
     session = newest(studio)
     for model in (str(single), "owner/name"):
-        use(page, model)
+        use(page, session, model)
         assert session.choice.model == model
         page.click("#x-names input")
         page.keyboard.insert_text("airplane")
