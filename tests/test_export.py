@@ -256,7 +256,7 @@ def test_a_disk_too_full(folder, uce, tmp_path, monkeypatch):
         ({"airplane": 1.0}, "strengths of 0.8 to 1.5"),
         ({"airplane": 0.8, "cat": 1.6}, "strengths of 1 to 1"),
         ({"airplane": 0.5}, "by 50% of the way alone.*use it at 1.6, or erase more"),
-        ({"airplane": -0.1}, "use it at 2.0, or erase more"),
+        ({"airplane": -0.1}, "drawn below 80%: erase more."),
     ],
 )
 def test_a_lora_says_at_which_strengths_it_can_be_used(uce, moved, says):

@@ -167,7 +167,7 @@ def export(
         base = describe_base(checkpoint.family, checkpoint.infer_variant())
         support = _describe_readers(to, checkpoint, read_base_title(base))
         strengths = describe_strengths(edit.record)
-        notes = (*lost, *_describe_lora(lora, dtype), support, *strengths, *moved)
+        notes = (*lost, *_describe_lora(lora, dtype), *strengths, support, *moved)
         text = make_card(notes=notes)  # before the LoRA is written, since a broken report stops here
         metadata = {
             **base,
@@ -321,9 +321,10 @@ def describe_strengths(record: Record) -> tuple[str, ...]:
         )
     low, high = min(record.moved.values()), max(record.moved.values())
     if low < ERASED:
+        way_out = f"use it at {ERASED / low:.2g}, or erase more" if 2 * low >= ERASED else "erase more"
         return (
             f"At strength 1 it moves a concept by {low:.0%} of the way alone, and one is often still"
-            f" drawn below {ERASED:.0%}: use it at {ERASED / max(low, ERASED / 2):.1f}, or erase more.",
+            f" drawn below {ERASED:.0%}: {way_out}.",
         )
     least, most = max(0.5, ERASED / low), min(2.0, max(1.0, FAR / high))
     return (
