@@ -62,8 +62,9 @@ def try_method(model: Model, name: str, images: int) -> list[dict[str, Any]]:
         words = [w for w in (word, *kept) for _ in range(images)]
         prompts = tuple(PROMPT.format(w) for w in words)
         probe = Probe(prompts, tuple(range(2000, 2000 + images)) * (1 + len(kept)))
+        moved: list[float | None] = [None]
+        strengths: tuple[float, ...] = (0.0,)
         if method is None:
-            moved, strengths = [None], (0.0,)
             drawings = [draw(model, probe)]
         else:
             edit = expunge.erase(model, Problem((Concept(word, anchor),), kept), method)

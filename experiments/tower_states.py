@@ -39,6 +39,7 @@ from expunge.base.files import replacing
 from expunge.changes import Changes
 from expunge.erasing.moved_share import _run_layer
 from expunge.method import Method
+from expunge.problem import Kind
 from expunge.text import Text
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ JUDGED = {
 }
 """The prompts that are looked at: no method erases or retains anything in them."""
 ANCHORS = {"person": "a person", "artist": "an artist", "object": "a thing"}
-KINDS = {"person": "identity", "artist": "style", "object": "object"}
+KINDS: dict[str, Kind] = {"person": "identity", "artist": "style", "object": "object"}
 PLACES = ("word", "end", "padding")
 
 
@@ -238,7 +239,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["uce"], metavar="METHOD[@PRESET][:FIELD=VALUE]")
     parser.add_argument("--to", type=Path, help="the file that rows are added to")
     options = parser.parse_args()
-    model, originals = load_model(), {}
+    model = load_model()
+    originals: dict[Any, Any] = {}
     names = split(options.size)
     problem = make_problem(names, options.kinds)
     file = options.to or HERE / "results" / "ours" / f"tower-{options.size}.json"

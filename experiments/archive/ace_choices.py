@@ -32,8 +32,9 @@ from expunge import Concept, Model, Probe, Problem
 from expunge.attacks.embedding import Embedding
 from expunge.base.files import replacing
 from expunge.changes import Changes
+from expunge.erasing import gate_backgrounds as backgrounds
 from expunge.evaluation.cells import SuiteConcept
-from expunge.methods.ace import ACE, backgrounds
+from expunge.methods.ace import ACE
 from expunge.runtime.context import RunContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the experiments that are kept alive

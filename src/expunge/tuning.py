@@ -87,11 +87,10 @@ def autotune(
         ExpungeError: the method has no such field or shows its effect elsewhere, or an argument is out
             of range.
     """
-    if isinstance(method, str):
-        method = registry.get("methods", method)()
-    name = registry.name_of("methods", type(method))
-    field = method.strength_field
-    if not field or method.measured_in != "text":
+    named: Method = registry.get("methods", method)() if isinstance(method, str) else method
+    name = registry.name_of("methods", type(named))
+    field = named.strength_field
+    if not field or named.measured_in != "text":
         known = [n for n in registry.list_names("methods") if registry.get("methods", n).strength_field]
         raise ExpungeError(
             f"autotune turns a strength that shows in what layers make of text, and {name} has none:"
@@ -107,13 +106,13 @@ def autotune(
     model = as_model(model)
     problem = problem.with_anchors(model.anchors)
     watched = _list_watched(model, problem, seed)
-    value = getattr(method, field) * FACTOR**2
+    value = getattr(named, field) * FACTOR**2
     tries: list[Try] = []
     best: Edit | None = None
     for done in range(max_tries):
         progress("choosing the strength", done, max_tries)
         edit = erase(
-            model, problem, method.replace(**{field: value}), seed=seed, progress=progress, onto=onto
+            model, problem, named.replace(**{field: value}), seed=seed, progress=progress, onto=onto
         )
         # A concept that is its anchor to the model has no way to go.
         moved = min(edit.record.moved.values(), default=1.0)

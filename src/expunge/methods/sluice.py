@@ -186,7 +186,9 @@ class Sluice(Method):
         gates = self._fit_gates(tokens, closed_on)
         return Gated(
             layers,
-            *(part.float() for part in gates),
+            gates.direction.float(),
+            gates.centre.float(),
+            gates.slope.float(),
             up=up.float(),
             down=down.float(),
             goal=torch.zeros(len(down)),
