@@ -107,21 +107,19 @@ class Record:
     @property
     def measured_in(self) -> str:
         """Where `moved` was measured: "text" or "predictions"; "" for a method that is not here."""
-        try:
-            method = build_from_record(registry.get("methods", self.method), self.fields)
-        except ExpungeError:
-            return ""
-        return str(method.measured_in)
+        return str(self._read_method("measured_in", ""))
 
     @property
     def reads_anchor(self) -> bool:
         """Whether the method used the anchors; True for a method that is not installed here."""
+        return bool(self._read_method("reads_anchor", True))
+
+    def _read_method(self, what: str, unknown: Any) -> Any:
+        """Return what the method says of itself with these fields; `unknown` if it is not installed."""
         try:
-            return bool(
-                build_from_record(registry.get("methods", self.method), self.fields).reads_anchor
-            )
+            return getattr(build_from_record(registry.get("methods", self.method), self.fields), what)
         except ExpungeError:
-            return True
+            return unknown
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from expunge.metric import Metric
 from expunge.metrics._clip import resized
-from expunge.miniature.recogniser import SIZE, Recogniser, load_recogniser
+from expunge.metrics._miniature import ByRecogniser
+from expunge.miniature.recogniser import SIZE
 
 
 @dataclass(frozen=True)
-class FaceRatio(Metric):
+class FaceRatio(ByRecogniser, Metric):
     """Whether there is a face, 1 or 0; whose it is does not matter.
 
     It stands beside what is asked among images with a face alone: an erasure that leaves no faces would
@@ -29,10 +29,6 @@ class FaceRatio(Metric):
 
     folder: str = ""
     """Another recogniser's folder; by default the one that ships."""
-
-    @property
-    def _recogniser(self) -> Recogniser:
-        return load_recogniser(Path(self.folder) if self.folder else None)
 
     @property
     def provenance(self) -> Mapping[str, Any]:

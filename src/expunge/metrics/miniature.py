@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import resized
+from expunge.metrics._miniature import ByRecogniser
 from expunge.miniature.recogniser import (
     FOLDER,
     NO_ARTIST,
@@ -20,14 +21,12 @@ from expunge.miniature.recogniser import (
     SIZE,
     SOMEONE,
     UNRECOGNISABLE,
-    Recogniser,
     Recognition,
-    load_recogniser,
 )
 
 
 @dataclass(frozen=True)
-class MiniatureRecogniser(Classifier):
+class MiniatureRecogniser(ByRecogniser, Classifier):
     """The probabilities of things, people, palettes, techniques, design sets, a face, and *broken*.
 
     Things, people, artists and design sets are asked for by name. Who a person is, is asked among images
@@ -38,10 +37,6 @@ class MiniatureRecogniser(Classifier):
 
     folder: str = ""
     """Another recogniser's folder; by default the one that ships."""
-
-    @property
-    def _recogniser(self) -> Recogniser:
-        return load_recogniser(Path(self.folder) if self.folder else None)
 
     @property
     def provenance(self) -> Mapping[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from expunge.metric import Metric
 from expunge.metrics._clip import resized
-from expunge.miniature.recogniser import SIZE, Recogniser, load_recogniser
+from expunge.metrics._miniature import ByRecogniser
+from expunge.miniature.recogniser import SIZE
 from expunge.problem import match_whole
 
 
 @dataclass(frozen=True)
-class NearArtist(Metric):
+class NearArtist(ByRecogniser, Metric):
     """Whether an image is nearly by the artist whom its prompt names: half of what makes that artist.
 
     Of the miniature model's artists each is a palette and a technique. An image of both is the artist's,
@@ -30,10 +30,6 @@ class NearArtist(Metric):
 
     folder: str = ""
     """Another recogniser's folder; by default the one that ships."""
-
-    @property
-    def _recogniser(self) -> Recogniser:
-        return load_recogniser(Path(self.folder) if self.folder else None)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
