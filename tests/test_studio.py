@@ -193,6 +193,7 @@ def test_what_else_will_move_is_foreseen_once_and_before_the_work(session):
     assert "airplane" not in names
     shown = views.foresight(session.foresee())
     assert all(name in shown for name in names[: views.MOVES])
+    assert all(f"<span>{name}</span>" in shown for name in session.choice.retain)
     assert session.preview() is None
     session.choose_method("esd")
     assert session.foresee().forecast is None  # it was another method's

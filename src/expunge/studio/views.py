@@ -115,15 +115,17 @@ def foresight(found: Foresight, busy: bool = False) -> str:
     return f'<div class="x-chips">{chips}</div>{said}{moves(found.forecast)}'
 
 
-MOVES = 5
-"""Names of a forecast that are shown at once."""
+MOVES, MORE = 5, 24
+"""Names of a forecast that are shown at once, and with those that one press shows."""
 
 
 def moves(found: Forecast | None) -> str:
-    """The names that are expected to move most, each with a bar."""
+    """The names that are expected to move most, then what must stay; each with a bar."""
     if found is None or not found.moves:
         return ""
-    rows = [_move(move.name, round(100 * move.share)) for move in found.moves[:24]]
+    # Whoever asks for a name to stay wants to see that it does, however little it moves.
+    shown = [move for k, move in enumerate(found.moves) if k < MORE or move.role == "retained"]
+    rows = [_move(move.name, round(100 * move.share)) for move in shown]
     more = "".join(rows[MOVES:])
     rest = f"<details><summary>More</summary><ul>{more}</ul></details>" if more else ""
     how = "" if found.exact else f" This method trains: the forecast is that of {escape(found.method)}."
