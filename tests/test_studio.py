@@ -223,6 +223,26 @@ def test_strangers_name_no_files(folder):
     Models(local_files=False).check("emoji")
 
 
+def test_a_single_file_is_read_by_the_configuration_that_is_told(session, single, folder):
+    done(session.choose_model(str(single), str(folder)))
+    assert session.choice.config == str(folder)
+    session.choose(["airplane"])
+    made = done(session.erase())
+    assert made.model == str(single)
+    assert done(session.take("safetensors")).files[0].is_file()
+    assert f"--config {folder}" in session.command().replace("\\\n  ", "")
+    assert f"config={str(folder)!r}" in session.python()
+    again = type(session)("again", session.models, session.desk, session.folder)
+    assert again.choice == session.choice
+    for model, config, said in (
+        (str(folder), str(folder), "is for a single file"),
+        (str(single), str(folder / "none"), "none"),
+    ):
+        with pytest.raises(ExpungeError, match=said):
+            session.choose_model(model, config)
+        assert session.choice.config == str(folder)
+
+
 def test_a_pickled_model_is_refused(session, tmp_path):
     file = tmp_path / "model.ckpt"
     file.write_bytes(pickle.dumps({"a": 1}))

@@ -267,24 +267,30 @@ def test_a_disk_that_fills_while_it_erases_is_said_and_the_work_is_kept(opened, 
     assert session.made is not None
 
 
-def use(page, session, model):
+def until(page, true):
+    """Wait for what the session knows and the page may not show yet."""
+    last = time.monotonic() + PATIENCE / 1000
+    while not true() and time.monotonic() < last:
+        page.wait_for_timeout(100)
+
+
+def use(page, session, model, config=""):
     """Take another model, and wait until the session has it."""
     if not page.locator("#x-model input, #x-model textarea").first.is_visible():
         page.click("text=Another model")
     page.fill("#x-model input, #x-model textarea", model)
+    page.fill("#x-config :is(input, textarea)", config)
     page.click("text=Use this model")
-    last = time.monotonic() + PATIENCE / 1000
-    while session.choice.model != model and time.monotonic() < last:
-        page.wait_for_timeout(100)
+    until(page, lambda: session.choice.model == model)
     page.wait_for_function("!document.querySelector('.x-card')")
     page.wait_for_function("!document.querySelector('#x-progress [role=progressbar]')")
 
 
-def test_a_single_file_and_a_model_of_the_hub(opened, studio, single, on_hub):
+def test_a_single_file_and_a_model_of_the_hub(opened, studio, single, folder, on_hub):
     page = opened()
     session = newest(studio)
-    for model in (str(single), "owner/name"):
-        use(page, session, model)
+    for model, config in ((str(single), str(folder)), ("owner/name", "")):
+        use(page, session, model, config)
         assert session.choice.model == model
         page.click("#x-names input")
         page.keyboard.insert_text("airplane")
@@ -293,7 +299,7 @@ def test_a_single_file_and_a_model_of_the_hub(opened, studio, single, on_hub):
         page.keyboard.press("Escape")
         page.wait_for_selector("#x-erase:enabled")
         page.click("#x-erase")
-        page.wait_for_function("!document.querySelector('#x-progress [role=progressbar]')")
+        until(page, lambda: session.made is not None and session.made.model == model)  # noqa: B023
         page.wait_for_selector("#x-slider img")
         assert session.made.model == model
         assert session.made.edit.record.problem.erase[0].name == "airplane"

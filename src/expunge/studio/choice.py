@@ -50,6 +50,8 @@ class Choice:
     method: str = recipes.FIRST
     preset: str = recipes.DEFAULTS
     seed: int = 0
+    config: str = ""
+    """For a single file: a folder or hub id of a model built like it; where none is told, the hub's."""
     view: View = field(default_factory=View)
 
     @property
@@ -110,9 +112,10 @@ def read(path: str | Path) -> tuple[Choice, bytes | None]:
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:
-    plain = {key: data[key] for key in ("model", "method", "preset", "seed") if key in data}
-    for key, kind in (("model", str), ("method", str), ("preset", str), ("seed", int)):
-        if key in plain and type(plain[key]) is not kind:
+    plain = {key: data[key] for key in ("model", "config", "method", "preset", "seed") if key in data}
+    for key in plain:
+        kind = int if key == "seed" else str
+        if type(plain[key]) is not kind:
             raise ExpungeError(f"{key} cannot be {plain[key]!r}")
     concepts = tuple(build(Concept, _table(one)) for one in data["concepts"])
     retain = data.get("retain", [])

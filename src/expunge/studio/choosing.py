@@ -61,11 +61,13 @@ class Choosing:
         """What is known of the chosen model."""
         return self.models.knowledge(self.choice.model)
 
-    def take_model(self, name: str) -> None:
+    def take_model(self, name: str, config: str = "") -> None:
         """Take another model, which has been checked: concepts are chosen anew."""
         if name != self.choice.model:
             preset = recipes.presets(self.choice.method, name)[0].name
-            self._choose(model=name, concepts=(), retain=(), preset=preset, view=View())
+            self._choose(model=name, config=config, concepts=(), retain=(), preset=preset, view=View())
+        elif config != self.choice.config:
+            self._choose(config=config)
 
     def choose(self, names: Sequence[str]) -> None:
         """Choose what to erase by name; what is known of a name is proposed with it.

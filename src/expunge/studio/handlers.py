@@ -34,7 +34,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 TICK, IDLE = 0.7, 2.5
 """Seconds between two looks at the work: while there is some, and while there is none."""
 
-CHOICE = 10
+CHOICE = 11
 """How many components the left side has that a choice changes."""
 
 CARDS = 12
@@ -100,6 +100,7 @@ class Handlers:
         presets = recipes.presets(chosen.method, chosen.model, kind)
         return [
             gr.update(value=chosen.model),
+            gr.update(value=chosen.config),
             gr.update(value=names, choices=list(dict.fromkeys([*known, *names])), interactive=True),
             time.monotonic_ns() if anew else gr.skip(),
             gr.update(value=list(chosen.retain), choices=list(dict.fromkeys([*known, *chosen.retain]))),

@@ -101,8 +101,39 @@ class Models:
     def __init__(self, *, local_files: bool = True, memory: Callable[[], float] = free_memory) -> None:
         self.local_files, self.memory = local_files, memory
         self._loaded: dict[str, Loaded] = {}
+        self._configs: dict[str, str] = {}
         self._known: dict[str, Knowledge] = {}
         self._lock = threading.Lock()
+
+    def use_config(self, name: str, config: str) -> None:
+        """Read a single file by another model's configuration from now on.
+
+        Args:
+            name: the file.
+            config: a folder or a hub id of a model built like it; "" for the hub's.
+
+        Raises:
+            ExpungeError: the model is no single file, or there is no such configuration.
+        """
+        if config and not loading.find_source(name).is_file:
+            raise ExpungeError(f"a configuration is for a single file, and {name} is none")
+        if config:
+            self._require_hub_id(config)
+            Checkpoint.find(config, weights=False)
+        if self._configs.get(name, "") != config:
+            self._configs[name] = config
+            self._loaded.pop(name, None)
+
+    def config(self, name: str) -> str | None:
+        """The configuration that a single file is read by; None for the hub's."""
+        return self._configs.get(name) or None
+
+    def _require_hub_id(self, name: str) -> None:
+        if not self.local_files and not loading.is_hub_id(name):
+            raise ExpungeError(
+                "this studio can be reached from other machines, so it reads no files by their place:"
+                " name a shipped model or a hub id"
+            )
 
     def check(self, name: str) -> None:
         """Check that there is such a model and that its weights fit the memory; loads nothing.
@@ -116,11 +147,7 @@ class Models:
             raise ExpungeError(f"name a model: {shipped}, a folder, a .safetensors file or a hub id")
         if name in self._loaded or name in registry.list_names("models"):
             return
-        if not self.local_files and not loading.is_hub_id(name):
-            raise ExpungeError(
-                "this studio can be reached from other machines, so it reads no files by their place:"
-                " name a shipped model or a hub id"
-            )
+        self._require_hub_id(name)
         found = Checkpoint.find(name, weights=False)
         needed, free = weights(found), SPARE * self.memory()
         if needed > free:
@@ -146,7 +173,7 @@ class Models:
             job.step = "loading the model"
         for other in [other for other in self._loaded if other != FIRST]:
             del self._loaded[other]
-        model = load(name)
+        model = load(name, config=self.config(name))
         made = Loaded(model, estimate_model(model, work=LARGE))
         self._loaded[name] = made
         return made

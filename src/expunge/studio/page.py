@@ -43,7 +43,7 @@ class _Page:
                 with gr.Column(scale=7, min_width=340):
                     self._stage()
             self.live = [self.progress, self.cancel, self.doing, self.stop]
-            self.choice = [self.model, self.names, self.version, self.stay]
+            self.choice = [self.model, self.config, self.names, self.version, self.stay]
             self.choice += [self.method, self.preset, self.about, self.seed, self.foresight, self.start]
             self.groups = {
                 "stage": [self.welcome, self.tabs, self.title],
@@ -122,6 +122,12 @@ class _Page:
                     label="Model",
                     elem_id="x-model",
                     info="emoji (it ships), a diffusers folder, a .safetensors file, or a hub id",
+                )
+                self.config = gr.Textbox(
+                    label="Built like",
+                    elem_id="x-config",
+                    info="for a .safetensors file, where the hub is out of reach: a diffusers folder of"
+                    " a model built like it",
                 )
                 self.take_model = gr.Button("Use this model", size="sm", interactive=False)
 
@@ -328,10 +334,10 @@ class _Page:
                 partial(lambda session, names: session.choose(names), names=names),
             )
         wire(self.opened.upload, do.open, self.opened)
-        for event in (self.take_model.click, self.model.submit):
+        for event in (self.take_model.click, self.model.submit, self.config.submit):
             begun = event(
-                do.working(lambda session, name: session.choose_model(name)),
-                [self.who, self.model],
+                do.working(lambda session, name, config: session.choose_model(name, config)),
+                [self.who, self.model, self.config],
                 [*self.live, self.timer],
                 **HIDDEN,
             )

@@ -91,7 +91,7 @@ def file_name(problem: Problem) -> str:
     return "-".join(["no", *(name for name in names if name)]) if any(names) else "edit"
 
 
-def command(model: str, problem: Problem, method: str, preset: str, seed: int) -> str:
+def command(model: str, problem: Problem, method: str, preset: str, seed: int, config: str = "") -> str:
     """Return the command that makes the same edit.
 
     Args:
@@ -100,6 +100,7 @@ def command(model: str, problem: Problem, method: str, preset: str, seed: int) -
         method: the method's name.
         preset: the preset's name; "" for the method's own values.
         seed: the edit's.
+        config: for a single file, a folder or hub id of a model built like it; "" for the hub's.
     """
     words = ["expunge", "erase", method]
     lead = ""
@@ -107,6 +108,8 @@ def command(model: str, problem: Problem, method: str, preset: str, seed: int) -
         words += ["--preset", preset]
     if model != "emoji":
         words += ["--model", model]
+    if config:
+        words += ["--config", config]
     kinds = {concept.kind for concept in problem.erase}
     if len(kinds) == 1 and all(_fits_a_line(c) for c in problem.erase):
         for concept in problem.erase:
@@ -145,7 +148,7 @@ def _wrapped(words: Sequence[str]) -> str:
     return " \\\n  ".join(" ".join(line) for line in lines)
 
 
-def python(model: str, problem: Problem, method: str, preset: str, seed: int) -> str:
+def python(model: str, problem: Problem, method: str, preset: str, seed: int, config: str = "") -> str:
     """Return the lines of Python that make the same edit.
 
     Args:
@@ -154,6 +157,7 @@ def python(model: str, problem: Problem, method: str, preset: str, seed: int) ->
         method: the method's name.
         preset: the preset's name; "" for the method's own values.
         seed: the edit's.
+        config: for a single file, a folder or hub id of a model built like it; "" for the hub's.
     """
     concepts = ", ".join(_call(concept) for concept in problem.erase)
     comma = "," if len(problem.erase) == 1 else ""
@@ -164,11 +168,12 @@ def python(model: str, problem: Problem, method: str, preset: str, seed: int) ->
         imports.append(f"from expunge.methods.{method} import {name}")
         made = f"{name}.preset({preset!r})"
     seeded = f", seed={seed}" if seed else ""
+    built = f", config={config!r}" if config else ""
     return "\n".join(
         [
             *imports,
             "",
-            f"model = expunge.load({model!r})",
+            f"model = expunge.load({model!r}{built})",
             f"problem = Problem(erase=({concepts}{comma}){retain})",
             f"edit = expunge.erase(model, problem, {made}{seeded})",
             f"edit.save({file_name(problem) + '.safetensors'!r})",

@@ -73,16 +73,21 @@ class Session(Choosing):
         with contextlib.suppress(ExpungeError):  # one that cannot be read any more begins anew
             self._restore()
 
-    def choose_model(self, name: str) -> Job:
+    def choose_model(self, name: str, config: str = "") -> Job:
         """Take another model: it is checked now, and loaded by the job.
+
+        Args:
+            name: the model's.
+            config: for a single file, a folder or hub id of a model built like it.
 
         Raises:
             ExpungeError: there is none of that name, it does not fit the memory, or work is under way.
         """
-        name = name.strip()
+        name, config = name.strip(), config.strip()
         self.models.check(name)
+        self.models.use_config(name, config)
         job = self._start("Loading", lambda job: self.models.get(name, job))
-        self.take_model(name)
+        self.take_model(name, config)
         return job
 
     # Erase.
@@ -286,7 +291,8 @@ class Session(Choosing):
 
         def work(job: Job) -> working.Taken:
             folder = self.folder / "take"
-            self.taken = working.take_in(job, made.edit, made.model, form, stem, folder, report)
+            config = self.models.config(made.model)
+            self.taken = working.take_in(job, made.edit, made.model, form, stem, folder, report, config)
             self.marks["taken"] += 1
             return self.taken
 
@@ -302,7 +308,7 @@ class Session(Choosing):
 
     def _recipe(self) -> tuple[Any, ...]:
         chosen = self.choice
-        return chosen.model, chosen.problem, chosen.method, chosen.preset, chosen.seed
+        return chosen.model, chosen.problem, chosen.method, chosen.preset, chosen.seed, chosen.config
 
     # Keep and open.
 
@@ -318,6 +324,7 @@ class Session(Choosing):
         if checked.suffix.lower() == ".json":
             chosen, data = choice.read(checked)
             self.models.check(chosen.model)
+            self.models.use_config(chosen.model, chosen.config)
             made = self._opened(data, chosen.model) if data else None
         else:
             made = self._opened(checked.read_bytes(), None)
@@ -354,6 +361,7 @@ class Session(Choosing):
         if not path.is_file():
             return
         self.choice, _ = choice.read(path)
+        self.models.use_config(self.choice.model, self.choice.config)
         if self.edit_path.is_file():
             self.made = Made(Edit.load(self.edit_path), self.choice.model)
 

@@ -345,7 +345,14 @@ class Taken:
 
 
 def take_in(
-    job: Job, edit: Edit, model: str, form: str, stem: str, folder: Path, report: Path | None
+    job: Job,
+    edit: Edit,
+    model: str,
+    form: str,
+    stem: str,
+    folder: Path,
+    report: Path | None,
+    config: str | None = None,
 ) -> Taken:
     """Write an edit in one of `FORMS`, with its card.
 
@@ -357,6 +364,7 @@ def take_in(
         stem: what to call the file.
         folder: where to.
         report: a report whose figures the card shows.
+        config: for a single file, a folder or hub id of a model built like it.
 
     Raises:
         ExpungeError: there is no such form, or the edit cannot take it.
@@ -377,12 +385,12 @@ def take_in(
         return Taken((path,), ())
     checkpoint = Checkpoint.find(model)
     if form == "diffusers":
-        done = export(edit, form, checkpoint, place / stem, report=report)
+        done = export(edit, form, checkpoint, place / stem, config=config, report=report)
         job.step = "packing"
         job.check()
         packed = Path(shutil.make_archive(str(place / stem), "zip", place, stem))
         shutil.rmtree(done.path, ignore_errors=True)
         return Taken((packed,), done.notes)
     output = place / f"{stem}{'' if form == 'safetensors' else f'-{form}'}.safetensors"
-    done = export(edit, form, checkpoint, output, report=report)
+    done = export(edit, form, checkpoint, output, config=config, report=report)
     return Taken((done.path, *([done.card] if done.card else [])), done.notes)
