@@ -219,7 +219,8 @@ def _explain_failure(source: Source, config: str | Path | None, error: Exception
     if source.is_file and config is None and is_unreachable(error):
         return ExpungeError(
             f"a single file has no configuration, and the one for {source.path} is not on this"
-            " machine; give --config (in the studio: Built like) a diffusers folder of a model built like it"
+            " machine; give --config (in the studio: Built like) a diffusers folder of a model built"
+            " like it"
         )
     if "meta tensor" in str(error):  # a tensor that no file filled
         return ExpungeError(f"{source.path} is not whole: it lacks tensors of the model")
