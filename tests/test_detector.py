@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from expunge import ExpungeError
+from expunge.base.modules import MAKING
 from expunge.emoji.detector import Detector, DetectorConfig, Network, Recognition
 
 SETTINGS = DetectorConfig(
@@ -49,6 +52,17 @@ def test_a_saved_detector_reads_images_alone_as_in_a_batch(folder):
     assert together.labels.shape == together.styles.shape == (5, 2)
     torch.testing.assert_close(together.labels, alone.labels)
     assert torch.all((together.unrecognisable >= 0) & (together.unrecognisable <= 1))
+
+
+def test_a_detector_is_whole_though_another_thread_reads_a_pipeline(folder):
+    """Accelerate then makes the modules of all threads without storage."""
+    images, wanted, found = torch.rand(2, 3, 64, 64), Detector.load(folder), []
+    thread = threading.Thread(target=lambda: found.append(Detector.load(folder)))
+    with MAKING, init_empty_weights():
+        thread.start()
+        thread.join(0.3)
+    thread.join()
+    assert torch.equal(found[0](images).labels, wanted(images).labels)
 
 
 def test_images_of_another_size_are_refused(folder):

@@ -13,6 +13,7 @@ import torch
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import read_header, read_json
+from expunge.base.modules import MAKING
 from expunge.base.quiet import silence_libraries
 from expunge.checkpoints import safetensors_io
 from expunge.checkpoints.hub import is_unreachable
@@ -48,7 +49,7 @@ def read_pipeline(
 
     path = _require_path(source)
     try:
-        with silence_libraries():
+        with MAKING, silence_libraries():
             if source.is_file:
                 family = find_family_of_file(path)
                 if config is not None and _has_denoiser_alone(Path(config)):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header
+from expunge.base.modules import MAKING
 
 FOLDER = Path(__file__).parent / "detector"
 SIZE = 64
@@ -181,8 +182,9 @@ class Detector:
             settings = DetectorConfig(
                 **many, nothing=table["nothing"], unrecognisable=table["unrecognisable"]
             )
-            network = Network(len(settings.label_names), len(settings.style_names), settings.widths)
-            network.load_state_dict(safetensors.torch.load_file(weights))
+            with MAKING:
+                network = Network(len(settings.label_names), len(settings.style_names), settings.widths)
+                network.load_state_dict(safetensors.torch.load_file(weights))
         except OSError as error:
             raise ExpungeError(f"cannot read {config}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import read_header
+from expunge.base.modules import MAKING
 
 FOLDER = Path(__file__).parent / "recogniser"
 SIZE = 64
@@ -246,12 +247,9 @@ class Recogniser:
             table = json.loads(config.read_text(encoding="utf-8"))
             names = Names(**{field: tuple(table["names"][field]) for field in Names.__annotations__})
             artists = {artist: (pair[0], pair[1]) for artist, pair in table["artists"].items()}
-            network = Network(names.sizes, tuple(table["widths"]))
-            tensors = safetensors.torch.load_file(weights)
-            # float32: the file holds float16, in which convolutions on a CPU are slow or missing.
-            network.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-            )
+            with MAKING:
+                network = Network(names.sizes, tuple(table["widths"]))
+                network.load_state_dict(safetensors.torch.load_file(weights))
             thresholds = Thresholds(**table["thresholds"])
         except OSError as error:
             raise ExpungeError(f"cannot read {config}: {error.strerror or error}") from error

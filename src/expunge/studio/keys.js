@@ -7,7 +7,9 @@ function groupRadios() {
     for (const radio of choice.querySelectorAll('input[type=radio]'))
       if (radio.name !== choice.id) radio.name = choice.id;
 }
-new MutationObserver(groupRadios).observe(document, {childList: true, subtree: true});
+// Gradio writes a button's own name anew when it is chosen.
+new MutationObserver(groupRadios)
+  .observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ['name']});
 
 // Left, right, Home and End go to another tab and show it.
 document.addEventListener('keydown', event => {
