@@ -267,10 +267,15 @@ def test_a_disk_that_fills_while_it_erases_is_said_and_the_work_is_kept(opened, 
     assert session.made is not None
 
 
-def until(page, true):
+def until(page, session, true):
     """Wait for what the session knows and the page may not show yet."""
     last = time.monotonic() + PATIENCE / 1000
-    while not true() and time.monotonic() < last:
+    while not true():
+        if time.monotonic() > last:
+            said = page.locator("#x-progress, [data-testid=toast-text]").all_inner_texts()
+            pytest.fail(
+                f"in vain: {session.job} {session.choice} {session.foresee()}, and on the page {said}"
+            )
         page.wait_for_timeout(100)
 
 
@@ -281,7 +286,7 @@ def use(page, session, model, config=""):
     page.fill("#x-model input, #x-model textarea", model)
     page.fill("#x-config :is(input, textarea)", config)
     page.click("text=Use this model")
-    until(page, lambda: session.choice.model == model)
+    until(page, session, lambda: session.choice.model == model)
     page.wait_for_function("!document.querySelector('.x-card')")
     page.wait_for_function("!document.querySelector('#x-progress [role=progressbar]')")
 
@@ -299,7 +304,7 @@ def test_a_single_file_and_a_model_of_the_hub(opened, studio, single, folder, on
         page.keyboard.press("Escape")
         page.wait_for_selector("#x-erase:enabled")
         page.click("#x-erase")
-        until(page, lambda: session.made is not None and session.made.model == model)  # noqa: B023
+        until(page, session, lambda: session.made is not None and session.made.model == model)  # noqa: B023
         page.wait_for_selector("#x-slider img")
         assert session.made.model == model
         assert session.made.edit.record.problem.erase[0].name == "airplane"
