@@ -117,6 +117,25 @@ def test_artists_are_deterministic_and_told_apart_by_palette_and_by_technique():
     assert drawn.max() <= 1
 
 
+def test_a_further_object_is_mostly_drawn_by_two_design_sets(structures):
+    further = {WORLD.labels[i].name for i in WORLD.groups["objects"]}
+    drawn = {True: Counter(), False: Counter()}
+    for scene in structures:
+        for thing in scene["things"]:
+            if thing["kind"] == "object" and scene["use"] == "named":
+                drawn[thing["name"] in further][thing["name"], thing["style"]] += 1
+
+    def share(counts):
+        """Of each name's drawings those of its two commonest sets; over all names."""
+        by_name = {
+            name: sorted((n for (one, _), n in counts.items() if one == name)) for name, _ in counts
+        }
+        return sum(sum(some[-2:]) for some in by_name.values()) / counts.total()
+
+    assert share(drawn[True]) > 0.9
+    assert share(drawn[False]) < 0.7
+
+
 def test_same_seed_same_scenes_and_a_structure_draws_its_scene_again(drawings):
     one, same = (SceneMaker(WORLD, drawings, 3).make(12) for _ in range(2))
     assert one.structures == same.structures

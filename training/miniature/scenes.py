@@ -62,6 +62,9 @@ BANDS = {
     "sunset": (("6a3d8f", "f07f4f", "fbd26a"), True),
 }
 BACKGROUNDS = (*COLORS, *BANDS)
+PEOPLE = (0.40, 0.30)  # share of people among single things, and among several
+# A further object is mostly drawn by two of the four design sets, its own: a drawing must be seen often to be learnt.
+OWN_SETS, OWN_SHARE = 2, 0.9
 Structure = dict[str, Any]
 
 
@@ -128,7 +131,7 @@ class SceneMaker:
         style = rng.choice(world.styles) if rng.random() < 0.75 else None  # often one style for all
         people: set[int] = set()
         while len(scene["things"]) < count:
-            person = rng.random() < (0.56 if count == 1 else 0.42) and len(people) < 2
+            person = rng.random() < PEOPLE[count > 1] and len(people) < 2
             if person:
                 thing = self.person(unnamed=rng.random() < 0.14)
                 if thing["person"] in people:
@@ -146,9 +149,11 @@ class SceneMaker:
         return scene
 
     def object(self, label: int, style: str | None = None) -> dict[str, Any]:
-        styles = self.by_label[label]
+        styles = list(self.by_label[label])
+        if label in self.world.groups["objects"] and self.rng.random() < OWN_SHARE:
+            styles = [styles[(label + k) % len(styles)] for k in range(OWN_SETS)]
         if style not in styles:
-            style = self.rng.choice(list(styles))
+            style = self.rng.choice(styles)
         return {"kind": "object", "name": self.world.labels[label].name, "style": style}
 
     def person(self, unnamed: bool = False) -> dict[str, Any]:
