@@ -650,3 +650,9 @@ def test_figures_and_pairs_say_how_they_are_read():
     white = Image.new("RGB", (8, 8))
     assert "before is on the left" in views.pairs([Pair("a cat", 0, white, white)])
     assert views.pairs([]) == ""
+
+
+def test_before_there_are_pairs_the_page_says_that_they_come():
+    white = Image.new("RGB", (8, 8))
+    assert "come here as soon as they are drawn" in views.sides(None)
+    assert "come here" not in views.sides(Pair("a cat", 0, white, white))

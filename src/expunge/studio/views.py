@@ -316,9 +316,9 @@ def pairs(found: Sequence[Pair]) -> str:
 
 
 def sides(pair: Pair | None) -> str:
-    """What stands below the slider."""
+    """What stands below the slider; where nothing is drawn yet, that it comes."""
     if pair is None:
-        return ""
+        return sentence("The images before and after come here as soon as they are drawn")
     what = f"{escape(pair.prompt)} · seed {pair.seed}"
     return f'<p class="x-sides"><span>before</span><b>{what}</b><span>after</span></p>'
 
