@@ -644,7 +644,7 @@ def test_figures_and_pairs_say_how_they_are_read():
         suite="style", columns=("H_style", "efficacy", "content"), rows=(), folder=Path(), notes=()
     )
     shown = views.verdict(found)
-    assert "efficacy: the erased is gone" in shown
+    assert "Efficacy: the erased is gone" in shown
     assert "harmonic mean" in shown
     assert "specificity" not in shown  # it is no column here
     white = Image.new("RGB", (8, 8))
