@@ -7,9 +7,11 @@ import pickle
 import shlex
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import expunge
@@ -23,6 +25,8 @@ from expunge.studio import choice, models, recipes, server, uploads, views, work
 from expunge.studio.choice import Choice, View
 from expunge.studio.choosing import Foresight
 from expunge.studio.house import Studio
+from expunge.studio.jobs import Job
+from expunge.studio.looking import Pair
 from expunge.studio.models import Models
 from expunge.studio.strength import check_strength
 from quick import QUICK
@@ -607,3 +611,48 @@ def test_every_form_and_size_is_told_in_a_sentence():
     for told in (*working.FORMS.values(), *working.SIZES.values()):
         assert told[0].isupper()
         assert told.endswith(".")
+
+
+# What a newcomer needs.
+
+
+def test_what_was_drawn_stays_in_sight_while_the_first_erasure_runs(session):
+    session.choose(["airplane"])
+    done(session.preview())
+    assert views.PRESS in views.now(session)
+    session.job = Job("s", "Erasing", lambda job: None)  # as it stands while the work waits
+    shown = views.now(session)
+    assert "What the model draws now" in shown
+    assert "<figure>" in shown
+    assert views.PRESS not in shown
+    session.choose(["cat"])  # nothing is drawn of that yet
+    assert views.now(session) == views.WELCOME
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("airplane", False), ("twemojii stile", True), ("a very strange thing", False)],
+)
+def test_a_card_asks_about_a_name_that_is_almost_known(session, name, asked):
+    shown = views.heading(name, session)
+    assert name in shown
+    assert ("Did you mean “twemoji style”?" in shown) is asked
+
+
+def test_figures_and_pairs_say_how_they_are_read():
+    found = working.Verdict(
+        suite="style", columns=("H_style", "efficacy", "content"), rows=(), folder=Path(), notes=()
+    )
+    shown = views.verdict(found)
+    assert "Efficacy: the erased is gone" in shown
+    assert "harmonic mean" in shown
+    assert "specificity" not in shown  # it is no column here
+    white = Image.new("RGB", (8, 8))
+    assert "before is on the left" in views.pairs([Pair("a cat", 0, white, white)])
+    assert views.pairs([]) == ""
+
+
+def test_before_there_are_pairs_the_page_says_that_they_come():
+    white = Image.new("RGB", (8, 8))
+    assert "come here as soon as they are drawn" in views.sides(None)
+    assert "come here" not in views.sides(Pair("a cat", 0, white, white))

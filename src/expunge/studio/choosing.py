@@ -61,6 +61,12 @@ class Choosing:
         """What is known of the chosen model."""
         return self.models.knowledge(self.choice.model)
 
+    @property
+    def sketch(self) -> tuple[str, View]:
+        """The model, and what of the choice it draws before there is an edit."""
+        prompts = self.knowledge.prompts(self.choice.concepts, self.choice.retain)
+        return self.choice.model, View(tuple(prompts), 0, 1)
+
     def take_model(self, name: str, config: str = "") -> None:
         """Take another model, which has been checked: concepts are chosen anew."""
         if name != self.choice.model:

@@ -48,6 +48,9 @@ BUDGETS = {"inversion": (10, 600, 100, 10), "embedding": (1, 40, 10, 1)}
 """Least, most, first and step of an attack's budget."""
 
 
+NONE_YET = "Choose at least one thing to forget; then it can be erased."
+"""Why the button waits."""
+
 AWAY = "This page is still coming, or was away for too long: reload it, and all goes on as it was."
 
 
@@ -120,7 +123,7 @@ class Handlers:
         busy = job is not None and job.active and job.label != PREVIEW
         found = session.foresee()
         empty = not session.choice.concepts
-        shown = "" if empty else views.foresight(found)
+        shown = views.sentence(NONE_YET) if empty else views.foresight(found)
         label = views.button(job if busy else None, session.unfinished)
         return [shown, gr.update(value=label, interactive=not busy and not empty)]
 

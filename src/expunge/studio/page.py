@@ -140,7 +140,7 @@ class _Page:
             choices, chosen = anchors(session, concept)
             proposed = [*session.knowledge.synonyms(name), *concept.synonyms]
             with gr.Column(elem_classes="x-card"):
-                gr.HTML(f"<h3>{views.escape(name)}</h3>")
+                gr.HTML(views.heading(name, session))
                 with gr.Row():
                     becomes = gr.Dropdown(
                         choices,
@@ -197,7 +197,7 @@ class _Page:
                 self.cancel = gr.Button(
                     "Cancel", elem_id="x-cancel", visible=False, scale=0, min_width=100
                 )
-            self.progress = gr.HTML(elem_id="x-progress")
+                self.progress = gr.HTML(elem_id="x-progress")
 
     def _stage(self) -> None:
         with gr.Column(elem_classes="x-panel", elem_id="x-stage"):
@@ -276,7 +276,7 @@ class _Page:
             elem_id="x-form",
         )
         self.write = gr.Button("Prepare", variant="primary", elem_id="x-take")
-        self.files = gr.File(label="Ready", visible=False, interactive=False, elem_id="x-files")
+        self.files = gr.File(label="Ready to save", visible=False, interactive=False, elem_id="x-files")
         self.lost = gr.HTML()
         gr.HTML(views.sentence("The same on the command line, and in Python"))
         self.command = gr.Code(

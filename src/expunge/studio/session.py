@@ -25,7 +25,7 @@ from expunge.studio.looking import Pair
 from expunge.studio.models import FIRST, Models
 from expunge.studio.strength import STRONGEST
 
-PREVIEW = "Foreseeing"
+PREVIEW = "Previewing"
 """What the job of a preview is called."""
 
 
@@ -167,8 +167,8 @@ class Session(Choosing):
         idle = self.job is None or not self.job.active or self.job.label == PREVIEW
         if loaded is None or not idle or self.foresee().problem:
             return None
-        view = View(tuple(self.knowledge.prompts(chosen.concepts, chosen.retain)), 0, 1)
-        drawn, key = None if self.made else (chosen.model, view), self.forecast_key
+        of = self.sketch
+        drawn, key = None if self.made else of, self.forecast_key
         foreseen = self.forecast is not None and self.forecast[0] == key
         if self._foreseen == (drawn, key) or (foreseen and drawn in (None, self._now[0])):
             return None
@@ -177,13 +177,18 @@ class Session(Choosing):
 
         def work(job: Job) -> list[Any]:
             if drawn and self._now[0] != drawn:
-                self._now = drawn, looking.draw_now(loaded.model, view, job)
+                self._now = drawn, looking.draw_now(loaded.model, of[1], job)
             job.result = shown = self._now[1] if drawn else []
             self.forecast = key, working.forecast_in(job, loaded, chosen, method, known)
             self.marks["forecast"] += 1
             return shown
 
         return self._start(PREVIEW, work)
+
+    @property
+    def drawn(self) -> list[Any]:
+        """What the model draws of the choice as it is, where it has been drawn."""
+        return self._now[1] if self._now[0] == self.sketch else []
 
     # Look.
 

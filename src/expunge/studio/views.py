@@ -132,7 +132,7 @@ def moves(found: Forecast | None) -> str:
     return (
         '<section class="x-moves"><h4>What else will move</h4>'
         f"<ul>{''.join(rows[:MOVES])}</ul>{rest}"
-        "<p>How far the model's reading of a name moves, where that of the erased names moves by 100 %."
+        "<p>How far the model's reading of a name will move; the erased names move by 100 %."
         f"{how}</p></section>"
     )
 
@@ -140,6 +140,14 @@ def moves(found: Forecast | None) -> str:
 def _move(name: str, share: int) -> str:
     bar = f'<i><b style="width:{min(share, 100)}%"></b></i>'
     return f"<li><span>{escape(name)}</span>{bar}<em>{share} %</em></li>"
+
+
+def heading(name: str, session: Session) -> str:
+    """A concept's name over its card; one that is almost a known name is asked about there and then."""
+    known = session.knowledge
+    near = "" if known.find(name) else known.near(name)
+    asked = sentence(f"did you mean “{near}”?") if near else ""
+    return f"<h3>{escape(name)}</h3>{asked}"
 
 
 def sentence(*texts: str) -> str:
@@ -159,9 +167,18 @@ def title(session: Session) -> str:
     more = len(record.problem.erase) - 6
     if more > 0:
         parts.append(f'<span class="x-chip">and {more} more</span>')
-    base = f" from {escape(session.made.model)}" if len(session.made.model) <= 40 else ""
-    how = f"erased{base} by {escape(record.method)} in {record.seconds:.1f} s"
+    base = f" from the model {escape(session.made.model)}" if len(session.made.model) <= 40 else ""
+    how = f"erased{base} with {escape(record.method)} in {record.seconds:.1f} s"
     return f'<div class="x-chips x-title">{"".join(parts)}<span class="x-how">{how}</span></div>'
+
+
+COLUMNS = {
+    "efficacy": "the erased is gone",
+    "specificity": "what must stay is still drawn",
+    "generality": "it is gone under its other names, too",
+    "content": "what else the prompt names is still drawn",
+}
+"""What the columns of a suite say; H is the mean of them that the lowest weighs down most."""
 
 
 def verdict(found: Verdict | None) -> str:
@@ -177,6 +194,10 @@ def verdict(found: Verdict | None) -> str:
         for row in found.rows
     )
     notes = "".join(f'<p class="x-say">{escape(note)}</p>' for note in found.notes)
+    known = [f"{column}: {COLUMNS[column]}" for column in found.columns if column in COLUMNS]
+    if any(column.startswith("H_") for column in found.columns):
+        known.append("H: all of these in one number (their harmonic mean)")
+    notes = (sentence("; ".join(known)) if known else "") + notes
     return (
         f'<div class="x-scroll"><table class="x-table"><caption>Suite {escape(found.suite)}: per cent,'
         f" with 95 % intervals; higher is better</caption><tr>{head}</tr>{rows}</table></div>{notes}"
@@ -244,21 +265,36 @@ element.addEventListener('click', event => {
 """Tells Python which pair was pressed."""
 
 
+PRESS = "Press Erase to see the same prompts and seeds without it."
+"""What comes after a preview."""
+
+
 def now(session: Session) -> str:
     """What the model draws of the choice as it is; before there is one, how to begin."""
     job = session.job
-    if session.made is not None or job is None or job.label != PREVIEW or not job.result:
+    if session.made is not None or job is None:
         return WELCOME
+    # Other work takes the preview's place; what was drawn stays until there are pairs to show.
+    foreseen = job.label == PREVIEW
+    drawn = job.result if foreseen else session.drawn
+    if not drawn:
+        return WELCOME
+    erasing = job.active and not foreseen
+    then = "The same prompts and seeds without it come here." if erasing else PRESS
     cells = "".join(
         f'<figure><img alt="{escape(prompt)}" src="{inline(one, 200)}">'
         f"<figcaption>{escape(prompt)}</figcaption></figure>"
-        for prompt, one in job.result
+        for prompt, one in drawn
     )
     return (
         '<section class="x-welcome"><h2>What the model draws now</h2>'
-        "<p>Press Erase to see the same prompts and seeds without it.</p>"
+        f"<p>{then}</p>"
         f'<div class="x-now">{cells}</div></section>'
     )
+
+
+PAIRED = "In each pair, before is on the left and after on the right; press one to compare it above."
+"""How pairs are read."""
 
 
 def pairs(found: Sequence[Pair]) -> str:
@@ -276,13 +312,13 @@ def pairs(found: Sequence[Pair]) -> str:
         f'<section><h4>{escape(prompt)}</h4><div class="x-pairs">{"".join(cells)}</div></section>'
         for prompt, cells in rows.items()
     )
-    return f'<div class="x-look">{"".join(sections)}</div>' if rows else ""
+    return f'{sentence(PAIRED)}<div class="x-look">{"".join(sections)}</div>' if rows else ""
 
 
 def sides(pair: Pair | None) -> str:
-    """What stands below the slider."""
+    """What stands below the slider; where nothing is drawn yet, that it comes."""
     if pair is None:
-        return ""
+        return sentence("The images before and after come here as soon as they are drawn")
     what = f"{escape(pair.prompt)} · seed {pair.seed}"
     return f'<p class="x-sides"><span>before</span><b>{what}</b><span>after</span></p>'
 

@@ -56,8 +56,8 @@ SIZES = {
 FORMS = {
     "edit": "The edit (.safetensors): for expunge and diffusers pipelines, taken on and off at will.",
     "lora": "A LoRA for diffusers: pipe.load_lora_weights(…).",
-    "comfyui": "A LoRA for ComfyUI.",
-    "a1111": "A LoRA for A1111, Forge or sd-scripts.",
+    "comfyui": "A LoRA for ComfyUI: it goes into models/loras.",
+    "a1111": "A LoRA for A1111 and Forge (it goes into models/Lora) or sd-scripts.",
     "diffusers": "The whole erased model, a diffusers folder, as a .zip.",
     "safetensors": "The whole erased model as one .safetensors file, where it came as one.",
     "card": "The model card alone (.md): what was erased, how, and what that does not mean.",
