@@ -16,7 +16,9 @@ import pytest
 
 import expunge
 from browser import PATIENCE, WIDTHS, choose, erase, launched, need_browser, pages, tab
+from expunge import Concept
 from expunge.base.files import read_header
+from expunge.studio.choice import Choice, write
 
 need_browser()
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -162,9 +164,13 @@ def test_a_browser_that_comes_back_finds_the_work_going_on(opened, browser):
     assert "cat" in page.inner_text("#x-title")
 
 
-def test_cancelling_says_so_and_two_people_wait_for_each_other(opened):
+def test_cancelling_says_so_and_two_people_wait_for_each_other(opened, tmp_path):
     one, other = opened(), opened()
-    choose(one, "Cat and dog")
+    # A method that trains: one that is done in seconds might be so before the other page looks.
+    trained = Choice(concepts=(Concept("cat", "ground"),), method="esd", preset="emoji-object")
+    one.get_by_test_id("Open …-upload-button").set_input_files(write(trained, tmp_path / "studio.json"))
+    one.wait_for_selector(".x-card h3:has-text('cat')")
+    one.wait_for_selector("#x-erase:enabled")
     choose(other)
     one.click("#x-erase")
     one.wait_for_selector("#x-progress [role=progressbar]")

@@ -188,6 +188,8 @@ def test_bad_inputs_are_answered_in_a_sentence_and_nothing_is_lost(
     page.click("#x-draw")
     expect("80 prompts", "more than the 64", toast(page))
     tab(page, "Attack")
+    # The form is filled in when the tab is shown for the first time: not before that is it emptied.
+    page.wait_for_function("document.querySelector('#x-target textarea')?.value")
     page.fill("#x-target textarea", "")
     page.click("#x-attack")
     expect("an attack on nothing", "write the prompt", toast(page))
