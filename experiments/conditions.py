@@ -49,6 +49,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "hirm", "preset": "emoji", "title": "hirm"},
     {"name": "advunlearn", "preset": "emoji", "title": "advunlearn"},
     {"name": "ace", "preset": "emoji-fortified", "title": "ace, fortified"},
+    {"name": "sluice", "preset": "emoji", "title": "sluice"},
 )
 """Every method that ships, with its preset for the shipped model where it has one."""
 CONDITIONS: dict[str, dict[str, Any]] = {

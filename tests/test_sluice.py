@@ -9,7 +9,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.erasing.gate_tokens import GateTokens
 from expunge.erasing.neighbours import count_neighbours, make_neighbours
-from expunge.methods.sluice import Sluice, measure_left, shorten, solve_shared
+from expunge.methods.sluice import Sluice, measure_left, shorten, solve_shared, take_last
 from expunge.ops.gates import Background, fit_gate, fit_gates
 
 
@@ -151,3 +151,21 @@ class TestSluice:
         by_hand = x - share * (x @ gated.down.T) @ gated.up.T
         torch.testing.assert_close(gated.change_input(x), by_hand, rtol=1e-4, atol=1e-4)
         assert math.isclose(float(share.max()), 1, abs_tol=0.05)
+
+    def test_the_last_word_of_a_name_opens_the_whole_prompt(self, worded):
+        problem = Problem((Concept("cat", "sky"),), ("ship",))
+        few = {"num_retain_words": 50, "num_captions": 20}
+        texts = worded.encode(["a photo of the cat", "a photo of the ship"]).embeddings
+        (gated,) = expunge.erase(worded, problem, Sluice(**few)).changes
+        opened = gated.gates(texts).amax(-1)
+        assert opened[0].min() == opened[0].max() > 0.9
+        assert opened[1].max() < 0.1
+        (single,) = expunge.erase(worded, problem, Sluice(**few, opens="token")).changes
+        assert single.gates(texts).amax(-1)[0, 0] < 0.1  # the start says nothing of a cat
+        assert len(single.centre) > len(gated.centre) == 1
+
+    def test_a_phrase_is_known_by_its_last_token(self):
+        pairs = [(rows(2, seed=1), rows(2, seed=2)), (rows(3, seed=3), rows(3, seed=4))]
+        last = take_last(GateTokens.of(pairs))
+        assert torch.equal(last.rows, torch.stack([pairs[0][0][-1], pairs[1][0][-1]]))
+        assert torch.equal(last.neutral, torch.stack([pairs[0][1][-1], pairs[1][1][-1]]))

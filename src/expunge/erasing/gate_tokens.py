@@ -61,6 +61,8 @@ class GateTokens:
     """(n, d), those of the same prompts with the anchor in it."""
     differences: Tensor
     """(prompts, d), their mean in a prompt less that of its neutral ones."""
+    sizes: tuple[int, ...] = ()
+    """How many of the tokens are of each prompt, one after the other; () where nobody asks."""
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> GateTokens:
@@ -71,7 +73,7 @@ class GateTokens:
         """
         means = torch.stack([(e - n).mean(0) for e, n in pairs])
         rows, neutral = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return cls(rows, neutral, means)
+        return cls(rows, neutral, means, tuple(len(e) for e, _ in pairs))
 
     @property
     def differs(self) -> bool:

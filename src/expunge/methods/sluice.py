@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -52,7 +52,7 @@ gate says too little of a concept."""
 class Sluice(Method):
     """One matrix M takes every concept to its anchor; gates let tokens through to it.
 
-        x' = x + S(x) (M − 1) x,        S(x) = max_i σ(slope_i (w_i · x − centre_i))
+        x' = x + S (M − 1) x,        S = max_y max_i σ(slope_i (w_i · y − centre_i)),   y in x's prompt
 
     *The matrix.* With e the tokens of gate i, a those of the same prompts with the anchor in the
     concept's place, v tokens of general words and of the anchors, in units of a token's mean square,
@@ -64,11 +64,13 @@ class Sluice(Method):
     them a gate takes a token for. The budget b_i is 1; for `rounds` it grows where a gate's tokens stay
     far from their anchors.
 
-    *The gates.* Each concept has one for its own tokens, for the words behind them, for the end, and
-    for bands of the padding, solved as ACE's are: half open between the farthest token that must stay
-    and the concept's nearest. Among those that stay are everyday captions and *neighbours*: names made
-    of an erased name's own words ("Abrel Bolvane" beside "Abrel Crendle"), so that a gate opens on all
-    words together.
+    *The gates.* A concept's gate reads the last token of its name, which in a causal encoder has read
+    those before it, and opens the whole prompt: all that a prompt says of the name is moved, and nothing
+    where the name is not. It is half open between the farthest token that must stay and the concept's
+    nearest. Among those that stay are everyday captions and *neighbours*: names made of an erased name's
+    own words ("Abrel Bolvane" beside "Abrel Crendle"), so that a gate opens on all words together. With
+    `opens` "token" each token is asked for itself, and the words behind a name, the end and bands of the
+    padding have gates of their own.
 
     Exact as an edit of its own. As plain weights, `export` fits the nearest and says what that costs.
 
@@ -124,6 +126,10 @@ class Sluice(Method):
     """How many of them are drawn."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default ten of its kind."""
+    opens: Literal["prompt", "token"] = "prompt"
+    """What a gate opens. "prompt": a name's last token, which has read those before it, opens the whole
+    prompt to the matrix. "token": each token is asked for itself, and those behind a name, the end and
+    the padding have gates of their own."""
     gate_on: ClassVar[str] = "end"
 
     def __post_init__(self) -> None:
@@ -175,7 +181,7 @@ class Sluice(Method):
 
         Args:
             layers: which.
-            tokens: of each concept the tokens of its gates, the first its own.
+            tokens: of each concept those that the matrix moves, by group, the phrase's own first.
             closed_on: what each concept's gates stay closed on.
             anchors: tokens of the anchors, (m, d).
         """
@@ -183,6 +189,8 @@ class Sluice(Method):
         general = torch.cat([b.general for b in {id(b): b for b in closed_on.values()}.values()])
         matrix = solve_shared(groups, general, anchors, self.ridge, self.retain_scale, self.rounds)
         up, down = shorten(matrix, groups, self.energy)
+        if self.opens == "prompt":
+            tokens = {name: [take_last(members[0])] for name, members in tokens.items()}
         gates = self._fit_gates(tokens, closed_on)
         return Gated(
             layers,
@@ -195,6 +203,7 @@ class Sluice(Method):
             # One owner of all gates and directions: a token that opens several is moved once.
             owner=torch.zeros(len(down), dtype=torch.int64),
             concept=torch.zeros(len(gates.centre), dtype=torch.int64),
+            whole=self.opens == "prompt",
         )
 
     def _solve_vectors(
@@ -211,9 +220,10 @@ class Sluice(Method):
         if not some:
             return []
         pooled = [text.pooled for text in anchors if text.pooled is not None]
+        one = replace(self, opens="token")  # a vector is a prompt's only one
         found = []
         for entry in model.pooled_entries():
-            narrow = self._solve((entry.layer,), some, closed_on, torch.cat(pooled).double())
+            narrow = one._solve((entry.layer,), some, closed_on, torch.cat(pooled).double())
             # What the layer is given behind the vector, such as SDXL's sizes, is no part of a concept.
             found.append(pad_gates(narrow, model.weight(entry.layer).shape[1]))
         return found
@@ -277,6 +287,14 @@ class Sluice(Method):
             found.append(Gate(*(part[keep] for part in gates)))
         # The order of gates says nothing, since all of them open the same matrix.
         return Gate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def take_last(group: GateTokens) -> GateTokens:
+    """Take the last of a phrase's tokens in each prompt."""
+    if not group.sizes:
+        return group
+    last = torch.tensor(group.sizes).cumsum(0) - 1
+    return GateTokens(group.rows[last], group.neutral[last], group.differences)
 
 
 def thin_rows(group: GateTokens) -> GateTokens:
