@@ -160,9 +160,15 @@ class Sluice(Method):
         near, said = self._read_neighbours(model, problem, run), self._read_captions(model, problem, run)
         closed_on = {name: ground.tokens for name, ground in grounds.items()}
         # One wider background for each of the old ones: concepts of a kind share theirs.
-        wider = {id(b): self._widen(b, near, said) for b in closed_on.values()}
+        narrow = {id(b): b for b in closed_on.values()}
+        wider = {key: self._widen(b, near, said) for key, b in narrow.items()}
         closed_on = {name: wider[id(b)] for name, b in closed_on.items()}
-        tokens = keep_separable(self, model, problem, tokens, closed_on, retained)
+        if self.opens == "prompt":
+            # Only the first of a concept's groups has a gate: it alone is asked whether it stands clear.
+            phrases = {name: members[:1] for name, members in tokens.items()}
+            keep_separable(self, model, problem, phrases, closed_on, retained)
+        else:
+            tokens = keep_separable(self, model, problem, tokens, closed_on, retained)
         own = {name: retained[name] for name in dict.fromkeys(c.anchor or "" for c in problem.erase)}
         # Of what is retained the anchors alone: the matrix must not move what it leads to.
         anchors = torch.cat([text.embeddings[text.read] for text in own.values()]).double()
