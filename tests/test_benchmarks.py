@@ -58,7 +58,9 @@ def test_true_sizes_are_those_of_the_page():
     rows = json.loads((HERE / "results" / "true_size.json").read_text())
     assert len(table("true size")) == len(rows) >= 5
     for row in rows:
-        figures = (f"{row[f'{part}, processor s']:.0f}" for part in ("closed form", "export"))
+        # A gated edit is exported by fitting weights to what a text encoder says, which is not here.
+        seconds = (row.get(f"{part}, processor s") for part in ("closed form", "export"))
+        figures = ("–" if one is None else f"{one:.0f}" for one in seconds)
         line = f"| {' | '.join(figures)} | {row['peak, GB']:.1f} GB |"
         assert any(found.endswith(line) for found in table("true size")), (row["model"], row["method"])
         assert row["peak, GB"] < 4
