@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 400, "height": 860}
+# High enough for the whole page: the Erase button, which stays in sight, would lie over what it passes.
+DESKTOP, PHONE = {"width": 1280, "height": 1400}, {"width": 400, "height": 860}
 
 
 def save(page: Any, path: Path, **options: Any) -> None:
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7990)
     parser.add_argument("--chromium", default=os.environ.get("CHROMIUM", "/usr/bin/chromium"))
     options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
 
     command = [sys.executable, "-m", "expunge", "studio", "--no-browser", "--port", str(options.port)]
