@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from expunge.base.errors import ExpungeError
 from expunge.base.files import check_weights
+from expunge.base.modules import MAKING
 
 HERE = Path(__file__).parent
 
@@ -59,15 +60,16 @@ class Clip:
         # float32 on the CPU: the files hold float16, in which convolutions there are slow or missing.
         pipeline, towers = folder / "pipeline", {"dtype": torch.float32, "local_files_only": True}
         try:
-            return cls(
-                CLIPTokenizer.from_pretrained(pipeline / "tokenizer"),
-                CLIPTextModel.from_pretrained(pipeline / "text_encoder", **towers).eval(),
-                CLIPVisionModel.from_pretrained(folder / "clip", **towers).eval(),
-                {
-                    k: v.float()
-                    for k, v in load_file(folder / "clip" / "projections.safetensors").items()
-                },
-            )
+            with MAKING:
+                return cls(
+                    CLIPTokenizer.from_pretrained(pipeline / "tokenizer"),
+                    CLIPTextModel.from_pretrained(pipeline / "text_encoder", **towers).eval(),
+                    CLIPVisionModel.from_pretrained(folder / "clip", **towers).eval(),
+                    {
+                        k: v.float()
+                        for k, v in load_file(folder / "clip" / "projections.safetensors").items()
+                    },
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise ExpungeError(
                 f"cannot load the CLIP in {folder}: {str(error).splitlines()[0]}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from expunge.base.errors import ExpungeError
+from expunge.base.modules import MAKING
 from expunge.base.quiet import silence_libraries
 
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
@@ -50,7 +51,7 @@ class GroundedSAM:
 
         name = detector
         try:
-            with silence_libraries():
+            with MAKING, silence_libraries():
                 tokenizer = AutoTokenizer.from_pretrained(detector)
                 finder = GroundingDinoForObjectDetection.from_pretrained(detector, use_safetensors=True)
                 name = segmenter

@@ -297,8 +297,6 @@ class Sluice(Method):
 
 def take_last(group: GateTokens) -> GateTokens:
     """Take the last of a phrase's tokens in each prompt."""
-    if not group.sizes:
-        return group
     last = torch.tensor(group.sizes).cumsum(0) - 1
     return GateTokens(group.rows[last], group.neutral[last], group.differences)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expunge.base.errors import ExpungeError
+from expunge.base.modules import MAKING
 from expunge.emoji.clip import HERE, Clip
 
 
@@ -79,7 +80,8 @@ def _transformers(model: str) -> Towers:
     from transformers import CLIPModel, CLIPTokenizer
 
     try:
-        clip: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+        with MAKING:
+            clip: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
         tokenizer = CLIPTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         said = (str(error).strip().splitlines() or ["?"])[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from expunge.base.errors import ExpungeError
+from expunge.base.modules import MAKING
 from expunge.metric import Classifier, is_blank
 
 
@@ -139,7 +140,10 @@ def _load(folder: str) -> LabelledNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
-        network = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).eval()
+        with MAKING:
+            network = AutoModelForImageClassification.from_pretrained(
+                folder, use_safetensors=True
+            ).eval()
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         said = (str(error).strip().splitlines() or ["?"])[0]
