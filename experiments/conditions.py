@@ -1,12 +1,14 @@
-"""Does it stay gone? Every method on three words, under every condition and attack, with few images.
+"""Does it stay gone? Every method on three words, or ten flags, under every condition, with few images.
 
 Every edit is judged on its word's own prompt, unattacked and under each condition, the original under
 the same condition beside it. The budgets are the fewest that say something, and the images few: a first
-look, and no figure to compare methods by. Writes `results/conditions-quick.json` after every method and
+look, and no figure to compare methods by. Words are erased one at a time, flags all ten at
+once. Writes `results/conditions-quick.json`, or `conditions-flags-quick.json`, after every method and
 condition, and goes on from there when it is started again, whatever part it was started for; `--table`
 prints what is there.
 
     python experiments/conditions.py [--methods uce ace] [--conditions wording] [--images 4]
+    python experiments/conditions.py --problem flags --images 2
     python experiments/conditions.py --table
 """
 
@@ -30,6 +32,13 @@ from expunge.fingerprint import hash_for_images
 
 HERE = Path(__file__).parent
 WORDS = ("airplane", "cat", "ship")
+PROBLEMS = {
+    "words": ("ace/objects.toml", WORDS, "conditions-quick.json"),
+    "flags": ("ace/flags-10.toml", ("flag of France",), "conditions-flags-quick.json"),
+}
+"""The experiment, the first names of those of its problems that are taken, and where results go."""
+FLAG_PRESETS = {"speed": "many", "oce": "identity", "esd": "emoji-identity", "ant": "emoji-identity"}
+"""Of the methods whose preset depends on what is erased."""
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "uce", "title": "uce"},
     {"name": "speed", "preset": "few", "title": "speed"},
@@ -164,22 +173,29 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=titles, choices=titles, metavar="METHOD")
     parser.add_argument("--images", type=int, default=4, help="images of each word")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--problem", default="words", choices=list(PROBLEMS))
     parser.add_argument("--edits", type=Path, default=HERE / "conditions.work" / "edits")
-    parser.add_argument("--to", type=Path, default=HERE / "results" / "conditions-quick.json")
+    parser.add_argument("--to", type=Path, help="the file of results")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
+    source, names, results = PROBLEMS[options.problem]
+    options.to = options.to or HERE / "results" / results
+    methods = METHODS
+    if options.problem == "flags":
+        for_flags = {title: {"preset": preset} for title, preset in FLAG_PRESETS.items()}
+        methods = tuple(method | for_flags.get(method["title"], {}) for method in METHODS)
     if options.table:
         print(make_table(json.loads(options.to.read_text(encoding="utf-8"))))
         return
-    experiment, model = Experiment.read(HERE / "ace" / "objects.toml"), expunge.load("emoji")
+    experiment, model = Experiment.read(HERE / source), expunge.load("emoji")
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.images)
     suite = dataclasses.replace(suite, sizes={"quick": few}, attacks=CONDITIONS)
-    problems = tuple(p for p in experiment.problems if p.erase[0].name in WORDS)
-    jobs = dataclasses.replace(experiment, methods=METHODS, problems=problems).jobs()
+    problems = tuple(p for p in experiment.problems if p.erase[0].name in names)
+    jobs = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
     settings = {
         "model sha256": hash_for_images(model),
-        "words": list(WORDS),
+        "words": [concept.name for problem in problems for concept in problem.erase],
         "images a word": options.images,
         "autocast": "bfloat16",
         "budgets": json.loads(json.dumps(CONDITIONS)),

@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="new scenes only every so many steps, as many more")
     parser.add_argument("--shards", type=int, default=64, help="shards of 512 scenes that are kept")
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--channels", type=int, nargs="+", help="of the U-Net's levels")
     parser.add_argument("--samples", type=float, default=10, help="minutes between two sheets of samples")
     parser.add_argument("--begin", type=Path, help="folder of a U-Net to begin with where there is no checkpoint")
@@ -318,7 +319,7 @@ def main() -> None:
     schedule = Schedule(options.rate, 100, options.minutes if options.anneal else None)
     weights = train(
         options.name, unet, denoiser.loss_of, options.work, optimiser, schedule, minutes=options.minutes,
-        start=options.initial, average=0.999, sample=denoiser.sample, sample_every=60 * options.samples,
+        start=options.initial, average=options.average, sample=denoiser.sample, sample_every=60 * options.samples,
     )  # fmt: skip
     if rank == 0:
         unet.load_state_dict(weights)
