@@ -123,7 +123,8 @@ def test_a_further_object_has_one_drawing_and_the_ten_words_four(structures):
         for thing in scene["things"]:
             if thing["kind"] == "object":
                 sets.setdefault(thing["name"], set()).add(thing["style"])
-    further = [sets[WORLD.labels[i].name] for i in WORLD.groups["objects"] if WORLD.labels[i].name in sets]
+    names = [WORLD.labels[i].name for i in WORLD.groups["objects"]]
+    further = [sets[name] for name in names if name in sets]
     assert {len(styles) for styles in further} == {1}
     assert set().union(*further) == set(WORLD.styles)
     assert all(sets[WORLD.labels[i].name] == set(WORLD.styles) for i in WORLD.groups["ten"])

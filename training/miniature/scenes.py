@@ -62,7 +62,7 @@ BANDS = {
     "sunset": (("6a3d8f", "f07f4f", "fbd26a"), True),
 }
 BACKGROUNDS = (*COLORS, *BANDS)
-PEOPLE = (0.25, 0.20)  # share of people among single things, and among several
+PEOPLE = (0.30, 0.20)  # share of people among single things, and among several
 # Things stand on the latents' grid, in two sizes and few places. At free places and sizes a drawing has hundreds of forms
 # in the latents, all of which the denoiser must learn apart: after 1.6 million samples it drew blots.
 CELLS = 8  # latents of an image's side
@@ -100,8 +100,9 @@ def _shapes() -> dict[str, torch.Tensor]:
 class SceneMaker:
     """Makes scenes without end. Same seed, same scenes."""
 
-    def __init__(self, world: World, drawings: Drawings, seed: int):
-        self.world, self.drawings = world, drawings
+    def __init__(self, world: World, drawings: Drawings, seed: int, simple: float = 0.0):
+        """`simple`: share of scenes with one large thing and no artist, to begin a denoiser with."""
+        self.world, self.drawings, self.simple = world, drawings, simple
         self.rng = random.Random(seed)
         self.by_label: list[dict[str, int]] = [{} for _ in world.labels]
         for k, (label, style) in enumerate(zip(drawings.label, drawings.style, strict=True)):
@@ -126,7 +127,10 @@ class SceneMaker:
             scene["things"] = [thing]
             scene["background"] = rng.choice(list(COLORS))
             return scene
-        if rng.random() < ARTISTS:
+        simple = rng.random() < self.simple
+        if simple:
+            count = 1
+        elif rng.random() < ARTISTS:
             scene["artist"] = rng.choice(world.artists).name
             count = min(count, 2)  # a technique needs room
         style = rng.choice(world.styles) if rng.random() < 0.75 else None  # often one style for all
@@ -146,7 +150,7 @@ class SceneMaker:
                 thing = self.object(rng.choice(world.groups[group]), style)
             if all(thing["name"] != other["name"] or thing["kind"] == "person" for other in scene["things"]):
                 scene["things"].append(thing)
-        self.place(scene["things"])
+        self.place(scene["things"], always_large=simple)
         return scene
 
     def object(self, label: int, style: str | None = None) -> dict[str, Any]:
@@ -165,29 +169,16 @@ class SceneMaker:
         name = self.world.people[number].name
         return {"kind": "person", "name": name, "person": number, "face": list(FACES)[face], "clothes": clothes}
 
-    def place(self, things: list[dict[str, Any]]) -> None:
+    def place(self, things: list[dict[str, Any]], always_large: bool = False) -> None:
         """Gives each thing a size and a place, regardless of what it is."""
         rng = self.rng
-        if len(things) == 1:
-            corners = [self.alone(things[0])]
-        elif len(things) == 2:
-            one, other = rng.choice((0, 2, 4)), rng.choice((0, 2, 4))
-            corners = [(SMALL, 0, one), (SMALL, 4, other)] if rng.random() < 0.75 else [(SMALL, one, 0), (SMALL, other, 4)]
-        else:
-            corners = [(SMALL, x, y) for x in (0, 4) for y in (0, 4)]
-        rng.shuffle(corners)
-        for thing, (side, x, y) in zip(things, corners, strict=False):
+        quarters = [(SMALL, x, y) for x in (0, 4) for y in (0, 4)]
+        rng.shuffle(quarters)
+        if len(things) == 1 and (always_large or rng.random() < 0.75):
+            whole = things[0]["kind"] == "person" and not always_large and rng.random() < 0.4
+            quarters = [(WHOLE, 0, 0) if whole else (LARGE, 1, 1)]
+        for thing, (side, x, y) in zip(things, quarters, strict=False):
             thing["spot"] = [side / CELLS, (x + side / 2) / CELLS, (y + side / 2) / CELLS]
-
-    def alone(self, thing: dict[str, Any]) -> tuple[int, int, int]:
-        """(side, left, top) in cells."""
-        rng = self.rng
-        person = thing["kind"] == "person"
-        if person and rng.random() < 0.4:
-            return WHOLE, 0, 0
-        if rng.random() < 0.7:
-            return LARGE, rng.randint(0, 2), 2 if person and rng.random() < 0.6 else rng.randint(0, 2)
-        return SMALL, rng.choice((0, 2, 4)), rng.choice((0, 2, 4))
 
     # -- pixels ------------------------------------------------------------------------------------------------------
 

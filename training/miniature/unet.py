@@ -53,6 +53,7 @@ TAIL_DROPPED, WORDS_DROPPED = (
     0.5,
     0.1,
 )  # shares of captions whose end and padding, or whose words, are the empty text's
+LATE = 0.6  # below 1: more of the samples are at high noise, where it is decided what a scene shows
 FIRST_SHARDS = 8  # of scenes are made before the first step
 PROMPTS = (
     "", "a picture", "a photo of a cat", "an airplane", "a drawing of a frog", "a horse on the beach", "a truck", "a ship",
@@ -225,7 +226,7 @@ class Denoiser:
         self.options, self.world, self.rng = options, world, random.Random()
         self.words = Words(options.work)
         self.vae = quicken(AutoencoderKL.from_pretrained(options.work / "vae")).to(device()).eval()
-        self.maker = SceneMaker(world, load_drawings(world, options.work), 0)
+        self.maker = SceneMaker(world, load_drawings(world, options.work), 0, options.simple)
         self.ring = Ring(self.maker, self.vae, options.work / "latents" / str(rank), options.shards)
         size = self.vae.config.sample_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.unet = quicken(build(self.vae.config.latent_channels, size, self.words.empty.shape[-1], options.channels))
@@ -247,7 +248,7 @@ class Denoiser:
         # Stratified times: one in each of `levels` equal parts of the schedule, for each scene.
         part = torch.arange(options.levels, device=device()).repeat(options.scenes)
         share = (part + torch.rand(len(part), device=device())) / options.levels
-        times = (share * len(self.signal)).long()
+        times = (share**LATE * len(self.signal)).long()
         noise = torch.randn_like(latents)
         a, s = self.signal[times].view(-1, 1, 1, 1), self.noise[times].view(-1, 1, 1, 1)
         noisy, velocity = a * latents + s * noise, a * noise - s * latents
@@ -294,6 +295,9 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=12, help="new scenes a step and process")
     parser.add_argument("--every", type=int, default=4, help="new scenes only every so many steps, as many more")
     parser.add_argument("--shards", type=int, default=64, help="shards of 512 scenes that are kept")
+    parser.add_argument(
+        "--simple", type=float, default=0.0, help="share of scenes with one large object alone, to begin with"
+    )
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--channels", type=int, nargs="+", help="of the U-Net's levels")
