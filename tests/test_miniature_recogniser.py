@@ -1,10 +1,15 @@
 """What the miniature's recogniser is taught, and what counts as right."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from training.miniature import broken
 from training.miniature.artists import PALETTES, TECHNIQUES
-from training.miniature.recogniser import Names, Recogniser, joined, losses, spoil, truth_of
+from training.miniature.loop import write
+from training.miniature.recogniser import Names, Recogniser, joined, keep, losses, spoil, truth_of
 from training.miniature.world import read_world
 
 WORLD = read_world()
@@ -80,3 +85,17 @@ def test_wear_changes_little_and_breaking_much() -> None:
     image[:, 0, 16:48, 16:48] = 1
     assert (broken.weather(image) - image).abs().mean() < 0.1
     assert (broken.muddle(torch.randn(8, 4, 16, 16)).std() - 1).abs() < 0.5
+
+
+def test_what_is_kept_can_be_begun_with(tmp_path: Path) -> None:
+    net = Recogniser(NAMES.sizes)
+    average = net.state_dict()
+    write({"average": average, "step": 7, "spent": 60.0}, tmp_path / "recogniser.pt")
+    keep(tmp_path, "recogniser", tmp_path / "kept")
+    weights = load_file(tmp_path / "kept" / "model.safetensors")
+    other = Recogniser(NAMES.sizes)
+    other.load_state_dict(weights)
+    for key, value in other.state_dict().items():
+        assert torch.allclose(value, average[key], rtol=1e-3, atol=1e-6), key
+    with pytest.raises(SystemExit, match=r"There is no .*other\.pt"):
+        keep(tmp_path, "other", tmp_path / "kept")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expunge.miniature import recogniser
@@ -27,7 +28,7 @@ from training.miniature import broken
 from training.miniature.artists import PALETTES, TECHNIQUES
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, train, write_json
+from training.miniature.loop import Notes, Schedule, join, read, train, write_json
 from training.miniature.scenes import SceneMaker
 from training.miniature.world import WORK, World, read_world
 
@@ -210,6 +211,20 @@ def calibrate(net: Recogniser, source: Source, n: int = 2000) -> Thresholds:
     return thresholds_of(joined(answers), joined(truths))
 
 
+def keep(work: Path, name: str, folder: Path) -> None:
+    """Writes what another machine can begin with: the averaged weights of a checkpoint, and how well they do."""
+    state = read(work / f"{name}.pt")
+    if state is None:
+        raise SystemExit(f"There is no {work / name}.pt.")
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in state["average"].items()}
+    save_file(half, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)
+    if (work / f"{name}.json").exists():
+        (folder / "held_out.json").write_bytes((work / f"{name}.json").read_bytes())
+    print(f"step {state['step']}, {state['spent'] / 60:.0f} minutes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
@@ -217,9 +232,14 @@ def main() -> None:
     parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--begin", type=Path, help="folder of weights to begin with where there is no checkpoint")
+    parser.add_argument("--keep", type=Path, help="train nothing: write the averaged weights to this folder")
     parser.add_argument("--name", default="recogniser")
     parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
+    if options.keep:
+        keep(options.work, options.name, options.keep)
+        return
     torch.manual_seed(join())
     set_up()
     world, vae = read_world(), None
@@ -227,6 +247,9 @@ def main() -> None:
         vae = quicken(AutoencoderKL.from_pretrained(options.work / "vae")).eval()
     source, unseen = Source(world, options.work, 21, vae), Source(world, options.work, 1021, vae)
     net = Recogniser(source.names.sizes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+    if options.begin and not (options.work / f"{options.name}.pt").exists():
+        net.load_state_dict(load_file(options.begin / "model.safetensors"))
 
     def loss_of(step: int) -> tuple[Tensor, Notes]:
         source.maker.rng.seed(torch.initial_seed())

@@ -146,7 +146,7 @@ class SceneMaker:
                 color = rng.choice([color for color in COLORS if color != scene["background"]])
                 thing = {"kind": "shape", "name": rng.choice(world.shapes), "color": color}
             else:
-                group = rng.choices(("ten", "objects", "unsafe"), (18, 73, 9))[0]
+                group = rng.choices(("ten", "objects", "unsafe"), (28, 62, 10))[0]
                 thing = self.object(rng.choice(world.groups[group]), style)
             if all(thing["name"] != other["name"] or thing["kind"] == "person" for other in scene["things"]):
                 scene["things"].append(thing)
