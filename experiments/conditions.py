@@ -19,6 +19,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,25 @@ from expunge.fingerprint import hash_for_images
 
 HERE = Path(__file__).parent
 WORDS = ("airplane", "cat", "ship")
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What is erased, and how."""
+
+    experiment: str
+    first: tuple[str, ...]
+    """The first names of those of the experiment's problems that are taken."""
+    results: str
+    presets: Mapping[str, str] = field(default_factory=dict)
+    """Of the methods that take another preset than in `METHODS`."""
+
+
+FLAGS = {"speed": "many", "oce": "identity", "esd": "emoji-identity", "ant": "emoji-identity"}
 PROBLEMS = {
-    "words": ("ace/objects.toml", WORDS, "conditions-quick.json"),
-    "flags": ("ace/flags-10.toml", ("flag of France",), "conditions-flags-quick.json"),
+    "words": Erased("ace/objects.toml", WORDS, "conditions-quick.json"),
+    "flags": Erased("ace/flags-10.toml", ("flag of France",), "conditions-flags-quick.json", FLAGS),
 }
-"""The experiment, the first names of those of its problems that are taken, and where results go."""
-FLAG_PRESETS = {"speed": "many", "oce": "identity", "esd": "emoji-identity", "ant": "emoji-identity"}
-"""Of the methods whose preset depends on what is erased."""
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "uce", "title": "uce"},
     {"name": "speed", "preset": "few", "title": "speed"},
@@ -178,20 +191,22 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="the file of results")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
-    source, names, results = PROBLEMS[options.problem]
-    options.to = options.to or HERE / "results" / results
-    methods = METHODS
-    if options.problem == "flags":
-        for_flags = {title: {"preset": preset} for title, preset in FLAG_PRESETS.items()}
-        methods = tuple(method | for_flags.get(method["title"], {}) for method in METHODS)
+    erased = PROBLEMS[options.problem]
+    options.to = options.to or HERE / "results" / erased.results
     if options.table:
         print(make_table(json.loads(options.to.read_text(encoding="utf-8"))))
         return
-    experiment, model = Experiment.read(HERE / source), expunge.load("emoji")
+    experiment, model = Experiment.read(HERE / erased.experiment), expunge.load("emoji")
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.images)
     suite = dataclasses.replace(suite, sizes={"quick": few}, attacks=CONDITIONS)
-    problems = tuple(p for p in experiment.problems if p.erase[0].name in names)
+    problems = tuple(p for p in experiment.problems if p.erase[0].name in erased.first)
+    methods = tuple(
+        method | {"preset": erased.presets[method["title"]]}
+        if method["title"] in erased.presets
+        else method
+        for method in METHODS
+    )
     jobs = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
     settings = {
         "model sha256": hash_for_images(model),

@@ -108,6 +108,18 @@ def read(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
+def read_stage(folder: Path, name: str) -> dict[str, Any]:
+    """A stage's checkpoint.
+
+    Raises:
+        SystemExit: it has none yet.
+    """
+    state = read(folder / f"{name}.pt")
+    if state is None:
+        raise SystemExit(f"There is no {folder / name}.pt: train it first (training/miniature/README.md).")
+    return state
+
+
 def train(
     name: str,
     module: nn.Module,

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -34,8 +33,8 @@ from expunge.base.files import check_weights
 from expunge.miniature.recogniser import Network, Thresholds, describe_config
 from training.emoji.export import set_in
 from training.miniature.card import load, write_card
-from training.miniature.loop import read
-from training.miniature.recogniser import Names, Source, calibrate
+from training.miniature.loop import read_stage
+from training.miniature.recogniser import Names, Source, calibrate, write_weights
 from training.miniature.unet import SCHEDULE, build
 from training.miniature.world import WORK, World, read_world
 
@@ -80,10 +79,7 @@ def averaged(work: Path, name: str) -> dict[str, Tensor]:
     Raises:
         SystemExit: it has none yet.
     """
-    state = read(work / f"{name}.pt")
-    if state is None:
-        raise SystemExit(f"There is no {work / name}.pt: train it first (training/miniature/README.md).")
-    return state["average"]
+    return read_stage(work, name)["average"]
 
 
 def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
@@ -157,8 +153,7 @@ def write_recogniser(work: Path, name: str, world: World, folder: Path) -> int:
     if (work / "objects.npy").exists() and (work / "people.npy").exists():
         thresholds = calibrate(network, Source(world, work, 2021, None))
     folder.mkdir(parents=True)
-    half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
-    save_file(half, folder / "model.safetensors")
+    write_weights(network.state_dict(), folder / "model.safetensors")
     artists = {artist.name: (artist.palette, artist.technique) for artist in world.artists}
     write(folder / "config.json", describe_config(names, artists, widths, thresholds))
     if (work / f"{name}.json").exists():

@@ -28,7 +28,7 @@ from training.miniature import broken
 from training.miniature.artists import PALETTES, TECHNIQUES
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read, train, write_json
+from training.miniature.loop import Notes, Schedule, join, read_stage, train, write_json
 from training.miniature.scenes import SceneMaker
 from training.miniature.world import WORK, World, read_world
 
@@ -211,15 +211,18 @@ def calibrate(net: Recogniser, source: Source, n: int = 2000) -> Thresholds:
     return thresholds_of(joined(answers), joined(truths))
 
 
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Writes a network's weights in float16, for everybody to read."""
+    half = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in weights.items()}
+    save_file(half, path)
+    path.chmod(0o644)  # the library writes it for its owner alone
+
+
 def keep(work: Path, name: str, folder: Path) -> None:
     """Writes what another machine can begin with: the averaged weights of a checkpoint, and how well they do."""
-    state = read(work / f"{name}.pt")
-    if state is None:
-        raise SystemExit(f"There is no {work / name}.pt.")
+    state = read_stage(work, name)
     folder.mkdir(parents=True, exist_ok=True)
-    half = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in state["average"].items()}
-    save_file(half, folder / "model.safetensors")
-    (folder / "model.safetensors").chmod(0o644)
+    write_weights(state["average"], folder / "model.safetensors")
     if (work / f"{name}.json").exists():
         (folder / "held_out.json").write_bytes((work / f"{name}.json").read_bytes())
     print(f"step {state['step']}, {state['spent'] / 60:.0f} minutes")

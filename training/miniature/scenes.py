@@ -172,12 +172,12 @@ class SceneMaker:
     def place(self, things: list[dict[str, Any]], always_large: bool = False) -> None:
         """Gives each thing a size and a place, regardless of what it is."""
         rng = self.rng
-        quarters = [(SMALL, x, y) for x in (0, 4) for y in (0, 4)]
-        rng.shuffle(quarters)
+        squares = [(SMALL, x, y) for x in (0, 4) for y in (0, 4)]
+        rng.shuffle(squares)
         if len(things) == 1 and (always_large or rng.random() < 0.75):
             whole = things[0]["kind"] == "person" and not always_large and rng.random() < 0.4
-            quarters = [(WHOLE, 0, 0) if whole else (LARGE, 1, 1)]
-        for thing, (side, x, y) in zip(things, quarters, strict=False):
+            squares = [(WHOLE, 0, 0) if whole else (LARGE, 1, 1)]
+        for thing, (side, x, y) in zip(things, squares, strict=False):
             thing["spot"] = [side / CELLS, (x + side / 2) / CELLS, (y + side / 2) / CELLS]
 
     # -- pixels ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, device, has_bfloat16, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read, train
+from training.miniature.loop import Notes, Schedule, join, read_stage, train
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sheets import sheet
@@ -272,9 +272,7 @@ class Denoiser:
 
 def keep(work: Path, name: str, folder: Path) -> None:
     """Writes what another machine can begin with: the averaged weights of a checkpoint, in files below 16 MB."""
-    state = read(work / f"{name}.pt")
-    if state is None:
-        raise SystemExit(f"There is no {work / name}.pt.")
+    state = read_stage(work, name)
     vae = AutoencoderKL.load_config(work / "vae")
     size = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
     channels = [len(state["average"][f"down_blocks.{k}.resnets.0.conv1.bias"]) for k in range(8)
@@ -296,7 +294,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="new scenes only every so many steps, as many more")
     parser.add_argument("--shards", type=int, default=64, help="shards of 512 scenes that are kept")
     parser.add_argument(
-        "--simple", type=float, default=0.0, help="share of scenes with one large object alone, to begin with"
+        "--simple", type=float, default=0.0, help="share of scenes with one large thing alone, to begin with"
     )
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
