@@ -5,6 +5,7 @@
     FOLDER/pipeline/      an ordinary diffusers folder in float16, files up to 16 MB; `expunge.json`: steps, guidance,
                           anchors, and all names by kind
     FOLDER/recogniser/    the judge: config.json, model.safetensors, held_out.json
+    FOLDER/clip/          the image tower that goes with the text encoder, where it was trained
     FOLDER/concepts.json  objects with their names, design sets, super-categories, people and artists with their traits
     FOLDER/gates.json     what `training.miniature.gates` measured, where it did
     FOLDER/README.md      the card: gates and yardstick where they were measured, "not measured yet" elsewhere
@@ -40,7 +41,9 @@ from training.miniature.world import WORK, World, read_world
 
 LARGEST = 16 * 2**20  # bytes of a file that is committed
 ROOT = Path(__file__).parents[2]
-PARTS = ("pipeline", "recogniser", "concepts.json", "gates.json", "README.md", "NOTICE", "people.png", "artists.png")
+PARTS = (
+    "pipeline", "recogniser", "clip", "concepts.json", "gates.json", "README.md", "NOTICE", "people.png", "artists.png",
+)  # fmt: skip
 DRAWING: dict[str, Any] = {
     "num_inference_steps": 20,  # what the gates are measured with by default
     "guidance_scale": 4.0,
@@ -195,6 +198,8 @@ def pack(work: Path, to: Path, name: str = "unet", recogniser: str = "recogniser
     try:
         counts = write_pipeline(work, name, world, beside / "pipeline")
         counts["recogniser"] = write_recogniser(work, recogniser, world, beside / "recogniser")
+        if (work / "clip").is_dir():
+            shutil.copytree(work / "clip", beside / "clip")
         write(beside / "concepts.json", concepts_of(world))
         for file in ("gates.json", "people.png", "artists.png"):
             if (work / file).exists():

@@ -1,4 +1,4 @@
-"""A CLIP for the metrics that need one: the emoji model's own, or one of transformers."""
+"""A CLIP for the metrics that need one: a shipped model's own, or one of transformers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expunge.base import registry
 from expunge.base.errors import ExpungeError
 from expunge.base.modules import MAKING
-from expunge.emoji.clip import HERE, Clip
+from expunge.base.shipped import list_shipped
+from expunge.emoji.clip import Clip
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,10 @@ class Towers:
 
 @cache
 def towers(model: str) -> Towers:
-    """Load the CLIP called "emoji", or one of transformers by folder or hub id; each is loaded once.
+    """Load a shipped model's CLIP, such as "emoji", or one of transformers; each is loaded once.
+
+    Args:
+        model: the shipped model's name, or a folder or hub id for transformers.
 
     Raises:
         ExpungeError: its weights are missing.
@@ -46,16 +52,17 @@ def towers(model: str) -> Towers:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return _emoji() if model == "emoji" else _transformers(model)
+        own = registry.HERE / model if model in list_shipped() else None
+        return _shipped(own) if own and (own / "clip").is_dir() else _transformers(model)
     finally:
         if shown:
             logging.enable_progress_bar()
 
 
-def _emoji() -> Towers:
-    clip = Clip.load()
+def _shipped(folder: Path) -> Towers:
+    clip = Clip.load(folder)
     digest = hashlib.sha256()
-    for file in sorted((HERE / "clip").glob("*.safetensors")):
+    for file in sorted((folder / "clip").glob("*.safetensors")):
         digest.update(file.read_bytes())
     size: int = clip.image.config.image_size  # type: ignore[union-attr, assignment]
 
