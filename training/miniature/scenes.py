@@ -119,7 +119,7 @@ class SceneMaker:
             background = "white"
         scene: Structure = {"things": [], "background": background, "artist": "", "use": "named"}
         scene["horizon"] = rng.choice(HORIZONS) / CELLS
-        count = rng.choices((0, 1, 2, 3, 4), (3, 62, 25, 6, 4))[0]
+        count = rng.choices((0, 1, 2, 3, 4), (3, 58, 31, 5, 3))[0]
         if count == 1 and (pick := rng.random()) < 0.17:  # one clear thing, for words that say nothing
             scene["use"] = "empty" if pick < 0.11 else "generic"
             thing = self.object(world.label_index[rng.choice(world.shows)])
@@ -172,7 +172,8 @@ class SceneMaker:
     def place(self, things: list[dict[str, Any]], always_large: bool = False) -> None:
         """Gives each thing a size and a place, regardless of what it is."""
         rng = self.rng
-        squares = [(SMALL, x, y) for x in (0, 4) for y in (0, 4)]
+        rows = (2,) if len(things) < 3 else (0, 4)  # one or two things: beside each other; more: in the quarters
+        squares = [(SMALL, x, y) for x in (0, 4) for y in rows]
         rng.shuffle(squares)
         if len(things) == 1 and (always_large or rng.random() < 0.75):
             whole = things[0]["kind"] == "person" and not always_large and rng.random() < 0.4

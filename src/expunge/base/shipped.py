@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from expunge.base import registry
 
+DEFAULT_MODEL = "emoji"
+"""What commands, suites and experiments work on where no model is named, and whose CLIP metrics take."""
+
 
 def list_shipped() -> list[str]:
     """Return the names of the models that ship, and of those whose suites came before their weights.

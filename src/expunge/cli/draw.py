@@ -16,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files
 from expunge.base.errors import ExpungeError, ExpungeWarning, join_names
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import LoadingOptions
 from expunge.cli.terminal import show_progress
@@ -44,7 +45,7 @@ class DrawOptions:
     """The seed of the first image."""
     edit: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="EDIT", help_behavior_hint="")] = ()
     """An edit to apply; may be given more than once."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Number of denoising steps; by default the model's own."""

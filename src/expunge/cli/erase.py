@@ -19,6 +19,7 @@ from tyro.conf import UseAppendAction, arg
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError, join_names
 from expunge.base.fields import format_values
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
 from expunge.cli.known_names import find_doubtful, match_names, read_names, warn_doubtful
@@ -60,7 +61,7 @@ class EraseOptions:
     """Choose the method's strength on held-out prompts: the weakest that erases enough."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """A named set of the method's options; those given beside it count. `--preset list` lists them."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     seed: int = 0
     """The seed of all random numbers."""

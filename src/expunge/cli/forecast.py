@@ -10,6 +10,7 @@ from tyro.conf import UseAppendAction, arg
 
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.checkpoints import loading
 from expunge.cli import concept_files
 from expunge.cli.known_names import match_names, read_names
@@ -54,7 +55,7 @@ class ForecastOptions:
     """A named set of the method's options."""
     words: int = 300
     """How many of the tokenizer's words to ask, the most frequent first."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """A shipped model, a diffusers folder, a single .safetensors file, or a hub id."""
     seed: int = 0
     """The seed of all random numbers."""

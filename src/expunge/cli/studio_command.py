@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+from expunge.base.shipped import DEFAULT_MODEL
+
 ROOM = "expunge.studio.server"
 """The module of the page; it imports this room, so it is imported by name."""
 
@@ -17,7 +19,7 @@ class StudioOptions:
     """The address to listen on; by default only this machine can reach it."""
     port: int = 7860
     """The port; if it is taken, the next free one, which is printed."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """The model to begin with: a shipped model, a diffusers folder, a .safetensors file, or a hub id."""
     browser: bool = True
     """Open a browser on it."""

@@ -38,6 +38,7 @@ from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError
 from expunge.base.files import make_slug, read_toml
 from expunge.base.quiet import Progress, ignore_progress
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.edit import Edit
 from expunge.erasure import erase
 from expunge.evaluation.attack_budgets import choose_ladders
@@ -121,7 +122,7 @@ class Experiment:
     """For each method a table: its `name` and its fields; perhaps a `preset` of them, and a `title`."""
     problems: tuple[Problem, ...]
     suites: tuple[Suite, ...]
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     seeds: tuple[int, ...] = (0,)
     full: bool = False
     full_seeds: tuple[int, ...] = ()
@@ -220,7 +221,7 @@ class Experiment:
 class _Head:
     """The single values of the file."""
 
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     suites: tuple[str, ...] = ()
     kind: Kind = "object"
     seeds: tuple[int, ...] = (0,)

@@ -1,7 +1,6 @@
 """A suite: what to draw, with which seeds, and what should be seen in it. A versioned TOML file.
 
-The file holds concepts. Which of them are erased and which retained follows from what an edit
-erases: `Suite.cells` lays out the prompts of each *role*.
+It holds concepts. What an edit erases says which stay: `Suite.cells` lays out each *role*'s prompts.
 
     erased      prompts that call for an erased concept: it should not be there
     synonyms    its held-out synonyms, never given to a method: nor should it be there
@@ -22,6 +21,7 @@ from typing import Any, Literal
 from expunge.base import fields, registry
 from expunge.base.errors import ExpungeError, UnknownNameError, find_nearest, join_names
 from expunge.base.files import read_toml
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.evaluation.cells import ROLES, Cell, Question, Size, SuiteConcept, check_question
 from expunge.evaluation.prompt_lists import PromptList
 from expunge.problem import normalize_name
@@ -41,7 +41,7 @@ class Settings:
     """Of the file."""
     score: Literal["H_o", "H_c", "H_style", "H_unsafe", "H_a"] = "H_c"
     """The one number of the suite."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """The model it is made for; any other can be named when it is run."""
     judge: str = "detector"
     """The metric that answers what an image shows."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.metric import Distance, read_images
 from expunge.metrics._clip import towers
 
@@ -16,7 +17,7 @@ from expunge.metrics._clip import towers
 class OfFeatures(Distance):
     """A distance between the image tower's pooled outputs of two sets of images."""
 
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """The shipped CLIP, or one of transformers by folder or hub id."""
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.metric import Metric
 from expunge.metrics._clip import towers
 
@@ -21,7 +22,7 @@ class ClipScore(Metric):
 
     higher_is_better: ClassVar[bool] = True
 
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """The shipped CLIP, or one of transformers by folder or hub id."""
 
     @property

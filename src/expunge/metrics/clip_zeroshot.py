@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import bounded
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.metric import Classifier, is_blank
 from expunge.metrics._clip import towers
 
@@ -33,7 +34,7 @@ class ClipZeroshot(Classifier):
     template: str = "a photo of the {}"
     scale: float = bounded(100.0, above=0)
     """Of the cosines before the softmax."""
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     """The shipped CLIP, or one of transformers by folder or hub id."""
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from expunge import __version__
 from expunge.base.errors import ExpungeError
 from expunge.base.fields import build, check_fields
 from expunge.base.files import replacing
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.problem import Concept, Problem
 from expunge.studio import recipes
 
@@ -44,7 +45,7 @@ class View:
 class Choice:
     """Everything that an erasure follows from."""
 
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     concepts: tuple[Concept, ...] = ()
     retain: tuple[str, ...] = ()
     method: str = recipes.FIRST

@@ -12,6 +12,7 @@ from typing import Any
 
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import format_bytes
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.checkpoints.pace import format_duration
 from expunge.cli import concept_files
 from expunge.evaluation.forecast import Forecast
@@ -19,7 +20,7 @@ from expunge.problem import Concept, normalize_name
 from expunge.studio import choice, recipes, uploads
 from expunge.studio.choice import Choice, View
 from expunge.studio.knowledge import Knowledge, notes_on
-from expunge.studio.models import FIRST, Models
+from expunge.studio.models import Models
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Choosing:
     models: Models
     folder: Path
 
-    def __init__(self, models: Models, folder: Path, first: str = FIRST) -> None:
+    def __init__(self, models: Models, folder: Path, first: str = DEFAULT_MODEL) -> None:
         self.models, self.folder = models, folder
         self.marks: Counter[str] = Counter()
         """How often each part of the session has changed: what a page shows it by."""

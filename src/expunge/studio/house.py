@@ -11,8 +11,9 @@ import uuid
 from pathlib import Path
 
 from expunge.base.files import find_cache_folder
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.studio.jobs import Desk
-from expunge.studio.models import FIRST, Models
+from expunge.studio.models import Models
 from expunge.studio.session import Session
 
 KEPT_DAYS = 14
@@ -32,7 +33,7 @@ class Studio:
     first: str
 
     def __init__(
-        self, folder: str | Path | None = None, models: Models | None = None, first: str = FIRST
+        self, folder: str | Path | None = None, models: Models | None = None, first: str = DEFAULT_MODEL
     ) -> None:
         self.folder: Path = Path(folder) if folder is not None else find_cache_folder() / "studio"
         self.models: Models = models or Models()

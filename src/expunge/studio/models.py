@@ -16,6 +16,7 @@ import torch
 from expunge.base import registry
 from expunge.base.errors import ExpungeError
 from expunge.base.files import format_bytes
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.checkpoints import loading
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.cost_estimate import CostEstimate, estimate, estimate_model
@@ -27,9 +28,6 @@ from expunge.problem import Problem
 from expunge.runtime.cost import Cost
 from expunge.studio.jobs import Job
 from expunge.studio.knowledge import Knowledge, of_model
-
-FIRST = "emoji"
-"""The shipped model, which the page opens on."""
 
 SPARE = 0.9
 """The share of the free memory that weights may take."""
@@ -171,7 +169,7 @@ class Models:
         self.check(name)
         if job is not None:
             job.step = "loading the model"
-        for other in [other for other in self._loaded if other != FIRST]:
+        for other in [other for other in self._loaded if other != DEFAULT_MODEL]:
             del self._loaded[other]
         model = load(name, config=self.config(name))
         made = Loaded(model, estimate_model(model, work=LARGE))

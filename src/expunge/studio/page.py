@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.problem import KINDS
 from expunge.studio import recipes, theme, views, working
 from expunge.studio.handlers import ATTACKS, BUDGETS, CARDS, EXAMPLES, TICK, Handlers, anchors, attack
@@ -121,7 +122,7 @@ class _Page:
                 self.model = gr.Textbox(
                     label="Model",
                     elem_id="x-model",
-                    info="emoji (it ships), a diffusers folder, a .safetensors file, or a hub id",
+                    info=f"{DEFAULT_MODEL}, a diffusers folder, a .safetensors file, or a hub id",
                 )
                 self.config = gr.Textbox(
                     label="Built like",

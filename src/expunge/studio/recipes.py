@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from expunge.base import registry
 from expunge.base.errors import ExpungeError, UnknownNameError
 from expunge.base.files import make_slug
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.method import Method
 from expunge.problem import Concept, Problem
 
@@ -106,7 +107,7 @@ def command(model: str, problem: Problem, method: str, preset: str, seed: int, c
     lead = ""
     if preset not in ("", DEFAULTS):
         words += ["--preset", preset]
-    if model != "emoji":
+    if model != DEFAULT_MODEL:
         words += ["--model", model]
     if config:
         words += ["--config", config]

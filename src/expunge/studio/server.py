@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.base.errors import ExpungeError
+from expunge.base.shipped import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from expunge.studio.house import Studio
@@ -34,7 +35,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = FIRST_PORT,
     *,
-    model: str = "emoji",
+    model: str = DEFAULT_MODEL,
     browser: bool = True,
     folder: str | Path | None = None,
 ) -> None:
@@ -75,7 +76,7 @@ def serve(
         app.close()
 
 
-def make_studio(host: str, model: str = "emoji", folder: str | Path | None = None) -> Studio:
+def make_studio(host: str, model: str = DEFAULT_MODEL, folder: str | Path | None = None) -> Studio:
     """Make what a page at this address serves: where others reach it, models have no paths.
 
     Raises:

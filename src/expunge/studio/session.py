@@ -22,7 +22,7 @@ from expunge.studio.choice import Choice, View
 from expunge.studio.choosing import Choosing
 from expunge.studio.jobs import Desk, Job
 from expunge.studio.looking import Pair
-from expunge.studio.models import FIRST, Models
+from expunge.studio.models import Models
 from expunge.studio.strength import STRONGEST
 
 PREVIEW = "Previewing"
@@ -57,7 +57,7 @@ class Session(Choosing):
     desk: Desk
     choice: Choice
 
-    def __init__(self, name: str, models: Models, desk: Desk, folder: Path, first: str = FIRST) -> None:
+    def __init__(self, name: str, models: Models, desk: Desk, folder: Path, first: str) -> None:
         super().__init__(models, folder, first)
         self.name, self.desk = name, desk
         self.made: Made | None = None
