@@ -23,7 +23,7 @@ from torch import Tensor
 from training.miniature.captions import GENERIC, PLACES
 from training.miniature.fast import device, quicken, set_up
 from training.miniature.gates_tower import sentence, templates_for
-from training.miniature.loop import read, write_json
+from training.miniature.loop import read_stage, write_json
 from training.miniature.recogniser import Names, Recogniser
 from training.miniature.scenes import COLORS
 from training.miniature.unet import Words, build, draw
@@ -163,9 +163,7 @@ def main() -> None:
     world, words = read_world(), Words(options.work)
     names = Names.of(world)
     vae = quicken(AutoencoderKL.from_pretrained(options.work / "vae")).to(device()).eval()
-    state, judge = (read(options.work / f"{name}.pt") for name in (options.name, options.recogniser))
-    if state is None or judge is None:
-        raise SystemExit(f"{options.work} has no {options.name}.pt or no {options.recogniser}.pt; train them first.")
+    state, judge = (read_stage(options.work, name) for name in (options.name, options.recogniser))
     net = Recogniser(names.sizes).eval()
     net.load_state_dict(judge["average"])
     size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)

@@ -214,8 +214,10 @@ def calibrate(net: Recogniser, source: Source, n: int = 2000) -> Thresholds:
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Writes a network's weights in float16, for everybody to read."""
     half = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in weights.items()}
-    save_file(half, path)
-    path.chmod(0o644)  # the library writes it for its owner alone
+    beside = path.with_suffix(".tmp")
+    save_file(half, beside)
+    beside.chmod(0o644)  # the library writes it for its owner alone
+    beside.replace(path)
 
 
 def keep(work: Path, name: str, folder: Path) -> None:
