@@ -50,8 +50,8 @@ CHANNELS = {
 }  # channels of the latent -> of the U-Net's levels
 HEAD = 32  # width of an attention head
 TAIL_DROPPED, WORDS_DROPPED = (
-    0.5,
-    0.1,
+    0.4,
+    0.2,
 )  # shares of captions whose end and padding, or whose words, are the empty text's
 LATE = 0.6  # below 1: more of the samples are at high noise, where it is decided what a scene shows
 FIRST_SHARDS = 8  # of scenes are made before the first step
@@ -117,8 +117,8 @@ class Words:
         return states, end
 
     def with_dropout(self, captions: Sequence[str]) -> Tensor:
-        """(n, 77, width): of half the captions the states from the end token on are those of the empty text, of a
-        tenth those of the words."""
+        """(n, 77, width): of some captions the states from the end token on are those of the empty text, of others
+        those of the words."""
         pick = torch.rand(len(captions))
         states = self.empty.repeat(len(captions), 1, 1)
         for rows, short in ((pick < TAIL_DROPPED, True), (pick >= TAIL_DROPPED, False)):
