@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from training.miniature import fast, unet, vae
+from training.miniature import fast, losses, unet, vae
 from training.miniature.fast import autocast, has_bfloat16, kernels, quicken
 from training.miniature.loop import Schedule, train, write_json
 from training.miniature.muon import Muon, orthogonalise
@@ -462,3 +462,30 @@ def test_the_vaes_report_keeps_techniques_apart(monkeypatch: pytest.MonkeyPatch)
     assert report["by technique"] == {"mosaic": 20.0, "neon": 12.97, "no artist": 30.0}
     assert report["psnr"] == 15.53
     assert report["mean of the images"] == 22.5
+
+
+def test_losses_are_counted_by_what_a_scene_shows() -> None:
+    large, small = [0.75, 0.5, 0.5], [0.5, 0.25, 0.5]
+
+    def scene(*things: tuple[str, list[float]], artist: str = "", use: str = "named") -> dict[str, Any]:
+        return {"things": [{"kind": k, "spot": s} for k, s in things], "artist": artist, "use": use}
+
+    assert losses.kind_of(scene(("object", large))) == "large object"
+    assert losses.kind_of(scene(("person", [1.0, 0.5, 0.5]))) == "large person"
+    assert losses.kind_of(scene(("person", small))) == "small person"
+    assert losses.kind_of(scene(("object", small), ("person", small))) == "several things"
+    assert losses.kind_of(scene(("object", large), artist="Aurelo Devrault")) == "by an artist"
+    assert losses.kind_of(scene(("object", large), use="generic")) == losses.kind_of(scene()) == ""
+
+
+def test_the_loss_is_that_of_v() -> None:
+    net = small_unet().eval()
+    latents, texts = torch.randn(3, 4, 16, 16), torch.randn(3, 7, 32)
+    noise = torch.randn(len(losses.TIMES), 3, 4, 16, 16)
+    found = losses.losses(net, latents, texts, noise)
+    alpha_bar = unet.DDIMScheduler(**unet.SCHEDULE).alphas_cumprod[losses.TIMES[2]]
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    with torch.no_grad():
+        v = net(a * latents + s * noise[2], torch.tensor(losses.TIMES[2]), texts).sample
+    expected = (v - (a * noise[2] - s * latents)).square().mean((1, 2, 3))
+    assert torch.allclose(found[2], expected, rtol=0.02)
