@@ -24,7 +24,7 @@ from training.miniature.recogniser import Names, joined, thresholds_of
 from training.miniature.unet import build
 from training.miniature.world import read_world
 
-PARTS = Path(pack.__file__).parent / "parts"
+TOKENIZER = Path(recogniser.__file__).parent / "pipeline" / "tokenizer"
 WORLD = read_world()
 NAMES = Names.of(WORLD)
 
@@ -34,7 +34,7 @@ def work(tmp_path_factory):
     """A work folder as the stages leave it, with the tokenizer that was trained."""
     folder = tmp_path_factory.mktemp("work")
     torch.manual_seed(0)
-    shutil.copytree(PARTS / "tokenizer", folder / "tokenizer")
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text("utf-8"))
     text = CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -89,7 +89,7 @@ def run(capsys, *arguments):
 
 def test_the_folder_is_whole(packed, work):
     assert {path.name for path in packed.iterdir()} == {
-        "pipeline", "recogniser", "concepts.json", "README.md", "NOTICE", "kept.py"
+        "pipeline", "recogniser", "concepts.json", "README.md", "NOTICE", "drawn.png", "kept.py"
     }  # fmt: skip
     model = expunge.load(packed / "pipeline")
     assert (model.num_inference_steps, model.guidance_scale) == (20, 4.0)
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_packed_stays_as_it_was(packed, work, tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in packed.rglob("*")}
     with pytest.raises(SystemExit, match=r"no .*other.pt: train it first"):
         pack.pack(work, packed, recogniser="other")
-    with pytest.raises(SystemExit, match=r"copy training/miniature/parts/tokenizer there"):
+    with pytest.raises(SystemExit, match=r"copy src/expunge/miniature/pipeline/tokenizer there"):
         pack.pack(tmp_path, packed)
     monkeypatch.setattr(pack, "LARGEST", 1000)
     with pytest.raises(SystemExit, match="a file that is committed has at most 1,000"):

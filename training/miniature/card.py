@@ -73,7 +73,7 @@ def write_card(folder: Path, parameters: Mapping[str, int], results: Path = HERE
     parts = {part: load(folder / "pipeline" / part / "config.json") for part in ("text_encoder", "unet", "vae")}
     text, unet, vae = parts.values()
     drawing, gates = load(folder / "pipeline" / "expunge.json"), load(folder / "gates.json")
-    sheets = [f"![{name}]({name}.png)" for name in ("people", "artists") if (folder / f"{name}.png").exists()]
+    sheets = [f"![{name}]({name}.png)" for name in ("drawn", "people", "artists") if (folder / f"{name}.png").exists()]
     values = {
         "objects": sum(one["group"] != "ten" for one in load(folder / "concepts.json")["objects"].values()),
         "width": text["hidden_size"],

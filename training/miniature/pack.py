@@ -8,6 +8,7 @@
     FOLDER/clip/          the image tower that goes with the text encoder, where it was trained
     FOLDER/concepts.json  objects with their names, design sets, super-categories, people and artists with their traits
     FOLDER/gates.json     what `training.miniature.gates` measured, where it did
+    FOLDER/drawn.png      what it draws of the prompts that training looks at
     FOLDER/README.md      the card: gates and yardstick where they were measured, "not measured yet" elsewhere
     FOLDER/NOTICE         the licences of what it was trained on
 
@@ -36,13 +37,15 @@ from training.emoji.export import set_in
 from training.miniature.card import load, write_card
 from training.miniature.loop import read_stage
 from training.miniature.recogniser import Names, Source, calibrate, write_weights
-from training.miniature.unet import SCHEDULE, build
+from training.miniature.sheets import sheet
+from training.miniature.unet import PROMPTS, SCHEDULE, Words, build, draw
 from training.miniature.world import WORK, World, read_world
 
 LARGEST = 16 * 2**20  # bytes of a file that is committed
 ROOT = Path(__file__).parents[2]
 PARTS = (
-    "pipeline", "recogniser", "clip", "concepts.json", "gates.json", "README.md", "NOTICE", "people.png", "artists.png",
+    "pipeline", "recogniser", "clip", "concepts.json", "gates.json", "README.md", "NOTICE",
+    "drawn.png", "people.png", "artists.png",
 )  # fmt: skip
 DRAWING: dict[str, Any] = {
     "num_inference_steps": 20,  # what the gates are measured with by default
@@ -93,7 +96,7 @@ def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
     """
     for part in ("tokenizer", "text_encoder", "vae"):
         if not (work / part).is_dir():
-            raise SystemExit(f"There is no {work / part}: copy training/miniature/parts/{part} there.")
+            raise SystemExit(f"There is no {work / part}: copy src/expunge/miniature/pipeline/{part} there.")
     weights = averaged(work, name)
     text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32)
     vae = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32)
@@ -128,6 +131,13 @@ def write_pipeline(work: Path, name: str, world: World, folder: Path) -> dict[st
     settings = DRAWING | ({"num_inference_steps": gates["steps"], "guidance_scale": gates["guidance"]} if gates else {})
     write(folder / "expunge.json", settings | {"names": names_of(world)})
     return {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in ("text_encoder", "unet", "vae")}
+
+
+def write_sheet(work: Path, name: str, path: Path) -> None:
+    """Writes what the model draws of the prompts that training looks at, with their seed: nothing is picked."""
+    pipe = pipeline(work, name)
+    images = draw(pipe.unet, pipe.vae, Words(work), PROMPTS)
+    sheet(images, [prompt or "(the empty prompt)" for prompt in PROMPTS], 8, scale=2).save(path)
 
 
 def network_of(weights: dict[str, Tensor], names: Names) -> tuple[Network, tuple[int, ...]]:
@@ -204,6 +214,7 @@ def pack(work: Path, to: Path, name: str = "unet", recogniser: str = "recogniser
         for file in ("gates.json", "people.png", "artists.png"):
             if (work / file).exists():
                 shutil.copy(work / file, beside / file)
+        write_sheet(work, name, beside / "drawn.png")
         write_card(beside, counts)
         (beside / "NOTICE").write_text(notice(), encoding="utf-8")
         check_weights(beside)

@@ -1,1 +1,1 @@
-"""The miniature model: people, artists and objects at the papers' counts; without weights as yet."""
+"""The miniature: people, artists and objects at the papers' counts; its gates are not met yet."""
