@@ -428,3 +428,11 @@ def test_keys_change_with_options_and_names_are_near():
         make_metric("clip_scor", {})
     with pytest.raises(ExpungeError, match="no field 'modle'; did you mean 'model'"):
         make_metric("clip_score", {"modle": "x"})
+
+
+def test_a_shipped_model_without_a_clip_says_which_have_one(tmp_path, monkeypatch):
+    for folder in ("emoji/pipeline", "emoji/clip", "plain/pipeline"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(registry, "HERE", tmp_path)
+    with pytest.raises(ExpungeError, match="'plain' has no CLIP of its own: name emoji, or"):
+        towers("plain")

@@ -52,14 +52,18 @@ def towers(model: str) -> Towers:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        own = registry.HERE / model if model in list_shipped() else None
-        return _shipped(own) if own and (own / "clip").is_dir() else _transformers(model)
+        return _shipped(registry.HERE / model) if model in list_shipped() else _transformers(model)
     finally:
         if shown:
             logging.enable_progress_bar()
 
 
 def _shipped(folder: Path) -> Towers:
+    if not (folder / "clip").is_dir():
+        others = " or ".join(name for name in list_shipped() if (registry.HERE / name / "clip").is_dir())
+        raise ExpungeError(
+            f"the model {folder.name!r} has no CLIP of its own: name {others}, or a folder or hub id"
+        )
     clip = Clip.load(folder)
     digest = hashlib.sha256()
     for file in sorted((folder / "clip").glob("*.safetensors")):
