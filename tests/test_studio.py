@@ -236,7 +236,7 @@ def test_a_single_file_is_read_by_the_configuration_that_is_told(session, single
     assert done(session.take("safetensors")).files[0].is_file()
     assert f"--config {folder}" in session.command().replace("\\\n  ", "")
     assert f"config={str(folder)!r}" in session.python()
-    again = type(session)("again", session.models, session.desk, session.folder)
+    again = type(session)("again", session.models, session.desk, session.folder, "emoji")
     assert again.choice == session.choice
     for model, config, said in (
         (str(folder), str(folder), "is for a single file"),
