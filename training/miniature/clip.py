@@ -9,7 +9,6 @@ in the scene, so that it tells one person from another sooner.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -18,18 +17,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from training.miniature.captions import caption
 from training.miniature.fast import autocast, has_bfloat16, set_up
 from training.miniature.gates_tower import sentence, templates_for
-from training.miniature.loop import Notes, Schedule, join, train, write_json
-from training.miniature.recogniser import Names, Source, losses, truth_of
+from training.miniature.loop import Notes, Schedule, holding, join, stage_parser, train, write_json
+from training.miniature.recogniser import Names, Source, losses, truth_of, write_weights
 from training.miniature.scenes import SceneMaker, Structure
 from training.miniature.tower import SHARED
-from training.miniature.world import WORK, World, read_world
+from training.miniature.world import World, read_world
 
 HEADS = ("things", "people", "face", "palette", "technique", "styles")  # what the image tower tells beside the matching
 TELLING = 0.1  # weight of that
@@ -109,7 +107,7 @@ def measure(side: ImageSide, texts: Texts, world: World, maker: SceneMaker, n: i
 
     Of 10 words, 100 people and 100 artists that the suites erase and retain.
     """
-    rng, side = random.Random(3), side.eval()
+    rng = random.Random(3)
     ten = [world.labels[k].name for k in world.groups["ten"]]
     choices = {
         "object": ten,
@@ -132,7 +130,6 @@ def measure(side: ImageSide, texts: Texts, world: World, maker: SceneMaker, n: i
         nearest = (F.normalize(side.image_projection(pooled), dim=1) @ words.T).argmax(1).tolist()
         hits = [names[k] == scene["name"] for k, scene in zip(nearest, scenes, strict=True)]
         right[f"{kind}, of {len(names)}"] = round(sum(hits) / n, 4)
-    side.train()
     return right
 
 
@@ -143,23 +140,13 @@ def write_clip(side: ImageSide, folder: Path) -> None:
         "text_projection": side.text_projection.weight, "picture_projection": side.image_projection.weight,
         "scale": side.scale, "bias": side.bias,
     }  # fmt: skip
-    save_file(
-        {name: value.detach().half().contiguous() for name, value in projections.items()},
-        folder / "projections.safetensors",
-    )
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # the libraries write them for their owner alone
+    write_weights({name: value.detach() for name, value in projections.items()}, folder / "projections.safetensors")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
-    parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
-    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser = stage_parser(__doc__, "clip", minutes=30)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--name", default="clip")
-    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     torch.manual_seed(join())
     set_up()
@@ -185,10 +172,8 @@ def main() -> None:
         return pairs + TELLING * told, {"pairs": pairs.detach(), "told": told.detach(), "nearest": nearest}
 
     def test(step: int, values: dict[str, Tensor]) -> None:
-        now = {name: value.clone() for name, value in side.state_dict().items()}
-        side.load_state_dict(values)
-        report = {"name": options.name, "step": step, "nearest": measure(side, texts, world, unseen.maker)}
-        side.load_state_dict(now)
+        with holding(side, values):
+            report = {"name": options.name, "step": step, "nearest": measure(side, texts, world, unseen.maker)}
         print(json.dumps(report), flush=True)
         write_json(report, options.work / f"{options.name}.json")
 

@@ -6,6 +6,7 @@ checkpoint and lets the rate fall to zero; the stage itself can go on from where
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.miniature.world import WORK
+
 Notes = dict[str, Tensor | float]
 LONGEST = 60.0  # seconds that one step is counted as at most
 SEEDS = 1_000_003  # a step's seed is its number times this, plus the process's rank
@@ -30,6 +33,23 @@ def join() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def stage_parser(description: str | None, name: str, minutes: float) -> argparse.ArgumentParser:
+    """The options that every stage has.
+
+    Args:
+        description: of the stage.
+        name: of its checkpoint.
+        minutes: of a sitting, where none are told.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
+    parser.add_argument("--minutes", type=float, default=minutes, help="length of this sitting")
+    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser.add_argument("--name", default=name)
+    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
+    return parser
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,20 @@ class Average:
         torch._foreach_lerp_([self.values[name] for name in floating], [now[name] for name in floating], 1 - decay)
         for name in now.keys() - floating:
             self.values[name].copy_(now[name])
+
+
+@contextmanager
+def holding(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the module has these weights and is not in training; behind it all is as it was."""
+    training = module.training
+    now = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(values)
+    module.eval()
+    try:
+        yield
+    finally:
+        module.load_state_dict(now)
+        module.train(training)
 
 
 @contextmanager

@@ -117,9 +117,8 @@ def pipeline(work: Path, name: str = "unet") -> StableDiffusionPipeline:
     )
 
 
-def write_pipeline(work: Path, name: str, world: World, folder: Path) -> dict[str, int]:
-    """Writes the diffusers folder; returns the parameters of its parts."""
-    pipe = pipeline(work, name)
+def write_pipeline(pipe: StableDiffusionPipeline, work: Path, world: World, folder: Path) -> dict[str, int]:
+    """Writes the diffusers folder, `pipe` then in float16; returns the parameters of its parts."""
     pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
     # transformers reads weights in the format their config names; the other parts are read as float32.
     set_in(folder / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
@@ -133,9 +132,8 @@ def write_pipeline(work: Path, name: str, world: World, folder: Path) -> dict[st
     return {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in ("text_encoder", "unet", "vae")}
 
 
-def write_sheet(work: Path, name: str, path: Path) -> None:
+def write_sheet(pipe: StableDiffusionPipeline, work: Path, path: Path) -> None:
     """Writes what the model draws of the prompts that training looks at, with their seed: nothing is picked."""
-    pipe = pipeline(work, name)
     images = draw(pipe.unet, pipe.vae, Words(work), PROMPTS)
     sheet(images, [prompt or "(the empty prompt)" for prompt in PROMPTS], 8, scale=2).save(path)
 
@@ -206,7 +204,10 @@ def pack(work: Path, to: Path, name: str = "unet", recogniser: str = "recogniser
     world, beside = read_world(), to / ".new"
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        counts = write_pipeline(work, name, world, beside / "pipeline")
+        pipe = pipeline(work, name)
+        beside.mkdir(parents=True)
+        write_sheet(pipe, work, beside / "drawn.png")
+        counts = write_pipeline(pipe, work, world, beside / "pipeline")
         counts["recogniser"] = write_recogniser(work, recogniser, world, beside / "recogniser")
         if (work / "clip").is_dir():
             shutil.copytree(work / "clip", beside / "clip")
@@ -214,7 +215,6 @@ def pack(work: Path, to: Path, name: str = "unet", recogniser: str = "recogniser
         for file in ("gates.json", "people.png", "artists.png"):
             if (work / file).exists():
                 shutil.copy(work / file, beside / file)
-        write_sheet(work, name, beside / "drawn.png")
         write_card(beside, counts)
         (beside / "NOTICE").write_text(notice(), encoding="utf-8")
         check_weights(beside)

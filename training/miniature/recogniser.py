@@ -9,7 +9,6 @@ whether it is broken beyond recognition.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,9 @@ from training.miniature import broken
 from training.miniature.artists import PALETTES, TECHNIQUES
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read_stage, train, write_json
+from training.miniature.loop import Notes, Schedule, holding, join, read_stage, stage_parser, train, write_json
 from training.miniature.scenes import SceneMaker
-from training.miniature.world import WORK, World, read_world
+from training.miniature.world import World, read_world
 
 BROKEN, ROUND_TRIP = 0.15, 0.25  # shares of a batch that are broken, or went through the VAE
 
@@ -150,7 +149,6 @@ class Source:
 def measure(net: Recogniser, source: Source, n: int = 1500, through_vae: bool = False) -> dict[str, float]:
     """Shares of right answers on scenes not seen before: of scenes with one object or one named person who or what it
     is; of all, palette and technique, both right where there is an artist; faces; unsafe; false "broken"."""
-    net.eval()
     right: dict[str, list[Tensor]] = {}
     names = source.names
     unsafe = torch.tensor([name in names.unsafe for name in names.things])
@@ -177,7 +175,6 @@ def measure(net: Recogniser, source: Source, n: int = 1500, through_vae: bool = 
         }
         for kind, (counted, yes) in kinds.items():
             right.setdefault(kind, []).append(yes[counted].float())
-    net.train()
     return {kind: round(float(torch.cat(each).mean()), 4) for kind, each in right.items()}
 
 
@@ -231,16 +228,11 @@ def keep(work: Path, name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
-    parser.add_argument("--minutes", type=float, default=60, help="length of this sitting")
-    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser = stage_parser(__doc__, "recogniser", minutes=60)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--begin", type=Path, help="folder of weights to begin with where there is no checkpoint")
     parser.add_argument("--keep", type=Path, help="train nothing: write the averaged weights to this folder")
-    parser.add_argument("--name", default="recogniser")
-    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     if options.keep:
         keep(options.work, options.name, options.keep)
@@ -265,12 +257,11 @@ def main() -> None:
         return torch.stack(list(found.values())).sum(), {head: value.detach() for head, value in found.items()}
 
     def test(step: int, values: dict[str, Tensor]) -> None:
-        now = {name: value.clone() for name, value in net.state_dict().items()}
-        net.load_state_dict(values)
-        report: dict[str, object] = {"name": options.name, "step": step, "drawings": measure(net, unseen)}
-        if vae:
-            report["after the VAE"] = measure(net, unseen, through_vae=True)
-        net.load_state_dict(now)
+        report: dict[str, object] = {"name": options.name, "step": step}
+        with holding(net, values):
+            report["drawings"] = measure(net, unseen)
+            if vae:
+                report["after the VAE"] = measure(net, unseen, through_vae=True)
         print(json.dumps(report), flush=True)
         write_json(report, options.work / f"{options.name}.json")
 

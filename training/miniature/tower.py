@@ -14,7 +14,6 @@ matrix fitted on one undoes the other. Here beside that loss
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, has_bfloat16, set_up
-from training.miniature.loop import Notes, Schedule, join, train
+from training.miniature.loop import Notes, Schedule, join, stage_parser, train
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sentences import Codes, Pair, Spans, Vocabulary, lexicon_of, pair_of
 from training.miniature.tokenizer import save, train_tokenizer
-from training.miniature.world import WORK, World, read_world
+from training.miniature.world import World, read_world
 
 GENERAL = Path("src/expunge/captions/general.txt")  # sentences about everyday photographs
 WIDTH, LAYERS, INNER, POSITIONS = 512, 6, 1024, 77
@@ -280,14 +279,9 @@ def make_tokenizer(captions: Captions) -> CLIPTokenizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
-    parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
-    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser = stage_parser(__doc__, "tower", minutes=30)
     parser.add_argument("--pairs", type=int, default=48, help="pairs of captions a step and process")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--name", default="tower")
-    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     torch.manual_seed(join())
     set_up()

@@ -25,12 +25,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, device, has_bfloat16, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read_stage, train
+from training.miniature.loop import Notes, Schedule, holding, join, read_stage, stage_parser, train
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sheets import sheet
 from training.miniature.vae import tensor
-from training.miniature.world import WORK, World, read_world
+from training.miniature.world import World, read_world
 
 # At the last step 3 % of the image's amplitude is left: with none the prediction of noise, which ANT steers by, would
 # not depend on the words there; with Stable Diffusion's 7 % the noise's mean would be read as the background's colour.
@@ -259,15 +259,11 @@ class Denoiser:
 
     def sample(self, step: int, values: dict[str, Tensor]) -> None:
         """A sheet of what the averaged weights draw, with guidance."""
-        now = {name: value.clone() for name, value in self.unet.state_dict().items()}
-        self.unet.load_state_dict(values)
-        self.unet.eval()
-        images = draw(self.unet, self.vae, self.words, PROMPTS)
+        with holding(self.unet, values):
+            images = draw(self.unet, self.vae, self.words, PROMPTS)
         folder = self.options.work / "samples"
         folder.mkdir(exist_ok=True)
         sheet(images, [prompt or "(empty)" for prompt in PROMPTS], 8, scale=2, lines=2).save(folder / f"{step:07}.png")
-        self.unet.load_state_dict(now)
-        self.unet.train()
 
 
 def keep(work: Path, name: str, folder: Path) -> None:
@@ -284,10 +280,7 @@ def keep(work: Path, name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
-    parser.add_argument("--minutes", type=float, default=60, help="length of this sitting")
-    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser = stage_parser(__doc__, "unet", minutes=60)
     parser.add_argument("--scenes", type=int, default=48, help="scenes a step and process")
     parser.add_argument("--levels", type=int, default=4, help="noise levels a scene and step")
     parser.add_argument("--fresh", type=int, default=12, help="new scenes a step and process")
@@ -304,8 +297,6 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="train nothing: write the averaged weights to this folder, in float16"
     )
-    parser.add_argument("--name", default="unet")
-    parser.add_argument("--initial", help="the stage whose checkpoint to start from, to anneal a copy")
     options = parser.parse_args()
     if options.keep:
         keep(options.work, options.name, options.keep)

@@ -9,7 +9,6 @@ as it is: `--decoder-only` goes on with the decoder alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, join, read, train, write_json
+from training.miniature.loop import Notes, Schedule, holding, join, read, stage_parser, train, write_json
 from training.miniature.muon import Muon
 from training.miniature.scenes import SIDE, SceneMaker
-from training.miniature.world import WORK, read_world
+from training.miniature.world import read_world
 
 # How far the image shrinks: (channels of each level, channels of the latent).
 SIZES = {4: ((32, 64, 128), 4), 8: ((32, 64, 128, 128), 16)}
@@ -148,10 +147,7 @@ def tensor(images: object) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="drawings, checkpoints and what is trained")
-    parser.add_argument("--minutes", type=float, default=30, help="length of this sitting")
-    parser.add_argument("--anneal", action="store_true", help="end in this sitting: the rate falls to zero over it")
+    parser = stage_parser(__doc__, "vae", minutes=30)
     parser.add_argument("--shrink", type=int, default=4, choices=SIZES)
     parser.add_argument("--batch", type=int, default=24, help="scenes a step and process")
     parser.add_argument("--rate", type=float, default=4e-3)
@@ -159,8 +155,6 @@ def main() -> None:
     parser.add_argument(
         "--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are"
     )
-    parser.add_argument("--name", default="vae")
-    parser.add_argument("--initial", help="the stage whose checkpoint to start from")
     parser.add_argument(
         "--grow", type=Path, help="folder of a trained VAE of factor 4, whose outer levels to begin with"
     )
@@ -211,15 +205,9 @@ def main() -> None:
         return loss + kl_weight * kl, note
 
     def measure(step: int, values: dict[str, Tensor]) -> None:
-        now = {name: value.clone() for name, value in vae.state_dict().items()}
-        vae.load_state_dict(values)
-        line = {
-            "name": options.name,
-            "shrink": options.shrink,
-            "step": step,
-            "psnr": decibels(errors(vae, unseen).mean()),
-        }
-        vae.load_state_dict(now)
+        with holding(vae, values):
+            psnr = decibels(errors(vae, unseen).mean())
+        line = {"name": options.name, "shrink": options.shrink, "step": step, "psnr": psnr}
         print(json.dumps(line), flush=True)
 
     optimiser = Muon(vae, options.rate, adamw=("conv_in", "conv_out"))
