@@ -64,7 +64,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "semantic_surgery", "preset": "emoji", "title": "semantic_surgery"},
     {"name": "sld", "preset": "emoji", "title": "sld"},
     {"name": "adavd", "preset": "emoji", "title": "adavd"},
-    {"name": "double_projections", "preset": "paper", "title": "double_projections"},
+    {"name": "double_projections", "preset": "emoji", "title": "double_projections"},
     {"name": "gem", "preset": "emoji", "title": "gem"},
     {"name": "concept_ablation", "preset": "emoji", "title": "concept_ablation"},
     {"name": "stereo", "preset": "emoji", "title": "stereo"},

@@ -401,8 +401,8 @@ def test_latents_of_unit_variance_give_the_same_images(
 
 def test_context_dropout_replaces_the_tail_or_the_words() -> None:
     states, empty = torch.ones(3, 5, 2), torch.zeros(5, 2)
-    pick = torch.tensor([0.1, unet.TAIL_DROPPED + 0.05, 0.95])
-    found = unet.dropped(states, torch.tensor([3, 3, 3]), empty, pick)[..., 0]
+    no_tail, no_words = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    found = unet.dropped(states, torch.tensor([3, 3, 3]), empty, no_tail, no_words)[..., 0]
     assert found.tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
 
 

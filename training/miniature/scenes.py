@@ -68,7 +68,7 @@ PEOPLE = (0.30, 0.20)  # share of people among single things, and among several
 CELLS = 8  # latents of an image's side
 HORIZONS = (4, 5, 6)  # cells from the top
 LARGE, SMALL, WHOLE = 6, 4, 8  # cells of a thing's side; only a person fills the image
-ARTISTS = 0.25  # share of scenes by an artist, but for those of one clear thing
+ARTISTS = 0.35  # share of scenes by an artist, but for those of one clear thing
 Structure = dict[str, Any]
 
 

@@ -49,10 +49,10 @@ CHANNELS = {
     16: (96, 128, 192),
 }  # channels of the latent -> of the U-Net's levels
 HEAD = 32  # width of an attention head
-TAIL_DROPPED, WORDS_DROPPED = (
-    0.4,
-    0.2,
-)  # shares of captions whose end and padding, or whose words, are the empty text's
+# Shares of captions whose end and padding, or whose words, are the empty text's. Names of people and artists are the
+# last to be read off the end token, so theirs loses its words more often.
+TAIL_DROPPED, WORDS_DROPPED = 0.4, 0.2
+NAMED_TAIL_DROPPED, NAMED_WORDS_DROPPED = 0.3, 0.4
 LATE = 0.6  # below 1: more of the samples are at high noise, where it is decided what a scene shows
 FIRST_SHARDS = 8  # of scenes are made before the first step
 PROMPTS = (
@@ -116,32 +116,42 @@ class Words:
             states = torch.cat([states, self.empty[0, length:].expand(len(ids), -1, -1).to(states)], 1)
         return states, end
 
-    def with_dropout(self, captions: Sequence[str]) -> Tensor:
+    def with_dropout(self, captions: Sequence[str], named: Sequence[bool]) -> Tensor:
         """(n, 77, width): of some captions the states from the end token on are those of the empty text, of others
-        those of the words."""
-        pick = torch.rand(len(captions))
+        those of the words; `named` says which captions name a person or an artist."""
+        pick, names = torch.rand(len(captions)), torch.tensor(named)
+        no_tail = pick < torch.where(names, NAMED_TAIL_DROPPED, TAIL_DROPPED)
+        no_words = pick > 1 - torch.where(names, NAMED_WORDS_DROPPED, WORDS_DROPPED)
         states = self.empty.repeat(len(captions), 1, 1)
-        for rows, short in ((pick < TAIL_DROPPED, True), (pick >= TAIL_DROPPED, False)):
+        for rows, short in ((no_tail, True), (~no_tail, False)):
             where = rows.nonzero()[:, 0]
             if len(where):
                 found, end = self([captions[k] for k in where.tolist()], short=short)
-                states[where.to(states.device)] = dropped(found, end, self.empty[0], pick[where])
+                found = dropped(found, end, self.empty[0], no_tail[where], no_words[where])
+                states[where.to(states.device)] = found
         return states
 
 
-def dropped(states: Tensor, end: Tensor, empty: Tensor, pick: Tensor) -> Tensor:
+def dropped(states: Tensor, end: Tensor, empty: Tensor, no_tail: Tensor, no_words: Tensor) -> Tensor:
     """States with some replaced by the empty text's.
 
     Args:
         states: (n, 77, width).
         end: (n,) where the end token stands.
         empty: (77, width), the empty text's states.
-        pick: (n,) in [0, 1): below `TAIL_DROPPED` end and padding are replaced, in the next `WORDS_DROPPED` the words.
+        no_tail: (n,) whether end and padding are replaced.
+        no_words: (n,) whether the words before the end are.
     """
     place = torch.arange(states.shape[1])[None]
-    tail = (place >= end[:, None]) & (pick < TAIL_DROPPED)[:, None]
-    words = (place < end[:, None]) & ((pick >= TAIL_DROPPED) & (pick < TAIL_DROPPED + WORDS_DROPPED))[:, None]
+    tail = (place >= end[:, None]) & no_tail[:, None]
+    words = (place < end[:, None]) & no_words[:, None]
     return torch.where((tail | words)[..., None].to(states.device), empty.to(states), states)
+
+
+def names_someone(structure: dict[str, Any]) -> bool:
+    """Whether a scene's caption may name a person or an artist."""
+    people = [thing for thing in structure["things"] if thing["kind"] == "person"]
+    return bool(structure["artist"] or any(person["name"] for person in people))
 
 
 class Ring:
@@ -243,7 +253,8 @@ class Denoiser:
         if step % options.every == 0:
             self.ring.make(options.fresh * options.every)
         latents, structures = self.ring.sample(options.scenes)
-        text = self.words.with_dropout([caption(structure, self.rng, self.world) for structure in structures])
+        captions = [caption(structure, self.rng, self.world) for structure in structures]
+        text = self.words.with_dropout(captions, [names_someone(structure) for structure in structures])
         latents = latents.to(device()).repeat_interleave(options.levels, 0)
         # Stratified times: one in each of `levels` equal parts of the schedule, for each scene.
         part = torch.arange(options.levels, device=device()).repeat(options.scenes)
