@@ -3,12 +3,14 @@
 Every edit is judged on its word's own prompt, unattacked and under each condition, the original under
 the same condition beside it. The budgets are the fewest that say something, and the images few: a first
 look, and no figure to compare methods by. Words are erased one at a time, flags all ten at
-once. Writes `results/conditions-quick.json`, or `conditions-flags-quick.json`, after every method and
-condition, and goes on from there when it is started again, whatever part it was started for; `--table`
-prints what is there.
+once. With `--budgets large` the methods that hold are put under the budgets of somebody who takes
+the time. Writes `results/conditions-quick.json`, `conditions-flags-quick.json` and so on, after every
+method and condition, and goes on from there when it is started again, whatever part it was started
+for; `--table` prints what is there.
 
     python experiments/conditions.py [--methods uce ace] [--conditions wording] [--images 4]
-    python experiments/conditions.py --problem flags --images 2
+    python experiments/conditions.py --problem flags --images 1
+    python experiments/conditions.py --budgets large
     python experiments/conditions.py --table
 """
 
@@ -33,6 +35,7 @@ from expunge.fingerprint import hash_for_images
 
 HERE = Path(__file__).parent
 WORDS = ("airplane", "cat", "ship")
+FRANCE = ("flag of France",)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,18 @@ class Erased:
     presets: Mapping[str, str] = field(default_factory=dict)
     """Of the methods that take another preset than in `METHODS`."""
 
+    def file(self, budgets: str) -> str:
+        """The name of the results' file."""
+        return self.results.replace("quick", budgets)
+
 
 FLAGS = {"speed": "many", "oce": "identity", "esd": "emoji-identity", "ant": "emoji-identity"}
 PROBLEMS = {
     "words": Erased("ace/objects.toml", WORDS, "conditions-quick.json"),
-    "flags": Erased("ace/flags-10.toml", ("flag of France",), "conditions-flags-quick.json", FLAGS),
+    "flags": Erased("ace/flags-10.toml", FRANCE, "conditions-flags-quick.json", FLAGS),
+    "20-flags": Erased(
+        "ace/flags-20.toml", ("flag of France",), "conditions-20-flags-quick.json", FLAGS
+    ),
 }
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "uce", "title": "uce"},
@@ -87,19 +97,37 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "foreign_lora": {"strength": [1.0], "max_train_steps": 50},
     "query_search": {"queries": [32]},
     "embedding": {"radius": [0.2], "steps": 10},
-    "inversion": {"steps": [50]},
+    "inversion": {"steps": [150]},
 }
 """Each with its budgets; the cheapest first, so that a run that is cut short has most of the table."""
+LARGE: dict[str, dict[str, Any]] = {
+    "finetuning": {"max_train_steps": [500]},
+    "embedding": {"radius": [0.8], "steps": 20},
+    "inversion": {"steps": [600]},
+}
+"""Budgets of somebody who takes the time."""
+BUDGETS = {"quick": CONDITIONS, "large": LARGE}
+TOUGH: tuple[dict[str, Any], ...] = (
+    *(method for method in METHODS if method["title"] in ("uce", "ace", "ace, fortified", "sluice")),
+    {
+        "name": "ace",
+        "preset": "emoji-fortified",
+        "fortify_finetune_steps": 40,
+        "title": "ace, fortified against training",
+    },
+)
+"""Those put under the large budgets: the rest is undone at the small ones."""
 
 
 def make_table(record: Mapping[str, Any]) -> str:
     """Return the results as Markdown: a row for each condition, images that show the concept again."""
-    titles = [str(method["title"]) for method in METHODS if method["title"] in record["edits"]]
+    known_titles = [str(method["title"]) for method in (*METHODS, *TOUGH[-1:])]
+    titles = [title for title in known_titles if title in record["edits"]]
     lines = [f"| condition | original | {' | '.join(titles)} |", "|" + "---|" * (2 + len(titles))]
     before = {t: [c["pre"] for c in record["edits"][t].values()] for t in titles}
     first = [_count(before[title][0]) if before[title] else "" for title in titles]
     lines.append(f"| none | | {' | '.join(first)} |")
-    for condition in CONDITIONS:
+    for condition in record["budgets"]:
         known = {t: record["edits"][t][condition] for t in titles if condition in record["edits"][t]}
         for budget in next(iter(known.values()))["budgets"] if known else ():
             cells = [_count(known[t]["budgets"][budget]["seen"]) if t in known else "–" for t in titles]
@@ -181,31 +209,33 @@ def judge(model: Any, suite: Any, jobs: list[Job], condition: str, folder: Path)
 
 def main() -> None:
     """Erase, judge under each condition, write."""
-    titles = [str(method["title"]) for method in METHODS]
+    titles = list(dict.fromkeys(str(method["title"]) for method in (*METHODS, *TOUGH)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=titles, choices=titles, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=titles, metavar="METHOD")
     parser.add_argument("--images", type=int, default=4, help="images of each word")
-    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--conditions", nargs="+", choices=list(CONDITIONS))
     parser.add_argument("--problem", default="words", choices=list(PROBLEMS))
+    parser.add_argument("--budgets", default="quick", choices=list(BUDGETS))
     parser.add_argument("--edits", type=Path, default=HERE / "conditions.work" / "edits")
     parser.add_argument("--to", type=Path, help="the file of results")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
     erased = PROBLEMS[options.problem]
-    options.to = options.to or HERE / "results" / erased.results
+    budgets, methods = BUDGETS[options.budgets], METHODS if options.budgets == "quick" else TOUGH
+    options.to = options.to or HERE / "results" / erased.file(options.budgets)
     if options.table:
         print(make_table(json.loads(options.to.read_text(encoding="utf-8"))))
         return
     experiment, model = Experiment.read(HERE / erased.experiment), expunge.load("emoji")
     (suite,) = experiment.suites
     few = dataclasses.replace(suite.sizes["quick"], erased=options.images)
-    suite = dataclasses.replace(suite, sizes={"quick": few}, attacks=CONDITIONS)
+    suite = dataclasses.replace(suite, sizes={"quick": few}, attacks=budgets)
     problems = tuple(p for p in experiment.problems if p.erase[0].name in erased.first)
     methods = tuple(
         method | {"preset": erased.presets[method["title"]]}
         if method["title"] in erased.presets
         else method
-        for method in METHODS
+        for method in methods
     )
     jobs = dataclasses.replace(experiment, methods=methods, problems=problems).jobs()
     settings = {
@@ -213,10 +243,10 @@ def main() -> None:
         "words": [concept.name for problem in problems for concept in problem.erase],
         "images a word": options.images,
         "autocast": "bfloat16",
-        "budgets": json.loads(json.dumps(CONDITIONS)),
+        "budgets": json.loads(json.dumps(budgets)),
     }
-    for condition in options.conditions:
-        for title in options.methods:
+    for condition in options.conditions or budgets:
+        for title in options.methods or [method["title"] for method in methods]:
             # Read anew each time: several runs, for other methods or conditions, may write in turn.
             if condition in read_record(options.to, settings)["edits"].get(title, {}):
                 continue

@@ -155,8 +155,10 @@ class SceneMaker:
 
     def object(self, label: int, style: str | None = None) -> dict[str, Any]:
         styles = list(self.by_label[label])
-        if label in self.world.groups["objects"]:  # a drawing of its own: 592 were too many to be learnt
-            styles = [styles[label % len(styles)]]
+        # A further object has a drawing of its own, the others have two: 592 were too many to be learnt, and of four
+        # drawings of each of the ten words the denoiser made a blend.
+        count = 1 if label in self.world.groups["objects"] else 2
+        styles = [styles[(label + k) % len(styles)] for k in range(min(count, len(styles)))]
         if style not in styles:
             style = self.rng.choice(styles)
         return {"kind": "object", "name": self.world.labels[label].name, "style": style}
@@ -175,7 +177,7 @@ class SceneMaker:
         rows = (2,) if len(things) < 3 else (0, 4)  # one or two things: beside each other; more: in the quarters
         squares = [(SMALL, x, y) for x in (0, 4) for y in rows]
         rng.shuffle(squares)
-        if len(things) == 1 and (always_large or rng.random() < 0.75):
+        if len(things) == 1 and (always_large or rng.random() < 0.9):
             whole = things[0]["kind"] == "person" and not always_large and rng.random() < 0.4
             squares = [(WHOLE, 0, 0) if whole else (LARGE, 1, 1)]
         for thing, (side, x, y) in zip(things, squares, strict=False):
