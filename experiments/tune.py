@@ -8,11 +8,13 @@ like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), o
 the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
 in bfloat16. Four more tasks are for the miniature model (`people`, `artists`, `things`, `harmful`),
-whose results are in `METHOD-miniature.json`.
+whose results are in `METHOD-miniature.json`; with `--grid` every method tries the five settings that
+`grids.toml` has for it, so that nobody's values are better looked for than another's.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
     python experiments/tune.py ace fortify --preset emoji-fortified --attack inversion --seeds 3
+    python experiments/tune.py sluice people things --grid
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import expunge
 from expunge import Concept, Model, Problem
 from expunge.base import registry
 from expunge.base.fields import build, flatten
-from expunge.base.files import replacing
+from expunge.base.files import read_toml, replacing
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.fingerprint import hash_for_images
@@ -221,6 +223,13 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in fields), values, strict=True))
 
 
+def read_grid(method: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return a method's preset and five settings that are tried from it, of `grids.toml`."""
+    table = read_toml(HERE / "grids.toml")[method]
+    rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in table["try"]]
+    return table.get("preset", ""), rows
+
+
 def judge(
     model: Model,
     task: str,
@@ -281,6 +290,7 @@ def main() -> None:
         "--preset", default="", help="where to start from; default: the model's, emoji's, or none"
     )
     parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="FIELD=VALUE,VALUE")
+    parser.add_argument("--grid", action="store_true", help="try what grids.toml has for it")
     parser.add_argument(
         "--full", action="store_true", help="more images, where the task's suite has them"
     )
@@ -296,9 +306,11 @@ def main() -> None:
         record = {"model sha256": hash_for_images(model)}
     cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
     own = [name for name in (shipped, "emoji") if name in cls.presets]
-    start = options.preset or next(iter(own), "")
+    start, rows_to_try = options.preset or next(iter(own), ""), list(combinations(options.tried))
+    if options.grid:
+        start, rows_to_try = read_grid(options.method)
     base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
-    for task, values in itertools.product(options.tasks, combinations(options.tried)):
+    for task, values in itertools.product(options.tasks, rows_to_try):
         method, default = build(cls, base | values), flatten(cls())
         fields = {
             name: value
