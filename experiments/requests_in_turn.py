@@ -71,11 +71,8 @@ class Judge:
             return self.model.draw(probe)
 
 
-def add(
-    model: Model, method: Method, concept: Concept, retain: tuple[str, ...], so_far: Edit | None
-) -> Edit:
-    """Return the edit that also erases one more concept."""
-    problem = Problem((concept,), retain)
+def add(model: Model, method: Method, problem: Problem, so_far: Edit | None) -> Edit:
+    """Return the edit that also erases a further problem's concept."""
     if so_far is None:
         return expunge.erase(model, problem, method)
     if any(isinstance(change, HookedChange) for change in so_far.changes):

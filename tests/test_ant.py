@@ -440,6 +440,21 @@ class TestSaliency:
         assert again.hash == masked.hash
         assert "saliency" not in told
 
+    def test_the_maps_are_of_the_loss_that_is_trained(self, model):
+        """With an anchor to turn to, another loss, and so another mask."""
+        problem, counts = Problem((Concept("airplane", "ship"),)), {}
+        for turn_to in ("empty", "anchor"):
+            method = ANT.of(**QUICK, turn_to=turn_to)
+            steering = Steering(model, method.trajectory_config)
+            prompts = method.prompts(model, problem.erase[0])
+            anchors = method.encode_anchors(model, problem.erase)
+            counts[turn_to] = method.weights.find_mask(
+                method, steering, prompts, RunContext(4), anchors
+            ).counts
+        assert counts["empty"] != counts["anchor"]
+        with pytest.raises(ExpungeError, match="augmentations have no anchor"):
+            expunge.erase(model, problem, ANT.of(**QUICK, turn_to="anchor", augmentations=("airplane",)))
+
     def test_no_maps_no_mask(self, model):
         edit = expunge.erase(
             model, PROBLEM, ANT.of(**{**QUICK, "maps": 0, "max_train_steps": 1}, part="text")

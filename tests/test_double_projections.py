@@ -53,6 +53,11 @@ class TestSecondProjection:
         matrix = solve_projected(concept, proxies, free_directions(known.T @ known, 1e-9), 0.0)
         torch.testing.assert_close(concept @ matrix.T, proxies, rtol=1e-6, atol=1e-8)
 
+    def test_a_slack_of_1_takes_every_direction(self):
+        for seed in range(40):
+            known = rows(60, 24, seed)
+            assert free_directions(known.T @ known, 1.0).shape == (24, 24)
+
     def test_slack_is_the_share_of_energy_left_free(self):
         known = torch.diag(torch.tensor([1.0, 2.0, 7.0, 90.0], dtype=torch.float64))
         for slack, n in ((0.005, 0), (0.01, 1), (0.03, 2), (0.1, 3), (1.0, 4)):

@@ -66,7 +66,7 @@ class TestSpeed:
         found = invariants(empty, torch.Generator().manual_seed(0))
         assert torch.equal(found[0], empty[0])
         assert len(found) == 4
-        assert torch.cdist(found[1:], empty[[1, 6, 11]]).min(0).values.max() < 1e-6 or len(found) == 4
+        assert torch.cdist(found[1:], empty[[1, 6, 11]]).min(0).values.max() < 1e-6
 
     def test_values_alone_change_and_the_retained_stay(self, model):
         problem = Problem((Concept("airplane", "sky"), Concept("horse", "")), ("ship", "bird"))

@@ -64,10 +64,19 @@ def test_each_round_looks_for_a_word_in_the_network_that_was_trained_last(model,
     assert edit.changes
 
 
+def test_the_word_is_in_no_template(model):
+    """What is learnt takes the word's place wherever it stands."""
+    erased = (Concept("airplane", "the blue sky"),)
+    assert choose_word(model, erased[0], erased, ("{}",)) == "sky"
+    second = choose_word(model, erased[0], erased, ("{} in the Sky",))
+    assert second != "sky"
+    assert choose_word(model, erased[0], erased, ("{} in the sky", f"a {second} {{}}")) != second
+
+
 def test_a_word_learns_what_the_images_show(model):
     """The error of its predictions of the noise falls, on noise that it has not seen."""
     shown = draw_examples(model, "airplane", "airplane", 2, RunContext(), 3).latents
-    word = choose_word(model, Concept("airplane", "the blue sky"), (Concept("airplane"),))
+    word = choose_word(model, Concept("airplane", "the blue sky"), (Concept("airplane"),), ("{}",))
     assert word == "sky"
     found = [
         learn_word(

@@ -173,6 +173,29 @@ class TestAdvUnlearn:
         assert float(terms[1].detach()) == pytest.approx(0, abs=1e-6)
         assert len(terms) == 2
 
+    def test_the_second_term_counts_what_a_changed_encoder_does(self, model, monkeypatch):
+        """It is 0 before training, grows with a change of the weights, and is linear in γ."""
+        found = []
+
+        def train(model, parameters, run, loss, **_):
+            weights = list(parameters.values())
+            before = [weight.detach().clone() for weight in weights]
+            with torch.no_grad():
+                for weight in weights:
+                    weight.mul_(20)
+            with torch.enable_grad():
+                found.append([float(term.detach()) for term in loss(0, None)][1])
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+            return ()
+
+        monkeypatch.setattr(advunlearn, "train_text_encoders", train)
+        for gamma in (0.3, 0.6):
+            expunge.erase(model, PROBLEM, AdvUnlearn(**{**QUICK, "retain_scale": gamma}))
+        assert found[0] > 1e-5
+        assert found[1] == pytest.approx(2 * found[0], rel=1e-5)
+
     def test_the_attack_is_sign_steps_on_the_prefix_alone(self, model):
         z = torch.randn(1, *model._latent_shape, generator=torch.Generator().manual_seed(2))
         t = torch.tensor([500])

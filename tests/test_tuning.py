@@ -62,7 +62,7 @@ class TestAutotune:
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            ({"method": "esd"}, "esd has none: take one of double_projections"),
+            ({"method": "esd"}, "esd has none: take one of double_projections, rece"),
             ({"method": FEW, "enough": 1.2}, "enough must be above 0 and at most 1, not 1.2"),
             ({"method": FEW, "max_tries": 0}, "max_tries must be above 0"),
         ],

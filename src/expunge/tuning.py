@@ -91,7 +91,11 @@ def autotune(
     name = registry.name_of("methods", type(named))
     field = named.strength_field
     if not field or named.measured_in != "text":
-        known = [n for n in registry.list_names("methods") if registry.get("methods", n).strength_field]
+        known = [
+            n
+            for n in registry.list_names("methods")
+            if (cls := registry.get("methods", n)).strength_field and cls().measured_in == "text"
+        ]
         raise ExpungeError(
             f"autotune turns a strength that shows in what layers make of text, and {name} has none:"
             f" take one of {', '.join(known)}"

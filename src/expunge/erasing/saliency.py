@@ -22,6 +22,7 @@ from expunge.ops.finetune import frozen
 from expunge.ops.in_place import backward
 from expunge.ops.saliency import Intersection, pack_bits, unpack_bits
 from expunge.runtime.context import RunContext
+from expunge.text import Text
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,7 @@ def make_mask(
     prompts: Sequence[str],
     run: RunContext,
     *,
+    anchors: Text | None,
     method: str,
     maps: int,
     samples: int,
@@ -106,14 +108,15 @@ def make_mask(
     """Make a mask from maps, each of one prompt and one noise, prompts in turn, until it settles.
 
     A map is the gradient of the loss summed over points of one trajectory of the original. It is
-    computed
-    where training starts: there, the terms that keep predictions as they are have no gradient.
+    computed where training starts: there, the terms that keep predictions as they are have no gradient.
 
     Args:
         steering: the trajectories and their losses.
         parameters: the parameters to mask, by name.
         prompts: the concept and its augmentations.
         run: its seed; is told how far it is.
+        anchors: the same prompts with the anchor in the concept's place, row for row; None for
+            empty ones.
         method: the name of the method that the mask is for.
         maps: how many maps, at most.
         samples: points a map.
@@ -146,7 +149,9 @@ def make_mask(
                 run.progress("saliency", i, maps)
                 # One for each map, so that a map does not depend on how many there are.
                 generator = run.generator("saliency", str(i))
-                subject = TrainingConcept(prompts[i % len(prompts)], text[[i % len(prompts)]], generator)
+                row = [i % len(prompts)]
+                anchor = anchors[row] if anchors is not None else None
+                subject = TrainingConcept(prompts[row[0]], text[row], generator, anchor)
                 _add_map(steering, subject, parameters, intersection, samples, batch_size)
                 if settle and intersection.settled(settle):
                     break

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from expunge.base.errors import ExpungeError
 from expunge.changes import Changes
 from expunge.erasing.concept_tokens import vocabulary_words
 from expunge.model import Model
@@ -21,15 +22,25 @@ from expunge.problem import Concept
 from expunge.runtime.context import RunContext
 
 
-def choose_word(model: Model, concept: Concept, erased: Sequence[Concept]) -> str:
+def choose_word(
+    model: Model, concept: Concept, erased: Sequence[Concept], templates: Sequence[str]
+) -> str:
     """Choose the word to start from: the anchor's last that the tokenizer knows whole, or any.
 
     Args:
         model: whose tokenizer knows words.
         concept: the concept whose anchor is asked.
         erased: all concepts, whose own words are left out.
+        templates: phrasings that the word is put into; their own words are left out, for what is learnt
+            takes the word's place wherever it stands.
+
+    Raises:
+        ExpungeError: no word is left.
     """
-    known = vocabulary_words(model, erased)
+    said = " ".join(templates).lower().split()
+    known = [word for word in vocabulary_words(model, erased) if word not in said]
+    if not known:
+        raise ExpungeError("the tokenizer knows no word to start from that the templates do not hold")
     wanted = [word for word in reversed((concept.anchor or "").lower().split()) if word in known]
     return (wanted or known)[0]
 

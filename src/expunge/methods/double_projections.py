@@ -58,6 +58,7 @@ class DoubleProjections(Method):
         " CVPR 2026, arXiv 2604.10032."
     )
     strength_field: ClassVar[str] = "strength_penalty"
+    stronger: ClassVar[str] = "a smaller strength_penalty, or a larger slack"
     presets: ClassVar[Presets] = read_presets(__file__)
 
     safe: Literal["known", "anchor"] = "anchor"
@@ -78,6 +79,10 @@ class DoubleProjections(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_place(self.templates)
+
+    @property
+    def measured_in(self) -> Literal["text", "predictions", ""]:
+        return "text"
 
     def estimate_cost(self, problem: Problem, num_inference_steps: int) -> Cost:
         erased = sum(len(concept.names) for concept in problem.erase) * len(self.templates)
@@ -135,7 +140,8 @@ def free_directions(known: Tensor, slack: float) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(known)
     # Eigenvalues rise, so the first ones are the directions that the known embeddings use least.
-    held = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+    energy = values.clamp(min=0).cumsum(0)
+    held = energy / energy[-1]  # the last is exactly 1: a slack of 1 takes every direction
     free = vectors[:, held <= slack]
     if not free.shape[1]:
         raise ExpungeError(

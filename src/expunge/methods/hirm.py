@@ -17,6 +17,7 @@ from expunge.erasing.prompt_templates import (
     assemble_anchor_prompts,
     assemble_prompts,
     assemble_retained_prompts,
+    require_place,
 )
 from expunge.erasing.text_encoders import select_text_parameters, train_text_encoders
 from expunge.method import Method
@@ -40,7 +41,8 @@ class HiRM(Method):
     prompt has in their places. Where the denoiser reads a vector of the whole prompt, it is misdirected
     alike.
 
-    The loss without its second term is the paper's. The second term, prompts k of retained names, of
+    After the paper's ‖h_L(c) − s r‖²; the division by ‖h_L⁰‖², the tokens it runs over and the length s
+    are ours. The second term, prompts k of retained names, of
     anchors and of the tokenizer's words, is ours, and off in the preset `paper`. Ours, too, are the
     rate, the number of steps and the prompts, which are not in what we know of the paper.
 
@@ -74,6 +76,10 @@ class HiRM(Method):
     """Prompts of concepts, and as many retained ones, in a step."""
     templates: tuple[str, ...] = ()
     """Prompts to erase a concept in, with {} in its place; by default those of its kind."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_place(self.templates)
 
     @property
     def reads_anchor(self) -> bool:

@@ -34,8 +34,7 @@ class OCE(Method):
 
     G and G* project on the span of the concepts' and of the anchors' values, C_g is the mean second
     moment of a token of everyday captions, c_p the last content tokens of what is retained. Q maximises
-    tr(Qᵀ M). A rotation cannot send many values to zero, so what is not erased keeps its lengths and
-    angles.
+    tr(Qᵀ M). A rotation keeps all lengths and angles, so it can turn values, but send none to zero.
 
     Cost: encodes the captions once (their prior is cached), and one singular value decomposition a
     layer, as wide as the layer's output. It needs more output dimensions than concepts.

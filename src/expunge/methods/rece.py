@@ -110,8 +110,13 @@ class RECE(Method):
             sums = refit.tokens
             # Float64 throughout: the found embeddings are differences of near-equal projections.
             matrix = solve_right_factor(sums.cross, sums.gram, sums.prior, self.ridge)
-            for e, a, weight in pairs:
-                sums.erase(find_returning(e, matrix, sent, self.norm_weight), a, weight)
+            # One solve a round, for all concepts.
+            rows = torch.cat([e for e, _, _ in pairs])
+            found = find_returning(rows, matrix, sent, self.norm_weight)
+            for part, (_, a, weight) in zip(
+                found.split([len(e) for e, _, _ in pairs]), pairs, strict=True
+            ):
+                sums.erase(part, a, weight)
         run.progress("looking for what comes back", self.rounds, self.rounds)
         return refit.solve(model, self.ridge)
 

@@ -74,7 +74,8 @@ class Sluice(Method):
 
     Exact as an edit of its own. As plain weights, `export` fits the nearest and says what that costs.
 
-    Where a vector of the whole prompt enters too, it gets a matrix and gates of its own in the same way.
+    Where a vector of the whole prompt enters too, it gets a matrix and gates of its own, which know
+    neither neighbours nor captions.
 
     Ours. Taken over: the least squares of UCE (arXiv 2308.14761), the gates of this project's ACE.
 

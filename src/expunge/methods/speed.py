@@ -194,9 +194,10 @@ def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> T
     Args:
         empty: the empty prompt's embeddings, (tokens, d).
         generator: chooses the first centres of k-means.
-        centres: how many, at most as many as there are other tokens.
+        centres: how many, at most as many as other tokens differ.
     """
-    rest = empty[1:]
+    # Equal tokens, such as padding that is zeroed, would give centres that are equal, too.
+    rest, counts = torch.unique(empty[1:], dim=0, return_counts=True)
     k = min(centres, len(rest))
     if not k:
         return empty[:1]
@@ -205,6 +206,10 @@ def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> T
         # A centre without tokens stays where it is.
         nearest = torch.cdist(rest, means).argmin(1)
         means = torch.stack([
-            rest[nearest == i].mean(0) if (nearest == i).any() else means[i] for i in range(k)
+            torch.einsum("n,nd->d", counts[nearest == i].to(rest), rest[nearest == i])
+            / counts[nearest == i].sum()
+            if (nearest == i).any()
+            else means[i]
+            for i in range(k)
         ])  # fmt: skip
     return torch.cat([empty[:1], means])

@@ -164,7 +164,7 @@ class STEREO(Method):
         texts = [model.encode([t.format(name) for t in self.templates]) for name in concept.names]
         if not self.rounds:
             return texts
-        word = choose_word(model, concept, problem.erase)
+        word = choose_word(model, concept, problem.erase, self.templates)
         said = [t.format(word) for t in self.templates]
         prompt = self.templates[0].format(concept.name)
         shown = draw_examples(model, concept.name, prompt, self.inversion_images, run).latents

@@ -198,7 +198,7 @@ def train_against_attacks(
                 anchor = predict(z, t, Text.joined([x.anchor for x in here]))
                 same = predict(y, at, staying)
             user.write()
-            prompts = retained.words[[0] * len(rows)]
+            prompts = retained.words[attacks.begun[rows].tolist()]
             shift = attacks.shift[rows].requires_grad_()
             begun = attacks.start[rows]
             near = (predict(z, t, gated(prompts, begun + shift)) - concept).square().mean((1, 2, 3))

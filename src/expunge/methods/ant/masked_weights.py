@@ -24,6 +24,7 @@ from expunge.model import Model
 from expunge.ops.in_place import InPlace
 from expunge.problem import Problem, normalize_name
 from expunge.runtime.context import RunContext
+from expunge.text import Text
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,23 @@ class MaskedWeights:
             run: as in `Method.fit`.
 
         Raises:
-            ExpungeError: the augmentations leave a concept out, the mask is another model's, nothing is
-                there to retain, or the loss diverges.
+            ExpungeError: the augmentations leave a concept out or have no anchors, the mask is another
+                model's, nothing is there to retain, or the loss diverges.
         """
         steering = Steering(model, settings.trajectory_config)
         model, parameters = steering.model, select_parameters(steering.model, self.trained_part)
         prompts = [p for concept in problem.erase for p in settings.prompts(model, concept)]
         augmented = self._augmented(problem) or prompts
         model.require_window(augmented)
+        anchors = settings.encode_anchors(model, problem.erase)
+        if anchors is not None and self.augmentations and self.maps:
+            raise ExpungeError(
+                "augmentations have no anchor's prompts to turn to: leave them out, or set turn_to to"
+                " 'empty'"
+            )
         masks = None
         if self.maps:
-            found = self.find_mask(settings, steering, augmented, run)
+            found = self.find_mask(settings, steering, augmented, run, anchors)
             # A mask from a file lies on the CPU.
             masks = {k: m.to(parameters[k].device) for k, m in found.masks.items()}
         # One for both terms: its state is what a killed run resumes from.
@@ -96,7 +103,7 @@ class MaskedWeights:
             problem.erase[0].name,
             model.encode(prompts),
             generator,
-            settings.encode_anchors(model, problem.erase),
+            anchors,
         )
         return train_weights(
             steering,
@@ -114,7 +121,12 @@ class MaskedWeights:
         )
 
     def find_mask(
-        self, settings: SharedSettings, steering: Steering, prompts: Sequence[str], run: RunContext
+        self,
+        settings: SharedSettings,
+        steering: Steering,
+        prompts: Sequence[str],
+        run: RunContext,
+        anchors: Text | None = None,
     ) -> saliency.Mask:
         """Read the mask from its file, or make a new one and write it there.
 
@@ -125,6 +137,7 @@ class MaskedWeights:
             steering: the trajectories and their losses.
             prompts: of the maps, in turn.
             run: its seed and folder.
+            anchors: the same prompts with the anchor in the concept's place; None for empty ones.
 
         Raises:
             ExpungeError: the mask was made for another model or method, or no weight is left.
@@ -140,6 +153,7 @@ class MaskedWeights:
             parameters,
             prompts,
             run,
+            anchors=anchors,
             method="ant",
             maps=self.maps,
             samples=self.map_samples,
