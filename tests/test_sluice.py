@@ -11,6 +11,7 @@ from expunge.erasing.gate_tokens import GateTokens
 from expunge.erasing.neighbours import count_neighbours, make_neighbours
 from expunge.methods.sluice import Sluice, measure_left, shorten, solve_shared, take_last
 from expunge.ops.gates import Background, fit_gate, fit_gates
+from tiny import sdxl
 
 
 def rows(n, width=12, seed=0):
@@ -163,6 +164,22 @@ class TestSluice:
         (single,) = expunge.erase(worded, problem, Sluice(**few, opens="token")).changes
         assert single.gates(texts).amax(-1)[0, 0] < 0.1  # the start says nothing of a cat
         assert len(single.centre) > len(gated.centre) == 1
+
+    def test_neighbours_and_captions_hold_the_vectors_gates_too(self, monkeypatch):
+        """Of a model that also reads a vector of the whole prompt, as SDXL does."""
+        model, seen = expunge.load(sdxl()), []
+
+        def solve(self, model, vectors, closed_on, anchors):
+            seen.append(closed_on["airplane ship"])
+            return []
+
+        monkeypatch.setattr(Sluice, "_solve_vectors", solve)
+        problem = Problem((Concept("airplane ship", "dog", "identity"),), ("cat horse",))
+        for more in ({"neighbours": 0, "captions": ""}, {"neighbours": 4, "num_captions": 5}):
+            expunge.erase(model, problem, Sluice(num_retain_words=10, max_overlap=1.0, **more))
+        narrow, wide = seen
+        assert len(wide.retained) > len(narrow.retained)
+        assert len(wide.general) > len(narrow.general)
 
     def test_a_phrase_is_known_by_its_last_token(self):
         pairs = [(rows(2, seed=1), rows(2, seed=2)), (rows(3, seed=3), rows(3, seed=4))]

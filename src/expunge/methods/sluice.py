@@ -16,7 +16,6 @@ from expunge.changes import Changes, Gated
 from expunge.erasing.caption_gram import read_captions
 from expunge.erasing.concept_tokens import sample_words
 from expunge.erasing.gate_backgrounds import (
-    GateBackgrounds,
     encode_retained,
     keep_separable,
     read_backgrounds,
@@ -74,8 +73,7 @@ class Sluice(Method):
 
     Exact as an edit of its own. As plain weights, `export` fits the nearest and says what that costs.
 
-    Where a vector of the whole prompt enters too, it gets a matrix and gates of its own, which know
-    neither neighbours nor captions.
+    Where a vector of the whole prompt enters too, it gets a matrix and gates of its own in the same way.
 
     Ours. Taken over: the least squares of UCE (arXiv 2308.14761), the gates of this project's ACE.
 
@@ -159,11 +157,9 @@ class Sluice(Method):
         tokens, vectors = read_tokens(self, model, problem, retained)
         grounds = read_backgrounds(self, model, problem, retained, run)
         near, said = self._read_neighbours(model, problem, run), self._read_captions(model, problem, run)
-        closed_on = {name: ground.tokens for name, ground in grounds.items()}
-        # One wider background for each of the old ones: concepts of a kind share theirs.
-        narrow = {id(b): b for b in closed_on.values()}
-        wider = {key: self._widen(b, near, said) for key, b in narrow.items()}
-        closed_on = {name: wider[id(b)] for name, b in closed_on.items()}
+        closed_on = self._widen({n: ground.tokens for n, ground in grounds.items()}, near[0], said[0])
+        whole = {n: ground.vectors for n, ground in grounds.items() if ground.vectors}
+        whole = self._widen(whole, near[1], said[1])
         if self.opens == "prompt":
             # Only the first of a concept's groups has a gate: it alone is asked whether it stands clear.
             phrases = {name: members[:1] for name, members in tokens.items()}
@@ -175,7 +171,7 @@ class Sluice(Method):
         anchors = torch.cat([text.embeddings[text.read] for text in own.values()]).double()
         layers = tuple(entry.layer for entry in model.text_entries())
         changes = [self._solve(layers, tokens, closed_on, anchors)]
-        return (*changes, *self._solve_vectors(model, vectors, grounds, list(own.values())))
+        return (*changes, *self._solve_vectors(model, vectors, whole, list(own.values())))
 
     def _solve(
         self,
@@ -217,11 +213,10 @@ class Sluice(Method):
         self,
         model: Model,
         vectors: Mapping[str, GateTokens],
-        grounds: Mapping[str, GateBackgrounds],
+        closed_on: Mapping[str, Background],
         anchors: Sequence[Text],
     ) -> list[Gated]:
         """Solve for the same before the layers that read a vector of the whole prompt."""
-        closed_on = {name: ground.vectors for name, ground in grounds.items() if ground.vectors}
         # A concept whose vector is its anchor's has nothing to take away there.
         some = {name: [group] for name, group in vectors.items() if group.differs and name in closed_on}
         if not some:
@@ -235,16 +230,16 @@ class Sluice(Method):
             found.append(pad_gates(narrow, model.weight(entry.layer).shape[1]))
         return found
 
-    def _read_neighbours(self, model: Model, problem: Problem, run: RunContext) -> Tensor:
-        """Read the tokens of the neighbours, (n, d), few of the padding."""
+    def _read_neighbours(self, model: Model, problem: Problem, run: RunContext) -> tuple[Tensor, Tensor]:
+        """Read the neighbours; see `_read`."""
         words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         generator = run.generator("neighbours")
         made = make_neighbours(problem, words, self.neighbours, generator) if self.neighbours else []
         prompts = assemble_retained_prompts(made, retained_phrasings(problem))
         return self._read(model, prompts, "reading neighbours", run)
 
-    def _read_captions(self, model: Model, problem: Problem, run: RunContext) -> Tensor:
-        """Read the tokens of everyday captions that hold no erased name, (n, d), few of the padding."""
+    def _read_captions(self, model: Model, problem: Problem, run: RunContext) -> tuple[Tensor, Tensor]:
+        """Read everyday captions that hold no erased name; see `_read`."""
         if not (self.captions and self.num_captions):
             return self._read(model, [], "", run)
         said = [c for c in read_captions(self.captions) if not problem.find_name(c)]
@@ -252,23 +247,39 @@ class Sluice(Method):
         chosen = [said[i] for i in order[: self.num_captions].tolist()]
         return self._read(model, chosen, "reading captions", run)
 
-    def _read(self, model: Model, prompts: Sequence[str], label: str, run: RunContext) -> Tensor:
-        """Read the tokens of those prompts that the model reads whole, (n, d), float64 on the CPU."""
+    def _read(
+        self, model: Model, prompts: Sequence[str], label: str, run: RunContext
+    ) -> tuple[Tensor, Tensor]:
+        """Read those prompts that the model reads whole.
+
+        Returns:
+            Their tokens, few of the padding, and the vectors of whole prompts, where there are any:
+            (n, d) each, float64 on the CPU; n may be 0.
+        """
+        nothing = torch.zeros(0, dtype=torch.float64)
         fit = [p for p in prompts if model.count_tokens(p) <= model.window and model.knows(p)]
         if not fit:
-            return torch.zeros(0, dtype=torch.float64)
-        return read_prompts(model, fit, label, run)[0].double().cpu()
+            return nothing, nothing
+        tokens, vectors = read_prompts(model, fit, label, run)
+        return tokens.double().cpu(), nothing if vectors is None else vectors.double().cpu()
 
-    def _widen(self, background: Background, near: Tensor, said: Tensor) -> Background:
-        """Return a background with captions among general tokens, neighbours among those retained."""
-        general, retained, shut = background.general, background.retained, background.shut
-        return Background(
-            torch.cat([general, said]) if len(said) else general,
-            torch.cat([retained, near]) if len(near) else retained,
-            self.gate_ridge,
-            self.n_std,
-            torch.cat([shut, near]) if len(near) else shut,
-        )
+    def _widen(
+        self, closed_on: Mapping[str, Background], near: Tensor, said: Tensor
+    ) -> dict[str, Background]:
+        """Return backgrounds with captions among general tokens, neighbours among those retained."""
+
+        def widen(old: Background) -> Background:
+            return Background(
+                torch.cat([old.general, said]) if len(said) else old.general,
+                torch.cat([old.retained, near]) if len(near) else old.retained,
+                self.gate_ridge,
+                self.n_std,
+                torch.cat([old.shut, near]) if len(near) else old.shut,
+            )
+
+        # One wider background for each of the old ones: concepts of a kind share theirs.
+        wider = {key: widen(b) for key, b in {id(b): b for b in closed_on.values()}.items()}
+        return {name: wider[id(b)] for name, b in closed_on.items()}
 
     def _fit_gates(
         self, tokens: Mapping[str, Sequence[GateTokens]], closed_on: Mapping[str, Background]
