@@ -46,8 +46,8 @@ class SPEED(Method):
     Cost: encodes a few hundred short prompts; two eigenvalue problems of the text's width a layer. The
     change of a layer has rank n, the number of prompts that are erased.
 
-    Source: SPEED, ICLR 2026, arXiv 2503.07392. The words that stand in for the paper's retained captions
-    are ours.
+    Source: SPEED, ICLR 2026, arXiv 2503.07392. The tokenizer's words that stand in for the paper's
+    retained names, and that anchors are retained, are ours.
     """
 
     citation: ClassVar[str] = (
