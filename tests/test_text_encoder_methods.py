@@ -231,3 +231,9 @@ class TestAdvUnlearn:
         method = AdvUnlearn(num_retain_words=0, max_train_steps=1, trajectory_steps=4)
         with pytest.raises(ExpungeError, match="needs something to retain"):
             expunge.erase(model, Problem((Concept("airplane", "sky"),)), method)
+
+
+@pytest.mark.parametrize("method", [HiRM, AdvUnlearn])
+def test_a_template_has_one_place(method):
+    with pytest.raises(ExpungeError, match="a template has one {} for the concept; 'no place' has not"):
+        method(templates=("no place",))

@@ -49,7 +49,7 @@ PARTS = (
 )  # fmt: skip
 DRAWING: dict[str, Any] = {
     "num_inference_steps": 20,  # what the gates are measured with by default
-    "guidance_scale": 4.0,
+    "guidance_scale": 3.0,
     "anchors": {"object": "ground", "identity": "a person", "style": "art", "explicit": "an object"},
 }
 
