@@ -1,5 +1,7 @@
 """The error of a denoiser's prediction, as every method that trains on predictions counts it.
 
+ACE's harden and fortify give it raw predictions (v where a model predicts v), the others noise.
+
     squared      m = mean of (ε − ε')² over a sample's numbers
     hellinger    8 σ² (1 − exp(−m / 8 σ²))
 

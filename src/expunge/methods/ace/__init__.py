@@ -59,9 +59,10 @@ class ACE(ACESettings):
         outer   min E ‖ε(z_t, t, ẽ(e + δ)) − ε₀(z_t, t, e_anchor)‖² / a
                     + (ρ ‖W ẽ(r) − W r‖² + η ‖W ẽ(e) − W ẽ₀(e)‖²) / b
 
-    with z_t from images of the concept, over gates, directions and goals, ẽ₀ the closed form, r
+    with ε what the denoiser itself predicts (v where it predicts v, not turned into noise), z_t from
+    images of the concept, over gates, directions and goals, ẽ₀ the closed form, r
     general and retained tokens, and the anchor's, and a and b how far concept and anchor are apart in
-    the same units, the noise and keys and values. The denoiser sees the text through W alone, so the
+    the same units, predictions and keys and values. The denoiser sees the text through W alone, so the
     inner attack needs no denoiser.
 
     *fortify*, ours and off unless asked for: a word learnt against the gates stands outside the region
