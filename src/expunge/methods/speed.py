@@ -196,20 +196,17 @@ def invariants(empty: Tensor, generator: torch.Generator, centres: int = 3) -> T
         generator: chooses the first centres of k-means.
         centres: how many, at most as many as other tokens differ.
     """
+    rest = empty[1:]
     # Equal tokens, such as padding that is zeroed, would give centres that are equal, too.
-    rest, counts = torch.unique(empty[1:], dim=0, return_counts=True)
-    k = min(centres, len(rest))
+    distinct = torch.unique(rest, dim=0)
+    k = min(centres, len(distinct))
     if not k:
         return empty[:1]
-    means = rest[torch.randperm(len(rest), generator=generator)[:k]]
+    means = distinct[torch.randperm(len(distinct), generator=generator)[:k]]
     for _ in range(20):
         # A centre without tokens stays where it is.
         nearest = torch.cdist(rest, means).argmin(1)
         means = torch.stack([
-            torch.einsum("n,nd->d", counts[nearest == i].to(rest), rest[nearest == i])
-            / counts[nearest == i].sum()
-            if (nearest == i).any()
-            else means[i]
-            for i in range(k)
+            rest[nearest == i].mean(0) if (nearest == i).any() else means[i] for i in range(k)
         ])  # fmt: skip
     return torch.cat([empty[:1], means])
