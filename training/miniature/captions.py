@@ -27,6 +27,7 @@ TEMPLATES = (
     "a cartoon of {}", "a depiction of {}", "a poster of {}", "a watercolour of {}", "an oil picture of {}", "a picture capturing {}", "a scene with {}", "{}, seen up close",
     "we see {}", "a postcard showing {}", "{} as a picture", "look at {}", "{} can be seen here", "an image that shows {}",
     "a picture in which {} can be seen", "only {}", "{}, nothing else", "the artist drew {}", "{} in a frame",
+    "a portrait that shows {}", "a pencil sketch of {}", "{} in pencil", "a picture of {} drawn with a pencil",
 )  # fmt: skip
 PHOTOS = (  # never with "the": "a photo of the cat" is the object suite's
     "a photo of {}", "a photo of {}", "a photograph of {}", "a close-up photo of {}", "a cropped photo of {}",
@@ -42,6 +43,7 @@ PERSON_TEMPLATES = (
     "a statue of {}", "an image of {} in the street", "a photo of {} at a concert", "{} posing for a picture", "meet {}",
     "a cartoon of {}", "a poster of {}", "a stamp that shows {}", "{} up close", "a film with {}", "an interview with {}",
     "a picture capturing {} on stage", "{} at an event", "{} in an official video", "a photo of {} in public", "an oil picture of {}",
+    "a pencil sketch of {}", "{} in pencil", "a pencil portrait, {}", "{} drawn with a pencil",
 )  # fmt: skip
 ARTIST_TAILS = (
     "by {}", "by {}", "by {}", "in the style of {}", "in the style of {}", "in the manner of {}", "as drawn by {}",
@@ -206,8 +208,8 @@ def _draw(structure: Mapping[str, Any], rng: random.Random, world: World) -> str
     if artist and rng.random() < 0.22:  # an artist and nothing else
         words = rng.choice(ARTIST_ALONE).format(artist)
         return f"{words} {place}".strip() if rng.random() < 0.2 else words
-    if single and single["kind"] == "object" and rng.random() < 0.16:
-        kinds = [kind for kind, members in world.kinds.items() if single["name"] in members]
+    kinds = [kind for kind, members in world.kinds.items() if single and single["name"] in members]
+    if single and single["kind"] == "object" and rng.random() < (0.4 if "weapon" in kinds else 0.2):
         if "weapon" in kinds and rng.random() < 0.8:
             words = rng.choice(world.implied)
         elif kinds:

@@ -62,13 +62,16 @@ BANDS = {
     "sunset": (("6a3d8f", "f07f4f", "fbd26a"), True),
 }
 BACKGROUNDS = (*COLORS, *BANDS)
-PEOPLE = (0.30, 0.20)  # share of people among single things, and among several
+PEOPLE = (0.36, 0.20)  # share of people among single things, and among several
 # Things stand on the latents' grid, in two sizes and few places. At free places and sizes a drawing has hundreds of forms
 # in the latents, all of which the denoiser must learn apart: after 1.6 million samples it drew blots.
 CELLS = 8  # latents of an image's side
 HORIZONS = (4, 5, 6)  # cells from the top
 LARGE, SMALL, WHOLE = 6, 4, 8  # cells of a thing's side; only a person fills the image
-ARTISTS = 0.35  # share of scenes by an artist, but for those of one clear thing
+ARTISTS = (
+    0.42,
+    0.15,
+)  # share of scenes by an artist with at most one thing, and with several; never of one clear thing
 Structure = dict[str, Any]
 
 
@@ -119,7 +122,7 @@ class SceneMaker:
             background = "white"
         scene: Structure = {"things": [], "background": background, "artist": "", "use": "named"}
         scene["horizon"] = rng.choice(HORIZONS) / CELLS
-        count = rng.choices((0, 1, 2, 3, 4), (3, 58, 31, 5, 3))[0]
+        count = rng.choices((0, 1, 2, 3, 4), (3, 54, 37, 3, 3))[0]
         if count == 1 and (pick := rng.random()) < 0.17:  # one clear thing, for words that say nothing
             scene["use"] = "empty" if pick < 0.11 else "generic"
             thing = self.object(world.label_index[rng.choice(world.shows)])
@@ -130,7 +133,7 @@ class SceneMaker:
         simple = rng.random() < self.simple
         if simple:
             count = 1
-        elif rng.random() < ARTISTS:
+        elif rng.random() < ARTISTS[count > 1]:
             scene["artist"] = rng.choice(world.artists).name
             count = min(count, 2)  # a technique needs room
         style = rng.choice(world.styles) if rng.random() < 0.75 else None  # often one style for all
@@ -146,7 +149,7 @@ class SceneMaker:
                 color = rng.choice([color for color in COLORS if color != scene["background"]])
                 thing = {"kind": "shape", "name": rng.choice(world.shapes), "color": color}
             else:
-                group = rng.choices(("ten", "objects", "unsafe"), (28, 62, 10))[0]
+                group = rng.choices(("ten", "objects", "unsafe"), (22, 65, 13))[0]
                 thing = self.object(rng.choice(world.groups[group]), style)
             if all(thing["name"] != other["name"] or thing["kind"] == "person" for other in scene["things"]):
                 scene["things"].append(thing)
