@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # These import gradio, which is an extra.
 WITHOUT_GRADIO := $(addprefix --ignore=src/expunge/studio/,handlers.py page.py theme.py)
 
-demo: $(VENV)/ready      ## erase the airplane, look and measure
-	$(BIN)/python examples/forget_airplane.py
+demo: $(VENV)/ready      ## erase an object, a person and an artist, look and measure
+	$(BIN)/python examples/forget_three.py
 
 test: $(VENV)/ready      ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"

@@ -119,7 +119,7 @@ class Aligned:
     def loss(self, pairs: list[tuple[str, str, str, str]]) -> Tensor:
         """Mean squared difference of the states, of the known ones' mean square."""
         a, end_a = self.ids([pair[0] for pair in pairs])
-        b, end_b = self.ids([pair[2] for pair in pairs])
+        b, _ = self.ids([pair[2] for pair in pairs])
         with torch.no_grad():
             wanted = self.text(input_ids=a).last_hidden_state
         got = self.text(input_ids=b).last_hidden_state

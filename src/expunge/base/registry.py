@@ -226,17 +226,22 @@ def include_suites(folders: Sequence[str | Path]) -> Iterator[None]:
         _included.reset(token)
 
 
-def find_suite(name: str, model: str = "") -> Path:
-    """Return the file of a suite by NAME or MODEL/NAME; for `model`, one of its own goes first.
+def find_suite(name: str, model: str = "", otherwise: str = "") -> Path:
+    """Return the file of a suite by NAME or MODEL/NAME.
+
+    Args:
+        name: its name.
+        model: one of this model's own goes first.
+        otherwise: one of this model's own is taken where none has the name itself.
 
     Raises:
         ExpungeError: there is none of this name; the nearest is named.
     """
     suites = _find_suites()
-    name = f"{model}/{name}" if f"{model}/{name}" in suites else name
-    if name not in suites:
-        raise UnknownNameError("suite", name, suites)
-    return suites[name]
+    for one in (f"{model}/{name}", name, f"{otherwise}/{name}"):
+        if one in suites:
+            return suites[one]
+    raise UnknownNameError("suite", name, suites)
 
 
 def _find_suites() -> dict[str, Path]:

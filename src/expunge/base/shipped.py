@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from expunge.base import registry
 
-DEFAULT_MODEL = "emoji"
+DEFAULT_MODEL = "miniature"
 """What commands, suites and experiments work on where no model is named, and whose CLIP metrics take."""
 
 
 def list_shipped() -> list[str]:
     """Return the names of the models that ship, and of those whose suites came before their weights.
 
-    >>> "emoji" in list_shipped()
+    >>> "miniature" in list_shipped()
     True
     """
     folders = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, UnknownNameError, join_names
+from expunge.base.shipped import list_shipped
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import read_autocast
 from expunge.cli.terminal import make_plain_table, print_table, show_progress
@@ -93,7 +95,8 @@ def run_evaluate(options: EvaluateOptions) -> None:
     limit, autocast = _parse_bytes(options.cache_limit), read_autocast(options.autocast)
     from expunge.evaluation.suite import Suite
 
-    suites = [Suite.read(name, options.model or "") for name in options.suite]
+    base = options.model or find_base(options.edits)
+    suites = [Suite.read(name, base) for name in options.suite]
     attacks = tuple(itertools.chain.from_iterable(options.attacks))
     model = _check_evaluate(options, suites, attacks)
     from expunge.checkpoints.load import load
@@ -129,6 +132,20 @@ def run_evaluate(options: EvaluateOptions) -> None:
     print_report(report)
     cache.prune(limit)
     print(f"{cache.drawn} images drawn; look at {Path(options.output) / 'index.html'}")
+
+
+def find_base(edits: Sequence[str]) -> str:
+    """Return the shipped model that the first of some edits was made for; "" if it is none of them.
+
+    Args:
+        edits: files of edits, and folders.
+    """
+    for name in edits:
+        with contextlib.suppress(ExpungeError, ValueError, KeyError, TypeError):
+            text = files.read_header(name).get("__metadata__", {}).get("expunge", "{}")
+            model: str = json.loads(text)["record"]["model"]
+            return model if model in list_shipped() else ""
+    return ""
 
 
 def _check_evaluate(options: EvaluateOptions, suites: Sequence[Suite], attacks: Sequence[str]) -> str:

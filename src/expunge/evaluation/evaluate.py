@@ -26,7 +26,7 @@ from expunge.evaluation.candidates import Candidate, SuiteResult
 from expunge.evaluation.cells import ROLES, Cell
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source, describe_sampler
-from expunge.evaluation.measure import make_metric, measure, name_metrics, warn_of_cuts
+from expunge.evaluation.measure import make_metric, measure, name_metrics, read_options, warn_of_cuts
 from expunge.evaluation.report import Report
 from expunge.evaluation.robustness import Controls, Defence, judge_attack
 from expunge.evaluation.sample import Sample, lay_out
@@ -188,7 +188,7 @@ def _plan(
     """A suite's cases, with everything checked that can be before anything is drawn."""
     metrics = {
         name: given.get(name)
-        or make_metric(name, {**suite.options.get(name, {}), **options.get(name, {})})
+        or make_metric(name, {**read_options(suite, name), **options.get(name, {})})
         for name in dict.fromkeys((suite.judge, *suite.metrics, *given))
     }
     known = restrict_to_judge(suite, metrics[suite.judge])

@@ -19,6 +19,7 @@ from expunge.evaluation.cells import Cell
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
 from expunge.evaluation.sample import Sample
+from expunge.evaluation.suite import Suite
 from expunge.metric import Metric
 from expunge.model import Model
 
@@ -34,6 +35,20 @@ def make_metric(name: str, options: Mapping[str, Any]) -> Metric:
     """
     metric: Metric = fields.build(registry.get("metrics", name), options, name)
     return metric
+
+
+def read_options(suite: Suite, name: str) -> dict[str, Any]:
+    """Return the fields that a suite gives a metric; the CLIP is by default that of the suite's model.
+
+    Args:
+        suite: the suite.
+        name: the metric's.
+    """
+    own: dict[str, Any] = {}
+    asks = "model" in getattr(registry.get("metrics", name), "__dataclass_fields__", {})
+    if asks and (registry.HERE / suite.model / "clip").is_dir():
+        own["model"] = suite.model
+    return {**own, **suite.options.get(name, {})}
 
 
 def name_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric | None]:

@@ -109,14 +109,14 @@ class Suite(Settings):
 
     @classmethod
     def read(cls, name: str | Path, model: str = "") -> Suite:
-        """Read a suite: one that ships, by its name (`model`'s own before others), or a file.
+        """Read a suite: one that ships by its name, `model`'s own before others, or a file.
 
         Raises:
             ExpungeError: there is none, or something in it is wrong.
         """
         path = Path(name)
         if path.suffix.lower() != ".toml":
-            path = registry.find_suite(str(name), model)
+            path = registry.find_suite(str(name), model, DEFAULT_MODEL)
         table = read_toml(path)
         try:
             return cls.from_table(table, path.stem, path.parent)
@@ -156,7 +156,8 @@ class Suite(Settings):
             other = settings.known_as
             if Path(other).stem == name:
                 raise ExpungeError(f"known_as names the suite itself, {other!r}")
-            other_suite = cls.read(folder / other if other.lower().endswith(".toml") else other).concepts
+            where = folder / other if other.lower().endswith(".toml") else other
+            other_suite = cls.read(where, settings.model).concepts
             namesakes = {normalize_name(concept.name): concept for concept in other_suite}
             concepts, more = (
                 tuple(_known_as(one, namesakes.get(normalize_name(one.name))) for one in group)

@@ -11,7 +11,7 @@ from expunge.base import registry
 from expunge.base.errors import ExpungeError, join_names
 from expunge.evaluation.cells import SuiteConcept
 from expunge.evaluation.evaluate import restrict_to_judge
-from expunge.evaluation.measure import make_metric
+from expunge.evaluation.measure import make_metric, read_options
 from expunge.evaluation.suite import Suite
 from expunge.metric import Classifier
 from expunge.model import Model
@@ -160,14 +160,14 @@ def _kind(title: str) -> Kind:
 
 def _order(title: str) -> tuple[int, str]:
     """Objects first, then those of a kind of their own, then the rest."""
-    first = ("object", "style", "identity", "unsafe")
-    return (first.index(title) if title in first else len(first), title)
+    first, name = ("object", "style", "identity", "unsafe"), title.rpartition("/")[2]
+    return (first.index(name) if name in first else len(first), title)
 
 
 def _judge(suite: Suite) -> Classifier | None:
     """A suite's judge; None where it cannot be had here."""
     try:
-        judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
+        judge = make_metric(suite.judge, read_options(suite, suite.judge))
     except ExpungeError:
         return None
     return judge if isinstance(judge, Classifier) else None

@@ -27,7 +27,7 @@ from expunge.evaluation.evaluate import Report, evaluate
 from expunge.evaluation.forecast import Forecast, forecast
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Source
-from expunge.evaluation.measure import make_metric, measure
+from expunge.evaluation.measure import make_metric, measure, read_options
 from expunge.evaluation.robustness import attack_sample
 from expunge.evaluation.sample import Sample, classify, lay_out
 from expunge.evaluation.statistics import Estimate
@@ -231,7 +231,7 @@ def _find_judge(suites: Sequence[Suite], edit: Edit) -> tuple[Suite, Classifier,
             if (concept := suite.find_concept(erased.name)) is None:
                 continue
             try:
-                judge = make_metric(suite.judge, dict(suite.options.get(suite.judge, {})))
+                judge = make_metric(suite.judge, read_options(suite, suite.judge))
             except ExpungeError:
                 continue  # its judge cannot be had here
             if isinstance(judge, Classifier):
