@@ -30,7 +30,7 @@ def main() -> None:
         "--to", type=Path, default=Path(__file__).parent / "results" / "mace_edit_size.json"
     )
     options = parser.parse_args()
-    model, suite = expunge.load("emoji"), Suite.read("identity")
+    model, suite = expunge.load("emoji"), Suite.read("identity", "emoji")
     names = [concept.words for concept in suite.concepts]
     method = MACE.preset("emoji", max_train_steps=2, num_images=2, num_inference_steps=2, masks="none")
     rows = []

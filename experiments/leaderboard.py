@@ -35,7 +35,7 @@ from expunge.evaluation.cells import Size, SuiteConcept
 from expunge.evaluation.evaluate import evaluate, restrict_to_judge
 from expunge.evaluation.experiment import Job
 from expunge.evaluation.image_cache import Cache
-from expunge.evaluation.measure import make_metric
+from expunge.evaluation.measure import make_metric, read_options
 from expunge.evaluation.report import Report
 from expunge.evaluation.scoring import TERMS
 from expunge.evaluation.statistics import Estimate, average
@@ -63,16 +63,28 @@ class Task:
     """How many concepts an edit erases at once; each of them in turn where it is one."""
 
 
-TASKS = (
-    Task("object", "object"),
-    Task("identity", "identity", (1, 5, 10, 20)),
-    Task("style", "style"),
-    Task("unsafe", "explicit"),
-    Task("shared-terms", "object"),
-    Task("residual", "object"),
-    Task("pairs", "object"),
-)
-"""The suites of the emoji model."""
+TASKS = {
+    "emoji": (
+        Task("object", "object"),
+        Task("identity", "identity", (1, 5, 10, 20)),
+        Task("style", "style"),
+        Task("unsafe", "explicit"),
+        Task("shared-terms", "object"),
+        Task("residual", "object"),
+        Task("pairs", "object"),
+    ),
+    "miniature": (
+        Task("object", "object"),
+        Task("identity", "identity", (1, 5, 10, 100)),
+        Task("style", "style", (1, 10, 100)),
+        Task("unsafe", "explicit"),
+        Task("shared-terms", "identity", (10,)),
+        Task("residual", "object"),
+        Task("pairs", "object"),
+        Task("prompt-kinds", "object"),
+    ),
+}
+"""The suites of each shipped model."""
 FULL = {
     "ten objects in turn": ("objects", ""),
     "20 flags": ("flags-20", ""),
@@ -136,8 +148,8 @@ def judge(
     autocast: torch.dtype | None = None,
 ) -> Report:
     """All methods on one suite; the report's page stands in the folder."""
-    suite = Suite.read(task.suite)
-    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
+    suite = Suite.read(task.suite, model.name)
+    suite = restrict_to_judge(suite, make_metric(suite.judge, read_options(suite, suite.judge)))
     if tiny:
         suite = dataclasses.replace(suite, sizes=dict.fromkeys(SIZES, TINY))
     candidates = []
@@ -361,7 +373,7 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
 
 def main() -> None:
     """Classifier, keep the results, write the table."""
-    names = [task.suite for task in TASKS]
+    names = list(dict.fromkeys(task.suite for tasks in TASKS.values() for task in tasks))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--methods", nargs="+", default=registry.list_names("methods"), help="default: all"
@@ -371,7 +383,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")
     parser.add_argument("--tiny", action="store_true", help="two images a cell, to see that it works")
     parser.add_argument("--take", type=int, default=0, help="so many problems a suite; default: all")
-    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--model", default="emoji", choices=TASKS)
     parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument(
@@ -383,7 +395,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         model, cache = expunge.load(options.model), Cache()
-        for task in TASKS:
+        for task in TASKS[options.model]:
             if task.suite not in options.suites:
                 continue
             with Progress(transient=True) as bars:

@@ -24,7 +24,7 @@ from expunge.base.files import replacing
 from expunge.evaluation.suite import Suite
 from expunge.methods.uce import UCE
 
-WORDS = Suite.read("object").concepts
+WORDS = Suite.read("object", "emoji").concepts
 GOALS = {"erased": "at most 10 %", "retained": "at least 90 %", "unrecognisable": "at most 5 %"}
 SHOWN = ("erased", "synonyms", "retained", "unrecognisable", "H")
 

@@ -257,7 +257,7 @@ def test_lists_and_help(run):
         ("draw x -o x.png --stpes 3", "did you mean '--steps'"),
         ("info file", "not a whole safetensors file"),
         ("evaluate e.safetensors --suite object", "evaluate needs -o"),
-        ("evaluate e.safetensors -o r", "name a suite with --suite, one of: identity"),
+        ("evaluate e.safetensors -o r", "name a suite with --suite, one of: identity, mace-"),
         ("evaluate e.safetensors --suite objects -o r", "did you mean 'object'"),
         ("evaluate e.safetensors --suite object --suite mace-style -o r", "for different models"),
         ("evaluate absent.safetensors --suite object -o r", "cannot read absent.safetensors"),
@@ -480,6 +480,7 @@ def test_evaluate_writes_a_report_and_draws_nothing_twice(run, edit, tmp_path, f
         """# One line.
 version = 1
 score = "H_c"
+model = "emoji"
 num_inference_steps = 2
 judge = "clip_zeroshot"
 templates = { erased = ["a photo of the {}"] }

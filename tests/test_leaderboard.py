@@ -24,9 +24,10 @@ def board():
     return module
 
 
-def test_every_task_has_problems_that_its_suite_knows(board):
-    for task in board.TASKS:
-        suite = Suite.read(task.suite)
+@pytest.mark.parametrize("name", ["emoji", "miniature"])
+def test_every_task_has_problems_that_its_suite_knows(board, name):
+    for task in board.TASKS[name]:
+        suite = Suite.read(task.suite, name)
         found = board.problems(task, suite, 0)
         assert found
         for problem in found:
@@ -35,8 +36,8 @@ def test_every_task_has_problems_that_its_suite_knows(board):
             assert problem.retain
             held_out = {word for concept in erased for word in concept.synonyms}
             assert held_out.isdisjoint(name for concept in problem.erase for name in concept.names)
-    assert len(board.problems(board.TASKS[0], Suite.read("object"), 0)) == 10
-    assert len(board.problems(board.TASKS[0], Suite.read("object"), 2)) == 2
+    words = board.TASKS[name][0], Suite.read("object", name)
+    assert [len(board.problems(*words, take)) for take in (0, 2)] == [10, 2]
 
 
 def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):

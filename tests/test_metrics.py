@@ -31,11 +31,13 @@ def clip():
     return Clip.load()
 
 
+EMOJI = {"model": "emoji"}
+"""Whose CLIP measures."""
 PROMPTS = ["a photo of the cat", "a photo of the ship"] * 12
 
 
 def test_clip_score(images, clip):
-    score = make_metric("clip_score", {}).measure(images, PROMPTS)[:, 0]
+    score = make_metric("clip_score", EMOJI).measure(images, PROMPTS)[:, 0]
     slow = []
     for image, prompt in zip(images, PROMPTS, strict=True):
         a = clip.image(pixel_values=image[None] * 2 - 1).pooler_output[0].detach().double().numpy()
@@ -49,7 +51,7 @@ def test_clip_score(images, clip):
 
 
 def test_clip_zeroshot(images, clip):
-    metric = make_metric("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0})
+    metric = make_metric("clip_zeroshot", {"classes": ["cat", "ship", "dog"], "scale": 20.0, **EMOJI})
     rows = metric.measure(images, PROMPTS)
     texts = clip.embed_texts([f"a photo of the {name}" for name in ("cat", "ship", "dog")])
     cosines = (clip.embed_images(images) @ texts.T).double().numpy()
@@ -71,7 +73,7 @@ def test_distances(images, clip):
         for p in (images, other)
     )
     for name in ("frechet", "kid"):
-        metric = make_metric(name, {})
+        metric = make_metric(name, EMOJI)
         rows, reference = metric.measure(images, PROMPTS), metric.measure(other, PROMPTS)
         if name == "frechet":
             first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -91,7 +93,7 @@ def test_distances(images, clip):
         assert metric.distance(rows, reference).value == pytest.approx(slow, rel=1e-4, abs=1e-4)
         with pytest.raises(ExpungeError, match="at least two"):
             metric.distance(rows[:1], reference)
-    assert make_metric("frechet", {}).distance(rows, rows).value == pytest.approx(0, abs=1e-6)
+    assert make_metric("frechet", EMOJI).distance(rows, rows).value == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (9, 30)])  # more and fewer rows than columns
@@ -162,7 +164,7 @@ def test_distance_from_real_images(images, tmp_path):
 
     for i, image in enumerate(images[:4]):
         to_pil(image).save(tmp_path / f"{i}.png")
-    metric = make_metric("frechet", {"against": str(tmp_path)})
+    metric = make_metric("frechet", {"against": str(tmp_path), **EMOJI})
     assert metric.load_real().shape[0] == 4
     assert metric.provenance["against"] == str(tmp_path)
     assert metric.distance(metric.measure(images[:4], PROMPTS[:4]), metric.load_real()).value < 1e-2
@@ -216,8 +218,8 @@ def test_blank_and_broken_images_are_unrecognisable(images):
     nan, white, black = torch.full((3, 64, 64), torch.nan), torch.ones(3, 64, 64), torch.zeros(3, 64, 64)
     batch = torch.stack([nan, white, black, images[0]])
     assert is_blank(batch).tolist() == [True, True, True, False]
-    for name in ("detector", "clip_zeroshot"):
-        metric = make_metric(name, {})
+    for name, options in (("detector", {}), ("clip_zeroshot", EMOJI)):
+        metric = make_metric(name, options)
         assert isinstance(metric, Classifier)
         rows = metric.measure(batch, PROMPTS[:4])
         assert metric.find_broken(rows)[:3].tolist() == [True] * 3
@@ -411,18 +413,18 @@ def test_keys_are_those_of_earlier_versions():
     """Rows are kept under them: a change of words must not throw them away."""
     kept = {"features": "picture tower of the CLIP emoji, pooled", "sha256": towers("emoji").digest}
     for name in ("frechet", "kid", "alignment"):
-        assert make_metric(name, {}).feature_key == kept
+        assert make_metric(name, EMOJI).feature_key == kept
     assert make_metric("pixel_distance", {}).feature_key == {"metric": "PixelDistance", "version": 1}
     assert make_metric("structure", {}).feature_key == {"metric": "Structure", "version": 1, "size": 8}
 
 
 def test_keys_change_with_options_and_names_are_near():
-    one, other = make_metric("clip_zeroshot", {}), make_metric("clip_zeroshot", {"scale": 50.0})
+    one, other = (make_metric("clip_zeroshot", {**EMOJI, **more}) for more in ({}, {"scale": 50.0}))
     assert metric_key(one) != metric_key(other)
     assert (
-        metric_key(make_metric("frechet", {}))
-        == metric_key(make_metric("kid", {}))
-        == metric_key(make_metric("alignment", {}))
+        metric_key(make_metric("frechet", EMOJI))
+        == metric_key(make_metric("kid", EMOJI))
+        == metric_key(make_metric("alignment", EMOJI))
     )
     with pytest.raises(ExpungeError, match="did you mean 'clip_score'"):
         make_metric("clip_scor", {})

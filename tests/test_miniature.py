@@ -1,11 +1,15 @@
 """The miniature as it ships: whole, drawn from, judged, erased from, and plain about its gates."""
 
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 import expunge
 from expunge import Concept, Probe, Problem
@@ -66,3 +70,27 @@ def test_the_card_names_the_gates_that_are_not_met():
     failed = [row["gate"] for row in gates if row["least"] is not None and row["value"] < row["least"]]
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert (f"Not met: {', '.join(failed)}." if failed else "Every gate is met.") in card.splitlines()
+
+
+def test_the_main_job(tmp_path, capsys):
+    """Fewer images than the demo draws, and the figures a little looser for it."""
+    script = Path(__file__).parents[1] / "examples" / "forget_three.py"
+    spec = importlib.util.spec_from_file_location("forget", script)
+    example = sys.modules["forget"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    rows = example.main(tmp_path, n=2)
+    groups = example.groups_of(rows)
+    assert len(groups["kept: objects"]) == 9
+    for role in example.ERASED:
+        assert example.mean(groups[role], "seen_before") > 0.7, role
+        assert example.mean(groups[role], "seen_after") < 0.2, role
+    for role in ("kept: objects", "kept: people", "kept: artists"):
+        before, after = (example.mean(groups[role], f"seen_{when}") for when in ("before", "after"))
+        assert before - 0.2 <= after > 0.4, role
+    assert Image.open(tmp_path / "before-after.png").width > 1000
+    text = (tmp_path / "index.html").read_text()
+    assert not re.search(
+        r'(src|href)="http', text
+    )  # letters in a row prove nothing: images are in base64
+    assert text.count("<img") == text.count("data:image/png") > 50
+    assert "Jorvek Ambrask becomes 'a person'" in capsys.readouterr().out

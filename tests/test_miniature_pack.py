@@ -269,10 +269,10 @@ def test_without_weights_the_name_is_one_sentence(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(recogniser, "FOLDER", tmp_path / "package" / "miniature" / "recogniser")
     code, said = run(capsys, "draw", "a cat", "--model", "miniature", "-o", tmp_path / "cat.png")
     assert code == 2
-    assert "the weights of the model 'miniature' are not in this package yet" in said
+    assert "the weights of the model 'miniature' are not in this package but in a clone" in said
     assert "take emoji" in said
     assert not (tmp_path / "cat.png").exists()
-    with pytest.raises(ExpungeError, match="not in this package yet"):
+    with pytest.raises(ExpungeError, match="not in this package but in a clone"):
         expunge.load("miniature")
     with pytest.raises(ExpungeError, match="recogniser is not in this package yet"):
         Recogniser.load()

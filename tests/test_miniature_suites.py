@@ -49,8 +49,8 @@ def test_a_suite_lies_in_the_folder_of_its_model():
         "object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs", "prompt-kinds"
     }  # fmt: skip
     assert all(Suite.read(name).model == "miniature" for name in OWN)
-    assert Suite.read("object").model == Suite.read("object", "emoji").model == "emoji"
-    assert Suite.read("object", "miniature").model == "miniature"
+    assert Suite.read("object").model == Suite.read("object", "miniature").model == "miniature"
+    assert Suite.read("object", "emoji").model == "emoji"
     assert Suite.read("mace-object", "miniature").name == "mace-object"  # one that it has not of its own
     with pytest.raises(ExpungeError, match="did you mean 'miniature/object'"):
         Suite.read("miniature/objcet")

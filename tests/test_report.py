@@ -24,6 +24,7 @@ TABLE = {
     "version": 1,
     "score": "H_c",
     "num_inference_steps": 2,
+    "model": "emoji",  # whose CLIP judges
     "judge": "clip_zeroshot",
     "question": "probability",
     "metrics": ["clip_score", "pixel_distance", "frechet"],
@@ -36,6 +37,7 @@ TABLE = {
 SUITE_TEXT = """# Tiny.
 version = 1
 score = "H_o"
+model = "emoji"
 num_inference_steps = 2
 judge = "clip_zeroshot"
 question = "probability"
@@ -93,7 +95,7 @@ def test_alignment_lies_between_its_floor_and_its_ceiling(model, edits, suite, t
     report = evaluate(model, edits, [suite], metrics=["alignment"], cache=cache)
     assert report.cache.drawn == 3 * 7 + 2 * 6  # "sky" and "street", each twice three images
     (case,) = report.cases
-    metric = make_metric("alignment", {})
+    metric = make_metric("alignment", {"model": "emoji"})
 
     def rows(source, prompt, seeds):
         asked = [Request(prompt, seed, 2, model.guidance_scale) for seed in seeds]

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.filterwarnings("default::expunge.base.errors.ExpungeWar
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
-    studio = Studio(tmp_path_factory.mktemp("studio"))
+    # The smaller of the models that ship, for most of it is the same for both.
+    studio = Studio(tmp_path_factory.mktemp("studio"), first="emoji")
     studio.models.get("emoji")
     return studio
 
@@ -128,6 +129,16 @@ def test_concepts_come_from_a_list(session, tmp_path):
     session.choose_list(file)
     assert session.choice.concepts == (Concept("cat"),)
     assert session.choice.retain == ("ship",)
+
+
+def test_a_studio_begins_with_the_default_model(tmp_path):
+    session = Studio(tmp_path).session()
+    session.choose(["airplane", "jorvek ambrask", "Isolmo Lamberque"])
+    kinds = {concept.name: concept.kind for concept in session.choice.concepts}
+    assert kinds == {"airplane": "object", "Jorvek Ambrask": "identity", "Isolmo Lamberque": "style"}
+    known = session.models.knowledge(session.choice.model)
+    assert set(known.suites_for(["airplane"])) >= {"object", "pairs"}
+    assert known.suites_for(["Jorvek Ambrask"])[0] == "identity"
 
 
 def test_presets_are_for_the_model_and_the_kind(session):
@@ -465,7 +476,7 @@ def test_a_session_is_opened_again_with_its_edit(erased, studio):
     other.open(file)
     assert other.choice == erased.choice
     assert other.made.edit.hash == erased.made.edit.hash
-    again = Studio(studio.folder, studio.models).session(other.name)  # after a restart
+    again = Studio(studio.folder, studio.models, "emoji").session(other.name)  # after a restart
     assert again.choice == other.choice
     assert again.made.edit.hash == erased.made.edit.hash
 

@@ -31,7 +31,7 @@ LARGEST = 3_000_000
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
-    house = Studio(tmp_path_factory.mktemp("studio"))
+    house = Studio(tmp_path_factory.mktemp("studio"), first="emoji")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "LARGEST_UPLOAD", LARGEST)
         patch.setenv("GRADIO_TEMP_DIR", str(house.folder / "served"))

@@ -50,10 +50,9 @@ def test_shipped_suites_are_whole(name):
 
 
 def test_there_are_suites():
-    assert {"object", "identity", "style", "unsafe", "shared-terms", "residual", "pairs"} <= set(
-        registry.list_names("suites")
-    )
-    assert len([name for name in registry.list_names("suites") if name.startswith("mace-")]) == 4
+    names, own = registry.list_names("suites"), ("object", "identity", "style", "unsafe", "shared-terms")
+    assert {f"{model}/{name}" for model in ("emoji", "miniature") for name in own} <= set(names)
+    assert len([name for name in names if name.startswith("mace-")]) == 4
 
 
 def test_cells_follow_from_what_is_erased(read):

@@ -54,7 +54,7 @@ def steered(model: Model, turn: float, eta: float) -> Any:
 
 def words() -> dict[str, dict[str, tuple[str, ...]]]:
     """The labels that count as each word: {"objects": …, "foods": …, "flags": …, "ten words": …}."""
-    objects, flags = suite("many").concepts, Suite.read("identity").concepts
+    objects, flags = suite("many").concepts, Suite.read("identity", "emoji").concepts
     chosen = [concept.name for concept in many()[0].erase]
     flagged = [c.name for c in Experiment.read(HERE / "ant" / "flags.toml").problems[0].erase]
     food = suite("explicit").concepts[0]
@@ -63,7 +63,9 @@ def words() -> dict[str, dict[str, tuple[str, ...]]]:
         "objects": {c.name: c.labels for c in objects if c.name in chosen},
         "foods": dict.fromkeys(food.also, food.labels),
         "flags": {c.words: c.labels for c in flags if c.words in flagged},
-        "ten words": {c.name: c.labels for c in Suite.read("object").concepts if c.name in erased},
+        "ten words": {
+            c.name: c.labels for c in Suite.read("object", "emoji").concepts if c.name in erased
+        },
     }
 
 

@@ -48,8 +48,8 @@ def plural(word: str) -> str:
 
 def further_words(world: World) -> dict[str, tuple[str, ...]]:
     """Known word -> words to learn."""
-    singular = [name for label in world.labels for name in label.names] + list(world.kinds)
-    found = {word: (plural(word),) for word in singular if plural(word) != word}
+    names = {name for label in world.labels for name in label.names} | set(world.kinds)
+    found = {word: (plural(word),) for word in sorted(names) if plural(word) not in names}
     for known, new in world.words.items():
         found[known] = (*found.get(known, ()), *new)
     return found

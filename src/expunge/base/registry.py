@@ -241,7 +241,8 @@ def find_suite(name: str, model: str = "", otherwise: str = "") -> Path:
     for one in (f"{model}/{name}", name, f"{otherwise}/{name}"):
         if one in suites:
             return suites[one]
-    raise UnknownNameError("suite", name, suites)
+    short = [one.partition("/")[2] for one in suites if one.startswith(f"{model or otherwise}/")]
+    raise UnknownNameError("suite", name, [*short, *suites])
 
 
 def _find_suites() -> dict[str, Path]:

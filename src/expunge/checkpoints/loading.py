@@ -75,8 +75,8 @@ def find_source(model: str | Path, variant: str | None = None) -> Source:
             raise ExpungeError(f"there is no file or folder {model}{_suggest(path)}")
         if str(model) in list_shipped():
             raise ExpungeError(
-                f"the weights of the model {str(model)!r} are not in this package yet: name a folder"
-                f" that was packed for it (FOLDER/pipeline), or take {' or '.join(shipped)}"
+                f"the weights of the model {str(model)!r} are not in this package but in a clone of its"
+                f" repository: name the folder there (FOLDER/pipeline), or take {' or '.join(shipped)}"
             )
         raise UnknownNameError("model", str(model), shipped)
     if not files.is_file(path / "model_index.json"):

@@ -16,7 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from expunge.base import files, registry
 from expunge.base.errors import ExpungeError, UnknownNameError, join_names
-from expunge.base.shipped import list_shipped
+from expunge.base.shipped import DEFAULT_MODEL, list_shipped
 from expunge.checkpoints import loading
 from expunge.cli.loading_options import read_autocast
 from expunge.cli.terminal import make_plain_table, print_table, show_progress
@@ -89,9 +89,10 @@ class RunOptions:
 def run_evaluate(options: EvaluateOptions) -> None:
     """Run `expunge evaluate`."""
     if not options.suite:
-        raise ExpungeError(
-            f"name a suite with --suite, one of: {', '.join(registry.list_names('suites'))}"
-        )
+        own = f"{options.model or DEFAULT_MODEL}/"
+        known = [name.removeprefix(own) for name in registry.list_names("suites")]
+        names = ", ".join(sorted(name for name in known if "/" not in name))
+        raise ExpungeError(f"name a suite with --suite, one of: {names}")
     limit, autocast = _parse_bytes(options.cache_limit), read_autocast(options.autocast)
     from expunge.evaluation.suite import Suite
 

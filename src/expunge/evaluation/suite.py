@@ -137,10 +137,9 @@ class Suite(Settings):
         """
         parts = ("concepts", "others", "templates", "prompts", "sizes", "options", "attacks")
         plain = {key: value for key, value in table.items() if key not in parts}
-        known = [*Settings.__dataclass_fields__, *parts]
-        for word in plain:
-            if word not in known:
-                raise UnknownNameError("key", word, known)
+        keys = [*Settings.__dataclass_fields__, *parts]
+        if unknown := [word for word in plain if word not in keys]:
+            raise UnknownNameError("key", unknown[0], keys)
         settings = Settings(**plain)
         if settings.version < 1:
             raise ExpungeError("it needs a version, a whole number from 1")
@@ -157,8 +156,8 @@ class Suite(Settings):
             if Path(other).stem == name:
                 raise ExpungeError(f"known_as names the suite itself, {other!r}")
             where = folder / other if other.lower().endswith(".toml") else other
-            other_suite = cls.read(where, settings.model).concepts
-            namesakes = {normalize_name(concept.name): concept for concept in other_suite}
+            known = cls.read(where, settings.model).concepts
+            namesakes = {normalize_name(concept.name): concept for concept in known}
             concepts, more = (
                 tuple(_known_as(one, namesakes.get(normalize_name(one.name))) for one in group)
                 for group in (concepts, more)

@@ -25,8 +25,8 @@ AUTO, EMPTY = "Chosen for you", "Nothing (the empty prompt)"
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "Airplane": ("airplane",),
-    "Flag of Japan": ("flag of Japan",),
-    "Twemoji style": ("twemoji style",),
+    "Jorvek Ambrask": ("Jorvek Ambrask",),
+    "Isolmo Lamberque": ("Isolmo Lamberque",),
     "Cat and dog": ("cat", "dog"),
 }
 """Choices by one press, for who has just come."""

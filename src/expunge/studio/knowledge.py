@@ -136,6 +136,7 @@ def of_model(name: str) -> Knowledge:
                 suite = restrict_to_judge(suite, judge)
             except ExpungeError:
                 continue  # its judge knows none of its labels: nothing to choose there
+        title = title.removeprefix(f"{name}/")
         suites[title] = suite
         kind = _kind(title)
         names = [_name(concept, kind) for concept in suite.concepts]
