@@ -118,12 +118,12 @@ def compare(
     rows, start = [], 0
     for cell in cells:
         part = slice(start, start := start + cell.n)
-        seen = [
+        seen_before, seen_after = (
             float(judge.score(each[part], [cell.label], cell.near, "top1").nan_to_num().mean())
             for each in answers
-        ]
+        )
         broken = float(judge.find_broken(answers[1][part]).float().mean())
-        rows.append(Row(cell, before[part], after[part], *seen, broken))
+        rows.append(Row(cell, before[part], after[part], seen_before, seen_after, broken))
     return rows
 
 

@@ -40,7 +40,6 @@ class World:
     implied_held_out: tuple[str, ...]
     shows: tuple[str, ...]  # labels shown where the words say nothing
     tuning: tuple[str, ...]  # labels no suite may name
-    words: dict[str, tuple[str, ...]]  # known word -> further words that mean the same (`words.py`)
 
     @cached_property
     def named(self) -> tuple[Person, ...]:
@@ -97,5 +96,4 @@ def read_world(folder: Path = HERE) -> World:
         tuple(table["implied"]["held_out"]),
         tuple(table["plain"]["shows"]),
         tuple(table["tuning"]["objects"]),
-        {known: tuple(new) for known, new in table["words"].items()},
     )

@@ -1,1 +1,1 @@
-"""The model that ships: a small Stable Diffusion of emoji drawings, and its detector."""
+"""The first edition, in a clone alone: a small Stable Diffusion of emoji drawings, and its detector."""

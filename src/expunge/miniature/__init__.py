@@ -1,1 +1,1 @@
-"""The miniature: people, artists and objects at the papers' counts; its gates are not met yet."""
+"""The model that ships: people, artists and objects at the papers' counts, and its judge."""
