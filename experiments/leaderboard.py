@@ -208,7 +208,7 @@ def table(results: Path) -> str:
     """The leaderboard in Markdown, from the files of results."""
     parts = [
         "# Leaderboard\n",
-        "The shipped emoji model, judged by its own suites ([how judging",
+        "The emoji model, judged by its own suites ([how judging",
         "works](../explanation/judging.md)). Every number is in per cent with its 95 % interval,",
         "averaged over what was erased; H is the harmonic mean of the terms beside it. Each method runs",
         "with its preset for the emoji model, or with its defaults. `python experiments/leaderboard.py`",

@@ -1,6 +1,6 @@
 """Erase concepts from text-to-image diffusion models.
 
-    model = expunge.load("emoji")
+    model = expunge.load("miniature")
     problem = expunge.Problem(erase=(expunge.Concept("airplane", anchor="sky"),))
     edit = expunge.erase(model, problem, "uce")
     edit.save("no-airplane.safetensors")
