@@ -32,7 +32,7 @@ def tower() -> CLIPTextModel:
 
 def test_tokens_of_captions_and_names_are_known(tokenizer: CLIPTokenizer) -> None:
     told = SimpleNamespace(lexicon=lexicon_of(WORLD), text=lambda: "a vivid picture of a cat")
-    known = known_tokens(told, tokenizer, said=1)  # type: ignore[arg-type]
+    known = known_tokens(told, tokenizer, said=1)
     cat, vivid, war = (
         set(tokenizer(word, add_special_tokens=False).input_ids) for word in ("cat", "vivid", "lovely")
     )
