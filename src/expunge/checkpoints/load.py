@@ -41,7 +41,7 @@ def load(
     >>> model = load("miniature")  # doctest: +SKIP
 
     Args:
-        model: the name of a shipped model ("miniature"), a diffusers folder, a single `.safetensors` file,
+        model: the name of a shipped model ("miniature"), a diffusers folder, a `.safetensors` file,
             a hub id ("owner/name"), or a diffusers pipeline in memory.
         dtype: the dtype of the weights.
         device: where the model runs; "auto" is the accelerator if there is one, else the CPU.
