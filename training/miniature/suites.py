@@ -164,8 +164,8 @@ def tuned_artists(world: World) -> str:
 
 # -- experiments ---------------------------------------------------------------------------------------------------------
 
-NOT_TUNED = "Presets are those of the emoji model until the miniature has some of its own (experiments/tune.py)."
-ALL = (("uce", ""), ("speed", ""), ("oce", ""), ("mace", "emoji"), ("ace", "emoji"))
+NOT_TUNED = "Presets are not tuned on the miniature yet, but for MACE's rate (experiments/tune.py)."
+ALL = (("uce", ""), ("speed", ""), ("oce", ""), ("mace", "miniature"), ("ace", "miniature"))
 
 
 def method(name: str, preset: str = "", title: str = "", **values: object) -> str:
@@ -189,10 +189,10 @@ def rows_of_mace() -> str:
     """The paper's ablation: which stage does what."""
     return "".join((
         method("uce"),
-        method("mace", "emoji", "refinement only", stages=["refine"]),
-        method("mace", "emoji", "changes averaged, not fused", stages=["refine", "suppress"]),
-        method("mace", "emoji", "times drawn alike, not focal", focal=False),
-        method("mace", "emoji", "all three stages"),
+        method("mace", "miniature", "refinement only", stages=["refine"]),
+        method("mace", "miniature", "changes averaged, not fused", stages=["refine", "suppress"]),
+        method("mace", "miniature", "times drawn alike, not focal", focal=False),
+        method("mace", "miniature", "all three stages"),
     )).replace("'", '"')  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def rows_of_ant() -> str:
         ("… and the concept kept early", {**early}),
         ("all four terms", {}),
     ]
-    return "".join(method("ant", "emoji-identity", title, **values) for title, values in rows)
+    return "".join(method("ant", "miniature", title, **values) for title, values in rows)
 
 
 def rows_of_saliency() -> str:
@@ -222,7 +222,7 @@ def experiments(world: World) -> dict[str, str]:
     found = {}
     people, kept = of_split(world.named, "erase"), of_split(world.named, "retain")
     for n in (1, 5, 10, 100):
-        rows = "".join(method(*one) for one in (*ALL, ("ant", "emoji-identity")))
+        rows = "".join(method(*one) for one in (*ALL, ("ant", "miniature")))
         found[f"identity-{n}"] = experiment(
             f"{n} of the miniature's people erased, a hundred retained: MACE's protocol of celebrities.",
             "identity", "identity", [f"{name}=a person" for name in people[:n]], kept, rows,

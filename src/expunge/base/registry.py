@@ -227,20 +227,15 @@ def include_suites(folders: Sequence[str | Path]) -> Iterator[None]:
 
 
 def find_suite(name: str, model: str = "", otherwise: str = "") -> Path:
-    """Return the file of a suite by NAME or MODEL/NAME.
-
-    Args:
-        name: its name.
-        model: one of this model's own goes first.
-        otherwise: one of this model's own is taken where none has the name itself.
+    """Return the file of a suite, `model`'s own first; `otherwise`'s own where none has the name itself.
 
     Raises:
         ExpungeError: there is none of this name; the nearest is named.
     """
     suites = _find_suites()
-    for one in (f"{model}/{name}", name, f"{otherwise}/{name}"):
-        if one in suites:
-            return suites[one]
+    names = (f"{model}/{name}", name, f"{otherwise}/{name}")
+    if found := [suites[one] for one in names if one in suites]:
+        return found[0]
     short = [one.partition("/")[2] for one in suites if one.startswith(f"{model or otherwise}/")]
     raise UnknownNameError("suite", name, [*short, *suites])
 
@@ -249,6 +244,7 @@ def _find_suites() -> dict[str, Path]:
     """Return the file of every suite, those that ship and those of the included folders."""
     found = {path.stem: path for path in (HERE / "suites").glob("*.toml")}
     found |= {f"{path.parents[1].name}/{path.stem}": path for path in HERE.glob("*/suites/*.toml")}
+    taken = {name.rpartition("/")[2]: "one that ships" for name in found}
     for folder in dict.fromkeys(path.resolve() for path in _included.get()):
         try:
             files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".toml")
@@ -259,13 +255,11 @@ def _find_suites() -> dict[str, Path]:
         if not files:
             raise ExpungeError(f"{folder} holds no suite: a suite is a .toml file")
         for path in files:
-            if path.stem in found:
-                other = found[path.stem]
-                where = "one that ships" if other.parent == HERE / "suites" else str(other)
+            if path.stem in taken:
                 raise ExpungeError(
-                    f"two suites are named {path.stem!r}: {path} and {where}; rename the file"
+                    f"two suites are named {path.stem!r}: {path} and {taken[path.stem]}; rename the file"
                 )
-            found[path.stem] = path
+            found[path.stem], taken[path.stem] = path, str(path)
     return found
 
 
