@@ -21,6 +21,7 @@ from expunge.runtime.schedulers import parse_scheduler, replace_scheduler
 
 TABLE = {
     "version": 1,
+    "model": "emoji",  # whose CLIP judges
     "score": "H_c",
     "scheduler": "DDIM",
     "num_inference_steps": 3,
