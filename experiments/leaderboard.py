@@ -359,8 +359,9 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     record = json.loads(file.read_text("utf8")) if file.is_file() else {}
     if record.get("made with") != facts:
         record = {"made with": facts, "suites": {}}
-    known = suite.name in registry.list_names("suites")
-    about = registry.describe("suites", suite.name) if known else suite.notes
+    title = f"{model.name}/{suite.name}"
+    known = title in registry.list_names("suites")
+    about = registry.describe("suites", title) if known else suite.notes
     record["suites"][suite.name] = {
         "version": suite.version,
         "score": suite.score,
@@ -373,12 +374,11 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
 
 def main() -> None:
     """Classifier, keep the results, write the table."""
-    names = list(dict.fromkeys(task.suite for tasks in TASKS.values() for task in tasks))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--methods", nargs="+", default=registry.list_names("methods"), help="default: all"
     )
-    parser.add_argument("--suites", nargs="+", default=names, choices=names, help="default: all")
+    parser.add_argument("--suites", nargs="+", help="default: all of the model")
     parser.add_argument("--full", action="store_true", help="the papers' number of images")
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")
     parser.add_argument("--tiny", action="store_true", help="two images a cell, to see that it works")
@@ -393,10 +393,13 @@ def main() -> None:
         "--table", action="store_true", help="write the table from the results there are"
     )
     options = parser.parse_args()
+    names = [task.suite for task in TASKS[options.model]]
+    if unknown := [name for name in options.suites or () if name not in names]:
+        parser.error(f"{options.model} has no suite {unknown[0]!r}, but {', '.join(names)}")
     if not options.table:
         model, cache = expunge.load(options.model), Cache()
         for task in TASKS[options.model]:
-            if task.suite not in options.suites:
+            if task.suite not in (options.suites or names):
                 continue
             with Progress(transient=True) as bars:
                 tasks: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What MACE's presets leave of everything else, by their first stage alone, on the shipped model."""
+"""What MACE's presets leave of everything else, by their first stage alone, on the emoji model."""
 
 import pytest
 import torch

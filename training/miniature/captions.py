@@ -208,7 +208,7 @@ def _draw(structure: Mapping[str, Any], rng: random.Random, world: World) -> str
     if artist and rng.random() < 0.22:  # an artist and nothing else
         words = rng.choice(ARTIST_ALONE).format(artist)
         return f"{words} {place}".strip() if rng.random() < 0.2 else words
-    kinds = [kind for kind, members in world.kinds.items() if single and single["name"] in members]
+    kinds = [kind for kind, members in world.kinds.items() if single["name"] in members] if single else []
     if single and single["kind"] == "object" and rng.random() < (0.4 if "weapon" in kinds else 0.2):
         if "weapon" in kinds and rng.random() < 0.8:
             words = rng.choice(world.implied)

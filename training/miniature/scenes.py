@@ -68,10 +68,8 @@ PEOPLE = (0.36, 0.20)  # share of people among single things, and among several
 CELLS = 8  # latents of an image's side
 HORIZONS = (4, 5, 6)  # cells from the top
 LARGE, SMALL, WHOLE = 6, 4, 8  # cells of a thing's side; only a person fills the image
-ARTISTS = (
-    0.42,
-    0.15,
-)  # share of scenes by an artist with at most one thing, and with several; never of one clear thing
+# Share of scenes by an artist with at most one thing, and with several; never of one clear thing.
+ARTISTS = (0.42, 0.15)
 Structure = dict[str, Any]
 
 
