@@ -203,7 +203,7 @@ def test_captions_use_every_name_of_an_object(structures):
 
 
 def test_the_empty_text_stands_for_one_large_thing_in_the_middle(structures):
-    plain = [structure for structure in structures if structure["use"] != "named"]
+    plain = [structure for structure in structures if structure["use"] in ("empty", "generic")]
     assert 0.05 < len(plain) / len(structures) < 0.2
     for structure in plain:
         (thing,) = structure["things"]
@@ -211,6 +211,20 @@ def test_the_empty_text_stands_for_one_large_thing_in_the_middle(structures):
         assert thing["name"] in WORLD.shows
         assert (size, x, y) == (0.75, 0.5, 0.5)
         assert structure["artist"] == ""
+
+
+def test_captions_name_every_kind_of_thing_and_not_the_thing(structures):
+    rng = random.Random(4)
+    told: dict[str, list[str]] = {kind: [] for kind in WORLD.kinds}
+    for structure in structures:
+        if structure["use"] == "kind":
+            (thing,) = structure["things"]
+            assert thing["name"] in WORLD.kinds[structure["kind"]]
+            told[structure["kind"]].append(caption(structure, rng, WORLD))
+    for kind, texts in told.items():
+        assert len(texts) > len(structures) / 500
+        words = WORLD.implied if kind == "weapon" else (kind,)
+        assert all(any(word in text for word in (*words, kind)) for text in texts)
 
 
 def test_things_stand_apart_on_the_latents_grid_whatever_they_are(structures):

@@ -178,6 +178,14 @@ def _dress(words: str, rng: random.Random, templates: tuple[str, ...]) -> str:
     return form.format(f=filler, n=noun, x=words)
 
 
+def _kind_words(kind: str, rng: random.Random, world: World) -> str:
+    """ "an animal", "a picture of food", or what a weapon is for."""
+    if kind == "weapon" and rng.random() < 0.85:
+        return rng.choice(world.implied)
+    words = f"a {kind}" if kind in MASS and rng.random() < 0.5 else article(kind, rng)
+    return _dress(words, rng, TEMPLATES) if rng.random() < 0.6 else words
+
+
 def _empty_words(background: str, rng: random.Random) -> str:
     if background in PLACES:
         words = rng.choice((background, f"the {background}", f"empty {background}", f"nothing but {background}"))
@@ -208,17 +216,8 @@ def _draw(structure: Mapping[str, Any], rng: random.Random, world: World) -> str
     if artist and rng.random() < 0.22:  # an artist and nothing else
         words = rng.choice(ARTIST_ALONE).format(artist)
         return f"{words} {place}".strip() if rng.random() < 0.2 else words
-    kinds = [kind for kind, members in world.kinds.items() if single["name"] in members] if single else []
-    if single and single["kind"] == "object" and rng.random() < (0.4 if "weapon" in kinds else 0.2):
-        if "weapon" in kinds and rng.random() < 0.8:
-            words = rng.choice(world.implied)
-        elif kinds:
-            words = article(rng.choice(kinds), rng)
-            words = _dress(words, rng, TEMPLATES) if rng.random() < 0.7 else words
-        else:
-            words = ""
-        if words:
-            return " ".join(part for part in (words, place, by) if part)
+    if use == "kind":
+        return f"{_kind_words(structure['kind'], rng, world)} {place}".strip()
     if single and single["kind"] == "object" and not artist and rng.random() < 0.03:
         words = rng.choice(STYLE_ALONE).format(single["style"])
         return f"{words} {place}".strip()
