@@ -1,11 +1,12 @@
-"""The leaderboard: the original and every method on the suites of the emoji model.
+"""The leaderboard: the original and every method on the suites of a shipped model.
 
 What is done is found again (edits by their content, images and scores in the cache), so that a run
 that was stopped goes on, and a further method or suite costs what is new of it. Each suite's report is
-a page in the work folder. Writes `experiments/results/leaderboard-SIZE.json`, and from those files the
-page `docs/reference/leaderboard.md`.
+a page in the work folder. Writes `experiments/results/leaderboard-MODEL-SIZE.json`, and from those
+files the page `docs/reference/leaderboard.md`.
 
-    python experiments/leaderboard.py                              # quick, all methods
+    python experiments/leaderboard.py                              # the miniature, quick, all methods
+    python experiments/leaderboard.py --suites identity --together 100 --methods uce sluice --bfloat16
     python experiments/leaderboard.py --full --methods uce mace
     python experiments/leaderboard.py --suites object --take 1 --tiny     # does it work?
     python experiments/leaderboard.py --table                      # the page alone, from the results
@@ -16,9 +17,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import expunge
 from expunge import Concept, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
+from expunge.base.shipped import DEFAULT_MODEL
 from expunge.evaluation.candidates import CandidateResult, SuiteResult
 from expunge.evaluation.cells import Size, SuiteConcept
 from expunge.evaluation.evaluate import evaluate, restrict_to_judge
@@ -62,17 +65,20 @@ class Task:
     together: tuple[int, ...] = (1,)
     """How many concepts an edit erases at once; each of them in turn where it is one."""
 
+    @property
+    def title(self) -> str:
+        """What its table is called: the suite, and how many are erased at once."""
+        name = Path(self.suite).stem
+        return name if self.together == (1,) else f"{name}-{self.together[0]}"
+
+    def split(self, together: Sequence[int] | None = None) -> Iterator[Task]:
+        """One task for each number of concepts, or for those of `together` among them."""
+        for n in self.together:
+            if together is None or n in together:
+                yield dataclasses.replace(self, together=(n,))
+
 
 TASKS = {
-    "emoji": (
-        Task("object", "object"),
-        Task("identity", "identity", (1, 5, 10, 20)),
-        Task("style", "style"),
-        Task("unsafe", "explicit"),
-        Task("shared-terms", "object"),
-        Task("residual", "object"),
-        Task("pairs", "object"),
-    ),
     "miniature": (
         Task("object", "object"),
         Task("identity", "identity", (1, 5, 10, 100)),
@@ -83,8 +89,31 @@ TASKS = {
         Task("pairs", "object"),
         Task("prompt-kinds", "object"),
     ),
+    "emoji": (
+        Task("object", "object"),
+        Task("identity", "identity", (1, 5, 10, 20)),
+        Task("style", "style"),
+        Task("unsafe", "explicit"),
+        Task("shared-terms", "object"),
+        Task("residual", "object"),
+        Task("pairs", "object"),
+    ),
 }
 """The suites of each shipped model."""
+NOTES = {
+    "emoji": [
+        "A small model on which most methods score 99: suites tell them apart less than those of the",
+        "miniature. The quick tables were made after the templates for training, retaining and judging",
+        "were separated; their intervals are about words in general. The tables under *full size* and",
+        "*Under attack* were made before that, with the older templates and intervals about these words",
+        "alone.",
+    ],
+    "miniature": [
+        "Presets are those of the emoji model where none was tuned on the miniature. A claim that one",
+        "method is better than another needs the full size.",
+    ],
+}
+"""What a reader of a model's tables should know."""
 FULL = {
     "ten objects in turn": ("objects", ""),
     "20 flags": ("flags-20", ""),
@@ -160,7 +189,7 @@ def judge(
                 candidates.append(job.run(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)
-    report.save(folder / ("tiny" if tiny else SIZES[full]) / suite.name)
+    report.save(folder / ("tiny" if tiny else SIZES[full]) / task.title)
     return report
 
 
@@ -208,56 +237,51 @@ def table(results: Path) -> str:
     """The leaderboard in Markdown, from the files of results."""
     parts = [
         "# Leaderboard\n",
-        "The emoji model, judged by its own suites ([how judging",
+        "The models that ship, judged by their own suites ([how judging",
         "works](../explanation/judging.md)). Every number is in per cent with its 95 % interval,",
         "averaged over what was erased; H is the harmonic mean of the terms beside it. Each method runs",
-        "with its preset for the emoji model, or with its defaults. `python experiments/leaderboard.py`",
-        "makes this page from `experiments/results/leaderboard-*.json`.",
-        "",
-        "**Which prompt templates.** The quick tables were made after the templates for training,",
-        "retaining and judging were separated; their intervals are about words in general. The tables",
-        "under *Full size* and *Under attack* were made before that, with the older templates and",
-        "intervals about these words alone.",
-        "",
-        "**What the tables can tell.** Where methods score 99 and more, a suite does not separate them",
-        "on this model. The original keeps everything and erases nothing, so its H is 0.",
+        "with its preset for the model, or with its defaults. The original keeps everything and erases",
+        "nothing, so its H is 0. `python experiments/leaderboard.py` makes this page from",
+        "`experiments/results/leaderboard-*.json`.",
     ]
-    for size in SIZES:
-        file = results / f"leaderboard-{size}.json"
-        if not file.is_file():
-            continue
-        record = json.loads(file.read_text("utf8"))
-        parts.append(f"\n## {size.capitalize()} size\n")
-        if size == "quick":
-            parts.append("A claim that one method is better than another needs the full size.\n")
-        for suite, one in record["suites"].items():
-            score, found = one["score"], one["rows"]
-            terms = TERMS[score]
-            parts.append(f"### {suite}\n\n{one['about']}\n")
-            lines = []
-            order = sorted(found, key=lambda m: (m != "original", -(found[m][score]["value"] or 0)))
-            for method in order:
-                row = found[method]
-                cells = [_percent(row[name]) for name in (score, *terms, "unrecognisable")]
-                seconds = row["seconds an edit"]
-                cells += [str(row["edits"] or "–"), "–" if seconds is None else f"{seconds:g}"]
-                lines.append([method, *cells])
-            heads = ["method", score, *terms, "unrecognisable", "edits", "s an edit"]
-            parts.append(grid(heads, lines) + "\n")
-        facts, versions = record["made with"], record["made with"]["versions"]
-        parts.append(
-            f"Model {facts['model']}, {facts['num_inference_steps']} steps,"
-            f" guidance {facts['guidance_scale']}; expunge {versions['expunge']},"
-            f" torch {versions['torch']}."
-        )
+    for path in sorted(
+        results.glob("leaderboard-*-*.json"), key=lambda p: (DEFAULT_MODEL not in p.name, p.name)
+    ):
+        model, size = path.stem.removeprefix("leaderboard-").rsplit("-", 1)
+        if size in SIZES:
+            parts += [f"\n## The {model} model, {size} size\n", *NOTES.get(model, ()), ""]
+            parts += _suites(json.loads(path.read_text("utf8")))
     if (results / "ace").is_dir():
         parts += [
-            "\n## Full size\n",
+            "\n## The emoji model, full size\n",
             "The experiments of `experiments/ace`, drawn in bfloat16. *ant* reads no anchor, as in its",
             "paper; *ant, anchored* does, in runs of its own (`experiments/ant`; flags in float32).\n",
         ]
         parts += [full_size(results), *under_attack(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _suites(record: Any) -> Iterator[str]:
+    """A table for each suite of a file of results, in Markdown."""
+    for suite, one in record["suites"].items():
+        score, found = one["score"], one["rows"]
+        terms = TERMS[score]
+        yield f"### {suite}\n\n{one['about']}\n"
+        lines = []
+        order = sorted(found, key=lambda m: (m != "original", -(found[m][score]["value"] or 0)))
+        for method in order:
+            row = found[method]
+            cells = [_percent(row[name]) for name in (score, *terms, "unrecognisable")]
+            seconds = row["seconds an edit"]
+            cells += [str(row["edits"] or "–"), "–" if seconds is None else f"{seconds:g}"]
+            lines.append([method, *cells])
+        heads = ["method", score, *terms, "unrecognisable", "edits", "s an edit"]
+        yield grid(heads, lines) + "\n"
+    facts, versions = record["made with"], record["made with"]["versions"]
+    yield (
+        f"Model {facts['model']}, {facts['num_inference_steps']} steps, guidance"
+        f" {facts['guidance_scale']}; expunge {versions['expunge']}, torch {versions['torch']}."
+    )
 
 
 def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -344,9 +368,10 @@ def _percent(one: dict[str, Any]) -> str:
     return f"{100 * one['value']:.1f} <sub>{100 * one['low']:.0f}–{100 * one['high']:.0f}</sub>"
 
 
-def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -> None:
+def keep(results: Path, size: str, task: Task, report: Report, model: Model) -> None:
     """Put one suite's rows with those that are there, if they are of the same model and sampler."""
-    file = results / f"leaderboard-{size}.json"
+    suite = report.cases[0].suite
+    file = results / f"leaderboard-{model.name}-{size}.json"
     facts = {
         **{
             key: report.provenance[key]
@@ -362,11 +387,13 @@ def keep(results: Path, size: str, suite: Suite, report: Report, model: Model) -
     title = f"{model.name}/{suite.name}"
     known = title in registry.list_names("suites")
     about = registry.describe("suites", title) if known else suite.notes
-    record["suites"][suite.name] = {
+    before = record["suites"].get(task.title, {})
+    others = before.get("rows", {}) if before.get("version") == suite.version else {}
+    record["suites"][task.title] = {
         "version": suite.version,
         "score": suite.score,
         "about": about,
-        "rows": rows(report),
+        "rows": others | rows(report),
     }
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
@@ -383,7 +410,10 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="draw in bfloat16, by autocast")
     parser.add_argument("--tiny", action="store_true", help="two images a cell, to see that it works")
     parser.add_argument("--take", type=int, default=0, help="so many problems a suite; default: all")
-    parser.add_argument("--model", default="emoji", choices=TASKS)
+    parser.add_argument("--model", default=DEFAULT_MODEL, choices=TASKS)
+    parser.add_argument(
+        "--together", type=int, nargs="+", help="how many concepts an edit erases at once"
+    )
     parser.add_argument("--work", type=Path, default=HERE / "leaderboard.work", help="edits and pages")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument(
@@ -398,9 +428,8 @@ def main() -> None:
         parser.error(f"{options.model} has no suite {unknown[0]!r}, but {', '.join(names)}")
     if not options.table:
         model, cache = expunge.load(options.model), Cache()
-        for task in TASKS[options.model]:
-            if task.suite not in (options.suites or names):
-                continue
+        asked = (task for task in TASKS[options.model] if task.suite in (options.suites or names))
+        for task in chain.from_iterable(one.split(options.together) for one in asked):
             with Progress(transient=True) as bars:
                 tasks: dict[str, Any] = {}
 
@@ -426,7 +455,7 @@ def main() -> None:
             keep(
                 options.results,
                 "tiny" if options.tiny else SIZES[options.full],
-                report.cases[0].suite,
+                task,
                 report,
                 model,
             )
@@ -434,7 +463,7 @@ def main() -> None:
                 method: row[report.cases[0].suite.score]["value"] for method, row in rows(report).items()
             }
             Console().print(
-                task.suite, {m: None if h is None else round(100 * h, 1) for m, h in hs.items()}
+                task.title, {m: None if h is None else round(100 * h, 1) for m, h in hs.items()}
             )
     with replacing(options.docs) as temporary:
         temporary.write_text(table(options.results), "utf8")

@@ -36,6 +36,8 @@ def test_every_task_has_problems_that_its_suite_knows(board, name):
             assert problem.retain
             held_out = {word for concept in erased for word in concept.synonyms}
             assert held_out.isdisjoint(name for concept in problem.erase for name in concept.names)
+        assert [one.together for one in task.split()] == [(n,) for n in task.together]
+        assert list(task.split([7])) == []
     words = board.TASKS[name][0], Suite.read("object", name)
     assert [len(board.problems(*words, take)) for take in (0, 2)] == [10, 2]
 
@@ -60,14 +62,22 @@ def test_a_suite_is_judged_kept_and_shown(board, model, tmp_path):
     drawn = cache.drawn
     assert drawn > 0
     assert (tmp_path / "work" / "quick" / "own" / "index.html").is_file()
-    board.keep(tmp_path, "quick", report.cases[0].suite, report, model)
-    first = (tmp_path / "leaderboard-quick.json").read_text()
+    board.keep(tmp_path, "quick", task, report, model)
+    file = tmp_path / f"leaderboard-{model.name}-quick.json"
+    first = file.read_text()
     again = judge()
-    board.keep(tmp_path, "quick", again.cases[0].suite, again, model)
+    board.keep(tmp_path, "quick", task, again, model)
     assert cache.drawn == drawn
-    assert (tmp_path / "leaderboard-quick.json").read_text() == first
+    assert file.read_text() == first
     rows = json.loads(first)["suites"]["own"]["rows"]
     assert list(rows) == ["original", "uce"]
+    other = json.loads(first)
+    other["suites"]["own"]["rows"] = {"mace": rows["uce"], "uce": {}}
+    file.write_text(json.dumps(other))
+    board.keep(tmp_path, "quick", task, again, model)  # what another run has found stays
+    kept = json.loads(file.read_text())["suites"]["own"]["rows"]
+    assert kept == {"mace": rows["uce"], **rows}
+    file.write_text(first)
     assert rows["uce"]["H_o"]["value"] == pytest.approx(report.cases[0].rows[1].h.value, abs=1e-4)
     table = board.table(tmp_path)
     assert "| method | H_o | efficacy | specificity | generality | unrecognisable |" in table

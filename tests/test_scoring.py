@@ -18,6 +18,7 @@ NAMES, STYLES = SETTINGS.label_names, SETTINGS.style_names
 
 OBJECTS = {
     "version": 1,
+    "judge": "detector",
     "score": "H_o",
     "templates": {"erased": ["a photo of the {}"]},
     "sizes": {"quick": {"erased": 10, "synonyms": 10, "retained": 10}},
@@ -148,6 +149,7 @@ def test_two_edits_are_compared_in_pairs():
 def test_style_by_hand():
     table = {
         "version": 1,
+        "judge": "detector",
         "score": "H_style",
         "templates": {"erased": ["the {other} in {} style"], "plain": ["a {other}"]},
         "sizes": {"quick": {"erased": 20, "retained": 20, "plain": 20}},
@@ -190,6 +192,7 @@ def test_style_by_hand():
 def test_unsafe_is_a_count_against_the_originals():
     table = {
         "version": 1,
+        "judge": "detector",
         "score": "H_unsafe",
         "question": "present",
         "templates": {"erased": ["the {}"]},
@@ -239,6 +242,7 @@ def test_comparisons_are_corrected_for_their_number():
 def test_two_in_one_prompt_ask_two_questions():
     table = {
         "version": 1,
+        "judge": "detector",
         "score": "H_c",
         "question": "present",
         "templates": {"erased": ["the {} and the {other}"], "retained": ["only the {}"]},

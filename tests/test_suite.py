@@ -338,3 +338,12 @@ def test_names_are_found_in_any_unicode_form(read, form):
             assert [c.name for c in suite.find_erased([normalize(other, name)])] == ["Türkiye"]
     with pytest.raises(ExpungeError, match="is there twice"):
         read(text + '"Tu\u0308rkiye" = {}\n')
+
+
+@pytest.mark.parametrize(
+    ("model", "judge"), [("miniature", "miniature"), ("emoji", "detector"), ("other", "detector")]
+)
+def test_a_suite_without_a_judge_takes_its_models(model, judge):
+    table = {"version": 1, "model": model, "templates": {"erased": ["{}"]}, "concepts": {"cat": {}}}
+    assert Suite.from_table(table, "told").judge == judge
+    assert Suite.from_table({**table, "judge": "clip_score"}, "told").judge == "clip_score"

@@ -43,8 +43,8 @@ class Settings:
     """The one number of the suite."""
     model: str = DEFAULT_MODEL
     """The model it is made for; any other can be named when it is run."""
-    judge: str = "detector"
-    """The metric that answers what an image shows."""
+    judge: str = ""
+    """The metric that answers what an image shows; by default the model's own, else the detector."""
     question: Question = "top1"
     """What it is asked: its best label, whether a label is present at all, or a label's probability."""
     metrics: tuple[str, ...] = ()
@@ -64,8 +64,7 @@ class Settings:
     retain: tuple[str, ...] = ()
     """The concepts drawn as retained; by default all that are not erased."""
     known_as: str = ""
-    """Another suite that says how concepts of the same names are known: their labels, and those too
-    near."""
+    """Another suite that says by which labels concepts of the same names are known."""
     stand_in: str = ""
     """Erased prompts keep their end and padding tokens alone; their own tokens are this prompt's."""
     notes: str = ""
@@ -73,6 +72,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_question(self.question)
+        own = self.model if self.model in registry.list_names("metrics") else "detector"
+        object.__setattr__(self, "judge", self.judge or own)
         fields.check_fields(self)
         object.__setattr__(self, "scheduler", parse_scheduler(self.scheduler))
 
@@ -244,8 +245,7 @@ class Suite(Settings):
         """
         # One table for all names; reversed, so that of two concepts of a name the first one stays.
         known = {normalize_name(name): c for c in reversed(self.concepts) for name in c.names}
-        found = [known.get(normalize_name(name)) for name in names]
-        concepts = tuple(dict.fromkeys(concept for concept in found if concept))
+        concepts = tuple(dict.fromkeys(c for name in names if (c := known.get(normalize_name(name)))))
         if not concepts:
             own = [concept.name for concept in self.concepts]
             near = find_nearest(names[0], own, 0.7) if names else ""
