@@ -7,6 +7,7 @@ import expunge
 from expunge import Problem
 from expunge.erasing.guidance_losses import Steering
 from expunge.erasing.trajectories import TrainingConcept
+from expunge.methods import gem
 from expunge.methods.gem import GEM, ContrastiveObjective
 from quick import quick
 from tiny import flux, loaded, z_image
@@ -88,6 +89,18 @@ def test_training_brings_the_concept_to_its_anchor(model, problem):
     assert after < 0.8 * before
 
 
-def test_no_anchor_is_the_empty_prompt(model):
-    edit = expunge.erase(model, Problem((expunge.Concept("airplane", ""),)), quick("gem"))
-    assert edit.record.problem.erase[0].anchor == ""
+def test_no_anchor_is_the_empty_prompt(model, monkeypatch):
+    """Training is drawn to what the original predicts for the empty prompt, and to nothing else."""
+    seen, train = [], gem.train_factors
+
+    def spied(steering, subjects, *given, **fields):
+        seen.extend(subjects)
+        return train(steering, subjects, *given, **fields)
+
+    monkeypatch.setattr(gem, "train_factors", spied)
+    for anchor in ("", "sky"):
+        edit = expunge.erase(model, Problem((expunge.Concept("airplane", anchor),)), quick("gem"))
+        assert edit.record.problem.erase[0].anchor == anchor
+    empty = model.encode([""]).embeddings
+    for subject, is_empty in zip(seen, (True, False), strict=True):
+        assert all(torch.equal(row, empty[0]) is is_empty for row in subject.anchor.embeddings)

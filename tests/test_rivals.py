@@ -5,11 +5,13 @@ import torch
 
 import expunge
 from expunge import Concept, ExpungeError, Problem
+from expunge.base.errors import ExpungeWarning
 from expunge.erasing.concept_tokens import last_tokens
 from expunge.methods.oce import OCE, nearest_rotation, projector
 from expunge.methods.rece import RECE, find_returning, sum_projections
 from expunge.methods.speed import SPEED, influential, invariants, null_space_change
 from expunge.methods.uce import UCE
+from expunge.runtime.context import RunContext
 
 
 def rows(n, width=12, seed=0):
@@ -75,6 +77,46 @@ class TestSpeed:
         assert len(edit.changes) == 7
         assert all(change.down.shape[0] == 2 for change in edit.changes)
 
+    def test_all_tokens_are_those_that_differ_from_the_anchors(self, model):
+        """Place by place, end and padding too; the start token is the same in both."""
+        problem = Problem((Concept("airplane", "sky"),), ("ship",))
+        method = SPEED(threshold=1.0, num_retain_words=3, augmentations=0, positions="all")
+        pair = model.encode(["airplane", "sky"])
+        target, anchor = method._pairs(pair[[0]], pair[[1]])
+        tokens = pair.embeddings.shape[1]
+        assert len(target) == len(anchor) == tokens - 1
+        torch.testing.assert_close(target, pair.embeddings[0, 1:].double())
+        torch.testing.assert_close(anchor, pair.embeddings[1, 1:].double())
+        edit = expunge.erase(model, problem, method)
+        width = pair.embeddings.shape[2]
+        assert all(change.down.shape[0] == min(width, tokens - 1) for change in edit.changes)
+
+    @pytest.mark.parametrize("positions", ["last", "all"])
+    def test_the_change_is_w_times_the_moves_times_the_null_space_map(self, model, positions):
+        """However many tokens there are, and so in which factors it is kept."""
+        problem = Problem((Concept("airplane", "sky"),), ("ship", "bird"))
+        method = SPEED(threshold=1.0, num_retain_words=0, augmentations=0, positions=positions)
+        edit, pair = expunge.erase(model, problem, method), model.encode(["airplane", "sky"])
+        target, anchor = method._pairs(pair[[0]], pair[[1]])
+        kept = last_tokens(model.encode(["ship", "bird", "sky"]))
+        draw = RunContext().generator("centres")
+        fixed = invariants(model.encode([""]).embeddings[0].double(), draw)
+        for change in edit.changes:
+            w = model.weight(change.layers[0]).double()
+            chosen = method._retained(w, target, anchor, kept, draw)
+            inner = null_space_change(target, chosen, fixed, 1.0, 1.0, 0.0)
+            slow = w @ (anchor - target).T @ target @ inner
+            assert slow.norm() > 0
+            assert (change.up.double() @ change.down.double() - slow).norm() < 1e-5 * slow.norm()
+
+    def test_without_the_filter_everything_is_retained(self, model):
+        given = rows(4), rows(2, seed=1), rows(2, seed=2), rows(9, seed=3), torch.Generator()
+        few, all_of_them = (
+            SPEED(augmentations=2, influence_filter=yes)._retained(*given) for yes in (True, False)
+        )
+        assert len(all_of_them) == 9 * 3
+        assert len(few) < len(all_of_them)
+
     def test_nothing_to_retain(self, model):
         with pytest.raises(ExpungeError, match="something to retain"):
             expunge.erase(model, Problem((Concept("airplane", ""),)), SPEED(num_retain_words=0))
@@ -96,6 +138,13 @@ class TestOce:
         x = rows(1, 8)[0]
         fitted = columns @ torch.linalg.lstsq(columns, x[:, None]).solution[:, 0]
         torch.testing.assert_close(p @ x, fitted)
+
+    def test_too_many_concepts_for_a_layer_are_said(self, model):
+        """The tiny model's narrowest layers have 16 outputs."""
+        words = ("cat", "dog", "bird", "ship", "horse", "frog", "deer", "truck", "car", "rocket")
+        concepts = tuple(Concept(f"{a} {b}", "sky") for a in words for b in words if a != b)
+        with pytest.warns(ExpungeWarning, match="no direction is left to keep there; erase fewer"):
+            expunge.erase(model, Problem(concepts[:80]), OCE(captions=""))
 
     def test_the_objective_summed_by_hand(self):
         method = OCE(erase_scale=3.0, captions_scale=0.5, retain_scale=2.0, ridge=0.1, captions="")

@@ -1,5 +1,7 @@
 """STEREO against a slow reading of its targets, and what each of its stages does."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import expunge
 from expunge import Concept, ExpungeError, Problem
 from expunge.erasing.reference_images import draw_examples
 from expunge.erasing.word_inversion import choose_word, learn_word
+from expunge.methods import stereo
 from expunge.methods.stereo import STEREO
 from expunge.runtime.context import RunContext
 from quick import quick
@@ -35,11 +38,44 @@ def test_the_target_against_a_slow_reading(model, compose):
     assert (ours - goal).norm() / goal.norm() < 1e-6
 
 
+@pytest.mark.parametrize("retain_weight", [0.0, 0.5])
+def test_the_first_loss_of_the_erasure_against_a_slow_reading(model, monkeypatch, retain_weight):
+    """At the point that was drawn, of the network before it is trained; the retained have not moved."""
+    seen, losses = {}, []
+    draw_points = stereo.Steering.draw_points
+
+    def drawn(self, subjects):
+        seen["concept"], seen["sample"] = subjects[0], draw_points(self, subjects)
+        return seen["sample"]
+
+    def train(model, trained, losses_of, *_, **__):
+        losses.extend(float(part.detach()) for part in losses_of())
+        return ()
+
+    monkeypatch.setattr(stereo.Steering, "draw_points", drawn)
+    monkeypatch.setattr(stereo, "train_in_place", train)
+    concept = Concept("airplane", "sky", synonyms=("jet",))
+    method = STEREO(rounds=0, compose="sum", negative_guidance=0.7, retain_weight=retain_weight)
+    method = dataclasses.replace(method, trajectory_steps=4)
+    method.fit(model, Problem((concept,), ("bird",)), RunContext(seed=2))
+
+    point = seen["sample"].late
+    scale = float(stereo.Steering(model, method.trajectory_config).scale[int(point.t)])
+    with torch.no_grad():
+
+        def ask(text):
+            return model.predict(point.latents, point.t, text).double()
+
+        empty, sky, airplane, jet = (ask(model.encode([w])) for w in ("", "sky", "airplane", "jet"))
+        goal = empty + 0.7 * (sky - empty) - 0.7 * (airplane - empty) - 0.7 * (jet - empty)
+        slow = (scale * (ask(seen["concept"].text) - goal)).square().mean()
+    assert losses[0] == pytest.approx(float(slow), rel=1e-4)
+    assert losses[1:] == ([pytest.approx(0, abs=1e-9)] if retain_weight else [])
+
+
 def test_each_round_looks_for_a_word_in_the_network_that_was_trained_last(model, monkeypatch):
     """Every inversion meets other weights, and every found word is trained against at the end."""
-    import expunge.methods.stereo as module
-
-    met, learn, erased = [], module.learn_word, []
+    met, learn, erased = [], stereo.learn_word, []
     entry = model.text_entries()[0].layer
 
     def spied(model, changes, *given, **fields):
@@ -52,7 +88,7 @@ def test_each_round_looks_for_a_word_in_the_network_that_was_trained_last(model,
         return whole(self, model, groups, anchors, kept, run)
 
     whole = STEREO._erase
-    monkeypatch.setattr(module, "learn_word", spied)
+    monkeypatch.setattr(stereo, "learn_word", spied)
     monkeypatch.setattr(STEREO, "_erase", erase)
     problem = Problem((Concept("airplane", "sky", synonyms=("jet",)), Concept("cat", "")))
     edit = expunge.erase(model, problem, quick("stereo", rounds=2))

@@ -213,6 +213,23 @@ class TestAdvUnlearn:
             vector = vector - 0.02 * gradient.sign()
         torch.testing.assert_close(found[0], vector.detach())
 
+    def test_no_attack_while_it_warms_up(self, model, monkeypatch):
+        words = []
+
+        def train(model, parameters, run, loss, **_):
+            for step in range(4):
+                with torch.enable_grad():
+                    list(loss(step, None))
+            return ()
+
+        attack = AdvUnlearn._attack
+        monkeypatch.setattr(
+            AdvUnlearn, "_attack", lambda *given: words.append(given[3]) or attack(*given)
+        )
+        monkeypatch.setattr(advunlearn, "train_text_encoders", train)
+        expunge.erase(model, PROBLEM, AdvUnlearn(warmup_steps=2, **QUICK))
+        assert [bool(word) for word in words] == [False, False, True, True]
+
     def test_the_error_is_one_of_noise(self):
         a, b = torch.randn(2, 3), torch.randn(2, 3)
         slow = sum((0.5 * (x - y)) ** 2 for x, y in zip(a.flatten(), b.flatten(), strict=True)) / 6

@@ -66,6 +66,8 @@ class AdvUnlearn(Method):
     """Sign steps of the inner attack; 0 trains on the prompt as it is, without the prefix."""
     attack_rate: float = bounded(1e-3, at_least=0)
     """α, how far each number of the prefix goes in a step."""
+    warmup_steps: int = bounded(0, at_least=0)
+    """The first steps train on the prompt as it is, before the attack begins."""
     negative_guidance: float = bounded(1.0, above=0)
     """η, how far past the empty prediction guidance is turned."""
     retain_scale: float = bounded(0.3, at_least=0)
@@ -128,7 +130,7 @@ class AdvUnlearn(Method):
         # The original's text, encoded before anything is trained.
         original = model.encode(prompts)
 
-        def loss(_: int, trained: InPlace) -> Iterator[Tensor]:
+        def loss(step: int, trained: InPlace) -> Iterator[Tensor]:
             # Encoded anew at each step: trajectories are drawn with the text encoder as it stands.
             now = TrainingConcept(problem.erase[0].name, model.encode(prompts), draw)
             sample = steering.draw_points([now])
@@ -140,7 +142,8 @@ class AdvUnlearn(Method):
                 empty = steering.model.predict(z, t, steering.empty)
             target = empty - self.negative_guidance * (named - empty)
             scale = float(steering.scale[int(t)])
-            attacked = self._attack(steering.model, prompts[row], word, words, (z, t, named), draw)
+            attack = word if step >= self.warmup_steps else ""
+            attacked = self._attack(steering.model, prompts[row], attack, words, (z, t, named), draw)
             yield error(steering.model.predict(z, t, attacked()), target, scale)
             if kept_text is not None:
                 rows = torch.randint(len(kept), (self.retain_batch,), generator=draw).tolist()
@@ -175,12 +178,12 @@ class AdvUnlearn(Method):
         Args:
             model: in training.
             prompt: of the concept.
-            word: the word whose place the prefix takes.
+            word: the word whose place the prefix takes; "" for no attack.
             words: those that it may begin at.
             point: z, t and the original's prediction there for the prompt.
             draw: chooses the word.
         """
-        if not self.attack_steps:
+        if not word:
             return _Prefixed(model, prompt, "", [])
         z, t, goal = point
         # Where parts take turns on a device, running the encoders brings their weights back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from expunge.base.errors import ExpungeWarning
 from expunge.base.fields import bounded
 from expunge.base.presets import Presets, read_presets
 from expunge.changes import Changes, Dense
@@ -97,17 +99,26 @@ class OCE(Method):
             # The prior sums over a caption's positions; C_g is the mean of one token.
             general = compute_prior(model, read_captions(self.captions), run).mean / tokens
 
-        changes = []
+        changes, full = [], []
         # As published, values alone: keys, which say where attention falls, stay.
         values = [entry for entry in model.text_entries() if entry.role != "key"]
         for done, entry in enumerate(values):
             run.progress("solving layers", done, len(values))
             weight = model.weight(entry.layer)
             w = weight.double().cpu()
+            if projector(w @ target.T).trace() > len(w) - 0.5:
+                full.append(entry.layer)
             objective = self.objective(w, target, anchor, kept, general)
             # Q stands left of W and is each layer's own, so that no factor of the input can hold it.
             changes.append(Dense((entry.layer,), (nearest_rotation(objective) @ w).to(weight.dtype)))
         run.progress("solving layers", len(values), len(values))
+        if full:
+            warnings.warn(
+                f"OCE: the concepts' values fill all outputs of {len(full)} of {len(values)} layers,"
+                f" such as {full[-1]}: no direction is left to keep there; erase fewer concepts at once",
+                ExpungeWarning,
+                stacklevel=2,
+            )
         return tuple(changes)
 
     def objective(

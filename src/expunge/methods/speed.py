@@ -24,6 +24,7 @@ from expunge.model import Model
 from expunge.problem import Problem
 from expunge.runtime.context import RunContext
 from expunge.runtime.cost import Cost
+from expunge.text import Text
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class SPEED(Method):
 
         min_Δ ‖(W + ΔP) C₁ − W C*‖² + s ‖ΔP‖²   with   ΔP C₂ = 0
 
-    The columns of C₁ and C* are the last content tokens of the concepts' and the anchors' prompts. P
-    projects on the directions in which the retained embeddings C₀ have almost no energy: the
-    eigenvectors of C₀ C₀ᵀ whose eigenvalue is below `threshold`. C₂ is the start token and three
-    centres of the empty prompt's tokens. With N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
+    The columns of C₁ and C* are the last content tokens of the concepts' and the anchors' prompts, or
+    all of their tokens, place by place (`positions`). P projects on the directions in which the
+    retained embeddings C₀ have almost no energy: the eigenvectors of C₀ C₀ᵀ whose eigenvalue is below
+    `threshold`. C₂ is the start token and three centres of the empty prompt's tokens. With
+    N = P (C₁C₁ᵀ P + s I)⁻¹, which is symmetric,
 
         ΔP = W (C* − C₁) C₁ᵀ [N − N C₂ (C₂ᵀ N C₂ + λ I)⁻¹ C₂ᵀ N].
 
@@ -44,7 +46,7 @@ class SPEED(Method):
     least (augmentation).
 
     Cost: encodes a few hundred short prompts; two eigenvalue problems of the text's width a layer. The
-    change of a layer has rank n, the number of prompts that are erased.
+    change of a layer has rank n, the number of tokens that are erased.
 
     Source: SPEED, ICLR 2026, arXiv 2503.07392. The tokenizer's words that stand in for the paper's
     retained names, and that anchors are retained, are ours.
@@ -66,6 +68,11 @@ class SPEED(Method):
     """s, the pull of ΔP to zero. Larger erases less."""
     invariant_slack: float = bounded(0.0, at_least=0)
     """λ, how far the start token and the empty prompt may move: 0 not at all."""
+    positions: Literal["last", "all"] = "last"
+    """Tokens of a prompt that are sent to the anchor's: its last own one, or each that differs from the
+    anchor's in the same place, end and padding too, as published for nudity."""
+    influence_filter: bool = True
+    """Retain only the embeddings that an unconstrained edit moves more than the mean."""
     augmentations: int = bounded(10, at_least=0)
     """Random copies of every retained embedding, along the direction that a layer sees least."""
     num_retain_words: int = bounded(500, at_least=0)
@@ -91,7 +98,9 @@ class SPEED(Method):
             erased += assemble_prompts(concept, self.templates)
             anchored += assemble_anchor_prompts(concept, self.templates) * len(concept.names)
         model.require_window(erased + anchored)
-        target, anchor = (last_tokens(model.encode(prompts)) for prompts in (erased, anchored))
+        text = model.encode(erased + anchored)
+        n = len(erased)
+        target, anchor = self._pairs(text[range(n)], text[range(n, 2 * n)])
         anchors = {concept.anchor for concept in problem.erase if concept.anchor}
         words = sample_words(model, problem.erase, self.num_retain_words, run.generator("words"))
         # Sorted: a set has no order of its own, and random copies are drawn row by row.
@@ -115,23 +124,36 @@ class SPEED(Method):
             )
             # Two thin factors, W (C* − C₁) and C₁ᵀ [·]: no (out, d) matrix is formed or stored.
             up, down = weight @ (anchor - target).T, target @ change
+            if len(target) > len(change):  # more tokens than directions
+                up, down = up @ target, change
             changes.append(LowRank((entry.layer,), up.float(), down.float()))
         run.progress("solving layers", len(values), len(values))
         return tuple(changes)
+
+    def _pairs(self, erased: Text, anchored: Text) -> tuple[Tensor, Tensor]:
+        """Take the tokens of the concepts' prompts and of the anchors', row by row: (n, d) each."""
+        if self.positions == "last":
+            return last_tokens(erased), last_tokens(anchored)
+        target, anchor = (text.embeddings.double().cpu().flatten(0, 1) for text in (erased, anchored))
+        differs = (target != anchor).any(1)  # the start token does not, nor do beginnings in common
+        return target[differs], anchor[differs]
 
     def _retained(
         self, weight: Tensor, target: Tensor, anchor: Tensor, kept: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Select the retained embeddings that matter to a layer, and random copies of them: (m, d)."""
-        chosen = kept[influential(weight, target, anchor, kept)]
+
+        def select(rows: Tensor) -> Tensor:
+            return rows[influential(weight, target, anchor, rows)] if self.influence_filter else rows
+
+        chosen = select(kept)
         if not self.augmentations:
             return chosen
         # Along the direction that the layer sees least, a copy has nearly the same value.
         least = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, 0]
         size = (len(chosen), self.augmentations, 1)
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
-        copies = (chosen[:, None] + noise * least).flatten(0, 1)
-        return torch.cat([chosen, copies[influential(weight, target, anchor, copies)]])
+        return torch.cat([chosen, select((chosen[:, None] + noise * least).flatten(0, 1))])
 
 
 def influential(weight: Tensor, target: Tensor, anchor: Tensor, rows: Tensor) -> Tensor:
