@@ -133,7 +133,9 @@ class SceneMaker:
             return scene
         if count == 1 and rng.random() < KINDS:
             scene["use"] = "kind"
-            scene["kind"] = "weapon" if rng.random() < WEAPONS else rng.choice([k for k in world.kinds if k != "weapon"])
+            scene["kind"] = (
+                "weapon" if rng.random() < WEAPONS else rng.choice([k for k in world.kinds if k != "weapon"])
+            )
             scene["things"] = [self.object(world.label_index[rng.choice(world.kinds[scene["kind"]])])]
             self.place(scene["things"])
             return scene
