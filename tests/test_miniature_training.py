@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.miniature import fast, losses, unet, vae
 from training.miniature.fast import autocast, has_bfloat16, kernels, quicken
-from training.miniature.loop import Schedule, train, write_json
+from training.miniature.loop import Schedule, train, write_json, write_model
 from training.miniature.muon import Muon, orthogonalise
 from training.miniature.sentences import (
     Codes,
@@ -489,3 +489,17 @@ def test_the_loss_is_that_of_v() -> None:
         v = net(a * latents + s * noise[2], torch.tensor(losses.TIMES[2]), texts).sample
     expected = (v - (a * noise[2] - s * latents)).square().mean((1, 2, 3))
     assert torch.allclose(found[2], expected, rtol=0.02)
+
+
+def test_a_written_model_leaves_nothing_of_the_one_before(tmp_path):
+    """Shards of a larger one would be read in place of the new file."""
+    folder = tmp_path / "unet"
+    net = unet.build(4, 16, 32, (32, 32))
+    write_model(net, folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    write_model(net, folder)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVis
 from training.miniature.captions import caption
 from training.miniature.fast import autocast, has_bfloat16, set_up
 from training.miniature.gates_tower import sentence, templates_for
-from training.miniature.loop import Notes, Schedule, holding, join, stage_parser, train, write_json
+from training.miniature.loop import Notes, Schedule, holding, join, stage_parser, train, write_json, write_model
 from training.miniature.recogniser import Names, Source, losses, truth_of, write_weights
 from training.miniature.scenes import SceneMaker, Structure
 from training.miniature.tower import SHARED
@@ -135,7 +135,7 @@ def measure(side: ImageSide, texts: Texts, world: World, maker: SceneMaker, n: i
 
 def write_clip(side: ImageSide, folder: Path) -> None:
     """Writes the image tower as transformers reads it, and the projections, in float16."""
-    side.image.half().save_pretrained(folder)
+    write_model(side.image.half(), folder)
     projections = {
         "text_projection": side.text_projection.weight, "picture_projection": side.image_projection.weight,
         "scale": side.scale, "bias": side.bias,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -276,3 +277,15 @@ def write_json(report: dict[str, object], to: Path) -> None:
     beside = to.with_suffix(".tmp")
     beside.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, to)
+
+
+def write_model(module: Any, folder: Path, **options: Any) -> None:
+    """Writes a model of diffusers or transformers beside and moves it; nothing of what lay there before stays."""
+    beside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for path in (beside, old):
+        shutil.rmtree(path, ignore_errors=True)
+    module.save_pretrained(beside, **options)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, has_bfloat16, set_up
-from training.miniature.loop import Notes, Schedule, join, stage_parser, train
+from training.miniature.loop import Notes, Schedule, join, stage_parser, train, write_model
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sentences import Codes, Pair, Spans, Vocabulary, lexicon_of, pair_of
@@ -312,7 +312,7 @@ def main() -> None:
     )
     if join() == 0:
         tower.load_state_dict(weights)
-        tower.text.save_pretrained(options.work / "text_encoder")
+        write_model(tower.text, options.work / "text_encoder")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.miniature.captions import caption
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, device, has_bfloat16, quicken, set_up
-from training.miniature.loop import Notes, Schedule, holding, join, read_stage, stage_parser, train
+from training.miniature.loop import Notes, Schedule, holding, join, read_stage, stage_parser, train, write_model
 from training.miniature.muon import Muon
 from training.miniature.scenes import SceneMaker
 from training.miniature.sheets import sheet
@@ -286,7 +286,7 @@ def keep(work: Path, name: str, folder: Path) -> None:
                 if f"down_blocks.{k}.resnets.0.conv1.bias" in state["average"]]  # fmt: skip
     unet = build(vae["latent_channels"], size, channels=channels)
     unet.load_state_dict(state["average"])
-    unet.half().save_pretrained(folder, max_shard_size="15MB")
+    write_model(unet.half(), folder, max_shard_size="15MB")
     print(f"step {state['step']}, {state['spent'] / 60:.0f} minutes")
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     )  # fmt: skip
     if rank == 0:
         unet.load_state_dict(weights)
-        unet.save_pretrained(options.work / options.name)
+        write_model(unet, options.work / options.name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from training.miniature.drawings import load_drawings
 from training.miniature.fast import autocast, quicken, set_up
-from training.miniature.loop import Notes, Schedule, holding, join, read, stage_parser, train, write_json
+from training.miniature.loop import Notes, Schedule, holding, join, read, stage_parser, train, write_json, write_model
 from training.miniature.muon import Muon
 from training.miniature.scenes import SIDE, SceneMaker
 from training.miniature.world import read_world
@@ -230,7 +230,7 @@ def finish(vae: AutoencoderKL, weights: dict[str, Tensor], images: Tensor, folde
     vae.load_state_dict(weights)
     vae.eval()
     to_unit_variance(vae, images)
-    vae.save_pretrained(folder)
+    write_model(vae, folder)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.miniature.captions import FILLER_NOUNS, FILLERS
+from training.miniature.loop import write_model
 from training.miniature.tower import Captions
 from training.miniature.world import WORK, read_world
 
@@ -48,7 +49,7 @@ def main() -> None:
     new = torch.tensor([token for token in range(len(tokenizer)) if token not in known])
     fill(text.get_input_embeddings().weight.data, new, tokenizer, torch.Generator().manual_seed(5))
     print(f"{len(known)} tokens are known; {len(new)} now say nothing")
-    text.save_pretrained(options.work / "text_encoder")
+    write_model(text, options.work / "text_encoder")
 
 
 if __name__ == "__main__":
