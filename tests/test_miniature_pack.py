@@ -138,7 +138,7 @@ def test_the_card_says_what_was_measured_and_what_was_not(packed, tmp_path):
     (folder / "recogniser" / "held_out.json").write_text(json.dumps(accuracy))
     card.write_card(folder, {"text_encoder": 1, "unet": 13_500_000, "vae": 1, "recogniser": 1})
     text = (folder / "README.md").read_text("utf-8")
-    assert "Not met: people, word alone, people." in text
+    assert "Not met: people; word alone, people." in text
     assert "| ten words | 99 % (100) | 95 % |  |" in text
     assert text.index("Is it a yardstick") < text.index("| word alone, people | 40 % (100) |")
     assert "| person | 98.7 % | 90.0 % |" in text

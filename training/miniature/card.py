@@ -44,7 +44,7 @@ def describe_gates(gates: Mapping[str, Any]) -> str:
     if not rows:
         return "They have not been measured yet: its denoiser has not met its gates."
     failed = [row["gate"] for row in gates["gates"] if row["passes"] is False]
-    said = f"Not met: {', '.join(failed)}." if failed else "Every gate is met."
+    said = f"Not met: {'; '.join(failed)}." if failed else "Every gate is met."
     return f"{said}\n\n{table(('gate', 'now (images)', 'least', 'goal'), rows)}"
 
 

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--recogniser", default="recogniser")
     parser.add_argument("--pictures", type=int, default=100, help="of most rows")
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--only", default="", help="only the rows with these words in their name")
     parser.add_argument("--to", type=Path, help="write the rows to this JSON file")
     options = parser.parse_args()

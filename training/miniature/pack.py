@@ -48,7 +48,7 @@ PARTS = (
     "drawn.png", "people.png", "artists.png",
 )  # fmt: skip
 DRAWING: dict[str, Any] = {
-    "num_inference_steps": 20,  # what the gates are measured with by default
+    "num_inference_steps": 16,  # what the gates are measured with by default
     "guidance_scale": 3.0,
     "anchors": {"object": "ground", "identity": "a person", "style": "art", "explicit": "an object"},
 }

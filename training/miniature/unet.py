@@ -207,7 +207,7 @@ class Ring:
 @torch.no_grad()
 def draw(
     unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words, prompts: Sequence[str], *, guidance: float = 3.0,
-    steps: int = 20, seed: int = 0, states: Tensor | None = None,
+    steps: int = 16, seed: int = 0, states: Tensor | None = None,
 ) -> np.ndarray:  # fmt: skip
     """(n, 3, 64, 64) uint8 by DDIM; `states` (n, 77, width) are used instead of the prompts' where they are given."""
     scheduler = DDIMScheduler(**SCHEDULE)
