@@ -18,7 +18,6 @@ from pathlib import Path
 from string import Template
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -26,6 +25,7 @@ import expunge
 from expunge import Concept, Probe, Problem
 from expunge.base.files import replacing
 from expunge.base.image_files import save_image, to_pil
+from expunge.cli.terminal import show_progress
 from expunge.evaluation.contact_sheet import Strip, draw_contact_sheet
 from expunge.evaluation.suite import Suite
 from expunge.metrics.miniature import MiniatureRecogniser
@@ -102,18 +102,14 @@ def compare(
     wanted = [(cell.prompt, seed + i) for cell in cells for i in range(cell.n)]
     prompts = tuple(prompt for prompt, _ in wanted)
     probe = Probe(prompts, tuple(seed for _, seed in wanted))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bars:
+    with show_progress() as progress:
 
         def draw(label: str) -> Tensor:
-            task = bars.add_task(label, total=None)
-            return model.draw(
-                probe, progress=lambda _, done, total: bars.update(task, completed=done, total=total)
-            )
+            return model.draw(probe, progress=lambda _, done, total: progress(label, done, total))
 
-        before = draw("before")
+        before = draw("drawing before")
         with model.using(edit):
-            after = draw("after")
+            after = draw("drawing after")
     answers = judge.measure(before, prompts), judge.measure(after, prompts)
     rows, start = [], 0
     for cell in cells:
@@ -238,7 +234,8 @@ def main(folder: Path, n: int = 5, seed: int = 0) -> list[Row]:
     model, judge = expunge.load("miniature"), MiniatureRecogniser()
     erased = (Concept(OBJECT), Concept(PERSON, kind="identity"), Concept(ARTIST, kind="style"))
     retained = (*(word for word in WORDS if word != OBJECT), *PEOPLE, *ARTISTS)
-    edit = expunge.erase(model, Problem(erased, retained), METHOD)
+    with show_progress() as progress:
+        edit = expunge.erase(model, Problem(erased, retained), METHOD, progress=progress)
     edit.save(folder / "no-three.safetensors")
     for concept in edit.record.problem.erase:
         console.print(f"{concept.name} becomes {concept.anchor!r}")
