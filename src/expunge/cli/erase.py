@@ -45,7 +45,8 @@ class EraseOptions:
     concept: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="NAME[=ANCHOR]", help_behavior_hint="")
     ] = ()
-    """A concept and what it becomes; NAME= is the empty prompt. Synonyms: NAME|SYNONYM=ANCHOR."""
+    """A concept and what it becomes, once or more; NAME= is the empty prompt, NAME|SYNONYM=ANCHOR has a
+    synonym."""
     concepts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A .txt, .csv or .toml file of concepts; in .txt one a line: NAME=ANCHOR or NAME=ANCHOR, KIND.
     LECO's prompts (.toml, .yaml) and ai-toolkit's sliders (.yaml) are read, too."""
@@ -54,7 +55,7 @@ class EraseOptions:
     retain: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")
     ] = ()
-    """A prompt whose images must stay as they are."""
+    """A prompt whose images must stay as they are; once or more."""
     onto: Annotated[str | None, arg(metavar="EDIT", help_behavior_hint="")] = None
     """An edit to build on: what it erases stays erased, and the new file does both."""
     autotune: bool = False

@@ -90,6 +90,8 @@ def run_list(options: ListOptions) -> None:
             grid.add_row(*row)
         print_table("")
         print_table(grid)
+    if options.kind == "suites":
+        print_table("\nA name alone, such as object, is the suite of the edit's model or of --model.")
 
 
 def is_model(path: str) -> bool:
