@@ -69,7 +69,7 @@ def test_the_card_names_the_gates_that_are_not_met():
     gates = json.loads((FOLDER / "gates.json").read_text(encoding="utf-8"))["gates"]
     failed = [row["gate"] for row in gates if row["least"] is not None and row["value"] < row["least"]]
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert (f"Not met: {', '.join(failed)}." if failed else "Every gate is met.") in card.splitlines()
+    assert (f"Not met: {'; '.join(failed)}." if failed else "Every gate is met.") in card.splitlines()
 
 
 def test_the_main_job(tmp_path, capsys):

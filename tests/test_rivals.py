@@ -144,7 +144,7 @@ class TestOce:
         words = ("cat", "dog", "bird", "ship", "horse", "frog", "deer", "truck", "car", "rocket")
         concepts = tuple(Concept(f"{a} {b}", "sky") for a in words for b in words if a != b)
         with pytest.warns(ExpungeWarning, match="no direction is left to keep there; erase fewer"):
-            expunge.erase(model, Problem(concepts[:80]), OCE(captions=""))
+            OCE(captions="").fit(model, Problem(concepts[:80]), RunContext())
 
     def test_the_objective_summed_by_hand(self):
         method = OCE(erase_scale=3.0, captions_scale=0.5, retain_scale=2.0, ridge=0.1, captions="")
