@@ -26,7 +26,7 @@ from training.miniature.gates_tower import sentence, templates_for
 from training.miniature.loop import read_stage, write_json
 from training.miniature.recogniser import Names, Recogniser
 from training.miniature.scenes import COLORS
-from training.miniature.unet import Words, build, draw
+from training.miniature.unet import GUIDANCE, STEPS, Words, build, draw
 from training.miniature.world import WORK, World, read_world
 
 FIRST_SEED = 50_000
@@ -154,8 +154,8 @@ def main() -> None:
     parser.add_argument("--name", default="unet", help="the denoiser's stage")
     parser.add_argument("--recogniser", default="recogniser")
     parser.add_argument("--pictures", type=int, default=100, help="of most rows")
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", default="", help="only the rows with these words in their name")
     parser.add_argument("--to", type=Path, help="write the rows to this JSON file")
     options = parser.parse_args()

@@ -38,7 +38,7 @@ from training.miniature.card import load, write_card
 from training.miniature.loop import read_stage
 from training.miniature.recogniser import Names, Source, calibrate, write_weights
 from training.miniature.sheets import sheet
-from training.miniature.unet import PROMPTS, SCHEDULE, Words, build, draw
+from training.miniature.unet import GUIDANCE, PROMPTS, SCHEDULE, STEPS, Words, build, draw
 from training.miniature.world import WORK, World, read_world
 
 LARGEST = 16 * 2**20  # bytes of a file that is committed
@@ -48,8 +48,8 @@ PARTS = (
     "drawn.png", "people.png", "artists.png",
 )  # fmt: skip
 DRAWING: dict[str, Any] = {
-    "num_inference_steps": 16,  # what the gates are measured with by default
-    "guidance_scale": 3.0,
+    "num_inference_steps": STEPS,
+    "guidance_scale": GUIDANCE,
     "anchors": {"object": "ground", "identity": "a person", "style": "art", "explicit": "an object"},
 }
 

@@ -49,6 +49,7 @@ CHANNELS = {
     16: (96, 128, 192),
 }  # channels of the latent -> of the U-Net's levels
 HEAD = 32  # width of an attention head
+STEPS, GUIDANCE = 16, 3.0  # the model's own: what it draws with, and what its gates are measured with
 # Shares of captions whose end and padding, or whose words, are the empty text's. Of a hundred names the end token tells
 # few apart whatever is dropped, so a name keeps its words more often.
 TAIL_DROPPED, WORDS_DROPPED = 0.4, 0.2
@@ -206,8 +207,8 @@ class Ring:
 
 @torch.no_grad()
 def draw(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words, prompts: Sequence[str], *, guidance: float = 3.0,
-    steps: int = 16, seed: int = 0, states: Tensor | None = None,
+    unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words, prompts: Sequence[str], *, guidance: float = GUIDANCE,
+    steps: int = STEPS, seed: int = 0, states: Tensor | None = None,
 ) -> np.ndarray:  # fmt: skip
     """(n, 3, 64, 64) uint8 by DDIM; `states` (n, 77, width) are used instead of the prompts' where they are given."""
     scheduler = DDIMScheduler(**SCHEDULE)

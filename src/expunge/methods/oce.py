@@ -106,7 +106,8 @@ class OCE(Method):
             run.progress("solving layers", done, len(values))
             weight = model.weight(entry.layer)
             w = weight.double().cpu()
-            if projector(w @ target.T).trace() > len(w) - 0.5:
+            # Fewer tokens than outputs cannot fill them, and need no decomposition more.
+            if len(target) >= len(w) and projector(w @ target.T).trace() > len(w) - 0.5:
                 full.append(entry.layer)
             objective = self.objective(w, target, anchor, kept, general)
             # Q stands left of W and is each layer's own, so that no factor of the input can hold it.
