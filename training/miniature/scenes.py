@@ -62,17 +62,17 @@ BANDS = {
     "sunset": (("6a3d8f", "f07f4f", "fbd26a"), True),
 }
 BACKGROUNDS = (*COLORS, *BANDS)
-PEOPLE = (0.36, 0.20)  # share of people among single things, and among several
+PEOPLE = (0.44, 0.20)  # share of people among single things, and among several
 # Share of single things that their caption names by their kind alone, and how often a weapon among those. Drawn by kind,
 # for of all drawings so few are clothes or food that the miniature never learnt those words.
-KINDS, WEAPONS = 0.15, 0.4
+KINDS, WEAPONS = 0.26, 0.4
 # Things stand on the latents' grid, in two sizes and few places. At free places and sizes a drawing has hundreds of forms
 # in the latents, all of which the denoiser must learn apart: after 1.6 million samples it drew blots.
 CELLS = 8  # latents of an image's side
 HORIZONS = (4, 5, 6)  # cells from the top
 LARGE, SMALL, WHOLE = 6, 4, 8  # cells of a thing's side; only a person fills the image
 # Share of scenes by an artist with at most one thing, and with several; never of one clear thing.
-ARTISTS = (0.5, 0.15)
+ARTISTS = (0.56, 0.18)
 Structure = dict[str, Any]
 
 

@@ -53,7 +53,7 @@ STEPS, GUIDANCE = 16, 3.0  # the model's own: what it draws with, and what its g
 # Shares of captions whose end and padding, or whose words, are the empty text's. Of a hundred names the end token tells
 # few apart whatever is dropped, so a name keeps its words more often.
 TAIL_DROPPED, WORDS_DROPPED = 0.4, 0.2
-NAMED_TAIL_DROPPED, NAMED_WORDS_DROPPED = 0.38, 0.15
+NAMED_TAIL_DROPPED, NAMED_WORDS_DROPPED = 0.4, 0.12
 LATE = 0.6  # below 1: more of the samples are at high noise, where it is decided what a scene shows
 FIRST_SHARDS = 8  # of scenes are made before the first step
 PROMPTS = (
