@@ -164,8 +164,12 @@ def tuned_artists(world: World) -> str:
 
 # -- experiments ---------------------------------------------------------------------------------------------------------
 
-NOT_TUNED = "Presets are not tuned on the miniature yet, but for MACE's rate (experiments/tune.py)."
-ALL = (("uce", ""), ("speed", ""), ("oce", ""), ("mace", "miniature"), ("ace", "miniature"))
+TUNED = (
+    "UCE's retain scale, MACE's rate and how Sluice opens were chosen on the tuning people and artists "
+    "(experiments/tune.py); all else is as for the emoji model, or the method's own."
+)
+UCE = ("uce", "miniature")
+ALL = (UCE, ("speed", ""), ("oce", ""), ("mace", "miniature"), ("ace", "miniature"), ("sluice", "miniature"))
 
 
 def method(name: str, preset: str = "", title: str = "", **values: object) -> str:
@@ -177,7 +181,7 @@ def method(name: str, preset: str = "", title: str = "", **values: object) -> st
 
 
 def experiment(about: str, suite: str, kind: str, erase: Sequence[str], retain: Sequence[str], methods: str) -> str:
-    wrapped = "\n".join(f"# {line}" for line in textwrap.wrap(f"{about} {NOT_TUNED} {WRITTEN}", 103))
+    wrapped = "\n".join(f"# {line}" for line in textwrap.wrap(f"{about} {TUNED} {WRITTEN}", 103))
     return (
         f'{wrapped}\nmodel = "miniature"\nsuites = ["{suite}"]\nkind = "{kind}"\n'
         + listed("concepts", erase, inner=True) + listed("retain", retain)
@@ -188,7 +192,7 @@ def experiment(about: str, suite: str, kind: str, erase: Sequence[str], retain: 
 def rows_of_mace() -> str:
     """The paper's ablation: which stage does what."""
     return "".join((
-        method("uce"),
+        method(*UCE),
         method("mace", "miniature", "refinement only", stages=["refine"]),
         method("mace", "miniature", "changes averaged, not fused", stages=["refine", "suppress"]),
         method("mace", "miniature", "times drawn alike, not focal", focal=False),
@@ -212,7 +216,7 @@ def rows_of_ant() -> str:
 
 def rows_of_saliency() -> str:
     return "".join(
-        method("ant", "emoji-masked", title, **values)
+        method("ant", "miniature-masked", title, **values)
         for title, values in (("no mask", {"maps": 0}), ("one map", {"maps": 1}), ("the intersection", {}))
     )
 
@@ -229,7 +233,7 @@ def experiments(world: World) -> dict[str, str]:
         )  # fmt: skip
     artists, others_ = of_split(world.artists, "erase"), of_split(world.artists, "retain")
     for n in (1, 10, 100):
-        rows = "".join(method(*one) for one in (*ALL, ("ant", "emoji-style")))
+        rows = "".join(method(*one) for one in (*ALL, ("ant", "miniature-style")))
         found[f"style-{n}"] = experiment(
             f"{n} of the miniature's artists erased, a hundred retained: MACE's protocol of artists.",
             "style", "style", [f"{name}=art" for name in artists[:n]], others_, rows,
