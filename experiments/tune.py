@@ -9,7 +9,8 @@ the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
 in bfloat16. Four more tasks are for the miniature model (`people`, `artists`, `things`, `harmful`),
 whose results are in `METHOD-miniature.json`; with `--grid` every method tries the five settings that
-`grids.toml` has for it, so that nobody's values are better looked for than another's.
+`grids.toml` has for it, so that nobody's values are better looked for than another's, and five more
+where the best of those is below 90.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
@@ -224,9 +225,10 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_grid(method: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return a method's preset and five settings that are tried from it, of `grids.toml`."""
+    """Return a method's preset and the five or ten settings that are tried from it, of `grids.toml`."""
     table = read_toml(HERE / "grids.toml")[method]
-    rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in table["try"]]
+    tried = [*table["try"], *table.get("again", ())]
+    rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in tried]
     return table.get("preset", ""), rows
 
 
