@@ -84,7 +84,8 @@ def run_erase(arguments: Sequence[str]) -> None:
     known = registry.list_names("methods")
     if name in ("-h", "--help"):
         print("usage: expunge erase METHOD --concept NAME[=ANCHOR] -o EDIT …\n")
-        print("\n".join(f"  {n:<8} {registry.describe('methods', n)}" for n in known))
+        width = max(map(len, known))
+        print("\n".join(f"  {n:<{width}}  {registry.describe('methods', n)}" for n in known))
         print("\n  expunge erase METHOD --help    shows its options")
         return
     if name.startswith("-"):
