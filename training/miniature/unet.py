@@ -49,7 +49,7 @@ CHANNELS = {
     16: (96, 128, 192),
 }  # channels of the latent -> of the U-Net's levels
 HEAD = 32  # width of an attention head
-STEPS, GUIDANCE = 16, 3.0  # the model's own: what it draws with, and what its gates are measured with
+STEPS, GUIDANCE = 16, 2.0  # the model's own: what it draws with, and what its gates are measured with
 # Shares of captions whose end and padding, or whose words, are the empty text's. Of a hundred names the end token tells
 # few apart whatever is dropped, so a name keeps its words more often.
 TAIL_DROPPED, WORDS_DROPPED = 0.4, 0.2
