@@ -165,7 +165,7 @@ def tuned_artists(world: World) -> str:
 # -- experiments ---------------------------------------------------------------------------------------------------------
 
 TUNED = (
-    "UCE's retain scale, MACE's rate and how Sluice opens were chosen on the tuning people and artists "
+    "UCE's retain scale, MACE's rate and domain weight, and how Sluice opens were chosen on the tuning people and artists "
     "(experiments/tune.py); all else is as for the emoji model, or the method's own."
 )
 UCE = ("uce", "miniature")
