@@ -21,7 +21,7 @@ from expunge.miniature import recogniser
 from expunge.miniature.recogniser import Recogniser
 from training.miniature import card, pack
 from training.miniature.recogniser import Names, joined, thresholds_of
-from training.miniature.unet import GUIDANCE, STEPS, build
+from training.miniature.unet import build
 from training.miniature.world import read_world
 
 TOKENIZER = Path(recogniser.__file__).parent / "pipeline" / "tokenizer"
@@ -92,7 +92,7 @@ def test_the_folder_is_whole(packed, work):
         "pipeline", "recogniser", "concepts.json", "README.md", "NOTICE", "drawn.png", "kept.py"
     }  # fmt: skip
     model = expunge.load(packed / "pipeline")
-    assert (model.num_inference_steps, model.guidance_scale) == (STEPS, GUIDANCE)
+    assert (model.num_inference_steps, model.guidance_scale) == (16, 2.0)
     assert model.anchors["identity"] == "a person"
     weights = torch.load(work / "unet.pt", weights_only=True)["average"]
     for name, tensor in model.pipe.unet.state_dict().items():

@@ -231,6 +231,16 @@ def experiments(world: World) -> dict[str, str]:
             f"{n} of the miniature's people erased, a hundred retained: MACE's protocol of celebrities.",
             "identity", "identity", [f"{name}=a person" for name in people[:n]], kept, rows,
         )  # fmt: skip
+    rows = "".join((
+        method("speed"),
+        method("oce"),
+        method("ace", "miniature", "ace, gates alone", stages=["gate"]),
+        method("sluice", "miniature"),
+    )).replace("'", '"')  # fmt: skip
+    found["rivals-100"] = experiment(
+        "The same hundred people by what takes minutes: SPEED, OCE, ACE without its hardening, Sluice.",
+        "identity", "identity", [f"{name}=a person" for name in people], kept, rows,
+    )  # fmt: skip
     artists, others_ = of_split(world.artists, "erase"), of_split(world.artists, "retain")
     for n in (1, 10, 100):
         rows = "".join(method(*one) for one in (*ALL, ("ant", "miniature-style")))
