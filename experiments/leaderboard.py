@@ -156,10 +156,11 @@ def _concept(task: Task, suite: Suite, one: SuiteConcept) -> Concept:
     return Concept(one.words, suite.anchor, kind, one.labels if kind == "explicit" else ())
 
 
-def method_for(name: str, model: Model, kind: Kind) -> Method:
-    """A method with its preset for the model and kind, where it has one."""
+def method_for(name: str, model: Model, kind: Kind, n_concepts: int = 1) -> Method:
+    """A method with its preset for the model and so many concepts or their kind, where it has one."""
     cls: type[Method] = registry.get("methods", name)
-    preset = next((p for p in (f"{model.name}-{kind}", model.name, kind) if p in cls.presets), None)
+    wanted = (f"{model.name}-{n_concepts}", f"{model.name}-{kind}", model.name, kind)
+    preset = next((p for p in wanted if p in cls.presets), None)
     return cls.preset(preset) if preset else cls()
 
 
@@ -185,7 +186,8 @@ def judge(
     for problem in problems(task, suite, take):
         for name in methods:
             for seed in range(EDIT_SEEDS if full else 1):
-                job = Job(method_for(name, model, task.kind), name, problem, seed, title=name)
+                method = method_for(name, model, task.kind, len(problem.erase))
+                job = Job(method, name, problem, seed, title=name)
                 candidates.append(job.run(model, folder / "edits", progress))
     with model.autocasting(autocast):
         report = evaluate(model, candidates, [suite], full=full, cache=cache, progress=progress)

@@ -30,6 +30,7 @@ from expunge.base import registry
 from expunge.base.files import replacing
 from expunge.changes import HookedChange
 from expunge.checkpoints.merge import merge
+from expunge.cli.loading_options import read_autocast
 from expunge.evaluation.suite import Suite
 from expunge.fingerprint import hash_for_images
 from expunge.metrics.miniature import MiniatureRecogniser
@@ -57,7 +58,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             some = slice(start, start + self.batch_size)
             probe = Probe(tuple(prompts[some]), tuple(seeds[some]))
-            with self.model.autocasting(torch.bfloat16):
+            with self.model.autocasting(read_autocast("auto")):
                 images = self._draw(probe, edit)
             rows = self.recogniser.measure(images, probe.prompts)
             for row, name in zip(rows, named[some], strict=True):

@@ -7,7 +7,8 @@ like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), o
 (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
 the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
-in bfloat16. Four more tasks are for the miniature model (`people`, `artists`, `things`, `harmful`),
+in bfloat16 where the hardware has it. Six more tasks are for the miniature model (`people` and
+`artists`, also at the load of the largest tables: `people-100`, `artists-100`; `things`, `harmful`),
 whose results are in `METHOD-miniature.json`; with `--grid` every method tries the five settings that
 `grids.toml` has for it, so that nobody's values are better looked for than another's, and five more
 where the best of those is below 90.
@@ -31,7 +32,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import expunge
@@ -39,6 +39,7 @@ from expunge import Concept, Model, Problem
 from expunge.base import registry
 from expunge.base.fields import build, flatten
 from expunge.base.files import read_toml, replacing
+from expunge.cli.loading_options import read_autocast
 from expunge.evaluation.candidates import Candidate
 from expunge.evaluation.suite import Suite
 from expunge.fingerprint import hash_for_images
@@ -167,6 +168,18 @@ def named(task: str, kind: Kind, anchor: str) -> list[Problem]:
     return [Problem(erase, suite(task).retain)]
 
 
+def crowd(task: str, reported: str, kind: Kind, anchor: str) -> list[Problem]:
+    """As `named`, among a hundred erased and a hundred retained: the load of the largest tables.
+
+    Names of the reported suite fill it up, those it retains as erased and those it erases as retained:
+    so nothing is chosen on the problem that is reported. None of them is judged.
+    """
+    (few,) = named(task, kind, anchor)
+    filling = Suite.read(reported, "miniature")
+    erase = tuple(Concept(name, anchor, kind) for name in filling.retain[: 100 - len(few.erase)])
+    return [Problem(few.erase + erase, few.retain + filling.erase[: 100 - len(few.retain)])]
+
+
 def things() -> list[Problem]:
     """Six of the miniature's things in turn, six retained; of the last six nobody is told."""
     names = [concept.name for concept in suite("things").concepts]
@@ -196,7 +209,9 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "explicit-one-bare": partial(explicit, "", one=True),
     "style": style,
     "people": partial(named, "people", "identity", "a person"),
+    "people-100": partial(crowd, "people", "identity", "identity", "a person"),
     "artists": partial(named, "artists", "style", "art"),
+    "artists-100": partial(crowd, "artists", "style", "style", "art"),
     "things": things,
     "harmful": harmful,
 }
@@ -244,7 +259,7 @@ def judge(
     attacks bring back, means over seeds of theirs."""
     edits = [expunge.erase(model, problem, method) for problem in TASKS[task]()]
     candidates = [Candidate.of(edit, f"{i}") for i, edit in enumerate(edits)]
-    with model.autocasting(torch.bfloat16):
+    with model.autocasting(read_autocast("auto")):
         report = expunge.evaluate(model, candidates, [suite(task)], full=full)
         quick = dataclasses.replace(suite(task).sizes["quick"], erased=ATTACKED)
         fewer = dataclasses.replace(suite(task), sizes={"quick": quick})

@@ -10,10 +10,13 @@ import expunge
 from conftest import tiny_pipeline
 from edits import PROBE
 from expunge import Concept, ExpungeError, Problem
+from expunge.base.errors import ExpungeWarning
 from expunge.changes import LowRank
 from expunge.checkpoints import hub, loading
 from expunge.checkpoints.checkpoint import Checkpoint
 from expunge.checkpoints.export import export
+from expunge.cli.loading_options import read_autocast
+from expunge.runtime.number_formats import is_bfloat16_fast
 from tiny import sdxl
 
 
@@ -204,3 +207,24 @@ def test_a_mistyped_file_is_no_model_of_the_hub(tmp_path, monkeypatch, name, mes
             read(name)
     assert loading.is_hub_id("stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert loading.is_hub_id("black-forest-labs/FLUX.1-dev")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_autocast_auto_is_what_the_processor_multiplies_faster(fast, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert is_bfloat16_fast("cpu") == fast
+    assert read_autocast("auto") == (torch.bfloat16 if fast else None)
+    assert read_autocast(None) is None
+    with pytest.raises(ExpungeError, match="'bfloat61'.*bfloat16"):
+        read_autocast("bfloat61")
+    if fast:
+        assert read_autocast("bfloat16") == torch.bfloat16
+    else:
+        with pytest.warns(ExpungeWarning, match="no bfloat16 and draws slower"):
+            assert read_autocast("bfloat16") == torch.bfloat16
+
+
+def test_a_device_without_a_known_format_has_no_fast_bfloat16():
+    assert not is_bfloat16_fast("meta")

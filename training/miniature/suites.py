@@ -169,7 +169,12 @@ TUNED = (
     "(experiments/tune.py); all else is as for the emoji model, or the method's own."
 )
 UCE = ("uce", "miniature")
-ALL = (UCE, ("speed", ""), ("oce", ""), ("mace", "miniature"), ("ace", "miniature"), ("sluice", "miniature"))
+
+
+def all_for(n: int) -> tuple[tuple[str, str], ...]:
+    """The methods of every table, each with its preset for n concepts."""
+    mace = ("mace", "miniature-100" if n == 100 else "miniature")
+    return (UCE, ("speed", ""), ("oce", ""), mace, ("ace", "miniature"), ("sluice", "miniature"))
 
 
 def method(name: str, preset: str = "", title: str = "", **values: object) -> str:
@@ -189,14 +194,14 @@ def experiment(about: str, suite: str, kind: str, erase: Sequence[str], retain: 
     )  # fmt: skip
 
 
-def rows_of_mace() -> str:
+def rows_of_mace(preset: str = "miniature") -> str:
     """The paper's ablation: which stage does what."""
     return "".join((
         method(*UCE),
-        method("mace", "miniature", "refinement only", stages=["refine"]),
-        method("mace", "miniature", "changes averaged, not fused", stages=["refine", "suppress"]),
-        method("mace", "miniature", "times drawn alike, not focal", focal=False),
-        method("mace", "miniature", "all three stages"),
+        method("mace", preset, "refinement only", stages=["refine"]),
+        method("mace", preset, "changes averaged, not fused", stages=["refine", "suppress"]),
+        method("mace", preset, "times drawn alike, not focal", focal=False),
+        method("mace", preset, "all three stages"),
     )).replace("'", '"')  # fmt: skip
 
 
@@ -226,7 +231,7 @@ def experiments(world: World) -> dict[str, str]:
     found = {}
     people, kept = of_split(world.named, "erase"), of_split(world.named, "retain")
     for n in (1, 5, 10, 100):
-        rows = "".join(method(*one) for one in (*ALL, ("ant", "miniature")))
+        rows = "".join(method(*one) for one in (*all_for(n), ("ant", "miniature")))
         found[f"identity-{n}"] = experiment(
             f"{n} of the miniature's people erased, a hundred retained: MACE's protocol of celebrities.",
             "identity", "identity", [f"{name}=a person" for name in people[:n]], kept, rows,
@@ -243,7 +248,7 @@ def experiments(world: World) -> dict[str, str]:
     )  # fmt: skip
     artists, others_ = of_split(world.artists, "erase"), of_split(world.artists, "retain")
     for n in (1, 10, 100):
-        rows = "".join(method(*one) for one in (*ALL, ("ant", "miniature-style")))
+        rows = "".join(method(*one) for one in (*all_for(n), ("ant", "miniature-style")))
         found[f"style-{n}"] = experiment(
             f"{n} of the miniature's artists erased, a hundred retained: MACE's protocol of artists.",
             "style", "style", [f"{name}=art" for name in artists[:n]], others_, rows,
@@ -251,7 +256,7 @@ def experiments(world: World) -> dict[str, str]:
     named = [f"{name}=a person" for name in people]
     found["ablation"] = experiment(
         "MACE's ablation (the paper's table 4) on 100 people: what each stage is for, UCE beside it.",
-        "identity", "identity", named, kept, rows_of_mace(),
+        "identity", "identity", named, kept, rows_of_mace("miniature-100"),
     )  # fmt: skip
     found["ant-rows"] = experiment(
         "ANT's ablation, its six rows, on ten people; without an anchor, as in the paper.",

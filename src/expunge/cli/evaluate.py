@@ -61,7 +61,8 @@ class EvaluateOptions:
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """The original model; by default the suite's own."""
     autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
-    """Draw in bfloat16 or float16: faster where the GPU has it; the report says so."""
+    """Draw in bfloat16 or float16, faster where the hardware has it; auto: bfloat16 there, else float32.
+    The report says in which."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """The most that the image cache may hold, such as 500MB or 10GB; the oldest images go first."""
 
@@ -81,7 +82,8 @@ class RunOptions:
     full: bool = False
     """Draw the papers' number of images, whatever the file says."""
     autocast: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
-    """Draw in bfloat16 or float16: faster where the GPU has it; the report says so."""
+    """Draw in bfloat16 or float16, faster where the hardware has it; auto: bfloat16 there, else float32.
+    The report says in which."""
     cache_limit: Annotated[str, arg(metavar="SIZE")] = "10GB"
     """The most that the image cache may hold, such as 500MB or 10GB; the oldest images go first."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from expunge.base.errors import ExpungeError, UnknownNameError
+from expunge.base.errors import ExpungeError, ExpungeWarning, UnknownNameError
 from expunge.checkpoints import loading
 
 if TYPE_CHECKING:
@@ -153,14 +154,32 @@ def read_dtype(name: str) -> torch.dtype:
 
 
 def read_autocast(name: str | None) -> torch.dtype | None:
-    """Return the dtype to draw in under autocast; None for None.
+    """Return the dtype to draw in under autocast; None for none.
+
+    Args:
+        name: float16, bfloat16, or "auto": bfloat16 where the hardware multiplies it, else none.
 
     Raises:
-        ExpungeError: the name is neither float16 nor bfloat16.
+        ExpungeError: the name is none of these.
     """
-    if name is not None and name not in (half := DTYPES[1:]):
-        raise UnknownNameError("number format to draw in", name, half)
-    return None if name is None else read_dtype(name)
+    if name is not None and name not in (known := ("auto", *DTYPES[1:])):
+        raise UnknownNameError("number format to draw in", name, known)
+    if name is None:
+        return None
+    from expunge.checkpoints.load import choose_device
+    from expunge.runtime.number_formats import is_bfloat16_fast
+
+    fast = is_bfloat16_fast(device := choose_device("auto"))
+    if name == "auto":
+        return read_dtype("bfloat16") if fast else None
+    if name == "bfloat16" and device == "cpu" and not fast:
+        warnings.warn(
+            "this processor has no bfloat16 and draws slower in it than in float32;"
+            " --autocast auto draws in what is faster",
+            ExpungeWarning,
+            stacklevel=2,
+        )
+    return read_dtype(name)
 
 
 def parse_loras(loras: Sequence[str]) -> list[tuple[str, float]]:
