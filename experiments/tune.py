@@ -97,6 +97,8 @@ class RememberingANT(ANT):
     low_rank: RememberingChanges = field(default_factory=RememberingChanges)
 
 
+LOADED = 8
+"""Settings that each method tries at the load of a hundred names."""
 ATTACKED = 4
 """Images of each prompt that are attacked, which takes long."""
 
@@ -239,10 +241,14 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in fields), values, strict=True))
 
 
-def read_grid(method: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return a method's preset and the five or ten settings that are tried from it, of `grids.toml`."""
+def read_grid(method: str, task: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return a method's preset and the settings that are tried from it on a task, of `grids.toml`."""
     table = read_toml(HERE / "grids.toml")[method]
-    tried = [*table["try"], *table.get("again", ())]
+    if task.endswith("-100"):
+        more = table.get("hundred", ())
+        tried = more if len(more) == LOADED else [*table["try"], *more]
+    else:
+        tried = [*table["try"], *table.get("again", ())]
     rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in tried]
     return table.get("preset", ""), rows
 
@@ -323,12 +329,16 @@ def main() -> None:
         record = {"model sha256": hash_for_images(model)}
     cls = REMEMBERING.get(options.method) or registry.get("methods", options.method)
     own = [name for name in (shipped, "emoji") if name in cls.presets]
-    start, rows_to_try = options.preset or next(iter(own), ""), list(combinations(options.tried))
-    if options.grid:
-        start, rows_to_try = read_grid(options.method)
-    base = {k: v for k, v in cls.presets[start].items() if k != "about"} if start else {}
-    for task, values in itertools.product(options.tasks, rows_to_try):
-        method, default = build(cls, base | values), flatten(cls())
+    start, values = options.preset or next(iter(own), ""), list(combinations(options.tried))
+    to_try = [
+        (task, preset, row)
+        for task in options.tasks
+        for preset, rows in [read_grid(options.method, task) if options.grid else (start, values)]
+        for row in rows
+    ]
+    for task, preset, row in to_try:
+        base = {k: v for k, v in cls.presets[preset].items() if k != "about"} if preset else {}
+        method, default = build(cls, base | row), flatten(cls())
         fields = {
             name: value
             for name, value in flatten(method).items()

@@ -165,16 +165,16 @@ def tuned_artists(world: World) -> str:
 # -- experiments ---------------------------------------------------------------------------------------------------------
 
 TUNED = (
-    "UCE's retain scale, MACE's rate and domain weight, and how Sluice opens were chosen on the tuning people and artists "
+    "The presets miniature and miniature-100 of UCE, MACE, OCE and Sluice were chosen on the tuning people and artists "
     "(experiments/tune.py); all else is as for the emoji model, or the method's own."
 )
-UCE = ("uce", "miniature")
 
 
 def all_for(n: int) -> tuple[tuple[str, str], ...]:
     """The methods of every table, each with its preset for n concepts."""
-    mace = ("mace", "miniature-100" if n == 100 else "miniature")
-    return (UCE, ("speed", ""), ("oce", ""), mace, ("ace", "miniature"), ("sluice", "miniature"))
+    preset = "miniature-100" if n == 100 else "miniature"
+    oce = ("oce", preset if n == 100 else "")
+    return (("uce", preset), ("speed", ""), oce, ("mace", preset), ("ace", "miniature"), ("sluice", "miniature"))
 
 
 def method(name: str, preset: str = "", title: str = "", **values: object) -> str:
@@ -197,7 +197,7 @@ def experiment(about: str, suite: str, kind: str, erase: Sequence[str], retain: 
 def rows_of_mace(preset: str = "miniature") -> str:
     """The paper's ablation: which stage does what."""
     return "".join((
-        method(*UCE),
+        method("uce", preset),
         method("mace", preset, "refinement only", stages=["refine"]),
         method("mace", preset, "changes averaged, not fused", stages=["refine", "suppress"]),
         method("mace", preset, "times drawn alike, not focal", focal=False),
@@ -238,7 +238,7 @@ def experiments(world: World) -> dict[str, str]:
         )  # fmt: skip
     rows = "".join((
         method("speed"),
-        method("oce"),
+        method("oce", "miniature-100"),
         method("ace", "miniature", "ace, gates alone", stages=["gate"]),
         method("sluice", "miniature"),
     )).replace("'", '"')  # fmt: skip
