@@ -109,8 +109,10 @@ NOTES = {
         "alone.",
     ],
     "miniature": [
-        "Presets are those of the emoji model where none was tuned on the miniature. A claim that one",
-        "method is better than another needs the full size.",
+        "At a hundred names UCE, SPEED, OCE and MACE have the best of the same eight settings, chosen on",
+        "twenty tuning people among a hundred (`experiments/grids.toml`), Sluice the best of two; all",
+        "others have the values of the emoji model, or their defaults. One seed of every edit: a claim that",
+        "one method is better than another needs the full size.",
     ],
 }
 """What a reader of a model's tables should know."""

@@ -165,7 +165,7 @@ def tuned_artists(world: World) -> str:
 # -- experiments ---------------------------------------------------------------------------------------------------------
 
 TUNED = (
-    "The presets miniature and miniature-100 of UCE, MACE, OCE and Sluice were chosen on the tuning people and artists "
+    "The presets miniature and miniature-100 of UCE, SPEED, OCE, MACE and Sluice were chosen on the tuning people and artists "
     "(experiments/tune.py); all else is as for the emoji model, or the method's own."
 )
 
@@ -173,8 +173,9 @@ TUNED = (
 def all_for(n: int) -> tuple[tuple[str, str], ...]:
     """The methods of every table, each with its preset for n concepts."""
     preset = "miniature-100" if n == 100 else "miniature"
-    oce = ("oce", preset if n == 100 else "")
-    return (("uce", preset), ("speed", ""), oce, ("mace", preset), ("ace", "miniature"), ("sluice", "miniature"))
+    paper = preset if n == 100 else ""
+    rivals = (("uce", preset), ("speed", paper), ("oce", paper), ("mace", preset))
+    return (*rivals, ("ace", "miniature"), ("sluice", "miniature"))
 
 
 def method(name: str, preset: str = "", title: str = "", **values: object) -> str:
@@ -237,7 +238,7 @@ def experiments(world: World) -> dict[str, str]:
             "identity", "identity", [f"{name}=a person" for name in people[:n]], kept, rows,
         )  # fmt: skip
     rows = "".join((
-        method("speed"),
+        method("speed", "miniature-100"),
         method("oce", "miniature-100"),
         method("ace", "miniature", "ace, gates alone", stages=["gate"]),
         method("sluice", "miniature"),
