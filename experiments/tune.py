@@ -97,8 +97,6 @@ class RememberingANT(ANT):
     low_rank: RememberingChanges = field(default_factory=RememberingChanges)
 
 
-LOADED = 8
-"""Settings that each method tries at the load of a hundred names."""
 ATTACKED = 4
 """Images of each prompt that are attacked, which takes long."""
 
@@ -244,11 +242,9 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
 def read_grid(method: str, task: str) -> tuple[str, list[dict[str, Any]]]:
     """Return a method's preset and the settings that are tried from it on a task, of `grids.toml`."""
     table = read_toml(HERE / "grids.toml")[method]
+    tried = [*table["try"], *table.get("again", ())]
     if task.endswith("-100"):
-        more = table.get("hundred", ())
-        tried = more if len(more) == LOADED else [*table["try"], *more]
-    else:
-        tried = [*table["try"], *table.get("again", ())]
+        tried = table.get("hundred", table["try"])
     rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in tried]
     return table.get("preset", ""), rows
 
