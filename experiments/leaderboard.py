@@ -109,9 +109,9 @@ NOTES = {
         "alone.",
     ],
     "miniature": [
-        "At a hundred names UCE, SPEED, OCE and MACE have the best of the same eight settings, chosen on",
+        "At a hundred names UCE, SPEED, OCE and MACE each have the best of eight settings, chosen on",
         "twenty tuning people among a hundred (`experiments/grids.toml`), Sluice the best of two; all",
-        "others have the values of the emoji model, or their defaults. One seed of every edit: a claim that",
+        "others have the emoji model's values, or their defaults. One seed of every edit: a claim that",
         "one method is better than another needs the full size.",
     ],
 }
