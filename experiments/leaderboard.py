@@ -111,8 +111,9 @@ NOTES = {
     "miniature": [
         "At a hundred names UCE, SPEED, OCE and MACE each have the best of eight settings, chosen on",
         "twenty tuning people among a hundred (`experiments/grids.toml`), Sluice the best of two; all",
-        "others have the emoji model's values, or their defaults. One seed of every edit: a claim that",
-        "one method is better than another needs the full size.",
+        "others have the emoji model's values, or their defaults. A hundred artists are erased with the",
+        "values for people; Sluice's were tried on both. One seed of each edit: a claim that one method",
+        "is better than another needs the full size. Seconds are of a machine that did other work, too.",
     ],
 }
 """What a reader of a model's tables should know."""

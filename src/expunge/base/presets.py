@@ -24,7 +24,7 @@ def read_presets(module: str | Path) -> Presets:
 
     >>> from expunge.base.registry import HERE
     >>> presets = read_presets(HERE / "methods" / "oce.py")
-    >>> list(presets), presets["style"]["erase_scale"]
+    >>> list(presets)[:4], presets["style"]["erase_scale"]
     (['object', 'identity', 'style', 'explicit'], 500.0)
 
     Args:
