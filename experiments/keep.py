@@ -29,7 +29,7 @@ from expunge.evaluation.evaluate import restrict_to_judge
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.image_cache import Cache
 from expunge.evaluation.image_source import Request, Source
-from expunge.evaluation.measure import make_metric
+from expunge.evaluation.measure import make_metric, read_options
 from expunge.evaluation.results import read_results
 from expunge.evaluation.sample import Sample, lay_out
 from expunge.evaluation.suite import Suite
@@ -101,7 +101,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--numbers-alone", action="store_true", help="draw nothing")
     options = parser.parse_args()
-    experiment, model = Experiment.read(options.experiment), expunge.load("emoji")
+    experiment = Experiment.read(options.experiment)
+    model = expunge.load(experiment.model)
     results = read_results(options.folder)
     group, name = options.experiment.parent.name, options.experiment.stem
     name += "-quick" * (results["size"] == "quick")
@@ -110,7 +111,7 @@ def main() -> None:
     if options.numbers_alone:
         return
     suite = experiment.suites[0]
-    suite = restrict_to_judge(suite, make_metric(suite.judge, suite.options.get(suite.judge, {})))
+    suite = restrict_to_judge(suite, make_metric(suite.judge, read_options(suite, suite.judge)))
     # What has been made so far: a run may have been stopped.
     made = [job for job in experiment.jobs() if (options.folder / "edits" / job.file(model)).is_file()]
     rounded = results["provenance"]["sampler"].get("autocast")
