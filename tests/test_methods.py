@@ -247,7 +247,8 @@ def test_presets():
         Preset.preset("wrong")
     with pytest.raises(ExpungeError, match="ridge must be above 0"):
         Preset.preset("soft", ridge=-1)
-    with pytest.raises(ExpungeError, match="no preset 'soft'; known: miniature, miniature-100, orig"):
+    known = "miniature, miniature-100, original, rewrite"
+    with pytest.raises(ExpungeError, match=f"no preset 'soft'; known: {known}"):
         UCE.preset("soft")
 
 

@@ -24,6 +24,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from expunge.runtime.number_formats import is_bfloat16_fast
+
 SMALL = 4  # pixels: up to this height and width a matrix product beats the convolution's own weight gradient
 
 
@@ -34,9 +36,7 @@ def device() -> torch.device:
 
 def has_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 numbers faster than float32 ones."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return is_bfloat16_fast(device())
 
 
 def set_up() -> None:
