@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import expunge
 from expunge.base.files import replacing
+from expunge.cli.loading_options import read_autocast
 from expunge.evaluation.experiment import Experiment, Job
 from expunge.evaluation.robustness import CONTROL, AttackResult
 from expunge.fingerprint import hash_for_images
@@ -193,7 +192,7 @@ def judge(model: Any, suite: Any, jobs: list[Job], condition: str, folder: Path)
     """
     candidates = [job.run(model, folder) for job in jobs]
     start = time.monotonic()
-    with model.autocasting(torch.bfloat16):
+    with model.autocasting(read_autocast("auto")):
         report = expunge.evaluate(model, candidates, [suite], attacks=[condition], roles=("erased",))
     found = [one for case in report.cases for row in case.rows[1:] for one in row.attacks]
     return {
@@ -201,6 +200,7 @@ def judge(model: Any, suite: Any, jobs: list[Job], condition: str, folder: Path)
         **add_up(found),
         "each": {", ".join(case.erased): shorten(row.attacks[0])
                  for case in report.cases for row in case.rows[1:]},
+        "autocast": report.provenance["sampler"].get("autocast"),
         "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
 
@@ -239,7 +239,6 @@ def main() -> None:
         "model sha256": hash_for_images(model),
         "words": [concept.name for problem in problems for concept in problem.erase],
         "images a word": options.images,
-        "autocast": "bfloat16",
         "budgets": json.loads(json.dumps(budgets)),
     }
     for condition in options.conditions or budgets:

@@ -3,9 +3,10 @@
 Closed forms (UCE, MACE's fusion, SPEED, OCE) add one matrix to keys and values, so what they do to a
 token is linear in its state. Here the best such map is solved for as MACE's fusion is, with a single
 output: 1 on all tokens behind the start of an erased person's prompts, 0 on those of retained people
-and of the captions. In phrasings that were not fitted it is then read at the first word, at the last
-word and at the tokens behind, of erased and of retained people. `told apart` is the probability that an
-erased person's state answers more than a retained one's: 1 is perfect, 0.5 is chance.
+and of the captions (`fusion.retained_gram`). In phrasings that were not fitted it is then read at the
+first word, at the last word and at the tokens behind, of erased and of retained people. `told apart`
+is the probability that an erased person's state answers more than a retained one's: 1 is perfect, 0.5
+is chance.
 
     python experiments/name_states.py               # the tuning people, alone and among a hundred
 """
@@ -23,10 +24,12 @@ from tune import TASKS, suite
 import expunge
 from expunge import Model
 from expunge.base.files import replacing
-from expunge.erasing.caption_gram import read_captions_for
 from expunge.erasing.concept_tokens import find_phrases
-from expunge.erasing.prompt_templates import RETAINED, TEMPLATES
+from expunge.erasing.fusion import retained_gram
+from expunge.erasing.prompt_templates import TEMPLATES
 from expunge.fingerprint import hash_for_images
+from expunge.ops.least_squares import gram
+from expunge.runtime.context import RunContext
 
 FILE = Path(__file__).parent / "results" / "name_states.json"
 WEIGHTS = (10.0, 100.0, 1000.0)  # MACE's domain_weight
@@ -61,19 +64,14 @@ def main() -> None:
         (problem,) = TASKS[task]()
         erase = [concept.name for concept in problem.erase]
         erased, _ = read_states(model, TEMPLATES["identity"], erase)
-        retained, _ = read_states(model, RETAINED, problem.retain)
-        captions = read_captions_for(model, "general", problem.erase)
-        prior = torch.zeros(erased.shape[1], erased.shape[1], dtype=torch.float64)
-        for start in range(0, len(captions), 64):
-            e = model.encode(captions[start : start + 64]).embeddings.double().cpu().flatten(0, 1)
-            prior += e.T @ e / len(captions)
-        gram = retained.T @ retained / (len(RETAINED) * len(problem.retain))
         # In both, the same people are judged: twenty erased and twenty retained.
         asked = {"erased": erase[:20], "retained": list(problem.retain)[:20]}
         judged = {role: read_states(model, phrasings, names)[1] for role, names in asked.items()}
         for weight in WEIGHTS:
-            whole = erased.T @ erased + PRIOR * (prior + weight * gram)
-            whole += RIDGE * torch.eye(len(whole), dtype=torch.float64)
+            kept = retained_gram(
+                model, problem, RunContext(), captions_from="general", weighs=True, domain_weight=weight
+            )
+            whole = gram(erased) + PRIOR * kept + RIDGE * torch.eye(len(kept), dtype=torch.float64)
             answer = torch.linalg.solve(whole, erased.sum(0))
             seen = {role: states @ answer for role, states in judged.items()}
             found = {

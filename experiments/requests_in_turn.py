@@ -47,6 +47,7 @@ class Judge:
     model: Model
     templates: tuple[str, ...]
     recogniser: MiniatureRecogniser
+    autocast: torch.dtype | None = None
     batch_size: int = 32
 
     def see(self, names: Sequence[str], edit: Edit | None = None) -> Tensor:
@@ -58,7 +59,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             some = slice(start, start + self.batch_size)
             probe = Probe(tuple(prompts[some]), tuple(seeds[some]))
-            with self.model.autocasting(read_autocast("auto")):
+            with self.model.autocasting(self.autocast):
                 images = self._draw(probe, edit)
             rows = self.recogniser.measure(images, probe.prompts)
             for row, name in zip(rows, named[some], strict=True):
@@ -141,13 +142,17 @@ def main() -> None:
     options = parser.parse_args()
     to = options.to or HERE / "results" / "ours" / f"requests-{options.kind}.json"
     model, suite = expunge.load("miniature"), Suite.read(options.kind, "miniature")
-    judge = Judge(model, suite.templates["erased"][: options.templates], MiniatureRecogniser())
+    templates, autocast = suite.templates["erased"][: options.templates], read_autocast("auto")
+    judge = Judge(model, templates, MiniatureRecogniser(), autocast)
     retain = tuple(suite.retain[: options.retain])
     erase = list(suite.erase[: max(options.requests)])
     settings = {
-        "model sha256": hash_for_images(model), "autocast": "bfloat16", "requests": options.requests,
-        "templates": options.templates, "retained": len(retain),
-    }  # fmt: skip
+        "model sha256": hash_for_images(model),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "requests": options.requests,
+        "templates": options.templates,
+        "retained": len(retain),
+    }
     record: dict[str, Any] = {**settings, "methods": {}}
     if to.is_file():
         found = json.loads(to.read_text(encoding="utf-8"))
