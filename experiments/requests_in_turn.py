@@ -35,6 +35,7 @@ from expunge.evaluation.suite import Suite
 from expunge.fingerprint import hash_for_images
 from expunge.metrics.miniature import MiniatureRecogniser
 from expunge.problem import Kind
+from expunge.text import Text
 
 HERE = Path(__file__).parent
 ANCHORS: dict[Kind, str] = {"identity": "a person", "style": "art"}
@@ -71,6 +72,22 @@ class Judge:
             return self.model.draw(probe)
         with self.model.using(edit):
             return self.model.draw(probe)
+
+
+def remember_text(model: Model) -> None:
+    """Encode every prompt once: each request reads the names that stay, and they are the same.
+
+    For edits that leave the text encoder as it is.
+    """
+    encode, known = model.encode, dict[str, Text]()
+
+    def look_up(prompts: Sequence[str]) -> Text:
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+            text = encode(new)
+            known.update({prompt: text[[row]] for row, prompt in enumerate(new)})
+        return Text.joined([known[prompt] for prompt in prompts])
+
+    model.encode = look_up  # type: ignore[method-assign]
 
 
 def add(model: Model, method: Method, problem: Problem, so_far: Edit | None) -> Edit:
@@ -142,6 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     to = options.to or HERE / "results" / "ours" / f"requests-{options.kind}.json"
     model, suite = expunge.load("miniature"), Suite.read(options.kind, "miniature")
+    remember_text(model)
     templates, autocast = suite.templates["erased"][: options.templates], read_autocast("auto")
     judge = Judge(model, templates, MiniatureRecogniser(), autocast)
     retain = tuple(suite.retain[: options.retain])

@@ -7,11 +7,10 @@ like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), o
 (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
 the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
-in bfloat16 where the hardware has it. Six more tasks are for the miniature model (`people` and
-`artists`, also at the load of the largest tables: `people-100`, `artists-100`; `things`, `harmful`),
-whose results are in `METHOD-miniature.json`; with `--grid` every method tries the five settings that
-`grids.toml` has for it, so that nobody's values are better looked for than another's, and five more
-where the best of those is below 90.
+in bfloat16 where the hardware has it. Seven more tasks are for the miniature model (`people` and
+`artists`, also at the load of its tables: `people-10`, `people-100`, `artists-100`; `things` and
+`harmful`), whose results are in `METHOD-miniature.json`; with `--grid` every method tries the settings
+that `grids.toml` has for it, so that nobody's values are better looked for than another's.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
@@ -168,16 +167,16 @@ def named(task: str, kind: Kind, anchor: str) -> list[Problem]:
     return [Problem(erase, suite(task).retain)]
 
 
-def crowd(task: str, reported: str, kind: Kind, anchor: str) -> list[Problem]:
-    """As `named`, among a hundred erased and a hundred retained: the load of the largest tables.
+def crowd(task: str, reported: str, kind: Kind, anchor: str, count: int) -> list[Problem]:
+    """As `named`, with `count` erased and a hundred retained: the load of the reported tables.
 
     Names of the reported suite fill it up, those it retains as erased and those it erases as retained:
     so nothing is chosen on the problem that is reported. None of them is judged.
     """
     (few,) = named(task, kind, anchor)
-    filling = Suite.read(reported, "miniature")
-    erase = tuple(Concept(name, anchor, kind) for name in filling.retain[: 100 - len(few.erase)])
-    return [Problem(few.erase + erase, few.retain + filling.erase[: 100 - len(few.retain)])]
+    filling, erase = Suite.read(reported, "miniature"), few.erase[:count]
+    more = tuple(Concept(name, anchor, kind) for name in filling.retain[: count - len(erase)])
+    return [Problem(erase + more, few.retain + filling.erase[: 100 - len(few.retain)])]
 
 
 def things() -> list[Problem]:
@@ -209,12 +208,17 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "explicit-one-bare": partial(explicit, "", one=True),
     "style": style,
     "people": partial(named, "people", "identity", "a person"),
-    "people-100": partial(crowd, "people", "identity", "identity", "a person"),
+    "people-10": partial(crowd, "people", "identity", "identity", "a person", 10),
+    "people-100": partial(crowd, "people", "identity", "identity", "a person", 100),
     "artists": partial(named, "artists", "style", "art"),
-    "artists-100": partial(crowd, "artists", "style", "style", "art"),
+    "artists-100": partial(crowd, "artists", "style", "style", "art", 100),
     "things": things,
     "harmful": harmful,
 }
+
+
+LOADS = {"10": "ten", "100": "hundred"}
+"""The key of `grids.toml` for a task's load."""
 
 
 def suite(task: str) -> Suite:
@@ -243,8 +247,8 @@ def read_grid(method: str, task: str) -> tuple[str, list[dict[str, Any]]]:
     """Return a method's preset and the settings that are tried from it on a task, of `grids.toml`."""
     table = read_toml(HERE / "grids.toml")[method]
     tried = [*table["try"], *table.get("again", ())]
-    if task.endswith("-100"):
-        tried = table.get("hundred", table["try"])
+    if load := LOADS.get(task.rpartition("-")[2]):
+        tried = table.get(load, table["try"])
     rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in tried]
     return table.get("preset", ""), rows
 

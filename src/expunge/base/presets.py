@@ -25,7 +25,7 @@ def read_presets(module: str | Path) -> Presets:
     >>> from expunge.base.registry import HERE
     >>> presets = read_presets(HERE / "methods" / "oce.py")
     >>> list(presets), presets["style"]["erase_scale"]
-    (['object', 'identity', 'style', 'explicit', 'miniature-100'], 500.0)
+    (['object', 'identity', 'style', 'explicit', 'miniature-10', 'miniature-100'], 500.0)
 
     Args:
         module: the module's `__file__`.
