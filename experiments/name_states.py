@@ -8,7 +8,7 @@ first word, at the last word and at the tokens behind, of erased and of retained
 is the probability that an erased person's state answers more than a retained one's: 1 is perfect, 0.5
 is chance.
 
-    python experiments/name_states.py               # the tuning people, alone and among a hundred
+    python experiments/name_states.py   # tuning people: alone, ten beside a hundred, among a hundred
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def main() -> None:
     model = expunge.load("miniature")
     phrasings = suite("people").templates["erased"]
     record: dict[str, object] = {"model sha256": hash_for_images(model), "prior": PRIOR, "ridge": RIDGE}
-    for task in ("people", "people-100"):
+    for task in ("people", "people-10", "people-100"):
         (problem,) = TASKS[task]()
         erase = [concept.name for concept in problem.erase]
         erased, _ = read_states(model, TEMPLATES["identity"], erase)
-        # In both, the same people are judged: twenty erased and twenty retained.
+        # Always people of one list: twenty erased, or the ten there are, and twenty retained.
         asked = {"erased": erase[:20], "retained": list(problem.retain)[:20]}
         judged = {role: read_states(model, phrasings, names)[1] for role, names in asked.items()}
         for weight in WEIGHTS:
