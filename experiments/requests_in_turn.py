@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import expunge
-from expunge import Concept, Edit, Method, Model, Probe, Problem
+from expunge import Concept, Edit, Model, Probe, Problem
 from expunge.base import registry
 from expunge.base.files import replacing
 from expunge.changes import HookedChange
@@ -33,6 +33,7 @@ from expunge.checkpoints.merge import merge
 from expunge.cli.loading_options import read_autocast
 from expunge.evaluation.suite import Suite
 from expunge.fingerprint import hash_for_images
+from expunge.method import Method
 from expunge.metrics.miniature import MiniatureRecogniser
 from expunge.problem import Kind
 from expunge.text import Text

@@ -5,8 +5,10 @@ import importlib.util
 import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -315,6 +317,22 @@ def test_every_script_is_listed(folder):
     assert len(scripts) > 10
     missing = [str(path) for path in scripts if str(path) not in TEXTS[f"{folder}/README.md"]]
     assert not missing
+
+
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks"])
+def test_every_script_finds_what_it_imports(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / folder))
+    scripts, before = sorted((HERE / folder).glob("*.py")), set(sys.modules)
+    assert len(scripts) > 10
+    for path in scripts:
+        try:
+            runpy.run_path(str(path), run_name="imported")
+        except ModuleNotFoundError as error:
+            if error.name != "ray":  # an extra, in one script
+                raise
+    for path in scripts:  # they import each other by bare names, which other tests must not find
+        if path.stem not in before:
+            sys.modules.pop(path.stem, None)
 
 
 def test_the_drawing_names_every_room():
