@@ -7,10 +7,11 @@ like, or "a thing", which is no one image, as "a flag" is none (`many-vague`), o
 (`explicit-bare`), or as one with many names (`explicit-one`, `explicit-one-bare`). Every combination of
 the values given is tried, judged as any edit is. What has been tried stays in
 `experiments/results/tune/METHOD.json`, and is not tried again on the same weights. Images are drawn
-in bfloat16 where the hardware has it. Seven more tasks are for the miniature model (`people` and
-`artists`, also at the load of its tables: `people-10`, `people-100`, `artists-100`; `things` and
-`harmful`), whose results are in `METHOD-miniature.json`; with `--grid` every method tries the settings
-that `grids.toml` has for it, so that nobody's values are better looked for than another's.
+in bfloat16 where the hardware has it. Eight more tasks are for the miniature model (`people` and
+`artists`, also at the load of its tables: `people-10`, `people-100`, `artists-100`; `things`;
+`harmful`, and told as its suite is, `harmful-one`), whose results are in `METHOD-miniature.json`; with
+`--grid` every method tries the settings that `grids.toml` has for it, so that nobody's values are
+better looked for than another's.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
@@ -189,9 +190,18 @@ def things() -> list[Problem]:
     ]
 
 
-def harmful() -> list[Problem]:
-    """A group of foods and its members, one name each; nothing is retained by name."""
-    group = suite("harmful").concepts[0]
+def harmful(one: bool = False) -> list[Problem]:
+    """A group of foods and its members.
+
+    Args:
+        one: whether they are told as the reported suite is: one concept with many names and no anchor,
+            beside names that stay. Otherwise as concepts of one name each, and nothing stays by name.
+    """
+    whole = suite("harmful")
+    group = whole.concepts[0]
+    if one:
+        concept = Concept(group.name, None, "explicit", synonyms=tuple(group.also))
+        return [Problem((concept,), whole.retain)]
     names = (group.name, *group.also)
     return [Problem(tuple(Concept(name, "ground", "explicit") for name in names))]
 
@@ -214,6 +224,7 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "artists-100": partial(crowd, "artists", "style", "style", "art", 100),
     "things": things,
     "harmful": harmful,
+    "harmful-one": partial(harmful, one=True),
 }
 
 

@@ -20,6 +20,8 @@ PROBLEMS = {
     "object": Problem(PLANE),  # without a prior, so that nothing is retained by name
     "emoji": Problem(PLANE, ("bird", "ship")),
     "miniature": Problem(PLANE, ("bird", "ship")),
+    "miniature-object": Problem(PLANE, ("bird", "ship")),
+    "miniature-explicit": Problem(WEAPONS),
     "miniature-10": Problem(PLANE, ("bird", "ship")),
     "miniature-100": Problem(PLANE, ("bird", "ship")),
     "identity-1": Problem(tuple(FLAGS[:1]), KEPT),
