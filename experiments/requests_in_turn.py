@@ -5,7 +5,7 @@ gates is merged with it instead). At 1, 10, 50 and 100 requests the edit is judg
 told of all of them at once: efficacy, specificity and their harmonic mean, in the suite's prompts. The
 relapse is the share of earlier targets seen at the end less their share right after their own erasure.
 Prompts from which the original does not draw whom they name are left out. Writes
-`results/ours/requests-KIND.json` after every method and order.
+`results/ours/requests-KIND.json` at every stop.
 
     python experiments/requests_in_turn.py --methods uce sluice --requests 1 10 50 100 --orders 1
 """
@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,9 @@ def share(seen: Tensor, drawn: Tensor) -> float:
 def run(
     judge: Judge, method: Method, kind: Kind, order: Sequence[str], retain: tuple[str, ...],
     stops: Sequence[int], drawn: dict[str, Tensor],
-) -> dict[str, Any]:  # fmt: skip
-    """Erase in this order, and return for each stop the figures in turn and at once, and the relapse."""
+) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    """Erase in this order, and give at each stop the figures in turn and at once, and the relapse."""
     concepts = [Concept(name, ANCHORS[kind], kind) for name in order]
-    rows: dict[str, Any] = {}
     so_far: Edit | None = None
     own: list[Tensor] = []
     kept = torch.cat([drawn[name] for name in retain])
@@ -138,9 +137,7 @@ def run(
             if title == "in turn":
                 right_after = share(torch.cat(own).flatten(), there)
                 found["relapse"] = round(share(seen.flatten(), there) - right_after, 4)
-        rows[str(number)] = found
-        print(type(method).__name__, number, found, flush=True)
-    return rows
+        yield number, found
 
 
 def main() -> None:
@@ -187,14 +184,16 @@ def main() -> None:
         cls = registry.get("methods", title)
         method = cls.preset(preset) if preset else cls()
         for order in range(options.orders):
-            if str(order) in record["methods"].setdefault(asked, {}):
+            rows = record["methods"].setdefault(asked, {}).setdefault(str(order), {})
+            if all(str(number) in rows for number in options.requests):
                 continue
             shuffled = random.Random(order).sample(erase, len(erase))
-            record["methods"][asked][str(order)] = run(
-                judge, method, options.kind, shuffled, retain, options.requests, drawn
-            )
-            with replacing(to) as file:
-                file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
+            given = (judge, method, options.kind, shuffled, retain, options.requests, drawn)
+            for number, found in run(*given):
+                rows[str(number)] = found
+                print(asked, number, found, flush=True)
+                with replacing(to) as file:
+                    file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf8")
 
 
 if __name__ == "__main__":
