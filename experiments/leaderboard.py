@@ -111,11 +111,12 @@ NOTES = {
     "miniature": [
         "UCE, SPEED, OCE and MACE have values chosen on tuning people: at a hundred names the best of",
         "eight settings, at ten the best of four, OCE of eight, MACE of eleven",
-        "(`experiments/grids.toml`); UCE and MACE for weapons the best of three on foods. Sluice has",
-        "the best of two; all others have the emoji model's values, or their defaults, as all have",
-        "for single objects. Artists are erased with the values for people; Sluice's were tried on",
-        "both. One seed of each edit: a claim that one method is better than another needs the full",
-        "size. Seconds are of a machine that did other work, too.",
+        "(`experiments/grids.toml`). UCE and MACE have the best of three on foods for weapons, and",
+        "MACE the better of two on things for objects, of which four of the ten were erased. Sluice",
+        "has the best of two; all others have the emoji model's values, or their defaults. Artists",
+        "are erased with the values for people; Sluice's were tried on both. One seed of each edit: a",
+        "claim that one method is better than another needs the full size. Seconds are of a machine",
+        "that did other work, too.",
     ],
 }
 """What a reader of a model's tables should know."""
