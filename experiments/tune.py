@@ -10,8 +10,8 @@ the values given is tried, judged as any edit is. What has been tried stays in
 in bfloat16 where the hardware has it. Eight more tasks are for the miniature model (`people` and
 `artists`, also at the load of its tables: `people-10`, `people-100`, `artists-100`; `things`;
 `harmful`, and told as its suite is, `harmful-one`), whose results are in `METHOD-miniature.json`; with
-`--grid` every method tries the settings that `grids.toml` has for it, so that nobody's values are
-better looked for than another's.
+`--grid` every method tries the settings that `grids.toml` has for it: as many for each, so that nobody's
+values are better looked for than another's, and more where the best of those is below 90.
 
     python experiments/tune.py mace object many --try stages=refine ridge=10,100 refine_prior=0,10
     python experiments/tune.py ant many --preset emoji-identity --try learning_rate=1e-3,3e-3
@@ -228,10 +228,6 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
 }
 
 
-LOADS = {"10": "ten", "100": "hundred"}
-"""The key of `grids.toml` for a task's load."""
-
-
 def suite(task: str) -> Suite:
     """The suite that a task is judged by: tasks of one suite are ways to tell of one thing."""
     return Suite.read(HERE / "tune" / f"{task.partition('-')[0]}.toml")
@@ -257,9 +253,8 @@ def combinations(tried: list[str]) -> Iterator[dict[str, Any]]:
 def read_grid(method: str, task: str) -> tuple[str, list[dict[str, Any]]]:
     """Return a method's preset and the settings that are tried from it on a task, of `grids.toml`."""
     table = read_toml(HERE / "grids.toml")[method]
-    tried = [*table["try"], *table.get("again", ())]
-    if load := LOADS.get(task.rpartition("-")[2]):
-        tried = table.get(load, table["try"])
+    load = task.rpartition("-")[2]  # as in people-100
+    tried = table.get(load) or [*table["try"], *table.get("again", ())]
     rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in tried]
     return table.get("preset", ""), rows
 
